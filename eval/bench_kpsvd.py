@@ -1,0 +1,154 @@
+"""Exact against truncated KPSVD: time, captured energy, peak memory.
+
+    python eval/bench_kpsvd.py --out eval/results/kpsvd.json
+
+For each weight and method a fresh process draws the weight (seeded), decomposes it at the balanced shape, and reports
+the time (on the wall and of the processor; ratios take the latter, which other load does not
+change) and the peak of its memory above what it held just before, in multiples of the weight in float32 (CPU: the
+kernel's high-water mark of resident memory; CUDA: torch's). Ratios compare runs of one call of this script. Weights:
+"random" is Gaussian, the flattest spectrum and so the slowest to converge; "decaying" has a spectrum like a trained
+weight's; `--checkpoint DIR` adds the largest projection of a local checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.kron import kpsvd
+from soka_serve.shapes import FactorShape, balanced_shape
+
+CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096)]
+
+
+def draw_weight(kind: str, out_features: int, in_features: int) -> Tensor:
+    """A seeded (out, in) float32 weight."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    if kind == "decaying":
+        # Kronecker-structured scales over noise: the rearranged rows and columns differ in size by a power law.
+        m, n, p, q = balanced_shape(out_features, in_features)
+        rows = (torch.arange(1, m * n + 1)[torch.randperm(m * n, generator=generator)] ** -0.35).view(m, 1, n, 1)
+        columns = (torch.arange(1, p * q + 1)[torch.randperm(p * q, generator=generator)] ** -0.35).view(1, p, 1, q)
+        weight = (weight.view(m, p, n, q) * rows * columns).reshape(out_features, in_features)
+    return weight
+
+
+def read_weight(directory: str) -> Tensor:
+    """The largest projection of a checkpoint."""
+    base = Checkpoint.open(Path(directory))
+    names = [name for name in base.tensors if name.endswith("_proj.weight")]
+    return base.read(max(names, key=lambda name: (base.tensors[name].end - base.tensors[name].start, name))).float()
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status")
+
+
+def run_case(options: dict[str, Any]) -> dict[str, Any]:
+    """One weight and method, in a process of its own."""
+    torch.set_num_threads(options["threads"])
+    device = options["device"]
+    source = options["checkpoint"]
+    weight = read_weight(source) if source else draw_weight(options["kind"], options["out"], options["in"])
+    weight = weight.to(device)
+    shape = balanced_shape(*weight.shape)
+    # Libraries set up, and their work buffers allocated, outside the measurement.
+    warm = torch.randn(600, 600, device=device)
+    kpsvd(warm, balanced_shape(600, 600), 8, method=options["method"])
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = resident_bytes("VmRSS")
+    start, start_cpu = time.perf_counter(), time.process_time()
+    result = kpsvd(weight, shape, options["rank"], method=options["method"])
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
+    return {
+        "factor_shape": list(shape),
+        "time_s": round(seconds, 3),
+        "cpu_time_s": round(cpu_seconds, 3),
+        "captured_energy": float(result.factors.sigma.double().square().sum()),
+        "captured_frac": result.captured_frac,
+        "peak_memory_ratio": round((peak - before) / (weight.numel() * 4), 2),
+    }
+
+
+def compare(options: dict[str, Any]) -> dict[str, Any]:
+    """Both methods on one weight, and their ratios."""
+    row: dict[str, Any] = {key: options[key] for key in ("kind", "out", "in", "rank")}
+    for method in ("exact", "truncated"):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row[method] = pool.apply(run_case, ({**options, "method": method},))
+    exact, truncated = row["exact"], row["truncated"]
+    row["captured_energy_ratio"] = truncated["captured_energy"] / exact["captured_energy"]
+    clock = "time_s" if options["device"] == "cuda" else "cpu_time_s"
+    row["speed_up"] = round(exact[clock] / truncated[clock], 1)
+    return row
+
+
+def main() -> None:
+    """Run all cases and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--checkpoint", type=str, default="", help="local checkpoint whose largest projection is added")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    common = {"rank": arguments.rank, "device": arguments.device, "threads": arguments.threads}
+    rows = [
+        compare({**common, "kind": kind, "out": out_features, "in": in_features, "checkpoint": ""})
+        for kind, out_features, in_features in CASES
+    ]
+    if arguments.checkpoint:
+        out_features, in_features = read_weight(arguments.checkpoint).shape
+        rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
+        case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
+        rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
+    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "unknown")
+    text = json.dumps(
+        {
+            "command": f"python eval/bench_kpsvd.py --rank {arguments.rank} --device {arguments.device} "
+            f"--threads {arguments.threads}",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "hardware": {
+                "cpu": cpu,
+                "cpus": os.cpu_count(),
+                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
+            },
+            "rows": rows,
+        },
+        indent=1,
+    )
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n")
+
+
+def _cpu_lines() -> list[str]:
+    file = Path("/proc/cpuinfo")
+    return file.read_text().splitlines() if file.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Accuracy before and after on the three task families of the embedded base, over several seeds.
+
+    python eval/bench_quickstart.py --out eval/results/quickstart.json
+
+Runs manifests/math.toml (and the same manifest with the other two families' data) through `soka_serve.build`, in a
+temporary folder, and writes every run's figures with versions and hardware. About a minute a run on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import soka_serve
+from soka_serve.provenance import versions
+
+MANIFEST = Path(__file__).resolve().parent.parent / "manifests" / "math.toml"
+DATA, SEED = 'builtin = "math"', "[train]\n"
+
+
+def run(family: str, seed: int, folder: Path) -> dict[str, object]:
+    """Build one variant of the manifest and return its figures."""
+    text = MANIFEST.read_text()
+    if text.count(DATA) != 1 or text.count(SEED) != 1:
+        raise SystemExit(f"{MANIFEST} has changed: this script replaces {DATA!r} and {SEED!r}")
+    path = folder / f"{family}-{seed}.toml"
+    name = f'name = "{family}-{seed}"'
+    text = text.replace('name = "math"', name).replace(DATA, f'builtin = "{family}"')
+    path.write_text(text.replace(SEED, f"{SEED}seed = {seed}\n"))
+    started = time.monotonic()
+    result = soka_serve.build(path, out=folder / "build", progress=False)
+    if result.accuracy_before is None or result.accuracy_after is None:
+        raise SystemExit(f"{path}: nothing was marked")
+    return {
+        "family": family,
+        "seed": seed,
+        "correct_before": result.accuracy_before[0],
+        "correct_after": result.accuracy_after[0],
+        "problems": result.accuracy_after[1],
+        "trainable_parameters": result.trainable_parameters,
+        "same_modules": result.comparison,
+        "build_s": round(time.monotonic() - started, 1),
+        "stages_s": {stage: round(seconds, 1) for stage, seconds in result.timings_s.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--families", nargs="+", default=["math", "boxed", "code"])
+    arguments = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for family in arguments.families:
+            for seed in arguments.seeds:
+                runs.append(run(family, seed, Path(folder)))
+                print(json.dumps(runs[-1]), flush=True)
+    report = {
+        "command": f"python eval/bench_quickstart.py --seeds {' '.join(map(str, arguments.seeds))} "
+        f"--families {' '.join(arguments.families)}",
+        "manifest": "manifests/math.toml",
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "runs": runs,
+    }
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

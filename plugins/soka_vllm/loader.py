@@ -1,0 +1,112 @@
+"""From an adapter directory to what vLLM's managers keep: checked against the model's layers as a whole, or refused."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, read_adapter
+from soka_serve.errors import SokaError
+from soka_serve.kron import Factors
+from soka_vllm import compat
+from soka_vllm.layers import KroneckerMixin
+from soka_vllm.lokr import read_lokr
+
+_logger = logging.getLogger("vllm.soka")
+
+
+def read_peft_type(directory: str | Path) -> str | None:
+    """The kind of adapter that a directory's config names; None where there is no such config."""
+    try:
+        config = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return str(config["peft_type"]) if isinstance(config, dict) and "peft_type" in config else None
+
+
+def read_soka(directory: Path) -> dict[str, Factors]:
+    """Read a SoKA adapter, finished or a checkpoint of a training, as the terms of each module's delta.
+
+    Raises:
+        CheckpointError: everything that is wrong with it.
+    """
+    adapter = read_adapter(directory)
+    return {name: adapter.delta_factors(name) for name in adapter.factors}
+
+
+READERS: dict[str, Callable[[Path], dict[str, Factors]]] = {PEFT_TYPE: read_soka, "LOKR": read_lokr}
+
+
+def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dtype: torch.dtype) -> Any:
+    """Read a Kronecker adapter as a vLLM LoRAModel.
+
+    Each module's `lora_a` is Left (r, m, n) with sigma multiplied in and `lora_b` is Right (r, p, q), both on the CPU
+    in `dtype`; three dimensions tell them from LoRA's two.
+
+    Args:
+        directory: the adapter.
+        kind: its peft_type, one of READERS.
+        lora_request: vLLM's request; its integer id goes into the model.
+        manager: vLLM's LoRAModelManager, whose layers the adapter must fit.
+        dtype: of the factors in the slots.
+
+    Raises:
+        ValueError: everything that is wrong with the adapter, or that does not fit the model.
+    """
+    try:
+        adapter = READERS[kind](directory)
+    except SokaError as error:
+        raise ValueError(error.message) from error
+    _check_layers(directory, adapter, manager)
+    weights = {}
+    nbytes = 0
+    for name, factors in adapter.items():
+        left = (factors.left * factors.sigma[:, None, None]).to(dtype)
+        right = factors.right.to(dtype)
+        if not bool(left.isfinite().all() and right.isfinite().all()):
+            raise ValueError(f"{directory}: {name}: values are not finite in {dtype}")
+        nbytes += left.nbytes + right.nbytes
+        weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
+    ranks = sorted({weight.rank for weight in weights.values()})
+    _logger.info(
+        "%s adapter %r from %s: %d modules, ranks %d to %d, %d bytes in %s",
+        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1], nbytes, dtype),
+    )
+    return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
+
+
+def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any) -> None:
+    """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
+
+    Raises:
+        ValueError: all that do not fit.
+    """
+    places = {}  # module name as in the checkpoint -> (layer, slice)
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        places.update({part: (layer, index) for index, part in enumerate(parts)})
+    problems = []
+    for name, factors in adapter.items():
+        layer, index = places.get(name, (None, 0))
+        shape = factors.shape
+        if layer is None:
+            close = difflib.get_close_matches(name, places, n=1)
+            near = f"; close is {close[0]}" if close else ""
+            problems.append(f"{name}: no layer of the served model that takes adapters{near}")
+        elif not isinstance(layer, KroneckerMixin):
+            problems.append(f"{name}: {type(layer).__name__} takes no Kronecker adapter; only attention and MLP do")
+        elif layer.tp_size > 1:
+            problems.append(f"{name}: Kronecker adapters are not sharded yet; serve with a tensor-parallel size of 1")
+        elif (shape.out_features, shape.in_features) != layer.kronecker_shape(index):
+            problems.append(
+                f"{name}: factors {list(shape)} make a {(shape.out_features, shape.in_features)} delta, "
+                f"the served weight is {layer.kronecker_shape(index)}"
+            )
+    if problems:
+        raise ValueError("\n".join(f"{directory}: {problem}" for problem in problems))

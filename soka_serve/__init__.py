@@ -1,0 +1,45 @@
+"""Kronecker-SVD adapters for LLMs, from a TOML manifest to a production endpoint.
+
+What the command line does is one call from Python:
+
+    plan(manifest)                  what a build would do; loads no weights
+    build(manifest)                 manifest -> adapter, merged model, report
+    merge(adapter, base=, out=)     adapter + base -> dense model
+    extract(tuned, base=, out=)     fully fine-tuned checkpoint -> adapter
+    export(adapter, out, to=)       adapter -> finished adapter or LoRA
+    inspect(path)                   what a directory holds
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.errors import SokaError
+
+if TYPE_CHECKING:
+    from soka_serve.api import export, merge, plan
+    from soka_serve.compiler import build
+    from soka_serve.extraction import extract
+    from soka_serve.inspection import inspect
+
+__version__ = "0.1.0"
+
+__all__ = ["SokaError", "__version__", "build", "export", "extract", "inspect", "merge", "plan"]
+
+# Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
+# would put the module in the function's place.
+_HOMES = {
+    "build": "soka_serve.compiler",
+    "export": "soka_serve.api",
+    "extract": "soka_serve.extraction",
+    "inspect": "soka_serve.inspection",
+    "merge": "soka_serve.api",
+    "plan": "soka_serve.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,318 @@
+"""The adapter on disk, format 1: a directory that PEFT loads, with safetensors and text in it and nothing else.
+
+- `adapter_config.json`: PEFT's fields, peft_type "SOKA", soka_format 1, and per full module name its rank and shape.
+- `adapter_model.safetensors`: `base_model.model.<module>.soka_left` (r, m, n), `.soka_right` (r, p, q), `.soka_sigma`
+  (r,). The delta is relative to the untouched base: sum over k of sigma[k] * kron(left[k], right[k]). No other scale.
+- `soka.lock` (TOML, provenance) and `README.md` (model card).
+
+A checkpoint of a running training has the frozen initial factors too (`soka_left_initial` and so on, and soka_initial
+in the config); its delta is trained minus initial. Needs torch and safetensors, not PEFT.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from soka_serve.errors import CheckpointError
+from soka_serve.files import write_bytes_atomic, write_text_atomic
+from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_header, read_json, read_tensor
+from soka_serve.kron import Factors, stack_terms
+from soka_serve.lock import read_lock, write_lock
+from soka_serve.shapes import FactorShape
+
+__all__ = [
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "KEY_PREFIX",
+    "LOCK_FILE",
+    "PARTS",
+    "PEFT_TYPE",
+    "SOKA_FORMAT",
+    "WEIGHTS_FILE",
+    "Adapter",
+    "check_against",
+    "read_adapter",
+    "read_lock",
+    "write_adapter",
+    "write_lock",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+LOCK_FILE = "soka.lock"
+CARD_FILE = "README.md"
+
+PEFT_TYPE = "SOKA"
+SOKA_FORMAT = 1
+KEY_PREFIX = "base_model.model."
+PARTS = ("left", "right", "sigma")
+
+_SAVE_AGAIN = "save or download the adapter again"
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+# The fields of soka_serve.peft.SokaConfig (a test holds the two together), with what a finished adapter has there.
+_CONFIG: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_soka_weights": False,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "peft_type": PEFT_TYPE,
+    "peft_version": None,
+    "r": 1,
+    "revision": None,
+    "seed": 0,
+    "shape": "balanced",
+    "soka_format": SOKA_FORMAT,
+    "soka_initial": False,
+    "soka_modules": {},
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+_WRITTEN_HERE = frozenset(
+    {"base_model_name_or_path", "peft_type", "soka_format", "soka_initial", "soka_modules", "target_modules"}
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from disk and checked.
+
+    Args:
+        directory: where it was read.
+        config: adapter_config.json.
+        factors: theta by full module name, float32 on the CPU whatever the file's dtype.
+        initial: the frozen initial factors of a training checkpoint; empty for a finished adapter.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    factors: dict[str, Factors]
+    initial: dict[str, Factors]
+
+    @property
+    def base_model(self) -> str | None:
+        """The base that the config names."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def parameters(self) -> int:
+        """Trained values, without the initial factors."""
+        return sum(f.parameters for f in self.factors.values())
+
+    def delta_factors(self, module: str) -> Factors:
+        """The terms of one module's delta: theta, with minus the initial factors stacked on where there are any."""
+        theta = self.factors[module]
+        return theta if module not in self.initial else stack_terms(theta, self.initial[module], signs=(1, -1))
+
+
+def read_adapter(directory: str | Path) -> Adapter:
+    """Read and check an adapter directory, finished or a checkpoint of a training.
+
+    Raises:
+        CheckpointError: everything that is wrong, one line each: files missing, truncated or malformed, another
+            peft_type or soka_format, settings that format 1 cannot hold, tensors missing or unknown, shapes or ranks
+            that disagree with the config, values that are not finite, pickles.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory", hint=f"give the folder that holds {CONFIG_FILE}")
+    problems = _check_files(folder)
+    config: dict[str, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        config = read_json(folder / CONFIG_FILE)
+        problems += [f"{CONFIG_FILE}: {line}" for line in _check_config(config)]
+    except CheckpointError as error:
+        problems.append(error.message)
+    try:
+        tensors = read_header(folder / WEIGHTS_FILE)
+    except CheckpointError as error:
+        problems.append(error.message)
+    factors: dict[str, Factors] = {}
+    initial: dict[str, Factors] = {}
+    if not problems:
+        problems += _check_names(config, tensors)
+        for name, spec in config["soka_modules"].items():
+            factors[name] = _read_factors(name, spec, "", tensors, problems)
+            if config["soka_initial"]:
+                initial[name] = _read_factors(name, spec, "_initial", tensors, problems)
+    if problems:
+        raise CheckpointError("\n".join(f"{folder}: {p}" for p in problems), hint=_SAVE_AGAIN)
+    return Adapter(folder, config, factors, initial)
+
+
+def write_adapter(
+    directory: str | Path,
+    factors: Mapping[str, Factors],
+    *,
+    base_model: str,
+    dtype: torch.dtype = torch.float32,
+    lock: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a finished adapter: each file on its own atomically, the folder made if need be.
+
+    Args:
+        factors: the delta relative to the untouched base, by full module name; at least one term each.
+        base_model: name or path of the base, recorded in the config.
+        dtype: dtype of the factors in the file.
+        lock: contents of soka.lock; not written when None.
+        card: text of README.md; not written when None.
+        extra: further fields of adapter_config.json, such as revision; only fields that PEFT reads.
+
+    Raises:
+        CheckpointError: nothing to write, a module without terms, or values that are not finite in `dtype`.
+        ValueError: an unknown field in `extra`, or one that is not for the caller to set; no base_model.
+        BuildError: disk full, no permission.
+    """
+    unknown = sorted(key for key in extra or {} if key not in _CONFIG or key in _WRITTEN_HERE)
+    if unknown or not base_model:
+        raise ValueError(f"extra cannot set {unknown}" if unknown else "base_model is empty")
+    tensors: dict[str, torch.Tensor] = {}
+    problems = [] if factors else ["an adapter needs at least one module"]
+    for name in sorted(factors):
+        if factors[name].rank == 0:
+            problems.append(f"{name}: no terms")
+        for part in PARTS:
+            value = getattr(factors[name], part).detach().to("cpu", dtype).contiguous()
+            if not bool(torch.isfinite(value).all()):
+                problems.append(f"{name}.soka_{part}: values are not finite in {dtype}")
+            tensors[f"{KEY_PREFIX}{name}.soka_{part}"] = value
+    if problems:
+        raise CheckpointError("\n".join(problems), hint="training diverged, or the dtype is too narrow")
+    config = {
+        **_CONFIG,
+        **(extra or {}),
+        "base_model_name_or_path": base_model,
+        "r": max(f.rank for f in factors.values()),
+        "soka_modules": {
+            name: {"rank": factors[name].rank, "shape": list(factors[name].shape)} for name in sorted(factors)
+        },
+        "target_modules": sorted(factors),
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata={"format": "pt"}))
+    write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if lock is not None:
+        write_lock(folder / LOCK_FILE, lock)
+    if card is not None:
+        write_text_atomic(folder / CARD_FILE, card)
+
+
+def check_against(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> None:
+    """Check that a base checkpoint has every weight that the adapter changes, in the right shape.
+
+    Args:
+        tensors: the base's headers by tensor name (`Checkpoint.tensors`).
+
+    Raises:
+        CheckpointError: all modules that do not fit.
+    """
+    problems = []
+    weights = {name.removesuffix(".weight"): info for name, info in tensors.items() if name.endswith(".weight")}
+    for module, factors in adapter.factors.items():
+        info, shape = weights.get(module), factors.shape
+        if info is None:
+            close = difflib.get_close_matches(module, weights, n=1)
+            problems.append(f"{module}: the base has no such weight" + (f"; it has {close[0]}" if close else ""))
+        elif tuple(info.shape) != (shape.out_features, shape.in_features):
+            problems.append(
+                f"{module}: the adapter's factors {list(shape)} make a {(shape.out_features, shape.in_features)} "
+                f"delta, the base's weight is {tuple(info.shape)}"
+            )
+    if problems:
+        raise CheckpointError(
+            "\n".join(f"{adapter.directory}: {p}" for p in problems),
+            hint=f"the adapter was made for {adapter.base_model}",
+        )
+
+
+def _check_files(folder: Path) -> list[str]:
+    """Pickles are refused; the folder of a resume point has the Trainer's own, which nothing here opens."""
+    if (folder / "trainer_state.json").exists():
+        return []
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    return [f"pickles, which can run code when loaded, have no place in an adapter: {', '.join(pickles)}"] * bool(
+        pickles
+    )
+
+
+def _check_config(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with adapter_config.json itself."""
+    if config.get("peft_type") != PEFT_TYPE:
+        other = f"peft_type is {config.get('peft_type')!r}, expected {PEFT_TYPE!r}"
+        return [f"{other}; adapters of other methods are merged by PEFT's own merge_and_unload()"]
+    if config.get("soka_format") != SOKA_FORMAT:
+        return [f"soka_format is {config.get('soka_format')!r}; this version reads {SOKA_FORMAT}"]
+    problems = []
+    unknown = sorted(set(config) - set(_CONFIG))
+    if unknown:
+        problems.append(f"unknown keys {unknown}")
+    if config.get("modules_to_save"):
+        problems.append(f"modules_to_save {config['modules_to_save']}: whole modules cannot be part of the delta")
+    if not isinstance(config.get("soka_initial"), bool):
+        problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r}")
+    modules = config.get("soka_modules")
+    if not isinstance(modules, dict) or not modules:
+        return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r}"]
+    for name, spec in modules.items():
+        if not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+            problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r}")
+        elif not _is_count(spec["rank"]):
+            problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r}")
+        elif not (isinstance(spec["shape"], list) and len(spec["shape"]) == 4 and all(map(_is_count, spec["shape"]))):
+            problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r}")
+    return problems
+
+
+def _check_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that the config does not name, or that it names and the file lacks."""
+    kinds = ("", "_initial") if config["soka_initial"] else ("",)
+    expected = {
+        f"{KEY_PREFIX}{name}.soka_{part}{kind}" for name in config["soka_modules"] for part in PARTS for kind in kinds
+    }
+    missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+    problems = [f"{WEIGHTS_FILE}: missing {name}" for name in missing]
+    if unknown:
+        problems.append(f"{WEIGHTS_FILE}: tensors that {CONFIG_FILE} does not name: {', '.join(unknown)}")
+    return problems
+
+
+def _read_factors(
+    name: str, spec: Mapping[str, Any], kind: str, tensors: Mapping[str, TensorInfo], problems: list[str]
+) -> Factors:
+    """One module's factors; what is wrong goes to `problems`, with zeros in its place."""
+    rank, (m, n, p, q) = spec["rank"], FactorShape(*spec["shape"])
+    values = {}
+    for part, shape in (("left", (rank, m, n)), ("right", (rank, p, q)), ("sigma", (rank,))):
+        key = f"{KEY_PREFIX}{name}.soka_{part}{kind}"
+        info = tensors.get(key)
+        value = torch.zeros(shape)
+        if info is not None and info.dtype not in FLOAT_DTYPES:
+            problems.append(f"{WEIGHTS_FILE}: {key} is {info.dtype}, expected a floating-point dtype")
+        elif info is not None and info.shape != shape:
+            problems.append(f"{WEIGHTS_FILE}: {key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
+        elif info is not None:
+            value = read_tensor(info).float()
+            if not bool(torch.isfinite(value).all()):
+                problems.append(f"{WEIGHTS_FILE}: {key} has values that are not finite")
+        values[part] = value
+    return Factors(**values)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

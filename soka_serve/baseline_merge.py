@@ -1,0 +1,36 @@
+"""Dense models from the baselines (LoRA, PiSSA, LoKr through PEFT's own merge; full fine-tuning as it is).
+
+Not streamed: the model is loaded whole, as PEFT does it. SoKA adapters go through `soka_serve.merging`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from soka_serve.base_model import load_base
+from soka_serve.baselines import load_adapter
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.merge_papers import copy_side_files
+
+
+def merge_baseline(method: str, trained: Path, base_dir: Path, out: Path, dtype: str) -> None:
+    """Write a baseline's dense model into a new directory.
+
+    Args:
+        method: lora, pissa, lokr or full.
+        trained: the trained adapter, or the whole model for "full".
+        base_dir: the base checkpoint.
+        out: directory to make.
+        dtype: of the weights; "auto" is the base's own. The sum is formed in float32.
+    """
+    base = Checkpoint.open(base_dir)
+    if method == "full":
+        model = load_base(trained, "float32")
+    else:
+        model = load_adapter(load_base(base_dir, "float32"), trained).merge_and_unload()
+    first = next(iter(base.tensors.values()))
+    model.to(getattr(torch, dtype) if dtype != "auto" else first.torch_dtype).save_pretrained(out)
+    # After save_pretrained, so that the base's own config stands; only its dtype may differ.
+    copy_side_files(base, out, None if dtype == "auto" else dtype)

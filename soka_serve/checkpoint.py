@@ -1,0 +1,205 @@
+"""Base checkpoints: config, shards and index, one tensor at a time, content hashes, and where a base comes from.
+
+Nothing here imports torch at import time; `Checkpoint.read` does when it is called.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.errors import CheckpointError
+from soka_serve.files import sha256_file
+from soka_serve.headers import FETCH_AGAIN, TensorInfo, check_finite, read_header, read_json, read_tensor
+from soka_serve.hub import fetch_snapshot
+from soka_serve.schema import Base
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Checkpoint", "TensorInfo", "check_finite", "read_header", "read_tensor", "resolve_base"]
+
+log = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+
+def check_directory(directory: Path) -> None:
+    """Raise CheckpointError unless `directory` is one."""
+    if not directory.exists():
+        raise CheckpointError(f"{directory}: no such directory", hint="give the directory of a Hugging Face checkpoint")
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: not a directory", hint="give the directory that holds config.json")
+
+
+def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a checkpoint and, if it is sharded, the index's map from tensor to file.
+
+    `model.safetensors` wins over an index, as in transformers.
+
+    Raises:
+        CheckpointError: no safetensors (with a hint on converting where there are pickles), malformed index, missing
+            shards; everything that is wrong at once.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists():
+        if index.exists():
+            log.info("%s: has %s and an index; the single file is read, as in transformers", directory, SINGLE_FILE)
+        return [single], None
+    if not index.exists():
+        pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES)
+        if pickles:
+            raise CheckpointError(
+                f"{directory}: the weights are pickles ({', '.join(pickles[:3])}), which can run code when loaded; "
+                "only safetensors are read",
+                hint="convert once where you trust the file: AutoModelForCausalLM.from_pretrained(DIR)"
+                ".save_pretrained(NEW_DIR) writes safetensors",
+            )
+        raise CheckpointError(
+            f"{directory}: no weights: expected {SINGLE_FILE} or {INDEX_FILE}",
+            hint="give the directory that holds a checkpoint's safetensors files",
+        )
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected a non-empty object `weight_map`", hint=FETCH_AGAIN)
+    wrong = [
+        f"{index}: {name}: expected the name of a file beside the index, got {file!r}"
+        for name, file in weight_map.items()
+        if not isinstance(file, str) or Path(file).name != file
+    ]
+    if not wrong:
+        names = sorted(set(weight_map.values()))
+        wrong = [
+            f"{directory / name}: missing, though {INDEX_FILE} names it"
+            for name in names
+            if not (directory / name).exists()
+        ]
+    if wrong:
+        raise CheckpointError(
+            "\n".join(wrong), hint="fetch the missing files; an interrupted download leaves such gaps"
+        )
+    return [directory / name for name in names], weight_map
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face checkpoint directory, opened by reading config.json and the headers only."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    files: list[Path]
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Read config.json and the safetensors headers.
+
+        Raises:
+            CheckpointError: everything that is wrong with the directory, its config, index and shards, in one.
+        """
+        check_directory(directory)
+        problems: list[CheckpointError] = []
+        config: dict[str, Any] = {}
+        try:
+            config = read_json(directory / "config.json")
+        except CheckpointError as error:
+            problems.append(error)
+        files: list[Path] = []
+        weight_map: dict[str, str] | None = None
+        try:
+            files, weight_map = list_shards(directory)
+        except CheckpointError as error:
+            problems.append(error)
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            try:
+                header = read_header(file)
+            except CheckpointError as error:
+                problems.append(error)
+                continue
+            for name in sorted(header.keys() & tensors.keys()):
+                problems.append(
+                    CheckpointError(f"{directory}: {name} is in both {tensors[name].file.name} and {file.name}")
+                )
+            tensors.update(header)
+        if weight_map is not None and not problems:
+            problems += _compare_with_index(directory, weight_map, tensors)
+        if problems:
+            hints = list(dict.fromkeys(p.hint for p in problems if p.hint))
+            raise CheckpointError("\n".join(p.message for p in problems), hint="; ".join(hints) or FETCH_AGAIN)
+        return cls(directory, config, tensors, files)
+
+    def info(self, name: str) -> TensorInfo:
+        """The header entry of one tensor; CheckpointError if there is none."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.directory}: no tensor {name}", hint="is this the adapter's own base model?")
+        return self.tensors[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in its own dtype and memory; nothing else is loaded or mapped.
+
+        Raises:
+            CheckpointError: no such tensor, or the file ends early.
+        """
+        return read_tensor(self.info(name))
+
+    def sha256(self, hash_file: Callable[[Path], str] = sha256_file) -> str:
+        """Hex sha256 of the weights: names and contents of the weight files. config.json does not count.
+
+        Args:
+            hash_file: hex sha256 of one file; pass one that remembers what it hashed before.
+        """
+        # Hashing releases the interpreter's lock, so shards are hashed side by side.
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            digests = list(pool.map(hash_file, self.files))
+        lines = sorted(f"{digest}  {file.name}\n" for digest, file in zip(digests, self.files, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()  # what sha256_tree(self.files) gives
+
+
+def _compare_with_index(
+    directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
+) -> list[CheckpointError]:
+    wrong = []
+    for name, file in weight_map.items():
+        if name not in tensors:
+            wrong.append(f"{directory / INDEX_FILE}: names {name} in {file}, which does not hold it")
+        elif tensors[name].file.name != file:
+            wrong.append(f"{directory / INDEX_FILE}: names {name} in {file}; it is in {tensors[name].file.name}")
+    if unnamed := sorted(tensors.keys() - weight_map.keys()):
+        log.warning("%s: %d tensors are not in the index, %s for one", directory, len(unnamed), unnamed[0])
+    return [CheckpointError(line, hint=FETCH_AGAIN) for line in wrong]
+
+
+def resolve_base(base: Base, *, manifest_dir: Path, weights: bool = True) -> Path:
+    """The directory of a manifest's base model, fetched first if it is on the hub.
+
+    Args:
+        base: the manifest's [base] table.
+        manifest_dir: what a relative path is relative to.
+        weights: False fetches and checks the config, index and tokenizer only; a hub that cannot be reached is then
+            replaced by the config inside the package, if there is one, with a warning.
+
+    Raises:
+        CheckpointError: missing, malformed, gated, or not to be reached; the hint says what to do.
+    """
+    if base.builtin is not None:
+        from soka_serve.builtin import base_directory
+
+        directory = base_directory()
+    elif base.path is not None:
+        directory = manifest_dir / Path(base.path).expanduser()
+        check_directory(directory)
+    else:
+        directory = fetch_snapshot(str(base.hub), base.revision, weights=weights)
+    if weights:
+        Checkpoint.open(directory)
+    else:
+        read_json(directory / "config.json")
+    return directory

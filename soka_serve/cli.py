@@ -1,0 +1,275 @@
+"""The command line. A command reads its arguments, calls one function and prints what it returned.
+
+Nothing heavy is imported before a command needs it: `--help` and `schema` answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from soka_serve.errors import SokaError
+
+if TYPE_CHECKING:
+    from soka_serve.compiler import BuildResult
+
+_FILE = click.Path(path_type=Path)
+
+
+class _Group(click.Group):
+    """One place where exceptions become messages and exit codes: 2 for what the user can mend, 1 for our bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = bool(ctx.params.get("debug"))
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException):
+            raise
+        except SokaError as error:
+            if debug:
+                raise
+            _show(error.message, error.hint)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.exceptions.Abort):
+            if debug:
+                raise
+            _show("interrupted", "Nothing is half-written; run the same command again to go on.")
+            ctx.exit(2)
+        except Exception as error:
+            if debug:
+                raise
+            from soka_serve.files import explain_disk_error
+
+            known = explain_disk_error(error)
+            if known is None:
+                click.echo(
+                    f"internal error: {type(error).__name__}: {error}\n"
+                    "This is a bug in soka-serve: please report it with the output of the same command after "
+                    "`soka-serve --debug`.",
+                    err=True,
+                )
+                ctx.exit(1)
+            _show(known.message, known.hint)
+            ctx.exit(known.exit_code)
+
+
+def _show(message: str, hint: str | None) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    if hint:
+        click.echo(click.style("hint: ", fg="cyan", bold=True) + hint, err=True)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def _set_up_logging(*, quiet: bool, debug: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter())
+    logger = logging.getLogger("soka_serve")
+    logger.handlers[:] = [handler]
+    # Under `accelerate launch` only the first process tells what goes on.
+    quiet = quiet or os.environ.get("RANK", "0") != "0"
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+    if not debug:
+        # Their warnings are about their own insides (a kernel package that is not installed, say); --debug shows them.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example:  soka-serve init mine.toml  &&  soka-serve plan mine.toml  &&  soka-serve build mine.toml",
+)
+@click.version_option(package_name="soka-serve", prog_name="soka-serve")
+@click.option("--debug", is_flag=True, help="Show tracebacks and debug logs.")
+@click.option("--quiet", is_flag=True, help="Only warnings, errors and results.")
+@click.pass_context
+def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
+    """Kronecker-SVD adapters for LLMs, from a TOML manifest to a production endpoint."""
+    del ctx
+    _set_up_logging(quiet=quiet, debug=debug)
+
+
+@main.command(epilog="Example:  soka-serve init math  writes math.toml")
+@click.argument("name")
+@click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
+def init(name: str, force: bool) -> None:
+    """Write a commented starter manifest to NAME.toml."""
+    from soka_serve.files import write_text_atomic
+    from soka_serve.manifest import starter_manifest
+
+    path = Path(name if name.endswith(".toml") else f"{name}.toml")
+    if path.exists() and not force:
+        raise SokaError(f"{path} is there already", hint="Choose another name, or give --force to overwrite it.")
+    write_text_atomic(path, starter_manifest(path.stem))
+    click.echo(f"wrote {path}; next: soka-serve plan {path}")
+
+
+@main.command(epilog="Example:  soka-serve schema > soka.schema.json")
+def schema() -> None:
+    """Print the manifest's JSON Schema, for editors."""
+    from soka_serve.manifest import json_schema
+
+    click.echo(json.dumps(json_schema(), indent=2))
+
+
+@main.command(epilog="Example:  soka-serve plan manifests/math.toml")
+@click.argument("manifest", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--all", "every", is_flag=True, help="A line per module instead of one per kind.")
+@click.option("--out", type=_FILE, help="Folder of builds (default: [output] dir).")
+@click.option("--policies", type=click.IntRange(min=1), help="Also list rank policies near this many parameters.")
+def plan(manifest: Path, as_json: bool, every: bool, out: Path | None, policies: int | None) -> None:
+    """Show what a build would do: modules, ranks, parameters, memory, examples. Loads no weights."""
+    from soka_serve.api import plan as make
+    from soka_serve.plan_text import render_plan
+
+    made = make(manifest, out=out, policies=policies)
+    click.echo(json.dumps(made.to_json(), indent=2) if as_json else render_plan(made, every=every))
+
+
+@main.command(
+    epilog="Example:  soka-serve build manifests/math.toml.  On several devices:  "
+    "accelerate launch -m soka_serve build manifests/math.toml"
+)
+@click.argument("manifest", type=_FILE)
+@click.option("--out", type=_FILE, help="Folder of builds (default: [output] dir).")
+@click.option("--force", is_flag=True, help="Run every stage again, whatever is cached.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result for machines.")
+def build(manifest: Path, out: Path | None, force: bool, as_json: bool) -> None:
+    """Compile MANIFEST: initialise, fine-tune, export, merge, check, report."""
+    from soka_serve.compiler import build as run
+
+    result = run(manifest, out=out, force=force)
+    if not result.is_main_process:
+        return
+    click.echo(json.dumps(_build_json(result), indent=2) if as_json else _build_text(result))
+
+
+def _build_json(result: BuildResult) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(result).items()}
+
+
+def _build_text(result: BuildResult) -> str:
+    lines = [""]
+    if result.accuracy_before and result.accuracy_after:
+        (c0, n0), (c1, n1) = result.accuracy_before, result.accuracy_after
+        lines.append(f"accuracy    {c0 / n0:.1%} -> {c1 / n1:.1%} on {n1} held-out {result.question_family!r} problems")
+    others = ", ".join(f"{name} {count:,}" for name, count in result.comparison.items())
+    lines.append(f"parameters  {result.trainable_parameters:,} trained (same modules: {others})")
+    for what, path in (("adapter", result.adapter), ("merged", result.merged), ("report", result.report)):
+        if path is not None:
+            lines.append(f"{what:<11} {path}")
+    if result.ran:
+        spent = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in result.timings_s.items())
+        lines.append(f"seconds     {spent}")
+    return "\n".join(lines)
+
+
+@main.command(epilog="Example:  soka-serve merge build/math/adapter --base path/to/base --out merged")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
+@click.option("--revision", help="Revision of a hub base.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the merged model; replaced as a whole.")
+@click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Reload and compare with base + adapter.")
+@click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
+def merge(
+    adapters: tuple[str, ...],
+    base: str,
+    revision: str | None,
+    out: Path,
+    dtype: str,
+    verify: bool,
+    allow_other_base: bool,
+) -> None:
+    """Add adapters to a base model's weights; write a dense model that any engine loads."""
+    from soka_serve.api import merge as run
+    from soka_serve.api import parse_weighted
+
+    result = run(
+        [parse_weighted(a) for a in adapters],
+        base=base,
+        revision=revision,
+        out=out,
+        dtype=dtype,
+        verify=verify,
+        allow_other_base=allow_other_base,
+    )
+    click.echo(result.to_text())
+
+
+@main.command(epilog="Example:  soka-serve extract tuned/ --base base/ --rank 4 --out adapter")
+@click.argument("finetuned")
+@click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
+@click.option("--out", type=_FILE, required=True, help="Directory of the adapter; replaced as a whole.")
+@click.option("--rank", type=click.IntRange(min=1), help="Terms per module.")
+@click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of each delta's energy to keep.")
+@click.option("--parameters", type=click.IntRange(min=1), help="Total of parameters, spread over the modules.")
+@click.option("--max-rank", type=click.IntRange(min=1), default=64, show_default=True, help="Most terms per module.")
+@click.option("--modules", multiple=True, help="Projection or pattern; may be given several times (default: all 7).")
+@click.option("--shape", default="balanced", show_default=True, help="'balanced', 'auto', or m,n,p,q.")
+def extract(
+    finetuned: str,
+    base: str,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    parameters: int | None,
+    max_rank: int,
+    modules: tuple[str, ...],
+    shape: str,
+) -> None:
+    """Extract a Kronecker adapter from a fully fine-tuned checkpoint."""
+    from soka_serve.extraction import extract as run
+
+    result = run(
+        finetuned,
+        base=base,
+        out=out,
+        rank=rank,
+        energy=energy,
+        parameters=parameters,
+        max_rank=max_rank,
+        modules=modules,
+        shape=shape,
+    )
+    click.echo(result.to_text())
+
+
+@main.command(epilog="Example:  soka-serve export build/math/adapter --to lora --rank 8 --out lora")
+@click.argument("source", type=_FILE)
+@click.option("--to", type=click.Choice(["soka", "lora"]), default="soka", show_default=True)
+@click.option("--rank", type=click.IntRange(min=1), help="Terms (soka) or LoRA rank; needed for lora.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--out", type=_FILE, required=True, help="Directory of the export; replaced as a whole.")
+def export(source: Path, to: str, rank: int | None, dtype: str, out: Path) -> None:
+    """Write an adapter or a training checkpoint in another form, and say what is lost."""
+    from soka_serve.api import export as run
+
+    click.echo(run(source, out, to=to, rank=rank, dtype=dtype).to_text())
+
+
+@main.command(epilog="Example:  soka-serve inspect build/math")
+@click.argument("path", type=_FILE)
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what an adapter, a build or a checkpoint holds: shapes, ranks, sigma, norms, provenance."""
+    from soka_serve.inspection import inspect as run
+
+    found = run(path)
+    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())

@@ -1,0 +1,192 @@
+"""What the stages of one build share: the manifest, the base, the targets, and the key of every stage. No torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soka_serve.checkpoint import Checkpoint, resolve_base
+from soka_serve.data import data_sha256
+from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.files import sha256_text
+from soka_serve.lock import read_lock
+from soka_serve.manifest import LoadedManifest
+from soka_serve.processes import Processes
+from soka_serve.rows import resolve
+from soka_serve.schema import Base
+from soka_serve.stages import Inputs, stage_keys
+from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.workspace import HashCache, Workspace
+
+logger = logging.getLogger(__name__)
+
+# Files of the base, beside its weights, that a result depends on.
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+_DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind
+
+
+@dataclass
+class Context:
+    """Everything the stages of one build share."""
+
+    loaded: LoadedManifest
+    workspace: Workspace
+    base_dir: Path
+    checkpoint: Checkpoint
+    finetuned: dict[str, Checkpoint]
+    targets: list[Target]
+    inputs: Inputs
+    keys: dict[str, str]
+    processes: Processes
+    progress: bool
+    timings_s: dict[str, float] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+    dropped_energy_frac: float = 0.0
+    _started: float = 0.0
+
+    def seconds_so_far(self) -> float:
+        """Seconds since the running stage began."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def stage(self, name: str, why: str) -> Iterator[None]:
+        """Log a stage's start and end, and time it."""
+        if self.processes.is_main:
+            logger.info("%s: %s", name, why)
+        self._started = time.monotonic()
+        yield
+        self.timings_s[name] = self.seconds_so_far()
+        self.ran.append(name)
+
+
+def prepare(
+    loaded: LoadedManifest,
+    workspace: Workspace,
+    *,
+    processes: Processes | None = None,
+    progress: bool = True,
+    save_hashes: bool = True,
+) -> Context:
+    """Read and check everything that a build needs, and work out its stages.
+
+    Nothing is written but what was learned about file hashes, and not even that with `save_hashes=False`.
+    """
+    manifest = loaded.manifest
+    base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
+    checkpoint = Checkpoint.open(base_dir)
+    targets = resolve_targets(manifest, list_modules(base_dir))
+    finetuned = {
+        source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
+        for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
+    }
+    hashes = HashCache(workspace.hashes)
+    inputs = Inputs(
+        base=checkpoint.sha256(hashes.file),
+        config=_sha256_of(base_dir, CONFIG_FILES, hashes),
+        tokenizer=_sha256_of(base_dir, TOKENIZER_FILES, hashes),
+        data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
+        finetuned={name: other.sha256(hashes.file) for name, other in finetuned.items()},
+        base_name=manifest.base.hub or str(base_dir.resolve()),
+        manifest=loaded.sha256,
+    )
+    processes = processes or Processes()
+    if processes.is_main and save_hashes:
+        hashes.save()
+    keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
+    return Context(loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress)
+
+
+def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
+    """One hash over those of the named files that are there."""
+    found = [(name, directory / name) for name in names if (directory / name).is_file()]
+    return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))
+
+
+def _resolve_finetuned(source: str, manifest_dir: Path) -> Path:
+    """A fine-tuned checkpoint is a directory when there is one of that name, else a hub id."""
+    local = manifest_dir / Path(source).expanduser()
+    if local.exists() or source.startswith((".", "/", "~")):
+        return resolve_base(Base(path=source), manifest_dir=manifest_dir)
+    return resolve_base(Base(hub=source), manifest_dir=manifest_dir)
+
+
+def previous_keys(target: Path) -> dict[str, str]:
+    """Stage keys of the artefact that is there; empty when there is none, or it was not made by a build."""
+    return dict(_previous_lock(target).get("stages", {}))
+
+
+def _previous_lock(target: Path) -> dict[str, Any]:
+    """The lock of the artefact that is there; empty when there is none, or it cannot be read."""
+    if not (target / "soka.lock").exists():
+        return {}
+    try:
+        return read_lock(target / "soka.lock")
+    except CheckpointError as error:
+        logger.warning("%s; everything runs again", error.message)
+        return {}
+
+
+def is_whole(target: Path) -> bool:
+    """Whether every file that the lock lists is there with its size; False where there is no build."""
+    lock = _previous_lock(target)
+    for name, size in lock.get("files", {}).items():
+        path = target / name
+        if not path.exists() or path.stat().st_size != size:
+            logger.warning("%s is missing or was changed; building again", path)
+            return False
+    return bool(lock)
+
+
+def check_target(context: Context) -> None:
+    """Refuse to replace a folder that is no build, or one that holds what the build reads or did not write.
+
+    Raises:
+        BuildError: names what would be lost.
+    """
+    target, loaded = context.workspace.target, context.loaded
+    data = loaded.manifest.train.data
+    named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
+    inputs = [loaded.path, context.base_dir, *(c.directory for c in context.finetuned.values()), *named]
+    elsewhere = "Choose another name or output folder"
+    real = target.resolve()
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(real):
+            raise BuildError(
+                f"{target} is replaced by this build, and holds {path}, which the build reads",
+                hint=f"{elsewhere}, or move {path.name} out of it.",
+            )
+    if not target.is_dir():
+        return  # a file in the way is refused where the directory is written
+    present = sorted(
+        p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir() and p.name not in _DESKTOP_FILES
+    )
+    if present and not (target / "soka.lock").exists():
+        raise BuildError(
+            f"{target} was not made by a build and is not empty ({present[0]}); it will not be replaced",
+            hint=f"{elsewhere}, or move that folder away.",
+        )
+    if lock := _previous_lock(target):
+        foreign = [name for name in present if name not in lock.get("files", {}) and name != "soka.lock"]
+        if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+            raise BuildError(
+                f"{target} is replaced as a whole, and holds files that no build wrote: {foreign[0]}{more}",
+                hint="Move them away first.",
+            )
+        maker = lock.get("manifest", {}).get("file")
+        if maker not in (None, loaded.path.name):
+            logger.warning("%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)

@@ -1,0 +1,72 @@
+"""The errors a user can cause, and how they are shown.
+
+Every failure that a user can mend is a `SokaError`: one message that names the file, key or tensor, what was
+expected and what came, and a hint that says what to do. The command line prints both and exits with `exit_code`;
+anything else is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class SokaError(Exception):
+    """A failure that the user can mend.
+
+    Args:
+        message: what is wrong, naming the file, key or tensor, what was expected and what came.
+        hint: what to do about it; printed on a line of its own.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a manifest.
+
+    `line` and `column` count from 1; both are 0 when the text has no place for it (a key that is missing in the whole
+    file, say). `key` is the dotted key, with list indices: `adapt[1].rank.policy`.
+    """
+
+    key: str
+    message: str
+    line: int = 0
+    column: int = 0
+    hint: str | None = None
+
+
+class ManifestError(SokaError):
+    """Everything that is wrong in one manifest, in one exception."""
+
+    def __init__(self, file: str, problems: Sequence[Problem]) -> None:
+        self.file = file
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self._line(p) for p in self.problems))
+
+    def _line(self, problem: Problem) -> str:
+        place = f"{self.file}:{problem.line}:{problem.column}" if problem.line else self.file
+        text = f"{place}: {problem.key}: {problem.message}" if problem.key else f"{place}: {problem.message}"
+        return f"{text} ({problem.hint})" if problem.hint else text
+
+
+class PlanError(SokaError):
+    """The manifest is well formed, but does not fit the base model (no module matched, a shape that cannot be)."""
+
+
+class CheckpointError(SokaError):
+    """A base checkpoint or adapter file that is missing, truncated, of the wrong shape, or not finite."""
+
+
+class DataError(SokaError):
+    """A dataset that is missing, malformed (with its line number), or lacks a column that a template names."""
+
+
+class BuildError(SokaError):
+    """A stage of a build that could not finish for a reason outside the program (disk full, no permission)."""

@@ -1,0 +1,158 @@
+"""`soka-serve extract`: a Kronecker adapter from a fully fine-tuned checkpoint minus its base, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.errors import SokaError
+from soka_serve.sources import open_base
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What an extraction kept.
+
+    `kept_energy_frac` is the share of the deltas' squared Frobenius norm that the adapter holds, over all modules;
+    `fell_short` how many modules hold less than the `energy` that was asked for, since they have `max_rank` terms.
+    """
+
+    out: Path
+    modules: int
+    parameters: int
+    ranks: tuple[int, int]
+    kept_energy_frac: float
+    fell_short: int = 0
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        low, high = self.ranks
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        text = (
+            f"adapter     {self.out}\n"
+            f"modules     {self.modules}, {ranks}, {self.parameters:,} parameters\n"
+            f"energy      {self.kept_energy_frac:.2%} of the fine-tuning delta is kept"
+        )
+        if self.fell_short:
+            text += f"\n            {self.fell_short} modules stopped at max_rank = {high} with less than was asked for"
+        return text
+
+
+def extract(
+    finetuned: str | Path,
+    *,
+    base: str | Path,
+    out: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    parameters: int | None = None,
+    max_rank: int = 64,
+    modules: Sequence[str] = (),
+    shape: str | Sequence[int] = "balanced",
+    progress: bool = True,
+) -> ExtractResult:
+    """Decompose (fine-tuned - base) into Kronecker terms and write them as an adapter of the base.
+
+    Args:
+        finetuned: directory or hub id of the fine-tuned checkpoint.
+        base: directory or hub id of its base, or 'tiny'.
+        out: the adapter's directory; replaced as a whole.
+        rank: terms per module.
+        energy: or the share of each delta's own energy to keep.
+        parameters: or a total, spread by captured energy per parameter. Exactly one of the three.
+        max_rank: most terms per module for `energy` and `parameters`.
+        modules: projection names or patterns; default: all seven of LLaMA.
+        shape: 'balanced', 'auto', 'm,n,p,q' or four numbers.
+        progress: show progress.
+
+    Raises:
+        SokaError: a checkpoint that is missing or of another shape; a delta that is zero everywhere.
+    """
+    from soka_serve.adapter import write_adapter
+    from soka_serve.card import extracted_card
+    from soka_serve.exporting import ADAPTER_SUFFIXES
+    from soka_serve.files import check_replaceable, replace_directory
+    from soka_serve.initialise import initialise
+    from soka_serve.provenance import versions
+    from soka_serve.schema import Manifest
+    from soka_serve.targets import list_modules, resolve_targets
+
+    given = {"rank": rank, "energy": energy, "parameters": parameters}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise SokaError(
+            f"extract takes exactly one of rank, energy and parameters; got {', '.join(chosen) or 'none'}",
+            hint="For example: --rank 4, or --energy 0.9.",
+        )
+    base_dir, base_name = open_base(str(base))
+    tuned_dir, tuned_name = open_base(str(finetuned))
+    check_replaceable(Path(out), keep=[base_dir, tuned_dir], suffixes=ADAPTER_SUFFIXES, what="an extracted adapter")
+    checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    policy: dict[str, object]
+    if rank is not None:
+        policy = {"policy": "fixed", "rank": rank}
+    elif energy is not None:
+        policy = {"policy": "energy", "threshold": energy, "of": "total", "max": max_rank, "pool": max_rank}
+    else:
+        policy = {"policy": "budget", "parameters": parameters, "max": max_rank, "pool": max_rank}
+    rule: dict[str, object] = {"init": "delta", "finetuned": "tuned", "rank": policy, "shape": parse_shape(shape)}
+    if modules:
+        rule["modules"] = list(modules)
+    manifest = Manifest.model_validate(
+        {
+            "schema": 1,
+            "base": {"path": str(base_dir)},
+            "adapt": [rule],
+            "train": {"steps": 0, "data": {"builtin": "math"}},
+        }
+    )
+    targets = resolve_targets(manifest, list_modules(base_dir))
+    started = initialise(targets, checkpoint, finetuned={"tuned": other}, progress=progress)
+    total = sum(m.total_energy for m in started.modules)
+    if total == 0:
+        raise SokaError(
+            f"{tuned_name} equals {base_name} on every adapted module: there is nothing to extract",
+            hint="Check that the first argument is the fine-tuned checkpoint, and --modules names what was tuned.",
+        )
+    captured = {m.module: sum(s * s for s in m.sigma[: m.rank]) for m in started.modules}
+    kept = sum(captured.values())
+    # In float32 the terms of a whole spectrum add up to the total to rounding only.
+    short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
+    ranks = [m.rank for m in started.modules if m.rank]
+    result = ExtractResult(
+        out=Path(out),
+        modules=len(started.factors),
+        parameters=sum(f.parameters for f in started.factors.values()),
+        ranks=(min(ranks), max(ranks)),
+        kept_energy_frac=kept / total,
+        fell_short=len(short),
+    )
+    lock = {
+        "soka": 1,
+        "base": {"name": base_name, "sha256": checkpoint.sha256()},
+        "finetuned": {"name": tuned_name, "sha256": other.sha256()},
+        "versions": versions(),
+        "result": {"kept_energy_frac": result.kept_energy_frac, "trainable_parameters": result.parameters},
+        "ranks": {m.module: m.rank for m in started.modules},
+    }
+    with replace_directory(Path(out)) as new:
+        card = extracted_card(base_name, tuned_name, result.modules, result.parameters, result.kept_energy_frac)
+        write_adapter(new, started.factors, base_model=base_name, lock=lock, card=card)
+    return result
+
+
+def parse_shape(shape: str | Sequence[int]) -> object:
+    """'balanced', 'auto', 'm,n,p,q' or four numbers, as the manifest takes it."""
+    if not isinstance(shape, str):
+        return list(shape)
+    if shape in ("balanced", "auto"):
+        return shape
+    try:
+        numbers = [int(part) for part in shape.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4 or min(numbers) < 1:
+        raise SokaError(f"--shape: expected 'balanced', 'auto' or m,n,p,q; got {shape!r}", hint="Such as 64,64,64,64.")
+    return numbers

@@ -1,0 +1,257 @@
+"""Safetensors files: headers and single tensors, read without mapping or loading anything else.
+
+Nothing here imports torch at import time; `read_tensor` and `check_finite` do when they are called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from soka_serve.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+# safetensors dtype -> (bytes per element, torch's name)
+DTYPES: dict[str, tuple[int, str]] = {
+    "F64": (8, "float64"),
+    "F32": (4, "float32"),
+    "F16": (2, "float16"),
+    "BF16": (2, "bfloat16"),
+    "F8_E4M3": (1, "float8_e4m3fn"),
+    "F8_E5M2": (1, "float8_e5m2"),
+    "I64": (8, "int64"),
+    "I32": (4, "int32"),
+    "I16": (2, "int16"),
+    "I8": (1, "int8"),
+    "U64": (8, "uint64"),
+    "U32": (4, "uint32"),
+    "U16": (2, "uint16"),
+    "U8": (1, "uint8"),
+    "BOOL": (1, "bool"),
+    "C64": (8, "complex64"),
+}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+FETCH_AGAIN = "fetch or save the checkpoint again"
+_CHECK_RIGHTS = "check the path and its rights"
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are absolute byte offsets in `file`, `dtype` is safetensors' name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file, bytes."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The torch dtype of `dtype`; imports torch."""
+        import torch
+
+        dtype = getattr(torch, DTYPES[self.dtype][1])
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"torch.{DTYPES[self.dtype][1]} is not a dtype")
+        return dtype
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(names) != len(set(names)):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"names that occur twice: {', '.join(twice[:3])}")
+    return dict(pairs)
+
+
+def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The JSON of a safetensors file and the offset where its data begin."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            if prefix.startswith(b"version "):
+                raise CheckpointError(
+                    f"{file}: a git-lfs pointer, not the file itself", hint="run `git lfs pull` in the checkpoint"
+                )
+            if len(prefix) < 8:
+                raise CheckpointError(f"{file}: truncated: expected at least 8 bytes, found {size}", hint=FETCH_AGAIN)
+            (length,) = struct.unpack("<Q", prefix)
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: not a safetensors file: its header would take {length} bytes "
+                    f"(at most {_MAX_HEADER_BYTES} are allowed)",
+                    hint=FETCH_AGAIN,
+                )
+            text = stream.read(length)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {error.strerror}", hint="check the path and its rights"
+        ) from error
+    if len(text) < length:
+        raise CheckpointError(
+            f"{file}: truncated: expected at least {8 + length} bytes (the header), found {size}", hint=FETCH_AGAIN
+        )
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: malformed header: {error}", hint=FETCH_AGAIN) from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: malformed header: expected an object", hint=FETCH_AGAIN)
+    return header, 8 + length
+
+
+def _is_naturals(value: object) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The `__metadata__` of a safetensors file (usually {"format": "pt"}); {} where there is none."""
+    header, _ = _read_raw_header(file)
+    metadata = header.get("__metadata__", {})
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a safetensors file, in the order of the data, without reading the data.
+
+    Raises:
+        CheckpointError: missing, truncated (with the expected and the actual number of bytes) or malformed.
+    """
+    header, data_start = _read_raw_header(file)
+    header.pop("__metadata__", None)
+    tensors: list[TensorInfo] = []
+    wrong: list[str] = []
+    for name, spec in header.items():
+        dtype, shape, offsets = (
+            spec.get(k) if isinstance(spec, dict) else None for k in ("dtype", "shape", "data_offsets")
+        )
+        if not (isinstance(dtype, str) and _is_naturals(shape) and _is_naturals(offsets) and len(offsets) == 2):
+            wrong.append(f"{name}: expected dtype, shape and data_offsets, got {spec!r:.120}")
+            continue
+        if dtype not in DTYPES:
+            wrong.append(f"{name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+            continue
+        info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
+        if info.nbytes != info.numel * DTYPES[dtype][0]:
+            wrong.append(
+                f"{name}: {dtype} of shape {shape} takes {info.numel * DTYPES[dtype][0]} bytes, "
+                f"data_offsets {offsets} span {info.nbytes}"
+            )
+        tensors.append(info)
+    tensors.sort(key=lambda t: (t.start, t.end))
+    position = data_start
+    if not wrong:
+        for info in tensors:
+            if info.start != position:
+                wrong.append(f"{info.name}: begins at byte {info.start}, expected {position} (a gap or an overlap)")
+                break
+            position = info.end
+    if wrong:
+        raise CheckpointError("\n".join(f"{file}: malformed header: {line}" for line in wrong), hint=FETCH_AGAIN)
+    size = file.stat().st_size
+    if size != position:
+        what = "truncated" if size < position else "longer than its header says"
+        raise CheckpointError(f"{file}: {what}: expected {position} bytes, found {size}", hint=FETCH_AGAIN)
+    return {info.name: info for info in tensors}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: missing, not UTF-8, not JSON (with line and column), or not an object.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: cannot be read: {error.strerror}", hint="check the path and its rights"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}", hint=FETCH_AGAIN
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 text: {error.reason}", hint=FETCH_AGAIN) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}", hint=FETCH_AGAIN)
+    return value
+
+
+def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
+    """One tensor, or whole rows of it (along the first dimension), read into memory of its own.
+
+    Semantics: `all_of_it[rows]`, shape `info.shape` but for the first dimension, dtype as in the file, CPU.
+
+    Raises:
+        CheckpointError: the file ends early (it was changed after its header was read).
+    """
+    import torch
+
+    shape, start = list(info.shape), info.start
+    if rows is not None:
+        first, last, step = rows.indices(shape[0])
+        if step != 1:
+            raise ValueError(f"rows must be contiguous, got step {step}")
+        start += first * (info.nbytes // max(shape[0], 1))
+        shape[0] = max(last - first, 0)
+    tensor = torch.empty(shape, dtype=info.torch_dtype)
+    if tensor.numel() == 0:
+        return tensor
+    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    with info.file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        done = 0
+        while done < len(buffer):
+            count = stream.readinto(buffer[done:])
+            if not count:
+                raise CheckpointError(
+                    f"{info.file}: {info.name}: truncated: expected {len(buffer)} bytes, found {done}",
+                    hint=FETCH_AGAIN,
+                )
+            done += count
+    return tensor
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """Return `tensor`, any shape and floating dtype, unless it holds NaN or infinity.
+
+    Raises:
+        CheckpointError: names the tensor and counts its values that are not finite.
+    """
+    import torch
+
+    # A sum is finite unless an element is not (or it overflows): one cheap pass, the mask only in doubt.
+    if torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)):
+        return tensor
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise CheckpointError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite",
+            hint=f"the checkpoint is damaged: {FETCH_AGAIN}",
+        )
+    return tensor

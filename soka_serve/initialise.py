@@ -1,0 +1,352 @@
+"""Stage `init`: where the factors start, and how many terms each module gets.
+
+Reads one weight at a time from safetensors, decomposes it, keeps the terms that the rank policy can use, and lets go
+of the weight. Initialisations (`[[adapt]] init`):
+
+- `weights`: principal Kronecker components of W. The base is never rewritten: the adapter is K(theta) - K(theta0), so
+  it is zero at step 0 in every dtype. Differs from the paper, which freezes W - K(theta0): same function and gradients.
+- `delta`: Kronecker components of (fine-tuned W) - W; nothing is subtracted, the adapter starts as that delta.
+- `gradient`: components of the first full gradient, scaled to the weight's own terms; K(theta) - K(theta0) again.
+- `zero`: left random, right zero (the KronA baseline).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from soka_serve.checkpoint import Checkpoint, check_finite
+from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.kron import Decomposition, Factors, kpsvd
+from soka_serve.progress import track
+from soka_serve.rank import choose_rank, spread_budget
+from soka_serve.schema import RankBudget, RankFixed
+from soka_serve.shapes import FactorShape, candidate_shapes, parallel_of
+
+if TYPE_CHECKING:
+    from soka_serve.targets import Target
+    from soka_serve.weighting import InputMoments
+
+logger = logging.getLogger(__name__)
+
+# Terms computed for a fixed rank, so that the report can show what was cut off.
+FIXED_POOL = 32
+
+INITIAL_KINDS = ("weights", "gradient")
+
+
+@dataclass(frozen=True)
+class ModuleInit:
+    """What was decided for one module.
+
+    `sigma` is the candidate pool's spectrum, descending; `total_energy` the squared Frobenius norm of what was
+    decomposed (the weight, the delta or the gradient; in the weighted norm where activations weigh it).
+    """
+
+    module: str
+    layer: int | None
+    out_features: int
+    in_features: int
+    factor_shape: FactorShape
+    init: str
+    policy: str
+    rank: int
+    sigma: tuple[float, ...]
+    total_energy: float
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters: r(mn + pq + 1), arXiv:2506.15251."""
+        return self.factor_shape.parameters(self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_json` reads back."""
+        return {**asdict(self), "factor_shape": list(self.factor_shape), "sigma": list(self.sigma)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModuleInit:
+        """The reverse of `to_json`."""
+        shape = FactorShape(*value["factor_shape"])
+        return cls(**{**value, "factor_shape": shape, "sigma": tuple(value["sigma"])})
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """Factors at step 0 (theta) for every adapted module; modules of rank 0 are left out of `factors`."""
+
+    modules: tuple[ModuleInit, ...]
+    factors: dict[str, Factors]
+    initial_modules: frozenset[str] = field(default_factory=frozenset)
+    """Modules whose theta0 is subtracted (init = weights or gradient)."""
+
+    def write(self, directory: Path) -> None:
+        """Write `init.safetensors` and `init.json` into an existing directory."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, factors in self.factors.items():
+            for part in ("left", "right", "sigma"):
+                tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
+        save_file(tensors, directory / "init.safetensors", metadata={"format": "pt"})
+        listing = {"modules": [m.to_json() for m in self.modules], "initial": sorted(self.initial_modules)}
+        (directory / "init.json").write_text(json.dumps(listing))
+
+    @classmethod
+    def read(cls, directory: Path) -> Initialisation:
+        """Read what `write` wrote."""
+        listing = json.loads((directory / "init.json").read_text())
+        modules = tuple(ModuleInit.from_json(m) for m in listing["modules"])
+        factors: dict[str, Factors] = {}
+        with safe_open(directory / "init.safetensors", framework="pt") as file:
+            for module in modules:
+                if module.rank:
+                    parts = [file.get_tensor(f"{module.module}.{part}") for part in ("left", "right", "sigma")]
+                    factors[module.module] = Factors(*parts)
+        return cls(modules, factors, frozenset(listing["initial"]))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A module's decomposition, with no more terms than its policy can take."""
+
+    target: Target
+    shape: FactorShape
+    decomposition: Decomposition
+    sigma: tuple[float, ...]
+    most: int
+    """Most terms it may get: the policy's, or as many as cost the same where `auto` chose a costlier shape."""
+
+
+def pool_size(target: Target, shape: FactorShape) -> int:
+    """Number of candidate terms to compute for a target, capped by its shape."""
+    policy = target.rule.rank
+    wanted = max(policy.rank, FIXED_POOL) if isinstance(policy, RankFixed) else policy.pool
+    return min(wanted, shape.max_rank)
+
+
+def _most_terms(target: Target) -> int:
+    policy = target.rule.rank
+    return policy.rank if isinstance(policy, RankFixed) else policy.max
+
+
+def decompose(
+    target: Target,
+    checkpoint: Checkpoint,
+    *,
+    finetuned: Checkpoint | None = None,
+    gradient: torch.Tensor | None = None,
+    moments: InputMoments | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> _Candidate:
+    """Kronecker-decompose one target.
+
+    Args:
+        target: the module, its rule and its factor shape (None: `shape = "auto"` is searched here).
+        checkpoint: the base; the weight (out, in) is read from it and let go of.
+        finetuned: the checkpoint whose delta is decomposed; needed for `init = "delta"`.
+        gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
+        moments: second moments of the module's inputs, which weigh the decomposition.
+        seed: of the randomised range finder, and of the `zero` initialisation.
+        device: where the decomposition runs; None is the CPU.
+
+    Raises:
+        CheckpointError: the weight is missing, not finite, or of another shape in the fine-tuned checkpoint.
+    """
+    from soka_serve.shape_search import search_shape
+    from soka_serve.weighting import refine_terms, weighted_kpsvd
+
+    name, rule = target.module.name, target.rule
+    weight = check_finite(checkpoint.read(f"{name}.weight"), f"{name}.weight").to(device)
+    if rule.init == "delta":
+        assert finetuned is not None
+        other = check_finite(finetuned.read(f"{name}.weight"), f"{name}.weight").to(device)
+        if other.shape != weight.shape:
+            raise CheckpointError(
+                f"{finetuned.directory}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
+                hint="`finetuned` must be a fine-tuned version of the same base.",
+            )
+        matrix = other.float() - weight.float()
+        del other
+    elif rule.init == "gradient":
+        assert gradient is not None
+        matrix = gradient.to(device)
+    else:
+        matrix = weight
+    shape, most = target.shape, _most_terms(target)
+    if shape is None:
+        candidates = candidate_shapes(
+            target.module.out_features, target.module.in_features, tp=rule.tp, parallel=parallel_of(name)
+        )
+        shape = search_shape(matrix, candidates, most, seed=seed)
+        most = max(1, candidates[0].parameters(most) // shape.parameters(1))
+        logger.info("%s: auto shape %s", name, tuple(shape))
+    pool = pool_size(target, shape)
+    if moments is not None:
+        decomposition = weighted_kpsvd(matrix, shape, pool, moments, seed=seed)
+    else:
+        decomposition = kpsvd(matrix, shape, pool, seed=seed)
+    sigma = tuple(decomposition.factors.sigma.tolist())
+    factors = decomposition.factors.terms(slice(0, min(most, shape.max_rank))).to(
+        dtype=torch.float32, device=torch.device("cpu")
+    )
+    policy = rule.rank
+    if moments is not None and not isinstance(policy, RankBudget):
+        # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.
+        rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
+        refined = refine_terms(matrix, decomposition.factors.terms(slice(0, rank)), moments)
+        factors = refined.to(dtype=torch.float32, device=torch.device("cpu"))
+    # Root mean square of all the terms of the weight: the size that a term of this weight typically has.
+    typical = float(weight.float().norm()) / shape.max_rank**0.5
+    if rule.init == "gradient":
+        if not sigma or sigma[0] == 0.0:
+            raise PlanError(
+                f"{name}: the gradient over the calibration batches is zero",
+                hint="Check that the completions are not empty, or use init = 'weights'.",
+            )
+        factors = Factors(factors.left, factors.right, factors.sigma * (typical / sigma[0]))
+    elif rule.init == "zero":
+        generator = torch.Generator().manual_seed(seed)
+        left = torch.randn(factors.left.shape, generator=generator)
+        left = left / left.flatten(1).norm(dim=1)[:, None, None]
+        factors = Factors(left, torch.zeros_like(factors.right), torch.full_like(factors.sigma, typical))
+    return _Candidate(target, shape, Decomposition(factors, decomposition.total_energy), sigma, most)
+
+
+def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Rank of every module; a budget is spread over the modules with the same number in `budgets`.
+
+    Raises:
+        PlanError: a budget too small for its policy's `min`.
+    """
+    ranks: dict[str, int] = {}
+    groups: dict[tuple[RankBudget, int], list[_Candidate]] = {}
+    for candidate in candidates:
+        policy = candidate.target.rule.rank
+        name = candidate.target.module.name
+        if isinstance(policy, RankBudget):
+            groups.setdefault((policy, (budgets or {}).get(name, 0)), []).append(candidate)
+        else:
+            chosen = choose_rank(candidate.sigma, candidate.decomposition.total_energy, policy)
+            ranks[name] = min(chosen, candidate.most)
+    for (policy, _), members in groups.items():
+        spectra = {c.target.module.name: c.sigma[: c.most] for c in members}
+        costs = {c.target.module.name: c.shape.parameters(1) for c in members}
+        ranks.update(spread_budget(spectra, costs, policy))
+    return ranks
+
+
+def assemble(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> Initialisation:
+    """Choose the ranks and cut every candidate to its own.
+
+    Raises:
+        PlanError: every module came out with rank 0.
+    """
+    ranks = choose_ranks(candidates, budgets)
+    modules, factors, initial = [], {}, set()
+    for candidate in candidates:
+        target, name = candidate.target, candidate.target.module.name
+        rank = ranks[name]
+        modules.append(
+            ModuleInit(
+                module=name,
+                layer=target.module.layer,
+                out_features=target.module.out_features,
+                in_features=target.module.in_features,
+                factor_shape=candidate.shape,
+                init=target.rule.init,
+                policy=target.rule.rank.policy,
+                rank=rank,
+                sigma=candidate.sigma,
+                total_energy=candidate.decomposition.total_energy,
+            )
+        )
+        if rank:
+            kept = candidate.decomposition.factors.terms(slice(0, rank))
+            factors[name] = Factors(kept.left.clone(), kept.right.clone(), kept.sigma.clone())
+            if target.rule.init in INITIAL_KINDS:
+                initial.add(name)
+    if not factors:
+        raise PlanError("every module has rank 0", hint="Raise the budget's `parameters` or its `min`.")
+    return Initialisation(tuple(modules), factors, frozenset(initial))
+
+
+def share_of(targets: Sequence[Target], process: int, processes: int) -> list[Target]:
+    """The targets that one process decomposes: largest first, dealt round, so that the shares are alike."""
+    by_size = sorted(targets, key=lambda t: (-t.module.out_features * t.module.in_features, t.module.name))
+    return by_size[process::processes]
+
+
+def initialise(
+    targets: Sequence[Target],
+    checkpoint: Checkpoint,
+    *,
+    finetuned: Mapping[str, Checkpoint] | None = None,
+    statistics: Callable[[Sequence[Target]], Iterable[tuple[Target, torch.Tensor | None, InputMoments | None]]]
+    | None = None,
+    budgets: Mapping[str, int] | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    exchange: Callable[[list[_Candidate]], list[_Candidate]] | None = None,
+    process: int = 0,
+    processes: int = 1,
+    progress: bool = True,
+) -> Initialisation:
+    """Decompose every target and choose the ranks.
+
+    Args:
+        targets: what `resolve_targets` returned.
+        checkpoint: the base, read one tensor at a time.
+        finetuned: by `[[adapt]] finetuned`, the opened checkpoints of `delta` rules.
+        statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
+            moments (see `soka_serve.probe`), one decoder layer at a time, so that they never lie in memory together.
+        budgets: by module, the number of the budget that it shares (see `targets.budget_groups`); None: modules with
+            equal budget policies share one.
+        seed: every module gets its own seed from this and its position, whichever process decomposes it.
+        device: where decompositions run.
+        exchange: gathers candidates from all processes (None with a single one).
+        process, processes: this process's number and how many there are.
+        progress: show a progress bar, or plain lines when the output is not a terminal.
+
+    Raises:
+        CheckpointError: a weight is missing, not finite, or of the wrong shape.
+        PlanError: a budget cannot be met.
+    """
+    seeds = {t.module.name: seed * 1_000_003 + i for i, t in enumerate(targets)}
+    mine = share_of(targets, process, processes)
+    needs_data = [t for t in mine if t.rule.init == "gradient" or t.rule.calibration_batches]
+    candidates: list[_Candidate] = []
+    with track(len(mine), "KPSVD", unit="module", enabled=progress and process == 0) as step:
+
+        def add(target: Target, gradient: torch.Tensor | None = None, moments: InputMoments | None = None) -> None:
+            other = (finetuned or {}).get(target.rule.finetuned or "")
+            name = target.module.name
+            candidates.append(
+                decompose(
+                    target,
+                    checkpoint,
+                    finetuned=other,
+                    gradient=gradient,
+                    moments=moments,
+                    seed=seeds[name],
+                    device=device,
+                )
+            )
+            step(name)
+
+        for target in mine:
+            if target not in needs_data:
+                add(target)
+        if needs_data:
+            assert statistics is not None
+            for target, gradient, moments in statistics(needs_data):
+                add(target, gradient, moments)
+    gathered = exchange(candidates) if exchange is not None else candidates
+    order = {t.module.name: i for i, t in enumerate(targets)}
+    return assemble(sorted(gathered, key=lambda c: order[c.target.module.name]), budgets)

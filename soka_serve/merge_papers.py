@@ -1,0 +1,139 @@
+"""What lies beside the weights of a merged model: config, tokenizer, licence, soka.lock and a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from soka_serve.adapter import LOCK_FILE, WEIGHTS_FILE, Adapter
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.files import final_name, sha256_file, write_text_atomic
+from soka_serve.lock import write_lock
+from soka_serve.provenance import versions
+
+log = logging.getLogger(__name__)
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+# What belongs to a model beside its weights and config. Everything else in the base's directory stays there.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    *LICENCES,
+)
+
+
+def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> list[str]:
+    """Config, tokenizer, generation config and licence of the base; returns the names of what was written.
+
+    Args:
+        dtype: what config.json shall say the weights are; None leaves it as it is.
+    """
+    base = checkpoint.directory
+    copied = []
+    for pattern in _COPIED:
+        for file in sorted(base.glob(pattern)):
+            target = new / file.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+            copied.append(str(file.relative_to(base)))
+    if dtype is not None:
+        text = json.dumps(_with_dtype(checkpoint.config, dtype), indent=2) + "\n"
+        (new / "config.json").write_text(text, encoding="utf-8")
+    else:
+        shutil.copyfile(base / "config.json", new / "config.json")
+    weights = {f.name for f in checkpoint.files}
+    left = [
+        f.name for f in sorted(base.iterdir()) if f.is_file() and f.name not in weights and not (new / f.name).exists()
+    ]
+    if left:
+        log.info("merge: not copied from the base: %s", ", ".join(left))
+    return [*copied, "config.json"]
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every dtype key set, in nested configs too; one is added where there is none."""
+
+    def change(part: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: change(value)
+            if isinstance(value, dict)
+            else dtype
+            if key in _DTYPE_KEYS and value is not None
+            else value
+            for key, value in part.items()
+        }
+
+    changed = change(config)
+    return changed if any(key in changed for key in _DTYPE_KEYS) else {**changed, "dtype": dtype}
+
+
+def write_papers(
+    new: Path, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str, base_sha256: str | None
+) -> None:
+    """soka.lock and a short model card, without paths of this machine."""
+    base = adapters[0][0].base_model or ""
+    if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
+        base = Path(base or checkpoint.directory).name
+    lock = {
+        "soka": 1,
+        "kind": "merged",
+        "dtype": dtype,
+        "base": {"name": base, **({"sha256": base_sha256} if base_sha256 else {})},
+        "adapters": {
+            f"adapter{i}": {
+                "name": _name_of(adapter.directory),
+                "weight": weight,
+                "sha256": sha256_file(adapter.directory / WEIGHTS_FILE),
+                "modules": len(adapter.factors),
+            }
+            for i, (adapter, weight) in enumerate(adapters)
+        },
+        "versions": versions(),
+    }
+    write_lock(new / LOCK_FILE, lock)
+    rows = [f"| {_name_of(a.directory)} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for a, w in adapters]
+    card = "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [soka, merged]",
+            "---",
+            "",
+            f"# {base} with {len(adapters)} SoKA adapter{'s' * (len(adapters) > 1)} merged in",
+            "",
+            "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.",
+            "",
+            "| adapter | weight | modules | parameters |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "`soka.lock` holds the hashes and versions.",
+            "",
+        ]
+    )
+    write_text_atomic(new / "README.md", card)
+
+
+def _name_of(directory: Path) -> str:
+    """A build's adapter is called after the build."""
+    real = Path(os.path.realpath(directory))
+    return final_name(real.parent) if real.name == "adapter" else final_name(real)

@@ -1,0 +1,307 @@
+"""Writing merged safetensors files: block by block, so that memory stays at a few MiB however large a tensor is.
+
+Adapted weights are computed some rows at a time; everything else is copied inside the kernel. Two threads work on
+different parts of a file at once (reading, arithmetic and writing all run outside the interpreter's lock).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from soka_serve.errors import CheckpointError
+from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata
+from soka_serve.kron import Factors
+
+log = logging.getLogger(__name__)
+
+THREADS = 2
+_BLOCK_VALUES = 1 << 18  # values of a block of an adapted weight: 1 MiB in float32, which stays in a core's cache
+_COPY_BYTES = 32 << 20
+
+Weighted = Sequence[tuple[Factors, float]]
+
+
+class Terms:
+    """One adapter's terms of one weight, laid out so that any range of rows can be added without a transposition.
+
+    Row i*p + a of the delta, seen as (n, q), is the product of (n, r) and (r, q): left[:, i].T with sigma and weight
+    in it, and right[:, a]. A batched product adds a whole range of rows in place.
+    """
+
+    def __init__(self, factors: Factors, weight: float, dtype: torch.dtype) -> None:
+        # sigma and weight in float64: three factors multiplied, one rounding.
+        scaled = factors.left.double() * (factors.sigma.double() * weight)[:, None, None]
+        self.left = scaled.to(dtype).permute(1, 2, 0).contiguous()  # (m, n, r)
+        self.right = factors.right.to(dtype).permute(1, 0, 2).contiguous()  # (p, r, q)
+
+    @property
+    def rows_per_left(self) -> int:
+        """p: rows of the weight that one row of Left covers."""
+        return self.right.shape[0]
+
+    def add_to(self, block: Tensor, first: int) -> None:
+        """block += delta[first : first + len(block)]; block (rows, in), contiguous, dtype of the terms."""
+        p, r, q = self.right.shape
+        n = self.left.shape[1]
+        row, last = first, first + block.shape[0]
+        while row < last:
+            i, a = divmod(row, p)
+            count = min(p - a, last - row)
+            part = block[row - first : row - first + count].view(count, n, q)
+            part.baddbmm_(self.left[i].expand(count, n, r), self.right[a : a + count])
+            row += count
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor's place in the file to be written; `deltas` is empty for a tensor that no adapter touches."""
+
+    info: TensorInfo
+    dtype: str
+    start: int
+    end: int
+    deltas: Weighted
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are those of the base."""
+        return not self.deltas and self.dtype == self.info.dtype
+
+
+def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, Weighted]) -> tuple[bytes, list[Piece]]:
+    """Header and layout of the merged version of one safetensors file.
+
+    Args:
+        tensors: all tensors of the file, in the order of their data.
+        dtype: safetensors' name of the dtype that floating tensors get, or "auto" to keep each one's own.
+        adapted: by tensor name, the factors and weights to add.
+
+    Returns:
+        The first bytes of the file, up to the data, and the pieces in the order of their data: the base's order when
+        nothing changes size, else widest dtype first, as the safetensors library lays files out.
+    """
+    file = tensors[0].file
+    kept = dtype == "auto" or all(t.dtype == dtype or t.dtype not in FLOAT_DTYPES for t in tensors)
+    chosen = [(t, t.dtype if kept or t.dtype not in FLOAT_DTYPES else dtype) for t in tensors]
+    if kept:
+        with file.open("rb") as stream:
+            header = stream.read(tensors[0].start)
+    else:
+        chosen.sort(key=lambda pair: -DTYPES[pair[1]][0])
+    position, spec = 0, {}
+    places = []
+    for info, out in chosen:
+        size = info.numel * DTYPES[out][0]
+        places.append((info, out, position, position + size))
+        spec[info.name] = {"dtype": out, "shape": list(info.shape), "data_offsets": [position, position + size]}
+        position += size
+    if not kept:
+        metadata = read_metadata(file)
+        text = json.dumps({**({"__metadata__": metadata} if metadata else {}), **spec}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        header = struct.pack("<Q", len(text)) + text
+    at = len(header)
+    pieces = [Piece(info, out, at + start, at + end, adapted.get(info.name, ())) for info, out, start, end in places]
+    return header, pieces
+
+
+def work_dtype(piece: Piece) -> torch.dtype:
+    """In which a tensor is summed: one step wider than what is written, so that only the last rounding shows.
+
+    Float32 is enough for half precision. Float32 sums for a float32 weight would leave errors of tens of units in the
+    last place where terms cancel each other.
+    """
+    wide = piece.info.dtype == "F64" or (piece.deltas and piece.dtype in ("F32", "F64"))
+    return torch.float64 if wide else torch.float32
+
+
+@contextmanager
+def single_threaded_torch() -> Iterator[None]:
+    """One thread per torch operation while our own threads share the cores; the setting is put back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_file(
+    target: Path, header: bytes, pieces: Sequence[Piece], *, pool: ThreadPoolExecutor, advance: Callable[[int], None]
+) -> None:
+    """Write one merged file.
+
+    Args:
+        target: the new file.
+        header, pieces: what `plan_file` returned.
+        pool: where blocks are computed and copied.
+        advance: called with the number of bytes written, from this thread.
+
+    Raises:
+        CheckpointError: a value became NaN or infinite (too large for the dtype, or so in the base).
+        OSError: the disk is full, and the like.
+    """
+    source = os.open(pieces[0].info.file, os.O_RDONLY)
+    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    futures: dict[Future[None], int] = {}
+    try:
+        os.truncate(out, pieces[-1].end)
+        _pwrite(out, header, 0)
+        advance(len(header))
+        for task, size in _tasks(source, out, pieces):
+            futures[pool.submit(task)] = size
+            if len(futures) >= 4 * THREADS:
+                _collect(futures, advance, everything=False)
+        _collect(futures, advance, everything=True)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # a thread must not write to a closed descriptor
+        os.close(source)
+        os.close(out)
+
+
+def _collect(futures: dict[Future[None], int], advance: Callable[[int], None], *, everything: bool) -> None:
+    while futures:
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION if everything else "FIRST_COMPLETED")
+        for future in done:
+            future.result()
+            advance(futures.pop(future))
+        if not everything:
+            return
+
+
+def _tasks(source: int, out: int, pieces: Sequence[Piece]) -> Iterator[tuple[Callable[[], None], int]]:
+    """Independent parts of a file, a few MiB each, with the bytes that each writes."""
+    i = 0
+    while i < len(pieces):
+        piece = pieces[i]
+        if piece.is_copy:  # neighbours that stay together are copied together
+            start, end, offset = piece.info.start, piece.info.end, piece.start
+            while i + 1 < len(pieces) and pieces[i + 1].is_copy and pieces[i + 1].info.start == end:
+                i += 1
+                end = pieces[i].info.end
+            for first in range(start, end, _COPY_BYTES):
+                size = min(_COPY_BYTES, end - first)
+                yield partial(_copy_bytes, source, out, first, offset + first - start, size), size
+        elif piece.info.numel:
+            work = _Work(piece)
+            for first in range(0, work.rows, 8 * work.step):
+                last = min(first + 8 * work.step, work.rows)
+                yield partial(_merge_rows, source, out, work, first, last), (last - first) * work.row_bytes
+        i += 1
+
+
+class _Work:
+    """One tensor that is computed: its rows, how many of them make a block, and the terms to add.
+
+    Made when its turn comes, so that only the terms in work are held twice.
+    """
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.dtype = work_dtype(piece)
+        self.terms = [Terms(f, w, self.dtype) for f, w in piece.deltas]
+        # What is only converted is cut anywhere.
+        self.rows, self.columns = piece.info.shape if self.terms else (piece.info.numel, 1)
+        self.row_bytes = self.columns * DTYPES[piece.dtype][0]
+        self.step = max(1, _BLOCK_VALUES // self.columns)
+        if self.terms and self.step > (p := self.terms[0].rows_per_left):
+            self.step -= self.step % p
+
+
+def _copy_bytes(source: int, out: int, start: int, offset: int, size: int) -> None:
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        try:
+            while done < size:
+                count = os.copy_file_range(source, out, size - done, start + done, offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as error:
+            # Across file systems, on old kernels and on some network mounts: copy by hand.
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+    while done < size:
+        data = os.pread(source, min(4 << 20, size - done), start + done)
+        if not data:
+            raise CheckpointError(
+                f"the base ended early: expected {size} bytes at {start}, found {done}",
+                hint="it was changed while it was being merged; merge again",
+            )
+        _pwrite(out, data, offset + done)
+        done += len(data)
+
+
+@torch.no_grad()
+def _merge_rows(source: int, out: int, work: _Work, first: int, last: int) -> None:
+    """Compute and write rows [first, last) of one tensor: sums in `work_dtype`, rounded once to the output's."""
+    piece, info, columns = work.piece, work.piece.info, work.columns
+    values = min(work.step, last - first) * columns
+    # The same memory for every block: fresh pages would cost as much as the arithmetic.
+    raw = torch.empty(values, dtype=info.torch_dtype)
+    sums = torch.empty(values, dtype=work.dtype)
+    rounded = torch.empty(values, dtype=getattr(torch, DTYPES[piece.dtype][1]))
+    largest = min(torch.finfo(rounded.dtype).max ** 2, torch.finfo(work.dtype).max)
+    for row in range(first, last, work.step):
+        rows = min(work.step, last - row)
+        part, block, result = (t[: rows * columns] for t in (raw, sums, rounded))
+        _pread(source, part, info.start + row * columns * DTYPES[info.dtype][0], info)
+        block.copy_(part)
+        for terms in work.terms:
+            terms.add_to(block.view(rows, columns), row)
+        result.copy_(block)
+        # One cheap pass: no value is larger than the root of the sum of squares, and NaN fails every comparison.
+        if not float(torch.dot(block, block)) <= largest and not bool(torch.isfinite(result).all()):
+            raise _not_finite(piece, part, block)
+        _pwrite(out, memoryview(result.view(torch.uint8).numpy()), piece.start + row * work.row_bytes)  # type: ignore[arg-type]
+
+
+def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
+    name = piece.info.name
+    if not bool(torch.isfinite(before).all()):
+        return CheckpointError(
+            f"{piece.info.file}: {name} holds values that are NaN or infinite",
+            hint="the base is damaged: fetch it again",
+        )
+    if not bool(torch.isfinite(exact).all()):
+        return CheckpointError(f"{name}: base + delta is NaN or infinite", hint="the adapter's training diverged")
+    dtype = DTYPES[piece.dtype][1]
+    return CheckpointError(
+        f"{name}: base + delta reaches {float(exact.abs().max()):.4g}, too large for {dtype}",
+        hint="merge with dtype bfloat16 or float32",
+    )
+
+
+def _pread(source: int, into: Tensor, offset: int, info: TensorInfo) -> None:
+    view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        count = os.preadv(source, [view[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(
+                f"{info.file}: {info.name}: truncated: expected {len(view)} bytes at {offset}, found {done}",
+                hint="it was changed while it was being merged; merge again",
+            )
+        done += count
+
+
+def _pwrite(out: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(out, view[done:], offset + done)

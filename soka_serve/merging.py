@@ -1,0 +1,296 @@
+"""`soka-serve merge`: base + sum(weight * delta) as an ordinary dense model, streamed shard by shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
+from soka_serve.checkpoint import INDEX_FILE, Checkpoint
+from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.files import check_replaceable, flush, replace_directory, write_text_atomic
+from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
+from soka_serve.kron import Factors
+from soka_serve.lock import read_lock
+from soka_serve.merge_papers import copy_side_files, write_papers
+from soka_serve.merge_stream import THREADS, plan_file, single_threaded_torch, write_file
+from soka_serve.progress import track
+
+log = logging.getLogger(__name__)
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Verify = bool | Literal["auto", "logits", "tensors"]
+
+_MODEL_SUFFIXES = (
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".txt",
+    ".md",
+    ".lock",
+    "LICENSE",
+    "NOTICE",
+    "USE_POLICY",
+)
+_TORCH_TO_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_LOGITS_LIMIT_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote.
+
+    `max_error_ulp` is the largest distance that the verification found between a merged value and base + delta in
+    float64, in units of the last place of the output's dtype; None when nothing was verified. `logits_error` is the
+    largest difference of a log-probability (nats) between the merged model and base + adapter; None when the logits
+    were not compared.
+    """
+
+    out: Path
+    modules: int
+    tensors: int
+    bytes_written: int
+    dtype: str
+    seconds: float
+    verified: tuple[str, ...]
+    max_error_ulp: float | None
+    logits_error: float | None
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        checks = []
+        if self.max_error_ulp is not None:
+            checks.append(f"weights within {self.max_error_ulp:.2f} ulp of base + delta")
+        if self.logits_error is not None:
+            checks.append(f"log-probabilities within {self.logits_error:.1e} nats of base + adapter")
+        return (
+            f"merged      {self.out}\n"
+            f"modules     {self.modules} of {self.tensors} tensors changed\n"
+            f"size        {self.bytes_written:,} bytes, dtype {self.dtype}, {self.seconds:.1f} s\n"
+            f"verified    {'; '.join(checks) or 'no'}"
+        )
+
+
+def merge(
+    adapter: Path | Sequence[tuple[Path, float]],
+    *,
+    base: Path,
+    out: Path,
+    dtype: Dtype = "auto",
+    verify: Verify = "auto",
+    allow_other_base: bool = False,
+    progress: bool = True,
+) -> MergeResult:
+    """Write W + sum(weight * delta) for every adapted weight, and every other tensor as it is.
+
+    Semantics: merged[name] = W + sum over adapters of weight * delta, summed in float32 (float64 for a float32
+    output) and rounded once to the output's dtype.
+
+    The base is read once, in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
+    result has the base's shards, index, config, tokenizer and generation config, replaces `out` as a whole, and loads
+    in any engine. Pickles, code and other files of the base stay behind.
+
+    Args:
+        adapter: an adapter directory, or several with weights. Training checkpoints count with trained - initial.
+        base: directory of the base checkpoint.
+        out: directory of the merged model.
+        dtype: of all floating tensors; "auto" keeps each one's own.
+        verify: "tensors" recomputes a sample in float64; "logits" does that, reloads the model with transformers and
+            compares it with base + adapter through PEFT; "auto" (or True) takes "logits" below 2 GiB; False: nothing.
+        allow_other_base: merge although an adapter's soka.lock names other base weights.
+        progress: show progress.
+
+    Raises:
+        CheckpointError: base or adapter are damaged or do not fit each other, or a sum overflows the dtype.
+        BuildError: the disk is full and the like, or the verification failed; `out` is then as it was.
+    """
+    started = time.monotonic()
+    chosen = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
+    if not chosen:
+        raise CheckpointError("no adapter to merge", hint="give at least one adapter directory")
+    check_replaceable(out, keep=[base, *(path for path, _ in chosen)], suffixes=_MODEL_SUFFIXES, what="a merged model")
+    checkpoint = Checkpoint.open(base)
+    adapters = [(read_adapter(path), weight) for path, weight in chosen]
+    _check_fit(checkpoint, adapters)
+    layout = _Layout(checkpoint, adapters, dtype)
+    layout.check_space(out)
+    expected = {a.directory: sha for a, _ in adapters if (sha := recorded_base_sha256(a.directory)) is not None}
+    with replace_directory(out) as new, ThreadPoolExecutor(1) as hasher:
+        # Hashing runs beside the merge, on pages that the merge reads anyway; threads stop on the first error.
+        stop = threading.Event()
+        digest = hasher.submit(_hash_base, checkpoint, stop) if expected and not allow_other_base else None
+        try:
+            layout.write(new, progress=progress)
+            _check_base_hash(checkpoint, expected, digest)
+        finally:
+            stop.set()
+        copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None)
+        log.debug("copied beside the weights: %s", ", ".join(copied))
+        write_papers(new, checkpoint, adapters, dtype, digest.result() if digest else None)
+        verified: tuple[str, ...] = ()
+        ulp = nats = None
+        if verify is not False:
+            from soka_serve.merge_verify import verify_logits, verify_tensors
+
+            ulp, verified = verify_tensors(new, checkpoint, adapters), ("tensors",)
+            if (reason := _no_logits(verify, layout, chosen)) is None:
+                nats, verified = verify_logits(new, checkpoint.directory, chosen[0][0]), ("tensors", "logits")
+            else:
+                log.info("verify: logits are not compared (%s)", reason)
+    return MergeResult(
+        out=out,
+        modules=len(layout.adapted),
+        tensors=len(checkpoint.tensors),
+        bytes_written=layout.total_bytes,
+        dtype=dtype,
+        seconds=time.monotonic() - started,
+        verified=verified,
+        max_error_ulp=ulp,
+        logits_error=nats,
+    )
+
+
+class _Layout:
+    """What goes into which file, worked out before anything is written."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.adapted: dict[str, list[tuple[Factors, float]]] = {}
+        for adapter, weight in adapters:
+            for module in adapter.factors:
+                self.adapted.setdefault(f"{module}.weight", []).append((adapter.delta_factors(module), weight))
+        by_file: dict[Path, list[TensorInfo]] = {file: [] for file in checkpoint.files}
+        for info in checkpoint.tensors.values():
+            by_file[info.file].append(info)
+        name = _TORCH_TO_SAFETENSORS.get(dtype, "auto")
+        self.files = {file: plan_file(infos, name, self.adapted) for file, infos in by_file.items() if infos}
+        self.total_bytes = sum(pieces[-1].end for _, pieces in self.files.values())
+
+    @property
+    def changes_dtype(self) -> bool:
+        """Whether any tensor gets another dtype than it has."""
+        return any(p.dtype != p.info.dtype for _, pieces in self.files.values() for p in pieces)
+
+    def check_space(self, out: Path) -> None:
+        """Raise BuildError when the disk has no room: before the work rather than at its end."""
+        place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
+        free = shutil.disk_usage(place).free
+        if free < self.total_bytes:
+            raise BuildError(
+                f"cannot write {out}: the merged model takes {self.total_bytes:,} bytes, the disk has {free:,} free",
+                hint="free some space on that disk, or write somewhere else",
+            )
+
+    def write(self, new: Path, *, progress: bool) -> None:
+        """Write all weight files and the index."""
+        with (
+            track(self.total_bytes, "merge", unit="B", enabled=progress) as advance,
+            single_threaded_torch(),
+            ThreadPoolExecutor(THREADS) as pool,
+            ThreadPoolExecutor(1) as flusher,
+        ):
+            flushed: list[Future[None]] = []
+            for file, (header, pieces) in self.files.items():
+                target = new / file.name
+                write_file(target, header, pieces, pool=pool, advance=partial(advance, file.name))
+                # The disk works on this file while the next one is computed.
+                flushed.append(flusher.submit(flush, target))
+            for future in flushed:
+                future.result()
+        index = self.checkpoint.directory / INDEX_FILE
+        if len(self.checkpoint.files) > 1 or index.exists():
+            content = read_json(index)
+            size = sum(p.end - p.start for _, pieces in self.files.values() for p in pieces)
+            content["metadata"] = {**content.get("metadata", {}), "total_size": size}
+            write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
+    problems: list[str] = []
+    hints: list[str] = []
+    for adapter, weight in adapters:
+        if not math.isfinite(weight):
+            problems.append(f"{adapter.directory}: weight {weight} is not a finite number")
+        try:
+            check_against(adapter, checkpoint.tensors)
+        except CheckpointError as error:
+            problems.append(error.message)
+            hints.append(error.hint or "")
+        for module in adapter.factors:
+            info = checkpoint.tensors.get(f"{module}.weight")
+            if info is not None and info.dtype not in FLOAT_DTYPES:
+                problems.append(f"{info.name} is {info.dtype}; a delta can only be added to {sorted(FLOAT_DTYPES)}")
+            if module.rpartition(".")[2] == "lm_head" and checkpoint.config.get("tie_word_embeddings"):
+                problems.append(
+                    f"{adapter.directory}: {module} is tied to the embedding in this base: a merge would change both"
+                )
+    if checkpoint.config.get("quantization_config"):
+        problems.append(f"{checkpoint.directory}: the base is quantised; a delta cannot be added to its weights")
+        hints.append("merge into the original, unquantised checkpoint")
+    if problems:
+        raise CheckpointError("\n".join(problems), hint="; ".join(dict.fromkeys(h for h in hints if h)) or None)
+
+
+def recorded_base_sha256(adapter: Path) -> str | None:
+    """Hash of the base weights in the soka.lock of an adapter, or of the build it lies in; None if there is none."""
+    for folder in (adapter, Path(os.path.realpath(adapter)).parent):
+        if (folder / LOCK_FILE).exists():
+            base = read_lock(folder / LOCK_FILE).get("base")
+            digest = base.get("sha256") if isinstance(base, Mapping) else None
+            return str(digest) if digest else None
+    return None
+
+
+def _hash_base(checkpoint: Checkpoint, stop: threading.Event) -> str:
+    def hash_file(path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as stream:
+            while not stop.is_set() and (chunk := stream.read(8 << 20)):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return checkpoint.sha256(hash_file)
+
+
+def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], digest: Future[str] | None) -> None:
+    if digest is None:
+        return
+    actual = digest.result()
+    wrong = [d for d, sha in expected.items() if sha != actual]
+    if wrong:
+        raise CheckpointError(
+            "\n".join(
+                f"{d}: made for base weights with sha256 {expected[d][:12]}..., "
+                f"{checkpoint.directory} has {actual[:12]}..."
+                for d in wrong
+            ),
+            hint="give the adapter's own base, or --allow-other-base if the difference is intended",
+        )
+
+
+def _no_logits(verify: Verify, layout: _Layout, chosen: Sequence[tuple[Path, float]]) -> str | None:
+    """Why the logits are not compared, or None if they are."""
+    if verify == "tensors":
+        return "verify = 'tensors'"
+    if len(chosen) > 1 or chosen[0][1] != 1.0:
+        return "several or weighted adapters: PEFT has no such sum"
+    if not any("CausalLM" in str(a) for a in layout.checkpoint.config.get("architectures") or ()):
+        return "the base is not a causal language model"
+    if verify != "logits" and layout.total_bytes >= _LOGITS_LIMIT_BYTES:
+        return f"{layout.total_bytes:,} bytes are too many for verify = 'auto'; 'logits' does it nevertheless"
+    return None

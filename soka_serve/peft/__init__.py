@@ -1,0 +1,32 @@
+"""The SoKA adapter as a PEFT method. Importing this package registers the PEFT type "SOKA".
+
+>>> import torch, peft
+>>> import soka_serve.peft
+>>> base = torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False))
+>>> x = torch.ones(2, 12)
+>>> before = base(x)
+>>> model = peft.get_peft_model(base, soka_serve.peft.SokaConfig(r=2, target_modules=["0"]))
+>>> torch.equal(model(x), before)  # init "weights" never rewrites the base: nothing changes at step 0
+True
+>>> model.peft_config["default"].soka_modules
+{'0': {'rank': 2, 'shape': [4, 3, 2, 4]}}
+"""
+
+from soka_serve.peft import registration  # first: it checks PEFT's version
+from soka_serve.peft.config import SokaConfig
+from soka_serve.peft.factors import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
+from soka_serve.peft.layer import SokaLinear
+from soka_serve.peft.model import SokaModel
+
+registration.register(SokaConfig, SokaModel)
+
+__all__ = [
+    "SokaConfig",
+    "SokaLinear",
+    "SokaModel",
+    "build_soka_model",
+    "drop_terms",
+    "get_factors",
+    "soka_layers",
+    "term_energies",
+]

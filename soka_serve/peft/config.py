@@ -1,0 +1,160 @@
+"""The configuration of a SoKA adapter, as PEFT reads and writes it (adapter_config.json)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.peft.registration import add_peft_type
+
+SOKA_FORMAT = 1
+
+
+@dataclass
+class SokaConfig(PeftConfig):  # type: ignore[misc]
+    """What is adapted, with how many terms, and where the factors start. `bias` is not supported: there is no field.
+
+    Raises:
+        PlanError: a field has a value that cannot be; all of them are named.
+        CheckpointError: `soka_format` is one that this version does not read.
+    """
+
+    r: int = field(default=1, metadata={"help": "Number of Kronecker terms per module, unless soka_modules says."})
+    shape: str | list[int] = field(
+        default="balanced",
+        metadata={"help": "Factor shape: 'balanced' (fewest parameters per term) or [m, n, p, q] for every module."},
+    )
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Module names or endings, a regular expression (a string), or 'all-linear'. None: PEFT's default "
+            "LoRA targets of the architecture."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or endings, or a regular expression, to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Adapt these layers only; target_modules must then be a list."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, for layers_to_transform, such as 'layers'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules that are trained and saved whole, such as 'lm_head'."}
+    )
+    init_soka_weights: Literal["weights", "zero", False] = field(
+        default="weights",
+        metadata={
+            "help": "'weights': principal Kronecker components of each weight, subtracted again as frozen initial "
+            "factors, so that nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). "
+            "False: empty until they are loaded; a forward before that is an error."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
+    soka_modules: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r and "
+            "shape; complete after the adapter was built."
+        },
+    )
+    soka_initial: bool = field(
+        default=False,
+        metadata={"help": "The adapter holds frozen initial factors too. Set by init_soka_weights = 'weights'."},
+    )
+    soka_format: int = field(default=SOKA_FORMAT, metadata={"help": "Version of the adapter's format on disk."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type()
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if self.soka_format != SOKA_FORMAT:
+            raise CheckpointError(
+                f"adapter_config.json: soka_format is {self.soka_format!r}; this version reads {SOKA_FORMAT}",
+                hint="the adapter was written by another version of soka-serve",
+            )
+        problems = self._problems()
+        if problems:
+            raise PlanError("SokaConfig: " + "; ".join(problems))
+        if self.init_soka_weights == "weights":
+            self.soka_initial = True
+
+    def _problems(self) -> list[str]:
+        """Everything that is wrong with the values, one line each."""
+        problems = []
+        if not _is_count(self.r):
+            problems.append(f"r must be a whole number of at least 1, not {self.r!r}")
+        if self.shape != "balanced" and not _is_shape(self.shape):
+            problems.append(f"shape must be 'balanced' or [m, n, p, q], not {self.shape!r}")
+        if self.init_soka_weights not in ("weights", "zero") and self.init_soka_weights is not False:
+            problems.append(f"init_soka_weights must be 'weights', 'zero' or False, not {self.init_soka_weights!r}")
+        if self.init_soka_weights == "zero" and self.soka_initial:
+            problems.append("soka_initial does not go with init_soka_weights = 'zero', which needs no initial factors")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            problems.append("layers_to_transform needs target_modules to be a list, not a regular expression")
+        if self.layers_pattern and self.layers_to_transform is None:
+            problems.append("layers_pattern needs layers_to_transform")
+        for name, spec in self.soka_modules.items():
+            if not isinstance(spec, Mapping) or not set(spec) <= {"rank", "shape"}:
+                problems.append(f"soka_modules[{name!r}] takes rank and shape only, got {spec!r}")
+                continue
+            if "rank" in spec and not _is_count(spec["rank"]):
+                problems.append(f"soka_modules[{name!r}]: rank must be at least 1, not {spec['rank']!r}")
+            if "shape" in spec and not _is_shape(spec["shape"]):
+                problems.append(f"soka_modules[{name!r}]: shape must be [m, n, p, q], not {spec['shape']!r}")
+        return problems
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the adapter's weights come from a file, so that `soka_modules` alone says what is adapted."""
+        return self.init_soka_weights is False and bool(self.soka_modules)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse keys of adapter_config.json that have no field here; PEFT itself would drop them with a warning."""
+        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
+        if unknown:
+            raise CheckpointError(
+                f"adapter_config.json: unknown keys {unknown}",
+                hint="the adapter was written by another version of soka-serve, or for another method",
+            )
+        return dict(super().check_kwargs(**kwargs))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, sets as sorted lists, so that the same config gives the same file."""
+        return {
+            key: sorted(value) if isinstance(value, set) else value
+            for key, value in super().to_dict().items()  # type: ignore[no-untyped-call, unused-ignore]
+        }
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json.
+
+        The config of an adapter that was built says `init_soka_weights: false`: its factors lie in the file next to it,
+        and loading must not decompose the base again.
+        """
+        init = self.init_soka_weights
+        if getattr(self, "_is_built", False):
+            self.init_soka_weights = False
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.init_soka_weights = init
+
+    def mark_built(self) -> None:
+        """Note that an adapter was built from this config, and that `soka_modules` is complete."""
+        self._is_built = True
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 4 and all(_is_count(v) for v in value)

@@ -1,0 +1,77 @@
+"""What each stage of a build depends on, as hashes. No torch.
+
+A stage runs again when its key changes, and its key holds what the result depends on and nothing else: changing
+`merged_dtype` reruns only the merge, and a comment only the report, which goes with the copies of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from soka_serve.schema import Manifest
+
+# Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
+STAGE_VERSIONS = {"init": 1, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
+
+# Keys of [train] that do not change what is learned.
+_TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hashes of what a build reads.
+
+    `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
+    the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has one
+    hash per `[[adapt]] finetuned`. `base_name` is what the adapter calls its base, and `manifest` the hash of the
+    manifest's text, a copy of which the artefact holds.
+    """
+
+    base: str
+    config: str
+    tokenizer: str
+    data: str
+    finetuned: Mapping[str, str]
+    base_name: str
+    manifest: str
+
+
+def _hash(stage: str, *parts: Any) -> str:
+    text = json.dumps([stage, STAGE_VERSIONS[stage], *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def needs_data(manifest: Manifest) -> bool:
+    """Whether the initialisation looks at training batches."""
+    return any(rule.init == "gradient" or rule.calibration_batches for rule in manifest.adapt)
+
+
+def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> dict[str, str]:
+    """The key of every stage that this manifest has, in the order in which they run.
+
+    Args:
+        manifest: the manifest.
+        inputs: hashes of the files that it names.
+        modules: full names of the targets, in order.
+    """
+    train, output = manifest.train, manifest.output
+    soka = train.method == "soka"
+    keys: dict[str, str] = {}
+    examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
+    if soka:
+        rules = [rule.model_dump(mode="json") for rule in manifest.adapt]
+        batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
+        keys["init"] = _hash("init", inputs.base, dict(inputs.finetuned), rules, list(modules), train.seed, batches)
+    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
+    start = keys.get("init", [inputs.base, list(modules)])
+    keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
+    keys["export"] = _hash("export", keys["tune"], inputs.base_name, output.adapter_dtype if soka else None)
+    if "merged" in output.write or train.method == "full":
+        keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
+    keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
+    keys["report"] = _hash("report", *keys.values(), inputs.manifest)
+    return keys

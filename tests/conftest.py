@@ -1,0 +1,46 @@
+"""Shared fixtures: nothing in the tests reaches a hub, and every run starts from the same seeds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none; SOKA_REQUIRE_GPU=1 makes that a failure."""
+    if not any("gpu" in item.keywords for item in items):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("SOKA_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("SOKA_REQUIRE_GPU=1, but torch sees no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with the real GSM8K and MBPP files; tests that need it skip loudly without it."""
+    folder = Path(os.environ.get("SOKA_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "gsm8k_train.jsonl").exists():
+        pytest.skip(f"no GSM8K files in {folder}; set SOKA_SHARED_DATA to a folder that has gsm8k_train.jsonl")
+    return folder

@@ -1,0 +1,83 @@
+"""Helpers of the build tests: small manifests on the embedded base, and the command line as a user runs it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+MANIFEST = """\
+schema = 1
+name = "small"
+
+[base]
+builtin = "tiny"
+
+[[adapt]]
+modules = ["q_proj", "v_proj", "down_proj"]
+rank = {{ policy = "fixed", rank = 1 }}
+
+[train]
+steps = {steps}
+batch_size = 4
+learning_rate = {learning_rate}
+save_every = {save_every}
+log_every = 2
+data = {{ builtin = "math", limit = 64 }}
+
+[output]
+write = ["adapter", "merged"]
+{output}
+
+[eval]
+limit = 4
+max_new_tokens = 16
+"""
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    steps: int = 6,
+    learning_rate: float = 1e-2,
+    save_every: int = 2,
+    output: str = "",
+    replace: tuple[str, str] | None = None,
+) -> Path:
+    """Write small.toml into a directory; `replace` swaps a piece of its text."""
+    text = MANIFEST.format(steps=steps, learning_rate=learning_rate, save_every=save_every, output=output)
+    if replace is not None:
+        assert replace[0] in text
+        text = text.replace(*replace)
+    path = directory / "small.toml"
+    path.write_text(text)
+    return path
+
+
+def run_cli(*arguments: str | Path, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run soka-serve in a fresh process, as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "soka_serve", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+def adapter_bytes(build: Path) -> bytes:
+    """The adapter's weights file, whole."""
+    return (build / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """Whether two safetensors files hold the same tensors, bit for bit."""
+    import torch
+
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,199 @@
+"""Wrong input to `soka-serve build`, as a user makes it: one clear error, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from soka_serve.builtin import base_directory
+from soka_serve.cli import main
+from tests.e2e.builds import adapter_bytes, run_cli, write_manifest
+
+BASE = 'builtin = "tiny"'
+DATA = 'data = { builtin = "math", limit = 64 }'
+
+
+def _copy_base(directory: Path) -> Path:
+    return Path(shutil.copytree(base_directory(), directory / "base"))
+
+
+def _missing_base(directory: Path) -> tuple[str, str]:
+    return BASE, 'path = "nowhere"'
+
+
+def _base_without_weights(directory: Path) -> tuple[str, str]:
+    (_copy_base(directory) / "model.safetensors").unlink()
+    return BASE, 'path = "base"'
+
+
+def _pickled_base(directory: Path) -> tuple[str, str]:
+    base = _copy_base(directory)
+    (base / "model.safetensors").unlink()
+    torch.save({}, base / "pytorch_model.bin")
+    return BASE, 'path = "base"'
+
+
+def _truncated_base(directory: Path) -> tuple[str, str]:
+    file = _copy_base(directory) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return BASE, 'path = "base"'
+
+
+def _garbage_base(directory: Path) -> tuple[str, str]:
+    (_copy_base(directory) / "model.safetensors").write_bytes(b"\x00" * 100)
+    return BASE, 'path = "base"'
+
+
+def _nan_base(directory: Path) -> tuple[str, str]:
+    file = _copy_base(directory) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    return BASE, 'path = "base"'
+
+
+def _misshapen_base(directory: Path) -> tuple[str, str]:
+    file = _copy_base(directory) / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name][:64].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return BASE, 'path = "base"'
+
+
+def _hub_out_of_reach(directory: Path) -> tuple[str, str]:
+    return BASE, 'hub = "nobody/nothing"'
+
+
+def _jsonl(text: str, options: str = "") -> Callable[[Path], tuple[str, str]]:
+    def make(directory: Path) -> tuple[str, str]:
+        (directory / "data.jsonl").write_text(text)
+        return DATA, f'data = {{ jsonl = "data.jsonl"{options} }}'
+
+    return make
+
+
+def _replace(old: str, new: str) -> Callable[[Path], tuple[str, str]]:
+    return lambda _: (old, new)
+
+
+GOOD = json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) + "\n"
+
+CASES: dict[str, tuple[Callable[[Path], tuple[str, str]], list[str]]] = {
+    "missing base": (_missing_base, ["nowhere"]),
+    "no weights": (_base_without_weights, ["base", "safetensors"]),
+    "pickled weights": (_pickled_base, ["pytorch_model.bin", "safetensors"]),
+    "truncated weights": (_truncated_base, ["model.safetensors", "truncated"]),
+    "not safetensors": (_garbage_base, ["model.safetensors"]),
+    "NaN weight": (_nan_base, ["model.layers.0.self_attn.q_proj.weight"]),
+    "wrong shape": (_misshapen_base, ["model.layers.0.self_attn.q_proj"]),
+    "hub out of reach": (_hub_out_of_reach, ["nobody/nothing"]),
+    "missing data": (_replace(DATA, 'data = { jsonl = "nowhere.jsonl" }'), ["nowhere.jsonl"]),
+    "empty data": (_jsonl(""), ["data.jsonl", "empty"]),
+    "malformed line": (_jsonl(GOOD + '{"prompt": \n'), ["data.jsonl:2"]),
+    "not an object": (_jsonl(GOOD + GOOD + "[1]\n"), ["data.jsonl:3"]),
+    "missing column": (
+        _jsonl(GOOD, ', prompt = "{{ question }}"'),
+        ["data.jsonl:1", "'question'", "'completion', 'prompt'"],
+    ),
+    "everything too long": (_replace("steps =", "max_length = 2\nsteps ="), ["max_length"]),
+    "no module matched": (_replace('"q_proj", "v_proj"', '"q_prj", "v_proj"'), ["q_prj", "q_proj"]),
+    "layer out of range": (_replace("rank = { policy", 'layers = "9-12"\nrank = { policy'), ["9-12", "0-3"]),
+    "shape that does not fit": (_replace("rank = { policy", "shape = [3, 3, 3, 3]\nrank = { policy"), ["q_proj"]),
+    "lm_head": (_replace('"q_proj", "v_proj"', '"lm_head"'), ["lm_head"]),
+    "float16 without a GPU": (_replace("steps =", 'precision = "float16"\nsteps ='), ["float16", "GPU"]),
+    "a tracker that is not there": (_replace("steps =", 'report_to = ["mlflow"]\nsteps ='), ["mlflow"]),
+}
+
+
+def _build(manifest: Path) -> Result:
+    return CliRunner().invoke(main, ["build", str(manifest), "--out", str(manifest.parent / "build")])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str, tmp_path: Path) -> None:
+    make, words = CASES[case]
+    if case == "float16 without a GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    manifest = write_manifest(tmp_path, replace=make(tmp_path))
+    done = _build(manifest)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    for word in words:
+        assert word in done.output
+    assert not (tmp_path / "build" / "small").exists()
+
+
+def test_the_last_good_build_outlives_bad_input(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path)
+    built = _build(manifest)
+    assert built.exit_code == 0, built.output
+    before = adapter_bytes(tmp_path / "build" / "small")
+    write_manifest(tmp_path, learning_rate=1e30)
+    done = _build(manifest)
+    assert done.exit_code == 2, done.output
+    assert "diverged" in done.output or "finite" in done.output
+    assert adapter_bytes(tmp_path / "build" / "small") == before
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path)
+    (tmp_path / "build").write_text("in the way")
+    done = run_cli("build", manifest, "--out", tmp_path / "build", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert str(tmp_path / "build") in done.stderr
+    assert "hint" in done.stderr
+    assert (tmp_path / "build").read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root without setpriv")
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path)
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    command = [sys.executable, "-m", "soka_serve", "build", str(manifest), "--out", str(folder / "build")]
+    if os.geteuid() == 0:
+        # Root may write anywhere, so it must become nobody, who can read this checkout only where others may.
+        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+        probe = subprocess.run([*command[:4], sys.executable, "-c", "import soka_serve"], check=False)
+        if probe.returncode:
+            pytest.skip("another user cannot run this interpreter here")
+        for path in (tmp_path, *tmp_path.parents[:2]):
+            path.chmod(path.stat().st_mode | 0o055)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "HOME": "/"})
+    assert done.returncode == 2, done.stderr
+    assert "closed" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_disk_full_leaves_the_last_good_build(tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: the merged model (3 MB) no longer fits."""
+    manifest = write_manifest(tmp_path)
+    built = _build(manifest)
+    assert built.exit_code == 0, built.output
+    before = (tmp_path / "build" / "small" / "merged" / "model.safetensors").read_bytes()
+    write_manifest(tmp_path, output='merged_dtype = "bfloat16"')
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    command = [sys.executable, "-m", "soka_serve", "build", str(manifest), "--out", str(tmp_path / "build")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "merged" in done.stderr
+    assert (tmp_path / "build" / "small" / "merged" / "model.safetensors").read_bytes() == before
+    assert [p.name for p in (tmp_path / "build").iterdir() if p.name not in (".cache", "small")] == []
+    again = _build(manifest)
+    assert again.exit_code == 0, again.output

@@ -1,0 +1,49 @@
+"""A short run on the embedded base and its own data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soka_serve.builtin import base_directory
+from soka_serve.callbacks import read_history
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.data import TextTokenizer, encode_examples, load_examples
+from soka_serve.kron import kpsvd
+from soka_serve.schema import Manifest
+from soka_serve.shapes import balanced_shape
+from soka_serve.targets import list_modules, resolve_targets
+from soka_serve.train import train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
+    recipe = {"data": {"builtin": "math", "limit": 200}, "steps": 15, "batch_size": 4 if packing else 16}
+    recipe |= {"learning_rate": 2e-2, "log_every": 3, "packing": packing, "max_length": 256}
+    manifest = Manifest.model_validate({"schema": 1, "name": "x", "base": {"builtin": "tiny"}, "train": recipe})
+    directory = base_directory()
+    checkpoint, tokenizer = Checkpoint.open(directory), TextTokenizer.from_directory(directory)
+    examples = load_examples(manifest.train.data, manifest_dir=tmp_path, part="train")
+    encoded = encode_examples(examples, tokenizer, max_length=256, overlong="drop", completion_only=True)
+    factors = {}
+    for target in resolve_targets(manifest, list_modules(directory)):
+        module = target.module
+        shape = balanced_shape(module.out_features, module.in_features)
+        factors[module.name] = kpsvd(checkpoint.read(f"{module.name}.weight"), shape, 1).factors
+    result = train(
+        directory,
+        manifest,
+        train_set=encoded,
+        eval_set=None,
+        pad_id=tokenizer.pad_id,
+        factors=factors,
+        initial=True,
+        targets=[],
+        work_dir=tmp_path / "run",
+        progress=False,
+    )
+    losses = [line["loss"] for line in read_history(result.history)]
+    assert len(losses) == 5
+    assert losses[-1] < 0.75 * losses[0]

@@ -1,0 +1,258 @@
+"""The KPSVD, exact and truncated: optimal, exact on synthetic sums, and near enough on real and random weights."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from soka_serve import decompose
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.decompose import Method
+from soka_serve.kron import Factors, dense_delta, kpsvd, rearrange, unrearrange
+from soka_serve.shapes import FactorShape, balanced_shape
+from tests.parity import kron_oracle as oracle
+from tests.tolerances import RELATIVE_ERROR, relative_error
+
+METHODS: list[Method] = ["exact", "truncated", "auto"]
+
+
+@pytest.mark.parametrize("method", ["exact", "auto"])
+def test_error_is_the_optimal_one(method: Method) -> None:
+    oracle.check_decomposition(lambda w, s, r: kpsvd(w, s, r, method=method).factors)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_sum_of_kronecker_products_is_recovered(method: Method, dtype: torch.dtype) -> None:
+    shape = FactorShape(8, 6, 5, 9)
+    planted = oracle.draw_factors(shape, 3)
+    weight = oracle.oracle_delta(planted).to(dtype)
+    result = kpsvd(weight, shape, 3, method=method)
+    assert relative_error(oracle.oracle_delta(result.factors), weight) < 2 * RELATIVE_ERROR[dtype]
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert result.factors.left.dtype == result.factors.right.dtype == result.factors.sigma.dtype == expected
+    assert result.captured_frac == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_are_normed_orthogonal_descending_and_signed(method: Method) -> None:
+    weight = oracle.draw(72, 60, dtype=torch.float32)
+    factors = kpsvd(weight, FactorShape(9, 10, 8, 6), 7, method=method).factors
+    for stack in (factors.left, factors.right):
+        flat = stack.double().flatten(1)
+        torch.testing.assert_close(flat @ flat.t(), torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert bool((factors.sigma[:-1] >= factors.sigma[1:]).all())
+    assert float(factors.sigma[-1]) > 0
+    for left in factors.left:
+        assert float(left.flatten()[left.abs().argmax()]) > 0
+    # Whatever the sign of the weight; the right factors carry it.
+    negated = kpsvd(-weight, FactorShape(9, 10, 8, 6), 7, method=method).factors
+    torch.testing.assert_close(negated.left, factors.left)
+    torch.testing.assert_close(negated.right, -factors.right)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_arguments_give_the_same_bits(method: Method) -> None:
+    weight = oracle.draw(96, 96, dtype=torch.float32)
+    shape = balanced_shape(96, 96)
+    torch.manual_seed(1)
+    one = kpsvd(weight, shape, 5, method=method, seed=3)
+    torch.manual_seed(2)
+    other = kpsvd(weight, shape, 5, method=method, seed=3)
+    for part in ("left", "right", "sigma"):
+        assert torch.equal(getattr(one.factors, part), getattr(other.factors, part))
+    assert one.total_energy == other.total_energy
+
+
+def test_the_callers_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    kpsvd(oracle.draw(64, 64), balanced_shape(64, 64), 2, method="truncated")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_total_energy_is_exact() -> None:
+    # In float32 the small entries would vanish beside the large one.
+    weight = torch.full((256, 256), 1e-3)
+    weight[0, 0] = 100.0
+    expected = math.fsum(float(value) ** 2 for value in weight.double().flatten())
+    assert kpsvd(weight, balanced_shape(256, 256), 1).total_energy == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-36, 1e-12, 1e15, 1e36])
+@pytest.mark.parametrize("method", METHODS)
+def test_tiny_and_huge_weights(scale: float, method: Method) -> None:
+    weight = oracle.draw(48, 48, dtype=torch.float32)
+    shape = balanced_shape(48, 48)
+    plain = kpsvd(weight, shape, 4, method=method).factors
+    scaled = kpsvd(weight * scale, shape, 4, method=method).factors
+    torch.testing.assert_close(scaled.sigma.double() / scale, plain.sigma.double(), rtol=1e-4, atol=0)
+    assert relative_error(scaled.left, plain.left) < 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_weight_and_zero_rank(method: Method) -> None:
+    shape = FactorShape(4, 3, 3, 4)
+    zero = kpsvd(torch.zeros(12, 12), shape, 2, method=method)
+    assert (zero.total_energy, zero.captured_frac) == (0.0, 0.0)
+    assert torch.equal(zero.factors.sigma, torch.zeros(2))
+    assert bool(zero.factors.left.isfinite().all() and zero.factors.right.isfinite().all())
+    none = kpsvd(oracle.draw(12, 12), shape, 0, method=method)
+    assert none.factors.rank == 0
+    assert none.factors.shape == shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rank_is_capped_by_the_shape(method: Method) -> None:
+    for shape in oracle.SHAPES:
+        weight = oracle.draw(shape.out_features, shape.in_features)
+        factors = kpsvd(weight, shape, 10_000, method=method).factors
+        assert factors.rank == shape.max_rank
+        assert relative_error(oracle.oracle_delta(factors), weight) < 1e-10
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
+    weight = torch.ones(12, 12)
+    weight[7, 5] = bad
+    with pytest.raises(ValueError, match="finite"):
+        kpsvd(weight, FactorShape(4, 3, 3, 4), 1)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(12, 12\) for \(4, 3, 3, 4\); got \(12, 13\)"):
+        kpsvd(torch.ones(12, 13), FactorShape(4, 3, 3, 4), 1)
+    with pytest.raises(ValueError, match="floating-point weight"):
+        kpsvd(torch.ones(12, 12, dtype=torch.int8), FactorShape(4, 3, 3, 4), 1)
+    with pytest.raises(ValueError, match="rank from 0"):
+        kpsvd(torch.ones(12, 12), FactorShape(4, 3, 3, 4), -1)
+
+
+def test_the_weight_is_not_written_to() -> None:
+    weight = oracle.draw(48, 40, dtype=torch.float32) * 100
+    before = weight.clone()
+    for shape in (FactorShape(1, 40, 48, 1), FactorShape(48, 1, 1, 40), FactorShape(6, 8, 8, 5)):
+        for method in METHODS:
+            kpsvd(weight, shape, 2, method=method)
+    assert torch.equal(weight, before)
+
+
+# --- truncated against exact -----------------------------------------------------------------------------------------
+
+
+def deficit(weight: Tensor, shape: FactorShape, rank: int, method: Method = "truncated") -> float:
+    """Share of the optimal captured energy (float64 SVD) that the terms miss, measured on the terms themselves."""
+    spectrum = torch.linalg.svdvals(rearrange(weight.double(), shape))
+    factors = kpsvd(weight, shape, rank, method=method).factors
+    total = float(weight.double().square().sum())
+    left_over = float((weight.double() - dense_delta(factors.to(torch.float64))).square().sum())
+    return 1 - (total - left_over) / float(spectrum[:rank].square().sum())
+
+
+@pytest.mark.parametrize("rank", [1, 4, 64])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1024, 1024), (1376, 512), (256, 1024)])
+def test_truncated_is_near_exact_on_random_weights(out_features: int, in_features: int, rank: int) -> None:
+    # The flattest spectra there are, hence the slowest convergence.
+    weight = oracle.draw(out_features, in_features, dtype=torch.float32)
+    assert -1e-5 < deficit(weight, balanced_shape(out_features, in_features), rank) < 0.005
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.5, 1.0, 3.0])
+def test_truncated_is_near_exact_on_decaying_spectra(decay: float) -> None:
+    shape = FactorShape(32, 24, 24, 32)
+    side = shape.max_rank
+    vectors = [torch.linalg.qr(oracle.draw(side, side, seed=seed)).Q for seed in (1, 2)]
+    matrix = (vectors[0] * torch.arange(1, side + 1).double() ** -decay) @ vectors[1]
+    weight = dense_delta(Factors(matrix.t().reshape(-1, 32, 24), _unit_rows(24, 32), torch.ones(side).double()))
+    for rank in (1, 8, 64):
+        assert -1e-5 < deficit(weight.float(), shape, rank) < 0.005
+
+
+def _unit_rows(p: int, q: int) -> Tensor:
+    return torch.eye(p * q, dtype=torch.float64).reshape(-1, p, q)
+
+
+def test_truncated_is_near_exact_on_trained_weights() -> None:
+    from soka_serve.builtin import base_directory
+
+    directory = base_directory()
+    if not (directory / "config.json").exists() or not list(directory.glob("*.safetensors")):
+        pytest.skip("the embedded base is not there; this test needs trained weights")
+    base = Checkpoint.open(directory)
+    names = [name for name, info in base.tensors.items() if name.endswith("_proj.weight") and min(info.shape) >= 64]
+    assert len(names) >= 7
+    for name in names:
+        weight = base.read(name).float()
+        shape = balanced_shape(*weight.shape)
+        for rank in (1, 64):
+            rank = min(rank, shape.max_rank)
+            assert -1e-5 < deficit(weight, shape, rank) < 0.005, (name, rank)
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-5])
+def test_exact_through_the_gram_matrix_keeps_small_singular_values(
+    smallest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One Gram matrix in float32 loses everything below 3e-4 of the largest.
+    monkeypatch.setattr(decompose, "_SVD_SIDE", 16)
+    shape = FactorShape(12, 10, 11, 9)
+    side, rank = shape.max_rank, 40
+    sigma = torch.logspace(0, math.log10(smallest), side, dtype=torch.float64)
+    vectors = [torch.linalg.qr(oracle.draw(size, side, seed=size)).Q for size in (120, 99)]
+    matrix = ((vectors[0] * sigma) @ vectors[1].t()).float()
+    weight = unrearrange(matrix, shape)
+    for side_up in (weight, weight.t().contiguous()):
+        this = shape if side_up is weight else FactorShape(10, 12, 9, 11)
+        factors = kpsvd(side_up, this, rank, method="exact").factors
+        expected = torch.linalg.svdvals(rearrange(side_up.double(), this))[:rank]
+        # Relative to the largest, as for any backward-stable SVD in float32.
+        assert float((factors.sigma.double() - expected).abs().max()) < 2e-6
+        flat = factors.right.double().flatten(1)
+        torch.testing.assert_close(flat @ flat.t(), torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-4)
+        left_over = float((side_up.double() - dense_delta(factors.to(torch.float64))).norm())
+        optimal = float(torch.linalg.svdvals(rearrange(side_up.double(), this))[rank:].norm())
+        assert left_over < optimal * (1 + 1e-4) + 1e-5
+
+
+_MEMORY_PROBE = """
+import re, sys, torch
+from pathlib import Path
+from soka_serve.kron import kpsvd
+from soka_serve.shapes import balanced_shape
+
+torch.set_num_threads(1)
+resident = lambda field: int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+weight = torch.randn(1536, 2048).to(getattr(torch, sys.argv[2]))
+kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8, method=sys.argv[1])
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+kpsvd(weight, balanced_shape(1536, 2048), 64, method=sys.argv[1])
+print((resident("VmHWM") - before) / (weight.numel() * 4))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the memory mark through Linux's /proc")
+@pytest.mark.parametrize(("method", "dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("exact", "float32")])
+def test_peak_memory_stays_below_six_weights(method: str, dtype: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", _MEMORY_PROBE, method, dtype], capture_output=True, text=True, check=True
+    )
+    assert 0.5 < float(result.stdout) < 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gpu_agrees_with_the_cpu(method: Method) -> None:
+    weight = oracle.draw(1024, 768, dtype=torch.float32)
+    shape = balanced_shape(1024, 768)
+    cpu = kpsvd(weight, shape, 8, method=method)
+    gpu = kpsvd(weight.cuda(), shape, 8, method=method)
+    assert gpu.total_energy == pytest.approx(cpu.total_energy, rel=1e-10)
+    torch.testing.assert_close(gpu.factors.sigma.cpu(), cpu.factors.sigma, rtol=2e-3, atol=0)

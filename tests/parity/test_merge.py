@@ -1,0 +1,174 @@
+"""Merged weights against float64 base + delta and against PEFT's own merge, on real tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import soka_serve.peft  # noqa: F401 - registers SOKA
+from soka_serve.kron import Factors
+from soka_serve.merging import merge
+from tests.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
+
+ULP = 0.51  # one rounding, in every dtype
+IDS = torch.arange(24).reshape(2, 12)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def check_weights(base: Path, merged: Path, deltas: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    before, after = weights(base), weights(merged)
+    assert after.keys() == before.keys()
+    for name, weight in before.items():
+        got = after[name]
+        assert got.dtype == dtype
+        module = name.removesuffix(".weight")
+        if module not in deltas:
+            assert torch.equal(got, weight.to(dtype))
+            continue
+        want = weight.double() + deltas[module]
+        size = torch.maximum(want.abs(), weight.double().abs()).clamp_min(torch.finfo(dtype).tiny)
+        assert float(((got.double() - want).abs() / (torch.finfo(dtype).eps * size)).max()) <= ULP
+        assert not torch.equal(got.double(), weight.double())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_merged_is_base_plus_delta_and_what_peft_makes(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
+    base = write_base(tmp_path / "base", dtype=dtype, tied=tied)
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    result = merge(adapter, base=base, out=tmp_path / "merged", progress=False)
+    assert result.verified == ("tensors", "logits")
+    check_weights(base, tmp_path / "merged", {n: oracle_delta(f) for n, f in all_factors().items()}, dtype)
+
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    original = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    assert ours.dtype == dtype
+    assert (ours.lm_head.weight.data_ptr() == ours.model.embed_tokens.weight.data_ptr()) == tied
+    alone = original(IDS).logits
+    with torch.no_grad():
+        peft_model = PeftModel.from_pretrained(original, adapter)
+        theirs = peft_model.merge_and_unload()
+    # PEFT sums a float32 delta in float32; in bfloat16 what counts is the last rounding.
+    most = 1.01 if dtype == torch.bfloat16 else 32.0
+    for (name, mine), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        size = torch.maximum(mine.abs(), other.abs()).double() + oracle_size(name)
+        assert float(((mine.double() - other.double()).abs() / (torch.finfo(dtype).eps * size)).max()) <= most, name
+    with torch.no_grad():
+        effect = (ours(IDS).logits - alone).abs().max()
+        apart = (ours(IDS).logits - theirs(IDS).logits).abs().max()
+    assert effect > 1
+    assert apart <= (1e-4 if dtype == torch.float32 else 0.25)
+
+
+def oracle_size(name: str) -> torch.Tensor | float:
+    """The magnitude of the delta, which bounds the rounding where W + delta almost cancels."""
+    factors = all_factors().get(name.removesuffix(".weight"))
+    return 0.0 if factors is None else oracle_delta(factors).abs()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype_can_change(tmp_path: Path, before: torch.dtype, after: torch.dtype) -> None:
+    base = write_base(tmp_path / "base", dtype=before)
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    name = str(after).removeprefix("torch.")
+    merge(adapter, base=base, out=tmp_path / "merged", dtype=name, verify="tensors", progress=False)  # type: ignore[arg-type]
+    check_weights(base, tmp_path / "merged", {n: oracle_delta(f) for n, f in all_factors().items()}, after)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == name
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(tmp_path / "merged").values())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == after
+
+
+def test_several_adapters_with_weights(tmp_path: Path) -> None:
+    """Different modules, ranks and factor shapes; a negative weight; one rounding for all of them."""
+    base = write_base(tmp_path / "base")
+    generator = torch.Generator().manual_seed(5)
+    odd = "model.layers.0.mlp.gate_proj"  # (96, 64)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sets = [
+        all_factors(seed=1),
+        all_factors(seed=2, layers=1),
+        {odd: Factors(randn(2, 1, 8), randn(2, 96, 8), torch.ones(2))},
+        {odd: Factors(randn(1, 96, 64), randn(1, 1, 1), torch.ones(1))},
+    ]
+    amounts = [1.0, -0.5, 0.25, 0.1]
+    paths = [write_test_adapter(tmp_path / f"a{i}", s, base=base) for i, s in enumerate(sets)]
+    result = merge(list(zip(paths, amounts, strict=True)), base=base, out=tmp_path / "merged", progress=False)
+    assert result.verified == ("tensors",)
+    deltas: dict[str, torch.Tensor] = {}
+    for factors, amount in zip(sets, amounts, strict=True):
+        for name, f in factors.items():
+            deltas[name] = deltas.get(name, torch.zeros(())) + amount * oracle_delta(f)
+    check_weights(base, tmp_path / "merged", deltas, torch.bfloat16)
+
+
+def test_blocks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks smaller than a row of Left, of a row, of several rows, and not a divisor of anything."""
+    base = write_base(tmp_path / "base", dtype=torch.float32, shard="10GB")
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    deltas = {n: oracle_delta(f) for n, f in all_factors().items()}
+    for values in (1, 64 * 3, 64 * 8, 64 * 27, 1 << 20):
+        monkeypatch.setattr("soka_serve.merge_stream._BLOCK_VALUES", values)
+        monkeypatch.setattr("soka_serve.merge_stream._COPY_BYTES", values * 5 + 1)
+        merge(adapter, base=base, out=tmp_path / "merged", verify=False, progress=False)
+        check_weights(base, tmp_path / "merged", deltas, torch.float32)
+
+
+def test_a_training_checkpoint_counts_with_trained_minus_initial(tmp_path: Path) -> None:
+    """Trained and initial terms are large and almost cancel, as they do with init = 'weights'."""
+    from soka_serve.peft import build_soka_model
+
+    base = write_base(tmp_path / "base", dtype=torch.float32)
+    name = "model.layers.1.self_attn.q_proj"
+    start = random_factors(64, 64, 4, 3, scale=2.0)
+    model = build_soka_model(AutoModelForCausalLM.from_pretrained(base), {name: start}, initial=True)
+    change = torch.randn(start.left.shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "soka_left" in key and parameter.requires_grad:
+                parameter += change
+    model.save_pretrained(tmp_path / "checkpoint")
+    merge(tmp_path / "checkpoint", base=base, out=tmp_path / "merged", progress=False)
+    trained = Factors(start.left + change, start.right, start.sigma)
+    delta = oracle_delta(trained) - oracle_delta(start)
+    assert 1e-4 < float(delta.abs().max()) < 1
+    check_weights(base, tmp_path / "merged", {name: delta}, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_independent_acceptance_check(tmp_path: Path, root: Path, dtype: torch.dtype) -> None:
+    script = root.parent / "shared" / "accept" / "check_adapter.py"
+    if not script.exists():
+        pytest.skip(f"no {script}")
+    base = write_base(tmp_path / "base", dtype=dtype)
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    merge(adapter, base=base, out=tmp_path / "merged", progress=False)
+    command = [sys.executable, script, "--base", base, "--adapter", adapter, "--merged", tmp_path / "merged"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert json.loads(found.stdout.splitlines()[-1])["modules"] == len(all_factors())

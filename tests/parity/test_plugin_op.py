@@ -1,0 +1,132 @@
+"""The plugin's operator against float64 torch.kron, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from soka_serve.kron import Factors, dense_delta
+from soka_serve.shapes import FactorShape
+from soka_vllm.slots import SlotStore
+from tests.tolerances import RELATIVE_ERROR, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def random_factors(rank: int, shape: tuple[int, int, int, int], seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    m, n, p, q = shape
+    left, right = torch.randn(rank, m, n, generator=generator), torch.randn(rank, p, q, generator=generator)
+    return Factors(left, right, torch.rand(rank, generator=generator) / (n * q) ** 0.5)
+
+
+def kron_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(out, in) in float64, with torch.kron itself."""
+    return sum(torch.kron(a, b) for a, b in zip(left.double(), right.double(), strict=True))  # type: ignore[return-value]
+
+
+class Layer:
+    """A store, and the dense float64 delta of what was put in."""
+
+    def __init__(self, slots: int, widths: list[int], in_features: int, dtype: torch.dtype) -> None:
+        self.store = SlotStore(slots, widths, in_features, dtype, "cpu")
+        self.dense = torch.zeros(slots, sum(widths), in_features, dtype=torch.float64)
+        self.dtype = dtype
+
+    def put(self, slot: int, index: int, rank: int, shape: tuple[int, int, int, int], seed: int) -> None:
+        factors = random_factors(rank, shape, seed)
+        left = (factors.left * factors.sigma[:, None, None]).to(self.dtype)
+        right = factors.right.to(self.dtype)
+        self.store.put(slot, index, left, right)
+        start = sum(self.store.widths[:index])
+        self.dense[slot, start : start + self.store.widths[index]] = kron_sum(left, right)
+
+    def check(self, token_slots: torch.Tensor, tokens: int) -> None:
+        """Run the operator, and hold each token against its adapter's dense delta."""
+        x = torch.randn(tokens, self.store.in_features, generator=torch.Generator().manual_seed(1)).to(self.dtype)
+        base = torch.randn(tokens, sum(self.store.widths), generator=torch.Generator().manual_seed(2)).to(self.dtype)
+        out = base.clone()
+        self.store.add_to(out, x, token_slots)
+        want = base.double()
+        for token in range(tokens):
+            slot = int(token_slots[token])
+            if 0 <= slot < self.dense.shape[0] and bool(self.dense[slot].any()):
+                want[token] += self.dense[slot] @ x[token].double()
+                assert not torch.equal(out[token], base[token])
+            else:
+                assert torch.equal(out[token], base[token])
+        assert tokens == 0 or relative_error(out, want) < RELATIVE_ERROR[self.dtype]
+
+
+def qkv_layer(dtype: torch.dtype) -> Layer:
+    """Three slices of unequal width (GQA), four slots: two shapes, another rank per slice, slices without terms."""
+    layer = Layer(4, [128, 64, 64], 96, dtype)
+    layer.put(0, 0, 1, (16, 12, 8, 8), seed=10)
+    layer.put(0, 1, 3, (8, 12, 8, 8), seed=11)
+    layer.put(0, 2, 2, (64, 1, 1, 96), seed=12)
+    layer.put(2, 0, 5, (2, 48, 64, 2), seed=13)
+    layer.put(2, 2, 4, (4, 4, 16, 24), seed=14)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 257])
+def test_mixed_batch(dtype: torch.dtype, tokens: int) -> None:
+    layer = qkv_layer(dtype)
+    # Base, an empty slot, one that is beyond the table (uninitialised memory), and the two adapters.
+    token_slots = torch.tensor([0, 2, -1, 1, 7, 2**40, 2]).repeat(tokens)
+    layer.check(token_slots, tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slot", [-1, 0, 1, 2])
+def test_one_adapter_for_all(dtype: torch.dtype, slot: int) -> None:
+    qkv_layer(dtype).check(torch.full((300,), slot), 257)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 257])
+def test_wide_factors(dtype: torch.dtype, tokens: int) -> None:
+    """86 x 64, the shape of a LLaMA-2-7B gate; large enough for the intermediate to be cut into pieces."""
+    layer = Layer(2, [86 * 32], 64 * 32, dtype)
+    layer.put(1, 0, 4, (86, 64, 32, 32), seed=20)
+    layer.check(torch.ones(tokens, dtype=torch.long), tokens)
+    layer.put(1, 0, 2, (32, 32, 86, 64), seed=21)
+    layer.check(torch.ones(tokens, dtype=torch.long), tokens)
+
+
+def test_no_tokens() -> None:
+    qkv_layer(torch.float32).check(torch.zeros(0, dtype=torch.long), 0)
+
+
+def test_both_orders_are_exercised() -> None:
+    table = qkv_layer(torch.float32).store.table
+    assert set(table[..., 7][table[..., 2] > 0].tolist()) == {0, 1}
+
+
+def test_oracle_agrees_with_the_project() -> None:
+    factors = random_factors(3, (2, 3, 4, 5), seed=3)
+    ours = dense_delta(factors, torch.float64)
+    torch.testing.assert_close(
+        kron_sum(factors.left * factors.sigma[:, None, None], factors.right), ours, rtol=1e-6, atol=1e-6
+    )
+    assert FactorShape(2, 3, 4, 5) == factors.shape
+
+
+def test_operator_is_safe_to_trace() -> None:
+    """Schema, aliasing and the fake kernel hold; a traced call changes its output as an eager one does."""
+    layer = qkv_layer(torch.float32)
+    x, token_slots = torch.randn(5, 96), torch.tensor([0, 2, -1, 1, 0, 0, 0])
+    arguments = (torch.randn(5, 256), x, token_slots, layer.store.values, layer.store.table, layer.store.widths)
+    torch.library.opcheck(torch.ops.soka.add_kron.default, arguments)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        out = torch.ones(x.shape[0], 256)
+        layer.store.add_to(out, x, token_slots)
+        return out * 2
+
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 3, 7):
+        x = torch.randn(tokens, 96)
+        assert torch.equal(compiled(x), forward(x))
+    assert not torch.equal(forward(x), torch.full((7, 256), 2.0))

@@ -1,0 +1,118 @@
+"""The command line: help, exit codes, one clear error, nothing heavy imported before it is needed."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from soka_serve import api
+from soka_serve.cli import main
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("command", [["--help"], ["schema"], ["plan", "manifests/math.toml"]])
+def test_quick_commands_import_no_torch(command: list[str], root: Path) -> None:
+    code = (
+        "import sys\nfrom click.testing import CliRunner\nfrom soka_serve.cli import main\n"
+        f"result = CliRunner().invoke(main, {command!r})\n"
+        "heavy = [m for m in ('torch', 'transformers', 'peft', 'datasets', 'vllm') if m in sys.modules]\n"
+        "sys.exit(f'{result.exit_code} {heavy} {result.output}' if result.exit_code or heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for name, command in main.commands.items():
+        text = _run(name, "--help")
+        assert text.exit_code == 0
+        assert "Example" in text.output, name
+        assert command.help, name
+
+
+def test_init_plan_and_a_typing_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run("init", "mine").exit_code == 0
+    planned = _run("plan", "mine.toml", "--json")
+    assert planned.exit_code == 0, planned.output
+    assert json.loads(planned.output)["name"] == "mine"
+
+    refused = _run("init", "mine")
+    assert refused.exit_code == 2
+    assert "is there already" in refused.output
+
+    file = tmp_path / "mine.toml"
+    file.write_text(file.read_text().replace("[train]", "[trian]", 1))
+    wrong = _run("plan", "mine.toml")
+    assert wrong.exit_code == 2
+    assert "trian" in wrong.output
+    assert "did you mean" in wrong.output.lower()
+    assert "Traceback" not in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "nowhere.toml"], ["nowhere.toml"]),
+        (["build", "nowhere.toml"], ["nowhere.toml"]),
+        (["inspect", "nowhere"], ["nowhere"]),
+        (["merge", "nowhere", "--base", "tiny", "--out", "x"], ["nowhere"]),
+        (["merge", "nowhere=half", "--base", "tiny", "--out", "x"], ["ADAPTER=WEIGHT", "half"]),
+        (["export", "nowhere", "--out", "x"], ["nowhere"]),
+        (["extract", "./nowhere", "--base", "tiny", "--out", "x", "--rank", "1"], ["nowhere"]),
+        (["extract", "tiny", "--base", "tiny", "--out", "x"], ["exactly one of"]),
+        (["build"], ["MANIFEST"]),
+        (["bild", "x"], ["bild"]),
+    ],
+)
+def test_bad_input_gets_one_error_and_exit_code_2(
+    arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = _run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    for word in words:
+        assert word in done.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_of_ours_exits_with_1_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("soka_serve.manifest.json_schema", broken)
+    done = _run("schema")
+    assert done.exit_code == 1
+    assert "This is a bug" in done.output
+
+
+def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
+
+    monkeypatch.setattr("soka_serve.manifest.json_schema", full)
+    done = _run("schema")
+    assert done.exit_code == 2
+    assert "/somewhere/file" in done.output
+    assert "hint" in done.output
+
+
+def test_the_examples_in_readme_and_docs_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    assert doctest.testmod(api).attempted > 0
+    failed, attempted = doctest.testfile(str(root / "README.md"), module_relative=False)
+    assert attempted > 0
+    assert failed == 0
+    assert doctest.testmod(api).failed == 0

@@ -1,0 +1,73 @@
+"""Exports that must fail whole, and what an exported directory says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soka_serve.adapter import read_adapter
+from soka_serve.errors import BuildError, CheckpointError, SokaError
+from soka_serve.exporting import export
+from soka_serve.lock import read_lock
+from tests.tiny_models import random_factors, write_test_adapter
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_test_adapter(tmp_path / "source", {NAME: random_factors(64, 64, 3, 0)})
+
+
+def test_provenance_goes_along(tmp_path: Path, source: Path) -> None:
+    export(source, tmp_path / "out", rank=1)
+    lock = read_lock(tmp_path / "out" / "soka.lock")
+    assert lock["seed"] == 0
+    assert lock["export"]["form"] == "soka"
+    assert lock["export"]["dropped_energy_frac"] > 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "of the delta's energy" in card
+    assert read_adapter(tmp_path / "out").base_model == "tiny-test-base"
+    export(source, tmp_path / "lora", to="lora", rank=2)
+    assert read_lock(tmp_path / "lora" / "soka.lock")["export"]["form"] == "lora"
+
+
+def test_again_gives_the_same_bytes(tmp_path: Path, source: Path) -> None:
+    file = tmp_path / "out" / "adapter_model.safetensors"
+    export(source, tmp_path / "out")
+    before = file.read_bytes()
+    export(source, tmp_path / "out")
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"to": "lora"}, "a LoRA needs a rank"),
+        ({"to": "lokr"}, "expected 'soka' or 'lora'; got 'lokr'"),
+        ({"rank": 0}, "rank: expected at least 1; got 0"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, source: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(SokaError, match=message):
+        export(source, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_source_leaves_the_last_export(tmp_path: Path, source: Path) -> None:
+    export(source, tmp_path / "out")
+    file = source / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        export(source, tmp_path / "out")
+    read_adapter(tmp_path / "out")
+
+
+def test_inputs_and_strangers_are_safe(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(BuildError, match="would destroy"):
+        export(source, source)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(BuildError, match=r"thesis\.tex is not part of an exported adapter"):
+        export(source, tmp_path / "out")

@@ -1,0 +1,280 @@
+"""Atomic files and directories: killed writers, full disks, things in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from soka_serve import files
+from soka_serve.errors import BuildError
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir())
+
+
+@pytest.fixture
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without renameat2."""
+    monkeypatch.setattr(files, "_renameat2", lambda: None)
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow past 64 KiB: writing more fails with EFBIG, as a full disk fails with ENOSPC."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def test_text_is_written_and_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "note.txt"
+    files.write_text_atomic(path, "eins\n")
+    files.write_text_atomic(path, "σ zwei\n")
+    assert path.read_text() == "σ zwei\n"
+    assert names(path.parent) == ["note.txt"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_directory_is_replaced_whole(tmp_path: Path, exchange: bool, request: pytest.FixtureRequest) -> None:
+    if not exchange:
+        request.getfixturevalue("no_exchange")
+    target = tmp_path / "deep" / "out"
+    with files.replace_directory(target) as temporary:
+        (temporary / "a").write_text("1")
+        assert not target.exists()
+    with files.replace_directory(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "b").write_text("2")
+        assert names(target) == ["a"]
+    assert names(target) == ["sub"]
+    assert (target / "sub" / "b").read_text() == "2"
+    assert names(target.parent) == ["out"]
+
+
+def test_linux_has_the_exchange() -> None:
+    assert (files._renameat2() is not None) == sys.platform.startswith("linux")
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.mkdir(parents=True)
+    link.symlink_to(real)
+    with files.replace_directory(link) as temporary:
+        (temporary / "a").write_text("1")
+    assert link.is_symlink()
+    assert names(real) == ["a"]
+
+
+@pytest.mark.parametrize("failure", [ValueError("no"), KeyboardInterrupt()])
+def test_failure_leaves_the_old_directory(tmp_path: Path, failure: BaseException) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(type(failure)), files.replace_directory(target) as temporary:  # noqa: PT012
+        (temporary / "a").write_text("half")
+        raise failure
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from soka_serve import files
+if sys.argv[2] == "renames":
+    files._renameat2 = lambda: None
+    rename, done = Path.rename, []
+    def stop_between(self, target):
+        rename(self, target)
+        print("ready", flush=True)
+        time.sleep(60)
+    Path.rename = stop_between
+with files.replace_directory(Path(sys.argv[1])) as temporary:
+    (temporary / "a").write_text("new")
+    if sys.argv[2] == "body":
+        print("ready", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("moment", ["body", "renames"])
+def test_sigkill_leaves_the_old_directory(tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "a").write_text("old")
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(target), moment], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    with child.stdout:
+        assert child.stdout.readline() == "ready\n"
+        assert len(names(tmp_path)) == 2
+        if moment == "body":
+            assert (target / "a").read_text() == "old"
+            assert files.clean_stale(target) == []  # its process lives: hands off
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    files.clean_stale(target)
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    here, elsewhere = files._machine(), "0" * 6
+    dead = dead_pid()
+    own, parent = os.getpid(), os.getppid()
+    gone = [f".out.tmp-{dead}-{here}-abcdef", f".out.tmp-{own}-{here}-abcdef", f".out.tmp-9-{elsewhere}-00000a"]
+    kept = [
+        f".out.tmp-{parent}-{here}-abcdef",
+        f".out.tmp-{dead}-{elsewhere}-abcdef",
+        f".other.tmp-{dead}-{here}-aaaaaa",
+    ]
+    for name in gone + kept:
+        (tmp_path / name).mkdir()
+    long_ago = time.time() - 3 * 24 * 3600
+    os.utime(tmp_path / gone[2], (long_ago, long_ago))
+    assert sorted(p.name for p in files.clean_stale(target)) == sorted(gone)
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(BuildError, match="out: Not a directory") as caught, files.replace_directory(tmp_path / "out"):
+        pytest.fail("must not begin")
+    assert "move it away" in str(caught.value.hint)
+    with pytest.raises(BuildError, match="cannot write"), files.replace_directory(tmp_path / "out" / "below"):
+        pytest.fail("must not begin")
+    with pytest.raises(BuildError, match="cannot write"):
+        files.write_text_atomic(tmp_path / "out" / "below", "x")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_directory_where_the_file_should_be(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(BuildError, match="out: Is a directory"):
+        files.write_text_atomic(tmp_path / "out", "x")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_full_disk(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(BuildError, match=r"cannot write .*out: File too large") as caught:  # noqa: SIM117
+        with files.replace_directory(target) as temporary:
+            (temporary / "a").write_bytes(bytes(100_000))
+    assert "ulimit" in str(caught.value.hint)
+    with pytest.raises(BuildError, match="File too large"):
+        files.write_bytes_atomic(target / "a", bytes(100_000))
+    assert (target / "a").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["a"]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_full_disk_in_the_safetensors_library(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    with pytest.raises(BuildError, match="File too large"), files.replace_directory(tmp_path / "out") as temporary:
+        save_file({"w": torch.zeros(100_000)}, temporary / "model.safetensors")
+    assert names(tmp_path) == []
+
+
+def test_dev_full() -> None:
+    with pytest.raises(BuildError, match="No space left") as caught, files.disk_errors(Path("x")):
+        Path("/dev/full").write_text("x" * 100_000)
+    assert "free some space" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_errors_name_both_paths(number: int) -> None:
+    with (
+        pytest.raises(BuildError, match=r"cannot write out: .*\(at out/sub\)") as caught,
+        files.disk_errors(Path("out")),
+    ):
+        raise OSError(number, os.strerror(number), "out/sub")
+    assert caught.value.hint
+
+
+def test_errors_without_a_target() -> None:
+    known = files.explain_disk_error(OSError(errno.ENOSPC, "x", "some/file"))
+    assert known is not None
+    assert known.message == "some/file: No space left on device"
+    assert files.explain_disk_error(FileNotFoundError(errno.ENOENT, "x", "some/file")) is None
+    assert files.explain_disk_error(ValueError("(os error 28)")) is None
+
+
+def test_what_may_be_replaced(tmp_path: Path) -> None:
+    def check(target: Path) -> None:
+        files.check_replaceable(
+            target, keep=[tmp_path / "in" / "base"], suffixes=[".json", "README.md"], what="a model"
+        )
+
+    (tmp_path / "in" / "base").mkdir(parents=True)
+    for target in (tmp_path, tmp_path / "in", tmp_path / "in" / "base", tmp_path / "in" / "x" / ".."):
+        with pytest.raises(BuildError, match=r"writing a model there would destroy .*base"):
+            check(target)
+    out = tmp_path / "out"
+    check(out)
+    (out / "sub").mkdir(parents=True)
+    (out / "sub" / "config.json").touch()
+    (out / "README.md").touch()
+    check(out)
+    (out / "sub" / "thesis.tex").touch()
+    with pytest.raises(BuildError, match=r"sub/thesis\.tex is not part of a model"):
+        check(out)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(FileNotFoundError), files.disk_errors(Path("x")):
+        Path("/no/such/file").read_text()
+
+
+def test_unwritable_directory(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    root = os.geteuid() == 0  # root may write anywhere: be nobody for a moment
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(BuildError, match="Permission denied") as caught, files.replace_directory(tmp_path / "out"):
+            pytest.fail("must not begin")
+        with pytest.raises(BuildError, match="Permission denied"):
+            files.write_text_atomic(tmp_path / "out", "x")
+    finally:
+        if root:
+            os.seteuid(0)
+        tmp_path.chmod(0o755)
+    assert "writable" in str(caught.value.hint)
+    assert names(tmp_path) == []
+
+
+def test_hashes(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        (tmp_path / folder / "a").write_text("abc")
+        (tmp_path / folder / "sub" / "b").write_text("d")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert files.sha256_file(one / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    same = files.sha256_tree([one])
+    assert files.sha256_tree([two]) == same
+    assert files.sha256_tree([one / "a", one / "sub"]) == files.sha256_tree([two / "sub", two / "a"])
+    (two / "sub" / "b").rename(two / "sub" / "c")
+    assert files.sha256_tree([two]) != same

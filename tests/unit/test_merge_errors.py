@@ -1,0 +1,295 @@
+"""Merges that must fail whole, and what a merged directory holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.kron import Factors
+from soka_serve.lock import read_lock
+from soka_serve.merging import merge
+from tests.tiny_models import SHAPES, all_factors, random_factors, write_base, write_test_adapter
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("merge") / "base")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    return write_test_adapter(tmp_path / "adapter", base=base)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Callable[[], None]:
+    """An earlier merged model in tmp_path/out; the function checks that it is still there, and nothing else is."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+
+    def check() -> None:
+        assert [p.name for p in out.iterdir()] == ["config.json"]
+        assert (out / "config.json").read_text() == "old"
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+    return check
+
+
+def run(adapter: Path, base: Path, out: Path, **options: object) -> None:
+    merge(adapter, base=base, out=out, progress=False, **{"verify": False, **options})  # type: ignore[arg-type]
+
+
+def test_what_a_merged_directory_holds(
+    tmp_path: Path, base: Path, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for stray in ("pytorch_model.bin", "optimizer.pt", "modeling_custom.py", "notes.parquet"):
+        (base / stray).write_text("x")
+    try:
+        with caplog.at_level(logging.INFO):
+            result = merge(adapter, base=base, out=tmp_path / "out", verify="tensors", progress=False)
+    finally:
+        for stray in ("pytorch_model.bin", "optimizer.pt", "modeling_custom.py", "notes.parquet"):
+            (base / stray).unlink()
+    assert "not copied from the base: modeling_custom.py, notes.parquet, optimizer.pt, pytorch_model.bin" in caplog.text
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {p.name for p in base.iterdir()} | {"soka.lock", "README.md"}
+    assert "generation_config.json" in names
+    for name in names - {"soka.lock", "README.md"}:
+        if not name.endswith(".safetensors") and "index" not in name:
+            assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    opened = Checkpoint.open(tmp_path / "out")
+    original = Checkpoint.open(base)
+    assert len(opened.files) > 2
+    assert [(t.name, t.dtype, t.shape, t.start) for t in opened.tensors.values()] == [
+        (t.name, t.dtype, t.shape, t.start) for t in original.tensors.values()
+    ]
+    lock = read_lock(tmp_path / "out" / "soka.lock")
+    assert lock["base"]["sha256"] == original.sha256()
+    assert lock["adapters"]["adapter0"]["modules"] == len(all_factors())
+    for name in ("soka.lock", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+    assert result.modules == 14
+    assert result.tensors == len(original.tensors)
+    assert result.bytes_written == sum(f.stat().st_size for f in opened.files)
+    assert "verified    weights within 0." in result.to_text()
+
+
+def test_the_same_adapter_twice_is_listed_twice(tmp_path: Path, base: Path, adapter: Path) -> None:
+    merge([(adapter, 0.5), (adapter, 0.25)], base=base, out=tmp_path / "out", progress=False)
+    listed = read_lock(tmp_path / "out" / "soka.lock")["adapters"]
+    assert [entry["weight"] for entry in listed.values()] == [0.5, 0.25]
+
+
+def test_merge_again_gives_the_same_bytes(tmp_path: Path, base: Path, adapter: Path) -> None:
+    run(adapter, base, tmp_path / "out")
+    before = Checkpoint.open(tmp_path / "out").sha256()
+    run(adapter, base, tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").sha256() == before != Checkpoint.open(base).sha256()
+
+
+def test_single_file_without_index(tmp_path: Path, adapter: Path) -> None:
+    base = write_base(tmp_path / "one", shard="1GB")
+    run(adapter, base, tmp_path / "out", allow_other_base=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_other_base(tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None]) -> None:
+    other = write_base(tmp_path / "other", seed=7)
+    with pytest.raises(CheckpointError, match=r"made for base weights with sha256 [0-9a-f]{12}") as caught:
+        run(adapter, other, tmp_path / "out")
+    assert "--allow-other-base" in str(caught.value.hint)
+    old_names = {p.name for p in tmp_path.iterdir()}
+    assert old_names == {"adapter", "other", "out"}
+    run(adapter, other, tmp_path / "out", allow_other_base=True)
+    assert "sha256" not in read_lock(tmp_path / "out" / "soka.lock")["base"]
+
+
+def test_the_lock_of_the_build_counts_too(tmp_path: Path, base: Path) -> None:
+    adapter = write_test_adapter(tmp_path / "build" / "adapter", base=base)
+    (adapter / "soka.lock").rename(adapter.parent / "soka.lock")
+    with pytest.raises(CheckpointError, match="made for base weights"):
+        run(adapter, write_base(tmp_path / "other", seed=7), tmp_path / "out")
+    run(adapter, base, tmp_path / "out")
+
+
+def test_adapter_that_does_not_fit(tmp_path: Path, base: Path, old: Callable[[], None]) -> None:
+    factors = {
+        "model.layers.7.self_attn.q_proj": random_factors(64, 64, 1, 0),
+        "model.layers.1.mlp.up_proj": random_factors(64, 64, 1, 0),
+        Q: random_factors(64, 64, 1, 0),
+    }
+    adapter = write_test_adapter(tmp_path / "adapter", factors)
+    with pytest.raises(CheckpointError) as caught:
+        run(adapter, base, tmp_path / "out")
+    lines = caught.value.message.splitlines()
+    assert len(lines) == 2
+    assert any("layers.7.self_attn.q_proj" in line for line in lines)
+    assert any("up_proj" in line and "(96, 64)" in line for line in lines)
+    old()
+
+
+def test_tied_head(tmp_path: Path, old: Callable[[], None]) -> None:
+    base = write_base(tmp_path / "tied", tied=True)
+    adapter = write_test_adapter(tmp_path / "adapter", {"lm_head": random_factors(96, 64, 1, 0)})
+    with pytest.raises(CheckpointError, match="lm_head"):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+def test_untied_head(tmp_path: Path, base: Path) -> None:
+    adapter = write_test_adapter(tmp_path / "adapter", {"lm_head": random_factors(96, 64, 1, 0)})
+    result = merge(adapter, base=base, out=tmp_path / "out", verify="tensors", progress=False)
+    assert result.modules == 1
+
+
+@pytest.mark.parametrize("what", ["nan in the base", "overflow", "conversion"])
+def test_values_that_are_not_finite(tmp_path: Path, what: str, old: Callable[[], None]) -> None:
+    base = write_base(tmp_path / "base", dtype=torch.float32, shard="1GB")
+    factors = {Q: random_factors(64, 64, 1, 0)}
+    tensors = load_file(base / "model.safetensors")
+    if what == "nan in the base":
+        tensors[f"{Q}.weight"][3, 5] = float("nan")
+        message = f"{Q}.weight holds values that are NaN or infinite"
+    elif what == "overflow":
+        factors[Q] = Factors(factors[Q].left, factors[Q].right, torch.tensor([1e6]))
+        message = rf"{Q}\.weight: base \+ delta reaches .*e\+06, too large for float16"
+    else:
+        tensors["lm_head.weight"][0, 0] = 7e4
+        message = r"lm_head\.weight: base \+ delta reaches 7e\+04, too large for float16"
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        run(write_test_adapter(tmp_path / "adapter", factors), base, tmp_path / "out", dtype="float16")
+    old()
+
+
+def test_quantised_base(tmp_path: Path, adapter: Path, old: Callable[[], None]) -> None:
+    base = write_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
+    with pytest.raises(CheckpointError, match="quantised"):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+def test_disk_full(tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None]) -> None:
+    """A limit on file sizes stops the second shard, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+    try:
+        with pytest.raises(BuildError, match=r"cannot write .*out: File too large"):
+            run(adapter, base, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    old()
+
+
+def test_no_room(
+    tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(BuildError, match=r"takes [\d,]+ bytes, the disk has 1,000 free"):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+def test_base_that_shrinks_meanwhile(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base", shard="1GB")
+    from soka_serve import merging as module
+
+    opened = Checkpoint.open(base)
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5000])
+    monkeypatch.setattr(module.Checkpoint, "open", lambda _: opened)
+    with pytest.raises(CheckpointError, match=r"truncated|ended early"):
+        run(adapter, base, tmp_path / "out", allow_other_base=True)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weight_that_is_no_number(tmp_path: Path, base: Path, adapter: Path, weight: float) -> None:
+    with pytest.raises(CheckpointError, match="is not a finite number"):
+        merge([(adapter, weight)], base=base, out=tmp_path / "out", progress=False)
+
+
+def test_no_adapter(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(CheckpointError, match="no adapter to merge"):
+        merge([], base=base, out=tmp_path / "out")
+
+
+def test_inputs_are_safe(tmp_path: Path, base: Path, adapter: Path) -> None:
+    for out in (base, adapter, adapter.parent):
+        with pytest.raises(BuildError, match="would destroy"):
+            run(adapter, base, out)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "main.tex").touch()
+    with pytest.raises(BuildError, match=r"main\.tex is not part of a merged model"):
+        run(adapter, base, tmp_path / "thesis")
+
+
+@pytest.mark.parametrize("damage", ["delta", "other", "logits"])
+def test_verification_can_fail(
+    tmp_path: Path, base: Path, adapter: Path, damage: str, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
+) -> None:
+    """A merge that writes a wrong value is caught before it replaces anything."""
+    from soka_serve import merge_stream
+
+    real = merge_stream.Terms.add_to
+    if damage == "delta":  # a little wrong everywhere
+
+        def wrong(self: merge_stream.Terms, block: torch.Tensor, first: int) -> None:
+            real(self, block, first)
+            block += 2e-2 * block.abs()
+
+        monkeypatch.setattr(merge_stream.Terms, "add_to", wrong)
+        message = "ulp of torch.bfloat16 from base"
+    elif damage == "other":
+        copy = merge_stream._copy_bytes
+
+        def shifted(source: int, out: int, start: int, offset: int, size: int) -> None:
+            copy(source, out, start + 2, offset, size - 2)
+
+        monkeypatch.setattr(merge_stream, "_copy_bytes", shifted)
+        message = "not adapted, yet changed by the merge"
+    else:
+        # Not among the sampled rows: only the logits can tell.
+        from soka_serve import merge_verify
+
+        monkeypatch.setattr(merge_verify, "_SAMPLED_ROWS", 1)
+
+        def in_the_middle(self: merge_stream.Terms, block: torch.Tensor, first: int) -> None:
+            real(self, block, first)
+            block[10:20] += 0.05
+
+        monkeypatch.setattr(merge_stream.Terms, "add_to", in_the_middle)
+        message = "log-probabilities differ by up to"
+    with pytest.raises(BuildError, match=message):
+        run(adapter, base, tmp_path / "out", verify="auto")
+    old()
+
+
+def test_torch_threads_are_put_back(tmp_path: Path, base: Path, adapter: Path) -> None:
+    before = torch.get_num_threads()
+    run(adapter, base, tmp_path / "out")
+    assert torch.get_num_threads() == before
+
+
+def test_shapes_of_the_test_model(base: Path) -> None:
+    opened = Checkpoint.open(base)
+    for name, shape in SHAPES.items():
+        assert opened.info(f"model.layers.0.{name}.weight").shape == shape

@@ -1,0 +1,124 @@
+"""Statistics of the base on training batches: gradients and input moments, against autograd and plain sums."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soka_serve.collate import IGNORED, PadCollator
+from soka_serve.data import Encoded
+from soka_serve.errors import CheckpointError
+from soka_serve.probe import Batch, batches_needed, gather
+from soka_serve.schema import Adapt
+from soka_serve.targets import Module, Target
+
+QUERY = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config).double().eval().requires_grad_(False)
+
+
+def _examples() -> list[Encoded]:
+    """Six examples whose lengths, and shares of trained tokens, differ."""
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for length, masked in ((5, 1), (9, 8), (4, 2), (12, 3), (7, 6), (6, 1)):
+        ids = torch.randint(3, 32, (length,), generator=generator).tolist()
+        examples.append(Encoded(ids, [IGNORED] * masked + ids[masked:]))
+    return examples
+
+
+def _batches() -> list[Batch]:
+    examples, collate = _examples(), PadCollator(pad_id=0)
+    return [collate(examples[i : i + 2]) for i in range(0, 6, 2)]
+
+
+def _target(model: Any, name: str, **rule: Any) -> Target:
+    weight = model.get_submodule(name).weight
+    module = Module(name, weight.shape[0], weight.shape[1], int(name.split(".")[2]), "float64")
+    return Target(module, Adapt(**rule), (0,), None)
+
+
+def test_gradients_are_those_of_the_asked_batches_together(model: Any) -> None:
+    targets = [
+        _target(model, QUERY, init="gradient", calibration_batches=2),
+        _target(model, DOWN, init="gradient", calibration_batches=3),
+    ]
+    found = {target.module.name: gradient for target, gradient, _ in gather(model, _batches(), targets)}
+    for name, asked in ((QUERY, 4), (DOWN, 6)):
+        weight = model.get_submodule(name).weight.requires_grad_(True)
+        whole = PadCollator(pad_id=0)(_examples()[:asked])
+        model(**whole).loss.backward()
+        gradient = found[name]
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-5, atol=1e-7)
+        weight.grad = None
+        weight.requires_grad_(False)
+
+
+def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
+    targets = [_target(model, name, calibration_batches=asked) for name, asked in ((QUERY, 1), (DOWN, 2))]
+    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    seen: dict[str, list[torch.Tensor]] = {QUERY: [], DOWN: []}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0][0]))
+        for name in seen
+    ]
+    for example in _examples()[:4]:
+        model(input_ids=torch.tensor([example.input_ids]))  # one by one: there is no padding to leave out
+    for handle in handles:
+        handle.remove()
+    for name, asked in ((QUERY, 2), (DOWN, 4)):
+        x = torch.cat(seen[name][:asked]).double()
+        moments = found[name]
+        assert moments is not None
+        assert moments.tokens == len(x)
+        torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_the_model_is_left_as_it_was_found(model: Any, stop_early: bool) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = [_target(model, QUERY, init="gradient"), _target(model, DOWN, calibration_batches=1)]
+    results = gather(model, _batches(), targets)
+    if stop_early:
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    else:
+        assert len(list(results)) == 2
+    assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [{"init": "gradient"}, {"calibration_batches": 1}])
+def test_a_base_that_is_not_finite_is_named(model: Any, rule: dict[str, Any]) -> None:
+    broken = copy.deepcopy(model)
+    broken.get_submodule(QUERY).weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN"):
+        list(gather(broken, _batches(), [_target(broken, DOWN, **rule)]))
+
+
+def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
+    assert batches_needed([]) == 0
+    assert batches_needed([_target(model, QUERY)]) == 0
+    assert batches_needed([_target(model, QUERY, init="gradient")]) == 8
+    assert batches_needed([_target(model, QUERY, init="gradient", calibration_batches=2)]) == 2
+    assert batches_needed([_target(model, QUERY, calibration_batches=3), _target(model, DOWN)]) == 3

@@ -1,0 +1,79 @@
+"""Build folders: lock, caches, remembered hashes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from soka_serve.errors import BuildError
+from soka_serve.files import sha256_file
+from soka_serve.workspace import HashCache, Workspace, link_tree
+
+
+def test_two_builds_of_one_name_exclude_each_other(tmp_path: Path) -> None:
+    with Workspace(tmp_path, "a").locked():
+        with pytest.raises(BuildError, match="another build of 'a'"), Workspace(tmp_path, "a").locked():
+            pass
+        with Workspace(tmp_path, "b").locked():
+            pass
+    with Workspace(tmp_path, "a").locked():
+        pass
+
+
+def test_a_killed_build_leaves_no_lock(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from soka_serve.workspace import Workspace\n"
+        f"with Workspace(Path({str(tmp_path)!r}), 'a').locked(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with Workspace(tmp_path, "a").locked():
+        pass
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "build").write_text("not a folder")
+    with pytest.raises(BuildError, match="build"), Workspace(tmp_path / "build", "a").locked():
+        pass
+
+
+def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    cache = HashCache(tmp_path / "hashes.json")
+    assert not cache.knows(file)
+    assert cache.file(file) == sha256_file(file)
+    cache.save()
+    again = HashCache(tmp_path / "hashes.json")
+    assert again.knows(file)
+    file.write_bytes(b"two")
+    os.utime(file, ns=(1, 1))
+    assert not again.knows(file)
+    assert again.file(file) == sha256_file(file)
+
+
+def test_a_broken_hash_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "hashes.json").write_text('{"half')
+    file = tmp_path / "weights"
+    file.write_bytes(b"one")
+    assert HashCache(tmp_path / "hashes.json").file(file) == sha256_file(file)
+
+
+def test_old_caches_go_and_the_current_ones_stay(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, "a")
+    with workspace.locked():
+        for stage, key in (("init", "1"), ("init", "2"), ("tune", "1")):
+            workspace.stage(stage, key).mkdir()
+        workspace.forget_others({"init": "2", "tune": "1"})
+        assert sorted(p.name for p in workspace.cache.iterdir()) == ["init-2", "lock", "tune-1"]
+
+
+def test_link_tree_gives_second_names(tmp_path: Path) -> None:
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    (tmp_path / "a" / "sub" / "file").write_text("x")
+    link_tree(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "sub" / "file").read_text() == "x"
+    assert (tmp_path / "b" / "sub" / "file").samefile(tmp_path / "a" / "sub" / "file")
