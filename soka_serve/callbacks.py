@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from soka_serve.files import write_text_atomic
 from soka_serve.kron import Factors
 from soka_serve.peft import drop_terms, soka_layers, term_energies
 from soka_serve.peft.layer import stack_difference
@@ -166,7 +167,8 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def truncate_history(path: Path, step: int) -> None:
     """Take out the lines after `step`, and one that was cut short."""
     kept = [json.dumps(line) + "\n" for line in read_history(path) if line["step"] <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    # Atomic: a kill here must not cost the lines of the steps that are not run again.
+    write_text_atomic(path, "".join(kept))
 
 
 def tracker_metrics(spectra: Mapping[str, Spectrum]) -> dict[str, float]:

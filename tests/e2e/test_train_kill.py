@@ -75,8 +75,8 @@ def test_killed_at_every_kind_of_point(processes: Any, base: Path, tmp_path: Pat
     if method == "soka":
         options |= {"prune": PRUNE, "rank": 3}
     assert run(processes, base, tmp_path / "whole", "", options) == 0
-    kills = ["after-step:2", "optimizer:4", "marker:4", "after-step:7", "history:8", "rotation:4", "marker:16",
-             "export", "result", "cleanup"]  # fmt: skip
+    kills = ["after-step:2", "optimizer:4", "marker:4", "after-step:7", "history:8", "truncate", "rotation:4",
+             "marker:16", "export", "result", "cleanup"]  # fmt: skip
     if method != "soka":
         kills = ["after-step:7", "optimizer:8", "after-step:13", "result"]
     if method == "full":

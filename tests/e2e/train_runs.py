@@ -94,6 +94,19 @@ def _while_writing_history(step: int) -> None:
     callbacks.append_history = append
 
 
+def _while_truncating_history(_: int) -> None:
+    """The lines after the resumed step are being taken out."""
+    original = Path.open
+
+    def open_(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = original(self, mode, *args, **kwargs)
+        if "w" in mode and "history" in self.name:
+            _die()
+        return file
+
+    Path.open = open_  # type: ignore[method-assign, assignment]
+
+
 def _while_exporting(_: int) -> None:
     train_run._export = lambda run, checkpoint, out_dir: (  # type: ignore[assignment]
         shutil.copy2(checkpoint / "adapter_config.json", out_dir),
@@ -113,6 +126,7 @@ KILLS: dict[str, Callable[[int], None]] = {
     "after-step": _after_step,
     "optimizer": _while_writing_the_optimizer,
     "history": _while_writing_history,
+    "truncate": _while_truncating_history,
     "marker": _before_the_marker,
     "rotation": _while_removing_an_old_checkpoint,
     "export": _while_exporting,
