@@ -42,22 +42,28 @@ class SlotStore:
         """Bytes of the buffer and the table."""
         return self.values.nbytes + self.table.nbytes
 
-    def put(self, slot: int, index: int, left: Tensor, right: Tensor) -> None:
+    def put(self, slot: int, index: int, left: Tensor, right: Tensor, *, out_skip: int = 0, in_skip: int = 0) -> None:
         """Set what `slot` holds for slice `index`; what it held there is gone.
+
+        The factors' delta may be larger than the slice, since shards of a layer need not end where blocks of the
+        Kronecker product do: rows [out_skip, out_skip + width) and columns [in_skip, in_skip + in_features) apply.
 
         Args:
             left: (r, m, n), sigma included.
             right: (r, p, q).
+            out_skip, in_skip: where the slice begins in the delta.
 
         Raises:
-            ValueError: the factors' delta has not the slice's shape.
+            ValueError: the ranks differ, a skip is negative, or the factors' delta does not cover the slice.
         """
         rank, m, n = left.shape
         p, q = right.shape[1:]
-        if right.shape[0] != rank or (m * p, n * q) != (self.widths[index], self.in_features):
+        width = self.widths[index]
+        want = (out_skip + width, in_skip + self.in_features)
+        if right.shape[0] != rank or out_skip < 0 or in_skip < 0 or m * p < want[0] or n * q < want[1]:
             raise ValueError(
-                f"expected factors of a {(self.widths[index], self.in_features)} delta; "
-                f"got left {tuple(left.shape)}, right {tuple(right.shape)}"
+                f"expected factors of equal rank whose delta is at least {want}, of which rows [{out_skip}, {want[0]}) "
+                f"and columns [{in_skip}, {want[1]}) apply; got left {tuple(left.shape)}, right {tuple(right.shape)}"
             )
         self._drop(slot, index)
         left_values, right_values, order = torch_ops.arrange(left, right)
@@ -67,7 +73,7 @@ class SlotStore:
         self.values[start:middle] = left_values
         self.values[middle:end] = right_values
         self._taken[slot, index] = (start, end - start)
-        row = [start, middle, rank, m, n, p, q, order]
+        row = [start, middle, rank, m, n, p, q, order, out_skip, in_skip]
         self.table[index, slot] = torch.tensor(row, dtype=torch.int64)
 
     def clear(self, slot: int) -> None:

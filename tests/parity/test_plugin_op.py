@@ -33,13 +33,22 @@ class Layer:
         self.dense = torch.zeros(slots, sum(widths), in_features, dtype=torch.float64)
         self.dtype = dtype
 
-    def put(self, slot: int, index: int, rank: int, shape: tuple[int, int, int, int], seed: int) -> None:
+    def put(
+        self,
+        slot: int,
+        index: int,
+        rank: int,
+        shape: tuple[int, int, int, int],
+        seed: int,
+        skips: tuple[int, int] = (0, 0),
+    ) -> None:
         factors = random_factors(rank, shape, seed)
         left = (factors.left * factors.sigma[:, None, None]).to(self.dtype)
         right = factors.right.to(self.dtype)
-        self.store.put(slot, index, left, right)
-        start = sum(self.store.widths[:index])
-        self.dense[slot, start : start + self.store.widths[index]] = kron_sum(left, right)
+        self.store.put(slot, index, left, right, out_skip=skips[0], in_skip=skips[1])
+        start, width = sum(self.store.widths[:index]), self.store.widths[index]
+        applied = kron_sum(left, right)[skips[0] :, skips[1] :][:width, : self.store.in_features]
+        self.dense[slot, start : start + width] = applied
 
     def check(self, token_slots: torch.Tensor, tokens: int) -> None:
         """Run the operator, and hold each token against its adapter's dense delta."""
@@ -93,6 +102,29 @@ def test_wide_factors(dtype: torch.dtype, tokens: int) -> None:
     layer.check(torch.ones(tokens, dtype=torch.long), tokens)
     layer.put(1, 0, 2, (32, 32, 86, 64), seed=21)
     layer.check(torch.ones(tokens, dtype=torch.long), tokens)
+
+
+def sharded_layer(dtype: torch.dtype) -> Layer:
+    """Deltas larger than the slice: cut at the front, at the back, at both, of rows and of columns, in both orders."""
+    layer = Layer(5, [60, 30], 50, dtype)
+    layer.put(0, 0, 2, (9, 7, 7, 8), seed=30, skips=(3, 5))
+    layer.put(0, 1, 1, (3, 10, 12, 5), seed=31, skips=(6, 0))
+    layer.put(1, 0, 3, (2, 2, 31, 27), seed=32, skips=(0, 4))
+    layer.put(2, 1, 4, (40, 60, 1, 1), seed=33, skips=(10, 10))
+    layer.put(3, 0, 1, (1, 1, 64, 53), seed=34, skips=(4, 3))
+    layer.put(3, 1, 16, (31, 5, 1, 10), seed=35, skips=(1, 0))
+    layer.put(4, 0, 2, (12, 10, 5, 5), seed=36)
+    assert set(layer.store.table[..., 7][layer.store.table[..., 2] > 0].tolist()) == {0, 1}
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 257])
+def test_deltas_larger_than_the_slice(dtype: torch.dtype, tokens: int) -> None:
+    layer = sharded_layer(dtype)
+    layer.check(torch.tensor([0, 1, -1, 2, 3, 4, 0, 5]).repeat(tokens), tokens)
+    for slot in range(5):
+        layer.check(torch.full((tokens,), slot), tokens)
 
 
 def test_no_tokens() -> None:

@@ -57,13 +57,23 @@ def test_slots_are_filled_inside_inference_mode_and_outside() -> None:
     assert rows(store, [0, 1]) == [16.0, 0.0]
 
 
-def test_wrong_shapes_leave_the_slot_alone() -> None:
+@pytest.mark.parametrize(
+    ("left", "right", "skips", "want"),
+    [
+        ((1, 2, 2), (1, 3, 4), (0, 0), r"\(8, 8\), of which rows \[0, 8\)"),
+        ((1, 3, 2), (1, 3, 4), (2, 0), r"\(10, 8\), of which rows \[2, 10\)"),
+        ((1, 2, 2), (1, 4, 4), (0, 1), r"\(8, 9\), of which rows \[0, 8\) and columns \[1, 9\)"),
+        ((1, 3, 2), (1, 4, 4), (-1, 0), r"\(7, 8\)"),
+        ((2, 2, 2), (1, 4, 4), (0, 0), r"equal rank"),
+    ],
+)
+def test_wrong_shapes_leave_the_slot_alone(
+    left: tuple[int, ...], right: tuple[int, ...], skips: tuple[int, int], want: str
+) -> None:
     store = SlotStore(1, [8], 8, torch.float32, "cpu")
     put(store, 0, 1, 1.0)
-    with pytest.raises(
-        ValueError, match=r"expected factors of a \(8, 8\) delta; got left \(1, 2, 2\), right \(1, 3, 4\)"
-    ):
-        store.put(0, 0, torch.ones(1, 2, 2), torch.ones(1, 3, 4))
+    with pytest.raises(ValueError, match=rf"{want}.*; got left \({left[0]}, .*right \({right[0]}, "):
+        store.put(0, 0, torch.ones(left), torch.ones(right), out_skip=skips[0], in_skip=skips[1])
     assert rows(store, [0]) == [8.0]
 
 

@@ -1,7 +1,9 @@
 """The operator in plain torch, for CPUs: tokens are grouped by adapter, each group takes two matrix products.
 
 One row of the table describes what one slot holds for one slice of a layer's output: ROW_FIELDS integers, namely where
-Left and Right start in the flat buffer, rank, m, n, p, q, and the order of the two products. Rank 0 is an empty slot.
+Left and Right start in the flat buffer, rank, m, n, p, q, the order of the two products, out_skip and in_skip. Rank 0
+is an empty slot. A delta may be larger than the slice (a shard of a layer whose edges cut blocks of the product): rows
+[out_skip, out_skip + width) and columns [in_skip, in_skip + in) of it are what is applied.
 The factors lie in the buffer as the products want them (`arrange`), with sigma multiplied into Left:
 
 - LEFT_FIRST: Left as (m, r, n), Right as (r, q, p): Z = Left X, then Y = Z Right.
@@ -12,11 +14,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from soka_serve.kron_apply import cheaper_order
 from soka_serve.shapes import FactorShape
 
-ROW_FIELDS = 8
+ROW_FIELDS = 10
 LEFT_FIRST, RIGHT_FIRST = 0, 1
 
 _PIECE_VALUES = 1 << 21  # most values of an intermediate: 8 MiB in float32
@@ -43,7 +46,8 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
     """Add each token's Kronecker delta to its row of `out`.
 
     Semantics: for token t, slot s = token_slots[t] with 0 <= s < slots, and slice i of `out`:
-    out[t, start_i : start_i + widths[i]] += sum over k of kron(left[i, s, k], right[i, s, k]) @ x[t].
+    out[t, start_i : start_i + widths[i]] += sum over k of D[i, s, k] @ x[t], where D is kron(left[i, s, k],
+    right[i, s, k])[out_skip : out_skip + widths[i], in_skip : in_skip + in].
     Other tokens, and slots of rank 0, keep their row.
 
     Args:
@@ -65,7 +69,7 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
         start = 0
         for width, row in zip(widths, table[:, slot].tolist(), strict=True):
             if row[2]:
-                delta = _product(inputs, values, row)
+                delta = _product(_embedded(inputs, row), values, row)[:, row[8] : row[8] + width]
                 target = out[:, start : start + width]
                 if everything:
                     target.add_(delta)
@@ -74,9 +78,17 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
             start += width
 
 
+def _embedded(inputs: Tensor, row: list[int]) -> Tensor:
+    """The inputs in zero vectors of the n*q features that the factors take."""
+    features, skip = row[4] * row[6], row[9]
+    if inputs.shape[1] == features:
+        return inputs
+    return pad(inputs, (skip, features - skip - inputs.shape[1]))
+
+
 def _product(inputs: Tensor, values: Tensor, row: list[int]) -> Tensor:
     """(tokens, n*q) -> (tokens, m*p), in the dtype of `inputs`."""
-    left_at, right_at, rank, m, n, p, q, order = row
+    left_at, right_at, rank, m, n, p, q, order = row[:8]
     left = values[left_at : left_at + rank * m * n].to(inputs.dtype)
     right = values[right_at : right_at + rank * p * q].to(inputs.dtype)
     middle = rank * (m * q if order == LEFT_FIRST else n * p)
