@@ -125,14 +125,13 @@ def main() -> None:
         rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
         case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
         rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
-    cpu = next((line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")), "unknown")
     text = json.dumps(
         {
             "command": f"python eval/bench_kpsvd.py --rank {arguments.rank} --device {arguments.device} "
             f"--threads {arguments.threads}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": {
-                "cpu": cpu,
+                "cpu": cpu_name(),
                 "cpus": os.cpu_count(),
                 "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
             },
@@ -145,9 +144,11 @@ def main() -> None:
         arguments.out.write_text(text + "\n")
 
 
-def _cpu_lines() -> list[str]:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 if __name__ == "__main__":

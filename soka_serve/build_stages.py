@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from soka_serve.data import TextTokenizer, encode_examples, load_examples
 from soka_serve.errors import BuildError
-from soka_serve.files import replace_directory, write_text_atomic
+from soka_serve.files import replace_directory, scratch_directory, write_text_atomic
 from soka_serve.lock import read_lock
 from soka_serve.quickcheck import QuickCheck, answer, choose_questions
 from soka_serve.targets import budget_groups
@@ -79,19 +79,21 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     with context.stage("init", f"decomposing {len(context.targets)} weights"):
         device = _device()
         groups = budget_groups(context.loaded.manifest, context.targets)
-        started = initialise(
-            context.targets,
-            context.checkpoint,
-            finetuned=context.finetuned,
-            statistics=lambda targets: _statistics(context, training, targets),
-            budgets={t.module.name: i for i, group in groups.items() for t in group},
-            seed=train.seed,
-            device=device,
-            exchange=context.processes.gather if context.processes.count > 1 else None,
-            process=context.processes.index,
-            processes=context.processes.count,
-            progress=context.progress,
-        )
+        with scratch_directory(directory) as scratch:
+            started = initialise(
+                context.targets,
+                context.checkpoint,
+                finetuned=context.finetuned,
+                statistics=lambda targets: _statistics(context, training, targets),
+                budgets={t.module.name: i for i, group in groups.items() for t in group},
+                seed=train.seed,
+                device=device,
+                exchange=context.processes.gather if context.processes.count > 1 else None,
+                process=context.processes.index,
+                processes=context.processes.count,
+                scratch=scratch,
+                progress=context.progress,
+            )
         if context.processes.is_main:
             with replace_directory(directory) as new:
                 started.write(new)

@@ -73,7 +73,7 @@ def extract(
     from soka_serve.adapter import write_adapter
     from soka_serve.card import extracted_card
     from soka_serve.exporting import ADAPTER_SUFFIXES
-    from soka_serve.files import check_replaceable, replace_directory
+    from soka_serve.files import check_replaceable, replace_directory, scratch_directory
     from soka_serve.initialise import initialise
     from soka_serve.provenance import versions
     from soka_serve.schema import Manifest
@@ -109,7 +109,8 @@ def extract(
         }
     )
     targets = resolve_targets(manifest, list_modules(base_dir))
-    started = initialise(targets, checkpoint, finetuned={"tuned": other}, progress=progress)
+    with scratch_directory(Path(out)) as scratch:
+        started = initialise(targets, checkpoint, finetuned={"tuned": other}, scratch=scratch, progress=progress)
     total = sum(m.total_energy for m in started.modules)
     if total == 0:
         raise SokaError(

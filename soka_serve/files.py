@@ -281,6 +281,28 @@ def replace_directory(target: Path) -> Iterator[Path]:
             _active.difference_update({temporary, old} - {None})
 
 
+@contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """An empty sibling of `target` for what need not fit into memory; removed in the end, after a kill by the next run.
+
+    Raises:
+        BuildError: as `replace_directory`.
+    """
+    real = Path(os.path.realpath(target))
+    scratch = _sibling(real, "tmp")
+    with disk_errors(scratch):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        clean_stale(real)
+        scratch.mkdir()
+    _active.add(scratch)
+    try:
+        yield scratch
+    finally:
+        if scratch.exists():
+            shutil.rmtree(scratch, onerror=lambda _f, p, e: log.warning("could not remove %s: %s", p, e[1]))
+        _active.discard(scratch)
+
+
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary sibling, flush to the disk, rename.
 

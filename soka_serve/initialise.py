@@ -1,7 +1,8 @@
 """Stage `init`: where the factors start, and how many terms each module gets.
 
-Reads one weight at a time from safetensors, decomposes it, keeps the terms that the rank policy can use, and lets go
-of the weight. Initialisations (`[[adapt]] init`):
+Reads one weight at a time from safetensors, decomposes it, puts the terms that the rank policy can use into a scratch
+folder, and lets go of the weight: what lies in memory is one decomposition, then the chosen terms.
+Initialisations (`[[adapt]] init`):
 
 - `weights`: principal Kronecker components of W. The base is never rewritten: the adapter is K(theta) - K(theta0), so
   it is zero at step 0 in every dtype. Differs from the paper, which freezes W - K(theta0): same function and gradients.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +26,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from soka_serve.checkpoint import Checkpoint, check_finite
+from soka_serve.decompose import energy_of
 from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.kron import Decomposition, Factors, kpsvd
+from soka_serve.files import disk_errors
+from soka_serve.kron import Factors, kpsvd
 from soka_serve.progress import track
 from soka_serve.rank import choose_rank, spread_budget
 from soka_serve.schema import RankBudget, RankFixed
@@ -113,14 +117,21 @@ class Initialisation:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A module's decomposition, with no more terms than its policy can take."""
+    """A module's decomposition. Its terms, no more than its policy can take, lie in a file: many would fill memory."""
 
     target: Target
     shape: FactorShape
-    decomposition: Decomposition
     sigma: tuple[float, ...]
+    total_energy: float
     most: int
     """Most terms it may get: the policy's, or as many as cost the same where `auto` chose a costlier shape."""
+    file: Path
+
+    def read(self, rank: int) -> Factors:
+        """The leading `rank` terms, in float32 on the CPU."""
+        with safe_open(self.file, framework="pt") as file:
+            # Cloned: a slice may be a view of the mapped file.
+            return Factors(*(file.get_slice(part)[:rank].clone() for part in ("left", "right", "sigma")))
 
 
 def pool_size(target: Target, shape: FactorShape) -> int:
@@ -138,6 +149,7 @@ def _most_terms(target: Target) -> int:
 def decompose(
     target: Target,
     checkpoint: Checkpoint,
+    file: Path,
     *,
     finetuned: Checkpoint | None = None,
     gradient: torch.Tensor | None = None,
@@ -150,6 +162,7 @@ def decompose(
     Args:
         target: the module, its rule and its factor shape (None: `shape = "auto"` is searched here).
         checkpoint: the base; the weight (out, in) is read from it and let go of.
+        file: where the terms are written (safetensors: left, right, sigma, in float32).
         finetuned: the checkpoint whose delta is decomposed; needed for `init = "delta"`.
         gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
         moments: second moments of the module's inputs, which weigh the decomposition.
@@ -164,6 +177,8 @@ def decompose(
 
     name, rule = target.module.name, target.rule
     weight = check_finite(checkpoint.read(f"{name}.weight"), f"{name}.weight").to(device)
+    # Root mean square of all the terms of the weight, but for their number: the size that its terms typically have.
+    norm = energy_of(weight) ** 0.5
     if rule.init == "delta":
         assert finetuned is not None
         other = check_finite(finetuned.read(f"{name}.weight"), f"{name}.weight").to(device)
@@ -172,13 +187,14 @@ def decompose(
                 f"{finetuned.directory}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
                 hint="`finetuned` must be a fine-tuned version of the same base.",
             )
-        matrix = other.float() - weight.float()
+        matrix = other.float().sub_(weight)
         del other
     elif rule.init == "gradient":
         assert gradient is not None
         matrix = gradient.to(device)
     else:
         matrix = weight
+    del weight
     shape, most = target.shape, _most_terms(target)
     if shape is None:
         candidates = candidate_shapes(
@@ -202,8 +218,7 @@ def decompose(
         rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
         refined = refine_terms(matrix, decomposition.factors.terms(slice(0, rank)), moments)
         factors = refined.to(dtype=torch.float32, device=torch.device("cpu"))
-    # Root mean square of all the terms of the weight: the size that a term of this weight typically has.
-    typical = float(weight.float().norm()) / shape.max_rank**0.5
+    typical = norm / shape.max_rank**0.5
     if rule.init == "gradient":
         if not sigma or sigma[0] == 0.0:
             raise PlanError(
@@ -216,7 +231,10 @@ def decompose(
         left = torch.randn(factors.left.shape, generator=generator)
         left = left / left.flatten(1).norm(dim=1)[:, None, None]
         factors = Factors(left, torch.zeros_like(factors.right), torch.full_like(factors.sigma, typical))
-    return _Candidate(target, shape, Decomposition(factors, decomposition.total_energy), sigma, most)
+    parts = {part: getattr(factors, part).contiguous() for part in ("left", "right", "sigma")}
+    with disk_errors(file):
+        save_file(parts, file, metadata={"format": "pt"})
+    return _Candidate(target, shape, sigma, decomposition.total_energy, most, file)
 
 
 def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -233,7 +251,7 @@ def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | 
         if isinstance(policy, RankBudget):
             groups.setdefault((policy, (budgets or {}).get(name, 0)), []).append(candidate)
         else:
-            chosen = choose_rank(candidate.sigma, candidate.decomposition.total_energy, policy)
+            chosen = choose_rank(candidate.sigma, candidate.total_energy, policy)
             ranks[name] = min(chosen, candidate.most)
     for (policy, _), members in groups.items():
         spectra = {c.target.module.name: c.sigma[: c.most] for c in members}
@@ -242,39 +260,35 @@ def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | 
     return ranks
 
 
-def assemble(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> Initialisation:
-    """Choose the ranks and cut every candidate to its own.
+def assemble(
+    candidates: Sequence[_Candidate], ranks: Mapping[str, int], factors: Mapping[str, Factors]
+) -> Initialisation:
+    """The result, from every module's candidate, rank and, where that is not 0, factors.
 
     Raises:
         PlanError: every module came out with rank 0.
     """
-    ranks = choose_ranks(candidates, budgets)
-    modules, factors, initial = [], {}, set()
-    for candidate in candidates:
-        target, name = candidate.target, candidate.target.module.name
-        rank = ranks[name]
-        modules.append(
-            ModuleInit(
-                module=name,
-                layer=target.module.layer,
-                out_features=target.module.out_features,
-                in_features=target.module.in_features,
-                factor_shape=candidate.shape,
-                init=target.rule.init,
-                policy=target.rule.rank.policy,
-                rank=rank,
-                sigma=candidate.sigma,
-                total_energy=candidate.decomposition.total_energy,
-            )
-        )
-        if rank:
-            kept = candidate.decomposition.factors.terms(slice(0, rank))
-            factors[name] = Factors(kept.left.clone(), kept.right.clone(), kept.sigma.clone())
-            if target.rule.init in INITIAL_KINDS:
-                initial.add(name)
     if not factors:
         raise PlanError("every module has rank 0", hint="Raise the budget's `parameters` or its `min`.")
-    return Initialisation(tuple(modules), factors, frozenset(initial))
+    modules = [
+        ModuleInit(
+            module=candidate.target.module.name,
+            layer=candidate.target.module.layer,
+            out_features=candidate.target.module.out_features,
+            in_features=candidate.target.module.in_features,
+            factor_shape=candidate.shape,
+            init=candidate.target.rule.init,
+            policy=candidate.target.rule.rank.policy,
+            rank=ranks[candidate.target.module.name],
+            sigma=candidate.sigma,
+            total_energy=candidate.total_energy,
+        )
+        for candidate in candidates
+    ]
+    kept = {m.module: factors[m.module] for m in modules if m.rank}
+    return Initialisation(
+        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and m.init in INITIAL_KINDS)
+    )
 
 
 def share_of(targets: Sequence[Target], process: int, processes: int) -> list[Target]:
@@ -293,9 +307,10 @@ def initialise(
     budgets: Mapping[str, int] | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-    exchange: Callable[[list[_Candidate]], list[_Candidate]] | None = None,
+    exchange: Callable[[list[Any]], list[Any]] | None = None,
     process: int = 0,
     processes: int = 1,
+    scratch: Path | None = None,
     progress: bool = True,
 ) -> Initialisation:
     """Decompose every target and choose the ranks.
@@ -305,19 +320,31 @@ def initialise(
         checkpoint: the base, read one tensor at a time.
         finetuned: by `[[adapt]] finetuned`, the opened checkpoints of `delta` rules.
         statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
-            moments (see `soka_serve.probe`), one decoder layer at a time, so that they never lie in memory together.
+            moments (see `soka_serve.probe`), few at a time, so that they never lie in memory together.
         budgets: by module, the number of the budget that it shares (see `targets.budget_groups`); None: modules with
             equal budget policies share one.
         seed: every module gets its own seed from this and its position, whichever process decomposes it.
         device: where decompositions run.
-        exchange: gathers candidates from all processes (None with a single one).
+        exchange: gathers picklable objects from all processes (None with a single one).
         process, processes: this process's number and how many there are.
+        scratch: an empty folder of this process for the candidate terms, about 4 (mn + pq) bytes each; None: one in
+            the system's temporary folder, for as long as this takes.
         progress: show a progress bar, or plain lines when the output is not a terminal.
 
     Raises:
         CheckpointError: a weight is missing, not finite, or of the wrong shape.
         PlanError: a budget cannot be met.
+
+    Memory: above the base, less than 6 times the largest weight in float32 (eval/bench_init.py measures it), except
+    with `calibration_batches`: the second moments of a layer's inputs have in_features^2 values.
     """
+    if scratch is None:
+        with tempfile.TemporaryDirectory(prefix="soka-init-") as folder:
+            return initialise(
+                targets, checkpoint, finetuned=finetuned, statistics=statistics, budgets=budgets, seed=seed,
+                device=device, exchange=exchange, process=process, processes=processes, scratch=Path(folder),
+                progress=progress,
+            )  # fmt: skip
     seeds = {t.module.name: seed * 1_000_003 + i for i, t in enumerate(targets)}
     mine = share_of(targets, process, processes)
     needs_data = [t for t in mine if t.rule.init == "gradient" or t.rule.calibration_batches]
@@ -331,6 +358,7 @@ def initialise(
                 decompose(
                     target,
                     checkpoint,
+                    scratch / f"{len(candidates)}.safetensors",
                     finetuned=other,
                     gradient=gradient,
                     moments=moments,
@@ -347,6 +375,10 @@ def initialise(
             assert statistics is not None
             for target, gradient, moments in statistics(needs_data):
                 add(target, gradient, moments)
-    gathered = exchange(candidates) if exchange is not None else candidates
     order = {t.module.name: i for i, t in enumerate(targets)}
-    return assemble(sorted(gathered, key=lambda c: order[c.target.module.name]), budgets)
+    everybodys = exchange(candidates) if exchange is not None else candidates
+    everybodys = sorted(everybodys, key=lambda c: order[c.target.module.name])
+    ranks = choose_ranks(everybodys, budgets)
+    terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in candidates]
+    terms = [(name, factors) for name, factors in terms if factors.rank]
+    return assemble(everybodys, ranks, dict(exchange(terms) if exchange is not None else terms))

@@ -1,7 +1,8 @@
 """Statistics of the base model on training batches: weight gradients and second moments of layer inputs.
 
-One decoder layer at a time, so that the peak above the model is one layer's gradients or moments, not the model's.
-The price is a pass over the batches per layer.
+A few modules of one decoder layer at a time, so that the peak above the model is theirs, not the model's: gradients
+of at most twice the largest weight, or moments of at most the widest input. The price is passes over the batches:
+three a layer for gradients at LLaMA's shapes, two for moments.
 """
 
 from __future__ import annotations
@@ -50,23 +51,104 @@ def gather(
             `calibration_batches` gives moments.
 
     Yields:
-        (target, gradient or None, moments or None), grouped by decoder layer.
+        (target, gradient or None, moments or None), by decoder layer. Let go of one before asking for the next.
 
     Raises:
         CheckpointError: a gradient or an input that is not finite.
     """
-    ordered = sorted(targets, key=lambda t: (-1 if t.module.layer is None else t.module.layer, t.module.name))
-    for _, group in groupby(ordered, key=lambda t: t.module.layer):
-        yield from _gather_layer(model, batches, list(group))
+    for group in split_targets(targets):
+        yield from _gather_group(model, batches, group)
 
 
-def _gather_layer(
+def split_targets(targets: Sequence[Target]) -> list[list[Target]]:
+    """Groups of targets whose statistics are gathered in one pass: of one decoder layer and one kind.
+
+    What a group holds in float32 stays under twice the largest weight (gradients) or the widest input's second moment.
+    """
+
+    def kind(target: Target) -> tuple[int, bool]:
+        return -1 if target.module.layer is None else target.module.layer, target.rule.init == "gradient"
+
+    def size(target: Target) -> int:
+        module = target.module
+        return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
+
+    most = {
+        gradient: (2 if gradient else 1) * max((size(t) for t in targets if kind(t)[1] is gradient), default=0)
+        for gradient in (False, True)
+    }
+    groups: list[list[Target]] = []
+    for key, members in groupby(sorted(targets, key=lambda t: (kind(t), -size(t), t.module.name)), key=kind):
+        layer_groups: list[list[Target]] = []
+        for target in members:  # first fit, the largest first
+            fits = (g for g in layer_groups if sum(map(size, g)) + size(target) <= most[key[1]])
+            group = next(fits, None)
+            if group is None:
+                layer_groups.append([target])
+            else:
+                group.append(target)
+        groups += layer_groups
+    return groups
+
+
+def _gather_group(
     model: nn.Module, batches: Sequence[Batch], group: list[Target]
 ) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
-    layers = {t.module.name: model.get_submodule(t.module.name) for t in group}
-    wants_gradient = [t for t in group if t.rule.init == "gradient"]
-    wants_moments = [t for t in group if t.rule.init != "gradient"]
-    moments = {t.module.name: InputMoments(t.module.in_features) for t in wants_moments}
+    batches = batches[: batches_needed(group)]
+    if group[0].rule.init == "gradient":
+        gradients = _gather_gradients(model, batches, group)
+        for target in group:
+            yield target, gradients.pop(target.module.name), None
+        return
+    moments = _gather_moments(model, batches, group)
+    for target in group:
+        yield target, None, moments.pop(target.module.name)
+
+
+def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, torch.Tensor]:
+    weights = {t.module.name: cast(nn.Parameter, model.get_submodule(t.module.name).weight) for t in group}
+    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    # Per target, how many trained tokens its batches have: the loss of a batch is a mean over its own.
+    trained = [_trained_tokens(batch) for batch in batches]
+    totals = {t.module.name: sum(trained[: _batches_of(t)]) for t in group}
+    shares: dict[str, float] = {}  # of the batch at hand; what is not waited for any more is taken out
+
+    def make_adder(name: str) -> Callable[[torch.Tensor], None]:
+        def add(weight: torch.Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
+            if name in shares:
+                sums[name].add_(cast(torch.Tensor, weight.grad), alpha=shares.pop(name))
+            weight.grad = None
+
+        return add
+
+    handles = []
+    try:
+        for name, weight in weights.items():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(make_adder(name)))  # type: ignore[no-untyped-call]
+        for index, batch in enumerate(batches):
+            if not trained[index]:
+                continue
+            counting = [t.module.name for t in group if index < _batches_of(t)]
+            shares.update({name: trained[index] / totals[name] for name in counting})
+            with torch.enable_grad():
+                model(**batch).loss.backward()
+            assert not shares, f"no gradient for {sorted(shares)}"  # every adapted projection lies on the loss's path
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+    for name, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise _not_finite(name, "gradient")
+    return sums
+
+
+@torch.no_grad()
+def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, InputMoments]:
+    moments = {t.module.name: InputMoments(t.module.in_features) for t in group}
     inputs: dict[str, torch.Tensor] = {}
 
     def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -75,45 +157,20 @@ def _gather_layer(
 
         return hook
 
-    # Per target, how many trained tokens its batches have: the loss of a batch is a mean over its own.
-    trained = [_trained_tokens(batch) for batch in batches]
-    totals = {t.module.name: sum(trained[: _batches_of(t)]) for t in wants_gradient}
-    weights = {t.module.name: cast(nn.Parameter, layers[t.module.name].weight) for t in wants_gradient}
-    gradients = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    handles = [layers[n].register_forward_pre_hook(make_hook(n)) for n in moments]
+    handles = [model.get_submodule(name).register_forward_pre_hook(make_hook(name)) for name in moments]
     try:
-        for weight in weights.values():
-            weight.requires_grad_(True)
         for index, batch in enumerate(batches):
-            counting = [t for t in wants_gradient if index < _batches_of(t)]
-            with torch.set_grad_enabled(bool(counting)):
-                output = model(**batch)
-            for name in [t.module.name for t in wants_moments if index < _batches_of(t)]:
+            model(**batch)
+            for name in [t.module.name for t in group if index < _batches_of(t)]:
                 try:
                     moments[name].accumulate(inputs[name][batch["attention_mask"].bool()])
                 except ValueError:
                     raise _not_finite(name, "inputs") from None
             inputs.clear()
-            if not counting or not trained[index]:
-                continue
-            output.loss.backward()
-            for name in [t.module.name for t in counting]:
-                found = weights[name].grad
-                assert found is not None  # every adapted projection lies on the loss's path
-                gradients[name].add_(found.float(), alpha=trained[index] / totals[name])
-            for weight in weights.values():
-                weight.grad = None
     finally:
         for handle in handles:
             handle.remove()
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
-    for target in group:
-        name = target.module.name
-        if name in gradients and not bool(gradients[name].isfinite().all()):
-            raise _not_finite(name, "gradient")
-        yield target, gradients.pop(name, None), moments.pop(name, None)
+    return moments
 
 
 def _not_finite(name: str, what: str) -> CheckpointError:

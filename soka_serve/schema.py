@@ -372,7 +372,9 @@ class Train(Table):
         None, description="Stop after so many evaluations without a better loss; needs eval_every.", examples=[3]
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        (), strict=False, description="Experiment trackers, as transformers names them."
+        (),
+        strict=False,
+        description="Experiment trackers, as transformers names them; for tensorboard: `tensorboard --logdir build`.",
     )
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
 

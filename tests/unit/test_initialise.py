@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +110,36 @@ def test_shares_are_disjoint_and_complete_and_give_the_same(base: Checkpoint) ->
     shares = [share_of(targets, i, 3) for i in range(3)]
     assert sorted(t.module.name for share in shares for t in share) == sorted(t.module.name for t in targets)
     alone = initialise(targets, base, progress=False)
-    collected: list[Any] = []
-    for i in range(3):
-        with pytest.raises(StopIteration):
-            initialise(targets, base, progress=False, process=i, processes=3, exchange=_Keep(collected))
-    together = initialise(targets, base, progress=False, process=0, processes=1, exchange=lambda _: collected)
-    for name, factors in alone.factors.items():
-        assert torch.equal(factors.left, together.factors[name].left)
+    together = _in_threads(targets, base, 3)
+    assert len(together) == 3
+    for got in together:
+        assert got.modules == alone.modules
+        for name, factors in alone.factors.items():
+            assert torch.equal(factors.left, got.factors[name].left)
 
 
-class _Keep:
-    """An exchange that keeps one process's candidates and stops there."""
+def _in_threads(targets: list[Target], base: Checkpoint, count: int) -> list[Initialisation]:
+    """What each of several "processes" gets, which exchange their lists at a barrier."""
+    barrier = threading.Barrier(count)
+    rounds: list[dict[int, list[Any]]] = []
 
-    def __init__(self, kept: list[Any]) -> None:
-        self._kept = kept
+    def run(process: int) -> Initialisation:
+        calls = iter(range(9))
 
-    def __call__(self, candidates: list[Any]) -> list[Any]:
-        self._kept.extend(candidates)
-        raise StopIteration
+        def exchange(mine: list[Any]) -> list[Any]:
+            number = next(calls)
+            if barrier.wait(60) == 0:
+                rounds.append({})
+            barrier.wait(60)
+            rounds[number][process] = mine
+            barrier.wait(60)
+            return [item for i in range(count) for item in rounds[number][i]]
+
+        options: dict[str, Any] = {"process": process, "processes": count, "exchange": exchange}
+        return initialise(targets, base, progress=False, **options)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
 
 
 def test_written_and_read_back(base: Checkpoint, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from soka_serve.collate import IGNORED, PadCollator
 from soka_serve.data import Encoded
 from soka_serve.errors import CheckpointError
-from soka_serve.probe import Batch, batches_needed, gather
+from soka_serve.probe import Batch, batches_needed, gather, split_targets
 from soka_serve.schema import Adapt
 from soka_serve.targets import Module, Target
 
@@ -122,3 +122,33 @@ def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
     assert batches_needed([_target(model, QUERY, init="gradient")]) == 8
     assert batches_needed([_target(model, QUERY, init="gradient", calibration_batches=2)]) == 2
     assert batches_needed([_target(model, QUERY, calibration_batches=3), _target(model, DOWN)]) == 3
+
+
+def test_few_statistics_lie_in_memory_together() -> None:
+    sizes = {
+        "q": (64, 64),
+        "k": (64, 64),
+        "v": (64, 64),
+        "o": (64, 64),
+        "gate": (172, 64),
+        "up": (172, 64),
+        "down": (64, 172),
+    }
+
+    def targets(**rule: Any) -> list[Target]:
+        return [
+            Target(Module(f"model.layers.{layer}.{name}", *size, layer, "float32"), Adapt(**rule), (0,), None)
+            for layer in (0, 1)
+            for name, size in sizes.items()
+        ]
+
+    for rule, passes, limit in (({"init": "gradient"}, 3, 2 * 172 * 64), ({"calibration_batches": 1}, 2, 172 * 172)):
+        groups = split_targets(targets(**rule))
+        assert len(groups) == 2 * passes
+        assert sorted(t.module.name for g in groups for t in g) == sorted(t.module.name for t in targets(**rule))
+        for group in groups:
+            assert len({t.module.layer for t in group}) == 1
+            values = [t.module.out_features if "init" in rule else t.module.in_features for t in group]
+            assert sum(v * t.module.in_features for v, t in zip(values, group, strict=True)) <= limit
+    mixed = split_targets([*targets(init="gradient")[:2], *targets(calibration_batches=2)[2:4]])
+    assert [len({t.rule.init for t in group}) for group in mixed] == [1] * len(mixed)
