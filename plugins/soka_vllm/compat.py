@@ -14,9 +14,16 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import (
+    ColumnParallelLinearWithLoRA,
+    ColumnParallelLinearWithShardedLoRA,
     MergedColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithShardedLoRA,
     MergedQKVParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithShardedLoRA,
+    QKVParallelLinearWithLoRA,
+    QKVParallelLinearWithShardedLoRA,
     RowParallelLinearWithLoRA,
+    RowParallelLinearWithShardedLoRA,
 )
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -24,8 +31,15 @@ from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import WorkerLoRAManager
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 from vllm.platforms import current_platform
+
+from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
 
 __all__ = [
     "LORA_LAYERS",
@@ -40,18 +54,32 @@ __all__ = [
     "get_adapter_absolute_path",
     "lora_utils",
     "on_cpu",
+    "shards_of",
 ]
 
 SUPPORTED = ((0, 29), (0, 33))  # from, and up to but not including
 
-# The layers that take Kronecker adapters: qkv_proj, gate_up_proj; o_proj and down_proj.
+# The layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
+# Names with "Sharded" are what vLLM takes under --fully-sharded-loras.
 LORA_LAYERS: tuple[type[Any], ...] = (
+    ColumnParallelLinearWithLoRA,
+    ColumnParallelLinearWithShardedLoRA,
     MergedColumnParallelLinearWithLoRA,
+    MergedColumnParallelLinearWithShardedLoRA,
     MergedQKVParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithShardedLoRA,
+    QKVParallelLinearWithLoRA,
+    QKVParallelLinearWithShardedLoRA,
     RowParallelLinearWithLoRA,
+    RowParallelLinearWithShardedLoRA,
 )
 # Base layers of these exact types are computed by their quantisation method alone.
-PLAIN_LINEARS: tuple[type[Any], ...] = (MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear)
+PLAIN_LINEARS: tuple[type[Any], ...] = (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
 
 # What is overridden or called, and the parameters it must have, in order.
 _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
@@ -69,6 +97,35 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
 )
+
+
+def shards_of(layer: Any) -> LayerShards:
+    """What this rank's part of one of LORA_LAYERS holds of its modules' weights.
+
+    Raises:
+        RuntimeError: a layer whose output has other widths than this version of the plugin computes.
+    """
+    base, rank, ranks = layer.base_layer, layer.tp_rank, layer.tp_size
+    if isinstance(layer, MergedQKVParallelLinearWithLoRA | QKVParallelLinearWithLoRA):
+        heads = (base.total_num_heads, base.total_num_kv_heads, base.head_size)
+        fused = isinstance(layer, QKVParallelLinearWithLoRA)
+        shards = qkv_parallel(*heads, base.input_size, rank, ranks, fused=fused)
+    elif isinstance(layer, MergedColumnParallelLinearWithLoRA):
+        shards = column_parallel(base.output_sizes, base.input_size, rank, ranks)
+    elif isinstance(layer, ColumnParallelLinearWithLoRA):
+        sizes = base.output_sizes if layer.is_merged_col_linear else [base.output_size]
+        shards = column_parallel(sizes, base.input_size, rank, ranks, fused=True)
+    else:
+        shards = row_parallel(base.output_size, base.input_size, rank, ranks)
+    # Not layer.output_slices: under --fully-sharded-loras that is a shard of LoRA's B.
+    rows = base.output_size_per_partition, base.input_size_per_partition
+    if (sum(shards.widths), shards.in_features) != rows:
+        raise RuntimeError(
+            f"{base.prefix}: {type(base).__name__} computes {rows[0]} outputs of {rows[1]} inputs on this rank, the "
+            f"plugin expected {sum(shards.widths)} of {shards.in_features}; serve this model without the plugin "
+            "(VLLM_PLUGINS=) and report it"
+        )
+    return shards
 
 
 def check_vllm() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from soka_vllm import compat
+from soka_vllm.sharding import LayerShards, cut
 from soka_vllm.slots import SlotStore
 
 
@@ -22,28 +23,22 @@ class KroneckerMixin:
 
     base_layer: Any
     lora_config: Any
-    n_slices: int
-    input_size: int
-    output_size: int
-    output_slices: tuple[int, ...]
     punica_wrapper: Any
-    tp_size: int
     device: torch.device
+    shards: LayerShards
 
     def create_lora_weights(self, max_loras: int, lora_config: Any, model_config: Any = None) -> None:
         """Make the slots; called by vLLM once per layer."""
         self.lora_config = lora_config
-        widths = (self.output_size,) if self.n_slices == 1 else self.output_slices
-        self._kronecker = SlotStore(max_loras + 1, widths, self.input_size, lora_config.lora_dtype, self.device)
+        self.shards = compat.shards_of(self)
+        self._kronecker = SlotStore(
+            max_loras + 1, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device
+        )
         self._lora_slots: set[int] = set()
         self._lora_arguments = (max_loras + 1, lora_config, model_config)
         self._lora_allocated = False
         if type(self.base_layer) not in compat.PLAIN_LINEARS:
             self._allocate_lora()
-
-    def kronecker_shape(self, index: int) -> tuple[int, int]:
-        """(out, in) of the weight behind one slice of the output."""
-        return self._kronecker.widths[index], self._kronecker.in_features
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -57,7 +52,8 @@ class KroneckerMixin:
 
         Args:
             index: the slot.
-            lora_a, lora_b: one tensor, or one per slice with None for those that the adapter leaves alone.
+            lora_a, lora_b: of the whole layer, whatever the number of ranks: one tensor, or one per packed module with
+                None for those that the adapter leaves alone. This rank's part is cut out here.
         """
         lefts, rights = ([lora_a], [lora_b]) if isinstance(lora_a, Tensor) else (lora_a, lora_b)
         if not any(left is not None and left.ndim == 3 for left in lefts):
@@ -67,12 +63,17 @@ class KroneckerMixin:
             self._lora_slots.add(index)
             return
         self.reset_lora(index)
-        for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+        for i, part in enumerate(self.shards.slices):
+            left, right = lefts[part.source], rights[part.source]
             if left is not None:
-                self._kronecker.put(index, i, left, right)
+                left, right, out_skip, in_skip = cut(left, right, part.rows, part.columns)
+                self._kronecker.put(index, i, left, right, out_skip=out_skip, in_skip=in_skip)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The base layer's output with each token's delta, (tokens, in) -> (tokens, out)."""
+        """The base layer's output with each token's delta, (tokens, in) -> (tokens, out), both as this rank holds them.
+
+        vLLM reduces over the ranks of a row-parallel layer after this, so that each adds its part of the delta.
+        """
         if self._lora_slots or type(self.base_layer) not in compat.PLAIN_LINEARS:
             out = cast(Tensor, cast(Any, super()).apply(x, bias))
         else:

@@ -25,7 +25,7 @@ def read_peft_type(directory: str | Path) -> str | None:
     """The kind of adapter that a directory's config names; None where there is no such config."""
     try:
         config = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return str(config["peft_type"]) if isinstance(config, dict) and "peft_type" in config else None
 
@@ -101,12 +101,10 @@ def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any)
             problems.append(f"{name}: no layer of the served model that takes adapters{near}")
         elif not isinstance(layer, KroneckerMixin):
             problems.append(f"{name}: {type(layer).__name__} takes no Kronecker adapter; only attention and MLP do")
-        elif layer.tp_size > 1:
-            problems.append(f"{name}: Kronecker adapters are not sharded yet; serve with a tensor-parallel size of 1")
-        elif (shape.out_features, shape.in_features) != layer.kronecker_shape(index):
+        elif (shape.out_features, shape.in_features) != layer.shards.shapes[index]:
             problems.append(
                 f"{name}: factors {list(shape)} make a {(shape.out_features, shape.in_features)} delta, "
-                f"the served weight is {layer.kronecker_shape(index)}"
+                f"the served weight is {layer.shards.shapes[index]}"
             )
     if problems:
         raise ValueError("\n".join(f"{directory}: {problem}" for problem in problems))

@@ -12,12 +12,14 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
-def test_layers() -> None:
-    """In a process of its own: vLLM changes logging and torch's settings when it is imported."""
+@pytest.mark.parametrize("options", ["1", "2", "2 fully-sharded", "4", "4 fully-sharded"])
+def test_layers(options: str) -> None:
+    """With 1, 2 and 4 ranks (4 are more than the key/value heads), in processes of their own: vLLM changes logging and
+    torch's settings when it is imported."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (make venv installs it)")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.serve_layers"],
+        [sys.executable, "-m", "tests.e2e.serve_layers", *options.split()],
         capture_output=True,
         text=True,
         check=False,
@@ -25,4 +27,4 @@ def test_layers() -> None:
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "3 layers checked" in done.stdout
+    assert done.stdout.count("6 layers checked") == int(options.split()[0])
