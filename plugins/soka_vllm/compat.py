@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import vllm
+from vllm.distributed import get_pp_group
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora import utils as lora_utils
@@ -37,7 +38,9 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
 
@@ -45,6 +48,7 @@ __all__ = [
     "LORA_LAYERS",
     "PLAIN_LINEARS",
     "SUPPORTED",
+    "CPUModelRunner",
     "ErrorResponse",
     "LoRALayerWeights",
     "LoRAModel",
@@ -53,7 +57,10 @@ __all__ = [
     "check_vllm",
     "get_adapter_absolute_path",
     "lora_utils",
+    "make_pipeline_buffers",
+    "modules_elsewhere",
     "on_cpu",
+    "served_name",
     "shards_of",
 ]
 
@@ -93,6 +100,7 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
             ("apply", "self x bias"),
         )
     ),
+    (CPUModelRunner, "load_model", "self load_dummy_weights"),
     (WorkerLoRAManager, "_load_adapter", "self lora_request"),
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
@@ -126,6 +134,33 @@ def shards_of(layer: Any) -> LayerShards:
             "(VLLM_PLUGINS=) and report it"
         )
     return shards
+
+
+def served_name(model: Any, name: str) -> str:
+    """What a served model calls a module of the checkpoint, as vLLM names the modules of LoRA adapters."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return name
+    if hasattr(mapper, "get_rename_mapper"):
+        mapper = mapper.get_rename_mapper()
+    return str(mapper._map_name(f"{name}.weight") or name).removesuffix(".weight")
+
+
+def modules_elsewhere(model: Any) -> tuple[str, ...]:
+    """Names of the modules that other ranks of a pipeline hold, each with a dot behind it."""
+    return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer))
+
+
+def make_pipeline_buffers(runner: Any) -> None:
+    """Allocate what a later stage of a pipeline receives, where vLLM has not done it.
+
+    vLLM does so in its warm-up run, which its CPU build leaves out when nothing is compiled, as with LoRA: the first
+    request then ends the engine (versions up to 0.32).
+    """
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
 
 
 def check_vllm() -> None:

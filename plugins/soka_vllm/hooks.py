@@ -27,6 +27,7 @@ def install() -> None:
         )
     _wrap_load_adapter()
     _wrap_refusals()
+    _wrap_load_model()
     setattr(compat.lora_utils, _MARK, True)
 
 
@@ -67,3 +68,15 @@ def _wrap_refusals() -> None:
         return answer
 
     compat.OpenAIServingModels.load_lora_adapter = load
+
+
+def _wrap_load_model() -> None:
+    """On CPUs, see `compat.make_pipeline_buffers`."""
+    stock = compat.CPUModelRunner.load_model
+
+    @functools.wraps(stock)
+    def load_model(self: Any, load_dummy_weights: bool = False) -> None:
+        stock(self, load_dummy_weights)
+        compat.make_pipeline_buffers(self)
+
+    compat.CPUModelRunner.load_model = load_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, read_adapter
 from soka_serve.errors import SokaError
+from soka_serve.headers import read_json
 from soka_serve.kron import Factors
 from soka_vllm import compat
 from soka_vllm.layers import KroneckerMixin
@@ -22,12 +22,21 @@ _logger = logging.getLogger("vllm.soka")
 
 
 def read_peft_type(directory: str | Path) -> str | None:
-    """The kind of adapter that a directory's config names; None where there is no such config."""
-    try:
-        config = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    """The kind of adapter that a directory's config names; None where there is no config.
+
+    Raises:
+        ValueError: a config that cannot be read, or that names no kind.
+    """
+    file = Path(directory) / CONFIG_FILE
+    if not file.exists():
         return None
-    return str(config["peft_type"]) if isinstance(config, dict) and "peft_type" in config else None
+    try:
+        config = read_json(file)
+    except SokaError as error:
+        raise ValueError(error.message) from error
+    if "peft_type" not in config and "lora_alpha" not in config:
+        raise ValueError(f"{file}: no peft_type; supported are LORA, {', '.join(READERS)}")
+    return str(config.get("peft_type", "LORA"))
 
 
 def read_soka(directory: Path) -> dict[str, Factors]:
@@ -63,7 +72,8 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         adapter = READERS[kind](directory)
     except SokaError as error:
         raise ValueError(error.message) from error
-    _check_layers(directory, adapter, manager)
+    adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
+    here = _check_layers(directory, adapter, manager)
     weights = {}
     nbytes = 0
     for name, factors in adapter.items():
@@ -75,14 +85,20 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
     ranks = sorted({weight.rank for weight in weights.values()})
     _logger.info(
-        "%s adapter %r from %s: %d modules, ranks %d to %d, %d bytes in %s",
-        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1], nbytes, dtype),
+        "%s adapter %r from %s: %d modules, ranks %d to %d, %d bytes in %s; %d of the modules are on this rank",
+        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1], nbytes, dtype, here),
     )
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
-def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any) -> None:
+def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any) -> int:
     """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
+
+    A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
+    that rank.
+
+    Returns:
+        How many of the modules are on this rank.
 
     Raises:
         ValueError: all that do not fit.
@@ -92,7 +108,12 @@ def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any)
         parts = manager.packed_modules.get(name, [name])
         places.update({part: (layer, index) for index, part in enumerate(parts)})
     problems = []
+    elsewhere = compat.modules_elsewhere(manager.model)
+    here = 0
     for name, factors in adapter.items():
+        if f"{name}.".startswith(elsewhere):
+            continue
+        here += 1
         layer, index = places.get(name, (None, 0))
         shape = factors.shape
         if layer is None:
@@ -108,3 +129,4 @@ def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any)
             )
     if problems:
         raise ValueError("\n".join(f"{directory}: {problem}" for problem in problems))
+    return here
