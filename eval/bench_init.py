@@ -2,7 +2,7 @@
 
     python eval/bench_init.py --out eval/results/init.json
 
-Generates a LLaMA checkpoint of a few decoder layers (weights with a decaying Kronecker spectrum, bf16), then runs
+Generates a LLaMA checkpoint of a few decoder layers (bf16; `--kind` as in bench_kpsvd.py), then runs
 `initialise` under each rule in a fresh process. `peak_memory_ratio` is the peak of resident memory above what the
 process held just before (the kernel's high-water mark; for rules with a pass over data that is with the base model
 loaded), in multiples of the largest weight in float32. The bound is 6 for every rule without activation weighting.
@@ -58,7 +58,8 @@ def write_checkpoint(directory: Path, options: dict[str, Any], noise: float = 0.
         "num_key_value_heads": hidden // 64, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    tensors = {"model.embed_tokens.weight": torch.randn(VOCABULARY, hidden), "model.norm.weight": torch.ones(hidden)}
+    embeddings = torch.randn(VOCABULARY, hidden, generator=torch.Generator().manual_seed(2))
+    tensors = {"model.embed_tokens.weight": embeddings, "model.norm.weight": torch.ones(hidden)}
     sizes = {**dict.fromkeys(("q", "k", "v", "o"), (hidden, hidden)), "gate": (inner, hidden), "up": (inner, hidden)}
     sizes["down"] = (hidden, inner)
     generator = torch.Generator().manual_seed(1)
@@ -67,7 +68,7 @@ def write_checkpoint(directory: Path, options: dict[str, Any], noise: float = 0.
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{name}.weight"] = torch.ones(hidden)
         for name, size in sizes.items():
-            weight = draw_weight("decaying", *size)
+            weight = draw_weight(options["kind"], *size)
             weight *= size[1] ** -0.5 / weight.square().mean().sqrt()
             if noise:
                 weight += noise * size[1] ** -0.5 * torch.randn(size, generator=generator)
@@ -76,7 +77,7 @@ def write_checkpoint(directory: Path, options: dict[str, Any], noise: float = 0.
     save_file({k: v.bfloat16() for k, v in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_statistics(base: Path) -> Callable[[Sequence[Any]], Iterable[Any]]:
+def make_statistics(base: Path, scratch: Path) -> Callable[[Sequence[Any]], Iterable[Any]]:
     """`initialise`'s `statistics` over random batches, with the model loaded into memory of its own."""
     model = load_base(base, "bfloat16").requires_grad_(False)
     for parameter in model.parameters():
@@ -84,13 +85,13 @@ def make_statistics(base: Path) -> Callable[[Sequence[Any]], Iterable[Any]]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(VOCABULARY, (1, TOKENS), generator=generator) for _ in range(2)]
     batches = [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
-    return lambda targets: gather(model, batches, targets)
+    return lambda targets: gather(model, batches, targets, scratch)
 
 
 def run_rule(options: dict[str, Any]) -> dict[str, Any]:
     """One rule, in a process of its own."""
     torch.set_num_threads(options["threads"])
-    base, tuned = Path(options["base"]), Path(options["tuned"])
+    base, tuned, scratch = (Path(options[key]) for key in ("base", "tuned", "scratch"))
     manifest = Manifest.model_validate(
         {
             "schema": 1,
@@ -101,12 +102,12 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
     )
     targets = resolve_targets(manifest, list_modules(base))
     needs_data = targets[0].rule.init == "gradient" or targets[0].rule.calibration_batches
-    statistics = make_statistics(base) if needs_data else None
+    statistics = make_statistics(base, scratch) if needs_data else None
     arguments: dict[str, Any] = {
         "finetuned": {"tuned": Checkpoint.open(tuned)},
         "statistics": statistics,
         "budgets": {t.module.name: i for i, group in budget_groups(manifest, targets).items() for t in group},
-        "scratch": Path(options["scratch"]),
+        "scratch": scratch,
         "progress": False,
     }
     torch.linalg.svd(torch.randn(64, 64))  # libraries set up outside the measurement
@@ -131,16 +132,20 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size (default: LLaMA-2-7B's)")
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--kind", choices=("decaying", "random"), default="decaying", help="spectrum of the weights")
+    parser.add_argument("--rule", action="append", choices=list(RULES), help="only this rule (repeatable)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    options: dict[str, Any] = {k: getattr(arguments, k) for k in ("hidden", "intermediate", "layers", "threads")}
+    options: dict[str, Any] = {
+        k: getattr(arguments, k) for k in ("hidden", "intermediate", "layers", "kind", "threads")
+    }
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: str(Path(folder) / name) for name in ("base", "tuned")}
         write_checkpoint(Path(paths["base"]), options)
         write_checkpoint(Path(paths["tuned"]), options, noise=0.1)
-        for number, rule in enumerate(RULES):
+        for number, rule in enumerate(arguments.rule or RULES):
             scratch = Path(folder) / f"scratch-{number}"
             scratch.mkdir()
             with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -84,7 +84,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
                 context.targets,
                 context.checkpoint,
                 finetuned=context.finetuned,
-                statistics=lambda targets: _statistics(context, training, targets),
+                statistics=lambda targets: _statistics(context, training, targets, scratch),
                 budgets={t.module.name: i for i, group in groups.items() for t in group},
                 seed=train.seed,
                 device=device,
@@ -102,7 +102,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     return started
 
 
-def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target]) -> Iterable[Any]:
+def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target], scratch: Path) -> Iterable[Any]:
     """Gradients and input moments of the base over the first batches of a seeded shuffle of the training data."""
     import torch
 
@@ -122,7 +122,7 @@ def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target
         chosen = [training.examples[i] for i in order[start : start + size]]
         if chosen:
             batches.append({k: v.to(model.device) for k, v in collate(chosen).items()})
-    yield from gather(model, batches, targets)
+    yield from gather(model, batches, targets, scratch)
     del model
     gc.collect()
 

@@ -7,15 +7,21 @@ three a layer for gradients at LLaMA's shapes, two for moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from soka_serve.collate import IGNORED
+from soka_serve.decompose import energy_of
 from soka_serve.errors import CheckpointError
+from soka_serve.files import disk_errors
 from soka_serve.weighting import InputMoments
 
 if TYPE_CHECKING:
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
 Batch = Mapping[str, torch.Tensor]
 
 DEFAULT_GRADIENT_BATCHES = 8
+_ROWS = 256
 
 
 def batches_needed(targets: Sequence[Target]) -> int:
@@ -37,7 +44,7 @@ def _batches_of(target: Target) -> int:
 
 
 def gather(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target]
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], scratch: Path | None = None
 ) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
@@ -49,6 +56,7 @@ def gather(
         batches: input_ids, labels and attention_mask (batch, tokens), on the model's device.
         targets: those whose rule needs them. `init = "gradient"` gives the gradient; any other init with
             `calibration_batches` gives moments.
+        scratch: folder where gradients wait for their turn; None: in memory.
 
     Yields:
         (target, gradient or None, moments or None), by decoder layer. Let go of one before asking for the next.
@@ -57,7 +65,7 @@ def gather(
         CheckpointError: a gradient or an input that is not finite.
     """
     for group in split_targets(targets):
-        yield from _gather_group(model, batches, group)
+        yield from _gather_group(model, batches, group, scratch)
 
 
 def split_targets(targets: Sequence[Target]) -> list[list[Target]]:
@@ -92,17 +100,30 @@ def split_targets(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def _gather_group(
-    model: nn.Module, batches: Sequence[Batch], group: list[Target]
+    model: nn.Module, batches: Sequence[Batch], group: list[Target], scratch: Path | None
 ) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
     batches = batches[: batches_needed(group)]
     if group[0].rule.init == "gradient":
         gradients = _gather_gradients(model, batches, group)
+        file = scratch / "gradients.safetensors" if scratch is not None else None
+        if file is not None:
+            with disk_errors(file):
+                save_file(gradients, file)
+            gradients.clear()
         for target in group:
-            yield target, gradients.pop(target.module.name), None
+            name = target.module.name
+            yield target, gradients.pop(name) if file is None else _read(file, name), None
+        if file is not None:
+            file.unlink()
         return
     moments = _gather_moments(model, batches, group)
     for target in group:
         yield target, None, moments.pop(target.module.name)
+
+
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return cast(torch.Tensor, tensors.get_tensor(name)).clone()  # not a view of the mapped file
 
 
 def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, torch.Tensor]:
@@ -116,7 +137,11 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
     def make_adder(name: str) -> Callable[[torch.Tensor], None]:
         def add(weight: torch.Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
             if name in shares:
-                sums[name].add_(cast(torch.Tensor, weight.grad), alpha=shares.pop(name))
+                share = shares.pop(name)
+                # By pieces: adding another dtype makes a copy in the sum's.
+                gradient = cast(torch.Tensor, weight.grad)
+                for total, part in zip(sums[name].split(_ROWS), gradient.split(_ROWS), strict=True):
+                    total.add_(part, alpha=share)
             weight.grad = None
 
         return add
@@ -141,7 +166,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
             weight.requires_grad_(False)
             weight.grad = None
     for name, total in sums.items():
-        if not bool(total.isfinite().all()):
+        if not math.isfinite(energy_of(total)):
             raise _not_finite(name, "gradient")
     return sums
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,12 +56,15 @@ def _target(model: Any, name: str, **rule: Any) -> Target:
     return Target(module, Adapt(**rule), (0,), None)
 
 
-def test_gradients_are_those_of_the_asked_batches_together(model: Any) -> None:
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_gradients_are_those_of_the_asked_batches_together(model: Any, tmp_path: Path, on_disk: bool) -> None:
+    scratch = tmp_path if on_disk else None
     targets = [
         _target(model, QUERY, init="gradient", calibration_batches=2),
         _target(model, DOWN, init="gradient", calibration_batches=3),
     ]
-    found = {target.module.name: gradient for target, gradient, _ in gather(model, _batches(), targets)}
+    found = {target.module.name: gradient for target, gradient, _ in gather(model, _batches(), targets, scratch)}
+    assert not list(tmp_path.iterdir())
     for name, asked in ((QUERY, 4), (DOWN, 6)):
         weight = model.get_submodule(name).weight.requires_grad_(True)
         whole = PadCollator(pad_id=0)(_examples()[:asked])
