@@ -140,7 +140,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
                 share = shares.pop(name)
                 # By pieces: adding another dtype makes a copy in the sum's.
                 gradient = cast(torch.Tensor, weight.grad)
-                for total, part in zip(sums[name].split(_ROWS), gradient.split(_ROWS), strict=True):
+                for total, part in zip(torch.split(sums[name], _ROWS), torch.split(gradient, _ROWS), strict=True):
                     total.add_(part, alpha=share)
             weight.grad = None
 
