@@ -273,3 +273,26 @@ def inspect(path: Path, as_json: bool) -> None:
 
     found = run(path)
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+
+
+@main.command(epilog="Example:  soka-serve doctor.  Exit code 0 when everything is there, else 2.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option("--quick", is_flag=True, help="Import nothing: only package metadata and the environment.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool, quick: bool) -> None:
+    """Check what serving needs: Python, torch, vLLM and its version, the plugin, PEFT, GPU or CPU."""
+    from dataclasses import asdict
+
+    from soka_serve.doctor import all_checks, quick_checks
+
+    found = []
+    for check in quick_checks() if quick else all_checks():
+        found.append(check)
+        if not as_json:
+            click.echo(check.to_text())
+    problems = sum(check.state == "problem" for check in found)
+    if as_json:
+        click.echo(json.dumps({"ok": not problems, "checks": [asdict(check) for check in found]}, indent=2))
+    elif not problems:
+        click.echo("everything that was checked is there")
+    ctx.exit(2 if problems else 0)
