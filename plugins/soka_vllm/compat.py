@@ -6,7 +6,6 @@ Imports vLLM, hence only to be imported once an engine is wanted (`soka_vllm.reg
 from __future__ import annotations
 
 import inspect
-import re
 from typing import Any
 
 import vllm
@@ -31,7 +30,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.utils import get_adapter_absolute_path
-from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -40,22 +39,28 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
+from soka_vllm.versions import is_supported, supported_text
 
 __all__ = [
     "LORA_LAYERS",
     "PLAIN_LINEARS",
-    "SUPPORTED",
     "CPUModelRunner",
+    "EngineCore",
     "ErrorResponse",
+    "LRUCacheWorkerLoRAManager",
     "LoRALayerWeights",
     "LoRAModel",
+    "LoRAModelManager",
     "OpenAIServingModels",
     "WorkerLoRAManager",
     "check_vllm",
     "get_adapter_absolute_path",
+    "kv_cache_utils",
     "lora_utils",
     "make_pipeline_buffers",
     "modules_elsewhere",
@@ -63,8 +68,6 @@ __all__ = [
     "served_name",
     "shards_of",
 ]
-
-SUPPORTED = ((0, 29), (0, 33))  # from, and up to but not including
 
 # The layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
 # Names with "Sharded" are what vLLM takes under --fully-sharded-loras.
@@ -102,6 +105,11 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     ),
     (CPUModelRunner, "load_model", "self load_dummy_weights"),
     (WorkerLoRAManager, "_load_adapter", "self lora_request"),
+    (LRUCacheWorkerLoRAManager, "_apply_adapters", "self lora_requests"),
+    (LoRAModelManager, "activate_adapter", "self lora_id"),
+    (EngineCore, "add_lora", "self lora_request"),
+    (EngineCore, "add_request", "self request request_wave"),
+    (kv_cache_utils, "_gen_lora_extra_hash_keys", "request"),
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
 )
@@ -169,11 +177,9 @@ def check_vllm() -> None:
     Raises:
         RuntimeError: an unsupported version, or one whose functions have other parameters than expected.
     """
-    supported = " up to below ".join(".".join(map(str, version)) for version in SUPPORTED)
-    here = f"soka_vllm supports vLLM {supported}; installed is {vllm.__version__}"
+    here = f"soka_vllm supports vLLM {supported_text()}; installed is {vllm.__version__}"
     advice = "install a supported version, or set VLLM_PLUGINS= to run without Kronecker adapters"
-    match = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    if match is None or not SUPPORTED[0] <= (int(match[1]), int(match[2])) < SUPPORTED[1]:
+    if not is_supported(vllm.__version__):
         raise RuntimeError(f"{here}: {advice}")
     problems = []
     for owner, name, expected in _SIGNATURES:

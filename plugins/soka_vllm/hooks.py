@@ -1,4 +1,4 @@
-"""Where the plugin enters vLLM: three names are rebound, once per process."""
+"""Where the plugin enters vLLM: some names are rebound, once per process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from soka_vllm import compat
+from soka_vllm import compat, engine
+from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import kronecker_class
 from soka_vllm.loader import READERS, load_adapter, read_peft_type
 
@@ -17,7 +18,7 @@ _MARK = "_soka_installed"
 
 
 def install() -> None:
-    """Rebind vLLM's layer classes, adapter loading and the answer to a refused load; see `soka_vllm.register`."""
+    """Rebind vLLM's layer classes, the loading of adapters, and what follows from it; see `soka_vllm.register`."""
     if getattr(compat.lora_utils, _MARK, False):
         return
     compat.check_vllm()
@@ -26,28 +27,74 @@ def install() -> None:
             kronecker_class(cls) if cls in compat.LORA_LAYERS else cls for cls in compat.lora_utils._all_lora_classes
         )
     _wrap_load_adapter()
+    _wrap_slots()
+    _wrap_engine()
     _wrap_refusals()
     _wrap_load_model()
     setattr(compat.lora_utils, _MARK, True)
 
 
 def _wrap_load_adapter() -> None:
-    """Kronecker adapters are ours to load, LoRA and what has no readable config vLLM's."""
+    """Kronecker adapters are ours to read, LoRA and what has no readable config vLLM's; what is kept is not read."""
     stock = compat.WorkerLoRAManager._load_adapter
 
-    @functools.wraps(stock)
-    def load(self: Any, lora_request: Any) -> Any:
+    def read(self: Any, lora_request: Any) -> Any:
         directory = compat.get_adapter_absolute_path(lora_request.lora_path)
         kind = read_peft_type(directory)
         if kind in (None, "LORA"):
             return stock(self, lora_request)
         if kind not in READERS:
-            raise ValueError(f"{directory}: peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
+            raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
         if not compat.on_cpu():
-            raise ValueError(f"{directory}: this version of the plugin runs Kronecker adapters on CPUs only")
+            raise ValueError("this version of the plugin runs Kronecker adapters on CPUs only")
         return load_adapter(Path(directory), kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
 
+    @functools.wraps(stock)
+    def load(self: Any, lora_request: Any) -> Any:
+        model = None if lora_request.load_inplace else kept_by(self).model(lora_request.lora_int_id)
+        return self.read_adapter(lora_request) if model is None else model
+
+    compat.WorkerLoRAManager.read_adapter = read
     compat.WorkerLoRAManager._load_adapter = load
+
+
+def _wrap_slots() -> None:
+    """Mend two things of vLLM up to 0.32.
+
+    A reload in place was repeated at every later step, and an adapter that could not be put into its slot was served
+    half set from then on.
+    """
+    stock_apply = compat.LRUCacheWorkerLoRAManager._apply_adapters
+    stock_activate = compat.LoRAModelManager.activate_adapter
+
+    @functools.wraps(stock_apply)
+    def apply_adapters(self: Any, lora_requests: Any) -> None:
+        stock_apply(self, {loaded_already(lora_request) for lora_request in lora_requests if lora_request})
+
+    @functools.wraps(stock_activate)
+    def activate(self: Any, lora_id: int) -> bool:
+        try:
+            return bool(stock_activate(self, lora_id))
+        except Exception:
+            self.deactivate_adapter(lora_id)
+            raise
+
+    compat.LRUCacheWorkerLoRAManager._apply_adapters = apply_adapters
+    compat.LoRAModelManager.activate_adapter = activate
+
+
+def _wrap_engine() -> None:
+    """Adapters are loaded by all workers or none, before a step; see `soka_vllm.engine`."""
+    engine.keep_limit()  # a wrong setting is told at start-up
+    compat.EngineCore.add_lora = functools.wraps(compat.EngineCore.add_lora)(engine.add_lora)
+    stock = compat.EngineCore.add_request
+
+    @functools.wraps(stock)
+    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
+        engine.add_request(stock, self, request, request_wave)
+
+    compat.EngineCore.add_request = add_request
+    compat.kv_cache_utils._gen_lora_extra_hash_keys = engine.prefix_keys
 
 
 def _wrap_refusals() -> None:
@@ -62,7 +109,9 @@ def _wrap_refusals() -> None:
             and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
             and not self.engine_client.errored
         ):
-            _logger.warning("Refused adapter %r: %s", request.lora_name, answer.error.message)
+            _logger.warning(
+                "Refused adapter %r from %s: %s", request.lora_name, request.lora_path, answer.error.message
+            )
             answer.error.code = HTTPStatus.BAD_REQUEST.value
             answer.error.type = "BadRequestError"
         return answer

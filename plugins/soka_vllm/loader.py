@@ -66,21 +66,22 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         dtype: of the factors in the slots.
 
     Raises:
-        ValueError: everything that is wrong with the adapter, or that does not fit the model.
+        ValueError: everything that is wrong with the adapter, or that does not fit the model; files are named as they
+            are within the adapter, since vLLM strikes paths from what it answers.
     """
     try:
         adapter = READERS[kind](directory)
     except SokaError as error:
-        raise ValueError(error.message) from error
+        raise ValueError(error.message.replace(f"{directory}: ", "").replace(f"{directory}/", "")) from error
     adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
-    here = _check_layers(directory, adapter, manager)
+    here = _check_layers(adapter, manager)
     weights = {}
     nbytes = 0
     for name, factors in adapter.items():
         left = (factors.left * factors.sigma[:, None, None]).to(dtype)
         right = factors.right.to(dtype)
         if not bool(left.isfinite().all() and right.isfinite().all()):
-            raise ValueError(f"{directory}: {name}: values are not finite in {dtype}")
+            raise ValueError(f"{name}: values are not finite in {dtype}")
         nbytes += left.nbytes + right.nbytes
         weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
     ranks = sorted({weight.rank for weight in weights.values()})
@@ -91,7 +92,7 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
-def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any) -> int:
+def _check_layers(adapter: Mapping[str, Factors], manager: Any) -> int:
     """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
 
     A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
@@ -128,5 +129,5 @@ def _check_layers(directory: Path, adapter: Mapping[str, Factors], manager: Any)
                 f"the served weight is {layer.shards.shapes[index]}"
             )
     if problems:
-        raise ValueError("\n".join(f"{directory}: {problem}" for problem in problems))
+        raise ValueError("\n".join(problems))
     return here

@@ -1,0 +1,145 @@
+"""Loading adapters, seen from the engine: all workers or none, and never in the middle of a step.
+
+In vLLM up to 0.32, and without this, one bad adapter under tensor parallelism makes later good ones fail (the executor
+stops at the first worker's error and leaves the replies of the others unread), an evicted adapter whose files are gone
+ends the engine when it is asked for, and new weights under a known name and path are answered from the prefix cache of
+the old ones. Runs in the engine's process; see `soka_vllm.kept` for the workers'.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from soka_vllm import kept
+
+_logger = logging.getLogger("vllm.soka")
+
+KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
+_KEEP_DEFAULT_GIB = 4.0
+
+# By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
+_fingerprints: dict[int, str] = {}
+
+
+@dataclass
+class Adapters:
+    """Of one engine: what its workers keep in memory, by adapter id, least recently used first."""
+
+    limit: int
+    nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
+
+    def to_drop(self, nbytes: int, needed: set[int]) -> list[int]:
+        """Which adapters make room for another of `nbytes`: the oldest that no request needs."""
+        dropped = []
+        free = self.limit - sum(self.nbytes.values()) - nbytes
+        for number, size in self.nbytes.items():
+            if free >= 0:
+                break
+            if number not in needed:
+                dropped.append(number)
+                free += size
+        return dropped
+
+
+def keep_limit() -> int:
+    """Bytes of adapters that each worker keeps in CPU memory.
+
+    Raises:
+        ValueError: the environment variable is not a number of at least 0.
+    """
+    text = os.environ.get(KEEP_VARIABLE, str(_KEEP_DEFAULT_GIB))
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < float("inf"):
+        raise ValueError(f"{KEEP_VARIABLE} is {text!r}, expected a number of GiB, 0 or more")
+    return int(gib * 2**30)
+
+
+def add_lora(core: Any, lora_request: Any) -> bool:
+    """Load an adapter for serving: in place of vLLM's EngineCore.add_lora.
+
+    Raises:
+        ValueError: why it is refused; every worker serves what it served before.
+    """
+    known = lora_request.lora_int_id in _adapters(core).nbytes
+    _load(core, lora_request, anew=lora_request.load_inplace or not known, activate=True)
+    return True
+
+
+def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
+    """Let a request in: in place of EngineCore.add_request, which is `stock`.
+
+    Its adapter is brought back into memory if need be; if that fails, this request alone is refused.
+    """
+    lora_request = request.lora_request
+    if lora_request is not None:
+        adapters = _adapters(core)
+        number = lora_request.lora_int_id
+        try:
+            if number in adapters.nbytes:
+                adapters.nbytes.move_to_end(number)
+            else:
+                _load(core, lora_request, anew=False, activate=False)
+        except ValueError as error:
+            _logger.error("Request %s is refused, adapter %r: %s", request.request_id, lora_request.lora_name, error)
+            answer = getattr(core, "_send_error_outputs_to_client", None)
+            if answer is None:  # an engine in the caller's own process
+                raise
+            answer([request.request_id], request.client_index)
+            return
+        if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:  # reloaded since it was hashed
+            request.block_hashes.clear()
+            request.update_block_hashes()
+    stock(core, request, request_wave)
+
+
+def prefix_keys(request: Any) -> list[tuple[str, ...]]:
+    """What sets the blocks of a request's prefix apart: in place of vLLM's, which leaves out what the adapter holds."""
+    lora_request = request.lora_request
+    if lora_request is None:
+        return []
+    request.soka_fingerprint = _fingerprints.get(lora_request.lora_int_id, "")
+    return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint)]
+
+
+def _adapters(core: Any) -> Adapters:
+    if "_soka_adapters" not in core.__dict__:
+        core._soka_adapters = Adapters(keep_limit())
+    adapters = core._soka_adapters
+    assert isinstance(adapters, Adapters)
+    return adapters
+
+
+def _load(core: Any, lora_request: Any, *, anew: bool, activate: bool) -> None:
+    adapters, number = _adapters(core), lora_request.lora_int_id
+    executor = core.model_executor
+    readings: Sequence[kept.Reading] = executor.collective_rpc(kept.read, args=(lora_request, anew))
+    refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
+    if refusals:
+        raise ValueError("\n".join(refusals))
+    fingerprint = readings[0].fingerprint
+    # With expert parallelism each worker reads its own experts.
+    alike = not core.vllm_config.parallel_config.enable_expert_parallel
+    if alike and any(reading.fingerprint != fingerprint for reading in readings):
+        raise ValueError(f"{lora_request.lora_path}: workers read different contents; was it being written? load again")
+    if not activate and _fingerprints.get(number, fingerprint) != fingerprint:
+        raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
+    nbytes = max(reading.nbytes for reading in readings)
+    needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
+    drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed | {number})
+    failures = dict.fromkeys(filter(None, executor.collective_rpc(kept.take, args=(lora_request, activate, drop))))
+    for other in drop:
+        del adapters.nbytes[other]
+    if failures:
+        executor.collective_rpc(kept.undo, args=(lora_request,))
+        raise ValueError("\n".join(failures))
+    adapters.nbytes[number] = nbytes
+    adapters.nbytes.move_to_end(number)
+    _fingerprints[number] = fingerprint

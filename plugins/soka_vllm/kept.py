@@ -1,0 +1,137 @@
+"""What a worker does with adapters when the engine says so: read, take over, give up. Runs in the worker's process.
+
+vLLM lets each worker read an adapter's files on its own, at a load and again in the middle of a step when the adapter
+was evicted meanwhile: one that fails there ends the engine, and one that fails on some workers only leaves them apart.
+Here the engine loads in two steps (`soka_vllm.engine`): every worker reads and checks, and only if all could does each
+take the adapter over. What was taken over stays in the worker's memory until the engine drops it, so that a step reads
+no files.
+
+The functions are sent to the workers by name; each takes vLLM's worker first and returns plain values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+_logger = logging.getLogger("vllm.soka")
+
+
+class Reading(NamedTuple):
+    """A worker's answer to `read`."""
+
+    refusal: str = ""  # empty where it can be taken over
+    fingerprint: str = ""  # of all values
+    nbytes: int = 0
+
+
+@dataclass
+class Kept:
+    """Of one worker: adapters in use by their integer id, and the one that a load is about."""
+
+    adapters: dict[int, tuple[Any, Reading]] = field(default_factory=dict)
+    read: tuple[Any, Reading] | None = None
+    former: tuple[Any, Reading] | None = None  # what `read` has replaced
+
+    def model(self, number: int) -> Any:
+        """The LoRAModel of an id, or None."""
+        return self.adapters[number][0] if number in self.adapters else None
+
+
+def kept_by(manager: Any) -> Kept:
+    """What belongs to a WorkerLoRAManager."""
+    kept = manager.__dict__.setdefault("_soka_kept", Kept())
+    assert isinstance(kept, Kept)
+    return kept
+
+
+def loaded_already(lora_request: Any) -> Any:
+    """A request for an adapter, without the wish to read its files anew: vLLM keeps it for all later requests too."""
+    return msgspec.structs.replace(lora_request, load_inplace=False) if lora_request.load_inplace else lora_request
+
+
+def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
+    """First step of a load: read and check the adapter's files, changing nothing that is served.
+
+    Args:
+        worker: vLLM's.
+        lora_request: vLLM's, of the adapter.
+        anew: read the files even if the adapter is in memory.
+    """
+    manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
+    kept = kept_by(manager)
+    kept.read = kept.former = None
+    if not anew and number in kept.adapters:
+        return kept.adapters[number][1]
+    try:
+        model = manager.read_adapter(lora_request)
+        kept.read = model, _reading(model)
+    except Exception as error:
+        _logger.debug("Adapter %r cannot be read", lora_request.lora_name, exc_info=True)
+        return Reading(refusal=str(error) or type(error).__name__)
+    return kept.read[1]
+
+
+def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) -> str:
+    """Second step: serve what was read; returns why not, empty where it went well.
+
+    Args:
+        worker: vLLM's.
+        lora_request: vLLM's, of the adapter.
+        activate: put it into a slot at once, as vLLM does at a load.
+        drop: ids of adapters to forget.
+    """
+    manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
+    kept = kept_by(manager)
+    for other in drop:
+        kept.adapters.pop(other, None)
+    if kept.read is not None:
+        kept.former = kept.adapters.get(number)
+        kept.adapters[number], kept.read = kept.read, None
+        manager.remove_adapter(number)  # its slot holds what it was before
+    try:
+        if activate:
+            manager.add_adapter(loaded_already(lora_request))
+    except Exception as error:
+        _logger.exception("Adapter %r cannot be put into a slot", lora_request.lora_name)
+        return str(error) or type(error).__name__
+    return ""
+
+
+def undo(worker: Any, lora_request: Any) -> None:
+    """After a `take` that did not go well everywhere: go back to what the adapter was before, if it was anything."""
+    manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
+    kept = kept_by(manager)
+    manager.remove_adapter(number)
+    kept.adapters.pop(number, None)
+    if kept.former is not None:
+        kept.adapters[number], kept.former = kept.former, None
+
+
+def _reading(model: Any) -> Reading:
+    digest = hashlib.sha256()
+    nbytes = 0
+    for name, tensor in _tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        nbytes += tensor.nbytes
+    return Reading(fingerprint=digest.hexdigest(), nbytes=nbytes)
+
+
+def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a LoRAModel, packed or not, with their scaling in the name, in an order of their own."""
+    parts: Mapping[str, Any] = model.loras
+    for name in sorted(parts):
+        for values in (parts[name].lora_a, parts[name].lora_b):
+            for tensor in values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]:
+                if tensor is not None:
+                    yield f"{name} {parts[name].scaling}", tensor
+    for name, saved in sorted((getattr(model, "modules_to_save", None) or {}).items()):
+        yield from ((name, tensor) for tensor in (saved.weight, saved.bias) if tensor is not None)
