@@ -30,6 +30,7 @@ class SlotStore:
         self.in_features = in_features
         self.values = torch.zeros(0, dtype=dtype, device=device)
         self.table = torch.zeros(len(self.widths), slots, torch_ops.ROW_FIELDS, dtype=torch.int64, device=device)
+        self._kinds: dict[torch_ops.Kind, int] = {}
         self._taken: dict[tuple[int, int], tuple[int, int]] = {}  # (slot, slice) -> (start, size) in the buffer
 
     @property
@@ -73,7 +74,8 @@ class SlotStore:
         self.values[start:middle] = left_values
         self.values[middle:end] = right_values
         self._taken[slot, index] = (start, end - start)
-        row = [start, middle, rank, m, n, p, q, order, out_skip, in_skip]
+        kind = torch_ops.Kind(rank, m, n, p, q, order, out_skip, in_skip)
+        row = [start, self._kinds.setdefault(kind, len(self._kinds) + 1), *kind]
         self.table[index, slot] = torch.tensor(row, dtype=torch.int64)
 
     def clear(self, slot: int) -> None:

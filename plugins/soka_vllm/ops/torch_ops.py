@@ -1,17 +1,29 @@
-"""The operator in plain torch, for CPUs: tokens are grouped by adapter, each group takes two matrix products.
+"""The operator in plain torch, for CPUs.
 
-One row of the table describes what one slot holds for one slice of a layer's output: ROW_FIELDS integers, namely where
-Left and Right start in the flat buffer, rank, m, n, p, q, the order of the two products, out_skip and in_skip. Rank 0
-is an empty slot. A delta may be larger than the slice (a shard of a layer whose edges cut blocks of the product): rows
+One row of the table describes what one slot holds for one slice of a layer's output, in ROW_FIELDS integers: where its
+factors start in the flat buffer (Left, then Right), kind, rank, m, n, p, q, the order of the two products, out_skip
+and in_skip. Kind 0 is an empty slot; rows of one table have the same kind if and only if they differ in nothing but
+the start, so that their factors can be stacked.
+
+A delta may be larger than the slice (a shard of a layer whose edges cut blocks of the product): rows
 [out_skip, out_skip + width) and columns [in_skip, in_skip + in) of it are what is applied.
+
 The factors lie in the buffer as the products want them (`arrange`), with sigma multiplied into Left:
 
 - LEFT_FIRST: Left as (m, r, n), Right as (r, q, p): Z = Left X, then Y = Z Right.
 - RIGHT_FIRST: Right as (q, r, p), Left as (m, n, r): Z = X Right, then Y = Left Z.
+
+A decode step has few tokens, many adapters, and costs what the calls of small torch operators cost. So tokens of all
+adapters of one kind go through the two products together, with stacked copies of their factors; only where all tokens
+are one adapter's, without copies. On a CPU the copies cost less than a pair of products per adapter, also where one
+adapter has most tokens; taking adjacent slices of one kind together gains nothing.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -22,7 +34,9 @@ from soka_serve.shapes import FactorShape
 ROW_FIELDS = 10
 LEFT_FIRST, RIGHT_FIRST = 0, 1
 
-_PIECE_VALUES = 1 << 21  # most values of an intermediate: 8 MiB in float32
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+_PIECE_VALUES = 1 << 18  # most values of an intermediate: 1 MiB in float32
 
 _SCHEMA = "add_kron(Tensor(a!) out, Tensor x, Tensor token_slots, Tensor values, Tensor table, int[] widths) -> ()"
 _LIBRARY = torch.library.Library("soka", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -42,13 +56,41 @@ def arrange(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, int]:
     return left.permute(1, 2, 0).flatten(), right.permute(2, 0, 1).flatten(), RIGHT_FIRST
 
 
+class Kind(NamedTuple):
+    """A row of the table but its first two fields: what factors must have in common to be stacked."""
+
+    rank: int
+    m: int
+    n: int
+    p: int
+    q: int
+    order: int
+    out_skip: int
+    in_skip: int
+
+    @property
+    def left_size(self) -> int:
+        """Values of Left."""
+        return self.rank * self.m * self.n
+
+    @property
+    def size(self) -> int:
+        """Values of Left and Right."""
+        return self.rank * (self.m * self.n + self.p * self.q)
+
+    @property
+    def between(self) -> int:
+        """Values of the first product, per token."""
+        return self.rank * (self.m * self.q if self.order == LEFT_FIRST else self.n * self.p)
+
+
 def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table: Tensor, widths: list[int]) -> None:
     """Add each token's Kronecker delta to its row of `out`.
 
     Semantics: for token t, slot s = token_slots[t] with 0 <= s < slots, and slice i of `out`:
     out[t, start_i : start_i + widths[i]] += sum over k of D[i, s, k] @ x[t], where D is kron(left[i, s, k],
     right[i, s, k])[out_skip : out_skip + widths[i], in_skip : in_skip + in].
-    Other tokens, and slots of rank 0, keep their row.
+    Other tokens, and slots that are empty, keep their row.
 
     Args:
         out: (tokens, sum of widths), any floating dtype; changed in place, rounded once.
@@ -58,50 +100,95 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
         table: (slices, slots, ROW_FIELDS) int64.
         widths: features of each slice of `out`.
     """
-    slots = token_slots[: x.shape[0]]
-    for slot in torch.unique(slots).tolist():
-        if not 0 <= slot < table.shape[1]:
-            continue
-        rows = (slots == slot).nonzero().flatten()
-        everything = rows.numel() == x.shape[0]
-        work = torch.promote_types(values.dtype, torch.float32)
-        inputs = (x if everything else x[rows]).to(work)
-        start = 0
-        for width, row in zip(widths, table[:, slot].tolist(), strict=True):
-            if row[2]:
-                delta = _product(_embedded(inputs, row), values, row)[:, row[8] : row[8] + width]
-                target = out[:, start : start + width]
-                if everything:
-                    target.add_(delta)
-                else:
-                    target.index_copy_(0, rows, target[rows].add_(delta))
-            start += width
+    tokens = x.shape[0]
+    if not tokens:
+        return
+    inputs: Tensor | None = None
+    end = 0
+    for width, rows in zip(widths, _rows(table.numpy(), token_slots.numpy()[:tokens]), strict=True):
+        start, end = end, end + width
+        numbers = rows[:, 1].tolist()
+        for number in set(numbers) - {0}:
+            if inputs is None:
+                inputs = x.to(torch.promote_types(values.dtype, torch.float32))
+            kind = Kind(*rows[numbers.index(number), 2:].tolist())
+            chosen = None if numbers.count(number) == len(numbers) else (rows[:, 1] == number).nonzero()[0]
+            starts = rows[:, 0] if chosen is None else rows[chosen, 0]
+            _add_slice(out[:, start:end], inputs, values, chosen, starts, kind)
 
 
-def _embedded(inputs: Tensor, row: list[int]) -> Tensor:
-    """The inputs in zero vectors of the n*q features that the factors take."""
-    features, skip = row[4] * row[6], row[9]
+def _rows(table: _Ints, slots: _Ints) -> _Ints:
+    """(slices, tokens or 1, ROW_FIELDS): each token's row, or one where all tokens have the same slot."""
+    numbers = slots.tolist()
+    if numbers.count(numbers[0]) == len(numbers):
+        slots, numbers = slots[:1], numbers[:1]
+    if min(numbers) >= 0 and max(numbers) < table.shape[1]:
+        return table.take(slots, axis=1)
+    known = (slots >= 0) & (slots < table.shape[1])
+    rows: _Ints = table.take(np.where(known, slots, 0), axis=1)
+    rows *= known[:, None]
+    return rows
+
+
+def _add_slice(target: Tensor, inputs: Tensor, values: Tensor, chosen: _Ints | None, starts: _Ints, kind: Kind) -> None:
+    """Add the deltas of one kind to a slice of the output, in pieces that stay in a cache.
+
+    Args:
+        chosen: the tokens; None for all.
+        starts: where the factors of each of them lie; one number if it is the same for all.
+    """
+    tokens, width = inputs.shape[0] if chosen is None else chosen.size, target.shape[1]
+    shared = _factors(values, starts, kind.size, inputs.dtype) if starts.size == 1 else None
+    step = max(1, _PIECE_VALUES // max(kind.between, 0 if shared is not None else kind.size))
+    for begin in range(0, tokens, step):
+        some = slice(begin, begin + step)
+        factors = _factors(values, starts[some], kind.size, inputs.dtype) if shared is None else shared
+        if chosen is not None:
+            index = torch.from_numpy(chosen[some])
+            delta = _product(_embedded(inputs[index], kind), factors, kind, width)
+            target.index_copy_(0, index, target[index].add_(delta))
+        elif tokens <= step:
+            target.add_(_product(_embedded(inputs, kind), factors, kind, width))
+        else:
+            target[some].add_(_product(_embedded(inputs[some], kind), factors, kind, width))
+
+
+def _embedded(inputs: Tensor, kind: Kind) -> Tensor:
+    """The inputs, (tokens, in), in zero vectors of the n*q features that the factors take."""
+    features = kind.n * kind.q
     if inputs.shape[1] == features:
         return inputs
-    return pad(inputs, (skip, features - skip - inputs.shape[1]))
+    return pad(inputs, (kind.in_skip, features - kind.in_skip - inputs.shape[1]))
 
 
-def _product(inputs: Tensor, values: Tensor, row: list[int]) -> Tensor:
-    """(tokens, n*q) -> (tokens, m*p), in the dtype of `inputs`."""
-    left_at, right_at, rank, m, n, p, q, order = row[:8]
-    left = values[left_at : left_at + rank * m * n].to(inputs.dtype)
-    right = values[right_at : right_at + rank * p * q].to(inputs.dtype)
-    middle = rank * (m * q if order == LEFT_FIRST else n * p)
-    done = []
-    for piece in torch.split(inputs, max(1, _PIECE_VALUES // middle)):
-        if order == LEFT_FIRST:
-            between = torch.matmul(left.view(m * rank, n), piece.reshape(-1, n, q))
-            result = between.view(-1, rank * q) @ right.view(rank * q, p)
+def _factors(values: Tensor, starts: _Ints, size: int, dtype: torch.dtype) -> Tensor:
+    """(starts, size): the factors that begin at each of `starts`."""
+    if starts.size == 1:
+        start = int(starts[0])
+        return values[start : start + size].to(dtype).view(1, size)
+    # Row i of this view starts at value i, so that selecting rows copies whole stretches of the buffer.
+    stretches = values.as_strided((values.numel() - size + 1, size), (1, 1))
+    return stretches.index_select(0, torch.from_numpy(starts)).to(dtype)
+
+
+def _product(inputs: Tensor, factors: Tensor, kind: Kind, width: int) -> Tensor:
+    """(tokens, n*q) inputs and (tokens or 1, size) factors to (tokens, width) deltas."""
+    rank, m, n, p, q = kind[:5]
+    tokens, shared = inputs.shape[0], factors.shape[0] == 1
+    left, right = factors[:, : kind.left_size], factors[:, kind.left_size :]
+    if kind.order == LEFT_FIRST:
+        left, right = left.view(-1, m * rank, n), right.view(-1, rank * q, p)
+        between = torch.matmul(left, inputs.view(tokens, n, q))
+        if shared:
+            delta = between.view(tokens * m, rank * q) @ right[0]
         else:
-            between = piece.reshape(-1, q) @ right.view(q, rank * p)
-            result = torch.matmul(left.view(m, n * rank), between.view(-1, n * rank, p))
-        done.append(result.reshape(-1, m * p))
-    return done[0] if len(done) == 1 else torch.cat(done)
+            delta = torch.bmm(between.view(tokens, m, rank * q), right)
+    else:
+        left, right = left.view(-1, m, n * rank), right.view(-1, q, rank * p)
+        between = inputs.view(tokens * n, q) @ right[0] if shared else torch.bmm(inputs.view(tokens, n, q), right)
+        delta = torch.matmul(left, between.view(tokens, n * rank, p))
+    delta = delta.view(tokens, m * p)
+    return delta if m * p == width else delta[:, kind.out_skip : kind.out_skip + width]
 
 
 def _no_result(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table: Tensor, widths: list[int]) -> None:
