@@ -296,3 +296,70 @@ def doctor(ctx: click.Context, as_json: bool, quick: bool) -> None:
     elif not problems:
         click.echo("everything that was checked is there")
     ctx.exit(2 if problems else 0)
+
+
+class _PassingOn(click.Command):
+    """A command whose arguments after `--` are another program's: they go to `ctx.meta` as they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ctx.meta["soka_serve.passed_on"] = tuple(args[cut + 1 :])
+        return super().parse_args(ctx, args[:cut])
+
+
+@main.command(
+    cls=_PassingOn,
+    epilog="""Examples:
+
+    \b
+    soka-serve serve manifests/math.toml manifests/code.toml
+    soka-serve serve sums=build/math/adapter --port 9000 -- --max-model-len 2048
+    soka-serve serve build/math/merged
+    soka-serve serve --builds build --base tiny
+    """,
+)
+@click.argument("targets", nargs=-1, metavar="[NAME=]TARGET... [-- VLLM OPTIONS]")
+@click.option("--host", help="Address to listen on (default: [serve] host, else 127.0.0.1).")
+@click.option("--port", type=click.IntRange(1, 65535), help="TCP port (default: [serve] port, else 8000).")
+@click.option("--base", help="The base, in place of the one that the adapters name: a directory, a hub id, or 'tiny'.")
+@click.option("--out", type=_FILE, help="Folder of builds of the manifests (default: [output] dir).")
+@click.option("--builds", type=_FILE, help="Also serve every adapter in this folder by its name, at the first request.")
+@click.option(
+    "--runtime-loading/--no-runtime-loading",
+    default=None,
+    help="Let clients load and unload adapters over HTTP (default: as VLLM_ALLOW_RUNTIME_LORA_UPDATING says, so off). "
+    "SOKA_ADAPTER_ROOTS limits the folders.",
+)
+@click.option("--verbose", is_flag=True, help="Show vLLM's log instead of writing it to a file.")
+@click.option("--timeout", default=1800.0, show_default=True, help="Seconds that vLLM may take to start.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print vLLM's command instead of running it.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    targets: tuple[str, ...],
+    host: str | None,
+    port: int | None,
+    base: str | None,
+    out: Path | None,
+    builds: Path | None,
+    runtime_loading: bool | None,
+    verbose: bool,
+    timeout: float,
+    dry_run: bool,
+) -> None:
+    """Serve adapters on their base, or one merged model, through vLLM's OpenAI-compatible API.
+
+    A TARGET is a manifest whose build is up to date, an adapter or build directory, or a merged model. Each is the
+    model NAME in the API. What follows -- goes to vLLM, and wins over what is worked out here.
+    """
+    from soka_serve.serving import plan_launch
+    from soka_serve.serving import serve as run
+    from soka_serve.serving_command import Settings
+
+    passed_on = ctx.meta["soka_serve.passed_on"]
+    settings = Settings(host=host, port=port, runtime_loading=runtime_loading, builds=builds, vllm=passed_on)
+    planned, launch = plan_launch(targets, settings, base=base, out=out)
+    if dry_run:
+        click.echo(launch.to_text())
+        return
+    ctx.exit(run(planned, launch, verbose=verbose, timeout_s=timeout, say=click.echo))

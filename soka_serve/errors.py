@@ -70,3 +70,7 @@ class DataError(SokaError):
 
 class BuildError(SokaError):
     """A stage of a build that could not finish for a reason outside the program (disk full, no permission)."""
+
+
+class ServeError(SokaError):
+    """A server that did not start or died, or an adapter that has no effect in it."""

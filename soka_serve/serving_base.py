@@ -1,0 +1,143 @@
+"""The one base that all adapters of a server share: found, and its weights held against their soka.lock. No torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from soka_serve.checkpoint import Checkpoint, resolve_base
+from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.schema import Base
+from soka_serve.serving_targets import Target
+from soka_serve.sources import open_base
+from soka_serve.workspace import HashCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """The base that is served: its directory, its name in the API, and the length of its context (None: unknown)."""
+
+    directory: Path
+    name: str
+    context: int | None
+
+
+def cache_directory() -> Path:
+    """Where hashes of bases and logs of servers are kept: $XDG_CACHE_HOME/soka-serve, or ~/.cache/soka-serve."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return (Path(given) if given else Path.home() / ".cache") / "soka-serve"
+
+
+def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase:
+    """The base that the adapters share.
+
+    Args:
+        targets: adapters.
+        given: a directory, hub id or 'tiny', taken instead of what the adapters name.
+
+    Raises:
+        SokaError: they name different bases, none, or one that is not here; or weights that are not those in the
+            adapters' soka.lock.
+    """
+    if given is not None:
+        directory, recorded = open_base(given)
+        name = recorded if not Path(recorded).is_absolute() else _short(Base(path=recorded))
+    else:
+        base = _shared(targets)
+        directory, name = resolve_base(base, manifest_dir=Path.cwd()), _short(base)
+    checkpoint = Checkpoint.open(directory)
+    _check_hashes(targets, checkpoint)
+    _check_shapes(targets, checkpoint)
+    context = checkpoint.config.get("max_position_embeddings")
+    return ServedBase(directory.resolve(), name, context if isinstance(context, int) else None)
+
+
+def _shared(targets: Sequence[Target]) -> Base:
+    """The base that all name; two names for weights of one hash are one base."""
+    named = {_key(t.base): t for t in targets if t.base is not None}
+    if not named:
+        raise SokaError("no adapter names its base", hint="Give it: --base DIRECTORY, a hub id, or 'tiny'.")
+    hashes = {t.base_sha256 for t in named.values()}
+    if len(named) > 1 and (len(hashes) > 1 or "" in hashes):
+        # One line per target: which of them is the odd one is for the user to see.
+        lines = [f"  {t.given}: {_show(t)}" for t in targets if t.base is not None]
+        raise SokaError(
+            "\n".join(["the adapters are for different bases, and one server has one base:", *lines]),
+            hint="Serve them apart, on two ports; or give --base if these are names of one model.",
+        )
+    bases = [t.base for t in named.values() if t.base is not None]
+    here = [base for base in bases if base.path is None or Path(base.path).is_dir()]
+    if not here:
+        first = next(iter(named.values()))
+        raise CheckpointError(
+            f"{first.given}: its base, {_show(first)}, is not here", hint="Give its place: --base DIRECTORY."
+        )
+    return here[0]
+
+
+def _key(base: Base | None) -> tuple[str, str, str]:
+    if base is None:
+        return ("", "", "")
+    if base.path is not None:
+        return ("path", str(Path(base.path).resolve()), "")
+    if base.hub is not None:
+        return ("hub", base.hub, base.revision or "")
+    # The embedded model is a directory, too, which PEFT's own adapters name.
+    from soka_serve.builtin import base_directory
+
+    return ("path", str(base_directory().resolve()), "")
+
+
+def _show(target: Target) -> str:
+    kind, name, revision = _key(target.base)
+    text = f"{kind} {name}" + (f" at {revision}" if revision else "")
+    return text + (f" (weights {target.base_sha256[:12]})" if target.base_sha256 else "")
+
+
+def _short(base: Base) -> str:
+    if base.path is not None:
+        return Path(base.path).resolve().name
+    return base.builtin or str(base.hub)
+
+
+def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+    expected = {t.base_sha256 for t in targets if t.base_sha256}
+    for target in targets:
+        if not target.base_sha256:
+            logger.warning("%s has no soka.lock: whether it was made for this base cannot be checked", target.given)
+    if not expected:
+        return
+    hashes = HashCache(cache_directory() / "hashes.json")
+    if sum(f.stat().st_size for f in checkpoint.files if not hashes.knows(f)) > 1_000_000_000:
+        logger.info("hashing the base's weights in %s, once", checkpoint.directory)
+    actual = checkpoint.sha256(hashes.file)
+    try:
+        hashes.save()
+    except SokaError as error:
+        logger.warning("the base will be hashed again next time: %s", error.message)
+    others = [t for t in targets if t.base_sha256 not in ("", actual)]
+    if others:
+        lines = [f"  {t.given}: made for weights {t.base_sha256[:12]}" for t in others]
+        raise SokaError(
+            "\n".join([f"the base in {checkpoint.directory} has weights {actual[:12]}, other than needed:", *lines]),
+            hint="Give the base that they were made on (--base), or build them again on this one.",
+        )
+
+
+def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+    problems = []
+    for target in targets:
+        if target.peft_type == "SOKA":
+            from soka_serve.adapter import check_against, read_adapter
+
+            try:
+                check_against(read_adapter(target.path), checkpoint.tensors)
+            except CheckpointError as error:
+                problems.append(error.message)
+    if problems:
+        raise CheckpointError("\n".join(problems), hint=f"the base is {checkpoint.directory}")

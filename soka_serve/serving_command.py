@@ -1,0 +1,266 @@
+"""The vLLM command line and environment for a set of targets; what the user gives after `--` wins. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from soka_serve.doctor import PLUGIN, find_engine
+from soka_serve.errors import SokaError
+from soka_serve.serving_base import ServedBase
+from soka_serve.serving_targets import Target, find_adapter
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
+
+# Sizes that vLLM takes for --max-lora-rank.
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Where adapters may come later: room for LoRA of vLLM's default rank, and a few slots.
+_LATER_RANK, _LATER_SLOTS = 16, 8
+# The layers that Kronecker adapters can change. Without this vLLM also wraps the embedding and lm_head, and log-
+# probabilities of prompts then end its CPU engine.
+_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_MOST_KV_GIB = 4
+_PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
+
+# Options of vLLM that would make what was checked untrue.
+_TAKEN = {
+    "--model": "the base comes from the adapters; --base (before the --) replaces it",
+    "--lora-modules": "give adapters before the --, as TARGETs: they are checked and probed",
+    "--no-enable-lora": "the adapters need LoRA enabled; serve a merged model instead",
+    "--config": "give its options on the command line",
+    "--uds": "the server is probed over TCP",
+    "--headless": "the server is probed over HTTP",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user chose on the command line; None is not given."""
+
+    host: str | None = None
+    port: int | None = None
+    runtime_loading: bool | None = None
+    builds: Path | None = None
+    vllm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How vLLM is started, and how it is reached.
+
+    Args:
+        command: the command line.
+        environment: what is added to the environment.
+        host, port: where it listens.
+        scheme: http, or https when vLLM was given a certificate.
+        base_model: name of the base (or of the merged model) in the API.
+        api_key: what it asks clients for; empty when nothing.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    scheme: str = "http"
+    base_model: str = ""
+    api_key: str = ""
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds it."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def to_text(self) -> str:
+        """The command as a shell takes it."""
+        added = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*added, *map(shlex.quote, self.command)])
+
+
+def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Settings) -> Launch:
+    """Put the command together.
+
+    Args:
+        targets: adapters on one base, or one merged model; none with `settings.builds`.
+        base: the adapters' base; None for a merged model.
+        settings: the command line's options.
+
+    Raises:
+        SokaError: manifests that disagree, an option of vLLM that conflicts with ours, a name that is taken.
+    """
+    theirs = parse_options(settings.vllm)
+    _check_taken(theirs, merged=base is None)
+    ours = _ours(targets, base, settings, theirs)
+    if "--max-loras" in theirs and "--max-cpu-loras" in ours:  # the one may not be larger than the other
+        ours["--max-cpu-loras"] = [str(max(_number(theirs, "--max-loras"), int(ours["--max-cpu-loras"][0])))]
+    options = [item for name, values in ours.items() if name not in theirs for item in (name, *values)]
+    values = {**ours, **theirs}
+    names = values["--served-model-name"]
+    taken = [t.given for t in targets if base is not None and t.name in names]
+    if taken:
+        raise SokaError(
+            f"{taken[0]}: its name is the base's, {names[0]!r}",
+            hint="Name it otherwise (NAME=TARGET), or the base: -- --served-model-name NAME",
+        )
+    keys = values.get("--api-key") or os.environ.get("VLLM_API_KEY", "").split()
+    return Launch(
+        command=(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, *settings.vllm),
+        environment=_environment(theirs, base, settings),
+        host=_one(values, "--host"),
+        port=_number(values, "--port"),
+        scheme="https" if "--ssl-certfile" in theirs else "http",
+        base_model=names[0],
+        api_key=keys[0] if keys else "",
+    )
+
+
+def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """vLLM's options as written -> name (with dashes) and values.
+
+    >>> parse_options(["--max_model_len=512", "--enforce-eager", "-tp", "2"])
+    {'--max-model-len': ['512'], '--enforce-eager': [], '-tp': ['2']}
+
+    Raises:
+        SokaError: something before the first option.
+    """
+    found: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for argument in arguments:
+        if argument.startswith("-") and not argument[1:2].isdigit() and argument != "-":
+            name, separator, value = argument.partition("=")
+            current = found.setdefault(name.replace("_", "-"), [])
+            current[:] = [value] if separator else []  # the last one counts, as in argparse
+        elif current is None:
+            raise SokaError(f"{argument!r} after --: vLLM's options begin with --", hint="TARGETs go before the --.")
+        else:
+            current.append(argument)
+    return found
+
+
+def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
+    problems = [f"{name} after --: {why}" for name, why in _TAKEN.items() if name in theirs]
+    if merged and "--enable-lora" in theirs:
+        problems.append("--enable-lora after --: a merged model is served without adapters")
+    if problems:
+        raise SokaError("\n".join(problems), hint="Leave it out, or run vLLM itself.")
+
+
+def _ours(
+    targets: Sequence[Target], base: ServedBase | None, settings: Settings, theirs: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The options that targets, manifests and command line give."""
+    options: dict[str, list[str]] = {
+        "--model": [str(base.directory if base else targets[0].path)],
+        "--served-model-name": [base.name if base else targets[0].name],
+    }
+    given = {"--host": settings.host, "--port": settings.port, "--dtype": None, "--max-model-len": None}
+    defaults = {"--host": DEFAULT_HOST, "--port": DEFAULT_PORT}
+    for option, chosen in given.items():
+        if option not in theirs:
+            value = chosen or _agreed(targets, option) or defaults.get(option)
+            options |= {option: [str(value)]} if value else {}
+    if base is None:
+        return options
+    later = bool(settings.runtime_loading) or settings.builds is not None
+    folder = len(list_builds(settings.builds)) if settings.builds else 0
+    slots = max(len(targets) + folder, _LATER_SLOTS if later else 1)
+    options |= {
+        "--enable-lora": [],
+        "--max-loras": [str(slots)],
+        "--max-cpu-loras": [str(slots)],
+        # Of LoRA's slots only: Kronecker adapters take what they need.
+        "--max-lora-rank": [str(_lora_rank(targets, later))],
+        "--lora-target-modules": list(_LAYERS),
+    }
+    if targets:
+        options["--lora-modules"] = [_lora_module(t) for t in targets]
+    return options
+
+
+def list_builds(folder: Path) -> list[Path]:
+    """The adapters in a folder of builds: NAME/adapter, or NAME itself.
+
+    Raises:
+        SokaError: no such folder.
+    """
+    if not folder.is_dir():
+        raise SokaError(f"--builds {folder}: no such directory", hint="Give the folder that holds build/NAME.")
+    inside = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [adapter for child in inside if (adapter := find_adapter(child)) is not None]
+
+
+def _agreed(targets: Sequence[Target], option: str) -> str | int | None:
+    """What the manifests' [serve] tables say of an option; None where none does."""
+    key = option.removeprefix("--").replace("-", "_")
+    tables = {t.given: t.settings for t in targets if t.settings is not None}
+    said = {given: getattr(table, key) for given, table in tables.items() if key in table.model_fields_set}
+    if len(set(said.values())) > 1:
+        listed = ", ".join(f"{value} ({given})" for given, value in said.items())
+        hint = f"Choose one: {option if option in ('--host', '--port') else f'-- {option}'} VALUE"
+        raise SokaError(f"[serve] {key} differs between the manifests: {listed}", hint=hint)
+    value = next(iter(said.values()), None)
+    return value if isinstance(value, str | int) else None
+
+
+def _lora_rank(targets: Sequence[Target], later: bool) -> int:
+    needed = max([t.rank for t in targets] + [_LATER_RANK if later else 1])
+    for size in _LORA_RANKS:
+        if size >= needed:
+            return size
+    worst = max(targets, key=lambda t: t.rank)
+    raise SokaError(f"{worst.given}: a LoRA of rank {worst.rank}; vLLM serves up to {_LORA_RANKS[-1]}")
+
+
+def _lora_module(target: Target) -> str:
+    path = str(target.path)
+    if "=" in path or "," in path:  # vLLM splits the short form there
+        return json.dumps({"name": target.name, "path": path})
+    return f"{target.name}={path}"
+
+
+def _environment(theirs: Mapping[str, list[str]], base: ServedBase | None, settings: Settings) -> dict[str, str]:
+    added: dict[str, str] = {}
+    engine = find_engine()
+    sized = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "--kv-cache-memory-bytes" in theirs
+    if engine is not None and engine.is_cpu and not sized:
+        added["VLLM_CPU_KVCACHE_SPACE"] = str(_kv_gib())
+    if base is None:
+        # The plugin has no part in a merged model: any version of vLLM will do.
+        found = [entry.name for group in _PLUGIN_GROUPS for entry in metadata.entry_points(group=group)]
+        if "VLLM_PLUGINS" not in os.environ:
+            added["VLLM_PLUGINS"] = ",".join(sorted(set(found) - {PLUGIN}))
+        return added
+    if settings.builds is not None:
+        added["SOKA_BUILDS"] = str(settings.builds.resolve())
+        added["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        if not settings.runtime_loading and "SOKA_ADAPTER_ROOTS" not in os.environ:
+            # vLLM opens its load endpoint with it, which would read any folder: the folder of builds is enough.
+            added["SOKA_ADAPTER_ROOTS"] = str(settings.builds.resolve())
+    elif settings.runtime_loading is not None:
+        added["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if settings.runtime_loading else "0"
+    return added
+
+
+def _kv_gib() -> int:
+    """GiB for the KV cache on a CPU: a quarter of what is free, 1 to 4."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(_MOST_KV_GIB, free // (4 * 1024**3)))
+
+
+def _one(values: Mapping[str, list[str]], name: str) -> str:
+    if len(values[name]) != 1:
+        raise SokaError(f"{name} after --: expected one value, got {values[name]}")
+    return values[name][0]
+
+
+def _number(values: Mapping[str, list[str]], name: str) -> int:
+    text = _one(values, name)
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise SokaError(f"{name} {text}: expected a number from 1 to 65535")
+    return int(text)

@@ -1,0 +1,220 @@
+"""vLLM as a child process: started, watched until it is healthy, ended with all of its children. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from soka_serve.errors import ServeError, SokaError
+from soka_serve.serving_command import Launch
+
+logger = logging.getLogger(__name__)
+
+_STOP_S = 30.0  # vLLM ends its engine within a few seconds
+_POLL_S = 0.5
+_SECONDS_BETWEEN_LINES = 10.0
+_SHOWN_LINES = 8
+_PR_SET_PDEATHSIG = 1
+# What vLLM puts before a line: "(EngineCore pid=12) ERROR 11-24 12:00:00 [core.py:12] "
+_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] ?)?")
+_FAILURE = re.compile(r"\b\w*(?:Error|Exception|error):|^usage:|\berror: ")
+_NO_CAUSE = ("See root cause above", "Engine core initialization failed", "Failed core proc")
+
+
+class Stopped(BaseException):
+    """A signal asked this program to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def signals_stop() -> Iterator[None]:
+    """Within it, SIGINT, SIGTERM and SIGHUP raise Stopped, the first time; later ones are ignored."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {each: signal.signal(each, stop) for each in caught}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SokaError if nothing can listen there, before minutes are spent on starting vLLM."""
+    place = f"port {port} of {host}"
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SokaError(f"{host}: not an address to listen on: {error}", hint="Give --host 127.0.0.1") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                hint = "Give another: --port, or [serve] port; or end the server that runs there."
+                raise SokaError(f"{place} is in use", hint=hint) from error
+            hint = "Give another --port (above 1023) or --host."
+            raise SokaError(f"{place}: cannot listen there: {error.strerror}", hint=hint) from error
+
+
+def _die_with_parent() -> None:
+    """In the child, before vLLM begins: SIGTERM when this program is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_anyone_alive(group: int) -> bool:
+    """Whether a process group has members that run. A container's first process may never bury the dead, which a signal
+    still reaches; where there is no /proc to look at, they count as alive."""
+    if not Path("/proc/self/stat").exists():
+        return True
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                # "pid (any name) state parent group ..."
+                state, _, pgrp = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+            except (OSError, ValueError):
+                continue  # it has just ended
+            if int(pgrp) == group and state not in "ZX":
+                return True
+    return False
+
+
+class Server:
+    """vLLM's process group.
+
+    Args:
+        launch: command and environment.
+        log: file for its output; None lets it write to the terminal.
+    """
+
+    def __init__(self, launch: Launch, log: Path | None) -> None:
+        self.launch = launch
+        self.log = log
+        environment = {**os.environ, **launch.environment}
+        out = None if log is None else log.open("wb")
+        try:
+            # A group of its own: Ctrl-C in the terminal reaches this program alone, which ends the group in order.
+            self._process = subprocess.Popen(
+                launch.command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=None if out is None else subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # no threads run yet, which could hold locks
+            )
+        finally:
+            if out is not None:
+                out.close()
+
+    def wait_healthy(self, timeout_s: float) -> float:
+        """Wait until it answers, showing progress. Returns the seconds it took.
+
+        Raises:
+            ServeError: it ended, or did not answer in time.
+        """
+        started = last = time.monotonic()
+        while (seconds := time.monotonic() - started) < timeout_s:
+            if self._process.poll() is not None:
+                self._line("")
+                raise self._failure(f"vLLM ended with exit code {self._process.returncode} before it was ready")
+            if self._healthy():
+                self._line("")
+                return seconds
+            if self.log is not None and sys.stderr.isatty():
+                self._line(f"starting vLLM, {seconds:.0f} s: {self._last_line()}")
+            elif self.log is not None and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                logger.info("starting vLLM, %.0f s: %s", seconds, self._last_line())
+            time.sleep(_POLL_S)
+        raise self._failure(f"vLLM was not ready after {timeout_s:.0f} s")
+
+    def wait(self) -> None:
+        """Wait until it ends by itself, which it should not.
+
+        Raises:
+            ServeError: always.
+        """
+        code = self._process.wait()
+        raise self._failure(f"vLLM ended with exit code {code}")
+
+    def stop(self) -> None:
+        """End it and all of its children; kill what does not end."""
+        self._signal(signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_S
+        while time.monotonic() < deadline:
+            self._process.poll()  # reaps it, so that the group can be seen to be gone
+            if not self._signal(0) or not _is_anyone_alive(self._process.pid):
+                return
+            time.sleep(0.1)
+        logger.warning("vLLM did not end within %.0f s and is killed", _STOP_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> bool:
+        """Send a signal to the group; False when there is nothing left in it."""
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _healthy(self) -> bool:
+        # Its own certificate need not name this machine; who answers is not in question here.
+        context = ssl._create_unverified_context() if self.launch.scheme == "https" else None
+        try:
+            with urllib.request.urlopen(f"{self.launch.url}/health", timeout=5, context=context) as reply:
+                return bool(reply.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def _lines(self) -> list[str]:
+        if self.log is None:
+            return []
+        text = self.log.read_text(encoding="utf-8", errors="replace")[-200_000:]
+        return [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
+
+    def _last_line(self) -> str:
+        return (self._lines() or ["..."])[-1][:100]
+
+    def _line(self, text: str) -> None:
+        """Rewrite the progress line of a terminal."""
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write(f"\r\x1b[K{text[:width]}")
+            sys.stderr.flush()
+
+    def _failure(self, what: str) -> ServeError:
+        """The error with what the log says of it, which may be a page of traces: the lines that name a failure."""
+        if self.log is None:
+            return ServeError(f"{what}; see its output above")
+        lines = self._lines()
+        named = [line for line in lines if _FAILURE.search(line) and not any(word in line for word in _NO_CAUSE)]
+        shown = list(dict.fromkeys(named))[-_SHOWN_LINES:] or lines[-_SHOWN_LINES:]
+        return ServeError("\n".join([f"{what}:", *(f"  {line}" for line in shown)]), hint=f"All it said: {self.log}")

@@ -1,0 +1,295 @@
+"""`soka-serve serve` up to the start of vLLM: what is served, on which base, with which command line."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import soka_serve
+from soka_serve import serving_command, serving_targets
+from soka_serve.adapter import write_adapter
+from soka_serve.builtin import base_directory
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.cli import main
+from soka_serve.errors import SokaError
+from soka_serve.kron import Factors
+from soka_serve.serving import plan_launch
+from soka_serve.serving_command import Settings, make_launch, parse_options
+from soka_serve.serving_process import check_port
+from soka_serve.serving_targets import Target
+from tests.e2e.builds import write_manifest
+
+PROJECTION = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_API_KEY", "SOKA_ADAPTER_ROOTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small.toml and its build, adapter and merged model."""
+    folder = tmp_path_factory.mktemp("built")
+    soka_serve.build(write_manifest(folder, steps=2), out=folder / "build", progress=False)
+    return folder
+
+
+def _serve(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["serve", *map(str, arguments)])
+
+
+def _adapter(folder: Path, *, module: str = PROJECTION, base: str | None = None, sha256: str | None = None) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = Checkpoint.open(base_directory()).tensors[f"{PROJECTION}.weight"].shape
+    left = torch.randn(1, rows // 8, columns // 8, generator=generator)
+    factors = Factors(left, torch.randn(1, 8, 8, generator=generator), torch.ones(1))
+    lock = None
+    if sha256 is not None:
+        lock = {"soka": 1, "name": folder.name, "base": {"name": "elsewhere", "sha256": sha256}}
+    write_adapter(folder, {module: factors}, base_model=base or str(base_directory()), lock=lock)
+    return folder
+
+
+def _lora(folder: Path, rank: int) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base_directory())
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj"]))
+    adapted.save_pretrained(str(folder))
+    return folder
+
+
+def _options(launch: serving_command.Launch) -> dict[str, list[str]]:
+    return parse_options(launch.command[3:])
+
+
+def test_the_examples_hold() -> None:
+    assert doctest.testmod(serving_targets).failed == 0
+    assert doctest.testmod(serving_command).failed == 0
+
+
+def test_a_manifest_an_adapter_a_build_and_a_name_of_ones_own(built: Path) -> None:
+    given = [str(built / "small.toml"), f"two={built / 'build' / 'small'}", f"three={built / 'build/small/adapter'}"]
+    targets, launch = plan_launch(given, Settings(), out=built / "build")
+    assert [t.name for t in targets] == ["small", "two", "three"]
+    assert len({t.path for t in targets}) == 1
+    options = _options(launch)
+    assert options["--model"] == [str(base_directory().resolve())]
+    assert options["--served-model-name"] == ["tiny"]
+    assert (options["--max-loras"], options["--max-cpu-loras"], options["--max-lora-rank"]) == (["3"], ["3"], ["1"])
+    assert options["--lora-modules"] == [f"{t.name}={t.path}" for t in targets]
+    assert targets[0].prompt is not None
+    assert targets[0].prompt.startswith("Question")
+
+
+def test_lora_adapters_size_their_slots(built: Path, tmp_path: Path) -> None:
+    lora = _lora(tmp_path / "lora", rank=9)
+    _, launch = plan_launch([str(built / "build/small"), str(lora)], Settings())
+    assert _options(launch)["--max-lora-rank"] == ["16"]
+    _, launch = plan_launch([str(built / "build/small")], Settings(runtime_loading=True))
+    assert _options(launch)["--max-lora-rank"] == ["16"]
+    assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+def test_a_merged_model_is_served_without_the_plugin(built: Path) -> None:
+    targets, launch = plan_launch([str(built / "build/small/merged")], Settings())
+    assert [(t.kind, t.name) for t in targets] == [("merged", "small")]
+    assert not [name for name in _options(launch) if "lora" in name]
+    assert "soka" not in launch.environment["VLLM_PLUGINS"].split(",")
+    with pytest.raises(SokaError, match="no place there"):
+        plan_launch([str(built / "build/small/merged")], Settings(runtime_loading=True))
+
+
+def test_a_folder_of_builds(built: Path) -> None:
+    _, launch = plan_launch([], Settings(builds=built / "build"))
+    folder = str((built / "build").resolve())
+    assert launch.environment["SOKA_BUILDS"] == folder
+    # The load endpoint, which comes with it, reads no other folder.
+    assert launch.environment["SOKA_ADAPTER_ROOTS"] == folder
+    assert "--lora-modules" not in launch.command
+    _, launch = plan_launch([], Settings(builds=built / "build", runtime_loading=True))
+    assert "SOKA_ADAPTER_ROOTS" not in launch.environment
+
+
+def test_what_is_given_after_the_dashes_wins(built: Path) -> None:
+    target = str(built / "build/small")
+    vllm = ("--port=9001", "--host", "0.0.0.0", "--served_model_name", "a", "b", "--max-loras", "5", "-tp", "2")
+    _, launch = plan_launch([target], Settings(port=9000, vllm=vllm))
+    assert launch.command[-len(vllm) :] == vllm
+    assert sum(argument.startswith("--port") for argument in launch.command) == 1
+    assert launch.url == "http://127.0.0.1:9001"
+    assert launch.base_model == "a"
+    assert _options(launch)["--max-cpu-loras"] == ["5"]
+    _, launch = plan_launch([target], Settings(vllm=("--api-key", "secret", "--ssl-certfile", "x", "--host", "::1")))
+    assert (launch.url, launch.api_key) == ("https://[::1]:8000", "secret")
+
+
+@pytest.mark.parametrize(
+    ("vllm", "words"),
+    [
+        (("--model", "other"), ["--model", "--base"]),
+        (("--lora_modules", "x=y"), ["--lora-modules", "TARGETs"]),
+        (("--no-enable-lora",), ["--no-enable-lora"]),
+        (("--port", "http"), ["--port http"]),
+        (("--port", "70000"), ["70000"]),
+        (("math.toml", "--port", "1"), ["'math.toml'", "options begin with"]),
+        (("--served-model-name", "small"), ["small", "the base's"]),
+    ],
+)
+def test_options_that_conflict(built: Path, vllm: tuple[str, ...], words: list[str]) -> None:
+    done = _serve(built / "build/small", "--dry-run", "--", *vllm)
+    assert done.exit_code == 2, done.output
+    for word in words:
+        assert word in done.output
+
+
+def test_dry_run_prints_a_command_for_a_shell(built: Path) -> None:
+    done = _serve(
+        built / "small.toml", "--out", built / "build", "--port", "9000", "--dry-run", "--", "--max-num-seqs", "4"
+    )
+    assert done.exit_code == 0, done.output
+    assert "-m vllm.entrypoints.openai.api_server --model" in done.output
+    assert done.output.rstrip().endswith("--max-num-seqs 4")
+
+
+def test_serve_tables_of_the_manifests(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built / "build", tmp_path / "build")
+
+    def manifest(name: str, table: str) -> str:
+        path = tmp_path / name
+        path.write_text((built / "small.toml").read_text() + f"\n[serve]\n{table}\n")
+        return str(path)
+
+    one = manifest("one.toml", 'name = "sums"\nport = 9005\nmax_model_len = 128')
+    two = manifest("two.toml", "port = 9006")
+    # [serve] is not what was built: a build of the manifest without it is up to date.
+    targets, launch = plan_launch([one], Settings(), out=tmp_path / "build")
+    assert targets[0].name == "sums"
+    assert launch.port == 9005
+    assert _options(launch)["--max-model-len"] == ["128"]
+    with pytest.raises(SokaError, match=r"port differs .*9005 .*9006"):
+        plan_launch([one, two], Settings(), out=tmp_path / "build")
+    assert plan_launch([one, two], Settings(port=1234), out=tmp_path / "build")[1].port == 1234
+    assert plan_launch([one, two], Settings(vllm=("--port", "77")), out=tmp_path / "build")[1].port == 77
+
+
+def test_what_is_not_built_or_out_of_date(tmp_path: Path, built: Path) -> None:
+    manifest = write_manifest(tmp_path, steps=2)
+    done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "not built" in done.output
+    assert f"soka-serve build {manifest} --out {tmp_path / 'build'}" in done.output
+
+    shutil.copytree(built / "build", tmp_path / "build")
+    assert _serve(manifest, "--out", tmp_path / "build", "--dry-run").exit_code == 0
+    write_manifest(tmp_path, steps=3)
+    done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "earlier manifest" in done.output
+    assert "soka-serve build" in done.output
+
+    write_manifest(tmp_path, steps=2)
+    weights = tmp_path / "build/small/adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "adapter_model.safetensors" in done.output
+    assert "--force" in done.output
+
+
+def test_everything_that_is_wrong_is_said_at_once(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ia3").mkdir()
+    (tmp_path / "ia3/adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    done = _serve("nowhere", tmp_path / "empty", tmp_path / "ia3", "nowhere.toml", "--dry-run")
+    assert done.exit_code == 2
+    for word in ("nowhere: no such", "neither an adapter", "IA3", "nowhere.toml"):
+        assert word in done.output
+    assert "Traceback" not in done.output
+
+
+def test_names(built: Path) -> None:
+    build = built / "build/small"
+    done = _serve(built / "small.toml", build, "--out", built / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "would all be served as 'small'" in done.output
+    done = _serve(f"tiny={build}", "--dry-run")
+    assert done.exit_code == 2
+    assert "its name is the base's" in done.output
+    assert "cannot name" in _serve(f"a,b={build}", "--dry-run").output
+    assert "NAME=TARGET" in _serve("=x", "--dry-run").output
+    assert "served alone" in _serve(f"a={build}", build / "merged", "--dry-run").output
+    assert "nothing to serve" in _serve("--dry-run").output
+
+
+def test_modules_that_cannot_be_served(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    names = [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
+    save_file({name: torch.ones(1, 1) for name in names}, tmp_path / "lora/adapter_model.safetensors")
+    done = _serve(tmp_path / "lora", "--dry-run")
+    assert done.exit_code == 2
+    assert "lm_head" in done.output
+
+
+def test_one_base(built: Path, tmp_path: Path) -> None:
+    right = Checkpoint.open(base_directory()).sha256()
+    moved = tmp_path / "moved"
+    shutil.copytree(base_directory(), moved)
+    # The same weights under another name are the same base; a name that is not here is passed over.
+    for base in (str(moved), str(tmp_path / "gone")):
+        other = _adapter(tmp_path / "other", base=base, sha256=right)
+        assert len(plan_launch([str(built / "build/small"), str(other)], Settings())[0]) == 2
+    with pytest.raises(SokaError, match="is not here"):
+        plan_launch([str(other)], Settings())
+    assert plan_launch([str(other)], Settings(), base="tiny")
+
+    wrong = _adapter(tmp_path / "wrong", sha256="0" * 64)
+    with pytest.raises(SokaError, match="other than needed"):
+        plan_launch([str(wrong)], Settings())
+    without = _adapter(tmp_path / "without", base=str(moved))
+    with pytest.raises(SokaError, match="different bases"):
+        plan_launch([str(built / "build/small"), str(without)], Settings())
+    unfit = _adapter(tmp_path / "unfit", module="model.layers.99.self_attn.q_proj")
+    with pytest.raises(SokaError, match=r"layers\.99"):
+        plan_launch([str(unfit)], Settings())
+
+
+def test_the_plugin_is_looked_for_before_anything_is_started(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    done = _serve(built / "build/small", "--dry-run")
+    assert done.exit_code == 2
+    assert "switches the plugin off" in done.output
+    assert _serve(built / "build/small/merged", "--dry-run").exit_code == 0
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SokaError, match=f"port {port} .*in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    with pytest.raises(SokaError, match="cannot listen there"):
+        check_port("192.0.2.1", port)  # an address of the documentation's
+    with pytest.raises(SokaError, match="not an address"):
+        check_port("no such host", port)
+
+
+def test_paths_that_vllm_would_split(tmp_path: Path) -> None:
+    target = Target("x", "sums", "adapter", tmp_path / "lr=1,b=2", "SOKA")
+    base = serving_command.ServedBase(tmp_path, "base", None)
+    launch = make_launch([target], base, Settings())
+    assert json.loads(_options(launch)["--lora-modules"][0]) == {"name": "sums", "path": str(target.path)}
