@@ -9,8 +9,9 @@ import inspect
 from typing import Any
 
 import vllm
-from vllm.distributed import get_pp_group
+from vllm.distributed import get_pp_group, get_world_group
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import (
@@ -29,6 +30,8 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.model_executor.layers.linear import (
@@ -40,7 +43,9 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
@@ -49,6 +54,7 @@ from soka_vllm.versions import is_supported, supported_text
 __all__ = [
     "LORA_LAYERS",
     "PLAIN_LINEARS",
+    "AsyncLLM",
     "CPUModelRunner",
     "EngineCore",
     "ErrorResponse",
@@ -56,9 +62,14 @@ __all__ = [
     "LoRALayerWeights",
     "LoRAModel",
     "LoRAModelManager",
+    "LoRARequest",
+    "LoRAResolver",
+    "LoRAResolverRegistry",
     "OpenAIServingModels",
+    "OutputProcessor",
     "WorkerLoRAManager",
     "check_vllm",
+    "create_error_response",
     "get_adapter_absolute_path",
     "kv_cache_utils",
     "lora_utils",
@@ -67,6 +78,7 @@ __all__ = [
     "on_cpu",
     "served_name",
     "shards_of",
+    "worker_rank",
 ]
 
 # The layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
@@ -107,6 +119,17 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (WorkerLoRAManager, "_load_adapter", "self lora_request"),
     (LRUCacheWorkerLoRAManager, "_apply_adapters", "self lora_requests"),
     (LoRAModelManager, "activate_adapter", "self lora_id"),
+    (AsyncLLM, "add_lora", "self lora_request"),
+    (LRUCacheWorkerLoRAManager, "add_adapter", "self lora_request"),
+    (OpenAIServingModels, "init_static_loras", "self"),
+    (OpenAIServingModels, "resolve_lora", "self lora_name"),
+    (OutputProcessor, "abort_requests", "self request_ids internal"),
+    (
+        OutputProcessor,
+        "_update_stats_from_output",
+        "self req_state engine_core_output engine_core_timestamp iteration_stats",
+    ),
+    (OutputProcessor, "_update_stats_from_finished", "self req_state finish_reason iteration_stats"),
     (EngineCore, "add_lora", "self lora_request"),
     (EngineCore, "add_request", "self request request_wave"),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", "request"),
@@ -201,6 +224,11 @@ def check_vllm() -> None:
             problems.append(f"{cls.__name__} has no {attribute.removeprefix('self.')}")
     if problems:
         raise RuntimeError("\n".join([f"{here}, which differs from what was tested: {advice}", *problems]))
+
+
+def worker_rank() -> int:
+    """Number of this process among the workers."""
+    return int(get_world_group().rank)
 
 
 def on_cpu() -> bool:

@@ -13,9 +13,11 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from soka_vllm import kept
+from soka_vllm.base import check_base
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -87,7 +89,7 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
                 adapters.nbytes.move_to_end(number)
             else:
                 _load(core, lora_request, anew=False, activate=False)
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the other requests have nothing to do with it
             _logger.error("Request %s is refused, adapter %r: %s", request.request_id, lora_request.lora_name, error)
             answer = getattr(core, "_send_error_outputs_to_client", None)
             if answer is None:  # an engine in the caller's own process
@@ -98,6 +100,14 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
             request.block_hashes.clear()
             request.update_block_hashes()
     stock(core, request, request_wave)
+
+
+def check_served_base(lora_request: Any, model_config: Any) -> None:
+    """Refuse an adapter that was made for other weights than a vLLM ModelConfig names; see `check_base`."""
+    from soka_vllm import compat
+
+    directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
+    check_base(directory, model_config.model, model_config.revision)
 
 
 def prefix_keys(request: Any) -> list[tuple[str, ...]]:
@@ -120,6 +130,7 @@ def _adapters(core: Any) -> Adapters:
 def _load(core: Any, lora_request: Any, *, anew: bool, activate: bool) -> None:
     adapters, number = _adapters(core), lora_request.lora_int_id
     executor = core.model_executor
+    check_served_base(lora_request, core.vllm_config.model_config)
     readings: Sequence[kept.Reading] = executor.collective_rpc(kept.read, args=(lora_request, anew))
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:

@@ -1,0 +1,108 @@
+"""Whether an adapter was made for the weights that are served: its soka.lock against the base's files. No vLLM."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.errors import SokaError
+from soka_serve.merging import recorded_base_sha256
+from soka_serve.serving_base import cache_directory
+from soka_serve.workspace import HashCache
+
+_logger = logging.getLogger("vllm.soka")
+
+ALLOW_VARIABLE = "SOKA_ALLOW_OTHER_BASE"
+
+_lock = threading.Lock()
+_hashes: dict[Path, str | None] = {}  # of served bases, once per process
+
+
+def check_base(adapter: Path, model: str, revision: str | None) -> None:
+    """Compare the base that an adapter's soka.lock names with the one served.
+
+    The base's files are read once, the first time an adapter has a soka.lock (13 GB take about 10 s), and their hash is
+    remembered by path, size and time of change, for the next servers too.
+
+    Args:
+        adapter: its directory.
+        model, revision: the served base as vLLM was given it: a directory, or a hub id whose snapshot is on this
+            machine.
+
+    Raises:
+        ValueError: other weights; both hashes are in the message. Only a warning where the served base is a quantised
+            checkpoint, whose weights are others by nature, or where SOKA_ALLOW_OTHER_BASE=1.
+    """
+    try:
+        expected = recorded_base_sha256(adapter)
+    except SokaError as error:
+        raise ValueError(error.message) from error
+    if expected is None:
+        _logger.info("%s: no soka.lock, so not compared with the served base", adapter)
+        return
+    directory = _local(model, revision)
+    actual = None if directory is None else _hash_of(directory, adapter)
+    if directory is None or actual is None:
+        _logger.warning("%s: made for base weights %s; those of %s cannot be compared", adapter, expected, model)
+    elif actual != expected:
+        message = f"made for base weights with sha256 {expected}, the served base has {actual}"
+        if Checkpoint.open(directory).config.get("quantization_config"):
+            _logger.warning("%s: %s, which is quantised; served all the same", adapter, message)
+        elif os.environ.get(ALLOW_VARIABLE) == "1":
+            _logger.warning("%s: %s; served all the same, as %s says", adapter, message, ALLOW_VARIABLE)
+        else:
+            raise ValueError(
+                f"{message}; serve the adapter's own base, or set {ALLOW_VARIABLE}=1 if the difference is intended"
+            )
+
+
+def hash_cache() -> Path:
+    """The file that remembers hashes, shared with `soka-serve serve`."""
+    return cache_directory() / "hashes.json"
+
+
+def _local(model: str, revision: str | None) -> Path | None:
+    """Where the base's files are on this machine."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None  # from another hub, say, or from object storage
+
+
+def _hash_of(directory: Path, adapter: Path) -> str | None:
+    """Hash of a base's weights, None where they are no safetensors files."""
+    with _lock:
+        if directory not in _hashes:
+            try:
+                _hashes[directory] = _read_hash(Checkpoint.open(directory), adapter)
+            except SokaError as error:
+                _logger.warning("The served base's weights cannot be hashed: %s", error.message)
+                _hashes[directory] = None
+        return _hashes[directory]
+
+
+def _read_hash(checkpoint: Checkpoint, adapter: Path) -> str:
+    # A build remembers what it hashed, beside its folder: build/NAME/adapter and build/.cache.
+    own = HashCache(hash_cache())
+    for known in (own, HashCache(adapter.resolve().parent.parent / ".cache" / "hashes.json")):
+        if all(known.knows(file) for file in checkpoint.files):
+            return checkpoint.sha256(known.file)
+    size = sum(file.stat().st_size for file in checkpoint.files)
+    _logger.info(
+        "Hashing the served base, %.2f GB in %s, to compare it with soka.lock", size / 1e9, checkpoint.directory
+    )
+    digest = checkpoint.sha256(own.file)
+    try:
+        hash_cache().parent.mkdir(parents=True, exist_ok=True)
+        own.save()
+    except (OSError, SokaError) as error:
+        _logger.warning("The base will be hashed again by the next server: %s", error)
+    return digest

@@ -1,0 +1,130 @@
+"""An adapter's soka.lock against the weights that are served."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from soka_serve.builtin import base_directory
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.lock import write_lock
+from soka_serve.workspace import HashCache
+from soka_vllm import base
+from soka_vllm.base import check_base, hash_cache
+
+OTHER = "0" * 64
+
+
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(base.ALLOW_VARIABLE, raising=False)
+    monkeypatch.setattr(base, "_hashes", {})
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO, "vllm.soka")
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(base_directory(), tmp_path / "served"))
+
+
+def adapter(tmp_path: Path, sha256: str, *, beside: bool = False) -> Path:
+    folder = tmp_path / "build" / "name" / "adapter"
+    folder.mkdir(parents=True)
+    write_lock((folder.parent if beside else folder) / "soka.lock", {"base": {"name": "x", "sha256": sha256}})
+    return folder
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_its_own_base(tmp_path: Path, served: Path, beside: bool) -> None:
+    check_base(adapter(tmp_path, Checkpoint.open(served).sha256(), beside=beside), str(served), None)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_another_base_is_refused_with_both_hashes(tmp_path: Path, served: Path, beside: bool) -> None:
+    folder = adapter(tmp_path, OTHER, beside=beside)
+    with pytest.raises(ValueError, match=f"{OTHER}, the served base has {Checkpoint.open(served).sha256()}; "):
+        check_base(folder, str(served), None)
+
+
+def test_another_base_on_purpose(
+    tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(base.ALLOW_VARIABLE, "1")
+    check_base(adapter(tmp_path, OTHER), str(served), None)
+    assert OTHER in caplog.text
+
+
+def test_a_quantised_base_is_another_by_nature(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    check_base(adapter(tmp_path, OTHER), str(served), None)
+    assert "quantised" in caplog.text
+
+
+def test_the_base_is_hashed_once(tmp_path: Path, served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again by the next server; a changed base is hashed anew."""
+    folder = adapter(tmp_path, Checkpoint.open(served).sha256())
+    check_base(folder, str(served), None)
+    assert hash_cache().is_file()
+    asked = []
+    read = HashCache.file
+    monkeypatch.setattr(HashCache, "file", lambda self, path: asked.append(self.knows(path)) or read(self, path))
+    check_base(folder, str(served), None)
+    assert asked == []
+    monkeypatch.setattr(base, "_hashes", {})
+    check_base(folder, str(served), None)
+    assert asked == [True]
+    monkeypatch.setattr(base, "_hashes", {})
+    with (served / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+    with pytest.raises(ValueError, match="the served base has"):
+        check_base(folder, str(served), None)
+    assert asked == [True, False]
+
+
+def test_what_the_build_has_hashed_is_not_hashed_again(
+    tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = adapter(tmp_path, Checkpoint.open(served).sha256(), beside=True)
+    known = tmp_path / "build" / ".cache" / "hashes.json"
+    known.parent.mkdir()
+    hashes = HashCache(known)
+    Checkpoint.open(served).sha256(hashes.file)
+    hashes.save()
+    check_base(folder, str(served), None)
+    assert "Hashing" not in caplog.text
+    assert not hash_cache().exists()
+
+
+def test_no_lock_is_no_refusal(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_base(tmp_path, str(served), None)
+    assert "no soka.lock" in caplog.text
+
+
+def test_a_base_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check_base(adapter(tmp_path, OTHER), "nobody/has-this", None)
+    assert "cannot be compared" in caplog.text
+
+
+def test_a_base_of_pickles_is_not_compared(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (served / "model.safetensors").rename(served / "pytorch_model.bin")
+    check_base(adapter(tmp_path, OTHER), str(served), None)
+    assert "cannot be hashed" in caplog.text
+
+
+def test_a_damaged_lock(tmp_path: Path, served: Path) -> None:
+    (tmp_path / "soka.lock").write_text("base = [")
+    with pytest.raises(ValueError, match="not TOML"):
+        check_base(tmp_path, str(served), None)
