@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from http import HTTPStatus
@@ -94,6 +95,15 @@ def _wrap_engine() -> None:
         engine.add_request(stock, self, request, request_wave)
 
     compat.EngineCore.add_request = add_request
+    stock_front = compat.AsyncLLM.add_lora
+
+    @functools.wraps(stock_front)
+    async def add_lora(self: Any, lora_request: Any) -> bool:
+        # Reading a base of many GB takes a while; the engine, which asks again, then finds the answer.
+        await asyncio.to_thread(engine.check_served_base, lora_request, self.vllm_config.model_config)
+        return bool(await stock_front(self, lora_request))
+
+    compat.AsyncLLM.add_lora = add_lora
     compat.kv_cache_utils._gen_lora_extra_hash_keys = engine.prefix_keys
 
 
