@@ -145,9 +145,10 @@ def read_adapter(directory: str | Path) -> Adapter:
     if not problems:
         problems += _check_names(config, tensors)
         for name, spec in config["soka_modules"].items():
-            factors[name] = _read_factors(name, spec, "", tensors, problems)
-            if config["soka_initial"]:
-                initial[name] = _read_factors(name, spec, "_initial", tensors, problems)
+            theta = _read_factors(name, spec, "", tensors, problems)
+            theta0 = _read_factors(name, spec, "_initial", tensors, problems) if config["soka_initial"] else None
+            factors.update({name: theta} if theta else {})
+            initial.update({name: theta0} if theta0 else {})
     if problems:
         raise CheckpointError("\n".join(f"{folder}: {p}" for p in problems), hint=_SAVE_AGAIN)
     return Adapter(folder, config, factors, initial)
@@ -294,24 +295,24 @@ def _check_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 def _read_factors(
     name: str, spec: Mapping[str, Any], kind: str, tensors: Mapping[str, TensorInfo], problems: list[str]
-) -> Factors:
-    """One module's factors; what is wrong goes to `problems`, with zeros in its place."""
+) -> Factors | None:
+    """One module's factors; None where something is missing or wrong, which goes to `problems`."""
     rank, (m, n, p, q) = spec["rank"], FactorShape(*spec["shape"])
     values = {}
     for part, shape in (("left", (rank, m, n)), ("right", (rank, p, q)), ("sigma", (rank,))):
         key = f"{KEY_PREFIX}{name}.soka_{part}{kind}"
         info = tensors.get(key)
-        value = torch.zeros(shape)
         if info is not None and info.dtype not in FLOAT_DTYPES:
             problems.append(f"{WEIGHTS_FILE}: {key} is {info.dtype}, expected a floating-point dtype")
         elif info is not None and info.shape != shape:
             problems.append(f"{WEIGHTS_FILE}: {key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
         elif info is not None:
             value = read_tensor(info).float()
-            if not bool(torch.isfinite(value).all()):
+            if bool(torch.isfinite(value).all()):
+                values[part] = value
+            else:
                 problems.append(f"{WEIGHTS_FILE}: {key} has values that are not finite")
-        values[part] = value
-    return Factors(**values)
+    return Factors(**values) if len(values) == len(PARTS) else None
 
 
 def _is_count(value: object) -> bool:

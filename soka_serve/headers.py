@@ -197,6 +197,8 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: not UTF-8 text: {error.reason}", hint=FETCH_AGAIN) from error
+    except (ValueError, RecursionError) as error:  # an endless number, nested without end
+        raise CheckpointError(f"{file}: not JSON that can be read: {error}", hint=FETCH_AGAIN) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: expected a JSON object, got {type(value).__name__}", hint=FETCH_AGAIN)
     return value

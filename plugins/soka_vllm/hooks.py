@@ -113,6 +113,10 @@ def _wrap_refusals() -> None:
 
     @functools.wraps(stock)
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        from_command_line = [module.path for module in self.static_lora_modules or ()]
+        if ".." in Path(request.lora_path).parts and request.lora_path not in from_command_line:
+            message = f"{request.lora_name}: '..' in the path of an adapter; give the folder itself"
+            return compat.ErrorResponse(error={"message": message, "type": "BadRequestError", "code": 400})
         answer = await stock(self, request, base_model_name)
         if (
             isinstance(answer, compat.ErrorResponse)

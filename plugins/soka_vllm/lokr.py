@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_header, read_json, read_tensor
 from soka_serve.kron import Factors
+
+# Largest matrix that two halves may make: a small file could ask for any amount of memory.
+_MAX_VALUES = 1 << 28
 
 
 def read_lokr(directory: Path) -> dict[str, Factors]:
@@ -51,7 +55,7 @@ def read_lokr(directory: Path) -> dict[str, Factors]:
             if not bool(left.isfinite().all() and right.isfinite().all() and scale.isfinite().all()):
                 raise ValueError("values are not finite")
             factors[name] = Factors(left[None], right[None], scale)
-        except ValueError as error:
+        except (ValueError, OverflowError, re.error) as error:
             problems.append(f"{WEIGHTS_FILE}: {name}: {error}")
     if problems:
         raise CheckpointError("\n".join(f"{directory}: {problem}" for problem in problems))
@@ -68,6 +72,8 @@ def _read_matrix(parts: dict[str, TensorInfo], which: str) -> Tensor:
     shapes = [tuple(info.shape) for info in infos]
     if any(len(shape) != 2 for shape in shapes) or (len(shapes) == 2 and shapes[0][1] != shapes[1][0]):
         raise ValueError(f"{' and '.join(names)} of shape {' and '.join(map(str, shapes))} make no matrix")
+    if shapes[0][0] * shapes[-1][1] > _MAX_VALUES:
+        raise ValueError(f"{' and '.join(names)} make a matrix of {shapes[0][0]} x {shapes[-1][1]}, which is too large")
     matrices = [read_tensor(info).float() for info in infos]
     return matrices[0] if len(matrices) == 1 else matrices[0] @ matrices[1]
 
@@ -78,7 +84,10 @@ def _read_scale(config: Mapping[str, Any], name: str) -> float:
 
     values = []
     for field in ("alpha", "r"):
-        pattern = config.get("rank_pattern" if field == "r" else "alpha_pattern") or {}
+        patterns = "rank_pattern" if field == "r" else "alpha_pattern"
+        pattern = config.get(patterns) or {}
+        if type(pattern) is not dict:
+            raise ValueError(f"{CONFIG_FILE}: {patterns} must be an object, not {pattern!r:.120}")
         value = pattern.get(get_pattern_key(pattern.keys(), name), config.get(field))
         if isinstance(value, bool) or not isinstance(value, int | float) or (field == "r" and value <= 0):
             raise ValueError(f"{CONFIG_FILE} gives {field} as {value!r}")

@@ -44,6 +44,17 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, _parsed(error.read())
 
+    def get(self, path: str) -> Any:
+        """The answer to a request without a body."""
+        with urllib.request.urlopen(self.url + path, timeout=120) as reply:
+            return _parsed(reply.read())
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        samples = [line for line in self.get("/metrics").splitlines() if line.startswith((name + "{", name + " "))]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(float(line.rpartition(" ")[2]) for line in samples if all(w in line for w in wanted))
+
     def ask(self, model: str, prompt: Sequence[int], tokens: int = 12) -> tuple[list[int], list[float]]:
         """Greedy tokens and their log-probabilities."""
         body = {"model": model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": 1}
@@ -80,6 +91,7 @@ def serve(folder: Path, options: Sequence[str], dtype: str = "float32") -> Itera
         "HF_HUB_OFFLINE": "1",
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # clients pool connections; one closed meanwhile would fail a request
         "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by another test, sets it to ERROR for the whole process
     }
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
@@ -130,9 +142,13 @@ def base_model() -> Any:
     return AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32).eval()
 
 
-def with_delta(factors: Mapping[str, Factors]) -> Any:
-    """The base with each module's dense delta, made with torch.kron in float64, added to its weight."""
-    model = base_model()
+def with_delta(factors: Mapping[str, Factors], base: Any = None) -> Any:
+    """The base with each module's dense delta, made with torch.kron in float64, added to its weight.
+
+    Args:
+        base: a model to change, instead of a new one.
+    """
+    model = base_model() if base is None else base
     with torch.no_grad():
         for name, f in factors.items():
             terms = zip(f.sigma.double(), f.left.double(), f.right.double(), strict=True)

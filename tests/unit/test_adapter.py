@@ -199,6 +199,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _config(soka_modules={n: {"rank": 3, "shape": list(s)} for n, s in SHAPES.items()}),
         r"q_proj\.soka_sigma is \(2,\), adapter_config\.json makes it \(3,\)",
     ),
+    # Refused by the sizes that the file states, before anything of the size that the config states is made.
+    "giant rank": (_config(soka_modules={Q: {"rank": 10**30, "shape": [1, 1, 1, 1]}}), r"makes it \(10{30},\)"),
+    "giant shape": (
+        _config(soka_modules={Q: {"rank": 1, "shape": [1 << 20] * 4}}),
+        r"makes it \(1, 1048576, 1048576\)",
+    ),
+    "endless number": (lambda f: (f / "adapter_config.json").write_text("9" * 9999), "not JSON that can be read"),
+    "nested without end": (lambda f: (f / "adapter_config.json").write_text("[" * 99999), "not JSON that can be read"),
     "missing tensor": (_tensors(lambda t: t.pop(LEFT)), rf"missing {LEFT}"),
     "unknown tensor": (_tensors(lambda t: t.update(stray=torch.ones(1))), "does not name: stray"),
     "wrong shape": (

@@ -57,6 +57,15 @@ def write(folder: Path, **settings: object) -> None:
         (lambda t: t["base_model.model.second.lokr_w1"].fill_(torch.inf), "second: values are not finite"),
         (lambda t: t.update({"base_model.model.first.lokr_w1": torch.ones(4)}), r"of shape \(4,\) make no matrix"),
         (lambda t: t.update({"base_model.model.first.lokr_w1": torch.ones(2, 2).long()}), "is I64"),
+        (
+            lambda t: t.update(
+                {
+                    "base_model.model.second.lokr_w2_a": torch.ones(10**6, 1),
+                    "base_model.model.second.lokr_w2_b": torch.ones(1, 10**6),
+                }
+            ),
+            "make a matrix of 1000000 x 1000000, which is too large",
+        ),
         (lambda t: t.clear(), "no tensors"),
     ],
 )
@@ -74,6 +83,9 @@ def test_wrong_tensors(tmp_path: Path, edit, message: str) -> None:  # type: ign
     [
         ("r", 0, "gives r as 0"),
         ("alpha", None, "gives alpha as None"),
+        ("alpha", 10**400, "too large"),
+        ("rank_pattern", ["first"], "rank_pattern must be an object"),
+        ("rank_pattern", {"(": 2}, "unterminated"),
         ("modules_to_save", ["second"], "whole"),
     ],
 )
