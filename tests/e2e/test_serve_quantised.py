@@ -1,0 +1,149 @@
+"""Kronecker adapters on a base with 4-bit weights, in GPTQ's format: the delta acts on activations as elsewhere."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from soka_serve.builtin import base_directory
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.kron import Factors
+from soka_serve.lock import write_lock
+from tests.e2e.serve_adapters import ALPHA, BETA, PROMPTS, write_soka
+from tests.e2e.serving import Server, greedy_logprobs, random_factors, serve
+
+pytestmark = pytest.mark.slow
+
+GROUP = 32
+
+
+def quantise(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight (out, in) as GPTQ stores it, symmetric, and what it then is in float32."""
+    out_features, in_features = weight.shape
+    groups = weight.reshape(out_features, -1, GROUP)
+    scales = (groups.abs().amax(-1) / 7).half()
+    codes = (groups / scales[..., None].float()).round().clamp(-8, 7)
+    read = (codes * scales[..., None].float()).reshape(out_features, in_features)
+    nibbles = (codes + 8).long().reshape(out_features, in_features).T.reshape(in_features // 8, 8, out_features)
+    packed = sum(nibbles[:, i] << 4 * i for i in range(8))
+    zeros = torch.full((in_features // GROUP, out_features // 8), 0x77777777)  # GPTQ stores the zero point less one
+    tensors = {
+        "qweight": as_int32(packed),
+        "qzeros": as_int32(zeros),
+        "scales": scales.T.contiguous(),
+        "g_idx": (torch.arange(in_features) // GROUP).int(),
+    }
+    return tensors, read
+
+
+def as_int32(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values >= 2**31, values - 2**32, values).int().contiguous()
+
+
+def write_quantised(folder: Path) -> dict[str, torch.Tensor]:
+    """The embedded base with 4-bit attention and MLP weights; returns the weights as they are then read."""
+    shutil.copytree(base_directory(), folder)
+    tensors = load_file(folder / "model.safetensors")
+    stored, read = {}, {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            parts, read[name] = quantise(tensor.float())
+            stored.update({f"{name.removesuffix('.weight')}.{key}": part for key, part in parts.items()})
+        else:
+            stored[name], read[name] = tensor, tensor.float()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": GROUP,
+        "desc_act": False,
+        "sym": True,
+        "checkpoint_format": "gptq",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return read
+
+
+def with_weights(read: dict[str, torch.Tensor], factors: dict[str, Factors]) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read[name])
+            if (module := name.removesuffix(".weight")) in factors:
+                f = factors[module]
+                terms = zip(f.sigma.double(), f.left.double(), f.right.double(), strict=True)
+                delta = sum(s * torch.kron(left, right) for s, left, right in terms)
+                parameter.copy_((parameter.double() + delta).float())
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("quantised")
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path) -> dict[str, torch.nn.Module]:
+    read = write_quantised(folder / "model")
+    adapters = {
+        "base": {},
+        "alpha": random_factors(ALPHA, 1, seed=1, scale=0.01),
+        "beta": random_factors(BETA, 4, seed=2, scale=0.02),
+    }
+    for name in ("alpha", "beta"):
+        write_soka(folder / name, adapters[name])
+        # Made for the original weights: a quantised base is another by nature.
+        write_lock(
+            folder / name / "soka.lock", {"base": {"name": "x", "sha256": Checkpoint.open(base_directory()).sha256()}}
+        )
+    return {name: with_weights(read, factors) for name, factors in adapters.items()}
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, references: dict[str, torch.nn.Module]) -> Iterator[Server]:
+    options = ["--model", str(folder / "model"), "--max-loras", "2"]
+    options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("alpha", "beta"))]
+    with serve(folder, options, "bfloat16") as server:
+        yield server
+
+
+def test_answers(server: Server, references: dict[str, torch.nn.Module]) -> None:
+    """As near to the dequantised weights with the dense delta as bfloat16 lets transformers itself be."""
+    jobs = [(name, prompt) for prompt in PROMPTS for name in references]
+    answers = [*(server.ask(*job) for job in jobs), *server.ask_at_once(jobs)]
+    for name, model in references.items():
+        want, got, plain, rounded = [], [], [], []
+        low = type(model)(model.config).eval()
+        low.load_state_dict(model.state_dict())
+        low = low.bfloat16()
+        for (asked, prompt), (tokens, logprobs) in zip(jobs + jobs, answers, strict=True):
+            if asked == name:
+                chosen = torch.tensor(tokens)[:, None]
+                want.append(greedy_logprobs(model, prompt, tokens).gather(1, chosen))
+                plain.append(greedy_logprobs(references["base"], prompt, tokens).gather(1, chosen))
+                rounded.append(greedy_logprobs(low, prompt, tokens).gather(1, chosen))
+                got.append(torch.tensor(logprobs, dtype=torch.float64)[:, None])
+        expected = torch.cat(want)
+        error, allowed = rms(torch.cat(got) - expected), rms(torch.cat(rounded) - expected)
+        effect = rms(torch.cat(plain) - expected)
+        assert error < 2 * allowed, (name, error, allowed)
+        assert name == "base" or effect > 10 * error, (name, error, effect)
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def test_the_kernel_is_one_for_4_bits(server: Server) -> None:
+    """Or the test above would show nothing."""
+    log = server.log.read_text()
+    assert "CPUWNA16LinearKernel" in log
+    assert "which is quantised; served all the same" in log
