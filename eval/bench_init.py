@@ -140,7 +140,12 @@ def main() -> None:
     options: dict[str, Any] = {
         k: getattr(arguments, k) for k in ("hidden", "intermediate", "layers", "kind", "threads")
     }
-    rows = []
+    record: dict[str, Any] = {
+        "command": "python eval/bench_init.py " + " ".join(f"--{key} {value}" for key, value in options.items()),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "rows": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: str(Path(folder) / name) for name in ("base", "tuned")}
         write_checkpoint(Path(paths["base"]), options)
@@ -149,16 +154,11 @@ def main() -> None:
             scratch = Path(folder) / f"scratch-{number}"
             scratch.mkdir()
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(run_rule, ({**options, **paths, "rule": rule, "scratch": str(scratch)},)))
-            print(json.dumps(rows[-1]), flush=True)
-    record = {
-        "command": "python eval/bench_init.py " + " ".join(f"--{key} {value}" for key, value in options.items()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
-        "rows": rows,
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+                row = pool.apply(run_rule, ({**options, **paths, "rule": rule, "scratch": str(scratch)},))
+            record["rows"].append(row)
+            print(json.dumps(row), flush=True)
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

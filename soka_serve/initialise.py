@@ -137,7 +137,12 @@ class _Candidate:
 def pool_size(target: Target, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
     policy = target.rule.rank
-    wanted = max(policy.rank, FIXED_POOL) if isinstance(policy, RankFixed) else policy.pool
+    if not isinstance(policy, RankFixed):
+        wanted = policy.pool
+    elif target.rule.init != "gradient" and target.rule.calibration_batches:
+        wanted = policy.rank  # every further term costs least squares on the whole moment
+    else:
+        wanted = max(policy.rank, FIXED_POOL)
     return min(wanted, shape.max_rank)
 
 
