@@ -1,4 +1,4 @@
-"""What the slots of one layer hold: one flat buffer of factors and an integer table; a slot costs what it needs.
+"""What the slots of one layer hold: factors in a flat buffer and an integer table; a slot costs what it needs.
 
 A slot may hold any rank and factor shape per slice of the layer's output, and other ones after the next load.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soka_vllm.ops import torch_ops
+from soka_vllm.arena import Arena, Buffer, Memory
+from soka_vllm.ops import dispatch, torch_ops
 
 
 class SlotStore:
@@ -21,17 +22,37 @@ class SlotStore:
         widths: output features of each slice (q, k and v of a packed projection, say).
         in_features: input features of the layer.
         dtype, device: of the factors.
+        memory: where they are kept; by default a growing buffer on a CPU, and the arena of all layers elsewhere.
     """
 
     def __init__(
-        self, slots: int, widths: Sequence[int], in_features: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        slots: int,
+        widths: Sequence[int],
+        in_features: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        memory: Memory | None = None,
     ) -> None:
         self.widths = list(widths)
         self.in_features = in_features
-        self.values = torch.zeros(0, dtype=dtype, device=device)
+        device = torch.device(device)
+        if memory is None:
+            memory = Buffer(dtype, device) if device.type == "cpu" else Arena.shared(slots, dtype, device)
+        self._memory = memory
         self.table = torch.zeros(len(self.widths), slots, torch_ops.ROW_FIELDS, dtype=torch.int64, device=device)
         self._kinds: dict[torch_ops.Kind, int] = {}
-        self._taken: dict[tuple[int, int], tuple[int, int]] = {}  # (slot, slice) -> (start, size) in the buffer
+        self._taken: dict[tuple[int, int], tuple[int, int]] = {}  # (slot, slice) -> (start, size) in the memory
+
+    @property
+    def values(self) -> Tensor:
+        """The flat buffer that the table points into."""
+        return self._memory.values
+
+    @property
+    def slot_values(self) -> int | None:
+        """How many values one adapter may have on this device, over all layers; None where there is no limit."""
+        return self._memory.slot_values if isinstance(self._memory, Arena) else None
 
     @property
     def empty(self) -> bool:
@@ -40,8 +61,10 @@ class SlotStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffer and the table."""
-        return self.values.nbytes + self.table.nbytes
+        """Bytes of the table and of the layer's buffer, or of what the layer takes of the arena."""
+        if isinstance(self._memory, Buffer):
+            return self.values.nbytes + self.table.nbytes
+        return sum(size for _, size in self._taken.values()) * self.values.element_size() + self.table.nbytes
 
     def put(self, slot: int, index: int, left: Tensor, right: Tensor, *, out_skip: int = 0, in_skip: int = 0) -> None:
         """Set what `slot` holds for slice `index`; what it held there is gone.
@@ -55,7 +78,8 @@ class SlotStore:
             out_skip, in_skip: where the slice begins in the delta.
 
         Raises:
-            ValueError: the ranks differ, a skip is negative, or the factors' delta does not cover the slice.
+            ValueError: the ranks differ, a skip is negative, or the factors' delta does not cover the slice; or the
+                slot has no room for them in the arena.
         """
         rank, m, n = left.shape
         p, q = right.shape[1:]
@@ -67,15 +91,15 @@ class SlotStore:
                 f"and columns [{in_skip}, {want[1]}) apply; got left {tuple(left.shape)}, right {tuple(right.shape)}"
             )
         self._drop(slot, index)
-        left_values, right_values, order = torch_ops.arrange(left, right)
-        start = self._take(left_values.numel() + right_values.numel())
-        middle = start + left_values.numel()
-        end = middle + right_values.numel()
-        self.values[start:middle] = left_values
-        self.values[middle:end] = right_values
-        self._taken[slot, index] = (start, end - start)
+        # A GPU's kernel reads Left by rows; what it computes is the same in both orders.
+        order = torch_ops.choose_order(left, right) if self.values.device.type == "cpu" else torch_ops.LEFT_FIRST
+        factors = torch_ops.arrange(left, right, order)
+        start = self._memory.take(slot, factors.numel())
+        self._taken[slot, index] = (start, factors.numel())
+        self.values[start : start + factors.numel()] = factors
         kind = torch_ops.Kind(rank, m, n, p, q, order, out_skip, in_skip)
-        row = [start, self._kinds.setdefault(kind, len(self._kinds) + 1), *kind]
+        number = self._kinds.setdefault(kind, len(self._kinds) + 1)
+        row = [start, number, *kind, sum(self.widths[:index]), width]
         self.table[index, slot] = torch.tensor(row, dtype=torch.int64)
 
     def clear(self, slot: int) -> None:
@@ -85,23 +109,10 @@ class SlotStore:
 
     def add_to(self, out: Tensor, x: Tensor, token_slots: Tensor) -> None:
         """Add each token's delta to its row of `out`, in place; for the arguments see `torch_ops.add_kron`."""
-        torch.ops.soka.add_kron(out, x, token_slots, self.values, self.table, self.widths)
+        dispatch.ADD_KRON(out, x, token_slots, self.values, self.table, self.widths)
 
     def _drop(self, slot: int, index: int) -> None:
-        if self._taken.pop((slot, index), None):
+        taken = self._taken.pop((slot, index), None)
+        if taken is not None:
+            self._memory.give_back(slot, taken[0])
             self.table[index, slot] = 0
-
-    def _take(self, size: int) -> int:
-        """The start of the first gap of `size` values; the buffer grows when there is none."""
-        end = 0
-        for start, taken in sorted(self._taken.values()):
-            if start - end >= size:
-                return end
-            end = start + taken
-        if end + size > self.values.numel():
-            # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
-            with torch.inference_mode(False):
-                grown = self.values.new_zeros(end + size)
-                grown[:end] = self.values[:end]
-            self.values = grown
-        return end

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
+from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
 
 
@@ -75,6 +77,52 @@ def test_wrong_shapes_leave_the_slot_alone(
     with pytest.raises(ValueError, match=rf"{want}.*; got left \({left[0]}, .*right \({right[0]}, "):
         store.put(0, 0, torch.ones(left), torch.ones(right), out_skip=skips[0], in_skip=skips[1])
     assert rows(store, [0]) == [8.0]
+
+
+def test_an_arena_is_shared_by_layers_and_never_moves() -> None:
+    """Each slot has its part; what one layer gives back, another can take; full is an error that names the limit."""
+    arena = Arena(2, 60, torch.float32, torch.device("cpu"))
+    first, second = (SlotStore(2, [8], 8, torch.float32, "cpu", arena) for _ in range(2))
+    address = first.values.data_ptr()
+    put(first, 0, 1, 1.0)
+    put(second, 0, 2, 2.0)
+    put(second, 1, 3, 3.0)
+    assert (first.slot_values, second.slot_values) == (60, 60)
+    assert rows(first, [0, 1]) == [8.0, 0.0]
+    assert rows(second, [0, 1]) == [32.0, 72.0]
+    assert second.nbytes - first.nbytes == (5 - 1) * (4 + 16) * 4
+    with pytest.raises(
+        ValueError, match=r"need 80 values on this GPU; a slot has room for 60.*SOKA_SLOT_PARAMETERS=80"
+    ):
+        put(first, 1, 1, 1.0)
+    assert rows(first, [0, 1]) == [8.0, 0.0]
+    second.clear(1)
+    put(first, 1, 1, 4.0)
+    put(second, 1, 2, 5.0)
+    put(first, 0, 1, 6.0)  # in place of what it held
+    assert rows(first, [0, 1]) == [48.0, 32.0]
+    assert rows(second, [0, 1]) == [32.0, 80.0]
+    assert first.values.data_ptr() == second.values.data_ptr() == address
+
+
+def test_a_growing_buffer_has_no_limit() -> None:
+    assert SlotStore(1, [8], 8, torch.float32, "cpu").slot_values is None
+
+
+def test_the_shared_arena_lives_as_long_as_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOKA_SLOT_PARAMETERS", "7")
+    cpu = torch.device("cpu")
+    arena = Arena.shared(3, torch.float32, cpu)
+    assert arena.values.shape == (21,)
+    assert Arena.shared(3, torch.float32, cpu) is arena
+    assert Arena.shared(2, torch.float32, cpu) is not arena
+    gone = weakref.ref(arena)
+    del arena
+    assert gone() is None
+    for wrong in ("0", "-5", "1e6", ""):
+        monkeypatch.setenv("SOKA_SLOT_PARAMETERS", wrong)
+        with pytest.raises(ValueError, match=f"SOKA_SLOT_PARAMETERS: expected a positive integer; got '{wrong}'"):
+            Arena.shared(3, torch.float32, cpu)
 
 
 def test_importing_the_plugin_imports_no_vllm() -> None:

@@ -1,9 +1,9 @@
 """The operator in plain torch, for CPUs.
 
 One row of the table describes what one slot holds for one slice of a layer's output, in ROW_FIELDS integers: where its
-factors start in the flat buffer (Left, then Right), kind, rank, m, n, p, q, the order of the two products, out_skip
-and in_skip. Kind 0 is an empty slot; rows of one table have the same kind if and only if they differ in nothing but
-the start, so that their factors can be stacked.
+factors start in the flat buffer (Left, then Right), kind, rank, m, n, p, q, the order of the two products, out_skip,
+in_skip, and where the slice begins in the output and how wide it is. Kind and rank 0 are an empty slot; slots of one
+slice have the same kind if and only if they differ in nothing but the start, so that their factors can be stacked.
 
 A delta may be larger than the slice (a shard of a layer whose edges cut blocks of the product): rows
 [out_skip, out_skip + width) and columns [in_skip, in_skip + in) of it are what is applied.
@@ -31,33 +31,34 @@ from torch.nn.functional import pad
 from soka_serve.kron_apply import cheaper_order
 from soka_serve.shapes import FactorShape
 
-ROW_FIELDS = 10
+ROW_FIELDS = 12
 LEFT_FIRST, RIGHT_FIRST = 0, 1
 
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 _PIECE_VALUES = 1 << 18  # most values of an intermediate: 1 MiB in float32
 
-_SCHEMA = "add_kron(Tensor(a!) out, Tensor x, Tensor token_slots, Tensor values, Tensor table, int[] widths) -> ()"
-_LIBRARY = torch.library.Library("soka", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(_SCHEMA)  # type: ignore[no-untyped-call]
+
+def choose_order(left: Tensor, right: Tensor) -> int:
+    """The order of the products of (r, m, n) and (r, p, q) factors that has fewer multiply-adds."""
+    shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+    return LEFT_FIRST if cheaper_order(shape) == "left" else RIGHT_FIRST
 
 
-def arrange(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Factors as the operator reads them, and the order of its products, the one with fewer multiply-adds.
+def arrange(left: Tensor, right: Tensor, order: int) -> Tensor:
+    """Factors as the operator reads them, (values,): Left, then Right.
 
     Args:
         left: (r, m, n), sigma included.
         right: (r, p, q).
     """
-    shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
-    if cheaper_order(shape) == "left":
-        return left.transpose(0, 1).flatten(), right.transpose(1, 2).flatten(), LEFT_FIRST
-    return left.permute(1, 2, 0).flatten(), right.permute(2, 0, 1).flatten(), RIGHT_FIRST
+    if order == LEFT_FIRST:
+        return torch.cat([left.transpose(0, 1).flatten(), right.transpose(1, 2).flatten()])
+    return torch.cat([left.permute(1, 2, 0).flatten(), right.permute(2, 0, 1).flatten()])
 
 
 class Kind(NamedTuple):
-    """A row of the table but its first two fields: what factors must have in common to be stacked."""
+    """The middle fields of a row: what the factors of two slots must have in common to be stacked."""
 
     rank: int
     m: int
@@ -111,7 +112,7 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
         for number in set(numbers) - {0}:
             if inputs is None:
                 inputs = x.to(torch.promote_types(values.dtype, torch.float32))
-            kind = Kind(*rows[numbers.index(number), 2:].tolist())
+            kind = Kind(*rows[numbers.index(number), 2:-2].tolist())
             chosen = None if numbers.count(number) == len(numbers) else (rows[:, 1] == number).nonzero()[0]
             starts = rows[:, 0] if chosen is None else rows[chosen, 0]
             _add_slice(out[:, start:end], inputs, values, chosen, starts, kind)
@@ -189,11 +190,3 @@ def _product(inputs: Tensor, factors: Tensor, kind: Kind, width: int) -> Tensor:
         delta = torch.matmul(left, between.view(tokens, n * rank, p))
     delta = delta.view(tokens, m * p)
     return delta if m * p == width else delta[:, kind.out_skip : kind.out_skip + width]
-
-
-def _no_result(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table: Tensor, widths: list[int]) -> None:
-    """What tracing sees: `out` changes, nothing is returned."""
-
-
-_LIBRARY.impl("add_kron", add_kron, "CPU")  # type: ignore[no-untyped-call]
-torch.library.register_fake("soka::add_kron", _no_result, lib=_LIBRARY)

@@ -1,0 +1,128 @@
+"""Memory for factors: a buffer that grows with what a layer's slots hold, or one arena for all layers that never moves.
+
+On a CPU every layer has a buffer of its own that is as large as its content. On CUDA, recorded graphs hold addresses,
+and vLLM gives all memory that is free after its profile to the KV cache. So there, all layers share one arena that is
+allocated with the first layer, with an equal part for every slot: SOKA_SLOT_PARAMETERS values, which an adapter's
+factors on one GPU must fit in.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
+SLOT_DEFAULT = 4_000_000
+
+
+class Memory(Protocol):
+    """Where a `SlotStore` keeps factors."""
+
+    values: Tensor
+
+    def take(self, slot: int, size: int) -> int:
+        """Reserve `size` values for a slot; where they start."""
+
+    def give_back(self, slot: int, start: int) -> None:
+        """Free what `take` returned."""
+
+
+class Buffer:
+    """A buffer that grows when it has no gap that is large enough; growing moves it.
+
+    Args:
+        dtype, device: of its values.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.zeros(0, dtype=dtype, device=device)
+        self._taken: dict[int, int] = {}
+
+    def take(self, slot: int, size: int) -> int:
+        """Reserve `size` values; where they start. `slot` makes no difference."""
+        start = _first_gap(self._taken, 0, size)
+        if start + size > self.values.numel():
+            # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
+            with torch.inference_mode(False):
+                grown = self.values.new_zeros(start + size)
+                grown[: self.values.numel()] = self.values
+            self.values = grown
+        self._taken[start] = size
+        return start
+
+    def give_back(self, slot: int, start: int) -> None:
+        """Free what `take` returned."""
+        del self._taken[start]
+
+
+class Arena:
+    """Memory for the slots of all layers, allocated at once; `values` is the same tensor for good.
+
+    Args:
+        slots: number of slots.
+        slot_values: values that one slot may hold, over all layers.
+        dtype, device: of the values.
+    """
+
+    _shared: ClassVar[WeakValueDictionary[tuple[int, int, torch.dtype, torch.device], Arena]] = WeakValueDictionary()
+
+    def __init__(self, slots: int, slot_values: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.slot_values = slot_values
+        with torch.inference_mode(False):
+            self.values = torch.zeros(slots * slot_values, dtype=dtype, device=device)
+        self._taken: list[dict[int, int]] = [{} for _ in range(slots)]
+
+    @classmethod
+    def shared(cls, slots: int, dtype: torch.dtype, device: torch.device) -> Arena:
+        """The arena of all layers with these slots; it lives as long as one of them.
+
+        Raises:
+            ValueError: SOKA_SLOT_PARAMETERS is not a positive integer.
+        """
+        text = os.environ.get(SLOT_VARIABLE, str(SLOT_DEFAULT))
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{SLOT_VARIABLE}: expected a positive integer; got {text!r}")
+        key = (slots, int(text), dtype, device)
+        arena = cls._shared.get(key)
+        if arena is None:
+            arena = cls._shared[key] = cls(*key)
+        return arena
+
+    def take(self, slot: int, size: int) -> int:
+        """Reserve `size` values in a slot's part; where they start.
+
+        Raises:
+            ValueError: there is no room.
+        """
+        taken, begin = self._taken[slot], slot * self.slot_values
+        start = _first_gap(taken, begin, size)
+        if start + size > begin + self.slot_values:
+            raise ValueError(too_large(size + sum(taken.values()), self.slot_values))
+        taken[start] = size
+        return start
+
+    def give_back(self, slot: int, start: int) -> None:
+        """Free what `take` returned."""
+        del self._taken[slot][start]
+
+
+def too_large(values: int, slot_values: int) -> str:
+    """What to tell whose adapter needs more than a slot's part of the arena."""
+    return (
+        f"the adapter's factors need {values} values on this GPU; a slot has room for {slot_values}. "
+        f"Start the server with {SLOT_VARIABLE}={values} or more (it is reserved for every slot)."
+    )
+
+
+def _first_gap(taken: dict[int, int], begin: int, size: int) -> int:
+    """Where the first gap of `size` values after `begin` starts, between or behind the stretches (start: size)."""
+    end = begin
+    for start, length in sorted(taken.items()):
+        if start - end >= size:
+            break
+        end = start + length
+    return end
