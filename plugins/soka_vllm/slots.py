@@ -56,8 +56,11 @@ class SlotStore:
 
     @property
     def empty(self) -> bool:
-        """Whether no slot holds anything."""
-        return not self._taken
+        """Whether `add_to` may be left out: no slot holds anything, and calls are not recorded for later (a CPU).
+
+        A GPU's graphs are recorded while all slots are empty, and replayed when they are not.
+        """
+        return not self._taken and self.table.device.type == "cpu"
 
     @property
     def nbytes(self) -> int:

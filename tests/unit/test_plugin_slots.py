@@ -109,6 +109,12 @@ def test_a_growing_buffer_has_no_limit() -> None:
     assert SlotStore(1, [8], 8, torch.float32, "cpu").slot_values is None
 
 
+def test_only_on_a_cpu_an_empty_store_may_be_left_out() -> None:
+    """CUDA graphs are recorded while the slots are empty ("meta" stands for any other device)."""
+    assert SlotStore(1, [8], 8, torch.float32, "cpu").empty
+    assert not SlotStore(1, [8], 8, torch.float32, "meta").empty
+
+
 def test_the_shared_arena_lives_as_long_as_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOKA_SLOT_PARAMETERS", "7")
     cpu = torch.device("cpu")
