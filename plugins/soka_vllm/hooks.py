@@ -12,7 +12,7 @@ from typing import Any
 from soka_vllm import compat, engine
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import kronecker_class
-from soka_vllm.loader import READERS, load_adapter, read_peft_type
+from soka_vllm.loader import READERS, load_adapter, read_kind
 
 _logger = logging.getLogger("vllm.soka")
 _MARK = "_soka_installed"
@@ -40,15 +40,15 @@ def _wrap_load_adapter() -> None:
     stock = compat.WorkerLoRAManager._load_adapter
 
     def read(self: Any, lora_request: Any) -> Any:
-        directory = compat.get_adapter_absolute_path(lora_request.lora_path)
-        kind = read_peft_type(directory)
+        directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
+        kind = read_kind(directory)
         if kind in (None, "LORA"):
             return stock(self, lora_request)
         if kind not in READERS:
             raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
         if not compat.on_cpu():
             raise ValueError("this version of the plugin runs Kronecker adapters on CPUs only")
-        return load_adapter(Path(directory), kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
+        return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
 
     @functools.wraps(stock)
     def load(self: Any, lora_request: Any) -> Any:

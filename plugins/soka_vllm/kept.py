@@ -126,8 +126,11 @@ def _reading(model: Any) -> Reading:
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a LoRAModel, packed or not, with their scaling in the name, in an order of their own."""
-    parts: Mapping[str, Any] = model.loras
+    """All tensors of a LoRAModel, with their scaling in the name, in an order of their own.
+
+    Not every rank of a pipeline may know where a name of LyCORIS has its dots, so they do not count.
+    """
+    parts: Mapping[str, Any] = {name.replace(".", "_"): part for name, part in model.loras.items()}
     for name in sorted(parts):
         for values in (parts[name].lora_a, parts[name].lora_b):
             for tensor in values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]:

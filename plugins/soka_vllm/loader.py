@@ -17,26 +17,33 @@ from soka_serve.kron import Factors
 from soka_vllm import compat
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.lokr import read_lokr
+from soka_vllm.lycoris import KIND as LYCORIS
+from soka_vllm.lycoris import find_lycoris, read_lycoris, unflatten
 
 _logger = logging.getLogger("vllm.soka")
 
 
-def read_peft_type(directory: str | Path) -> str | None:
-    """The kind of adapter that a directory's config names; None where there is no config.
+def read_kind(directory: Path) -> str | None:
+    """The kind of adapter in a directory, as its config names it; None where there is no config.
 
     Raises:
         ValueError: a config that cannot be read, or that names no kind.
     """
-    file = Path(directory) / CONFIG_FILE
+    file = directory / CONFIG_FILE
     if not file.exists():
-        return None
+        return LYCORIS if find_lycoris(directory) else None
     try:
         config = read_json(file)
     except SokaError as error:
-        raise ValueError(error.message) from error
+        raise ValueError(_within(directory, error)) from error
     if "peft_type" not in config and "lora_alpha" not in config:
-        raise ValueError(f"{file}: no peft_type; supported are LORA, {', '.join(READERS)}")
+        raise ValueError(f"{CONFIG_FILE}: no peft_type; supported are LORA, {', '.join(READERS)}")
     return str(config.get("peft_type", "LORA"))
+
+
+def _within(directory: Path, error: SokaError) -> str:
+    """An error's message with files named as they are within the adapter; vLLM strikes paths from what it answers."""
+    return error.message.replace(f"{directory}: ", "").replace(f"{directory}/", "")
 
 
 def read_soka(directory: Path) -> dict[str, Factors]:
@@ -49,7 +56,11 @@ def read_soka(directory: Path) -> dict[str, Factors]:
     return {name: adapter.delta_factors(name) for name in adapter.factors}
 
 
-READERS: dict[str, Callable[[Path], dict[str, Factors]]] = {PEFT_TYPE: read_soka, "LOKR": read_lokr}
+READERS: dict[str, Callable[[Path], dict[str, Factors]]] = {
+    PEFT_TYPE: read_soka,
+    "LOKR": read_lokr,
+    LYCORIS: read_lycoris,
+}
 
 
 def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dtype: torch.dtype) -> Any:
@@ -66,15 +77,18 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         dtype: of the factors in the slots.
 
     Raises:
-        ValueError: everything that is wrong with the adapter, or that does not fit the model; files are named as they
-            are within the adapter, since vLLM strikes paths from what it answers.
+        ValueError: everything that is wrong with the adapter, or that does not fit the model.
     """
     try:
         adapter = READERS[kind](directory)
     except SokaError as error:
-        raise ValueError(error.message.replace(f"{directory}: ", "").replace(f"{directory}/", "")) from error
-    adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
-    here = _check_layers(adapter, manager)
+        raise ValueError(_within(directory, error)) from error
+    places = _places(manager)
+    if kind == LYCORIS:
+        adapter = unflatten(adapter, places, compat.modules_elsewhere(manager.model))
+    else:
+        adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
+    here = _check_layers(adapter, places, manager)
     weights = {}
     nbytes = 0
     for name, factors in adapter.items():
@@ -92,7 +106,16 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
-def _check_layers(adapter: Mapping[str, Factors], manager: Any) -> int:
+def _places(manager: Any) -> dict[str, tuple[Any, int]]:
+    """By module name as in a checkpoint, the layer that takes its adapters and which of the layer's modules it is."""
+    places = {}
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        places.update({part: (layer, index) for index, part in enumerate(parts)})
+    return places
+
+
+def _check_layers(adapter: Mapping[str, Factors], places: Mapping[str, tuple[Any, int]], manager: Any) -> int:
     """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
 
     A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
@@ -104,10 +127,6 @@ def _check_layers(adapter: Mapping[str, Factors], manager: Any) -> int:
     Raises:
         ValueError: all that do not fit.
     """
-    places = {}  # module name as in the checkpoint -> (layer, slice)
-    for name, layer in manager.modules.items():
-        parts = manager.packed_modules.get(name, [name])
-        places.update({part: (layer, index) for index, part in enumerate(parts)})
     problems = []
     elsewhere = compat.modules_elsewhere(manager.model)
     here = 0
@@ -120,7 +139,9 @@ def _check_layers(adapter: Mapping[str, Factors], manager: Any) -> int:
         if layer is None:
             close = difflib.get_close_matches(name, places, n=1)
             near = f"; close is {close[0]}" if close else ""
-            problems.append(f"{name}: no layer of the served model that takes adapters{near}")
+            targets = manager.lora_config.target_modules
+            left_out = f"; --lora-target-modules is {' '.join(targets)}" if targets else ""
+            problems.append(f"{name}: no layer of the served model that takes adapters{near}{left_out}")
         elif not isinstance(layer, KroneckerMixin):
             problems.append(f"{name}: {type(layer).__name__} takes no Kronecker adapter; only attention and MLP do")
         elif (shape.out_features, shape.in_features) != layer.shards.shapes[index]:

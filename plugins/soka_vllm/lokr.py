@@ -48,7 +48,7 @@ def read_lokr(directory: Path) -> dict[str, Factors]:
     factors = {}
     for name, parts in by_module.items() if not problems else ():
         try:
-            left, right = (_read_matrix(parts, which) for which in ("lokr_w1", "lokr_w2"))
+            left, right = (read_matrix(parts, which) for which in ("lokr_w1", "lokr_w2"))
             if parts:
                 raise ValueError(f"unknown tensors {', '.join(sorted(parts))}")
             scale = torch.tensor([_read_scale(config, name)])
@@ -62,8 +62,16 @@ def read_lokr(directory: Path) -> dict[str, Factors]:
     return factors
 
 
-def _read_matrix(parts: dict[str, TensorInfo], which: str) -> Tensor:
-    """A matrix, or the product of two; what was used leaves `parts`."""
+def read_matrix(parts: dict[str, TensorInfo], which: str) -> Tensor:
+    """A factor in float32, one matrix or the product of two; what was used leaves `parts`.
+
+    Args:
+        parts: a module's tensors by the last part of their name.
+        which: "lokr_w1" or "lokr_w2".
+
+    Raises:
+        ValueError: tensors are missing, fit no product, or make a matrix that is too large.
+    """
     names = [which] if which in parts else [f"{which}_a", f"{which}_b"]
     missing = [name for name in names if name not in parts]
     if missing:

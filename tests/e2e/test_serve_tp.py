@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from soka_serve.adapter import WEIGHTS_FILE, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
+from soka_serve.kron import Factors
 from soka_serve.lock import write_lock
 from tests.e2e.serve_adapters import (
     ALPHA,
@@ -27,7 +28,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import base_model, random_factors, serve
+from tests.e2e.serving import base_model, random_factors, serve, with_delta
 
 pytestmark = pytest.mark.slow
 
@@ -218,6 +219,34 @@ def test_each_stage_answers_for_its_layers(pipeline_parallel: Served) -> None:
         assert expected in message
         assert all(name in message for name in shapes)
     served.check_at_once(KINDS)
+
+
+def test_a_file_of_lycoris(pipeline_parallel: Served) -> None:
+    """It has no dots in its names, and no stage knows the other's modules."""
+    served = pipeline_parallel
+    shapes = {module(0, "q"): (8, 4, 16, 32), module(3, "down"): (4, 11, 32, 32)}
+    factors = {
+        name: Factors(f.left[:1], f.right[:1], torch.ones(1))
+        for name, f in random_factors(shapes, 1, seed=9, scale=1.0).items()
+    }
+    tensors = {}
+    for name, f in factors.items():
+        flat = "lycoris_" + name.replace(".", "_")
+        f.left.mul_(0.05)
+        tensors |= {f"{flat}.lokr_w1": f.left[0], f"{flat}.lokr_w2": f.right[0], f"{flat}.alpha": torch.tensor(4.0)}
+    (served.folder / "lycoris").mkdir()
+    save_file(tensors, served.folder / "lycoris" / "kron.safetensors")
+    served.references["lycoris"] = with_delta(factors)
+    status, message = load(served, "lycoris")
+    assert status == 200, message
+    served.check_alone("lycoris", PROMPTS[0])
+    unload(served, "lycoris")
+    save_file(
+        {**tensors, "lycoris_lm_head.lokr_w1": torch.ones(2, 2), "lycoris_lm_head.lokr_w2": torch.ones(313, 64)},
+        served.folder / "lycoris" / "kron.safetensors",
+    )
+    status, message = load(served, "lycoris")
+    assert (status, "lm_head: no layer" in message) == (400, True), message
 
 
 def test_a_request_whose_adapter_cannot_be_read_is_refused_alone(pipeline_parallel: Served) -> None:
