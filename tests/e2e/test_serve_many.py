@@ -14,6 +14,7 @@ import torch
 
 from soka_serve.adapter import write_adapter
 from soka_serve.kron import Factors
+from soka_vllm.ops.torch_ops import ROW_FIELDS
 from soka_vllm.slots import SlotStore
 from tests.e2e.serve_adapters import ATOL_NATS, TARGET_OPTIONS, expected_answers, module
 from tests.e2e.serving import Server, base_model, greedy_logprobs, random_factors, serve, with_delta
@@ -42,7 +43,7 @@ def nbytes_of(factors: Mapping[str, Factors], itemsize: int) -> int:
 
 
 def test_slots_take_what_their_factors_need() -> None:
-    """All 256 adapters in the slots of the base's layers: the bytes of their factors, and ten integers per weight."""
+    """All 256 adapters in the slots of the base's layers: the bytes of their factors, and a row of the table each."""
     stores = {
         (layer, names): SlotStore(MANY + 1, [OUT[name] for name in names], width, torch.float32, "cpu")
         for layer in range(4)
@@ -61,7 +62,7 @@ def test_slots_take_what_their_factors_need() -> None:
 
 
 def table_nbytes(stores: Iterable[SlotStore], slots: int) -> int:
-    return sum(10 * 8 * len(store.widths) * slots for store in stores)
+    return sum(ROW_FIELDS * 8 * len(store.widths) * slots for store in stores)
 
 
 @pytest.mark.parametrize(
