@@ -1,0 +1,269 @@
+"""What adapters do, in vLLM's Prometheus endpoint: requests, tokens, loads, slots. Names begin with `soka:`.
+
+Two kinds of processes know different things:
+
+- The API process sees every request with its adapter's name, and every load that comes over HTTP: ordinary counters,
+  which also add up over several API processes. Like vLLM's own they stand still under --disable-log-stats.
+- The workers know which adapters are in slots. They do not talk to the API process but through the engine, so each
+  writes a small file into a folder of the API process's (SOKA_METRICS_DIR) when something has changed, which is read
+  when somebody looks. Under several API processes vLLM's endpoint shows counters only, and these are missing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from soka_vllm import compat
+
+_logger = logging.getLogger("vllm.soka")
+
+FOLDER_VARIABLE = "SOKA_METRICS_DIR"
+BASE = "__base__"  # in place of an adapter's name, for requests without one
+_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+def install() -> None:
+    """Count in this process, whichever of vLLM's it is; the first one makes the folder that the others write to."""
+    if FOLDER_VARIABLE not in os.environ:
+        folder = Path(tempfile.mkdtemp(prefix="soka-metrics-"))
+        os.environ[FOLDER_VARIABLE] = str(folder)
+        atexit.register(_remove, folder, os.getpid())
+        REGISTRY.register(WorkerCollector(folder))
+    _wrap_requests()
+    _wrap_loads()
+    _wrap_workers()
+
+
+def _remove(folder: Path, maker: int) -> None:
+    if os.getpid() == maker:  # not a child that inherited the handler
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- requests and loads, in the API process -------------------------------------------------------------------------
+
+
+class _Counters:
+    """The metrics of one API process; `adapter` is the name that requests use, or BASE."""
+
+    def __init__(self) -> None:
+        # Made at first use: with several API processes vLLM says only then where their values are kept.
+        self._requests = Counter("soka:requests", "Finished requests, by adapter and reason.", ["adapter", "reason"])
+        self._prompt = Counter("soka:prompt_tokens", "Prompt tokens of requests, by adapter.", ["adapter"])
+        self._generated = Counter("soka:generation_tokens", "Tokens generated, by adapter.", ["adapter"])
+        self._loads = Histogram(
+            "soka:adapter_load_seconds",
+            "Time of loads over HTTP, from the question to the engine's answer.",
+            ["outcome"],
+            buckets=_LOAD_BUCKETS,
+        )
+        # `labels` takes a lock and builds a key: once per adapter, not once per token.
+        self.prompt = cache(lambda adapter: self._prompt.labels(adapter))
+        self.generated = cache(lambda adapter: self._generated.labels(adapter))
+
+    def finished(self, adapter: str, reason: str) -> None:
+        self._requests.labels(adapter, reason).inc()
+
+    def loaded(self, outcome: str, seconds: float) -> None:
+        self._loads.labels(outcome).observe(seconds)
+
+
+@cache
+def _counters() -> _Counters:
+    return _Counters()
+
+
+def _wrap_requests() -> None:
+    processor = compat.OutputProcessor
+    stock_output, stock_finished = processor._update_stats_from_output, processor._update_stats_from_finished
+    stock_abort = processor.abort_requests
+
+    @functools.wraps(stock_output)
+    def output(self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, iteration_stats: Any) -> None:
+        if iteration_stats is not None:
+            adapter = req_state.lora_name or BASE
+            if req_state.is_prefilling:
+                _counters().prompt(adapter).inc(req_state.prompt_len)
+            if engine_core_output.new_token_ids:
+                _counters().generated(adapter).inc(len(engine_core_output.new_token_ids))
+        stock_output(self, req_state, engine_core_output, timestamp, iteration_stats)
+
+    @functools.wraps(stock_finished)
+    def finished(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+        if iteration_stats is not None:
+            _counters().finished(req_state.lora_name or BASE, str(finish_reason))
+        stock_finished(self, req_state, finish_reason, iteration_stats)
+
+    @functools.wraps(stock_abort)
+    def abort(self: Any, request_ids: Iterable[str], internal: bool) -> Any:
+        wanted = list(request_ids)
+        inner = wanted if internal else [i for r in wanted for i in self.external_req_ids.get(r, ())]
+        states = [self.request_states[i] for i in inner if i in self.request_states]
+        if self.log_stats:
+            for state in states:
+                _counters().finished(state.lora_name or BASE, "abort")
+        return stock_abort(self, wanted, internal)
+
+    processor._update_stats_from_output = output
+    processor._update_stats_from_finished = finished
+    processor.abort_requests = abort
+
+
+def _wrap_loads() -> None:
+    stock = compat.AsyncLLM.add_lora
+
+    @functools.wraps(stock)
+    async def add_lora(self: Any, lora_request: Any) -> Any:
+        started = time.perf_counter()
+        outcome = "refused"
+        try:
+            answer = await stock(self, lora_request)
+            outcome = "loaded"
+            return answer
+        finally:
+            _counters().loaded(outcome, time.perf_counter() - started)
+
+    compat.AsyncLLM.add_lora = add_lora
+
+
+# --- slots, in the workers -------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """What one worker has to tell; belongs to a WorkerLoRAManager."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self.reads = 0
+        self.read_seconds = 0.0
+        self.fills = 0
+        self.slots: list[int | None] = []
+
+    def write(self, manager: Any) -> None:
+        """Tell it: whole files only, so that who reads meanwhile sees the last one."""
+        folder = os.environ.get(FOLDER_VARIABLE)
+        if folder is None:
+            return
+        adapters = manager._adapter_manager
+        known = set(adapters.list_adapters())
+        self.names = {number: name for number, name in self.names.items() if number in known}
+        told = {
+            "slots": [None if number is None else self.names.get(number, str(number)) for number in self.slots],
+            "in_memory": len(known),
+            "reads": self.reads,
+            "read_seconds": self.read_seconds,
+            "fills": self.fills,
+            "kronecker_bytes": sum(
+                layer._kronecker.nbytes for layer in adapters.modules.values() if hasattr(layer, "_kronecker")
+            ),
+        }
+        path = Path(folder) / f"{os.getpid()}.json"
+        try:
+            path.with_suffix(".new").write_text(json.dumps({"rank": compat.worker_rank(), **told}))
+            path.with_suffix(".new").replace(path)
+        except OSError as error:
+            _logger.warning("No metrics of slots: %s", error)
+            os.environ.pop(FOLDER_VARIABLE, None)  # once is enough
+
+
+def _of(manager: Any) -> _Worker:
+    worker = manager.__dict__.setdefault("_soka_metrics", _Worker())
+    assert isinstance(worker, _Worker)
+    return worker
+
+
+def _wrap_workers() -> None:
+    """Reading is timed, and after each change of the slots the file is written."""
+    stock_read, stock_add = compat.WorkerLoRAManager.read_adapter, compat.LRUCacheWorkerLoRAManager.add_adapter
+
+    @functools.wraps(stock_read)
+    def read(self: Any, lora_request: Any) -> Any:
+        started = time.perf_counter()
+        model = stock_read(self, lora_request)
+        worker = _of(self)
+        worker.reads += 1
+        worker.read_seconds += time.perf_counter() - started
+        return model
+
+    @functools.wraps(stock_add)
+    def add(self: Any, lora_request: Any) -> Any:
+        # Called at every step for every adapter in the batch: nothing but a comparison as long as nothing changes.
+        try:
+            return stock_add(self, lora_request)
+        finally:
+            worker, slots = _of(self), self._adapter_manager.lora_index_to_id
+            worker.names[lora_request.lora_int_id] = lora_request.lora_name
+            if worker.slots != slots:
+                before = [*worker.slots, *[None] * len(slots)]
+                worker.fills += sum(new not in (None, old) for new, old in zip(slots, before, strict=False))
+                worker.slots = list(slots)
+                worker.write(self)
+
+    compat.WorkerLoRAManager.read_adapter = read
+    compat.LRUCacheWorkerLoRAManager.add_adapter = add
+
+
+class WorkerCollector:
+    """Shows what the workers have told, when Prometheus asks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def collect(self) -> Iterator[Any]:
+        """The metrics, one sample per worker; none before the first adapter."""
+        slots, used, resident, memory, size = (
+            GaugeMetricFamily(f"soka:{name}", text, labels=["rank", *more])
+            for name, text, *more in (
+                ("slots", "Slots for adapters."),
+                ("slots_used", "Slots that hold an adapter."),
+                ("adapter_in_slot", "1 for each adapter in a slot.", "adapter"),
+                ("adapters_in_memory", "Adapters in vLLM's CPU cache."),
+                ("slot_bytes", "Bytes of Kronecker factors in slots."),
+            )
+        )
+        fills, reads, seconds = (
+            CounterMetricFamily(f"soka:{name}", text, labels=["rank"])
+            for name, text in (
+                ("slot_fills", "Times that an adapter was put into a slot."),
+                ("adapter_reads", "Adapters read from files."),
+                ("adapter_read_seconds", "Time spent reading them."),
+            )
+        )
+        for told in self._told():
+            rank = str(told["rank"])
+            slots.add_metric([rank], len(told["slots"]))
+            names = [name for name in told["slots"] if name is not None]
+            used.add_metric([rank], len(names))
+            for name in sorted(set(names)):
+                resident.add_metric([rank, name], 1)
+            for family, key in (
+                (memory, "in_memory"),
+                (size, "kronecker_bytes"),
+                (fills, "fills"),
+                (reads, "reads"),
+                (seconds, "read_seconds"),
+            ):
+                family.add_metric([rank], told[key])
+        yield from (slots, used, resident, memory, size, fills, reads, seconds)
+
+    def _told(self) -> list[dict[str, Any]]:
+        found = []
+        for file in self._folder.glob("*.json"):
+            try:
+                found.append(json.loads(file.read_text()))
+            except (OSError, ValueError):
+                continue  # the worker has just ended
+        return sorted(found, key=lambda told: int(told["rank"]))

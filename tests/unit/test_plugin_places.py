@@ -1,0 +1,94 @@
+"""Names and paths that clients send lead to adapters inside the allowed folders, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from soka_vllm.places import ROOTS_VARIABLE, allowed_roots, find_build, is_inside
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """build/{math,flat,empty,linked,mixed,up}, and an adapter outside."""
+
+    def adapter(directory: Path) -> None:
+        directory.mkdir(parents=True)
+        (directory / "adapter_config.json").write_text("{}")
+        (directory / "adapter_model.safetensors").write_text("")
+
+    build = tmp_path / "build"
+    adapter(tmp_path / "outside")
+    adapter(build / "math" / "adapter")
+    adapter(build / "flat")
+    adapter(build / ".hidden")
+    (build / "empty").mkdir()
+    (build / "linked").symlink_to(tmp_path / "outside")
+    (build / "up").symlink_to(tmp_path)
+    (build / "alias").symlink_to(build / "math")
+    (build / "loop").symlink_to(build / "loop")
+    adapter(build / "mixed")
+    (build / "mixed" / "adapter_model.safetensors").unlink()
+    (build / "mixed" / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
+    return build
+
+
+def test_builds_are_found_by_name(folder: Path) -> None:
+    assert find_build(folder, "math") == folder / "math" / "adapter"
+    assert find_build(folder, "flat") == folder / "flat"
+    # A link that stays inside leads where it leads.
+    assert find_build(folder, "alias") == folder / "alias" / "adapter"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", ".", "..", "../outside", "math/..", "math/adapter", "/etc", "./flat", ".hidden", "flat/", "flat\n"),
+        *("nowhere", "empty", "linked", "mixed", "up", "loop", "flat\x00", "..\\outside", "~", "a" * 5000, "ﬂat"),
+    ],
+)
+def test_other_names_lead_nowhere(folder: Path, name: str) -> None:
+    assert find_build(folder, name) is None
+
+
+def test_absolute_names_lead_nowhere(folder: Path) -> None:
+    assert find_build(folder, str(folder / "flat")) is None
+    assert find_build(folder, str(folder.parent / "outside")) is None
+
+
+def test_what_is_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outside = folder.parent / "outside"
+    assert is_inside(folder / "flat", [folder])
+    assert is_inside(folder / "math" / ".." / "flat", [folder])
+    assert is_inside(outside, [folder, outside])
+    for path in (
+        outside,
+        folder / ".." / "outside",
+        folder / "linked",
+        folder / "mixed",
+        folder / "loop",
+        Path("/etc"),
+    ):
+        assert not is_inside(path, [folder])
+    for path in (folder / "nowhere", folder / "flat" / "adapter_config.json", folder / "a\x00b"):
+        assert not is_inside(path, [folder])
+    assert not is_inside(folder / "flat", [])
+    # A sibling whose name begins alike is another folder.
+    assert not is_inside(folder / "flat", [folder.parent / "bui"])
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert is_inside(folder / "flat", [link])
+    assert is_inside(link / "flat", [folder])
+    monkeypatch.chdir(folder)
+    assert is_inside(Path("flat"), [folder])
+
+
+def test_the_allowed_roots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ROOTS_VARIABLE, raising=False)
+    assert allowed_roots() is None
+    monkeypatch.setenv(ROOTS_VARIABLE, "")
+    assert allowed_roots() == []  # set to nothing: nothing is allowed
+    monkeypatch.setenv(ROOTS_VARIABLE, os.pathsep.join(["/srv/a", "~/b"]))
+    assert allowed_roots() == [Path("/srv/a"), Path.home() / "b"]
