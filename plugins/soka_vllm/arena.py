@@ -3,7 +3,8 @@
 On a CPU every layer has a buffer of its own that is as large as its content. On CUDA, recorded graphs hold addresses,
 and vLLM gives all memory that is free after its profile to the KV cache. So there, all layers share one arena that is
 allocated with the first layer, with an equal part for every slot: SOKA_SLOT_PARAMETERS values, which an adapter's
-factors on one GPU must fit in.
+factors on one GPU must fit in. What a slot held must be cleared in every layer before any layer fills it again; else
+old and new factors must fit together.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def configure(rows: int, x_dtype: torch.dtype, values_dtype: torch.dtype) -> tup
         "BLOCK_P": 64,
         "BLOCK_Q": 64,
         "NATIVE": same and not (_INTERPRETED and x_dtype == torch.bfloat16),  # the interpreter's bfloat16 is garbage
-        "PRECISION": "tf32" if same else "ieee",
+        "PRECISION": "tf32" if same and torch.version.hip is None else "ieee",  # not all of AMD's GPUs have it
     }
     return 8 if few else 4, constants, {"num_warps": 4 if few and same else 8, "num_stages": 2}
 
@@ -136,8 +136,9 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
     for name, tensor in (("out", out), ("x", x), ("values", values)):
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"soka::add_kron: expected {name} in float32, float16 or bfloat16; got {tensor.dtype}")
-    if out.stride(1) != 1 or x.stride(1) != 1:
-        raise ValueError(f"soka::add_kron: expected contiguous rows; got strides {out.stride()} and {x.stride()}")
+    if out.stride(1) != 1 or x.stride(1) != 1 or token_slots.stride(0) != 1:
+        strides = f"{out.stride()}, {x.stride()} and {token_slots.stride()}"
+        raise ValueError(f"soka::add_kron: expected contiguous rows; got strides {strides}")
     tokens = x.shape[0]
     if not tokens:
         return
