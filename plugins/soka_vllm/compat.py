@@ -46,10 +46,14 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.output_processor import OutputProcessor
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
 from soka_vllm.versions import is_supported, supported_text
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+else:
+    CPUModelRunner = None
 
 __all__ = [
     "LORA_LAYERS",
@@ -71,6 +75,7 @@ __all__ = [
     "check_vllm",
     "create_error_response",
     "get_adapter_absolute_path",
+    "has_operator",
     "kv_cache_utils",
     "lora_utils",
     "make_pipeline_buffers",
@@ -115,7 +120,7 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
             ("apply", "self x bias"),
         )
     ),
-    (CPUModelRunner, "load_model", "self load_dummy_weights"),
+    *([(CPUModelRunner, "load_model", "self load_dummy_weights")] if CPUModelRunner else []),
     (WorkerLoRAManager, "_load_adapter", "self lora_request"),
     (LRUCacheWorkerLoRAManager, "_apply_adapters", "self lora_requests"),
     (LoRAModelManager, "activate_adapter", "self lora_id"),
@@ -229,6 +234,11 @@ def check_vllm() -> None:
 def worker_rank() -> int:
     """Number of this process among the workers."""
     return int(get_world_group().rank)
+
+
+def has_operator() -> bool:
+    """Whether the operator is there for the devices that this vLLM runs on: CPUs, CUDA and what looks like it."""
+    return bool(current_platform.is_cpu() or current_platform.is_cuda_alike())
 
 
 def on_cpu() -> bool:

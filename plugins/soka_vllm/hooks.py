@@ -11,7 +11,7 @@ from typing import Any
 
 from soka_vllm import compat, engine
 from soka_vllm.kept import kept_by, loaded_already
-from soka_vllm.layers import kronecker_class
+from soka_vllm.layers import LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
 from soka_vllm.loader import READERS, load_adapter, read_kind
 
 _logger = logging.getLogger("vllm.soka")
@@ -23,15 +23,19 @@ def install() -> None:
     if getattr(compat.lora_utils, _MARK, False):
         return
     compat.check_vllm()
-    if compat.on_cpu():
+    serves_lora()  # a wrong setting is told at start-up
+    if compat.has_operator():
         compat.lora_utils._all_lora_classes = tuple(
             kronecker_class(cls) if cls in compat.LORA_LAYERS else cls for cls in compat.lora_utils._all_lora_classes
         )
+        if not compat.on_cpu():
+            _logger.warning("Kronecker adapters have been tested in whole servers on CPUs only, not on a GPU")
     _wrap_load_adapter()
     _wrap_slots()
     _wrap_engine()
     _wrap_refusals()
-    _wrap_load_model()
+    if compat.on_cpu():
+        _wrap_load_model()
     setattr(compat.lora_utils, _MARK, True)
 
 
@@ -42,12 +46,14 @@ def _wrap_load_adapter() -> None:
     def read(self: Any, lora_request: Any) -> Any:
         directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
         kind = read_kind(directory)
+        if kind == "LORA" and not serves_lora():
+            raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
         if kind in (None, "LORA"):
             return stock(self, lora_request)
+        if not compat.has_operator():
+            raise ValueError("Kronecker adapters run on CPUs and on NVIDIA's and AMD's GPUs; this is neither")
         if kind not in READERS:
             raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
-        if not compat.on_cpu():
-            raise ValueError("this version of the plugin runs Kronecker adapters on CPUs only")
         return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
 
     @functools.wraps(stock)
@@ -60,7 +66,7 @@ def _wrap_load_adapter() -> None:
 
 
 def _wrap_slots() -> None:
-    """Mend two things of vLLM up to 0.32.
+    """Empty a slot in all layers before it is filled in the first; and mend two things of vLLM up to 0.32.
 
     A reload in place was repeated at every later step, and an adapter that could not be put into its slot was served
     half set from then on.
@@ -74,6 +80,11 @@ def _wrap_slots() -> None:
 
     @functools.wraps(stock_activate)
     def activate(self: Any, lora_id: int) -> bool:
+        if lora_id not in self._active_adapters and None in self.lora_index_to_id:
+            slot = self.lora_index_to_id.index(None)  # vLLM takes the first
+            for layer in self.modules.values():
+                if isinstance(layer, KroneckerMixin):
+                    layer.reset_lora(slot)
         try:
             return bool(stock_activate(self, lora_id))
         except Exception:
@@ -134,7 +145,7 @@ def _wrap_refusals() -> None:
 
 
 def _wrap_load_model() -> None:
-    """On CPUs, see `compat.make_pipeline_buffers`."""
+    """See `compat.make_pipeline_buffers`."""
     stock = compat.CPUModelRunner.load_model
 
     @functools.wraps(stock)

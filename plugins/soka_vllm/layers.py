@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any, cast
 
@@ -9,16 +10,21 @@ import torch
 from torch import Tensor
 
 from soka_vllm import compat
-from soka_vllm.sharding import LayerShards, cut
+from soka_vllm.sharding import Cut, LayerShards, cut
 from soka_vllm.slots import SlotStore
+
+LORA_VARIABLE = "SOKA_LORA"
 
 
 class KroneckerMixin:
     """Goes before one of `compat.LORA_LAYERS` among the bases of a class (`kronecker_class`).
 
-    A slot holds a LoRA adapter, a Kronecker adapter or nothing. LoRA's buffers are allocated with the first LoRA
-    adapter, and while no slot holds one its code is skipped. One slot more than asked for is allocated and stays
-    empty: vLLM's CPU code of these versions reads the last one for tokens of the base model.
+    A slot holds a LoRA adapter, a Kronecker adapter or nothing.
+
+    On a CPU, LoRA's buffers are allocated with the first LoRA adapter, and while no slot holds one its code is skipped.
+    One slot more than asked for is allocated and stays empty: vLLM's CPU code of these versions reads the last one for
+    tokens of the base model. On a GPU, memory is shared out and calls are recorded before the first adapter comes, so
+    LoRA's part is there from the start and always runs, or with SOKA_LORA=0 never.
     """
 
     base_layer: Any
@@ -31,14 +37,39 @@ class KroneckerMixin:
         """Make the slots; called by vLLM once per layer."""
         self.lora_config = lora_config
         self.shards = compat.shards_of(self)
+        on_cpu = torch.device(self.device).type == "cpu"
+        slots = max_loras + 1 if on_cpu else max_loras
         self._kronecker = SlotStore(
-            max_loras + 1, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device
+            slots, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device
         )
         self._lora_slots: set[int] = set()
-        self._lora_arguments = (max_loras + 1, lora_config, model_config)
+        self._lora_arguments = (slots, lora_config, model_config)
+        self._plain = type(self.base_layer) in compat.PLAIN_LINEARS
+        self._lora_served = serves_lora()
         self._lora_allocated = False
-        if type(self.base_layer) not in compat.PLAIN_LINEARS:
+        self._lora_always = not on_cpu or not self._plain
+        if not self._plain or (self._lora_always and self._lora_served):
             self._allocate_lora()
+        elif not self._lora_served:
+            # vLLM takes the shapes of its dummy adapters for the warm-up from LoRA's buffers; these have no memory.
+            shapes = [(slots, 1, size, lora_config.max_lora_rank) for size in self.shards.widths]
+            self.lora_a_stacked = tuple(torch.empty(1, 1, 1, self.shards.in_features, device="meta") for _ in shapes)
+            self.lora_b_stacked = tuple(torch.empty(shape, device="meta") for shape in shapes)
+
+    @property
+    def slot_values(self) -> int | None:
+        """How many values of factors one adapter may have on this rank, all layers together; None: any number."""
+        return self._kronecker.slot_values
+
+    def parts(self, index: int, left: Tensor, right: Tensor) -> list[tuple[int, Cut]]:
+        """What this rank takes of a module's factors: slices of the output, and the factors of each.
+
+        Args:
+            index: which of the layer's modules.
+            left, right: (r, m, n) and (r, p, q), of the whole module.
+        """
+        slices = enumerate(self.shards.slices)
+        return [(i, cut(left, right, part.rows, part.columns)) for i, part in slices if part.source == index]
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -57,24 +88,27 @@ class KroneckerMixin:
         """
         lefts, rights = ([lora_a], [lora_b]) if isinstance(lora_a, Tensor) else (lora_a, lora_b)
         if not any(left is not None and left.ndim == 3 for left in lefts):
+            if not self._lora_served:
+                self.reset_lora(index)  # a dummy of vLLM's warm-up; real ones are refused when they are read
+                return
             if not self._lora_allocated:
                 self._allocate_lora()
             cast(Any, super()).set_lora(index, lora_a, lora_b)  # begins with reset_lora
             self._lora_slots.add(index)
             return
         self.reset_lora(index)
-        for i, part in enumerate(self.shards.slices):
-            left, right = lefts[part.source], rights[part.source]
+        for source, (left, right) in enumerate(zip(lefts, rights, strict=True)):
             if left is not None:
-                left, right, out_skip, in_skip = cut(left, right, part.rows, part.columns)
-                self._kronecker.put(index, i, left, right, out_skip=out_skip, in_skip=in_skip)
+                for i, part in self.parts(source, left, right):
+                    self._kronecker.put(index, i, part.left, part.right, out_skip=part.out_skip, in_skip=part.in_skip)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output with each token's delta, (tokens, in) -> (tokens, out), both as this rank holds them.
 
         vLLM reduces over the ranks of a row-parallel layer after this, so that each adds its part of the delta.
         """
-        if self._lora_slots or type(self.base_layer) not in compat.PLAIN_LINEARS:
+        # On a GPU this is traced or recorded once for good: nothing here may depend on what the slots hold.
+        if self._lora_allocated and (self._lora_always or self._lora_slots):
             out = cast(Tensor, cast(Any, super()).apply(x, bias))
         else:
             out = cast(Tensor, self.base_layer.quant_method.apply(self.base_layer, x, bias))
@@ -87,6 +121,18 @@ class KroneckerMixin:
         with torch.inference_mode(False):  # as for SlotStore's buffer
             cast(Any, super()).create_lora_weights(*self._lora_arguments)
         self._lora_allocated = True
+
+
+def serves_lora() -> bool:
+    """Whether ordinary LoRA adapters are served beside Kronecker ones (SOKA_LORA, by default they are).
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    text = os.environ.get(LORA_VARIABLE, "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"{LORA_VARIABLE} is {text!r}, expected 0 or 1")
+    return text == "1"
 
 
 @cache

@@ -15,6 +15,7 @@ from soka_serve.errors import SokaError
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
 from soka_vllm import compat
+from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.lokr import read_lokr
 from soka_vllm.lycoris import KIND as LYCORIS
@@ -90,18 +91,24 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
     here = _check_layers(adapter, places, manager)
     weights = {}
-    nbytes = 0
+    values, room = 0, None
     for name, factors in adapter.items():
         left = (factors.left * factors.sigma[:, None, None]).to(dtype)
         right = factors.right.to(dtype)
         if not bool(left.isfinite().all() and right.isfinite().all()):
             raise ValueError(f"{name}: values are not finite in {dtype}")
-        nbytes += left.nbytes + right.nbytes
+        if name in places:
+            layer, index = places[name]
+            room = layer.slot_values
+            values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
+    if room is not None and values > room:
+        raise ValueError(too_large(values, room))
     ranks = sorted({weight.rank for weight in weights.values()})
     _logger.info(
-        "%s adapter %r from %s: %d modules, ranks %d to %d, %d bytes in %s; %d of the modules are on this rank",
-        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1], nbytes, dtype, here),
+        "%s adapter %r from %s: %d modules, ranks %d to %d, of which %d modules, %d bytes in %s on this rank",
+        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1]),
+        *(here, values * dtype.itemsize, dtype),
     )
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 

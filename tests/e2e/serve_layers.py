@@ -133,10 +133,29 @@ def check_layer(
     put_lora(0, 7)
     put_lora(1, 9)
     check()
+    put_kronecker(0, 7, rank=1, goal=4)
+    layer._lora_always = True  # as on a GPU, where LoRA's part runs whatever the slots hold
+    check()
     for slot, adapter in enumerate((7, 9)):
         layer.reset_lora(slot)
         merged[adapter] = merged[0]
     check()
+
+    os.environ["SOKA_LORA"] = "0"
+    base = plain(nothing)
+    layer = from_layer(base, SLOTS, config, packed)
+    layer.set_mapping(punica)
+    assert all(buffer.is_meta for buffer in (*layer.lora_a_stacked, *layer.lora_b_stacked))
+    put_kronecker(0, 7, rank=2, goal=8)
+    check()
+    # What vLLM warms up with: its shapes come from the buffers, it has no effect, and it empties the slot.
+    sizes_here = layer.shards.widths if len(packed) > 1 else [sum(layer.shards.widths)]
+    downs = [torch.zeros(4, layer.lora_a_stacked[0].shape[-1]) for _ in sizes_here]
+    ups = [torch.zeros(size, 4) for size in sizes_here]
+    layer.set_lora(0, downs[0] if one else downs, ups[0] if one else ups)
+    merged[7] = merged[0]
+    check()
+    del os.environ["SOKA_LORA"]
 
 
 def refusal() -> str:

@@ -16,7 +16,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.kron import Factors
 from soka_serve.lock import write_lock
-from tests.e2e.serve_adapters import ALPHA, BETA, PROMPTS, write_soka
+from tests.e2e.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
 from tests.e2e.serving import Server, greedy_logprobs, random_factors, serve
 
 pytestmark = pytest.mark.slow
@@ -111,8 +111,10 @@ def references(folder: Path) -> dict[str, torch.nn.Module]:
 def server(folder: Path, references: dict[str, torch.nn.Module]) -> Iterator[Server]:
     options = ["--model", str(folder / "model"), "--max-loras", "2"]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("alpha", "beta"))]
-    with serve(folder, options, "bfloat16") as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOKA_LORA", "0")
+        with serve(folder, options, "bfloat16") as server:
+            yield server
 
 
 def test_answers(server: Server, references: dict[str, torch.nn.Module]) -> None:
@@ -147,3 +149,10 @@ def test_the_kernel_is_one_for_4_bits(server: Server) -> None:
     log = server.log.read_text()
     assert "CPUWNA16LinearKernel" in log
     assert "which is quantised; served all the same" in log
+
+
+def test_lora_is_refused_where_it_has_no_part(server: Server, folder: Path) -> None:
+    """SOKA_LORA=0, which saves a GPU the memory of LoRA's slots."""
+    write_peft(folder / "lora", LORA, seed=3)
+    status, reply = server.post("/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": str(folder / "lora")})
+    assert (status, "started with SOKA_LORA=0" in str(reply)) == (400, True), reply

@@ -101,17 +101,14 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
         table: (slices, slots, ROW_FIELDS) int64.
         widths: features of each slice of `out`.
     """
-    tokens = x.shape[0]
-    if not tokens:
-        return
     inputs: Tensor | None = None
     end = 0
-    for width, rows in zip(widths, _rows(table.numpy(), token_slots.numpy()[:tokens]), strict=True):
+    for width, rows in zip(widths, _rows(table.numpy(), token_slots.numpy()[: x.shape[0]]), strict=False):
         start, end = end, end + width
         numbers = rows[:, 1].tolist()
         for number in set(numbers) - {0}:
             if inputs is None:
-                inputs = x.to(torch.promote_types(values.dtype, torch.float32))
+                inputs = x.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
             kind = Kind(*rows[numbers.index(number), 2:-2].tolist())
             chosen = None if numbers.count(number) == len(numbers) else (rows[:, 1] == number).nonzero()[0]
             starts = rows[:, 0] if chosen is None else rows[chosen, 0]
@@ -119,15 +116,18 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
 
 
 def _rows(table: _Ints, slots: _Ints) -> _Ints:
-    """(slices, tokens or 1, ROW_FIELDS): each token's row, or one where all tokens have the same slot."""
-    numbers = slots.tolist()
-    if numbers.count(numbers[0]) == len(numbers):
-        slots, numbers = slots[:1], numbers[:1]
-    if min(numbers) >= 0 and max(numbers) < table.shape[1]:
+    """(slices, tokens or 1, ROW_FIELDS): each token's row, or one where all have the same; none if no slot exists."""
+    numbers = set(slots.tolist())
+    known = [number for number in numbers if 0 <= number < table.shape[1]]
+    if not known:
+        return table[:0]
+    if len(numbers) == 1:
+        return table[:, known[0] : known[0] + 1]
+    if len(known) == len(numbers):
         return table.take(slots, axis=1)
-    known = (slots >= 0) & (slots < table.shape[1])
-    rows: _Ints = table.take(np.where(known, slots, 0), axis=1)
-    rows *= known[:, None]
+    exists = (slots >= 0) & (slots < table.shape[1])
+    rows: _Ints = table.take(np.where(exists, slots, 0), axis=1)
+    rows *= exists[:, None]
     return rows
 
 
