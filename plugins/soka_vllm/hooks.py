@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from soka_vllm import compat, engine
+from soka_vllm import compat, engine, metrics, resolver
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
 from soka_vllm.loader import READERS, load_adapter, read_kind
@@ -36,6 +36,8 @@ def install() -> None:
     _wrap_refusals()
     if compat.on_cpu():
         _wrap_load_model()
+    resolver.install()
+    metrics.install()
     setattr(compat.lora_utils, _MARK, True)
 
 
