@@ -71,7 +71,7 @@ def serve(
     log = None if verbose else _log_file(launch.port)
     logger.info("starting vLLM on %s%s", launch.url, f"; its log is {log}" if log else "")
     ready = False
-    with signals_stop():
+    with signals_stop() as ignore_signals:
         server = None
         try:
             server = Server(launch, log)
@@ -88,6 +88,7 @@ def serve(
             logger.info("%s: ending vLLM", signal.Signals(stopped.number).name)
             return 0 if ready else 128 + stopped.number
         finally:
+            ignore_signals()
             if server is not None:
                 server.stop()
     raise AssertionError("Server.wait returns by raising")

@@ -121,11 +121,16 @@ def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
     except SokaError as error:
         logger.warning("the base will be hashed again next time: %s", error.message)
     others = [t for t in targets if t.base_sha256 not in ("", actual)]
-    if others:
+    if others and checkpoint.config.get("quantization_config"):
+        logger.warning("%s is quantised: it cannot be compared with the weights in soka.lock", checkpoint.directory)
+    elif others and os.environ.get("SOKA_ALLOW_OTHER_BASE") == "1":
+        logger.warning("%s has other weights than adapters were made for; served all the same", checkpoint.directory)
+    elif others:
         lines = [f"  {t.given}: made for weights {t.base_sha256[:12]}" for t in others]
         raise SokaError(
             "\n".join([f"the base in {checkpoint.directory} has weights {actual[:12]}, other than needed:", *lines]),
-            hint="Give the base that they were made on (--base), or build them again on this one.",
+            hint="Give the base that they were made on (--base), build them again on this one, or set "
+            "SOKA_ALLOW_OTHER_BASE=1 if the difference is intended.",
         )
 
 

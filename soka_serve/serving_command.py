@@ -26,6 +26,7 @@ _LATER_RANK, _LATER_SLOTS = 16, 8
 # probabilities of prompts then end its CPU engine.
 _LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _MOST_KV_GIB = 4
+_RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
 
 # Options of vLLM that would make what was checked untrue.
@@ -111,7 +112,7 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
     keys = values.get("--api-key") or os.environ.get("VLLM_API_KEY", "").split()
     return Launch(
         command=(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, *settings.vllm),
-        environment=_environment(theirs, base, settings),
+        environment=_environment(theirs, targets, base, settings),
         host=_one(values, "--host"),
         port=_number(values, "--port"),
         scheme="https" if "--ssl-certfile" in theirs else "http",
@@ -167,7 +168,7 @@ def _ours(
             options |= {option: [str(value)]} if value else {}
     if base is None:
         return options
-    later = bool(settings.runtime_loading) or settings.builds is not None
+    later = _loads_later(settings)
     folder = len(list_builds(settings.builds)) if settings.builds else 0
     slots = max(len(targets) + folder, _LATER_SLOTS if later else 1)
     options |= {
@@ -224,7 +225,17 @@ def _lora_module(target: Target) -> str:
     return f"{target.name}={path}"
 
 
-def _environment(theirs: Mapping[str, list[str]], base: ServedBase | None, settings: Settings) -> dict[str, str]:
+def _loads_later(settings: Settings) -> bool:
+    """Whether adapters may come that are not known yet."""
+    allowed = settings.runtime_loading
+    if allowed is None:
+        allowed = os.environ.get(_RUNTIME_VARIABLE, "0").strip().lower() in ("1", "true")
+    return allowed or settings.builds is not None
+
+
+def _environment(
+    theirs: Mapping[str, list[str]], targets: Sequence[Target], base: ServedBase | None, settings: Settings
+) -> dict[str, str]:
     added: dict[str, str] = {}
     engine = find_engine()
     sized = os.environ.get("VLLM_CPU_KVCACHE_SPACE") or "--kv-cache-memory-bytes" in theirs
@@ -238,12 +249,14 @@ def _environment(theirs: Mapping[str, list[str]], base: ServedBase | None, setti
         return added
     if settings.builds is not None:
         added["SOKA_BUILDS"] = str(settings.builds.resolve())
-        added["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+        added[_RUNTIME_VARIABLE] = "1"
         if not settings.runtime_loading and "SOKA_ADAPTER_ROOTS" not in os.environ:
             # vLLM opens its load endpoint with it, which would read any folder: the folder of builds is enough.
             added["SOKA_ADAPTER_ROOTS"] = str(settings.builds.resolve())
     elif settings.runtime_loading is not None:
-        added["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1" if settings.runtime_loading else "0"
+        added[_RUNTIME_VARIABLE] = "1" if settings.runtime_loading else "0"
+    if not _loads_later(settings) and not any(t.peft_type == "LORA" for t in targets) and "SOKA_LORA" not in os.environ:
+        added["SOKA_LORA"] = "0"  # no buffers for LoRA in the slots
     return added
 
 

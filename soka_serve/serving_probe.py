@@ -32,10 +32,11 @@ def probe(launch: Launch, targets: Sequence[Target]) -> dict[str, float]:
     Raises:
         ServeError: an adapter that makes no difference, or an answer that is none.
     """
-    base = _logprobs(launch, launch.base_model)
+    context = _context(launch)
+    base = _logprobs(launch, launch.base_model, context)
     # The same twice: whatever it differs by is the machine's, not an adapter's.
-    noise = _difference(base, _logprobs(launch, launch.base_model))
-    effects = {t.name: _difference(base, _logprobs(launch, t.name)) for t in targets}
+    noise = _difference(base, _logprobs(launch, launch.base_model, context))
+    effects = {t.name: _difference(base, _logprobs(launch, t.name, context)) for t in targets}
     idle = [t for t in targets if effects[t.name] <= 10 * noise]
     if idle:
         lines = [f"{t.given}: the adapter {t.name!r} has no effect: the server answers as the base does" for t in idle]
@@ -65,10 +66,20 @@ def examples(launch: Launch, target: Target) -> tuple[str, str]:
     return curl, python
 
 
-def _logprobs(launch: Launch, model: str) -> list[float]:
+def _context(launch: Launch) -> int | None:
+    """The longest context that the server takes, as it says itself."""
+    for card in _ask(launch, "/v1/models").get("data", []):
+        if card.get("id") == launch.base_model and isinstance(card.get("max_model_len"), int):
+            return int(card["max_model_len"])
+    return None
+
+
+def _logprobs(launch: Launch, model: str, context: int | None) -> list[float]:
     """Log-probability of each token of the text, from the second on."""
     body = {"model": model, "prompt": _TEXT, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-    reply = _post(launch, "/v1/completions", body)
+    if context is not None and context < 2 * len(_TEXT):  # it may not hold the text: its end is enough
+        body["truncate_prompt_tokens"] = context - 1
+    reply = _ask(launch, "/v1/completions", body)
     try:
         rows = reply["choices"][0]["prompt_logprobs"]
         return [next(iter(row.values()))["logprob"] for row in rows if row]
@@ -80,17 +91,20 @@ def _difference(one: Sequence[float], other: Sequence[float]) -> float:
     return max((abs(a - b) for a, b in zip(one, other, strict=True)), default=0.0)
 
 
-def _post(launch: Launch, path: str, body: dict[str, Any]) -> Any:
+def _ask(launch: Launch, path: str, body: dict[str, Any] | None = None) -> Any:
+    """The answer to a GET, or to a POST of a body."""
+    what = path if body is None else str(body["model"])
     headers = {"content-type": "application/json"}
     if launch.api_key:
         headers["authorization"] = f"Bearer {launch.api_key}"
-    request = urllib.request.Request(launch.url + path, json.dumps(body).encode(), headers)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(launch.url + path, data, headers)
     context = ssl._create_unverified_context() if launch.scheme == "https" else None
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as reply:
             return json.loads(reply.read())
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")[:500]
-        raise ServeError(f"{body['model']}: the server answered {error.code}: {said}") from error
+        raise ServeError(f"{what}: the server answered {error.code}: {said}") from error
     except (OSError, ValueError) as error:
-        raise ServeError(f"{body['model']}: the server did not answer: {error}") from error
+        raise ServeError(f"{what}: the server did not answer: {error}") from error

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,18 +45,27 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def signals_stop() -> Iterator[None]:
-    """Within it, SIGINT, SIGTERM and SIGHUP raise Stopped, the first time; later ones are ignored."""
+def signals_stop() -> Iterator[Callable[[], None]]:
+    """Within it, SIGINT, SIGTERM and SIGHUP (but under nohup) raise Stopped, the first time; later ones are ignored.
 
-    def stop(number: int, frame: object) -> None:
+    Yields:
+        A function after which all of them are ignored, for what must not be left half done.
+    """
+
+    def ignore() -> None:
         for each in caught:
             signal.signal(each, signal.SIG_IGN)
+
+    def stop(number: int, frame: object) -> None:
+        ignore()
         raise Stopped(number)
 
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    caught = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        caught.append(signal.SIGHUP)
     before = {each: signal.signal(each, stop) for each in caught}
     try:
-        yield
+        yield ignore
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -35,7 +35,9 @@ PROJECTION = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_API_KEY", "SOKA_ADAPTER_ROOTS"):
+    for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_API_KEY", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("SOKA_ADAPTER_ROOTS", "SOKA_ALLOW_OTHER_BASE", "SOKA_LORA"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -97,6 +99,9 @@ def test_lora_adapters_size_their_slots(built: Path, tmp_path: Path) -> None:
     lora = _lora(tmp_path / "lora", rank=9)
     _, launch = plan_launch([str(built / "build/small"), str(lora)], Settings())
     assert _options(launch)["--max-lora-rank"] == ["16"]
+    assert "SOKA_LORA" not in launch.environment
+    _, launch = plan_launch([str(built / "build/small")], Settings())
+    assert launch.environment["SOKA_LORA"] == "0"
     _, launch = plan_launch([str(built / "build/small")], Settings(runtime_loading=True))
     assert _options(launch)["--max-lora-rank"] == ["16"]
     assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
@@ -243,7 +248,7 @@ def test_modules_that_cannot_be_served(tmp_path: Path) -> None:
     assert "lm_head" in done.output
 
 
-def test_one_base(built: Path, tmp_path: Path) -> None:
+def test_one_base(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = Checkpoint.open(base_directory()).sha256()
     moved = tmp_path / "moved"
     shutil.copytree(base_directory(), moved)
@@ -258,6 +263,8 @@ def test_one_base(built: Path, tmp_path: Path) -> None:
     wrong = _adapter(tmp_path / "wrong", sha256="0" * 64)
     with pytest.raises(SokaError, match="other than needed"):
         plan_launch([str(wrong)], Settings())
+    monkeypatch.setenv("SOKA_ALLOW_OTHER_BASE", "1")
+    assert plan_launch([str(wrong)], Settings())
     without = _adapter(tmp_path / "without", base=str(moved))
     with pytest.raises(SokaError, match="different bases"):
         plan_launch([str(built / "build/small"), str(without)], Settings())
