@@ -1,0 +1,413 @@
+"""`soka-serve serve` as a user runs it: build two manifests, serve both, ask both with the openai client, stop it.
+
+One server answers most tests; they are in the order of its life.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from soka_serve.adapter import read_adapter, write_adapter
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import check_answer, generate
+from soka_serve.kron import Factors
+from soka_serve.lock import read_lock
+from tests.e2e.builds import run_cli, write_manifest
+from tests.e2e.serving import Server
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)"
+    ),
+]
+
+START_S = 400
+PROBLEMS = 100
+
+# The shipped manifests with fewer steps: enough for a skill that nobody takes for the base's.
+MANIFEST = """\
+schema = 1
+[base]
+builtin = "tiny"
+[[adapt]]
+init = "weights"
+rank = {{ policy = "fixed", rank = 4 }}
+[train]
+steps = {steps}
+batch_size = 16
+max_length = 128
+learning_rate = 2e-2
+data = {{ builtin = "{family}" }}
+[eval]
+limit = {limit}
+[serve]
+max_model_len = 1024
+"""
+STEPS = {"math": 150, "code": 80}
+
+
+class Command:
+    """A running `soka-serve serve`."""
+
+    def __init__(self, folder: Path, *arguments: str | Path, **environment: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._groups: set[int] = set()
+        self.output = folder / f"output-{self.port}.txt"
+        self.environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by another test, sets it to ERROR for the whole process
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            **environment,
+        }
+        given = list(map(str, arguments))
+        cut = given.index("--") if "--" in given else len(given)
+        command = [sys.executable, "-m", "soka_serve", "serve", *given[:cut], "--port", str(self.port), *given[cut:]]
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=self.environment
+            )
+
+    @property
+    def text(self) -> str:
+        """Everything that it wrote so far."""
+        return self.output.read_text()
+
+    @property
+    def log(self) -> Path:
+        """vLLM's log."""
+        return Path(self.environment["XDG_CACHE_HOME"]) / "soka-serve" / "logs" / f"vllm-{self.port}.log"
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if "ready after" in self.text and "# " in self.text:
+                return
+            time.sleep(0.5)
+        log = self.log.read_text()[-6000:] if self.log.exists() else ""
+        raise AssertionError(f"not ready:\n{self.text}\n{log}")
+
+    def wait(self) -> int:
+        """Its exit code."""
+        deadline = time.monotonic() + START_S
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text
+            self.group()
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def group(self) -> list[int]:
+        """The running processes of vLLM's group, which is known once this was called while soka-serve ran."""
+        processes = _processes()
+        self._groups |= {group for pid, parent, group, _ in processes if parent == self.process.pid and pid == group}
+        return [pid for pid, _, group, state in processes if group in self._groups and state not in "ZX"]
+
+    def end(self) -> None:
+        """Whatever happened, leave nothing behind."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(60)
+
+
+def _processes() -> list[tuple[int, int, int, str]]:
+    """(pid, parent, group, state) of all processes."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        found.append((int(stat.parent.name), int(parent), int(group), state))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """math.toml and code.toml, built, and more in the folder of builds: another adapter, a broken one, links."""
+    folder = tmp_path_factory.mktemp("serve")
+    for family, steps in STEPS.items():
+        (folder / f"{family}.toml").write_text(MANIFEST.format(family=family, steps=steps, limit=PROBLEMS))
+        done = run_cli("build", f"{family}.toml", cwd=folder, timeout_s=900)
+        assert done.returncode == 0, done.stderr
+    build = folder / "build"
+    shutil.copytree(build / "math" / "adapter", build / "late")
+    shutil.copytree(build / "math" / "adapter", folder / "outside")
+    shutil.copytree(build / "math" / "adapter", build / "broken" / "adapter")
+    weights = build / "broken" / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    (build / "linked").symlink_to(folder / "outside")
+    (build / "mixed").mkdir()
+    shutil.copy(folder / "outside" / "adapter_config.json", build / "mixed")
+    (build / "mixed" / "adapter_model.safetensors").symlink_to(folder / "outside" / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder: Path) -> Iterator[Command]:
+    running = Command(folder, "math.toml", "code.toml", "--builds", "build", "--", "--max-num-seqs", "64")
+    try:
+        running.wait_ready()
+        yield running
+    finally:
+        running.end()
+
+
+@pytest.fixture(scope="module")
+def client(command: Command) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{command.url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def _answers(client: openai.OpenAI, model: str, prompts: list[str]) -> list[str]:
+    def ask(prompt: str) -> str:
+        return client.completions.create(model=model, prompt=prompt, max_tokens=128, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(32) as pool:
+        return list(pool.map(ask, prompts))
+
+
+def test_each_adapter_has_its_skill(folder: Path, client: openai.OpenAI, command: Command) -> None:
+    """As many right answers as transformers gave for the same adapter on the same problems, to one point."""
+    assert {card.id for card in client.models.list()} == {"tiny", "math", "code"}
+    right: dict[tuple[str, str], float] = {}
+    problems = {family: generate(family, "test", PROBLEMS) for family in STEPS}
+    models = ["math", "code", "tiny"]
+    pairs = [(family, model) for family in STEPS for model in models if model in (family, "tiny")]
+    with ThreadPoolExecutor(len(pairs)) as pool:  # both adapters and the base in one batch
+        jobs = {pair: pool.submit(_answers, client, pair[1], [p.prompt for p in problems[pair[0]]]) for pair in pairs}
+        for (family, model), job in jobs.items():
+            marks = [check_answer(p, text) for p, text in zip(problems[family], job.result(), strict=True)]
+            right[family, model] = sum(marks) / len(marks)
+    for family in STEPS:
+        check = json.loads((folder / "build" / family / "check.json").read_text())
+        expected = check["after"]["correct"] / check["after"]["total"]
+        assert check["after"]["total"] == PROBLEMS
+        assert expected > 0.5
+        assert abs(right[family, family] - expected) <= 0.01, (family, right, expected)
+        assert abs(right[family, "tiny"] - check["before"]["correct"] / PROBLEMS) <= 0.01
+        assert right[family, family] - right[family, "tiny"] > 0.4
+
+
+def test_the_printed_lines_work(command: Command, folder: Path) -> None:
+    lines = command.text.splitlines()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("math", "code"):
+        curl, python = lines[lines.index(f"# {name}") + 1 :][:2]
+        assert curl.startswith(f"curl {command.url}/v1/completions")
+        assert python.startswith("python -c ")
+        said = []
+        for line in (curl, python):
+            done = subprocess.run(
+                ["bash", "-c", line], capture_output=True, text=True, timeout=120, check=False, env=environment
+            )
+            assert done.returncode == 0, done.stderr
+            said.append(done.stdout)
+        # Both ask the same; the prompt is a held-out one of the build's.
+        assert json.loads(said[0])["choices"][0]["text"] == said[1].removesuffix("\n")
+        problem = generate(name, "test", 1)[0]
+        assert json.loads(said[0])["model"] == name
+        assert json.dumps(problem.prompt)[1:-1] in curl.replace("'\"'\"'", "'")
+    assert "moves log-probabilities by up to" in command.text
+    # vLLM's log is not in the builds, whose folders are replaced as a whole.
+    assert command.log.exists()
+    assert not list((folder / "build").rglob("*.log"))
+
+
+def test_a_second_server_on_the_port_is_refused_at_once(command: Command, folder: Path) -> None:
+    done = run_cli("serve", "math.toml", "--port", str(command.port), cwd=folder)
+    assert done.returncode == 2
+    assert f"port {command.port} of 127.0.0.1 is in use" in done.stderr
+    assert "starting vLLM" not in done.stderr
+
+
+def test_builds_are_found_by_name(client: openai.OpenAI) -> None:
+    prompts = [problem.prompt for problem in generate("math", "test", 4)]
+    late = _answers(client, "late", prompts)
+    assert late == _answers(client, "math", prompts)
+    assert late != _answers(client, "tiny", prompts)
+    assert "late" in {card.id for card in client.models.list()}
+
+    for name in (
+        "nowhere",
+        "../build/math",
+        "..",
+        ".",
+        "math/adapter",
+        "/etc",
+        ".cache",
+        "late\x00",
+        "linked",
+        "mixed",
+    ):
+        with pytest.raises(openai.NotFoundError, match="does not exist"):
+            client.completions.create(model=name, prompt="x", max_tokens=1)
+    with pytest.raises(openai.BadRequestError, match=r"adapter_model\.safetensors") as refused:
+        client.completions.create(model="broken", prompt="x", max_tokens=1)
+    assert "could not be loaded" in str(refused.value)
+    assert _answers(client, "math", prompts) == late
+
+
+def test_loads_from_elsewhere_are_refused(command: Command, folder: Path) -> None:
+    server = Server(command.url, command.log)
+    for path in (
+        folder / "outside",
+        folder / "build" / "linked",
+        folder / "build" / "mixed",
+        folder / "build" / "math" / ".." / ".." / "outside",
+        "owner/name",
+        "/etc",
+        folder / "nowhere",
+    ):
+        status, answer = server.post("/v1/load_lora_adapter", {"lora_name": "elsewhere", "lora_path": str(path)})
+        assert status == 400, (path, answer)
+    assert "SOKA_ADAPTER_ROOTS" in str(answer)
+    inside = {"lora_name": "again", "lora_path": str(folder / "build" / "code" / "adapter")}
+    assert server.post("/v1/load_lora_adapter", inside)[0] == 200
+    assert server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+
+
+def _samples(url: str) -> dict[tuple[str, str], float]:
+    """(name, labels as written) -> value of our metrics."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
+        lines = reply.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        match = re.match(r"(soka:\w+)\{?([^}]*)\}? (\S+)$", line)
+        if match:
+            found[match[1], match[2]] = float(match[3])
+    return found
+
+
+def test_metrics(command: Command, client: openai.OpenAI) -> None:
+    before = _samples(command.url)
+    prompt = generate("math", "test", 1)[0].prompt
+    used = [client.completions.create(model=m, prompt=prompt, max_tokens=7).usage for m in ("math", "math", "tiny")]
+    prompt_tokens = used[0].prompt_tokens if used[0] else 0
+    stream = client.completions.create(
+        model="code", prompt=prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()  # a client that goes away
+    aborted = ("soka:requests_total", 'adapter="code",reason="abort"')
+    deadline = time.monotonic() + 60
+    while _samples(command.url).get(aborted, 0) == before.get(aborted, 0):
+        assert time.monotonic() < deadline, _samples(command.url)
+        time.sleep(0.2)
+    after = _samples(command.url)
+
+    def grown(name: str, labels: str) -> float:
+        return after.get((name, labels), 0) - before.get((name, labels), 0)
+
+    finished = sum(grown("soka:requests_total", f'adapter="math",reason="{reason}"') for reason in ("stop", "length"))
+    assert finished == 2
+    assert grown("soka:prompt_tokens_total", 'adapter="math"') == 2 * prompt_tokens
+    assert grown("soka:prompt_tokens_total", 'adapter="__base__"') == prompt_tokens
+    generated = [u.completion_tokens for u in used if u]
+    assert grown("soka:generation_tokens_total", 'adapter="math"') == sum(generated[:2])
+    assert grown("soka:generation_tokens_total", 'adapter="__base__"') == generated[2]
+    assert grown("soka:generation_tokens_total", 'adapter="code"') >= 1
+    assert grown("soka:requests_total", 'adapter="code",reason="abort"') == 1
+
+    # math, code, late and again; broken and what is refused before the engine is asked.
+    assert after["soka:adapter_load_seconds_count", 'outcome="loaded"'] == 4
+    assert after["soka:adapter_load_seconds_count", 'outcome="refused"'] >= 1
+    assert after["soka:adapter_load_seconds_sum", 'outcome="loaded"'] > 0
+    slots = {labels: value for (name, labels), value in after.items() if name == "soka:slots"}
+    assert slots == {'rank="0"': 8.0}
+    assert after["soka:slots_used", 'rank="0"'] == 4
+    assert after["soka:slot_fills_total", 'rank="0"'] >= 4
+    assert after["soka:adapter_reads_total", 'rank="0"'] >= 4
+    assert after["soka:adapter_read_seconds_total", 'rank="0"'] > 0
+    assert after["soka:adapters_in_memory", 'rank="0"'] == 4
+    assert after["soka:slot_bytes", 'rank="0"'] > 0
+    assert {labels for name, labels in after if name == "soka:adapter_in_slot"} >= {
+        'adapter="math",rank="0"',
+        'adapter="code",rank="0"',
+    }
+
+
+def test_ctrl_c_ends_it_and_leaves_nothing_behind(command: Command) -> None:
+    assert len(command.group()) >= 2  # the API process and the engine's
+    command.process.send_signal(signal.SIGINT)
+    assert command.wait() == 0
+    assert "SIGINT: ending vLLM" in command.text
+    assert command.group() == []
+    assert "Traceback" not in command.text
+
+
+def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(folder / "build" / "math" / "adapter")
+    zero = {name: Factors(f.left, f.right, 0 * f.sigma) for name, f in adapter.factors.items()}
+    lock = read_lock(adapter.directory / "soka.lock")
+    write_adapter(tmp_path / "zero", zero, base_model=str(base_directory()), lock=lock)
+    targets = [f"good={folder / 'build' / 'code'}", f"idle={tmp_path / 'zero'}"]
+    running = Command(tmp_path, *targets, "--", "--max-model-len", "64")  # the probe is cut to fit
+    try:
+        assert running.wait() == 2, running.text
+        assert "'idle' has no effect" in running.text
+        assert "'good' has no effect" not in running.text
+        assert "soka-serve inspect" in running.text
+        assert "ready after" not in running.text
+        assert running._groups
+        assert running.group() == []
+    finally:
+        running.end()
+
+
+def test_what_vllm_refuses_is_shown(folder: Path) -> None:
+    running = Command(folder, "math.toml", "--", "--no-such-option")
+    try:
+        assert running.wait() == 2
+        assert "unrecognized arguments: --no-such-option" in running.text
+        assert str(running.log) in running.text
+        assert "Traceback" not in running.text
+    finally:
+        running.end()
+
+
+def test_a_merged_model_and_a_kill(tmp_path: Path) -> None:
+    """Served without the plugin; when soka-serve itself is killed, vLLM goes too."""
+    manifest = write_manifest(tmp_path, steps=10, learning_rate=3e-2, replace=('["adapter", "merged"]', '["merged"]'))
+    assert run_cli("build", manifest, cwd=tmp_path).returncode == 0
+    running = Command(tmp_path, manifest, "--", "--max-model-len", "128", "--enforce-eager")
+    try:
+        running.wait_ready()
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", timeout=120)
+        prompt = generate("math", "test", 1)[0].prompt
+        answer: Any = client.completions.create(model="small", prompt=prompt, max_tokens=8, temperature=0)
+        assert answer.choices[0].text
+        assert "vllm.soka" not in running.log.read_text()
+        assert "soka:" not in urllib.request.urlopen(f"{running.url}/metrics", timeout=60).read().decode()
+        assert running.group()
+        running.process.kill()
+        running.wait()
+        deadline = time.monotonic() + 60
+        while running.group():
+            assert time.monotonic() < deadline, "vLLM outlived soka-serve"
+            time.sleep(0.5)
+    finally:
+        for pid in running.group():
+            os.kill(pid, signal.SIGKILL)
+        running.end()
