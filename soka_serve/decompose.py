@@ -21,7 +21,7 @@ from torch import Tensor
 from soka_serve.factors import Factors, from_vectors
 from soka_serve.shapes import FactorShape
 
-Method = Literal["auto", "exact", "truncated"]
+Method = Literal["auto", "exact", "truncated", "rough"]
 
 _SVD_SIDE = 512  # up to this shorter side the full SVD takes well under a second and a few MiB
 _KRYLOV_BLOCKS = 12  # most blocks of the Krylov basis; decaying spectra need about 4, random weights 8 to 12
@@ -62,7 +62,8 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
         shape: the factor shape (m, n, p, q).
         rank: number of terms, capped at `shape.max_rank`; 0 gives none.
         method: "exact"; "truncated" (randomised, never more energy than the exact one); "auto" takes the exact one
-            where it is cheap and the truncated one otherwise.
+            where it is cheap and the truncated one otherwise; "rough" too, but stops after a few passes over the
+            weight, for a start that is improved on.
         seed: seed of the truncated method's random start, drawn on the CPU, so that it is the same on every device.
 
     Returns:
@@ -80,9 +81,10 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
     """
     matrix, scale, total_energy = _prepare(weight, shape, rank)
     rank = min(rank, shape.max_rank)
-    if method == "auto":
+    blocks = _ROUGH_BLOCKS if method == "rough" else _KRYLOV_BLOCKS
+    if method in ("auto", "rough"):
         method = "exact" if _exact_is_cheap(min(matrix.shape), rank) else "truncated"
-    left, right, sigma = _exact(matrix, rank) if method == "exact" else _truncated(matrix, rank, seed)
+    left, right, sigma = _exact(matrix, rank) if method == "exact" else _truncated(matrix, rank, seed, blocks)
     return Decomposition(from_vectors(left, right, sigma * scale, shape), total_energy)
 
 

@@ -380,6 +380,7 @@ def initialise(
             assert statistics is not None
             for target, gradient, moments in statistics(needs_data):
                 add(target, gradient, moments)
+                del gradient, moments  # else they would lie beside the next ones
     order = {t.module.name: i for i, t in enumerate(targets)}
     everybodys = exchange(candidates) if exchange is not None else candidates
     everybodys = sorted(everybodys, key=lambda c: order[c.target.module.name])

@@ -14,15 +14,19 @@ There it is solved in closed form. Here a general C destroys the Kronecker struc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from soka_serve.decompose import Decomposition, kpsvd
-from soka_serve.factors import Factors, rearrange, recompress, stack_terms
+from soka_serve.factors import Factors, recompress, stack_terms
 from soka_serve.kron_apply import apply_kron
 from soka_serve.shapes import FactorShape
 
+_POWER_STEPS = 20
+_POWER_CHANGE = 1e-5  # of a unit vector
+_ROWS = 1024
 _ROOT_DAMPING = 1e-3  # share of the mean eigenvalue; only the start of the least squares depends on it
 
 
@@ -52,10 +56,15 @@ class InputMoments:
             raise ValueError(f"expected inputs (..., {self.in_features}); got {tuple(x.shape)}")
         flat = x.reshape(-1, self.in_features)
         flat = flat.to(torch.promote_types(x.dtype, torch.float32))
-        update = flat.square().sum(0) if self.diagonal else flat.t() @ flat
-        if not bool(update.diagonal().isfinite().all() if not self.diagonal else update.isfinite().all()):
+        squares = flat.square().sum(0)
+        if not bool(squares.isfinite().all()):
             raise ValueError("expected finite inputs; got NaN, infinity or values whose squares overflow")
-        self._sum = update if self._sum is None else self._sum.to(update.device).add_(update)
+        if self._sum is None:
+            size = (self.in_features,) if self.diagonal else (self.in_features, self.in_features)
+            self._sum = torch.zeros(size, dtype=flat.dtype, device=flat.device)
+        flat = flat.to(self._sum)
+        # In place: a sum may be the largest tensor there is.
+        self._sum = self._sum.add_(squares.to(self._sum)) if self.diagonal else self._sum.addmm_(flat.t(), flat)
         self.tokens += flat.shape[0]
 
     def moment(self) -> Tensor:
@@ -64,9 +73,30 @@ class InputMoments:
         Raises:
             ValueError: no inputs were accumulated.
         """
-        if self._sum is None or self.tokens == 0:
+        return self._known_sum() / self.tokens
+
+    def mean_square(self) -> float:
+        """The mean of the moment's diagonal. Raises ValueError: no inputs were accumulated."""
+        found = self._known_sum()
+        return float((found if self.diagonal else found.diagonal()).double().mean()) / self.tokens
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the moment as a matrix, diagonal or not: (stop - start, in_features), a copy.
+
+        Raises:
+            ValueError: no inputs were accumulated.
+        """
+        found = self._known_sum()[start:stop] / self.tokens
+        if not self.diagonal:
+            return found
+        rows = torch.zeros(stop - start, self.in_features, dtype=found.dtype, device=found.device)
+        rows[:, start:stop] = found.diag()
+        return rows
+
+    def _known_sum(self) -> Tensor:
+        if self._sum is None or not self.tokens:
             raise ValueError("no inputs were accumulated; the moment is undefined")
-        return self._sum / self.tokens
+        return self._sum
 
     def fit_kronecker(self, shape: FactorShape) -> tuple[Tensor, Tensor]:
         """The symmetric positive semi-definite C1 (n, n) and C2 (q, q) whose Kronecker product is nearest to C.
@@ -83,19 +113,47 @@ class InputMoments:
         n, q = shape.n, shape.q
         if n * q != self.in_features:
             raise ValueError(f"expected n*q = {self.in_features}; got {n}*{q}")
-        moment = self.moment()
-        if not bool(moment.any()):
-            first, second = (torch.eye(size, dtype=moment.dtype, device=moment.device) for size in (n, q))
+        found = self._known_sum()
+        if not bool(found.any()):
+            first, second = (torch.eye(size, dtype=found.dtype, device=found.device) for size in (n, q))
             return first, second
         if self.diagonal:
-            grid = FactorShape(n, 1, q, 1)
-            term = kpsvd(moment[:, None], grid, 1).factors
+            term = kpsvd(found[:, None], FactorShape(n, 1, q, 1), 1).factors
             pair = term.left[0].abs().flatten().diag(), term.right[0].abs().flatten().diag()
         else:
-            term = kpsvd(moment, FactorShape(n, n, q, q), 1).factors
-            pair = _nearest_semidefinite(term.left[0]), _nearest_semidefinite(term.right[0])
+            left, right = _leading_term(lambda j: _block(self.rows(j * q, (j + 1) * q), n), n, q)
+            pair = _nearest_semidefinite(left), _nearest_semidefinite(right)
         first, second = (part * (part.shape[0] / part.trace()) for part in pair)
         return first, second
+
+
+def _block(rows: Tensor, n: int) -> Tensor:
+    """Rows [j q, (j + 1) q) of a moment C as rows [j n, (j + 1) n) of R(C): (q, n q) -> (n, q q)."""
+    q = len(rows)
+    return rows.view(q, n, q).transpose(0, 1).reshape(n, q * q)
+
+
+def _leading_term(block: Callable[[int], Tensor], n: int, q: int) -> tuple[Tensor, Tensor]:
+    """The leading singular vectors of R(C), as (n, n) and (q, q), by power iteration over its blocks of rows.
+
+    A copy of R(C) would be the largest tensor of all. Semi-definite C has semi-definite factors, so the identity, which
+    is not orthogonal to any, is where to start. Close is enough: only a start depends on it.
+    """
+    vector = torch.eye(q, dtype=block(0).dtype, device=block(0).device).flatten()
+    vector /= vector.norm()
+    left = vector.new_zeros(n, n)
+    for _ in range(_POWER_STEPS):
+        found = torch.zeros_like(vector)
+        for j in range(n):
+            rows = block(j)
+            left[j] = rows @ vector
+            found += left[j] @ rows
+        found /= found.norm()
+        moved = float((found - vector).norm())
+        vector = found
+        if moved < _POWER_CHANGE:
+            break
+    return left, vector.view(q, q)
 
 
 @torch.no_grad()
@@ -127,7 +185,7 @@ def weighted_kpsvd(
         diagonal of 1 (comparable with the unweighted ones; rank policies then count output energy). Sigma descends;
         left[k] and right[k] are of equal norm, but not of unit norm, and not orthogonal.
 
-    Memory: beyond the weight and the moments, one copy of C and five of the weight, in float32.
+    Memory: beyond the weight and the moments, less than three times the weight in float32.
 
     Raises:
         ValueError: as `kpsvd`, as `InputMoments.fit_kronecker`, or `sweeps` or `damping` are negative.
@@ -135,7 +193,8 @@ def weighted_kpsvd(
     if damping < 0 or sweeps < 0:
         raise ValueError(f"expected damping and sweeps from 0; got {damping} and {sweeps}")
     problem = _OutputError(weight, shape, moments, damping)
-    start = _start(problem, rank, moments, seed)
+    start = problem.start(rank, seed)
+    problem.begin()
     lefts, rights, captured = [], [], []
     for k in range(start.rank):
         left, right = start.left[k] * start.sigma[k], start.right[k]
@@ -182,6 +241,7 @@ def refine_terms(
     if sweeps == 0 or factors.rank == 0:
         return factors
     problem = _OutputError(weight, factors.shape, moments, damping)
+    problem.begin()
     left = (factors.left * factors.sigma[:, None, None]).to(problem.dtype)
     right = factors.right.to(problem.dtype)
     for _ in range(sweeps):
@@ -196,9 +256,10 @@ def refine_terms(
 
 
 class _OutputError:
-    """Least squares on tr(E C E^T), E the weight minus the terms found so far, in rearranged form.
+    """Least squares on tr(E C E^T), E the weight minus the terms found so far, C damped and of mean diagonal 1.
 
-    `cross` is R(E C), (m*n, p*q); `moment` is R(C) for the shape (n, n, q, q), (n*n, q*q).
+    `cross` is R(E C), (m*n, p*q). C is only read some rows at a time: it can be larger than the weight, and neither a
+    scaled nor a rearranged copy of it is ever made.
     """
 
     def __init__(self, weight: Tensor, shape: FactorShape, moments: InputMoments, damping: float) -> None:
@@ -207,19 +268,51 @@ class _OutputError:
             raise ValueError(f"expected a weight of shape {expected} for {tuple(shape)}; got {tuple(weight.shape)}")
         self.shape = shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.weight = weight.to(self.dtype)
-        full = moments.moment().to(device=weight.device, dtype=self.dtype)
-        full = full.diag() if moments.diagonal else full
-        mean = full.diagonal().mean()
-        self.full = full / mean if mean > 0 else torch.eye(len(full), dtype=self.dtype, device=weight.device)
-        self.full.diagonal().add_(damping)
-        self.full /= 1 + damping
-        cross = self.weight @ self.full
-        self.total_energy = float((cross.double() * self.weight).sum())
-        if not math.isfinite(self.total_energy):
+        self.weight = weight
+        self.moments = moments
+        self.damping = damping
+        self.mean = moments.mean_square()
+        self.total_energy = 0.0
+        self.cross = weight.new_empty(0, dtype=self.dtype)
+
+    def rows(self, j: int) -> Tensor:
+        """Rows [j q, (j + 1) q) of C: (q, n q)."""
+        q = self.shape.q
+        rows = self.moments.rows(j * q, (j + 1) * q).to(device=self.weight.device, dtype=self.dtype)
+        rows = rows / self.mean if self.mean > 0 else torch.zeros_like(rows)
+        rows[:, j * q : (j + 1) * q].diagonal().add_(self.damping if self.mean > 0 else 1 + self.damping)
+        return rows.div_(1 + self.damping)
+
+    def start(self, rank: int, seed: int) -> Factors:
+        """The decomposition in the norm of the Kronecker product nearest to C, its roots taken out of the factors."""
+        m, n, p, q = self.shape
+        roots = [_roots(part.to(self.weight.device)) for part in self.moments.fit_kronecker(self.shape)]
+        (root1, inverse1), (root2, inverse2) = [(a.to(self.dtype), b.to(self.dtype)) for a, b in roots]
+        weighted = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        for i in range(m):
+            rows = self.weight[i * p : (i + 1) * p].to(self.dtype).view(p, n, q)
+            weighted[i * p : (i + 1) * p] = torch.matmul(root1, rows).matmul(root2).view(p, n * q)
+        factors = kpsvd(weighted, self.shape, rank, method="rough", seed=seed).factors
+        return Factors(factors.left @ inverse1, factors.right @ inverse2, factors.sigma)
+
+    def begin(self) -> None:
+        """Set `cross` and the total energy for the whole weight.
+
+        Raises:
+            ValueError: the weight is not finite.
+        """
+        m, n, p, q = self.shape
+        cross = torch.empty(m, n, p, q, dtype=self.dtype, device=self.weight.device)
+        energy = 0.0
+        for j in range(n):
+            rows = self.rows(j)
+            columns = torch.cat([part.to(self.dtype) @ rows.t() for part in torch.split(self.weight, _ROWS)])
+            energy += float((columns.double() * self.weight[:, j * q : (j + 1) * q]).sum())
+            cross[:, j] = columns.view(m, p, q)
+        if not math.isfinite(energy):
             raise ValueError("expected a finite weight; got NaN or infinity")
-        self.cross = rearrange(cross, shape)
-        self.moment = rearrange(self.full, FactorShape(shape.n, shape.n, shape.q, shape.q))
+        self.total_energy = energy
+        self.cross = cross.view(m * n, p * q)
 
     def best_left(self, right: Tensor) -> Tensor:
         """The left factor (m, n) that lowers the error most beside `right` (p, q)."""
@@ -234,7 +327,8 @@ class _OutputError:
         m, n, _, q = self.shape
         rank = len(right)
         pairs = torch.einsum("kab,lac->klbc", right, right).reshape(rank * rank, q * q)
-        gram = (pairs @ self.moment.t()).view(rank, rank, n, n).transpose(1, 2).reshape(rank * n, rank * n)
+        blocks = torch.stack([pairs @ _block(self.rows(j), n).t() for j in range(n)], dim=1)  # (r r, n, n)
+        gram = blocks.view(rank, rank, n, n).transpose(1, 2).reshape(rank * n, rank * n)
         target = (right.flatten(1) @ self.cross.t()).view(rank, m, n).transpose(0, 1).reshape(m, rank * n)
         return _solve(gram, target).view(m, rank, n).transpose(0, 1).contiguous()
 
@@ -242,30 +336,26 @@ class _OutputError:
         """All right factors together: (r, p, q) beside `left` (r, m, n)."""
         _, n, p, q = self.shape
         rank = len(left)
-        pairs = torch.einsum("kij,lih->kljh", left, left).reshape(rank * rank, n * n)
-        gram = (pairs @ self.moment).view(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
+        pairs = torch.einsum("kij,lih->kljh", left, left).reshape(rank * rank, n, n)
+        products = torch.zeros(rank * rank, q * q, dtype=self.dtype, device=left.device)
+        for j in range(n):
+            products.addmm_(pairs[:, j], _block(self.rows(j), n))
+        gram = products.view(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
         target = (left.flatten(1) @ self.cross).view(rank, p, q).transpose(0, 1).reshape(p, rank * q)
         return _solve(gram, target).view(p, rank, q).transpose(0, 1).contiguous()
 
     def subtract(self, left: Tensor, right: Tensor) -> float:
         """Take a term out of what is left of the weight; returns the energy that it captured."""
+        m, n, p, q = self.shape
         one = torch.ones(1, dtype=self.dtype, device=left.device)
-        # R((left kron right) C): C is symmetric, so this is the delta applied to its rows, transposed.
-        change = rearrange(apply_kron(self.full, left[None], right[None], one).t(), self.shape)
-        matched = (left.flatten() @ self.cross) @ right.flatten()
-        own = (left.flatten() @ change) @ right.flatten()
-        self.cross -= change
-        return float(2 * matched.double() - own.double())
-
-
-def _start(problem: _OutputError, rank: int, moments: InputMoments, seed: int) -> Factors:
-    """The decomposition in the norm of the Kronecker product nearest to C, its roots taken out of the factors."""
-    m, n, p, q = problem.shape
-    roots = [_roots(part.to(problem.weight.device)) for part in moments.fit_kronecker(problem.shape)]
-    (root1, inverse1), (root2, inverse2) = [(a.to(problem.dtype), b.to(problem.dtype)) for a, b in roots]
-    weighted = torch.matmul(root1, problem.weight.reshape(m * p, n, q)).matmul(root2)
-    factors = kpsvd(weighted.reshape(m * p, n * q), problem.shape, rank, seed=seed).factors
-    return Factors(factors.left @ inverse1, factors.right @ inverse2, factors.sigma)
+        before = (left.flatten() @ self.cross) @ right.flatten()
+        cross = self.cross.view(m, n, p, q)
+        for j in range(n):
+            # R((left kron right) C): C is symmetric, so this is the delta applied to its rows, transposed.
+            cross[:, j] -= apply_kron(self.rows(j), left[None], right[None], one).view(q, m, p).permute(1, 2, 0)
+        after = (left.flatten() @ self.cross) @ right.flatten()
+        # With t the term: 2 <t, E C> - <t, t C>, and `after` is <t, (E - t) C>.
+        return float(before.double() + after.double())
 
 
 def _solve(gram: Tensor, target: Tensor) -> Tensor:
