@@ -194,8 +194,11 @@ class Layer:
         return run
 
     def _lora_triton(self, rank: int, down: list[tuple[Tensor, ...]], up: list[tuple[Tensor, ...]]) -> Way:
-        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink, utils
 
+        # vLLM keeps the strides of weights by their addresses, which this script uses again for weights of other ranks.
+        utils._LORA_A_PTR_DICT.clear()
+        utils._LORA_B_PTR_DICT.clear()
         tokens = self.case.tokens
         meta = LoRAKernelMeta.make(self.case.adapters, tokens, device=self.device)
         meta.prepare_tensors(self.slots)

@@ -6,6 +6,7 @@ again in a fresh process with the variable set, where the others run.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -118,6 +119,20 @@ else:
         assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
         assert " passed" in run.stdout
         assert "skipped" not in run.stdout
+
+    def test_the_benchmark_runs_interpreted(root: Path, tmp_path: Path) -> None:
+        """Its GPU mode but for the clock, the recorded graph and vLLM's kernels."""
+        pytest.importorskip("triton")
+        out = tmp_path / "out.json"
+        options = ["--device", "interpreter", "--ranks", "2", "--tokens", "1", "--seconds", "0", "--out", str(out)]
+        command = [sys.executable, str(root / "eval" / "bench_kernel.py"), *options]
+        subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, check=True)
+        rows = json.loads(out.read_text())["rows"]
+        assert [(row["dtype"], row["tokens"], row["adapters"]) for row in rows] == [
+            ("float32", 1, 1),
+            ("bfloat16", 1, 1),
+        ]
+        assert all(row["soka_us"] > 0 for row in rows)
 
     @pytest.mark.parametrize("capability", [80, 90, 100])
     @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
