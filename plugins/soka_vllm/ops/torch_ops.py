@@ -179,7 +179,7 @@ def _product(inputs: Tensor, factors: Tensor, kind: Kind, width: int) -> Tensor:
     left, right = factors[:, : kind.left_size], factors[:, kind.left_size :]
     if kind.order == LEFT_FIRST:
         left, right = left.view(-1, m * rank, n), right.view(-1, rank * q, p)
-        between = torch.matmul(left, inputs.view(tokens, n, q))
+        between = torch.bmm(left.expand(tokens, -1, -1), inputs.view(tokens, n, q))
         if shared:
             delta = between.view(tokens * m, rank * q) @ right[0]
         else:
@@ -187,6 +187,6 @@ def _product(inputs: Tensor, factors: Tensor, kind: Kind, width: int) -> Tensor:
     else:
         left, right = left.view(-1, m, n * rank), right.view(-1, q, rank * p)
         between = inputs.view(tokens * n, q) @ right[0] if shared else torch.bmm(inputs.view(tokens, n, q), right)
-        delta = torch.matmul(left, between.view(tokens, n * rank, p))
+        delta = torch.bmm(left.expand(tokens, -1, -1), between.view(tokens, n * rank, p))
     delta = delta.view(tokens, m * p)
     return delta if m * p == width else delta[:, kind.out_skip : kind.out_skip + width]
