@@ -1,0 +1,210 @@
+"""Loads over several workers: all serve the same, whichever of them fails and when. The workers here are stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from soka_vllm import engine
+from soka_vllm.engine import add_lora, add_request, prefix_keys
+
+
+class LoadRequest(msgspec.Struct):
+    """The fields of vLLM's LoRARequest that count here."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+    load_inplace: bool = False
+
+
+class Manager:
+    """What a worker has on its disk and in its slots: names to values, and ids to values."""
+
+    def __init__(self) -> None:
+        self.disk: dict[str, float] = {}
+        self.slots: dict[int, float] = {}
+        self.full = False
+        self.reads = 0
+
+    def read_adapter(self, request: LoadRequest) -> Any:
+        self.reads += 1
+        if request.lora_path not in self.disk:
+            raise ValueError(f"{request.lora_path} is not there")
+        value = torch.full((1, 2, 2), self.disk[request.lora_path])
+        return SimpleNamespace(loras={"q": SimpleNamespace(lora_a=value, lora_b=value, scaling=1)})
+
+    def add_adapter(self, request: LoadRequest) -> bool:
+        assert not request.load_inplace
+        if self.full:
+            raise RuntimeError("out of memory")
+        kept = self.__dict__["_soka_kept"]
+        self.slots[request.lora_int_id] = float(kept.model(request.lora_int_id).loras["q"].lora_a[0, 0, 0])
+        return True
+
+    def remove_adapter(self, number: int) -> bool:
+        return self.slots.pop(number, None) is not None
+
+
+class Core:
+    """Two workers and a scheduler."""
+
+    def __init__(self) -> None:
+        self.managers = [Manager(), Manager()]
+        self.model_executor = self
+        self.scheduler = SimpleNamespace(requests={})
+        self.vllm_config = SimpleNamespace(
+            model_config=None, parallel_config=SimpleNamespace(enable_expert_parallel=False)
+        )
+        self.refused: list[str] = []
+
+    def collective_rpc(self, method: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        workers = [SimpleNamespace(model_runner=SimpleNamespace(lora_manager=manager)) for manager in self.managers]
+        return [method(worker, *args) for worker in workers]
+
+    def _send_error_outputs_to_client(self, ids: list[str], client: int) -> None:
+        self.refused += ids
+
+    def write(self, path: str, *values: float | None) -> None:
+        for manager, value in zip(self.managers, values * (2 // len(values)), strict=True):
+            if value is None:
+                manager.disk.pop(path, None)
+            else:
+                manager.disk[path] = value
+
+    def served(self, number: int) -> list[float | None]:
+        """What each worker serves once the adapter is in a slot again."""
+        request = LoadRequest("x", number, "")
+        for manager in self.managers:
+            if manager.__dict__["_soka_kept"].model(number) is not None:
+                manager.add_adapter(request)
+        return [manager.slots.get(number) for manager in self.managers]
+
+
+class Request:
+    """A request to the model."""
+
+    def __init__(self, name: str, lora_request: LoadRequest | None) -> None:
+        self.request_id, self.client_index, self.lora_request = name, 0, lora_request
+        self.block_hashes: list[object] = []
+        self.update_block_hashes()
+
+    def update_block_hashes(self) -> None:
+        self.block_hashes += prefix_keys(self)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> Core:
+    monkeypatch.setattr(engine, "check_served_base", lambda *_: None)
+    monkeypatch.setattr(engine, "_fingerprints", {})
+    monkeypatch.delenv(engine.KEEP_VARIABLE, raising=False)
+    return Core()
+
+
+def ask(core: Core, name: str, lora_request: LoadRequest | None) -> Request | None:
+    """Let a request in; None where it is refused."""
+    request = Request(name, lora_request)
+
+    def stock(core: Any, request: Any, wave: int) -> None:
+        core.scheduler.requests[request.request_id] = request
+
+    add_request(stock, core, request)
+    return core.scheduler.requests.get(name)  # type: ignore[no-any-return]
+
+
+def test_all_or_none_read(core: Core) -> None:
+    core.write("a", 1.0)
+    assert add_lora(core, LoadRequest("a", 1, "a"))
+    assert core.served(1) == [1.0, 1.0]
+    core.write("b", 2.0, None)
+    with pytest.raises(ValueError, match="b is not there"):
+        add_lora(core, LoadRequest("b", 2, "b"))
+    assert core.served(2) == [None, None]
+    core.write("a", 3.0, None)
+    with pytest.raises(ValueError, match="a is not there"):
+        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert core.served(1) == [1.0, 1.0]
+    core.write("a", 3.0, 4.0)
+    with pytest.raises(ValueError, match="different contents"):
+        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert core.served(1) == [1.0, 1.0]
+    core.write("a", 4.0)
+    assert add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert core.served(1) == [4.0, 4.0]
+
+
+def test_all_or_none_take(core: Core) -> None:
+    """One worker reads it and has no room: both go back, to nothing or to what they served."""
+    core.write("a", 1.0)
+    core.managers[1].full = True
+    with pytest.raises(ValueError, match="out of memory"):
+        add_lora(core, LoadRequest("a", 1, "a"))
+    core.managers[1].full = False
+    assert core.served(1) == [None, None]
+    assert add_lora(core, LoadRequest("a", 1, "a"))
+    core.write("a", 2.0)
+    core.managers[0].full = True
+    with pytest.raises(ValueError, match="out of memory"):
+        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    core.managers[0].full = False
+    assert core.served(1) == [1.0, 1.0]
+    kept = ask(core, "r", LoadRequest("a", 1, "a"))
+    assert kept is not None
+    assert core.managers[0].reads == 3
+
+
+def test_a_request_reads_no_files_while_its_adapter_is_kept(core: Core) -> None:
+    core.write("a", 1.0)
+    add_lora(core, LoadRequest("a", 1, "a"))
+    core.write("a", None)
+    assert ask(core, "r", LoadRequest("a", 1, "a"))
+    assert ask(core, "base", None)
+    assert [manager.reads for manager in core.managers] == [1, 1]
+
+
+def test_what_was_dropped_is_read_again_or_its_request_refused(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(engine.KEEP_VARIABLE, "0")
+    for number, name in enumerate("abc", 1):
+        core.write(name, float(number))
+        add_lora(core, LoadRequest(name, number, name))
+    assert core.served(1) == [1.0, 1.0]  # its slot; the memory is given up
+    assert core.managers[0].__dict__["_soka_kept"].adapters.keys() == {3}
+    assert ask(core, "a", LoadRequest("a", 1, "a"))
+    core.write("b", None)
+    assert ask(core, "b", LoadRequest("b", 2, "b")) is None
+    core.write("c", 9.0)
+    assert ask(core, "c", LoadRequest("c", 3, "c")) is None
+    assert core.refused == ["b", "c"]
+    # The request that is under way keeps its adapter.
+    assert 1 in core.managers[0].__dict__["_soka_kept"].adapters
+
+
+def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
+    core.write("a", 1.0)
+    add_lora(core, LoadRequest("a", 1, "a"))
+    first = ask(core, "first", LoadRequest("a", 1, "a"))
+    early = Request("early", LoadRequest("a", 1, "a"))  # made before the reload, let in after it
+    core.write("a", 2.0)
+    add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    second = ask(core, "second", LoadRequest("a", 1, "a"))
+    add_request(lambda core, request, wave: None, core, early)
+    core.write("b", 2.0)
+    add_lora(core, LoadRequest("a", 2, "b"))
+    third = ask(core, "third", LoadRequest("a", 2, "a"))  # unloaded and loaded: the same again
+    assert first
+    assert second
+    assert third
+    assert first.block_hashes != second.block_hashes
+    assert early.block_hashes == second.block_hashes == third.block_hashes
+    assert prefix_keys(Request("base", None)) == []
+
+
+def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:
+    core._send_error_outputs_to_client = None  # type: ignore[assignment,method-assign]
+    with pytest.raises(ValueError, match="gone is not there"):
+        ask(core, "r", LoadRequest("gone", 1, "gone"))
