@@ -38,6 +38,8 @@ class KroneckerMixin:
         self.lora_config = lora_config
         self.shards = compat.shards_of(self)
         on_cpu = torch.device(self.device).type == "cpu"
+        if on_cpu:  # calls ask for it many times, and vLLM's way to a submodule costs as much as a small product
+            self.__dict__["base_layer"] = self.base_layer
         slots = max_loras + 1 if on_cpu else max_loras
         self._kronecker = SlotStore(
             slots, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device
