@@ -149,8 +149,11 @@ def _rearranged_copy(weight: Tensor, shape: FactorShape) -> tuple[Tensor, float]
 def energy_of(tensor: Tensor) -> float:
     """The sum of squares, accumulated in float64 some rows at a time; NaN or infinity when a value is."""
     rows = max(1, (1 << 20) // max(1, tensor[:1].numel()))
-    parts = [part.double().square().sum() for part in torch.split(tensor, rows)]
-    return float(torch.stack(parts).sum()) if parts else 0.0
+    # In place: small results kept between large temporaries would tear the allocator's free memory apart.
+    energy = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for part in torch.split(tensor, rows):
+        energy += part.double().square().sum()
+    return float(energy)
 
 
 _Triple = tuple[Tensor, Tensor, Tensor]  # left vectors (rows, r), right vectors (cols, r), sigma (r,)

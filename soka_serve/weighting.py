@@ -327,7 +327,10 @@ class _OutputError:
         m, n, _, q = self.shape
         rank = len(right)
         pairs = torch.einsum("kab,lac->klbc", right, right).reshape(rank * rank, q * q)
-        blocks = torch.stack([pairs @ _block(self.rows(j), n).t() for j in range(n)], dim=1)  # (r r, n, n)
+        # Filled in place: small results kept between large temporaries would tear the allocator's free memory apart.
+        blocks = torch.empty(rank * rank, n, n, dtype=self.dtype, device=right.device)
+        for j in range(n):
+            blocks[:, j] = pairs @ _block(self.rows(j), n).t()
         gram = blocks.view(rank, rank, n, n).transpose(1, 2).reshape(rank * n, rank * n)
         target = (right.flatten(1) @ self.cross.t()).view(rank, m, n).transpose(0, 1).reshape(m, rank * n)
         return _solve(gram, target).view(m, rank, n).transpose(0, 1).contiguous()
