@@ -33,31 +33,40 @@ class Memory(Protocol):
 
 
 class Buffer:
-    """A buffer that grows when it has no gap that is large enough; growing moves it.
+    """A buffer that grows when it has no gap that is large enough; growing may move it.
 
     Args:
         dtype, device: of its values.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.values = torch.zeros(0, dtype=dtype, device=device)
+        self.values = self._reserved = torch.empty(0, dtype=dtype, device=device)
         self._taken: dict[int, int] = {}
+        self._used = 0
 
     def take(self, slot: int, size: int) -> int:
         """Reserve `size` values; where they start. `slot` makes no difference."""
-        start = _first_gap(self._taken, 0, size)
+        full = self._used == self.values.numel()
+        start = self.values.numel() if full else _first_gap(self._taken, 0, size)
         if start + size > self.values.numel():
-            # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
-            with torch.inference_mode(False):
-                grown = self.values.new_zeros(start + size)
-                grown[: self.values.numel()] = self.values
-            self.values = grown
+            self._grow(start + size)
         self._taken[start] = size
+        self._used += size
         return start
 
     def give_back(self, slot: int, start: int) -> None:
         """Free what `take` returned."""
-        del self._taken[start]
+        self._used -= self._taken.pop(start)
+
+    def _grow(self, size: int) -> None:
+        # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
+        with torch.inference_mode(False):
+            if size > self._reserved.numel():
+                # Twice as much, so that filling many slots does not copy all of them each time. What no factors have
+                # been written to takes no memory: the system gives it page by page.
+                self._reserved = self.values.new_empty(max(size, 2 * self.values.numel()))
+                self._reserved[: self.values.numel()] = self.values
+            self.values = self._reserved[:size]
 
 
 class Arena:

@@ -105,6 +105,17 @@ def test_an_arena_is_shared_by_layers_and_never_moves() -> None:
     assert first.values.data_ptr() == second.values.data_ptr() == address
 
 
+def test_filling_many_slots_does_not_copy_all_of_them_each_time() -> None:
+    store = SlotStore(300, [8], 8, torch.float32, "cpu")
+    addresses = set()
+    for slot in range(300):
+        put(store, slot, 1, float(slot))
+        assert store.values.numel() == 20 * (slot + 1)  # no more than what is held
+        addresses.add(store.values.data_ptr())
+    assert len(addresses) <= 10
+    assert rows(store, list(range(300))) == [8.0 * slot for slot in range(300)]
+
+
 def test_a_growing_buffer_has_no_limit() -> None:
     assert SlotStore(1, [8], 8, torch.float32, "cpu").slot_values is None
 
