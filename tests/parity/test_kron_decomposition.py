@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,7 @@ from soka_serve.kron import kpsvd
 from soka_serve.shapes import balanced_shape
 
 torch.set_num_threads(1)
+torch.manual_seed(0)
 resident = lambda field: int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 weight = torch.randn(1536, 2048).to(getattr(torch, sys.argv[2]))
 kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8, method=sys.argv[1])
@@ -241,9 +243,10 @@ print((resident("VmHWM") - before) / (weight.numel() * 4))
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the memory mark through Linux's /proc")
 @pytest.mark.parametrize(("method", "dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("exact", "float32")])
 def test_peak_memory_stays_below_six_weights(method: str, dtype: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", _MEMORY_PROBE, method, dtype], capture_output=True, text=True, check=True
-    )
+    # The allocator keeps freed blocks of up to 32 MiB, which is everything at this size and nothing at a 7B model's.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-c", _MEMORY_PROBE, method, dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert 0.5 < float(result.stdout) < 6
 
 
