@@ -12,7 +12,7 @@ from typing import Any
 from soka_vllm import compat, engine, metrics, resolver
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
-from soka_vllm.loader import READERS, load_adapter, read_kind
+from soka_vllm.loader import READERS, check_lora, load_adapter, read_kind
 
 _logger = logging.getLogger("vllm.soka")
 _MARK = "_soka_installed"
@@ -51,7 +51,9 @@ def _wrap_load_adapter() -> None:
         if kind == "LORA" and not serves_lora():
             raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
         if kind in (None, "LORA"):
-            return stock(self, lora_request)
+            model = stock(self, lora_request)
+            check_lora(model, self._adapter_manager)
+            return model
         if not compat.has_operator():
             raise ValueError("Kronecker adapters run on CPUs and on NVIDIA's and AMD's GPUs; this is neither")
         if kind not in READERS:

@@ -113,6 +113,53 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
+def check_lora(model: Any, manager: Any) -> None:
+    """Hold an ordinary LoRA adapter, as vLLM has read it, against the layers: vLLM leaves out what it cannot place.
+
+    Where vLLM itself renames modules or leaves some out on purpose (experts, towers of multimodal models, pooling
+    models) nothing is checked.
+
+    Args:
+        model: vLLM's LoRAModel, not yet packed.
+        manager: vLLM's LoRAModelManager.
+
+    Raises:
+        ValueError: all modules that the served model has no layer for, or whose matrices do not fit or are not finite.
+    """
+    if manager._is_moe or manager.supports_mm or manager.is_pooling_model:
+        return
+    places, elsewhere = _places(manager), compat.modules_elsewhere(manager.model)
+    problems = []
+    for name, weights in model.loras.items():
+        if f"{name}.".startswith(elsewhere):
+            continue
+        down, up = weights.lora_a, weights.lora_b
+        if name not in places:
+            problems.append(_no_layer(name, places, manager))
+        elif down is None or up is None:
+            problems.append(f"{name}: lora_{'A' if down is None else 'B'} is missing")
+        elif not bool(down.isfinite().all() and up.isfinite().all()):
+            problems.append(f"{name}: values are not finite")
+        elif isinstance(places[name][0], KroneckerMixin):
+            layer, index = places[name]
+            shape = (up.shape[0], down.shape[1])
+            if shape != layer.shards.shapes[index] or up.shape[1] != down.shape[0]:
+                problems.append(
+                    f"{name}: lora_B {tuple(up.shape)} and lora_A {tuple(down.shape)}, "
+                    f"the served weight is {layer.shards.shapes[index]}"
+                )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
+    close = difflib.get_close_matches(name, places, n=1)
+    near = f"; close is {close[0]}" if close else ""
+    targets = manager.lora_config.target_modules
+    left_out = f"; --lora-target-modules is {' '.join(targets)}" if targets else ""
+    return f"{name}: no layer of the served model that takes adapters{near}{left_out}"
+
+
 def _places(manager: Any) -> dict[str, tuple[Any, int]]:
     """By module name as in a checkpoint, the layer that takes its adapters and which of the layer's modules it is."""
     places = {}
@@ -144,11 +191,7 @@ def _check_layers(adapter: Mapping[str, Factors], places: Mapping[str, tuple[Any
         layer, index = places.get(name, (None, 0))
         shape = factors.shape
         if layer is None:
-            close = difflib.get_close_matches(name, places, n=1)
-            near = f"; close is {close[0]}" if close else ""
-            targets = manager.lora_config.target_modules
-            left_out = f"; --lora-target-modules is {' '.join(targets)}" if targets else ""
-            problems.append(f"{name}: no layer of the served model that takes adapters{near}{left_out}")
+            problems.append(_no_layer(name, places, manager))
         elif not isinstance(layer, KroneckerMixin):
             problems.append(f"{name}: {type(layer).__name__} takes no Kronecker adapter; only attention and MLP do")
         elif (shape.out_features, shape.in_features) != layer.shards.shapes[index]:
