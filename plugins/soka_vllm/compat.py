@@ -71,6 +71,7 @@ __all__ = [
     "LoRAResolverRegistry",
     "OpenAIServingModels",
     "OutputProcessor",
+    "PunicaWrapperBase",
     "WorkerLoRAManager",
     "check_vllm",
     "create_error_response",

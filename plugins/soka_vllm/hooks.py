@@ -11,7 +11,7 @@ from typing import Any
 
 from soka_vllm import compat, engine, metrics, resolver
 from soka_vllm.kept import kept_by, loaded_already
-from soka_vllm.layers import LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
+from soka_vllm.layers import ADAPTERS_IN_STEP, LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
 from soka_vllm.loader import READERS, check_lora, load_adapter, read_kind
 
 _logger = logging.getLogger("vllm.soka")
@@ -32,6 +32,7 @@ def install() -> None:
             _logger.warning("Kronecker adapters have been tested in whole servers on CPUs only, not on a GPU")
     _wrap_load_adapter()
     _wrap_slots()
+    _wrap_mapping()
     _wrap_engine()
     _wrap_refusals()
     if compat.on_cpu():
@@ -97,6 +98,18 @@ def _wrap_slots() -> None:
 
     compat.LRUCacheWorkerLoRAManager._apply_adapters = apply_adapters
     compat.LoRAModelManager.activate_adapter = activate
+
+
+def _wrap_mapping() -> None:
+    """Note of each step whether any token belongs to an adapter; on a CPU, layers then leave adapters out."""
+    stock = compat.PunicaWrapperBase.update_metadata
+
+    @functools.wraps(stock)
+    def update_metadata(self: Any, mapping: Any, *more: Any, **options: Any) -> None:
+        stock(self, mapping, *more, **options)
+        setattr(self, ADAPTERS_IN_STEP, any(mapping.index_mapping))
+
+    compat.PunicaWrapperBase.update_metadata = update_metadata
 
 
 def _wrap_engine() -> None:

@@ -14,6 +14,8 @@ from soka_vllm.sharding import Cut, LayerShards, cut
 from soka_vllm.slots import SlotStore
 
 LORA_VARIABLE = "SOKA_LORA"
+# On vLLM's PunicaWrapperBase: whether the tokens of this step belong to any adapter.
+ADAPTERS_IN_STEP = "soka_adapters_in_step"
 
 
 class KroneckerMixin:
@@ -38,6 +40,7 @@ class KroneckerMixin:
         self.lora_config = lora_config
         self.shards = compat.shards_of(self)
         on_cpu = torch.device(self.device).type == "cpu"
+        self._on_cpu = on_cpu
         if on_cpu:  # calls ask for it many times, and vLLM's way to a submodule costs as much as a small product
             self.__dict__["base_layer"] = self.base_layer
         slots = max_loras + 1 if on_cpu else max_loras
@@ -110,11 +113,12 @@ class KroneckerMixin:
         vLLM reduces over the ranks of a row-parallel layer after this, so that each adds its part of the delta.
         """
         # On a GPU this is traced or recorded once for good: nothing here may depend on what the slots hold.
-        if self._lora_allocated and (self._lora_always or self._lora_slots):
+        wanted = not self._on_cpu or getattr(self.punica_wrapper, ADAPTERS_IN_STEP, True)
+        if self._lora_allocated and (self._lora_always or (wanted and self._lora_slots)):
             out = cast(Tensor, cast(Any, super()).apply(x, bias))
         else:
             out = cast(Tensor, self.base_layer.quant_method.apply(self.base_layer, x, bias))
-        if not self._kronecker.empty:
+        if wanted and not self._kronecker.empty:
             indices = self.punica_wrapper._token_lora_indices
             self._kronecker.add_to(out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1]), indices)
         return out
