@@ -106,7 +106,7 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         raise ValueError(too_large(values, room))
     ranks = sorted({weight.rank for weight in weights.values()})
     _logger.info(
-        "%s adapter %r from %s: %d modules, ranks %d to %d, of which %d modules, %d bytes in %s on this rank",
+        "%s adapter %r from %s: %d modules, ranks %d to %d, on this rank %d of them with %d bytes in %s",
         *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1]),
         *(here, values * dtype.itemsize, dtype),
     )
