@@ -24,8 +24,8 @@ _hashes: dict[Path, str | None] = {}  # of served bases, once per process
 def check_base(adapter: Path, model: str, revision: str | None) -> None:
     """Compare the base that an adapter's soka.lock names with the one served.
 
-    The base's files are read once, the first time an adapter has a soka.lock (13 GB take about 10 s), and their hash is
-    remembered by path, size and time of change, for the next servers too.
+    The base's files are read once, the first time an adapter has a soka.lock, and their hash is remembered by path,
+    size and time of change, for the next servers too.
 
     Args:
         adapter: its directory.
