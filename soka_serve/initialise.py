@@ -340,8 +340,8 @@ def initialise(
         CheckpointError: a weight is missing, not finite, or of the wrong shape.
         PlanError: a budget cannot be met.
 
-    Memory: above the base, less than 6 times the largest weight in float32 (eval/bench_init.py measures it), except
-    with `calibration_batches`: the second moments of a layer's inputs have in_features^2 values.
+    Memory: above the base, less than 6 times the largest weight in float32, at LLaMA-2-7B's shapes and rank 8 also
+    with `calibration_batches`, whose moments have in_features^2 values; eval/bench_init.py measures it.
     """
     if scratch is None:
         with tempfile.TemporaryDirectory(prefix="soka-init-") as folder:
