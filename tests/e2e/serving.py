@@ -63,6 +63,14 @@ class Server:
         choice = reply["choices"][0]
         return choice["token_ids"], choice["logprobs"]["token_logprobs"]
 
+    def ask_prompt(self, model: str, prompt: Sequence[int]) -> list[float]:
+        """The log-probability of each token of a prompt but the first."""
+        body = {"model": model, "prompt": list(prompt), "max_tokens": 1, "prompt_logprobs": 1}
+        status, reply = self.post("/v1/completions", {**body, "return_tokens_as_token_ids": True})
+        assert status == 200, (status, reply)
+        steps = reply["choices"][0]["prompt_logprobs"][1:]
+        return [step[str(token)]["logprob"] for step, token in zip(steps, prompt[1:], strict=True)]
+
     def ask_at_once(self, jobs: Sequence[tuple[str, Sequence[int]]]) -> list[tuple[list[int], list[float]]]:
         """The answers to (model, prompt) pairs that are sent together."""
         with ThreadPoolExecutor(len(jobs)) as pool:

@@ -172,15 +172,9 @@ def test_best_logprobs(served: Served) -> None:
 def test_prompt_logprobs(served: Served) -> None:
     """Of every token of a prompt longer than a chunk, for all names at once."""
     prompt = [1, *range(30, 180)]
-
-    def ask(name: str) -> list[float]:
-        body = {"prompt_logprobs": 1, "return_tokens_as_token_ids": True}
-        reply = served.client.completions.create(model=name, prompt=prompt, max_tokens=1, extra_body=body)
-        steps = reply.choices[0].prompt_logprobs[1:]  # type: ignore[attr-defined]
-        return [step[str(token)]["logprob"] for step, token in zip(steps, prompt[1:], strict=True)]
-
     with ThreadPoolExecutor(len(served.references)) as pool:
-        replies = dict(zip(served.references, pool.map(ask, served.references), strict=True))
+        got_at_once = pool.map(lambda name: served.server.ask_prompt(name, prompt), served.references)
+        replies = dict(zip(served.references, got_at_once, strict=True))
     chosen = torch.tensor(prompt[1:])[:, None]
     plain = torch.tensor(replies["base"], dtype=torch.float64)
     for name, got in replies.items():

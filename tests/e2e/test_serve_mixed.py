@@ -34,6 +34,7 @@ from tests.e2e.serving import base_model, greedy_logprobs, random_factors, serve
 
 pytestmark = pytest.mark.slow
 
+LONG_PROMPT = [1, *range(30, 180)]
 KINDS = ["base", "alpha", "lokr", "beta", "lora"]  # the LoRA adapter in the last slot
 
 
@@ -135,7 +136,14 @@ def test_the_log_says_what_was_loaded(served: Served) -> None:
     assert f"SOKA adapter 'alpha' from {served.folder / 'alpha'}: 28 modules, ranks 1 to 2, " in log
 
 
-def test_bfloat16(tmp_path: Path) -> None:
+def test_what_was_compiled(served: Served) -> None:
+    """Nothing: vLLM compiles no model that takes adapters on CPUs, asked for or not (test_plugin_op.py compiles)."""
+    log = served.server.log.read_text()
+    assert "enforce_eager=False" in log
+    assert "'mode': <CompilationMode.NONE: 0>" in log
+
+
+def test_bfloat16_in_eager_mode(tmp_path: Path) -> None:
     """Not much further from float32 than transformers with merged weights is, itself in bfloat16."""
     references = {
         "base": base_model(),
@@ -143,22 +151,27 @@ def test_bfloat16(tmp_path: Path) -> None:
         "lora": write_peft(tmp_path / "lora", LORA, seed=3),
         "beta": write_soka(tmp_path / "beta", random_factors(BETA, 4, seed=2, scale=0.02)),
     }
-    options = ["--max-loras", "3", "--lora-modules", *(f"{n}={tmp_path / n}" for n in ("alpha", "lora", "beta"))]
+    options = [*TARGET_OPTIONS, "--enforce-eager", "--max-loras", "3"]
+    options += ["--lora-modules", *(f"{n}={tmp_path / n}" for n in ("alpha", "lora", "beta"))]
     jobs = [(name, prompt) for prompt in PROMPTS for name in references]
     with serve(tmp_path, options, "bfloat16") as server:
         alone = [server.ask(*job) for job in jobs]
         answers = list(zip(jobs + jobs, alone + server.ask_at_once(jobs), strict=True))
+        of_prompts = {name: server.ask_prompt(name, LONG_PROMPT) for name in references}
+        assert "enforce_eager=True" in server.log.read_text()
 
     def logprobs(model: Any, name: str) -> torch.Tensor:
         """A model's log-probabilities of all that `name` answered."""
         chosen = [(prompt, tokens) for (asked, prompt), (tokens, _) in answers if asked == name]
+        chosen.append((LONG_PROMPT[:1], LONG_PROMPT[1:]))
         steps = [
             greedy_logprobs(model, prompt, tokens).gather(1, torch.tensor(tokens)[:, None]) for prompt, tokens in chosen
         ]
         return torch.cat(steps).flatten()
 
     for name, model in references.items():
-        served = torch.tensor([x for (asked, _), (_, got) in answers if asked == name for x in got]).double()
+        of_answers = [x for (asked, _), (_, got) in answers if asked == name for x in got]
+        served = torch.tensor(of_answers + of_prompts[name]).double()
         want, plain = logprobs(model, name), logprobs(references["base"], name)
         merged = copy.deepcopy(model)
         if isinstance(merged, PeftModel):
