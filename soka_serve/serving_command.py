@@ -169,8 +169,10 @@ def _ours(
     if base is None:
         return options
     later = _loads_later(settings)
-    folder = len(list_builds(settings.builds)) if settings.builds else 0
-    slots = max(len(targets) + folder, _LATER_SLOTS if later else 1)
+    adapters = {t.path for t in targets}
+    if settings.builds is not None:
+        adapters |= {path.resolve() for path in list_builds(settings.builds)}
+    slots = max(len(targets), len(adapters), _LATER_SLOTS if later else 1)
     options |= {
         "--enable-lora": [],
         "--max-loras": [str(slots)],

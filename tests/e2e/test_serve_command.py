@@ -5,6 +5,7 @@ One server answers most tests; they are in the order of its life.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -154,6 +155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
     build = folder / "build"
     shutil.copytree(build / "math" / "adapter", build / "late")
+    shutil.copytree(build / "math" / "adapter", build / "flat")
     shutil.copytree(build / "math" / "adapter", folder / "outside")
     shutil.copytree(build / "math" / "adapter", build / "broken" / "adapter")
     weights = build / "broken" / "adapter" / "adapter_model.safetensors"
@@ -330,22 +332,25 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
     assert grown("soka:generation_tokens_total", 'adapter="code"') >= 1
     assert grown("soka:requests_total", 'adapter="code",reason="abort"') == 1
 
-    # math, code, late and again; broken and what is refused before the engine is asked.
-    assert after["soka:adapter_load_seconds_count", 'outcome="loaded"'] == 4
-    assert after["soka:adapter_load_seconds_count", 'outcome="refused"'] >= 1
-    assert after["soka:adapter_load_seconds_sum", 'outcome="loaded"'] > 0
-    slots = {labels: value for (name, labels), value in after.items() if name == "soka:slots"}
-    assert slots == {'rank="0"': 8.0}
-    assert after["soka:slots_used", 'rank="0"'] == 4
-    assert after["soka:slot_fills_total", 'rank="0"'] >= 4
-    assert after["soka:adapter_reads_total", 'rank="0"'] >= 4
-    assert after["soka:adapter_read_seconds_total", 'rank="0"'] > 0
-    assert after["soka:adapters_in_memory", 'rank="0"'] == 4
+    in_slot = {labels for name, labels in after if name == "soka:adapter_in_slot"}
+    assert in_slot >= {'adapter="math",rank="0"', 'adapter="code",rank="0"'}
+    assert {labels: value for (name, labels), value in after.items() if name == "soka:slots"} == {'rank="0"': 8.0}
+    assert after["soka:slots_used", 'rank="0"'] == len(in_slot)
+    assert after["soka:adapters_in_memory", 'rank="0"'] == len(in_slot)  # as many places as slots
+    assert after["soka:slot_fills_total", 'rank="0"'] >= len(in_slot)
     assert after["soka:slot_bytes", 'rank="0"'] > 0
-    assert {labels for name, labels in after if name == "soka:adapter_in_slot"} >= {
-        'adapter="math",rank="0"',
-        'adapter="code",rank="0"',
-    }
+    assert after["soka:adapter_reads_total", 'rank="0"'] >= len(in_slot)
+    assert after["soka:adapter_read_seconds_total", 'rank="0"'] > 0
+
+    loaded, refused = (("soka:adapter_load_seconds_count", f'outcome="{o}"') for o in ("loaded", "refused"))
+    assert after[loaded] >= len(in_slot)
+    assert after["soka:adapter_load_seconds_sum", 'outcome="loaded"'] > 0
+    for model, counted in (("broken", refused), ("flat", loaded)):
+        count = _samples(command.url).get(counted, 0)
+        with contextlib.suppress(openai.BadRequestError):
+            client.completions.create(model=model, prompt=prompt, max_tokens=1)
+        assert _samples(command.url)[counted] == count + 1
+    assert 'adapter="flat",rank="0"' in {labels for _, labels in _samples(command.url)}
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(command: Command) -> None:
@@ -411,3 +416,13 @@ def test_a_merged_model_and_a_kill(tmp_path: Path) -> None:
         for pid in running.group():
             os.kill(pid, signal.SIGKILL)
         running.end()
+
+
+def test_doctor_finds_everything_here(tmp_path: Path) -> None:
+    done = run_cli("doctor", "--json", cwd=tmp_path)
+    said = json.loads(done.stdout)
+    states = {check["name"]: check["state"] for check in said["checks"]}
+    assert done.returncode == 0, said
+    assert states["vllm import"] == "ok"  # in a child process, where the plugin compared vLLM's functions
+    assert states["peft"] == "ok"
+    assert said["ok"] is True
