@@ -25,6 +25,7 @@ _LATER_RANK, _LATER_SLOTS = 16, 8
 # The layers that Kronecker adapters can change. Without this vLLM also wraps the embedding and lm_head, and log-
 # probabilities of prompts then end its CPU engine.
 _LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+_COMPILATION = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "--optimization-level", "-cc", "-O")
 _MOST_KV_GIB = 4
 _RUNTIME_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _PLUGIN_GROUPS = tuple(f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_processor", "stat_logger"))
@@ -181,6 +182,10 @@ def _ours(
         "--max-lora-rank": [str(_lora_rank(targets, later))],
         "--lora-target-modules": list(_LAYERS),
     }
+    engine = find_engine()
+    if engine is not None and engine.is_cpu and not any(name.startswith(_COMPILATION) for name in theirs):
+        # With adapters vLLM compiles nothing on a CPU, but unless told so it leaves out its own operators as well.
+        options["--enforce-eager"] = []
     if targets:
         options["--lora-modules"] = [_lora_module(t) for t in targets]
     return options
@@ -259,6 +264,10 @@ def _environment(
         added[_RUNTIME_VARIABLE] = "1" if settings.runtime_loading else "0"
     if not _loads_later(settings) and not any(t.peft_type == "LORA" for t in targets) and "SOKA_LORA" not in os.environ:
         added["SOKA_LORA"] = "0"  # no buffers for LoRA in the slots
+    sizes_known = not _loads_later(settings) and all(t.slot_values for t in targets)
+    if engine is not None and not engine.is_cpu and sizes_known and "SOKA_SLOT_PARAMETERS" not in os.environ:
+        # On a GPU slots are reserved before the first adapter comes.
+        added["SOKA_SLOT_PARAMETERS"] = str(max(t.slot_values for t in targets))
     return added
 
 

@@ -41,6 +41,7 @@ class Target:
         path: absolute directory of the adapter or model.
         peft_type: SOKA, LOKR or LORA; empty for a merged model.
         rank: of a LoRA; 0 for the others, whose slots need none.
+        slot_values: values of a SoKA adapter's factors, as they lie in a slot; 0 for the others.
         base: the base that it names; None for a merged model, and for an adapter that names none.
         base_sha256: hash of the base's weights in its soka.lock; empty where there is none.
         settings: the manifest's [serve] table; None without a manifest.
@@ -53,6 +54,7 @@ class Target:
     path: Path
     peft_type: str = ""
     rank: int = 0
+    slot_values: int = 0
     base: Base | None = None
     base_sha256: str = ""
     settings: Serve | None = None
@@ -178,10 +180,14 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
         raise CheckpointError(
             f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}; served are {', '.join(PEFT_TYPES)}"
         )
+    slot_values = 0
     if kind == "SOKA":
         from soka_serve.adapter import read_adapter
 
-        modules = list(read_adapter(path).factors)
+        adapter = read_adapter(path)
+        modules = list(adapter.factors)
+        deltas = [adapter.delta_factors(module) for module in modules]
+        slot_values = sum(delta.left.numel() + delta.right.numel() for delta in deltas)
     else:
         modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS)})
     foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
@@ -197,6 +203,7 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
         kind="adapter",
         path=path.resolve(),
         peft_type=kind,
+        slot_values=slot_values,
         rank=_lora_rank(path, config) if kind == "LORA" else 0,
         base=_named_base(config, lock),
         base_sha256=str(lock.get("base", {}).get("sha256", "")),

@@ -221,6 +221,7 @@ def test_a_build_killed_at_twenty_random_points_ends_like_an_uninterrupted_one(t
     chance = random.Random(0)
     kills = 0
     while kills < 20:
+        started = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(timeout=chance.uniform(0.05, 1.0) * typical_s)
@@ -235,6 +236,7 @@ def test_a_build_killed_at_twenty_random_points_ends_like_an_uninterrupted_one(t
                 tmp_path / "build" / "small" / "adapter" / "adapter_model.safetensors",
             )
             command = [*command, "--force"] if "--force" not in command else command
+            typical_s = min(typical_s, time.monotonic() - started)  # a machine that was busy is so no longer
             continue
         kills += 1
         final = tmp_path / "build" / "small"

@@ -117,7 +117,7 @@ def test_killed_at_random_times(processes: Any, base: Path, tmp_path: Path) -> N
     for _ in range(10):
         process = processes.Process(target=train_once, args=(base, tmp_path / "killed", "", options))
         process.start()
-        process.join(rng.uniform(0.05, 0.25) * duration)
+        process.join(rng.uniform(0.02, 0.2) * duration)
         kills += process.is_alive()
         process.kill()
         process.join()

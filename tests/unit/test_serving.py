@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve
-from soka_serve import serving_command, serving_targets
-from soka_serve.adapter import write_adapter
+from soka_serve import doctor, serving_command, serving_targets
+from soka_serve.adapter import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
@@ -102,6 +102,24 @@ def test_lora_adapters_size_their_slots(built: Path, tmp_path: Path) -> None:
     assert "SOKA_LORA" not in launch.environment
     _, launch = plan_launch([str(built / "build/small")], Settings())
     assert launch.environment["SOKA_LORA"] == "0"
+
+
+def test_what_a_cpu_and_a_gpu_are_told(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled on a CPU unless the user says what; on a GPU slots are as large as the largest adapter."""
+    given = [str(built / "build/small"), str(_adapter(tmp_path / "other"))]
+    largest = max(
+        sum(f.left.numel() + f.right.numel() for f in read_adapter(folder).factors.values())
+        for folder in (built / "build/small/adapter", tmp_path / "other")
+    )
+    for is_cpu in (True, False):
+        engine = doctor.Engine("vllm", "0.32.0", is_cpu)
+        monkeypatch.setattr(serving_command, "find_engine", lambda engine=engine: engine)
+        _, launch = plan_launch(given, Settings())
+        assert ("--enforce-eager" in launch.command) == is_cpu
+        assert launch.environment.get("SOKA_SLOT_PARAMETERS") == (None if is_cpu else str(largest))
+        _, launch = plan_launch(given, Settings(runtime_loading=True, vllm=("-O1",)))
+        assert "--enforce-eager" not in launch.command
+        assert "SOKA_SLOT_PARAMETERS" not in launch.environment
     _, launch = plan_launch([str(built / "build/small")], Settings(runtime_loading=True))
     assert _options(launch)["--max-lora-rank"] == ["16"]
     assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
