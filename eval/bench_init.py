@@ -141,7 +141,9 @@ def main() -> None:
         k: getattr(arguments, k) for k in ("hidden", "intermediate", "layers", "kind", "threads")
     }
     record: dict[str, Any] = {
-        "command": "python eval/bench_init.py " + " ".join(f"--{key} {value}" for key, value in options.items()),
+        "command": "python eval/bench_init.py "
+        + " ".join(f"--{key} {value}" for key, value in options.items())
+        + "".join(f' --rule "{rule}"' for rule in arguments.rule or ()),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
         "rows": [],
