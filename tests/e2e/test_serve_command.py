@@ -302,21 +302,38 @@ def _samples(url: str) -> dict[tuple[str, str], float]:
     return found
 
 
+def _wait_for_requests(url: str, before: dict[tuple[str, str], float], adapter: str, count: int) -> tuple[float, float]:
+    """Until `count` of the adapter's requests have ended since `before`: how many were aborted, how many complete."""
+    deadline = time.monotonic() + 180
+    while True:
+        now = _samples(url)
+        labels = [("soka:requests_total", f'adapter="{adapter}",reason="{reason}"') for reason in ("abort", "length")]
+        aborted, complete = (now.get(label, 0) - before.get(label, 0) for label in labels)
+        if aborted + complete >= count:
+            return aborted, complete
+        assert time.monotonic() < deadline, now
+        time.sleep(0.2)
+
+
 def test_metrics(command: Command, client: openai.OpenAI) -> None:
     before = _samples(command.url)
     prompt = generate("math", "test", 1)[0].prompt
     used = [client.completions.create(model=m, prompt=prompt, max_tokens=7).usage for m in ("math", "math", "tiny")]
     prompt_tokens = used[0].prompt_tokens if used[0] else 0
-    stream = client.completions.create(
-        model="code", prompt=prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    stream.close()  # a client that goes away
-    aborted = ("soka:requests_total", 'adapter="code",reason="abort"')
-    deadline = time.monotonic() + 180
-    while _samples(command.url).get(aborted, 0) == before.get(aborted, 0):
-        assert time.monotonic() < deadline, _samples(command.url)
-        time.sleep(0.2)
+    left, aborted = 0, 0.0
+    while aborted == 0:
+        # Clients that go away. On a busy machine vLLM's API process (with and without this plugin) may send nothing
+        # before the last token is there, so that a client leaves too late; each must be counted all the same, once.
+        assert left < 100, "no client's leaving was counted as an abort"
+        stream = client.completions.create(
+            model="code", prompt=prompt, max_tokens=900, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+        left += 1
+        aborted, too_late = _wait_for_requests(command.url, before, "code", left)
+    assert aborted == 1
+    assert too_late == left - 1
     after = _samples(command.url)
 
     def grown(name: str, labels: str) -> float:
@@ -330,7 +347,6 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
     assert grown("soka:generation_tokens_total", 'adapter="math"') == sum(generated[:2])
     assert grown("soka:generation_tokens_total", 'adapter="__base__"') == generated[2]
     assert grown("soka:generation_tokens_total", 'adapter="code"') >= 1
-    assert grown("soka:requests_total", 'adapter="code",reason="abort"') == 1
 
     in_slot = {labels for name, labels in after if name == "soka:adapter_in_slot"}
     assert in_slot >= {'adapter="math",rank="0"', 'adapter="code",rank="0"'}
