@@ -34,6 +34,7 @@ __all__ = [
     "encode_examples",
     "load_examples",
     "pack_examples",
+    "render_prompt",
 ]
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def _render(data: Data, rows: Iterable[tuple[str, Row]], tokenizer: TextTokenize
     if data.messages is not None and tokenizer is not None:
         return [_render_chat_row(data.messages, row, where, tokenizer) for where, row in rows]
     templates = (
-        RowTemplate(DEFAULT_PROMPT if data.prompt is None else data.prompt, "train.data.prompt"),
+        _prompt_template(data),
         RowTemplate(DEFAULT_COMPLETION if data.completion is None else data.completion, "train.data.completion"),
     )
     examples = []
@@ -237,6 +238,27 @@ def _render_chat_row(column: str, row: Row, where: str, tokenizer: TextTokenizer
             hint="Use prompt and completion templates for this tokenizer.",
         )
     return Example(prompt, whole[len(prompt) :], templated=True)
+
+
+def render_prompt(data: Data, row: Row, where: str, tokenizer: TextTokenizer | None = None) -> str:
+    """The prompt of one row, exactly as `load_examples` renders it; the row needs no column of the completion.
+
+    Args:
+        where: which row, for errors: 'gsm8k'.
+        tokenizer: needed for `data.messages`; the row's last message must be the assistant's, its text is not used.
+
+    Raises:
+        DataError: as `load_examples`.
+    """
+    if data.messages is None:
+        return _prompt_template(data).render(row, where)
+    if tokenizer is None:
+        raise DataError("train.data.messages: chat messages need the base's tokenizer, and it is not at hand")
+    return _render_chat_row(data.messages, row, where, tokenizer).prompt
+
+
+def _prompt_template(data: Data) -> RowTemplate:
+    return RowTemplate(DEFAULT_PROMPT if data.prompt is None else data.prompt, "train.data.prompt")
 
 
 def count_examples(data: Data, *, manifest_dir: Path) -> int | None:

@@ -74,3 +74,11 @@ class BuildError(SokaError):
 
 class ServeError(SokaError):
     """A server that did not start or died, or an adapter that has no effect in it."""
+
+
+class EvalError(SokaError):
+    """A measurement that cannot be made: missing data, a prompt that does not fit, a task that does not exist."""
+
+
+class SandboxError(EvalError):
+    """Model-written code that may not run: no consent, or a protection that this machine does not have."""
