@@ -32,11 +32,7 @@ def probe(launch: Launch, targets: Sequence[Target]) -> dict[str, float]:
     Raises:
         ServeError: an adapter that makes no difference, or an answer that is none.
     """
-    context = _context(launch)
-    base = _logprobs(launch, launch.base_model, context)
-    # The same twice: whatever it differs by is the machine's, not an adapter's.
-    noise = _difference(base, _logprobs(launch, launch.base_model, context))
-    effects = {t.name: _difference(base, _logprobs(launch, t.name, context)) for t in targets}
+    noise, effects = measure_effects(launch, [t.name for t in targets])
     idle = [t for t in targets if effects[t.name] <= 10 * noise]
     if idle:
         lines = [f"{t.given}: the adapter {t.name!r} has no effect: the server answers as the base does" for t in idle]
@@ -46,6 +42,22 @@ def probe(launch: Launch, targets: Sequence[Target]) -> dict[str, float]:
             "says whether the plugin is at work.",
         )
     return effects
+
+
+def measure_effects(launch: Launch, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """By how much the log-probabilities of one prompt differ from the base's, in nats.
+
+    Returns:
+        What two answers of the base differ by, and the largest difference of each named model.
+
+    Raises:
+        ServeError: an answer that is none.
+    """
+    context = served_context(launch)
+    base = _logprobs(launch, launch.base_model, context)
+    # The same twice: whatever it differs by is the machine's, not an adapter's.
+    noise = _difference(base, _logprobs(launch, launch.base_model, context))
+    return noise, {name: _difference(base, _logprobs(launch, name, context)) for name in names}
 
 
 def examples(launch: Launch, target: Target) -> tuple[str, str]:
@@ -66,9 +78,22 @@ def examples(launch: Launch, target: Target) -> tuple[str, str]:
     return curl, python
 
 
-def _context(launch: Launch) -> int | None:
+def served_models(launch: Launch) -> list[dict[str, Any]]:
+    """What the server says that it serves: vLLM's cards, with `id`, `root` and, of adapters, `parent`.
+
+    Raises:
+        ServeError: no answer, or one that is none.
+    """
+    reply = _ask(launch, "/v1/models")
+    cards = reply.get("data") if isinstance(reply, dict) else None
+    if not isinstance(cards, list) or not all(isinstance(card, dict) for card in cards):
+        raise ServeError(f"{launch.url}/v1/models: expected a list of models, got {str(reply)[:300]}")
+    return cards
+
+
+def served_context(launch: Launch) -> int | None:
     """The longest context that the server takes, as it says itself."""
-    for card in _ask(launch, "/v1/models").get("data", []):
+    for card in served_models(launch):
         if card.get("id") == launch.base_model and isinstance(card.get("max_model_len"), int):
             return int(card["max_model_len"])
     return None

