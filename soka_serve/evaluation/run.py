@@ -343,6 +343,7 @@ def _ask(
         "problems": {name: counts["effective"] for name, counts in found["n-samples"].items()},
         "task_versions": dict(found["versions"]),
         "few_shot": dict(found["n-shot"]),
+        "asked": asked.lm.sent,
         "prompts_cut": asked.lm.cut,
         "active": active,
         "seconds": round(seconds, 1),
