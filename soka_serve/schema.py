@@ -432,8 +432,16 @@ class Eval(Table):
     """The quick accuracy check that `build` runs before and after training (builtin data only), and eval tasks."""
 
     limit: Annotated[int, Field(ge=0)] = Field(200, description="Held-out problems answered; 0 skips the check.")
-    max_new_tokens: PositiveInt = Field(128, description="Longest answer, tokens.")
-    tasks: tuple[Text, ...] = Field((), strict=False, description="lm-eval tasks for `soka-serve eval`.")
+    max_new_tokens: PositiveInt = Field(
+        128,
+        description="Longest answer, tokens. `soka-serve eval` leaves each task its own length unless this is given.",
+    )
+    tasks: tuple[Text, ...] = Field(
+        (),
+        strict=False,
+        description="lm-eval tasks for `soka-serve eval`; none: the one of the built-in data.",
+        examples=[["soka_gsm8k"]],
+    )
 
 
 class Manifest(Table):
