@@ -8,6 +8,7 @@ What the command line does is one call from Python:
     extract(tuned, base=, out=)     fully fine-tuned checkpoint -> adapter
     export(adapter, out, to=)       adapter -> finished adapter or LoRA
     inspect(path)                   what a directory holds
+    compare(suite)                  methods x learning rates x seeds, measured
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ from soka_serve.errors import SokaError
 
 if TYPE_CHECKING:
     from soka_serve.api import export, merge, plan
+    from soka_serve.comparing import compare
     from soka_serve.compiler import build
     from soka_serve.extraction import extract
     from soka_serve.inspection import inspect
 
 __version__ = "0.1.0"
 
-__all__ = ["SokaError", "__version__", "build", "export", "extract", "inspect", "merge", "plan"]
+__all__ = ["SokaError", "__version__", "build", "compare", "export", "extract", "inspect", "merge", "plan"]
 
 # Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
 # would put the module in the function's place.
 _HOMES = {
     "build": "soka_serve.compiler",
+    "compare": "soka_serve.comparing",
     "export": "soka_serve.api",
     "extract": "soka_serve.extraction",
     "inspect": "soka_serve.inspection",

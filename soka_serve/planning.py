@@ -397,8 +397,8 @@ def _compare(
     merged = size.parameters * dtype_bytes(base_dtype)
     stored = high
     if train.method == "soka":
-        # A delta of two sets of r terms has at most 2r: what is exported after init = weights or gradient.
-        subtracted = high if any(t.rule.init in ("weights", "gradient") for t in targets) else 0
+        # A delta of two sets of r terms has at most 2r: what is exported after init = weights, gradient or random.
+        subtracted = high if any(t.rule.init in ("weights", "gradient", "random") for t in targets) else 0
         stored = high + subtracted
         first = Comparison("this manifest (soka)", low, high, stored * width, memory("soka", high, subtracted))
     else:
