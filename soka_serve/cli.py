@@ -296,7 +296,7 @@ def compare(
     if dry_run:
         from soka_serve.compare_preview import preview
 
-        click.echo(preview(suite))
+        click.echo(preview(suite).to_text())
         return
     from soka_serve.comparing import compare as run
 

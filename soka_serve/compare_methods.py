@@ -15,7 +15,6 @@ AdaLoRA's ranks end up ragged; no engine we serve with loads them as they are.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,18 +25,9 @@ from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import preprocess_corda
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from soka_serve.targets import Module
+from soka_serve.compare_preview import adalora_start
 
 Batch = Mapping[str, torch.Tensor]
-
-
-def adalora_start(rank: int) -> int:
-    """The rank that AdaLoRA begins with.
-
-    >>> adalora_start(1), adalora_start(2), adalora_start(8)
-    (2, 3, 12)
-    """
-    return math.ceil(1.5 * rank)
 
 
 def build_extra(
@@ -88,9 +78,7 @@ def build_extra(
             warnings.simplefilter("ignore")
             initialize_lora_eva_weights(adapted, [dict(batch) for batch in batches], show_progress_bar=False)
         return adapted
-    return get_peft_model(
-        model, LoraConfig(r=rank, use_rslora=method == "rslora", use_dora=method == "dora", **common)
-    )
+    return get_peft_model(model, LoraConfig(r=rank, use_rslora=method == "rslora", use_dora=method == "dora", **common))
 
 
 @torch.no_grad()
@@ -108,17 +96,3 @@ class AdaLoraSteps(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         kwargs["model"].base_model.update_and_allocate(state.global_step)
-
-
-def count_extra(method: str, rank: int, modules: Sequence[Module]) -> int:
-    """Trainable parameters of a method over these modules, as PEFT counts them when training begins."""
-    widths = sum(m.in_features + m.out_features for m in modules)
-    if method == "adalora":
-        start = adalora_start(rank)
-        return start * (widths + len(modules))
-    if method == "dora":
-        return rank * widths + sum(m.out_features for m in modules)
-    if method == "osf":
-        smaller = [(m, min(m.in_features, m.out_features)) for m in modules]
-        return sum((size - size // 2) * (m.in_features + m.out_features + 1) for m, size in smaller)
-    return rank * widths

@@ -37,6 +37,21 @@ class RunSpec:
         """The dataset's table."""
         return next(d for d in suite.dataset if d.name == self.dataset)
 
+    def describe(self) -> dict[str, Any]:
+        """What its record says of it."""
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "stage": self.stage,
+            "rate": self.rate,
+            "seed": self.seed,
+        }
+
+    @staticmethod
+    def failure(message: str) -> dict[str, Any]:
+        """The record of a run that could not be measured."""
+        return {"status": "failed", "error": message[:500]}
+
     def to_text(self) -> str:
         """For people: 'lora-r1 on math, rate 0.002, seed 3'."""
         return f"{self.method} on {self.dataset}, rate {self.rate:g}, seed {self.seed} ({self.stage})"
@@ -90,7 +105,7 @@ def make_spec(
 
 
 def score_of(record: Record) -> float | None:
-    """What a sweep is decided by: the share of validation problems that are right; a diverged run has 0, a failed none."""
+    """What a sweep is decided by: the share of problems that are right; 0 of a diverged run, None of a failed one."""
     if record["status"] == "failed":
         return None
     return float(record["correct"] / record["problems"]) if record["status"] == "done" else 0.0

@@ -13,7 +13,9 @@ from soka_serve.suite import DataSet, Protocol
 _KINDS = {"hashes": "math", "boxed": "boxed"}  # whose way of marking is used
 
 
-def validation_problems(dataset: DataSet, protocol: Protocol, directory: Path, tokenizer: TextTokenizer) -> list[Problem]:
+def validation_problems(
+    dataset: DataSet, protocol: Protocol, directory: Path, tokenizer: TextTokenizer
+) -> list[Problem]:
     """What learning rates are chosen by: shares no problem with `test_problems`."""
     if dataset.data.builtin is not None:
         return generate_validation(dataset.data.builtin, protocol.validation, protocol.test)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -271,10 +271,8 @@ def _used(cells: Sequence[Cell], chosen: Mapping[tuple[str, str], Choice], recor
 
 def _compact(record: Record) -> dict[str, Any]:
     """A record as results hold it: curves of at most 50 points, gradient norms left to the cell's mean curve."""
-    thinned: Callable[[Sequence[float]], list[list[float]]] = lambda values: [
-        [step, value] for step, value in thin([(float(i + 1), v) for i, v in enumerate(values)], CURVE_POINTS)
-    ]
     found = {k: v for k, v in record.items() if k not in ("loss", "grad_norm")}
     if record.get("loss"):
-        found["loss"] = thinned(record["loss"])
+        points = [(float(step), loss) for step, loss in enumerate(record["loss"], start=1)]
+        found["loss"] = [list(point) for point in thin(points, CURVE_POINTS)]
     return found

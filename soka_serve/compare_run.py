@@ -30,7 +30,7 @@ from soka_serve.baselines import ADAPTER_WEIGHTS, convert_pissa, write_initial
 from soka_serve.build_stages import encode, init_stage
 from soka_serve.builtin.answers import generate_answers, load_tokenizer
 from soka_serve.builtin.problem import Problem
-from soka_serve.collate import PadCollator, Rows
+from soka_serve.collate import PadCollator
 from soka_serve.compare_methods import AdaLoraSteps, build_extra
 from soka_serve.compare_plan import RunSpec
 from soka_serve.compare_problems import is_right, test_problems, validation_problems
@@ -312,4 +312,5 @@ class _Memory:
         if torch.cuda.is_available():
             return int(torch.cuda.max_memory_allocated())
         unit = 1 if sys.platform == "darwin" else 1024
-        return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began, 0)
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began
+        return max(peak, 0)

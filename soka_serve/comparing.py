@@ -23,7 +23,6 @@ from typing import Any
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.compare_plan import Cell, RunSpec, Surroundings, list_cells, next_runs
 from soka_serve.data import data_sha256
-from soka_serve.errors import SokaError
 from soka_serve.files import write_text_atomic
 from soka_serve.progress import track
 from soka_serve.provenance import versions
@@ -152,30 +151,10 @@ class Records:
         write_text_atomic(self.path(key), json.dumps(record) + "\n")
 
 
-def run_and_record(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:
-    """What a worker process does: one run, one record. Whatever goes wrong is written into the record."""
-    logging.getLogger("soka_serve").setLevel(logging.ERROR)
-    import torch
+def _work(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:
+    from soka_serve.compare_worker import run_and_record  # only workers import torch
 
-    torch.set_num_threads(1)
-    from soka_serve.compare_run import measure_run
-
-    try:
-        record = measure_run(loaded, spec, work)
-    except Exception as error:  # noqa: BLE001: the suite goes on, and the record says what it was
-        message = error.message if isinstance(error, SokaError) else f"{type(error).__name__}: {error}"
-        record = failure(message)
-    write_text_atomic(file, json.dumps(describe(spec) | record) + "\n")
-
-
-def failure(message: str) -> dict[str, Any]:
-    """The record of a run that could not be measured."""
-    return {"status": "failed", "error": message[:500]}
-
-
-def describe(spec: RunSpec) -> dict[str, Any]:
-    """Which run a record is of."""
-    return {"method": spec.method, "dataset": spec.dataset, "stage": spec.stage, "rate": spec.rate, "seed": spec.seed}
+    run_and_record(loaded, spec, work, file)
 
 
 def _run_all(
@@ -206,7 +185,7 @@ def _run_all(
                 return
             for run in pool.wait():
                 if not store.path(run.key).exists():
-                    store.write(run.key, describe(run) | failure("the process died: out of memory, or killed"))
+                    store.write(run.key, run.describe() | run.failure("the process died: out of memory, or killed"))
                 record = store.read()[run.key]
                 advance(f"{run.to_text()}: {outcome(record)}")
 
@@ -233,7 +212,7 @@ class _Pool:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["soka_serve.compare_run"])
+        self._context.set_forkserver_preload(["soka_serve.compare_worker"])
         self._running: dict[Any, RunSpec] = {}
 
     @property
@@ -245,7 +224,7 @@ class _Pool:
         return bool(self._running)
 
     def start(self, run: RunSpec, loaded: LoadedSuite, scratch: Path, file: Path) -> None:
-        process = self._context.Process(target=run_and_record, args=(loaded, run, scratch, file), daemon=True)
+        process = self._context.Process(target=_work, args=(loaded, run, scratch, file), daemon=True)
         process.start()
         self._running[process] = run
 
@@ -303,7 +282,12 @@ def _report(
             "sha256": loaded.sha256,
         },
         "versions": versions(),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "device": around.device, "jobs": limits.jobs},
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "device": around.device,
+            "jobs": limits.jobs,
+        },
         "base_sha256": around.base,
         "seconds_of_last_call": round(seconds, 1),
         "progress": counted,

@@ -246,8 +246,9 @@ def decompose(
 
 def _random_units(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """Random factors (r, x, y), each of norm 1."""
-    factors = torch.randn(shape, generator=generator)
-    return factors / factors.flatten(1).norm(dim=1)[:, None, None]
+    factors: torch.Tensor = torch.randn(shape, generator=generator)
+    norms: torch.Tensor = factors.flatten(1).norm(dim=1)
+    return factors / norms[:, None, None]
 
 
 def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -155,7 +155,7 @@ def make_plan(
     notes: list[str] = []
     if train.method == "soka":
         planned = plan_modules(manifest, targets, notes)
-        low, high = _total_parameters(manifest, targets, planned)
+        low, high = total_parameters(manifest, targets, planned)
     else:
         planned = _plan_baseline(train, targets)
         low = high = size.parameters if train.method == "full" else sum(m.parameters_max for m in planned)
@@ -314,7 +314,7 @@ def _plan_module(target: Target, group: Sequence[Target] | None, prune: Prune | 
     )
 
 
-def _total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Sequence[ModulePlan]) -> tuple[int, int]:
+def total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Sequence[ModulePlan]) -> tuple[int, int]:
     """Fewest and most trainable parameters; a budget is spent to within its largest term, and never exceeded."""
     by_name = {m.name: m for m in planned}
     low = sum(m.parameters_min for m in planned if m.policy != "budget")

@@ -49,7 +49,9 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-_fields: dict[str, Any] = {name: (Train.model_fields[name].annotation, Train.model_fields[name]) for name in SHARED_KEYS}
+_fields: dict[str, Any] = {
+    name: (Train.model_fields[name].annotation, Train.model_fields[name]) for name in SHARED_KEYS
+}
 _fields["steps"] = (PositiveInt, Field(description="Optimiser steps of every run.", examples=[150]))
 Recipe = create_model("Recipe", __base__=Table, __doc__="The part of [train] that all methods share.", **_fields)
 
@@ -69,7 +71,8 @@ class Protocol(Table):
     validation: PositiveInt = Field(100, description="Held-out problems that learning rates are chosen by.")
     test: PositiveInt = Field(200, description="Held-out problems of the results; none of the validation problems.")
     evaluations: PositiveInt = Field(
-        2, description="How often a run answers the test problems: after equal shares of its steps, the last at its end."
+        2,
+        description="How often a run answers the test problems: after equal shares of its steps, the last at its end.",
     )
     max_new_tokens: PositiveInt = Field(96, description="Longest answer, tokens.")
     loss_window: PositiveInt = Field(10, description="Steps that the training loss is averaged over.")
@@ -87,7 +90,7 @@ class Protocol(Table):
             if both:
                 yield (
                     ("sweep_seeds",),
-                    f"{', '.join(map(str, both))} stands in seeds too: a rate must not be chosen by a run of the results",
+                    f"{', '.join(map(str, both))} stands in seeds too: no run of the results may choose a rate",
                 )
 
 
@@ -106,13 +109,12 @@ class DataSet(Table):
     def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
         if seen.knows("data", "answers"):
             data = seen.values["data"]
-            value = data.get if isinstance(data, Mapping) else lambda name: getattr(data, name, None)
-            builtin = value("builtin") is not None
+            builtin = _value(data, "builtin") is not None
             if builtin and seen.values["answers"] != "builtin":
                 yield ("answers",), "answers belongs to data of your own; builtin families mark their own answers"
             if not builtin and seen.values["answers"] == "builtin":
                 yield (), "answers is required for data of your own: 'hashes', 'boxed' or 'exact'"
-            if not builtin and not any(value(name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
+            if not builtin and not any(_value(data, name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
                 yield ("data",), "a comparison needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 
@@ -123,7 +125,7 @@ class Contender(Table):
     method: Method = Field(description="What is trained.")
     rank: PositiveInt = Field(
         1,
-        description="Rank of lora, pissa, rslora, dora, lokr, corda and eva; adalora begins with half as much again and "
+        description="Rank of lora, pissa, rslora, dora, lokr, corda and eva; adalora begins with half as much more and "
         "ends with it. soka reads adapt; osf trains half of each weight's singular directions.",
     )
     adapt: Adapt = Field(default_factory=lambda: Adapt(), description="Modules; for soka also init, rank and shape.")
@@ -158,8 +160,10 @@ class Contender(Table):
                 yield (name,), f"{name} belongs to method = 'soka'; the method is {method!r}"
         if method in ("soka", "full", "osf"):
             for name in seen.has("rank"):
-                yield (name,), f"rank does not go with method = {method!r}" + (
-                    "; write adapt = { rank = { ... } }" if method == "soka" else ""
+                yield (
+                    (name,),
+                    f"rank does not go with method = {method!r}"
+                    + ("; write adapt = { rank = { ... } }" if method == "soka" else ""),
                 )
         if method not in CALIBRATED:
             for name in seen.has("calibration_batches"):
@@ -184,7 +188,7 @@ class Suite(Table):
     name: Name = Field(description="Name of the suite.", examples=["paper"])
     description: str = Field("", description="One line about the suite.")
     base: Base = Field(description="The base model, as in a manifest.")
-    train: Recipe = Field(description="What all methods share of a manifest's [train].")  # type: ignore[valid-type]
+    train: Recipe = Field(description="What all methods share of a manifest's [train].")
     protocol: Protocol = Field(default_factory=lambda: Protocol(), description="How it is measured.")
     dataset: tuple[DataSet, ...] = Field(strict=False, min_length=1, description="Datasets.")
     method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods.")
@@ -304,5 +308,4 @@ def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, rate: f
         log_every=1,
         **{name: getattr(shared, name) for name in SHARED_KEYS},
     )
-    return Manifest(schema=SUITE_VERSION, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
-
+    return Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
