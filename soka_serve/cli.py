@@ -278,10 +278,11 @@ def inspect(path: Path, as_json: bool) -> None:
 @main.command(epilog="Example:  soka-serve compare eval/suites/quick.toml --jobs 2 --out results.json")
 @click.argument("suite", type=_FILE)
 @click.option("--work", type=_FILE, default="build/compare", show_default=True, help="Folder of the runs' records.")
-@click.option("--out", type=_FILE, help="JSON file of the results; a Markdown table and an HTML report lie beside it.")
+@click.option("--out", type=_FILE, help="JSON file of the results; Markdown and HTML lie beside it.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Start no run after so many minutes.")
 @click.option("--limit-runs", type=click.IntRange(min=0), help="Start at most so many runs.")
+@click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier call.")
 @click.option("--dry-run", is_flag=True, help="List the runs and estimate parameters; train nothing.")
 def compare(
     suite: Path,
@@ -290,6 +291,7 @@ def compare(
     jobs: int,
     minutes: float | None,
     limit_runs: int | None,
+    retry_failed: bool,
     dry_run: bool,
 ) -> None:
     """Compare methods over learning rates and seeds, as SUITE says; go on where an earlier call stopped."""
@@ -301,7 +303,16 @@ def compare(
     from soka_serve.comparing import compare as run
 
     command = f"soka-serve compare {suite} --jobs {jobs}" + (f" --out {out}" if out else "")
-    result = run(suite, work=work, out=out, jobs=jobs, minutes=minutes, limit_runs=limit_runs, command=command)
+    result = run(
+        suite,
+        work=work,
+        out=out,
+        jobs=jobs,
+        minutes=minutes,
+        limit_runs=limit_runs,
+        retry_failed=retry_failed,
+        command=command,
+    )
     click.echo(result.to_text())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,4 +31,7 @@ def run_and_record(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -
     except Exception as error:  # noqa: BLE001 - the suite goes on, and the record says what it was
         message = error.message if isinstance(error, SokaError) else f"{type(error).__name__}: {error}"
         record = spec.failure(message)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            return  # the suite was killed, and one that goes on may have taken this run's folder away
     write_text_atomic(file, json.dumps(spec.describe() | dict(record)) + "\n")

@@ -73,6 +73,7 @@ def compare(
     jobs: int = 1,
     minutes: float | None = None,
     limit_runs: int | None = None,
+    retry_failed: bool = False,
     command: str | None = None,
     progress: bool = True,
 ) -> CompareResult:
@@ -85,6 +86,7 @@ def compare(
         jobs: runs at a time, each with one thread.
         minutes: start no run after so many minutes.
         limit_runs: start no more than so many runs.
+        retry_failed: run again what failed in an earlier call.
         command: the command line, for the results.
         progress: show progress.
 
@@ -99,6 +101,8 @@ def compare(
         around = look_around(loaded, workspace)
         cells = list_cells(loaded.suite, around)
         store = Records(folder / "records")
+        if retry_failed:
+            store.forget_failed(cells)
         started = time.monotonic()
         _run_all(loaded, cells, store, limits, workspace, progress)
         seconds = time.monotonic() - started
@@ -137,14 +141,22 @@ class Records:
         return self.folder / f"{key}.json"
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All records by key; a file that is no record is passed over with a warning."""
+        """All records by key; a file that is no record is removed with a warning."""
         for file in self.folder.glob("*.json"):
             if file.stem not in self._known:
                 try:
                     self._known[file.stem] = json.loads(file.read_text())
                 except ValueError:
-                    logger.warning("%s is damaged; its run is run again", file)
+                    logger.warning("%s is damaged and was removed; its run is run again", file)
+                    file.unlink()
         return self._known
+
+    def forget_failed(self, cells: list[Cell]) -> None:
+        """Remove the records of a suite's failed runs."""
+        for key in [key for cell in cells for key in _keys(cell, self)]:
+            if self.read().get(key, {}).get("status") == "failed":
+                self.path(key).unlink()
+                del self._known[key]
 
     def write(self, key: str, record: Mapping[str, Any]) -> None:
         """Write one record, whole or not at all."""
@@ -212,7 +224,7 @@ class _Pool:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["soka_serve.compare_worker"])
+        self._context.set_forkserver_preload(["soka_serve.compare_worker", "soka_serve.comparing"])
         self._running: dict[Any, RunSpec] = {}
 
     @property
