@@ -72,10 +72,10 @@ def build_extra(
     if method == "eva":
         eva = EvaConfig(rho=1.0, use_label_mask=False)
         config = LoraConfig(r=rank, init_lora_weights="eva", eva_config=eva, **common)
-        adapted = get_peft_model(model, config)
         with warnings.catch_warnings():
-            # It names layers whose SVD has not settled after all batches, and takes what there is.
+            # Of memory that could be saved, and of layers whose SVD has not settled after all batches.
             warnings.simplefilter("ignore")
+            adapted = get_peft_model(model, config)
             initialize_lora_eva_weights(adapted, [dict(batch) for batch in batches], show_progress_bar=False)
         return adapted
     return get_peft_model(model, LoraConfig(r=rank, use_rslora=method == "rslora", use_dora=method == "dora", **common))
