@@ -279,6 +279,7 @@ def _report(
     limits: Limits,
     seconds: float,
 ) -> CompareResult:
+    from soka_serve.compare_report import render_html
     from soka_serve.compare_results import summarise
     from soka_serve.compare_text import markdown_table, method_rows, render_markdown
 
@@ -313,7 +314,8 @@ def _report(
         path = Path(out)
         write_text_atomic(path, json.dumps(results, indent=1) + "\n")
         write_text_atomic(path.with_suffix(".md"), render_markdown(results))
-        written += [path, path.with_suffix(".md")]
+        write_text_atomic(path.with_suffix(".html"), render_html(results))
+        written += [path, path.with_suffix(".md"), path.with_suffix(".html")]
     return CompareResult(
         suite=suite.name,
         done=counted["done"],
