@@ -96,3 +96,4 @@ def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
         assert cell["adapter_bytes"] > 4 * cell["trainable_parameters"]
         assert cell["grad_norm"] > 0
     assert "| soka-r1 |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".html").read_text().count("<svg") == 3
