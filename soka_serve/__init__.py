@@ -9,6 +9,7 @@ What the command line does is one call from Python:
     export(adapter, out, to=)       adapter -> finished adapter or LoRA
     inspect(path)                   what a directory holds
     evaluate(manifest)              a build and its base on lm-eval tasks
+    compare(suite)                  methods x learning rates x seeds, measured
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from soka_serve.errors import SokaError
 
 if TYPE_CHECKING:
     from soka_serve.api import export, merge, plan
+    from soka_serve.comparing import compare
     from soka_serve.compiler import build
     from soka_serve.evaluation.run import evaluate
     from soka_serve.extraction import extract
@@ -27,12 +29,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SokaError", "__version__", "build", "evaluate", "export", "extract", "inspect", "merge", "plan"]
+__all__ = [
+    "SokaError",
+    "__version__",
+    "build",
+    "compare",
+    "evaluate",
+    "export",
+    "extract",
+    "inspect",
+    "merge",
+    "plan",
+]
 
 # Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
 # would put the module in the function's place.
 _HOMES = {
     "build": "soka_serve.compiler",
+    "compare": "soka_serve.comparing",
     "evaluate": "soka_serve.evaluation.run",
     "export": "soka_serve.api",
     "extract": "soka_serve.extraction",

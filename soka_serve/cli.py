@@ -276,6 +276,47 @@ def inspect(path: Path, as_json: bool) -> None:
     click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
 
 
+@main.command(epilog="Example:  soka-serve compare eval/suites/quick.toml --jobs 2 --out results.json")
+@click.argument("suite", type=_FILE)
+@click.option("--work", type=_FILE, default="build/compare", show_default=True, help="Folder of the runs' records.")
+@click.option("--out", type=_FILE, help="JSON file of the results; Markdown and HTML lie beside it.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
+@click.option("--minutes", type=click.FloatRange(min=0), help="Start no run after so many minutes.")
+@click.option("--limit-runs", type=click.IntRange(min=0), help="Start at most so many runs.")
+@click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier call.")
+@click.option("--dry-run", is_flag=True, help="List the runs and estimate parameters; train nothing.")
+def compare(
+    suite: Path,
+    work: Path,
+    out: Path | None,
+    jobs: int,
+    minutes: float | None,
+    limit_runs: int | None,
+    retry_failed: bool,
+    dry_run: bool,
+) -> None:
+    """Compare methods over learning rates and seeds, as SUITE says; go on where an earlier call stopped."""
+    if dry_run:
+        from soka_serve.compare_preview import preview
+
+        click.echo(preview(suite).to_text())
+        return
+    from soka_serve.comparing import compare as run
+
+    command = f"soka-serve compare {suite} --jobs {jobs}" + (f" --out {out}" if out else "")
+    result = run(
+        suite,
+        work=work,
+        out=out,
+        jobs=jobs,
+        minutes=minutes,
+        limit_runs=limit_runs,
+        retry_failed=retry_failed,
+        command=command,
+    )
+    click.echo(result.to_text())
+
+
 @main.command(epilog="Example:  soka-serve doctor.  Exit code 0 when everything is there, else 2.")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @click.option("--quick", is_flag=True, help="Import nothing: only package metadata and the environment.")

@@ -72,6 +72,10 @@ class BuildError(SokaError):
     """A stage of a build that could not finish for a reason outside the program (disk full, no permission)."""
 
 
+class DivergedError(BuildError):
+    """Training whose loss is not finite any more."""
+
+
 class ServeError(SokaError):
     """A server that did not start or died, or an adapter that has no effect in it."""
 

@@ -9,6 +9,7 @@ Initialisations (`[[adapt]] init`):
 - `delta`: Kronecker components of (fine-tuned W) - W; nothing is subtracted, the adapter starts as that delta.
 - `gradient`: components of the first full gradient, scaled to the weight's own terms; K(theta) - K(theta0) again.
 - `zero`: left random, right zero (the KronA baseline).
+- `random`: both random, of the size of the weight's own terms; K(theta) - K(theta0) again.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ logger = logging.getLogger(__name__)
 # Terms computed for a fixed rank, so that the report can show what was cut off.
 FIXED_POOL = 32
 
-INITIAL_KINDS = ("weights", "gradient")
+INITIAL_KINDS = ("weights", "gradient", "random")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Initialisation:
     modules: tuple[ModuleInit, ...]
     factors: dict[str, Factors]
     initial_modules: frozenset[str] = field(default_factory=frozenset)
-    """Modules whose theta0 is subtracted (init = weights or gradient)."""
+    """Modules whose theta0 is subtracted (init = weights, gradient or random)."""
 
     def write(self, directory: Path) -> None:
         """Write `init.safetensors` and `init.json` into an existing directory."""
@@ -171,7 +172,7 @@ def decompose(
         finetuned: the checkpoint whose delta is decomposed; needed for `init = "delta"`.
         gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
         moments: second moments of the module's inputs, which weigh the decomposition.
-        seed: of the randomised range finder, and of the `zero` initialisation.
+        seed: of the randomised range finder, and of the `zero` and `random` initialisations.
         device: where the decomposition runs; None is the CPU.
 
     Raises:
@@ -231,15 +232,23 @@ def decompose(
                 hint="Check that the completions are not empty, or use init = 'weights'.",
             )
         factors = Factors(factors.left, factors.right, factors.sigma * (typical / sigma[0]))
-    elif rule.init == "zero":
+    elif rule.init in ("zero", "random"):
         generator = torch.Generator().manual_seed(seed)
-        left = torch.randn(factors.left.shape, generator=generator)
-        left = left / left.flatten(1).norm(dim=1)[:, None, None]
-        factors = Factors(left, torch.zeros_like(factors.right), torch.full_like(factors.sigma, typical))
+        left = _random_units(factors.left.shape, generator)
+        zero = torch.zeros_like(factors.right)
+        right = zero if rule.init == "zero" else _random_units(factors.right.shape, generator)
+        factors = Factors(left, right, torch.full_like(factors.sigma, typical))
     parts = {part: getattr(factors, part).contiguous() for part in ("left", "right", "sigma")}
     with disk_errors(file):
         save_file(parts, file, metadata={"format": "pt"})
     return _Candidate(target, shape, sigma, decomposition.total_energy, most, file)
+
+
+def _random_units(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Random factors (r, x, y), each of norm 1."""
+    factors: torch.Tensor = torch.randn(shape, generator=generator)
+    norms: torch.Tensor = factors.flatten(1).norm(dim=1)
+    return factors / norms[:, None, None]
 
 
 def choose_ranks(candidates: Sequence[_Candidate], budgets: Mapping[str, int] | None = None) -> dict[str, int]:

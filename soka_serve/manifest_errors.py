@@ -12,12 +12,25 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from soka_serve.errors import Problem
 from soka_serve.locate import Places
-from soka_serve.schema_nodes import Node, Step, TomlPath, below, expected, one_of, policies_of, quote, tables, walk
+from soka_serve.schema import Manifest
+from soka_serve.schema_nodes import (
+    Node,
+    Step,
+    TomlPath,
+    below,
+    expected,
+    nodes_of,
+    one_of,
+    policies_of,
+    quote,
+    tables,
+    walk,
+)
 
 _SHOWN = 60  # characters of a value that a message repeats
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -38,13 +51,14 @@ _FOREIGN_KEYS = {
 _REFUSED_KEYS = {"trust_remote_code": "soka-serve never runs code that comes with a checkpoint"}
 
 
-def explain(error: ValidationError, places: Places) -> list[Problem]:
-    """Turn a validation error into problems in the order of the file, file-wide ones first."""
+def explain(error: ValidationError, places: Places, model: type[BaseModel] = Manifest) -> list[Problem]:
+    """Turn a validation error of `model` into problems in the order of the file, file-wide ones first."""
     details = error.errors(include_url=False)
     below_it = {location[:i] for d in details for location in [d["loc"]] for i in range(len(location))}
     # When every rule of an array is wrong, pydantic also calls the array too short.
     details = [d for d in details if not (d["type"] == "too_short" and d["loc"] in below_it)]
-    problems = dict.fromkeys(_explain_one(d, places) for d in details)
+    with nodes_of(model):
+        problems = dict.fromkeys(_explain_one(d, places) for d in details)
     return sorted(problems, key=lambda p: (p.line, p.column))
 
 

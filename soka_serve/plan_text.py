@@ -150,7 +150,7 @@ def _parameters(plan: Plan) -> str:
             )
         )
     note = ""
-    if plan.method == "soka" and any(m.init in ("weights", "gradient") for m in plan.modules):
+    if plan.method == "soka" and any(m.init in ("weights", "gradient", "random") for m in plan.modules):
         note = (
             "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
             f"({plan.adapter_dtype})."

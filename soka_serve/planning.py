@@ -155,7 +155,7 @@ def make_plan(
     notes: list[str] = []
     if train.method == "soka":
         planned = plan_modules(manifest, targets, notes)
-        low, high = _total_parameters(manifest, targets, planned)
+        low, high = total_parameters(manifest, targets, planned)
     else:
         planned = _plan_baseline(train, targets)
         low = high = size.parameters if train.method == "full" else sum(m.parameters_max for m in planned)
@@ -314,7 +314,7 @@ def _plan_module(target: Target, group: Sequence[Target] | None, prune: Prune | 
     )
 
 
-def _total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Sequence[ModulePlan]) -> tuple[int, int]:
+def total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Sequence[ModulePlan]) -> tuple[int, int]:
     """Fewest and most trainable parameters; a budget is spent to within its largest term, and never exceeded."""
     by_name = {m.name: m for m in planned}
     low = sum(m.parameters_min for m in planned if m.policy != "budget")
@@ -397,8 +397,8 @@ def _compare(
     merged = size.parameters * dtype_bytes(base_dtype)
     stored = high
     if train.method == "soka":
-        # A delta of two sets of r terms has at most 2r: what is exported after init = weights or gradient.
-        subtracted = high if any(t.rule.init in ("weights", "gradient") for t in targets) else 0
+        # A delta of two sets of r terms has at most 2r: what is exported after init = weights, gradient or random.
+        subtracted = high if any(t.rule.init in ("weights", "gradient", "random") for t in targets) else 0
         stored = high + subtracted
         first = Comparison("this manifest (soka)", low, high, stored * width, memory("soka", high, subtracted))
     else:

@@ -23,11 +23,12 @@ _MOST_POINTS = 600  # more than a chart has pixels; longer series are thinned
 
 @dataclass(frozen=True)
 class Mark:
-    """A dot with a tooltip, in data coordinates."""
+    """A dot with a tooltip and, where there is one, a label beside it, in data coordinates."""
 
     x: float
     y: float
     tooltip: str
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,11 @@ def chart(
         parts.extend(
             f'<circle cx="{across(m.x):.1f}" cy="{down(m.y):.1f}" r="3.5"><title>{escape(m.tooltip)}</title></circle>'
             for m in marks
+        )
+        parts.extend(
+            f'<text class="label" x="{across(m.x) + 6:.1f}" y="{down(m.y) + 3.5:.1f}">{escape(m.label)}</text>'
+            for m in marks
+            if m.label
         )
         parts.append("</g>")
     parts.append("</svg>")

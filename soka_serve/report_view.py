@@ -38,6 +38,8 @@ _STARTS = {
     "delta": "the strongest Kronecker components of the change that a full fine-tuning had made",
     "gradient": "the strongest Kronecker components of the first full gradient",
     "zero": "factors of which one is zero, so the untrained adapter changes nothing",
+    "random": "random factors. What they are worth at the start is subtracted again, so the untrained adapter changes "
+    "nothing",
 }
 _METHOD_WORDS = {"full": "full fine-tuning"}
 _STAGE_WORDS = {"init": "initialisation", "tune": "fine-tuning", "check": "accuracy check"}
@@ -113,7 +115,7 @@ def page_context(data: ReportData) -> dict[str, object]:
         "after": after,
         "outcome": _outcome(data, before, after),
         "figures": _figures(data, before, after),
-        "from_spectrum": "zero" not in inits,
+        "from_spectrum": not {"zero", "random"} & set(inits),
         "starts": [_STARTS.get(init, init) for init in inits],
         "sizes": _sizes(data),
         "spectrum_of": _SPECTRUM_OF.get(inits[0], "the weight") if len(inits) == 1 else "the decomposed matrix",

@@ -181,10 +181,10 @@ class Adapt(Table):
     tp: PositiveInt = Field(
         1, description="Tensor-parallel size that the shape must shard over: m for column-parallel, n for row-parallel."
     )
-    init: Literal["weights", "delta", "gradient", "zero"] = Field(
+    init: Literal["weights", "delta", "gradient", "zero", "random"] = Field(
         "weights",
         description="Where the factors start: principal Kronecker components of the weight, of a fine-tuned "
-        "checkpoint's delta, of the first gradient, or zero (the KronA baseline).",
+        "checkpoint's delta, of the first gradient, zero (the KronA baseline), or random (to compare with).",
     )
     finetuned: Place | None = Field(
         None,
@@ -230,10 +230,10 @@ class Adapt(Table):
             yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {seen.values['init']!r}"
         if seen.has("calibration_batches", "init") and seen.knows("calibration_batches", "init"):
             batches, init = seen.values["calibration_batches"], seen.values["init"]
-            if batches > 0 and init == "zero":
+            if batches > 0 and init in ("zero", "random"):
                 yield (
                     ("calibration_batches",),
-                    "calibration_batches does not go with init = 'zero': nothing is decomposed",
+                    f"calibration_batches does not go with init = {init!r}: nothing is decomposed",
                 )
 
 

@@ -6,9 +6,13 @@ A node is one (sub)schema as pydantic prints it: a dict with `type`, `properties
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+from pydantic import BaseModel
 
 from soka_serve.schema import LAYER_RANGE, NAME_PATTERN, Manifest
 
@@ -28,10 +32,27 @@ _PATTERNS = {
 }
 
 
-@cache
+_model: ContextVar[type[BaseModel]] = ContextVar("model", default=Manifest)
+
+
+@contextmanager
+def nodes_of(model: type[BaseModel]) -> Iterator[None]:
+    """Have this module speak of another file than a manifest: of a comparison suite."""
+    token = _model.set(model)
+    try:
+        yield
+    finally:
+        _model.reset(token)
+
+
 def root() -> Node:
-    """The whole manifest's node. Do not change it: it is shared."""
-    return Manifest.model_json_schema(by_alias=True)
+    """The whole file's node. Do not change it: it is shared."""
+    return _schema(_model.get())
+
+
+@cache
+def _schema(model: type[BaseModel]) -> Node:
+    return model.model_json_schema(by_alias=True)
 
 
 def resolve(node: Node) -> Node:

@@ -332,5 +332,5 @@ def _warn_unused(manifest: Manifest, targets: Sequence[Target]) -> None:
             logger.warning("adapt[%d] has no effect: later rules disable every module it matches", index)
         if rule.finetuned and mine and all(t.rule.init != "delta" for t in mine):
             logger.warning("adapt[%d].finetuned has no effect: init is not 'delta'", index)
-        if rule.calibration_batches and mine and all(t.rule.init == "zero" for t in mine):
+        if rule.calibration_batches and mine and all(t.rule.init in ("zero", "random") for t in mine):
             logger.warning("adapt[%d].calibration_batches has no effect: init is 'zero'", index)

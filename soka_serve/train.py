@@ -114,11 +114,11 @@ def train(
         point = resume_points.newest_point(work_dir)
         if point is None or not point.final:
             set_seed(recipe.seed)  # LoRA's and LoKr's random factors
-            model = _build(run, point.directory if point else None, device)
+            model = build_model(run, point.directory if point else None, device)
             if recipe.steps == 0:
                 _save_untrained(run, model, state)
             else:
-                rows, eval_rows = _rows(run, train_set, eval_set)
+                rows, eval_rows = make_rows(run, train_set, eval_set)
                 _fit(run, model, arguments, rows, eval_rows, pad_id, point, stack if progress else None)
         if state.is_main_process:
             finish(run)
@@ -150,7 +150,7 @@ def _check(run: Run, eval_set: EncodedSet | None) -> None:
         )
 
 
-def _rows(run: Run, train_set: EncodedSet, eval_set: EncodedSet | None) -> tuple[Rows, Rows | None]:
+def make_rows(run: Run, train_set: EncodedSet, eval_set: EncodedSet | None) -> tuple[Rows, Rows | None]:
     """Datasets of both parts; examples without a token for the loss are left out, loudly."""
     recipe = run.manifest.train
     kept = _with_targets(train_set.examples, "training")
@@ -174,7 +174,7 @@ def _with_targets(examples: Sequence[Encoded], what: str) -> list[Encoded]:
     return kept
 
 
-def _build(run: Run, checkpoint: Path | None, device: torch.device) -> Trainable:
+def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trainable:
     """The model to train: from the start, or as a checkpoint left it (whose ranks may be smaller)."""
     manifest = run.manifest
     if run.method == "full":

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from soka_serve.callbacks import read_spectra, tracker_metrics
-from soka_serve.errors import BuildError, CheckpointError, PlanError
+from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
 from soka_serve.schema import Train
 
 _DEFAULT_EPOCHS = 1.0
@@ -137,14 +137,14 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """One forward and backward pass.
 
         Raises:
-            BuildError: the loss is not finite.
+            DivergedError: the loss is not finite.
             CheckpointError: since the base's weights are not.
         """
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             self._check_base()
             step = self.state.global_step + 1
-            raise BuildError(
+            raise DivergedError(
                 f"training diverged: the loss is {loss.item()} at step {step} of {self.state.max_steps}",
                 hint=f"lower train.learning_rate (now {self.args.learning_rate:g}), or raise train.warmup_frac "
                 f"(now {self.recipe.warmup_frac:g})"

@@ -63,15 +63,19 @@ def draw_problems(family: str, split: Split, seed: int = 0) -> Iterator[Problem]
         raise ValueError(f"unknown task family {family!r}; expected one of {', '.join(FAMILIES)}")
     if split not in DEFAULT_COUNTS:
         raise ValueError(f"unknown split {split!r}; expected 'train' or 'test'")
-    return draw_drafts(_DRAW[family], split, Random(f"{family}/{split}/{seed}"))
+    return (draft.problem for draft in _drafts(_DRAW[family], split, Random(f"{family}/{split}/{seed}")))
 
 
 def draw_drafts(draw: Callable[[Random], Draft | None], split: Split, rng: Random) -> Iterator[Problem]:
-    """What `draw` gives, without end, as far as it is of the split."""
+    """The problems that `draw` gives, without end, as far as they are of the split."""
+    return (draft.problem for draft in _drafts(draw, split, rng))
+
+
+def _drafts(draw: Callable[[Random], Draft | None], split: Split, rng: Random) -> Iterator[Draft]:
     while True:
         draft = draw(rng)
         if draft is not None and split_of(draft.key) == split:
-            yield draft.problem
+            yield draft
 
 
 def generate(family: str, split: Split, count: int | None = None, seed: int = 0) -> list[Problem]:
@@ -90,14 +94,41 @@ def generate(family: str, split: Split, count: int | None = None, seed: int = 0)
     count = DEFAULT_COUNTS[split] if count is None else count
     if count < 0:
         raise ValueError(f"expected a count from 0; got {count}")
+    return _take(problems, count, f"{family} has too few different {split} problems for a count of {count}")
+
+
+def generate_validation(family: str, count: int, besides: int, seed: int = 1) -> list[Problem]:
+    """Problems of the test split to choose settings by: none has the key of one of the first `besides` test problems.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    measured = {problem.prompt for problem in generate(family, "test", besides)}
+    keys: set[str] = set()
+    seen: set[str] = set()
+    for draft in _drafts(_DRAW[family], "test", Random(f"{family}/test/0")):
+        if draft.problem.prompt in measured:
+            keys.add(draft.key)
+            seen.add(draft.problem.prompt)
+        if len(seen) == len(measured):
+            break
+    others = (
+        None if draft.key in keys or draft.problem.prompt in measured else draft.problem
+        for draft in _drafts(_DRAW[family], "test", Random(f"{family}/test/{seed}"))
+    )
+    return _take(others, count, f"{family} has too few test problems for {besides} to measure and {count} to choose by")
+
+
+def _take(problems: Iterator[Problem | None], count: int, problem_text: str) -> list[Problem]:
+    """The first `count` problems with different prompts; None counts as one that came before."""
     found: dict[str, Problem] = {}
     repeats = 0
     while len(found) < count:
         problem = next(problems)
-        if problem.prompt in found:
+        if problem is None or problem.prompt in found:
             repeats += 1
             if repeats > MAX_REPEATS:
-                raise ValueError(f"{family} has too few different {split} problems for a count of {count}")
+                raise ValueError(problem_text)
         else:
             found[problem.prompt] = problem
             repeats = 0

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from soka_serve.builtin import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, check_answer, draw_problems, generate, tasks
 from soka_serve.builtin.problem import Draft, Problem, Step, one_step_reaches
-from soka_serve.builtin.tasks import extract_boxed, extract_hashes
+from soka_serve.builtin.tasks import extract_boxed, extract_hashes, generate_validation
 
 NUMBER = re.compile(r"\d+")
 
@@ -202,6 +202,17 @@ def test_a_family_that_runs_dry_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert generate("math", split, 1) == [problem]
     with pytest.raises(ValueError, match=f"math has too few different {split} problems for a count of 2"):
         generate("math", split, 2)
+
+
+@pytest.mark.parametrize("family", TARGET_FAMILIES)
+def test_validation_problems_share_nothing_with_the_test_problems(family: str) -> None:
+    chosen = generate_validation(family, 60, 200)
+    measured = {_substance(problem) for problem in generate(family, "test", 200)}
+    assert len({problem.prompt for problem in chosen}) == 60
+    assert not measured & {_substance(problem) for problem in chosen}
+    trained = {_substance(problem) for problem in generate(family, "train", 500)}
+    assert not trained & {_substance(problem) for problem in chosen}
+    assert generate_validation(family, 10, 200) == chosen[:10]
 
 
 def test_draws_are_lazy_and_endless() -> None:

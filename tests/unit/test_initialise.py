@@ -83,6 +83,18 @@ def test_zero_starts_at_nothing_and_can_learn(base: Checkpoint) -> None:
     assert not started.initial_modules
 
 
+def test_random_starts_at_the_size_of_the_weights_terms_and_is_subtracted(base: Checkpoint) -> None:
+    started = _start(base, {"modules": ["q_proj"], "init": "random"})
+    assert started.initial_modules == set(started.factors)
+    module, factors = started.modules[0], started.factors[QUERY]
+    size = dense_delta(factors).square().sum()
+    assert float(size) == pytest.approx(module.total_energy / module.factor_shape.max_rank, rel=1e-4)
+    assert not torch.equal(factors.left, started.factors["model.layers.1.self_attn.q_proj"].left)
+    again, other = _start(base, {"init": "random"}), _start(base, {"init": "random"}, seed=1)
+    torch.testing.assert_close(again.factors[QUERY].right, _start(base, {"init": "random"}).factors[QUERY].right)
+    assert not torch.equal(again.factors[QUERY].right, other.factors[QUERY].right)
+
+
 def test_auto_shapes_fit(base: Checkpoint) -> None:
     started = _start(base, {"modules": ["gate_proj"], "layers": [0], "shape": "auto", "rank": {"policy": "fixed"}})
     (module,) = started.modules

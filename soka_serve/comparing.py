@@ -1,0 +1,342 @@
+"""`soka-serve compare`: run a suite's runs, as many at a time as asked, and write what they show.
+
+Every run is a process of its own with one thread, and leaves one record in the work folder; see `compare_plan` for
+which runs there are. A run that fails is a record too. No torch here: the runs import it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from soka_serve.checkpoint import Checkpoint, resolve_base
+from soka_serve.compare_plan import Cell, RunSpec, Surroundings, list_cells, next_runs
+from soka_serve.data import data_sha256
+from soka_serve.files import write_text_atomic
+from soka_serve.progress import track
+from soka_serve.provenance import versions
+from soka_serve.suite import LoadedSuite, read_suite
+from soka_serve.workspace import HashCache, Workspace
+
+logger = logging.getLogger(__name__)
+
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What a comparison has so far. Paths are None where nothing was written.
+
+    `left` counts the runs that can be told to be missing: the grids may yet be extended.
+    """
+
+    suite: str
+    done: int
+    left: int
+    failed: int
+    table: str
+    written: tuple[Path, ...]
+
+    def to_text(self) -> str:
+        """For people."""
+        state = f"{self.done} runs done, {self.left} left, {self.failed} failed"
+        if self.left:
+            state += "; the same command goes on"
+        return "\n".join([self.table, "", state, *(f"wrote {path}" for path in self.written)])
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much to do in this call; None is no limit."""
+
+    jobs: int = 1
+    minutes: float | None = None
+    runs: int | None = None
+
+
+def compare(
+    suite: Path | str | LoadedSuite,
+    *,
+    work: Path | str = "build/compare",
+    out: Path | str | None = None,
+    jobs: int = 1,
+    minutes: float | None = None,
+    limit_runs: int | None = None,
+    retry_failed: bool = False,
+    command: str | None = None,
+    progress: bool = True,
+) -> CompareResult:
+    """Compare methods as a suite says, going on where an earlier call stopped.
+
+    Args:
+        suite: path of the TOML file, or what `read_suite` returned.
+        work: folder of the records; suites may share it, and equal runs are not run twice.
+        out: JSON file of the results; a Markdown table and an HTML report are written beside it.
+        jobs: runs at a time, each with one thread.
+        minutes: start no run after so many minutes.
+        limit_runs: start no more than so many runs.
+        retry_failed: run again what failed in an earlier call.
+        command: the command line, for the results.
+        progress: show progress.
+
+    Raises:
+        SokaError: anything that the user can mend. A run that fails is a record and stops nothing.
+    """
+    loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
+    folder = Path(work)
+    limits = Limits(jobs, minutes, limit_runs)
+    workspace = Workspace(folder, loaded.suite.name)
+    with workspace.locked():
+        around = look_around(loaded, workspace)
+        cells = list_cells(loaded.suite, around)
+        store = Records(folder / "records")
+        if retry_failed:
+            store.forget_failed(cells)
+        started = time.monotonic()
+        _run_all(loaded, cells, store, limits, workspace, progress)
+        seconds = time.monotonic() - started
+    return _report(loaded, cells, store, around, out, command, limits, seconds)
+
+
+def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
+    """What all runs depend on beside the suite.
+
+    Raises:
+        CheckpointError, DataError: base or data that cannot be read.
+    """
+    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
+    hashes = HashCache(workspace.hashes)
+    digest = Checkpoint.open(base).sha256(hashes.file)
+    hashes.save()
+    data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
+    return Surroundings(digest, data, versions(), _device())
+
+
+def _device() -> str:
+    """The kind of device, without importing torch into this process."""
+    return "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
+
+
+class Records:
+    """The record files of a work folder, one JSON file per run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def path(self, key: str) -> Path:
+        """Where a run's record is."""
+        return self.folder / f"{key}.json"
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """All records by key; a file that is no record is removed with a warning."""
+        for file in self.folder.glob("*.json"):
+            if file.stem not in self._known:
+                try:
+                    self._known[file.stem] = json.loads(file.read_text())
+                except ValueError:
+                    logger.warning("%s is damaged and was removed; its run is run again", file)
+                    file.unlink()
+        return self._known
+
+    def forget_failed(self, cells: list[Cell]) -> None:
+        """Remove the records of a suite's failed runs."""
+        for key in [key for cell in cells for key in _keys(cell, self)]:
+            if self.read().get(key, {}).get("status") == "failed":
+                self.path(key).unlink()
+                del self._known[key]
+
+    def write(self, key: str, record: Mapping[str, Any]) -> None:
+        """Write one record, whole or not at all."""
+        write_text_atomic(self.path(key), json.dumps(record) + "\n")
+
+
+def _work(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:
+    from soka_serve.compare_worker import run_and_record  # only workers import torch
+
+    run_and_record(loaded, spec, work, file)
+
+
+def _run_all(
+    loaded: LoadedSuite, cells: list[Cell], store: Records, limits: Limits, workspace: Workspace, progress: bool
+) -> None:
+    runs = next_runs(cells, store.read())
+    if not runs:
+        return
+    scratch = workspace.cache / "runs"
+    scratch.mkdir(exist_ok=True)
+    for leftover in scratch.iterdir():  # of killed runs; nobody else writes here while the lock is held
+        shutil.rmtree(leftover, ignore_errors=True)
+    deadline = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
+    begun: set[str] = set()
+    total = max(_count(cells, store)["left"], 1)
+    with _workers(limits.jobs) as pool, track(total, loaded.suite.name, unit="run", enabled=progress) as advance:
+        while True:
+            stop = (deadline is not None and time.monotonic() >= deadline) or (
+                limits.runs is not None and len(begun) >= limits.runs
+            )
+            waiting = [] if stop else [run for run in next_runs(cells, store.read()) if run.key not in begun]
+            for run in waiting:
+                if not pool.has_room or (limits.runs is not None and len(begun) >= limits.runs):
+                    break
+                begun.add(run.key)
+                pool.start(run, loaded, scratch, store.path(run.key))
+            if not pool.busy:
+                return
+            for run in pool.wait():
+                if not store.path(run.key).exists():
+                    store.write(run.key, run.describe() | run.failure("the process died: out of memory, or killed"))
+                record = store.read()[run.key]
+                advance(f"{run.to_text()}: {outcome(record)}")
+
+
+def _keys(cell: Cell, store: Records) -> Iterator[str]:
+    """Keys of the runs of a cell that can be told."""
+    choice, _ = cell.choose(store.read())
+    for rate in choice.rates:
+        yield from (cell.spec("sweep", rate, seed).key for seed in cell.suite.protocol.sweep_seeds)
+    if choice.rate is not None:
+        yield from (run.key for run in cell.finals(choice.rate))
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """A record in a few words."""
+    if record["status"] != "done":
+        return f"{record['status']}: {str(record['error']).splitlines()[0]}"
+    return f"{record['correct']}/{record['problems']} right, {record['run_s']:.0f} s"
+
+
+class _Pool:
+    """Processes, one per run, so that each has its own memory and may die alone."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["soka_serve.compare_worker", "soka_serve.comparing"])
+        self._running: dict[Any, RunSpec] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._running) < self.jobs
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def start(self, run: RunSpec, loaded: LoadedSuite, scratch: Path, file: Path) -> None:
+        process = self._context.Process(target=_work, args=(loaded, run, scratch, file), daemon=True)
+        process.start()
+        self._running[process] = run
+
+    def wait(self) -> list[RunSpec]:
+        """The runs that have ended, at least one."""
+        ready = wait([process.sentinel for process in self._running])
+        ended = [process for process in self._running if process.sentinel in ready]
+        for process in ended:
+            process.join()
+        return [self._running.pop(process) for process in ended]
+
+    def stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            process.join(_STOP_S)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[_Pool]:
+    """A pool whose processes have one thread each, and end with this one."""
+    pool = _Pool(jobs)
+    kept = os.environ.copy()
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # before the workers' libraries are loaded
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _report(
+    loaded: LoadedSuite,
+    cells: list[Cell],
+    store: Records,
+    around: Surroundings,
+    out: Path | str | None,
+    command: str | None,
+    limits: Limits,
+    seconds: float,
+) -> CompareResult:
+    from soka_serve.compare_report import render_html
+    from soka_serve.compare_results import summarise
+    from soka_serve.compare_text import markdown_table, method_rows, render_markdown
+
+    suite, records = loaded.suite, store.read()
+    left = next_runs(cells, records)
+    counted = _count(cells, store)
+    results = {
+        "command": command or f"soka-serve compare {loaded.path}",
+        "suite": {
+            "name": suite.name,
+            "description": suite.description,
+            "file": loaded.path.name,
+            "sha256": loaded.sha256,
+        },
+        "versions": versions(),
+        "hardware": {
+            "machine": platform.machine(),
+            "cpus": os.cpu_count(),
+            "device": around.device,
+            "jobs": limits.jobs,
+        },
+        "base_sha256": around.base,
+        "seconds_of_last_call": round(seconds, 1),
+        "progress": counted,
+        "protocol": suite.protocol.model_dump(mode="json"),
+        "recipe": suite.train.model_dump(mode="json"),
+        "loss_reference": suite.loss_reference,
+        **summarise(suite, cells, records),
+    }
+    written: list[Path] = []
+    if out is not None:
+        path = Path(out)
+        write_text_atomic(path, json.dumps(results, indent=1) + "\n")
+        write_text_atomic(path.with_suffix(".md"), render_markdown(results))
+        write_text_atomic(path.with_suffix(".html"), render_html(results))
+        written += [path, path.with_suffix(".md"), path.with_suffix(".html")]
+    return CompareResult(
+        suite=suite.name,
+        done=counted["done"],
+        left=counted["left"] if left else 0,
+        failed=counted["failed"],
+        table="\n".join(markdown_table(*method_rows(results))),
+        written=tuple(written),
+    )
+
+
+def _count(cells: list[Cell], store: Records) -> dict[str, int]:
+    """Runs that are done, that can be told to be missing, and that failed."""
+    records = store.read()
+    done: set[str] = set()
+    left = 0
+    for cell in cells:
+        keys = list(_keys(cell, store))
+        choice, _ = cell.choose(records)
+        done |= {key for key in keys if key in records}
+        left += sum(key not in records for key in keys)
+        if choice.rate is None and not choice.failed:
+            left += len(cell.suite.protocol.seeds)
+    failed = sum(records[key]["status"] == "failed" for key in done)
+    return {"done": len(done), "left": left, "failed": failed}

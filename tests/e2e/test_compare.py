@@ -1,0 +1,99 @@
+"""The quick suite through the command line: it runs, is killed, goes on, and reports. Who wins is not asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SUITE = "eval/suites/quick.toml"
+RUNS = 7  # three rates, and two seeds for each of two methods
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "soka_serve", "compare", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def records(work: Path) -> dict[str, dict[str, Any]]:
+    return {file.stem: json.loads(file.read_text()) for file in (work / "records").glob("*.json")}
+
+
+def test_the_dry_run_trains_nothing(tmp_path: Path) -> None:
+    done = run(SUITE, "--work", str(tmp_path / "work"), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "8,796 trained parameters" in done.stdout
+    assert f"{RUNS} runs" in done.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_suite_that_is_wrong_is_a_message(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text((ROOT / SUITE).read_text().replace('method = "lora"', 'method = "lara"'))
+    done = run(str(file), "--work", str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert "did you mean 'lora'?" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "results.json"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command(SUITE, "--work", str(work)),
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+        while not list((work / "records").glob("*.json")):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = {name: (work / "records" / f"{name}.json").stat().st_mtime_ns for name in records(work)}
+    assert 1 <= len(before) < RUNS
+
+    limited = run(SUITE, "--work", str(work), "--limit-runs", "1", "--out", str(out))
+    assert limited.returncode == 0, limited.stderr
+    assert "the same command goes on" in limited.stdout
+    assert json.loads(out.read_text())["progress"]["left"] > 0
+
+    finished = run(SUITE, "--work", str(work), "--jobs", "2", "--out", str(out))
+    assert finished.returncode == 0, finished.stderr
+    after = records(work)
+    assert len(after) == RUNS
+    assert all(record["status"] == "done" for record in after.values())
+    for name, stamp in before.items():  # what was there was not run again
+        assert (work / "records" / f"{name}.json").stat().st_mtime_ns == stamp
+
+    again = run(SUITE, "--work", str(work), "--out", str(out))
+    assert f"{RUNS} runs done, 0 left, 0 failed" in again.stdout
+
+    results = json.loads(out.read_text())
+    assert results["data_order_equal"] is True
+    assert {row["name"]: row["trainable_parameters"] for row in results["table"]} == {"soka-r1": 8796, "lora-r1": 9344}
+    assert all(row["complete"] and row["accuracy"]["n"] == 2 for row in results["table"])
+    assert {row["dataset"] for row in results["claims"]} == {"math", "all"}
+    assert {run["stage"] for run in results["runs"]} == {"sweep", "final"}
+    for cell in results["cells"]:
+        assert cell["rate"] in cell["rates"]
+        assert cell["adapter_bytes"] > 4 * cell["trainable_parameters"]
+        assert cell["grad_norm"] > 0
+    assert "| soka-r1 |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".html").read_text().count("<svg") == 3
