@@ -9,6 +9,7 @@ import ast
 import math
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def fewshot_samples() -> list[dict[str, Any]]:
 
 
 def extract_code(text: str) -> str:
-    """The program in an answer: the first fenced block; else the longest run of lines, from the first code, that parses.
+    """The program in an answer: the first fenced block, else the longest run of lines that parses.
 
     >>> extract_code("Here it is:\\n```python\\ndef f():\\n    return 1\\n```\\nIt returns 1.")
     'def f():\\n    return 1'
@@ -122,11 +123,9 @@ def extract_code(text: str) -> str:
     start = next((i for i, line in enumerate(lines) if line.lstrip().startswith(_CODE_STARTS)), None)
     if start is None:
         return text
-    # The answer may go on with the prompt's own space before it.
-    lines = [
-        lines[start].lstrip() if not lines[start][:1].strip() and start == 0 else lines[start],
-        *lines[start + 1 :],
-    ]
+    # A completion begins with a space where the prompt ends without one.
+    first = lines[start].lstrip() if start == 0 else lines[start]
+    lines = [first, *lines[start + 1 :]]
     for end in range(len(lines), 0, -1):
         code = "\n".join(lines[:end])
         if _parses(code):
@@ -135,8 +134,6 @@ def extract_code(text: str) -> str:
 
 
 def _parses(code: str) -> bool:
-    import warnings
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of doubtful escapes in the model's text

@@ -1,8 +1,8 @@
 """Runs programs that a model wrote against tests, contained, and proves that the tests ran. No torch.
 
 A program runs in a process of its own with resource limits, no_new_privs, Landlock (it reads Python's own files and
-writes plain files in a scratch directory), seccomp (no processes, sockets, signals, …), an empty environment, and, where
-the caller is root, as another user. The tests run in a second such process, which alone holds the nonce that a pass is
+writes plain files in a scratch directory), seccomp (no processes, sockets, signals), an empty environment, and, where the
+caller is root, as another user. The tests run in a second such process, which alone holds the nonce that a pass is
 proved by, and in which the program's answers are plain data. `docs/evaluating.md` says what this does not protect from.
 
 Nothing runs without consent, and nothing runs where a protection is missing.
@@ -73,7 +73,7 @@ def require_consent() -> None:
     value = os.environ.get(CONSENT_VARIABLE, "")
     if value != "1":
         raise SandboxError(
-            f"this task runs programs that the model writes, and {CONSENT_VARIABLE} is {value or 'not set'}; expected 1",
+            f"this task runs programs that the model writes; expected {CONSENT_VARIABLE} = 1, got {value or 'nothing'}",
             hint=f"Read docs/evaluating.md, then set {CONSENT_VARIABLE}=1.",
         )
 

@@ -42,7 +42,19 @@ MAX_SCRATCH_FILES = 256
 MAX_ITEMS = 100_000
 
 # Imported once here and inherited, rather than by every program anew.
-_USUAL = ("bisect", "cmath", "copy", "datetime", "heapq", "itertools", "json", "math", "operator", "random", "re")
+_USUAL: tuple[str, ...] = (
+    "bisect",
+    "cmath",
+    "copy",
+    "datetime",
+    "heapq",
+    "itertools",
+    "json",
+    "math",
+    "operator",
+    "random",
+    "re",
+)
 _USUAL += ("statistics", "string", "typing", "collections", "functools", "decimal", "fractions", "array", "textwrap")
 
 
@@ -301,8 +313,8 @@ class _Remote:
     def _no_value(self, *_: object) -> NoReturn:
         raise _ProgramError("the program's answer is not plain data")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _no_value  # type: ignore[assignment]
-    __str__ = __repr__ = __hash__ = __len__ = __contains__ = _no_value  # type: ignore[assignment]
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _no_value
+    __str__ = __repr__ = __hash__ = __len__ = __contains__ = _no_value
 
 
 def _run_tests(

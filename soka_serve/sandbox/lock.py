@@ -105,12 +105,8 @@ def leave_root() -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
     except OSError as error:
         raise MissingProtectionError(f"leaving root: {error}") from None
-    try:
-        for folder in _library_folders():
-            os.listdir(folder)
-        _set_capabilities(0)
-    except PermissionError:
-        _set_capabilities(1 << _CAP_DAC_READ_SEARCH)
+    readable = all(os.access(folder, os.R_OK | os.X_OK) for folder in _library_folders())
+    _set_capabilities(0 if readable else 1 << _CAP_DAC_READ_SEARCH)
     if os.geteuid() == 0:
         raise MissingProtectionError("leaving root: still root")
 

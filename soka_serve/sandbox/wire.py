@@ -109,8 +109,8 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
             return {"T": [kind, value.isoformat()]}
         case timedelta():
             return {"e": [value.days, value.seconds, value.microseconds]}
-        case type() if getattr(builtins, value.__name__, None) is value:
-            return {"k": value.__name__}
+        case type(__name__=name) if getattr(builtins, name, None) is value:
+            return {"k": name}
         case ModuleType():
             return {"m": value.__name__}
         case _:
@@ -119,9 +119,9 @@ def encode(value: Any, handle: Callable[[Any], int]) -> Any:
 
 def _builtin_type(name: str) -> type:
     found = vars(builtins)[name]
-    if not isinstance(found, type):
-        raise ValueError(name)
-    return found
+    if isinstance(found, type):
+        return found
+    raise WireError(f"not a type: {name}")
 
 
 _TIMES: Mapping[str, Callable[[str], Any]] = {
