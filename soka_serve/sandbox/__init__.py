@@ -1,9 +1,9 @@
 """Runs programs that a model wrote against tests, contained, and proves that the tests ran. No torch.
 
-A program runs in a process of its own with resource limits, no_new_privs, Landlock (it reads Python's own files and
-writes plain files in a scratch directory), seccomp (no processes, sockets, signals), an empty environment, and, where the
-caller is root, as another user. The tests run in a second such process, which alone holds the nonce that a pass is
-proved by, and in which the program's answers are plain data. `docs/evaluating.md` says what this does not protect from.
+A program runs in a process of its own: resource limits, no_new_privs, Landlock (it reads Python's own files and writes
+plain files in a scratch directory), seccomp (no processes, sockets, signals), an empty environment, and another user
+where the caller is root. The tests run in a second such process, which alone holds the nonce that proves a pass, and in
+which the program's answers are plain data. `docs/evaluating.md` says what this does not protect from.
 
 Nothing runs without consent, and nothing runs where a protection is missing.
 """

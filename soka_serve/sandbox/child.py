@@ -42,20 +42,10 @@ MAX_SCRATCH_FILES = 256
 MAX_ITEMS = 100_000
 
 # Imported once here and inherited, rather than by every program anew.
-_USUAL: tuple[str, ...] = (
-    "bisect",
-    "cmath",
-    "copy",
-    "datetime",
-    "heapq",
-    "itertools",
-    "json",
-    "math",
-    "operator",
-    "random",
-    "re",
+_USUAL = (
+    *("array", "bisect", "cmath", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq"),
+    *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "textwrap", "typing"),
 )
-_USUAL += ("statistics", "string", "typing", "collections", "functools", "decimal", "fractions", "array", "textwrap")
 
 
 def main() -> None:
