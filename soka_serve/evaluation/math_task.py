@@ -18,6 +18,7 @@ LEVELS = (1, 2, 3, 4, 5)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
 _SAID = re.compile(r"(?:final answer is|[Aa]nswer is)\s*:?\s*(.+?)\s*(?:\. I hope it is correct|\.?\s*(?:\n|\Z))")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"(?<!\\)\\[!,; ]")  # not the end of a matrix's row and a space
 _LEVEL = re.compile(r"(\d)")
 
 
@@ -111,12 +112,9 @@ def clean(answer: str) -> str:
         ("^{\\circ}", ""),
         ("^\\circ", ""),
         ("\\$", ""),
-        ("\\!", ""),
-        ("\\,", ""),
-        ("\\;", ""),
-        ("\\ ", ""),
     ):
         answer = answer.replace(spelling, plain)
+    answer = _SPACING.sub("", answer)
     return re.sub(r"\s+", "", answer).rstrip(".")
 
 

@@ -21,7 +21,7 @@ _TEST_IDS = range(11, 511)
 """MBPP's test split: 1-10 are for prompts, 511 and up for validation and training."""
 
 _FENCED = re.compile(r"```[A-Za-z0-9_+-]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_CODE_STARTS = ("def ", "class ", "import ", "from ", "@", "async def ")
+_CODE_START = re.compile(r"\s*(?:(?:async\s+def|def|class|import|from)\s|@|\w+\s*=[^=])")
 
 
 def load(**_: Any) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def extract_code(text: str) -> str:
     if fenced:
         return fenced.group(1)
     lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.lstrip().startswith(_CODE_STARTS)), None)
-    if start is None:
+    start = next((i for i, line in enumerate(lines) if _CODE_START.match(line)), None)
+    if start is None or _parses(text):
         return text
     # A completion begins with a space where the prompt ends without one.
     first = lines[start].lstrip() if start == 0 else lines[start]

@@ -304,7 +304,7 @@ class _Remote:
         raise _ProgramError("the program's answer is not plain data")
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _no_value
-    __str__ = __repr__ = __hash__ = __len__ = __contains__ = _no_value
+    __str__ = __repr__ = __hash__ = __contains__ = _no_value
 
 
 def _run_tests(
