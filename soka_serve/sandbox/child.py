@@ -113,8 +113,11 @@ def _wait(fd: int, deadline: float, scratch: Path) -> str | None:
         left = deadline - time.monotonic()
         if left <= 0:
             return "timeout"
-        if select.select([fd], [], [], min(TICK_S, left))[0]:
+        ready = select.select([fd, 0], [], [], min(TICK_S, left))[0]
+        if fd in ready:
             return None
+        if ready:
+            return "the caller is gone"  # it sends no other job before it has the answer
         if _too_full(scratch):
             return f"more than {MAX_SCRATCH_FILES} files or {MAX_SCRATCH_BYTES} bytes written"
 

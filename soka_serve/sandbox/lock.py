@@ -33,16 +33,17 @@ class MissingProtectionError(Exception):
 
 def limit_resources(cpu_s: int) -> None:
     """CPU seconds, memory, file size, open files, processes and core dumps; hard limits, so that none can be raised."""
-    for name, most in (
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_AS, MAX_MEMORY_BYTES),
-        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
-        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
-        (resource.RLIMIT_NPROC, 0),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
-        (resource.RLIMIT_MSGQUEUE, 0),
-    ):
+    limits = {
+        "RLIMIT_CPU": cpu_s,
+        "RLIMIT_AS": MAX_MEMORY_BYTES,
+        "RLIMIT_FSIZE": MAX_FILE_BYTES,
+        "RLIMIT_NOFILE": MAX_OPEN_FILES,
+        "RLIMIT_NPROC": 0,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,  # Linux has all of these
+    }
+    for name, most in ((getattr(resource, n), most) for n, most in limits.items() if hasattr(resource, n)):
         hard = resource.getrlimit(name)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         try:

@@ -76,6 +76,14 @@ def nothing_is_left() -> Iterator[None]:
     assert set(Path(tempfile.gettempdir()).glob("soka-sandbox-*")) <= folders
 
 
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder in which any user may do anything: what keeps a program out of it is the sandbox."""
+    with tempfile.TemporaryDirectory(prefix="outside-") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
 # ------------------------------------------------------------------------------------------------ what shall work
 
 
@@ -169,7 +177,7 @@ def test_the_nonce_is_what_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------ breaking out
 
 
-def test_time_ends(tmp_path: Path) -> None:
+def test_time_ends() -> None:
     started = time.monotonic()
     for code in ("while True:\n    pass", "import time\ntime.sleep(1000)", "def f(x):\n    while True:\n        pass"):
         assert run(code, timeout_s=1) == Verdict(False, "timeout")
@@ -219,7 +227,7 @@ def test_a_fork_bomb_stays_one_process() -> None:
     assert run(code + "def f(x):\n    return made", ("assert f(1) == 0",)).passed
 
 
-def test_no_daemon_outlives(tmp_path: Path) -> None:
+def test_no_daemon_outlives(outside: Path) -> None:
     code = f"""
         import os, time
         try:
@@ -227,7 +235,7 @@ def test_no_daemon_outlives(tmp_path: Path) -> None:
             if pid == 0:
                 os.setsid()
                 time.sleep(3)
-                open({str(tmp_path / "daemon")!r}, "w").write("here")
+                open({str(outside / "daemon")!r}, "w").write("here")
         except OSError:
             pass
         try:
@@ -237,12 +245,11 @@ def test_no_daemon_outlives(tmp_path: Path) -> None:
         time.sleep(60)
     """
     assert not run(code, timeout_s=1).passed
-    assert not (tmp_path / "daemon").exists()
+    assert not (outside / "daemon").exists()
 
 
-def test_no_file_outside_is_read_or_changed(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o777)  # noqa: PTH101
-    secret = tmp_path / "secret"
+def test_no_file_outside_is_read_or_changed(outside: Path) -> None:
+    secret = outside / "secret"
     secret.write_text("the secret")
     secret.chmod(0o666)
     attempts = [
@@ -261,7 +268,7 @@ def test_no_file_outside_is_read_or_changed(tmp_path: Path) -> None:
     assert run(code, tests) == Verdict(True)
     assert secret.read_text() == "the secret"
     assert stat.S_IMODE(secret.stat().st_mode) == 0o666
-    assert [p.name for p in tmp_path.iterdir()] == ["secret"]
+    assert [p.name for p in outside.iterdir()] == ["secret"]
     assert Path(os.__file__).stat().st_size > 0
 
 
@@ -337,10 +344,42 @@ def test_one_file_has_a_largest_size() -> None:
     assert run(code, (f"assert f(1) == {lock.MAX_FILE_BYTES}",)) == Verdict(True)
 
 
+def test_it_ends_with_its_caller(root: Path) -> None:
+    """The caller is killed while a program runs that would have had ten minutes."""
+    code = (
+        "from soka_serve.sandbox import Program, run_programs\n"
+        "print('here', flush=True)\n"
+        "run_programs([Program('while True: pass', ('assert f',))], allow_code_execution=True, timeout_s=600)"
+    )
+    before = children()
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)
+    assert caller.stdout is not None
+    assert caller.stdout.readline() == b"here\n"
+    deadline = time.monotonic() + 10
+    while len(family := children() - before) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(family) == 4  # the caller, the sandbox, the program, the tests
+    caller.kill()
+    caller.wait()
+    caller.stdout.close()
+    while any(alive(process) for process in family) and time.monotonic() < deadline + 5:
+        time.sleep(0.05)
+    assert not any(alive(process) for process in family)
+    for folder in Path(tempfile.gettempdir()).glob("soka-sandbox-*"):
+        folder.rmdir()  # who makes it removes it, unless killed
+
+
+def alive(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
 # -------------------------------------------------------------------------------------- consent and protections
 
 
-def test_nothing_runs_without_consent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_without_consent(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SandboxError, match="without consent"):
         run_programs([Program(RIGHT, TESTS)], allow_code_execution=False)
     monkeypatch.delenv("SOKA_ALLOW_CODE_EXECUTION", raising=False)
@@ -353,7 +392,9 @@ def test_nothing_runs_without_consent(tmp_path: Path, monkeypatch: pytest.Monkey
     require_consent()
 
 
-def test_a_missing_protection_is_named_and_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_protection_is_named_and_nothing_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, outside: Path
+) -> None:
     """A real child whose lock finds no Landlock: the program's mark is not made, the error names what is missing."""
     import soka_serve.sandbox as sandbox
 
@@ -366,11 +407,10 @@ def test_a_missing_protection_is_named_and_nothing_runs(monkeypatch: pytest.Monk
             text = text.replace("version = landlock_version()", "version = 0")
         (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(sandbox, "__file__", str(folder / "__init__.py"))
-    os.chmod(tmp_path, 0o777)  # noqa: PTH101
     with pytest.raises(SandboxError, match="Landlock: this kernel does not have it") as caught:
-        run(f"open({str(tmp_path / 'mark')!r}, 'w')")
+        run(f"open({str(outside / 'mark')!r}, 'w')")
     assert "SOKA_ALLOW_WEAK_SANDBOX" in str(caught.value.hint)
-    assert not (tmp_path / "mark").exists()
+    assert not (outside / "mark").exists()
     with pytest.raises(SandboxError, match="Landlock"):
         check_sandbox()
     monkeypatch.setenv("SOKA_ALLOW_WEAK_SANDBOX", "1")
