@@ -149,8 +149,8 @@ def landlock_version() -> int:
     return max(0, int(_LIBC.syscall(_LANDLOCK_CREATE_RULESET, None, ctypes.c_size_t(0), 1)))
 
 
-def confine_files(scratch: str) -> None:
-    """Let files be read where Python lies, and plain files be made in `scratch`; nothing else, and no TCP."""
+def confine_files() -> None:
+    """Let files be read where Python lies, and plain files be made in the current directory; no more, and no TCP."""
     version = landlock_version()
     if version < 1:
         raise MissingProtectionError("Landlock: this kernel does not have it (Linux 5.13 or newer, with it enabled)")
@@ -170,7 +170,8 @@ def confine_files(scratch: str) -> None:
         _allow(ruleset, "/dev/null", _READ_FILE | _WRITE_FILE)
         # No folders, links, sockets or pipes: the scratch directory stays flat, and is quickly emptied.
         own = _READ_FILE | _READ_DIR | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
-        _allow(ruleset, scratch, own & handled, needed=True)
+        # By the current directory: the folders above it may be ones that this user cannot enter.
+        _allow(ruleset, os.curdir, own & handled, needed=True)
         if _LIBC.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
             raise MissingProtectionError(f"Landlock: {os.strerror(ctypes.get_errno())}")
     finally:
@@ -320,5 +321,5 @@ def lock(scratch: str, cpu_s: int, *, weak: bool) -> None:
     die_with_parent()
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     limit_resources(cpu_s)
-    confine_files(scratch)
+    confine_files()
     refuse_system_calls()

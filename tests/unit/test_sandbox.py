@@ -50,36 +50,45 @@ def children() -> set[int]:
     return known - {os.getpid()}
 
 
-def processes_of(uid: int) -> set[int]:
-    """Living processes of a user."""
+def working_in(folder: str) -> set[int]:
+    """Living processes whose current directory is, or was, below a folder."""
     found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            if folder.stat().st_uid == uid and "\nState:\tZ" not in (folder / "status").read_text():
-                found.add(int(folder.name))
+            if str((process / "cwd").readlink()).startswith(folder) and alive(int(process.name)):
+                found.add(int(process.name))
         except OSError:
             continue
     return found
 
 
+def alive(process: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """No process and no scratch directory survives a test."""
-    processes, folders = children(), set(Path(tempfile.gettempdir()).glob("soka-sandbox-*"))
-    strangers = processes_of(lock.NOBODY)
-    yield
-    deadline = time.monotonic() + 5
-    while (children() - processes or processes_of(lock.NOBODY) - strangers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert children() <= processes
-    assert processes_of(lock.NOBODY) <= strangers
-    assert set(Path(tempfile.gettempdir()).glob("soka-sandbox-*")) <= folders
+def scratches(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where scratch directories are made; no process and no scratch directory survives a test."""
+    processes = children()
+    with tempfile.TemporaryDirectory(prefix="soka-tests-") as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield folder
+        deadline = time.monotonic() + 5
+        while (children() - processes or working_in(folder)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert children() <= processes
+        assert working_in(folder) == set()
+        assert list(Path(folder).glob("soka-sandbox-*")) == []
 
 
 @pytest.fixture
 def outside() -> Iterator[Path]:
     """A folder in which any user may do anything: what keeps a program out of it is the sandbox."""
-    with tempfile.TemporaryDirectory(prefix="outside-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
 
@@ -344,7 +353,7 @@ def test_one_file_has_a_largest_size() -> None:
     assert run(code, (f"assert f(1) == {lock.MAX_FILE_BYTES}",)) == Verdict(True)
 
 
-def test_it_ends_with_its_caller(root: Path) -> None:
+def test_it_ends_with_its_caller(root: Path, scratches: str) -> None:
     """The caller is killed while a program runs that would have had ten minutes."""
     code = (
         "from soka_serve.sandbox import Program, run_programs\n"
@@ -352,7 +361,8 @@ def test_it_ends_with_its_caller(root: Path) -> None:
         "run_programs([Program('while True: pass', ('assert f',))], allow_code_execution=True, timeout_s=600)"
     )
     before = children()
-    caller = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE)
+    environment = {**os.environ, "TMPDIR": scratches}
+    caller = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, env=environment)
     assert caller.stdout is not None
     assert caller.stdout.readline() == b"here\n"
     deadline = time.monotonic() + 10
@@ -365,15 +375,8 @@ def test_it_ends_with_its_caller(root: Path) -> None:
     while any(alive(process) for process in family) and time.monotonic() < deadline + 5:
         time.sleep(0.05)
     assert not any(alive(process) for process in family)
-    for folder in Path(tempfile.gettempdir()).glob("soka-sandbox-*"):
-        folder.rmdir()  # who makes it removes it, unless killed
-
-
-def alive(process: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False
+    (left,) = Path(scratches).glob("soka-sandbox-*")  # who makes it removes it, unless killed
+    left.rmdir()
 
 
 # -------------------------------------------------------------------------------------- consent and protections
