@@ -20,8 +20,7 @@ def tasks_directory() -> Path:
         EvalError: neither is there.
     """
     package = Path(__file__).resolve().parent
-    # A checkout comes first: there the two are the same files, and an old build folder must not win.
-    places = (package.parents[1] / "eval" / "tasks", package / "task_files")
+    places = (package / "task_files", package.parents[1] / "eval" / "tasks")
     for place in places:
         if any(place.glob("*/*.yaml")):
             return place
