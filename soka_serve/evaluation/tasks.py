@@ -84,15 +84,23 @@ def _runs_code(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> bool:
     return bool(config.get("unsafe_code", False))
 
 
+@cache
+def _foreign_index() -> Mapping[str, Any]:
+    """lm-eval's own tasks; reading their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    index: Mapping[str, Any] = TaskManager().task_index
+    return index
+
+
 def _foreign_runs_code(names: Iterable[str]) -> bool:
     try:
-        from lm_eval.tasks import TaskManager
+        index = _foreign_index()
     except ImportError:
         raise EvalError(
             f"{', '.join(names)}: not tasks of soka-serve, and lm-eval is not installed to know others",
             hint="pip install 'soka-serve[eval]'",
         ) from None
-    index = TaskManager().task_index
     known: dict[str, Mapping[str, Any]] = {name: entry.cfg or {} for name, entry in index.items()}
     members = {name: sorted(entry.tags) for name, entry in index.items() if entry.kind.name == "TAG"}
     unsafe = False

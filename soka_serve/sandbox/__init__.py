@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import queue
@@ -30,6 +31,8 @@ from typing import Any
 from soka_serve.errors import SandboxError
 from soka_serve.sandbox.lock import NOBODY
 from soka_serve.sandbox.wire import MAX_FRAME_BYTES, WireError, read_frame, write_frame
+
+logger = logging.getLogger(__name__)
 
 CONSENT_VARIABLE = "SOKA_ALLOW_CODE_EXECUTION"
 WEAK_VARIABLE = "SOKA_ALLOW_WEAK_SANDBOX"
@@ -149,15 +152,12 @@ def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _weak() -> bool:
-    return os.environ.get(WEAK_VARIABLE, "") == "1"
-
-
 class _Runner:
     """One sandbox process, started again should it ever end."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._weak = False
 
     def run(self, program: Program, timeout_s: float) -> Verdict:
         job = {"code": program.code, "timeout_s": timeout_s, "cpu_s": math.ceil(timeout_s) + 1}
@@ -170,6 +170,11 @@ class _Runner:
             if os.geteuid() == 0:
                 os.chown(scratch, NOBODY, NOBODY)
             answer = self._ask({**job, "scratch": str(scratch)}, tests, timeout_s)
+            if "refused" in answer and not self._weak and os.environ.get(WEAK_VARIABLE, "") == "1":
+                logger.warning("%s = 1: programs run with resource limits alone (%s)", WEAK_VARIABLE, answer["refused"])
+                self.close()
+                self._weak = True
+                answer = self._ask({**job, "scratch": str(scratch)}, tests, timeout_s)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if "refused" in answer:
@@ -203,7 +208,7 @@ class _Runner:
 
     def _start(self) -> subprocess.Popen[bytes]:
         child = Path(__file__).with_name("child.py")
-        weak = ["--weak"] if _weak() else []
+        weak = ["--weak"] if self._weak else []
         # No site-packages, no user folder, no current directory on the path; the same hashes in every run.
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(child), *weak]
         self._process = subprocess.Popen(

@@ -224,10 +224,13 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "move_mount": (429, 429),
     "open_tree": (428, 428), "mount_setattr": (442, 442), "fanotify_init": (300, 262), "inotify_init1": (294, 26),
+    "inotify_init": (253, None), "inotify_add_watch": (254, 27),
     "mknod": (133, None), "mknodat": (259, 33), "flock": (73, 32), "quotactl": (179, 60), "swapon": (167, 224),
     # memory and messages that the limits do not count
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
-    "shmctl": (31, 195), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    "shmctl": (31, 195), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     # the kernel's other doors
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
     "io_setup": (206, 0), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),

@@ -303,6 +303,32 @@ def test_every_manifest_that_ships_has_tasks(root: Path, file: str, expected: tu
     assert set(expected) <= set(tasks.own_task_names())
 
 
+@pytest.mark.slow  # reads the files of lm-eval's own tasks
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_which_of_lm_evals_own_tasks_run_code() -> None:
+    pytest.importorskip("lm_eval")
+    assert tasks.needs_code_execution(["soka_gsm8k", "mbpp"])
+    assert tasks.needs_code_execution(["humaneval*"])
+    assert not tasks.needs_code_execution(["minerva_math", "gsm8k", "soka_math"])
+    with pytest.raises(EvalError, match="soka_gsm9k: no such task; ours are soka_builtin"):
+        tasks.needs_code_execution(["soka_gsm9k"])
+
+
+def test_the_docs_name_every_task_and_every_file(root: Path) -> None:
+    text = (root / "docs" / "evaluating.md").read_text()
+    members = {
+        name
+        for name in tasks.own_task_names()
+        if name.removeprefix("soka_math_").removeprefix("fewshot_") in sources.SUBJECTS
+    }
+    for name in set(tasks.own_task_names()) - members:
+        assert f"`{name}`" in text or f"`_{name.rpartition('_')[2]}`" in text, name
+    for source in sources.SOURCES.values():
+        assert source.file in text or source.file.removeprefix("math_").removesuffix(".jsonl") in text
+        assert source.hub in text
+
+
 def test_a_manifest_of_other_data_has_no_tasks(tmp_path: Path) -> None:
     assert tasks.default_tasks(read_manifest(manifest(tmp_path, "jsonl = 'x'")).manifest) == ()
     assert tasks.default_tasks(read_manifest(manifest(tmp_path, "builtin = 'code-easy'")).manifest) == (
