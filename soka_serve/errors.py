@@ -83,6 +83,11 @@ class ServeError(SokaError):
 class EvalError(SokaError):
     """A measurement that cannot be made: missing data, a prompt that does not fit, a task that does not exist."""
 
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        if hint:
+            self.add_note(hint)  # lm-eval's own command line shows a traceback, and this at its end
+
 
 class SandboxError(EvalError):
     """Model-written code that may not run: no consent, or a protection that this machine does not have."""

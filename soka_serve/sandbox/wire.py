@@ -1,0 +1,171 @@
+"""Frames over pipes, and plain data as JSON. Standard library only; loaded by path into a bare interpreter.
+
+A program answers tests over a pipe. Only plain data crosses it by value: numbers, strings, bytes, lists, tuples, sets,
+dicts and their like, always as the plain type. Anything else crosses as a handle, which has no value to compare.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Mapping
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from types import ModuleType
+from typing import Any
+
+MAX_FRAME_BYTES = 4 << 20
+
+_SMALL = 1 << 53
+
+
+class WireError(Exception):
+    """A frame that is cut off, too long, or not what it should be."""
+
+
+def write_frame(fd: int, message: Mapping[str, Any]) -> None:
+    """Send one message."""
+    body = json.dumps(message).encode("ascii")
+    if len(body) > MAX_FRAME_BYTES:
+        raise WireError(f"a message of {len(body)} bytes; at most {MAX_FRAME_BYTES}")
+    view = memoryview(len(body).to_bytes(4, "big") + body)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_frame(fd: int) -> dict[str, Any] | None:
+    """Receive one message; None where the other side has closed before the first byte.
+
+    Unbuffered: not a byte of the next message is read.
+    """
+    head = _read(fd, 4)
+    if not head:
+        return None
+    length = int.from_bytes(head, "big")
+    if len(head) < 4 or length > MAX_FRAME_BYTES:
+        raise WireError("a frame without an end")
+    body = _read(fd, length)
+    if len(body) < length:
+        raise WireError("a frame without an end")
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        raise WireError("a frame that is not JSON") from None
+    if not isinstance(message, dict):
+        raise WireError("a frame that is not an object")
+    return message
+
+
+def _read(fd: int, length: int) -> bytes:
+    parts = []
+    while length:
+        part = os.read(fd, min(length, 1 << 16))
+        if not part:
+            break
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def encode(value: Any, handle: Callable[[Any], int]) -> Any:
+    """Plain data as JSON; `handle` numbers everything else."""
+
+    def items(values: Any) -> list[Any]:
+        return [encode(item, handle) for item in values]
+
+    match value:
+        case None | bool():
+            return value
+        case int():
+            number = int.__add__(value, 0)  # an int subclass becomes an int
+            return number if -_SMALL < number < _SMALL else {"i": hex(number)}
+        case float():
+            return float.__add__(value, 0.0)
+        case complex():
+            return {"c": [value.real, value.imag]}
+        case str():
+            return str.__str__(value)
+        case bytes() | bytearray():
+            return {"b" if isinstance(value, bytes) else "y": bytes(value).hex()}
+        case list():
+            return {"l": items(list.__iter__(value))}
+        case tuple():
+            return {"t": items(tuple.__iter__(value))}
+        case set() | frozenset():
+            return {"s" if isinstance(value, set) else "z": items(value)}
+        case dict():
+            return {"d": [[encode(k, handle), encode(v, handle)] for k, v in dict.items(value)]}
+        case range():
+            return {"r": [value.start, value.stop, value.step]}
+        case deque():
+            return {"q": items(value)}
+        case Decimal() | Fraction():
+            return {"D" if isinstance(value, Decimal) else "F": str(value)}
+        case datetime() | date() | time():
+            kind = "datetime" if isinstance(value, datetime) else "date" if isinstance(value, date) else "time"
+            return {"T": [kind, value.isoformat()]}
+        case timedelta():
+            return {"e": [value.days, value.seconds, value.microseconds]}
+        case type(__name__=name) if getattr(builtins, name, None) is value:
+            return {"k": name}
+        case ModuleType():
+            return {"m": value.__name__}
+        case _:
+            return {"h": handle(value)}
+
+
+def _builtin_type(name: str) -> type:
+    found = vars(builtins)[name]
+    if isinstance(found, type):
+        return found
+    raise WireError(f"not a type: {name}")
+
+
+_TIMES: Mapping[str, Callable[[str], Any]] = {
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "time": time.fromisoformat,
+}
+
+
+def decode(data: Any, handle: Callable[[int], Any]) -> Any:
+    """What `encode` made JSON of; `handle` turns a number into the object that stands for it.
+
+    Raises:
+        WireError: data that `encode` does not make.
+    """
+    if data is None or isinstance(data, bool | int | float | str):
+        return data
+    if not isinstance(data, dict) or len(data) != 1:
+        raise WireError("not a value")
+    ((tag, body),) = data.items()
+
+    def items() -> list[Any]:
+        return [decode(item, handle) for item in body]
+
+    makers: Mapping[str, Callable[[], Any]] = {
+        "i": lambda: int(body, 16),
+        "c": lambda: complex(*body),
+        "b": lambda: bytes.fromhex(body),
+        "y": lambda: bytearray.fromhex(body),
+        "l": items,
+        "t": lambda: tuple(items()),
+        "s": lambda: set(items()),
+        "z": lambda: frozenset(items()),
+        "d": lambda: {decode(k, handle): decode(v, handle) for k, v in body},
+        "r": lambda: range(*body),
+        "q": lambda: deque(items()),
+        "D": lambda: Decimal(body),
+        "F": lambda: Fraction(body),
+        "T": lambda: _TIMES[body[0]](body[1]),
+        "e": lambda: timedelta(*body),
+        "k": lambda: _builtin_type(body),
+        "h": lambda: handle(int(body)),
+    }
+    try:
+        return makers[tag]()
+    except (KeyError, TypeError, ValueError, ArithmeticError, RecursionError, IndexError):
+        raise WireError(f"not a value: {tag!r}") from None
