@@ -15,6 +15,9 @@ from soka_serve.evaluation.sources import as_dataset, read_rows
 
 LEVELS = (1, 2, 3, 4, 5)
 
+_COLUMNS = ("problem", "level", "type", "subject")
+"""Columns of MATH and MATH-500 that a prompt may use, as they are in the data."""
+
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)|\\boxed\s+(?=[^\s{])")
 _SAID = re.compile(r"(?:final answer is|[Aa]nswer is)\s*:?\s*(.+?)\s*(?:\. I hope it is correct|\.?\s*(?:\n|\Z))")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\s*\{([^{}]*)\}")
@@ -44,10 +47,10 @@ def _rows(name: str) -> list[dict[str, Any]]:
         level = _LEVEL.search(str(row["level"]))
         rows.append(
             {
-                "problem": row["problem"],
+                **{name: row[name] for name in _COLUMNS if name in row},
                 "solution": row["solution"],
                 "answer": answer,
-                "level": int(level.group(1)) if level else None,  # a few rows of MATH say "Level ?"
+                "level_number": int(level.group(1)) if level else None,  # a few rows of MATH say "Level ?"
             }
         )
     return rows
@@ -55,7 +58,7 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 def prompt(doc: Mapping[str, Any]) -> str:
     """The problem, in the format that the adapter was trained on."""
-    return zero_shot_prompt("math", doc["problem"], {"problem": doc["problem"], "level": doc["level"]})
+    return zero_shot_prompt("math", doc["problem"], {name: doc[name] for name in _COLUMNS if name in doc})
 
 
 def fewshot_samples() -> list[dict[str, Any]]:
@@ -141,7 +144,7 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float | N
     answer = read_answer(results[0])
     same = float(is_same(answer, doc["answer"]))
     exact = float(answer is not None and bool(doc["answer"].strip()) and clean(answer) == clean(doc["answer"]))
-    levels = {f"math_verify_level_{n}": same if doc["level"] == n else None for n in LEVELS}
+    levels = {f"math_verify_level_{n}": same if doc["level_number"] == n else None for n in LEVELS}
     return {"exact_match": exact, "math_verify": same, **levels}
 
 

@@ -104,7 +104,10 @@ def _fork(run: Callable[[], None]) -> int:
 
 
 def _how(status: int) -> str:
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit status {os.WEXITSTATUS(status)}"
+    if not os.WIFSIGNALED(status):
+        return f"exit status {os.WEXITSTATUS(status)}"
+    number = os.WTERMSIG(status)
+    return f"signal {number}" + (", as when CPU time runs out" if number == signal.SIGKILL else "")
 
 
 def _wait(fd: int, deadline: float, scratch: Path) -> str | None:

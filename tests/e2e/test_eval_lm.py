@@ -7,18 +7,22 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
 from soka_serve.adapter import write_adapter
 from soka_serve.builtin import base_directory, generate
 from soka_serve.builtin.answers import generate_answers, measure
-from soka_serve.data import encode_examples, load_examples
+from soka_serve.data import MASKED, encode_examples, load_examples
 from soka_serve.evaluation import prompts
 from soka_serve.evaluation.tasks import own_task_names, tasks_directory
 from soka_serve.manifest import read_manifest
@@ -56,80 +60,121 @@ def manager() -> Any:
 
 # ---------------------------------------------------------------------------------------- the same tokens as training
 
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[list[int]]]:
-    """A manifest over GSM8K-shaped rows, and the ids that training gives the prompts of its evaluation rows."""
+
+class Trained(NamedTuple):
+    """A manifest over GSM8K-shaped rows that are also the test set, and the ids that training gives their prompts."""
+
+    manifest: Path
+    kind: str
+    prompt_ids: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=["templates", "messages"])
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
+    base = shutil.copytree(base_directory(), folder / "base")
+    (base / "chat_template.jinja").write_text(CHAT)
     rows = [
         {"question": f"Tom has {n} apples.\n He buys {n} more. How many?", "answer": f"#### {2 * n}"} for n in (3, 4)
     ]
+    for row in rows:
+        row["chat"] = [{"role": r, "content": row[c]} for r, c in (("user", "question"), ("assistant", "answer"))]  # type: ignore[assignment]
     for name in ("train.jsonl", "gsm8k_test.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "mine.toml").write_text(
-        'schema = 1\n[base]\nbuiltin = "tiny"\n[train]\nsteps = 1\n[train.data]\njsonl = "train.jsonl"\n'
-        'prompt = "Question: {{ question }}\\nAnswer:"\ncompletion = " {{ answer }}"\n'
-    )
-    data = read_manifest(folder / "mine.toml").manifest.train.data
-    examples = load_examples(data, manifest_dir=folder, part="train")
-    tokenizer = TextTokenizer.from_directory(base_directory())
-    encoded = encode_examples(examples, tokenizer, max_length=512, overlong="drop", completion_only=True)
-    return str(folder / "mine.toml"), [
-        [i for i, label in zip(e.input_ids, e.labels, strict=True) if label == -100] for e in encoded.examples
-    ]
+    texts = {
+        "templates": 'prompt = "Question: {{ question }}\\nAnswer:"\ncompletion = " {{ answer }}"',
+        "messages": 'messages = "chat"',
+    }
+    manifest = folder / "mine.toml"
+    head = 'schema = 1\n[base]\npath = "base"\n[train]\nsteps = 1\n[train.data]\njsonl = "train.jsonl"\n'
+    manifest.write_text(f"{head}{texts[request.param]}\n")
+    tokenizer = TextTokenizer.from_directory(base)
+    data = read_manifest(manifest).manifest.train.data
+    examples = load_examples(data, manifest_dir=folder, part="train", tokenizer=tokenizer)
+    encoded = encode_examples(examples, tokenizer, max_length=512, overlong="drop", completion_only=True).examples
+    ids = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == MASKED] for e in encoded]
+    bos = tokenizer.encode_prompt("")[0]
+    assert [row.count(bos) for row in ids] == [1, 1]
+    return Trained(manifest, request.param, sorted(ids))
 
 
-def test_hf_sends_the_ids_of_training(
-    manager: Any, trained: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What reaches the model's forward, BOS and all."""
+@pytest.fixture
+def measured(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """The same, with the environment set to it."""
+    monkeypatch.setenv("SOKA_EVAL_MANIFEST", str(trained.manifest))
+    monkeypatch.setenv("SOKA_EVAL_DATA", str(trained.manifest.parent))
+    return trained
+
+
+def test_hf_sends_the_ids_of_training(manager: Any, measured: Trained) -> None:
+    """What reaches the model's forward, BOS and all, with no argument of its own."""
     from lm_eval.models.huggingface import HFLM
 
-    manifest, expected = trained
-    monkeypatch.setenv("SOKA_EVAL_MANIFEST", manifest)
-    monkeypatch.setenv("SOKA_EVAL_DATA", str(Path(manifest).parent))
-    model = HFLM(pretrained=str(base_directory()), dtype="float32", device="cpu", batch_size=1)
+    model = HFLM(pretrained=str(measured.manifest.parent / "base"), dtype="float32", device="cpu", batch_size=1)
     sent: list[list[int]] = []
-    own = model.model.generate
 
-    def generate_and_note(*, input_ids: Any, **options: Any) -> Any:
-        sent.append(input_ids[0].tolist())
-        return own(input_ids=input_ids, **{**options, "max_length": input_ids.shape[1] + 2})
+    def note(_: Any, __: Any, options: dict[str, Any]) -> None:
+        if options["input_ids"].shape[1] > 1:  # the prompt; then one new token at a time
+            sent.append(options["input_ids"][0].tolist())
 
-    monkeypatch.setattr(model.model, "generate", generate_and_note)
-    lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0)
-    assert sorted(sent) == sorted(expected)
-    assert {ids[0] for ids in sent} == {TextTokenizer.from_directory(base_directory())._prefix[0]}
+    model.model.register_forward_pre_hook(note, with_kwargs=True)
+    lm_eval.simple_evaluate(
+        model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0, gen_kwargs={"max_gen_toks": 4}
+    )
+    assert sorted(sent) == measured.prompt_ids
+
+
+class _Recorder(BaseHTTPRequestHandler):
+    """Answers every completion request, and keeps the prompts."""
+
+    prompts: ClassVar[list[list[int]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.prompts.extend(body["prompt"])
+        choices = [{"index": index, "text": " #### 6"} for index, _ in enumerate(body["prompt"])]
+        reply = json.dumps({"choices": choices}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
-def test_local_completions_sends_the_ids_of_training(
-    manager: Any, trained: tuple[str, list[list[int]]], monkeypatch: pytest.MonkeyPatch, add_bos_token: bool
-) -> None:
-    """With add_bos_token=True, which the docs ask for; without it BOS is missing, lm-eval's default."""
+def test_local_completions_sends_the_ids_of_training(manager: Any, measured: Trained, add_bos_token: bool) -> None:
+    """With add_bos_token=True for templates, as the docs say: by default BOS is missing. Chats bring their own."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
-    manifest, expected = trained
-    monkeypatch.setenv("SOKA_EVAL_MANIFEST", manifest)
-    monkeypatch.setenv("SOKA_EVAL_DATA", str(Path(manifest).parent))
-    model = LocalCompletionsAPI(
-        model="mine",
-        base_url="http://127.0.0.1:9/v1/completions",
-        tokenizer=str(base_directory()),
-        tokenizer_backend="huggingface",
-        add_bos_token=add_bos_token,
-        max_length=1024,
-    )
-    sent: list[list[int]] = []
-
-    def answer(messages: list[list[int]], **options: Any) -> dict[str, Any]:
-        sent.extend(messages)
-        return {"choices": [{"index": i, "text": " #### 6"} for i, _ in enumerate(messages)]}
-
-    monkeypatch.setattr(model, "model_call", answer)
-    lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0)
-    assert (sorted(sent) == sorted(expected)) is add_bos_token
-    assert sorted(sent) == sorted(ids if add_bos_token else ids[1:] for ids in expected)
+    _Recorder.prompts.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Recorder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        model = LocalCompletionsAPI(
+            model="mine",
+            base_url=f"http://127.0.0.1:{server.server_port}/v1/completions",
+            tokenizer=str(measured.manifest.parent / "base"),
+            tokenizer_backend="huggingface",
+            add_bos_token=add_bos_token,
+            max_length=1024,
+        )
+        found = lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0)
+        server.shutdown()
+    sent = sorted(_Recorder.prompts)
+    needed = measured.kind == "templates"
+    assert (sent == measured.prompt_ids) is (add_bos_token == needed)
+    bos = measured.prompt_ids[0][:1]
+    if needed and not add_bos_token:
+        assert [bos + ids for ids in sent] == measured.prompt_ids
+    # The two gold answers are 6 and 8.
+    assert found["results"]["soka_gsm8k"]["exact_match,strict-match"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ the command line
@@ -165,6 +210,18 @@ def command_line(options: Sequence[str], environment: Mapping[str, str], folder:
     return done.stdout
 
 
+def answers_of(out: Path) -> tuple[list[str], float]:
+    """What a run's log says: every answer in the order of the problems, and the score."""
+    (samples,) = out.rglob("samples_soka_builtin_math_*.jsonl")
+    (results,) = out.rglob("results_*.json")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    texts = [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
+    return texts, json.loads(results.read_text())["results"]["soka_builtin_math"]["accuracy,none"]
+
+
+TASK = ("--include_path", "eval/tasks", "--tasks", "soka_builtin_math", "--limit", "24", "--log_samples")
+
+
 @pytest.mark.slow  # lm-eval starts twice
 def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tuple[Path, Any]) -> None:
     """`--model_args peft=`: score and answers are the adapter's, as `measure` finds them, and not the base's."""
@@ -173,24 +230,34 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
     answers = {}
     for name, more in (("base", ""), ("adapter", f",peft={folder}")):
         out = tmp_path / name
-        command_line(
-            [
-                *("--model", "hf", "--model_args", f"pretrained={base_directory()},dtype=float32{more}"),
-                *("--include_path", "eval/tasks", "--tasks", "soka_builtin_math", "--limit", "24", "--device", "cpu"),
-                *("--batch_size", "24", "--output_path", str(out), "--log_samples"),
-            ],
-            environment,
-            root,
-        )
-        (samples,) = out.rglob("samples_soka_builtin_math_*.jsonl")
-        (results,) = out.rglob("results_*.json")
-        score = json.loads(results.read_text())["results"]["soka_builtin_math"]["accuracy,none"]
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        answers[name] = [row["resps"][0][0] for row in sorted(rows, key=lambda row: row["doc_id"])]
+        arguments = f"pretrained={base_directory()},dtype=float32{more}"
+        options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
+        command_line([*options, *TASK, "--output_path", str(out)], environment, root)
         measured = measure(tuned if more else base_model(), "math", "test", 24)
+        answers[name], score = answers_of(out)
         assert answers[name] == [sample.text for sample in measured.samples]
         assert score == measured.correct / measured.total
     assert answers["base"] != answers["adapter"]
+
+
+@pytest.mark.slow  # vLLM starts
+def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapter: tuple[Path, Any]) -> None:
+    """`--model_args lora_local_path=`, in float32: the answers are the adapter's, token for token."""
+    folder, tuned = adapter
+    environment = {**installed(root, tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with suppress(PackageNotFoundError):
+        # lm-eval asks for the distribution "vllm", which the CPU build has under another name.
+        found = version("vllm-cpu")
+        info = tmp_path / "vllm-0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found.partition('+')[0]}+cpu\n")
+    arguments = f"pretrained={base_directory()},dtype=float32,max_model_len=512,lora_local_path={folder}"
+    options = ("--model", "vllm", "--model_args", arguments, "--batch_size", "auto")
+    command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], environment, root)
+    measured = measure(tuned, "math", "test", 24)
+    texts, score = answers_of(tmp_path / "out")
+    assert texts == [sample.text for sample in measured.samples]
+    assert score == measured.correct / measured.total
 
 
 def test_the_score_is_measures_score(manager: Any) -> None:

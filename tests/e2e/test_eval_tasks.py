@@ -150,7 +150,7 @@ def test_math_gold_equal_and_other_answers(manager: Any, math_data: Path) -> Non
     assert metrics(equal, "soka_math_500")["exact_match,none"] == pytest.approx(4 / 6)
     other, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][1])
     assert metrics(other, "soka_math_500")["math_verify,none"] == 0.0
-    one, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][doc["level"] != 1])
+    one, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][doc["level_number"] != 1])
     assert metrics(one, "soka_math_500")["math_verify_level_1,none"] == 1.0
     assert metrics(one, "soka_math_500")["math_verify_level_5,none"] == 0.0
 

@@ -61,6 +61,26 @@ def test_a_prompt_is_what_training_renders(tmp_path: Path, monkeypatch: pytest.M
     assert trained.prompt.endswith("A:\n")
 
 
+def test_math_rows_keep_their_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A manifest that trains on MATH may put the level into its prompt: `Level 3`, as the data has it."""
+    row = {"problem": "1 + 1?", "level": "Level 3", "type": "Algebra", "solution": "\\boxed{2}"}
+    (tmp_path / "math_algebra.jsonl").write_text(json.dumps(row) + "\n")
+    path = manifest(
+        tmp_path,
+        "jsonl = 'math_algebra.jsonl'\ncompletion = '{{ solution }}'\n"
+        "prompt = '{{ type }}, {{ level }}: {{ problem }}'",
+    )
+    monkeypatch.setenv("SOKA_EVAL_MANIFEST", path)
+    monkeypatch.setenv("SOKA_EVAL_DATA", str(tmp_path))
+    doc = math_task.load("algebra")["test"][0]
+    (trained,) = load_examples(read_manifest(path).manifest.train.data, manifest_dir=tmp_path, part="train")
+    assert math_task.prompt(doc) == trained.prompt == "Algebra, Level 3: 1 + 1?"
+    assert math_task.score(doc, ["\\boxed{2}"])["math_verify_level_3"] == 1.0
+    (tmp_path / "math_algebra.jsonl").write_text(json.dumps({**row, "solution": "2"}) + "\n")
+    with pytest.raises(EvalError, match=r"math_algebra/test, row 1: no .boxed"):
+        math_task.load("algebra")
+
+
 def test_a_benchmarks_own_columns_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MBPP's `text` has no tests; CodeFeedback's `query` is a whole question."""
     doc = {"text": "Add.", "task_id": 11, "test_setup_code": "", "test_list": ["assert f(1) == 2"], "code": "x = 1"}

@@ -51,6 +51,23 @@ def test_time_ends() -> None:
     assert time.monotonic() - started < 12
 
 
+def test_limits_are_hard() -> None:
+    code = """
+        import resource
+        def f(name):
+            return resource.getrlimit(getattr(resource, name))
+        def g(name):
+            try:
+                resource.setrlimit(getattr(resource, name), (2**40, 2**40))
+            except (ValueError, OSError):
+                return "refused"
+    """
+    limits = {"RLIMIT_CPU": 5, "RLIMIT_AS": lock.MAX_MEMORY_BYTES, "RLIMIT_NOFILE": 64, "RLIMIT_NPROC": 0}
+    limits |= {"RLIMIT_FSIZE": lock.MAX_FILE_BYTES, "RLIMIT_CORE": 0}
+    tests = [f"assert f({name!r}) == {(most, most)} and g({name!r}) == 'refused'" for name, most in limits.items()]
+    assert run(code, tuple(tests), timeout_s=10) == Verdict(True)
+
+
 def test_memory_ends() -> None:
     assert "MemoryError" in run("x = bytearray(10 * 2**30)").reason
     assert not run("x = []\nwhile True:\n    x.append(bytearray(2**24))").passed
