@@ -23,6 +23,7 @@ from typing import Any
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.compare_plan import Cell, RunSpec, Surroundings, list_cells, next_runs
 from soka_serve.data import data_sha256
+from soka_serve.errors import DataError
 from soka_serve.files import write_text_atomic
 from soka_serve.progress import track
 from soka_serve.provenance import versions
@@ -82,7 +83,8 @@ def compare(
     Args:
         suite: path of the TOML file, or what `read_suite` returned.
         work: folder of the records; suites may share it, and equal runs are not run twice.
-        out: JSON file of the results; a Markdown table and an HTML report are written beside it.
+        out: JSON file of the results; a Markdown table, an HTML report and the records (OUT.records.jsonl, by which
+            another machine goes on) are written beside it.
         jobs: runs at a time, each with one thread.
         minutes: start no run after so many minutes.
         limit_runs: start no more than so many runs.
@@ -101,6 +103,8 @@ def compare(
         around = look_around(loaded, workspace)
         cells = list_cells(loaded.suite, around)
         store = Records(folder / "records")
+        if out is not None:
+            store.take_over(_records_file(Path(out)), cells)
         if retry_failed:
             store.forget_failed(cells)
         started = time.monotonic()
@@ -150,6 +154,39 @@ class Records:
                     logger.warning("%s is damaged and was removed; its run is run again", file)
                     file.unlink()
         return self._known
+
+    def take_over(self, file: Path, cells: list[Cell]) -> None:
+        """Take the records of a suite's runs from a file that `to_lines` made, where there are none yet.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not file.exists():
+            return
+        found: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                found[record.pop("key")] = record
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DataError(
+                    f"{file}:{number}: expected a record of a run as a JSON object with its key",
+                    hint="Fetch the file again, or remove it: its runs are then run again.",
+                ) from None
+        taken = 0
+        # Which runs there are depends on the sweeps' records, so look again after each round.
+        while missing := [k for cell in cells for k in _keys(cell, self) if k in found and k not in self.read()]:
+            for key in dict.fromkeys(missing):
+                self.write(key, found[key])
+                taken += 1
+        if taken:
+            logger.info("%d runs taken from %s", taken, file)
+
+    def to_lines(self, cells: list[Cell]) -> str:
+        """The records of a suite's runs, as lines of JSON."""
+        records = self.read()
+        keys = dict.fromkeys(k for cell in cells for k in _keys(cell, self) if k in records)
+        return "".join(json.dumps({"key": key, **records[key]}) + "\n" for key in keys)
 
     def forget_failed(self, cells: list[Cell]) -> None:
         """Remove the records of a suite's failed runs."""
@@ -315,7 +352,8 @@ def _report(
         write_text_atomic(path, json.dumps(results, indent=1) + "\n")
         write_text_atomic(path.with_suffix(".md"), render_markdown(results))
         write_text_atomic(path.with_suffix(".html"), render_html(results))
-        written += [path, path.with_suffix(".md"), path.with_suffix(".html")]
+        write_text_atomic(_records_file(path), store.to_lines(cells))
+        written += [path, path.with_suffix(".md"), path.with_suffix(".html"), _records_file(path)]
     return CompareResult(
         suite=suite.name,
         done=counted["done"],
@@ -324,6 +362,10 @@ def _report(
         table="\n".join(markdown_table(*method_rows(results))),
         written=tuple(written),
     )
+
+
+def _records_file(out: Path) -> Path:
+    return out.with_suffix(".records.jsonl")
 
 
 def _count(cells: list[Cell], store: Records) -> dict[str, int]:

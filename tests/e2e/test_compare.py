@@ -97,3 +97,13 @@ def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
         assert cell["grad_norm"] > 0
     assert "| soka-r1 |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".html").read_text().count("<svg") == 3
+
+    elsewhere = run(SUITE, "--work", str(tmp_path / "elsewhere"), "--limit-runs", "0", "--out", str(out))
+    assert f"{RUNS} runs done, 0 left, 0 failed" in elsewhere.stdout, elsewhere.stderr
+    assert f"{RUNS} runs taken from" in elsewhere.stderr
+    assert records(tmp_path / "elsewhere") == after
+    lines = out.with_suffix(".records.jsonl")
+    lines.write_text(lines.read_text() + "{\n")
+    damaged = run(SUITE, "--work", str(tmp_path / "third"), "--limit-runs", "0", "--out", str(out))
+    assert damaged.returncode == 2
+    assert f"{lines}:{RUNS + 1}: expected a record" in damaged.stderr

@@ -113,7 +113,7 @@ def test_doctests() -> None:
         (["gsm8k.toml", "--tasks", "soka_gsm8k"], ["not built", "soka-serve build"]),
         (["math.toml"], ["not built", "soka-serve build"]),
         (["math.toml", "--tasks", "soka_mbpp"], ["soka_mbpp", "--allow-code-execution"]),
-        (["math.toml", "--tasks", "soka_gsm9k"], ["soka_gsm9k", "no such task"]),
+        pytest.param(["math.toml", "--tasks", "soka_gsm9k"], ["soka_gsm9k", "no such task"], marks=pytest.mark.slow),
         (["math.toml", "--limit", "0"], ["limit"]),
         (["math.toml", "--fail-under", "most"], ["--fail-under most"]),
         (["math.toml", "--fail-under", "other=1"], ["other", "soka_builtin_math"]),
