@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -471,8 +470,6 @@ def evaluate(
 
     Resumable: run it again after an interruption, and answers that have come are not asked for again.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports it: our own plain lines are shown
     from soka_serve.evaluation.results import Threshold
     from soka_serve.evaluation.run import evaluate as run
 

@@ -9,11 +9,13 @@ import json
 import logging
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partialmethod
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,19 +249,24 @@ def _read(place: Path) -> dict[str, Any] | None:
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
     """Without what lm-eval says of its own insides, and without its asking git for the commit of the user's folder,
-    which it would take for its own. What it says of requests that fail is shown."""
+    which it would take for its own. What it says of requests that fail is shown; its bars are on a terminal only, where
+    there are none of ours."""
     from lm_eval import evaluator
+    from tqdm import tqdm
 
     talkative = [logging.getLogger(f"lm_eval.{part}") for part in ("evaluator", "models.huggingface", "tasks", "api")]
     levels = [each.level for each in talkative]
-    ask_git = evaluator.get_git_commit_hash
+    ask_git, make_bar = evaluator.get_git_commit_hash, tqdm.__init__
     for each in talkative:
         each.setLevel(logging.ERROR)
     evaluator.get_git_commit_hash = lambda: None
+    if not sys.stderr.isatty():
+        # Not by TQDM_DISABLE: vLLM divides by what a bar of that kind has not measured.
+        tqdm.__init__ = partialmethod(make_bar, disable=True)
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = ask_git
+        evaluator.get_git_commit_hash, tqdm.__init__ = ask_git, make_bar
         for each, level in zip(talkative, levels, strict=True):
             each.setLevel(level)
 
