@@ -120,6 +120,7 @@ else:
         assert " passed" in run.stdout
         assert "skipped" not in run.stdout
 
+    @pytest.mark.slow
     def test_the_benchmark_runs_interpreted(root: Path, tmp_path: Path) -> None:
         """Its GPU mode but for the clock, the recorded graph and vLLM's kernels."""
         pytest.importorskip("triton")

@@ -120,6 +120,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_launcher_runs_run_py_with_soka_among_the_methods(tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("from peft import PeftConfig\n")
     (tmp_path / "run.py").write_text(

@@ -17,7 +17,10 @@ import pytest
 from soka_serve.sandbox import Verdict, lock
 from tests.sandboxed import RIGHT, alive, children, nothing_left, run
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
+]
 
 
 @pytest.fixture(autouse=True)
