@@ -396,6 +396,7 @@ def test_a_finished_run_is_not_repeated(base: Path, tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_another_recipe_starts_afresh(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_training(base, tmp_path)
     other = run_training(base, tmp_path, steps=6)
@@ -411,6 +412,7 @@ def test_no_result(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ interruptions
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes through; the half-written resume point is not taken for a whole one."""
     whole = tensors_of(run_training(base, tmp_path / "whole", steps=6, save_every=2))
