@@ -148,12 +148,9 @@ class VllmBackend:
         """A server that somebody else started: it must serve the build's adapter under its name."""
         from soka_serve.serving_probe import served_models
 
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") not in ("", "v1"):
-            raise EvalError(f"--server {url}: expected an address such as http://127.0.0.1:8000")
-        port = parts.port or (443 if parts.scheme == "https" else 80)
+        host, port, scheme = parse_address(url)
         key = os.environ.get("VLLM_API_KEY", "").split()
-        reached = Launch((), host=parts.hostname, port=port, scheme=parts.scheme, api_key=key[0] if key else "")
+        reached = Launch((), host=host, port=port, scheme=scheme, api_key=key[0] if key else "")
         cards = {str(card.get("id")): card for card in served_models(reached)}
         target = self._subject.target
         card = cards.get(target.name)
@@ -171,9 +168,7 @@ class VllmBackend:
         if not root.exists():
             logger.warning("%s: whether %r is this build cannot be seen from here (%s)", url, target.name, root)
         parent = str(card["parent"])
-        return Launch(
-            (), host=parts.hostname, port=port, scheme=parts.scheme, api_key=reached.api_key, base_model=parent
-        )
+        return Launch((), host=host, port=port, scheme=scheme, api_key=reached.api_key, base_model=parent)
 
     @contextmanager
     def _ask(self, role: str, launch: Launch) -> Iterator[Asked]:
@@ -255,6 +250,26 @@ class TransformersBackend:
             return float((now - again).abs().max()), float((now - before).abs().max())
 
         yield Asked(lm, facts, effect if before is not None else None)
+
+
+def parse_address(url: str) -> tuple[str, int, str]:
+    """Host, port and scheme of a server's address.
+
+    >>> parse_address("127.0.0.1:8000"), parse_address("https://there/v1")
+    (('127.0.0.1', 8000, 'http'), ('there', 443, 'https'))
+
+    Raises:
+        EvalError: it is none.
+    """
+    problem = EvalError(f"--server {url}: expected an address such as http://127.0.0.1:8000")
+    try:
+        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:  # a port that is no number, a bracket that is not closed
+        raise problem from None
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") not in ("", "v1"):
+        raise problem
+    return parts.hostname, port, parts.scheme
 
 
 def _placed(model: Any) -> Any:
