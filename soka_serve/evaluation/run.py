@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partialmethod
@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from soka_serve.errors import EvalError
+from soka_serve.errors import EvalError, SokaError
 from soka_serve.evaluation.backends import Asked, Subject, TransformersBackend, VllmBackend, wait_counted
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
 from soka_serve.evaluation.results import (
@@ -35,11 +35,13 @@ from soka_serve.evaluation.results import (
 )
 from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
-from soka_serve.files import disk_errors, sha256_file, sha256_text, write_text_atomic
+from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.provenance import versions
+from soka_serve.serving_base import cache_directory
 from soka_serve.serving_targets import read_targets
 from soka_serve.sources import base_name
+from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +114,10 @@ def evaluate(
         runner = VllmBackend(subject, server=server, concurrency=parallel or 64, options=options)
     else:
         runner = TransformersBackend(subject, batch_size=parallel or 16)
+    weights = _weights(subject)
     with _environment(loaded, allow_code_execution), _quiet_harness():
-        parts = _run(loaded, subject, runner, chosen, limit, folder, allow_code_execution)
-    return _finish(loaded, subject, runner, chosen, limit, folder, parts, fail_under)
+        parts = _run(loaded, subject, runner, chosen, limit, folder, weights, allow_code_execution)
+    return _finish(loaded, subject, runner, chosen, limit, folder, weights, parts, fail_under)
 
 
 def _check_installed() -> None:
@@ -165,11 +168,11 @@ def _run(
     tasks: Sequence[str],
     limit: int | None,
     folder: Path,
+    weights: Mapping[str, str],
     allow_code_execution: bool,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Every part's record: those of earlier runs as they are, the others made now."""
     common = _identity(loaded, runner, limit)
-    weights = {role: _weights(subject, role) for role in ROLES}
     places = {
         (role, task): folder / _PARTS / f"{role}-{sha256_text(json.dumps([common, weights[role], task]))[:16]}"
         for role in ROLES
@@ -231,11 +234,16 @@ def _generation(loaded: LoadedManifest) -> dict[str, int]:
     return {"max_gen_toks": table.max_new_tokens} if "max_new_tokens" in table.model_fields_set else {}
 
 
-def _weights(subject: Subject, role: str) -> str:
-    """Hash of the weights that answer."""
-    place = subject.base if role == "base" else subject.target.path
-    files = sorted([*place.glob("*.safetensors"), *place.glob("adapter_config.json")])
-    return sha256_text(subject.target.base_sha256 + "".join(sha256_file(file) for file in files))
+def _weights(subject: Subject) -> dict[str, str]:
+    """By role, a hash of the weights that answer; large files are hashed once and remembered, as for serving."""
+    hashes = HashCache(cache_directory() / "hashes.json")
+    found = {}
+    for role, place in zip(ROLES, (subject.base, subject.target.path), strict=True):
+        files = sorted([*place.glob("*.safetensors"), *place.glob("adapter_config.json")])
+        found[role] = sha256_text(subject.target.base_sha256 + "".join(hashes.file(file) for file in files))
+    with suppress(SokaError, OSError):  # a cache that cannot be written costs time only
+        hashes.save()
+    return found
 
 
 def _read(place: Path) -> dict[str, Any] | None:
@@ -381,6 +389,7 @@ def _finish(
     tasks: tuple[str, ...],
     limit: int | None,
     folder: Path,
+    weights: Mapping[str, str],
     parts: Mapping[tuple[str, str], Mapping[str, Any]],
     thresholds: Sequence[Threshold],
 ) -> EvalResult:
@@ -391,12 +400,12 @@ def _finish(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(loaded, runner, tasks, limit),
         "manifest": {"name": loaded.manifest.name, "file": loaded.path.name, "sha256": loaded.sha256},
-        "base": {"name": base, "weights": _weights(subject, "base")},
+        "base": {"name": base, "weights": weights["base"]},
         "result": {
             "name": target.name,
             "kind": target.kind,
             "peft_type": target.peft_type,
-            "weights": _weights(subject, "result"),
+            "weights": weights["result"],
         },
         "backend": runner.identity(),
         "limit": limit,
