@@ -90,7 +90,7 @@ def make_spec(
     facts = {
         "record": RECORD_VERSION,
         "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
-        "contender": contender.model_dump(mode="json", exclude={"name", "rates", "datasets", "priority"}),
+        "contender": contender.model_dump(mode="json", exclude={"name", "rates", "datasets", "priority", "adapt"}),
         "answers": dataset.answers,
         "stage": stage,
         "problems": [protocol.test, protocol.validation if stage == "sweep" else None, protocol.max_new_tokens],

@@ -1,6 +1,6 @@
 """Run by test_serve_layers.py: the plugin's layers in vLLM's, without an engine; assertions fail where one is wrong.
 
-Arguments: the number of tensor-parallel ranks (processes), and optionally "fully-sharded".
+Arguments: cases, each the number of tensor-parallel ranks (processes), and optionally "fully-sharded" after a blank.
 """
 
 from __future__ import annotations
@@ -220,13 +220,9 @@ def check_rank(rank: int, ranks: int, sharded: bool, store: str) -> None:
     print(f"rank {rank}: 6 layers checked", flush=True)
 
 
-def main(ranks: int, sharded: bool) -> None:
-    check_versions()
-    soka_vllm.register()
-    classes, load = lora_utils._all_lora_classes, WorkerLoRAManager._load_adapter
-    soka_vllm.register()  # a second time changes nothing
-    assert (lora_utils._all_lora_classes, WorkerLoRAManager._load_adapter) == (classes, load)
-    os.environ.setdefault("VLLM_DIST_IDENT", f"soka-{os.getpid()}")
+def check_ranks(ranks: int, sharded: bool) -> bool:
+    """Whether every rank found its layers right."""
+    os.environ["VLLM_DIST_IDENT"] = f"soka-{os.getpid()}-{ranks}-{sharded}"
     context = multiprocessing.get_context("fork")  # importing vLLM once is enough
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
@@ -235,8 +231,20 @@ def main(ranks: int, sharded: bool) -> None:
             process.start()
         for process in processes:
             process.join()
-    sys.exit(int(any(process.exitcode for process in processes)))
+    return not any(process.exitcode for process in processes)
+
+
+def main(cases: Sequence[str]) -> None:
+    check_versions()
+    soka_vllm.register()
+    classes, load = lora_utils._all_lora_classes, WorkerLoRAManager._load_adapter
+    soka_vllm.register()  # a second time changes nothing
+    assert (lora_utils._all_lora_classes, WorkerLoRAManager._load_adapter) == (classes, load)
+    for case in cases:
+        ranks, _, sharded = case.partition(" ")
+        print(f"case {case}:", flush=True)
+        print("right" if check_ranks(int(ranks), sharded == "fully-sharded") else "wrong", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:] == ["fully-sharded"])
+    main(sys.argv[1:])

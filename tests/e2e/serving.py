@@ -25,6 +25,10 @@ from soka_serve.kron import Factors
 
 START_S = 240
 
+# vLLM then computes in the engine's own process, as it does for one GPU, and not in a worker process of its own, as it
+# does on CPUs otherwise. A process less to start, which takes as long as importing vLLM does.
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
 
 class Server:
     """A running server; `log` is what it wrote."""
@@ -85,8 +89,14 @@ def _parsed(body: bytes) -> Any:
 
 
 @contextmanager
-def serve(folder: Path, options: Sequence[str], dtype: str = "float32") -> Iterator[Server]:
-    """Start a server of the embedded base under the name "base", and end it and its children afterwards."""
+def serve(
+    folder: Path, options: Sequence[str], dtype: str = "float32", more: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Start a server of the embedded base under the name "base", and end it and its children afterwards.
+
+    Args:
+        more: environment variables.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,6 +111,7 @@ def serve(folder: Path, options: Sequence[str], dtype: str = "float32") -> Itera
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # clients pool connections; one closed meanwhile would fail a request
         "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by another test, sets it to ERROR for the whole process
+        **(more or {}),
     }
     server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
     with server.log.open("w") as log:

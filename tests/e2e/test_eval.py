@@ -25,6 +25,7 @@ from soka_serve.cli import main
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from tests.e2e.builds import run_cli
+from tests.e2e.serving import ONE_PROCESS
 from tests.e2e.test_serve_command import Command
 
 pytestmark = [
@@ -89,7 +90,7 @@ def local(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Command]:
     """A server of the build that somebody else started."""
-    running = Command(folder, "sums.toml")
+    running = Command(folder, "sums.toml", **ONE_PROCESS)
     try:
         running.wait_ready()
         yield running

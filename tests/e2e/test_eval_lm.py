@@ -28,7 +28,7 @@ from soka_serve.evaluation.tasks import own_task_names, tasks_directory
 from soka_serve.manifest import read_manifest
 from soka_serve.tokenizer import TextTokenizer
 from tests.e2e.scripted import evaluate, metrics
-from tests.e2e.serving import base_model, random_factors, with_delta
+from tests.e2e.serving import ONE_PROCESS, base_model, random_factors, with_delta
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -244,7 +244,8 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
 def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapter: tuple[Path, Any]) -> None:
     """`--model_args lora_local_path=`, in float32: the answers are the adapter's, token for token."""
     folder, tuned = adapter
-    environment = {**installed(root, tmp_path), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**installed(root, tmp_path), **ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_NO_USAGE_STATS"] = "1"
     with suppress(PackageNotFoundError):
         # lm-eval asks for the distribution "vllm", which the CPU build has under another name.
         found = version("vllm-cpu")

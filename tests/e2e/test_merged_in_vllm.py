@@ -16,6 +16,7 @@ import soka_serve
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
 from tests.e2e.builds import write_manifest
+from tests.e2e.serving import ONE_PROCESS
 
 ASK = """
 import json, sys
@@ -51,7 +52,8 @@ def test_vllm_serves_the_merged_model(tmp_path: Path) -> None:
     script = tmp_path / "ask.py"
     script.write_text(ASK)
     prompts = [problem.prompt for problem in generate("math", "test", 4)]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {**os.environ, **ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_LOGGING_LEVEL"] = "ERROR"
     done = subprocess.run(
         [sys.executable, str(script), str(built.merged), json.dumps(prompts)],
         capture_output=True,

@@ -31,7 +31,7 @@ from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from tests.e2e.builds import run_cli, write_manifest
-from tests.e2e.serving import Server
+from tests.e2e.serving import ONE_PROCESS, Server
 
 pytestmark = [
     pytest.mark.slow,
@@ -384,7 +384,7 @@ def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> Non
     lock = read_lock(adapter.directory / "soka.lock")
     write_adapter(tmp_path / "zero", zero, base_model=str(base_directory()), lock=lock)
     targets = [f"good={folder / 'build' / 'code'}", f"idle={tmp_path / 'zero'}"]
-    running = Command(tmp_path, *targets, "--", "--max-model-len", "64")  # the probe is cut to fit
+    running = Command(tmp_path, *targets, "--", "--max-model-len", "64", **ONE_PROCESS)  # the probe is cut to fit
     try:
         assert running.wait() == 2, running.text
         assert "'idle' has no effect" in running.text

@@ -23,7 +23,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import Server, base_model, random_factors, serve
+from tests.e2e.serving import ONE_PROCESS, Server, base_model, random_factors, serve
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +81,7 @@ def harm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harm]:
     assert jobs["beta"][0][2] != jobs["base"][0][2]
     options = [*TARGET_OPTIONS, "--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8"]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("beta", "lora"))]
-    with serve(folder, options) as server:
+    with serve(folder, options, more=ONE_PROCESS) as server:
         yield Harm(server, folder, jobs)
 
 

@@ -17,7 +17,7 @@ from soka_serve.kron import Factors
 from soka_vllm.ops.torch_ops import ROW_FIELDS
 from soka_vllm.slots import SlotStore
 from tests.e2e.serve_adapters import ATOL_NATS, TARGET_OPTIONS, expected_answers, module
-from tests.e2e.serving import Server, base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.e2e.serving import ONE_PROCESS, Server, base_model, greedy_logprobs, random_factors, serve, with_delta
 
 MANY = 256
 TOKENS = 6
@@ -120,7 +120,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
         if lead < 10 * ATOL_NATS:  # rounding may choose another token there
             del answers[name]
     options = [*TARGET_OPTIONS, "--max-loras", str(MANY), "--max-cpu-loras", str(MANY), "--max-num-seqs", "64"]
-    with serve(folder, options) as server:
+    with serve(folder, options, more=ONE_PROCESS) as server:
         yield Many(server, folder, prompt.tolist(), answers, logprobs)
 
 

@@ -30,7 +30,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.e2e.serving import ONE_PROCESS, base_model, greedy_logprobs, random_factors, serve, with_delta
 
 pytestmark = pytest.mark.slow
 
@@ -154,7 +154,7 @@ def test_bfloat16_in_eager_mode(tmp_path: Path) -> None:
     options = [*TARGET_OPTIONS, "--enforce-eager", "--max-loras", "3"]
     options += ["--lora-modules", *(f"{n}={tmp_path / n}" for n in ("alpha", "lora", "beta"))]
     jobs = [(name, prompt) for prompt in PROMPTS for name in references]
-    with serve(tmp_path, options, "bfloat16") as server:
+    with serve(tmp_path, options, "bfloat16", ONE_PROCESS) as server:
         alone = [server.ask(*job) for job in jobs]
         answers = list(zip(jobs + jobs, alone + server.ask_at_once(jobs), strict=True))
         of_prompts = {name: server.ask_prompt(name, LONG_PROMPT) for name in references}

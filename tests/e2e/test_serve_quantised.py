@@ -17,7 +17,7 @@ from soka_serve.checkpoint import Checkpoint
 from soka_serve.kron import Factors
 from soka_serve.lock import write_lock
 from tests.e2e.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
-from tests.e2e.serving import Server, greedy_logprobs, random_factors, serve
+from tests.e2e.serving import ONE_PROCESS, Server, greedy_logprobs, random_factors, serve
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def server(folder: Path, references: dict[str, torch.nn.Module]) -> Iterator[Ser
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("alpha", "beta"))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOKA_LORA", "0")
-        with serve(folder, options, "bfloat16") as server:
+        with serve(folder, options, "bfloat16", ONE_PROCESS) as server:
             yield server
 
 
