@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from soka_serve.errors import DataError
+from soka_serve.files import require_regular
 from soka_serve.rows import Row, UnreachableDataError, builtin_rows, hub_rows, jsonl_rows, read_lines, resolve
 from soka_serve.schema import Data
 from soka_serve.templates import DEFAULT_COMPLETION, DEFAULT_PROMPT, RowTemplate
@@ -302,7 +303,7 @@ def data_sha256(data: Data, *, manifest_dir: Path) -> str:
         files += sorted(f for f in resolve(manifest_dir, data.hub).rglob("*") if f.is_file())
     for file in files:
         try:
-            with file.open("rb") as stream:
+            with require_regular(file).open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None

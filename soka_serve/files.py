@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -332,9 +333,21 @@ def write_text_atomic(path: Path, text: str) -> None:
     write_bytes_atomic(path, text.encode())
 
 
+def require_regular(path: Path) -> Path:
+    """The path itself, if a file is there: a device has no end, and a pipe may wait for its writer without one.
+
+    Raises:
+        OSError: it is missing, cannot be looked at, or is neither a file nor a directory.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a directory says itself what is wrong
+        raise OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+    return path
+
+
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    with path.open("rb") as file:
+    """Hex sha256 of a file's content. OSError where it is no file or cannot be read."""
+    with require_regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

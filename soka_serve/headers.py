@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from soka_serve.errors import CheckpointError
+from soka_serve.files import require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
     """The JSON of a safetensors file and the offset where its data begin."""
     try:
-        size = file.stat().st_size
+        size = require_regular(file).stat().st_size
         with file.open("rb") as stream:
             prefix = stream.read(8)
             if prefix.startswith(b"version "):
@@ -184,7 +185,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: missing, not UTF-8, not JSON (with line and column), or not an object.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(require_regular(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import CheckpointError
-from soka_serve.files import write_text_atomic
+from soka_serve.files import require_regular, write_text_atomic
 
 
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
@@ -29,7 +29,7 @@ def read_lock(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(require_regular(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint="it is written with every adapter and build") from None
     except OSError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soka_serve.errors import DataError
+from soka_serve.files import require_regular
 from soka_serve.schema import Data
 
 _MAX_REPORTED = 5  # Malformed lines named in one error.
@@ -77,7 +78,7 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers from 1. Bytes: only a line feed ends a line, unlike in str."""
     try:
-        with file.open("rb") as stream:
+        with require_regular(file).open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.startswith((b"\xff\xfe", b"\xfe\xff")) and number == 1:

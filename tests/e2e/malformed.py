@@ -7,6 +7,7 @@ start from an adapter with BETA's shapes, the others from what PEFT writes for q
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,24 @@ def edit_header(change: Callable[[dict[str, Any]], object]) -> Spoil:
         (folder / WEIGHTS_FILE).write_bytes(_with_header(json.dumps(header).encode(), raw[end:]))
 
     return edit
+
+
+def link(name: str, target: str) -> Spoil:
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return replace
+
+
+def pipe(name: str) -> Spoil:
+    """One that nobody writes to."""
+
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
 
 
 def _with_header(header: bytes, data: bytes = b"") -> bytes:
@@ -129,6 +148,8 @@ SOKA_FILES: Kinds = {
     "truncated data": (cut(WEIGHTS_FILE, -100), "truncated"),
     "truncated in the header": (cut(WEIGHTS_FILE, 100), "truncated"),
     "an empty file": (cut(WEIGHTS_FILE, 0), "truncated"),
+    "weights are a device": (link(WEIGHTS_FILE, "/dev/zero"), "device"),
+    "weights are a pipe": (pipe(WEIGHTS_FILE), "pipe"),
     "more data than the header says": (lengthen, "longer than its header says"),
     "huge header length": (write(WEIGHTS_FILE, b"\xff" * 64), "its header would take"),
     "header is no JSON": (write(WEIGHTS_FILE, _with_header(b'{"a": ')), "malformed header"),
@@ -189,6 +210,8 @@ SOKA_CONFIG: Kinds = {
     "config is no JSON": (write(CONFIG_FILE, b"{"), CONFIG_FILE),
     "config is empty": (write(CONFIG_FILE, b""), CONFIG_FILE),
     "config is no UTF-8": (write(CONFIG_FILE, b'{"peft_type": "\xff"}'), CONFIG_FILE),
+    "config is a device": (link(CONFIG_FILE, "/dev/zero"), "device"),
+    "config is a pipe": (pipe(CONFIG_FILE), "pipe"),
     "config is a list": (write(CONFIG_FILE, b"[]"), CONFIG_FILE),
     "config is null": (write(CONFIG_FILE, b"null"), CONFIG_FILE),
     "config nested deeply": (write(CONFIG_FILE, b"[" * 200_000), CONFIG_FILE),

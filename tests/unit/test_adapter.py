@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from soka_serve import adapter as adapter_module
-from soka_serve.adapter import Adapter, check_against, read_adapter, write_adapter
+from soka_serve.adapter import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE, Adapter, check_against, read_adapter, write_adapter
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import TensorInfo, read_header
 from soka_serve.kron import Factors, dense_delta
@@ -342,3 +343,15 @@ def test_lock_errors(tmp_path: Path) -> None:
     (tmp_path / "l").write_text("a = \n")
     with pytest.raises(CheckpointError, match=r"not TOML: .*line 1"):
         read_lock(tmp_path / "l")
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE])
+def test_what_is_no_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    """A pipe that nobody writes to would be waited for without end, and a device read until memory is full."""
+    folder = write(tmp_path)
+    (folder / name).unlink(missing_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        make(folder / name)
+        with pytest.raises(CheckpointError, match="not a file but a device, a pipe"):
+            read_lock(folder / name) if name == LOCK_FILE else read_adapter(folder)
+        (folder / name).unlink()
