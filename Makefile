@@ -13,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast lint format clean
+.PHONY: help venv quickstart test test-fast compat lint format clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test: venv lint ## Everything: lint, types, unit, parity and end-to-end tests
 
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
 	$(BIN)/python -m pytest -q tests/unit tests/parity -m "not slow"
+
+compat: venv ## The plugin's tests with every vLLM release claimed, and PEFT's (an environment each; an hour or more)
+	$(BIN)/python eval/compat.py --engine $(ENGINE) --out build/compat.json
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,143 @@
+"""The tests of the plugin with every vLLM release that it claims, and those of the PEFT type with every PEFT release.
+
+python eval/compat.py --out eval/results/compat.json          (`make compat` writes build/compat.json)
+
+Makes a virtual environment per release under build/compat (about 3 GB each for vLLM; kept, so that a second run only
+tests), installs this checkout and the release there, and runs the tests in it. What is claimed is read from
+pyproject.toml; the releases in that range from the package index. CPU builds of vLLM, unless --engine cuda.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from soka_serve.provenance import versions
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = {
+    "vllm": [
+        "tests/e2e/test_serve_mixed.py",
+        "tests/e2e/test_serve_layers.py",
+        "tests/e2e/test_serve_tp.py",
+        "tests/parity/test_plugin_op.py",
+        "tests/parity/test_plugin_triton.py",
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "unit").glob("test_plugin_*.py")),
+    ],
+    "peft": [
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "parity").glob("test_peft*.py")),
+        "tests/unit/test_peft_config.py",
+        "tests/unit/test_adapter.py",
+        "tests/e2e/test_peft_trainers.py",
+    ],
+}
+_SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|errors|deselected|xfailed)")
+
+
+def claimed(engine: str) -> dict[str, Requirement]:
+    """The requirement on vLLM and the one on PEFT, as pyproject.toml has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (vllm,) = project["optional-dependencies"][engine]
+    (peft,) = (entry for entry in project["dependencies"] if Requirement(entry).name == "peft")
+    return {"vllm": Requirement(vllm), "peft": Requirement(peft)}
+
+
+def releases(requirement: Requirement) -> list[str]:
+    """Releases in the range, oldest first; of a minor release of vLLM the last patch, of PEFT every one."""
+    command = [sys.executable, "-m", "pip", "index", "versions", requirement.name]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    listed = re.search(r"Available versions: (.*)", said)
+    if listed is None:
+        raise SystemExit(f"pip names no versions of {requirement.name}:\n{said}")
+    found = sorted(requirement.specifier.filter(Version(v) for v in listed[1].split(", ")))
+    if requirement.name != "peft":
+        found = list({(v.major, v.minor): v for v in found}.values())
+    return [str(v) for v in found]
+
+
+def make_environment(folder: Path, engine: str, requirement: Requirement, release: str) -> None:
+    """A virtual environment with this checkout and the release; whole, or made anew."""
+    ready = folder / ".ready"
+    if ready.exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
+    # Held to the versions that the tests ran with, but for what a release of vLLM or PEFT pins itself.
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(pins) + "\n" if engine == "cpu" else "")
+    subprocess.run([*pip, "--upgrade", "pip", "setuptools>=77"], check=True)
+    if engine == "cpu":
+        subprocess.run([*pip, "-c", str(constraints), "torch"], check=True)
+    extras = f"{engine},dev" if requirement.name != "peft" else "kbit,dev"
+    wanted = [f"{requirement.name}=={release}", "openai", "-e", f"{ROOT}[{extras}]"]
+    subprocess.run([*pip, "-c", str(constraints), *wanted], check=True)
+    if engine == "cpu":  # see the Makefile
+        drop = [str(folder / "bin" / "python"), "-m", "pip", "uninstall", "-qq", "--yes"]
+        subprocess.run([*drop, "torchvision", "torchaudio", "torchcodec"], check=True)
+    ready.touch()
+
+
+def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
+    """pytest's counts; and what it said of failures."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-rf", *tests],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+    )
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    counts = {what.rstrip("s"): int(number) for number, what in _SUMMARY.findall(last)}
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode and not failed:
+        failed = (done.stdout + done.stderr).strip().splitlines()[-5:]
+    return {"ok": done.returncode == 0, **counts, "failures": failed, "seconds": round(time.monotonic() - started)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--engine", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME[==RELEASE]", help="vllm, peft==0.21.0, ..."
+    )
+    arguments = parser.parse_args()
+    results = []
+    for kind, requirement in claimed(arguments.engine).items():
+        for release in releases(requirement):
+            if arguments.only and not {kind, f"{kind}=={release}"} & set(arguments.only):
+                continue
+            print(f"{requirement.name} {release}: ", end="", flush=True)
+            folder = ROOT / "build" / "compat" / f"{requirement.name}-{release}"
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_environment(folder, arguments.engine, requirement, release)
+            found = run_tests(folder, TESTS[kind])
+            print({k: v for k, v in found.items() if k != "failures"}, *found["failures"], sep="\n  ", flush=True)
+            results.append({"package": requirement.name, "release": release, "tests": TESTS[kind], **found})
+            report = {
+                "command": "python eval/compat.py" + "".join(f" --only {name}" for name in arguments.only),
+                "claimed": {name: str(value) for name, value in claimed(arguments.engine).items()},
+                "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+                "versions": {"python": versions()["python"]},
+                "results": results,
+            }
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit(any(not result["ok"] for result in results))
+
+
+if __name__ == "__main__":
+    main()
