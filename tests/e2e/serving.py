@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class Server:
-    """A running server; `log` is what it wrote."""
+    """A running server; `log` is what it wrote, `pid` its first process."""
 
     def __init__(self, url: str, log: Path) -> None:
         self.url = url
         self.log = log
+        self.pid = 0
 
     def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
         """Status and answer of a request."""
@@ -118,15 +119,18 @@ def serve(
         process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
         )
+        server.pid = process.pid
         try:
             _wait(server, process)
             yield server
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # ended already, with all of its group
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait(30)
 
 
