@@ -265,6 +265,9 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"unknown keys {unknown}")
     if config.get("modules_to_save"):
         problems.append(f"modules_to_save {config['modules_to_save']}: whole modules cannot be part of the delta")
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None):
+            problems.append(f"{name} must be a string or null, not {config[name]!r}")
     if not isinstance(config.get("soka_initial"), bool):
         problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r}")
     modules = config.get("soka_modules")
