@@ -33,6 +33,10 @@ _PR_SET_PDEATHSIG = 1
 # What vLLM puts before a line: "(EngineCore pid=12) ERROR 11-24 12:00:00 [core.py:12] "
 _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] ?)?")
 _FAILURE = re.compile(r"\b\w*(?:Error|Exception|error):|^usage:|\berror: ")
+# Warnings, their source lines, and drawings say nothing of how far the start has come.
+_NO_STAGE = re.compile(
+    r" WARNING |Warning\b|warnings\.warn|^(?:\([^)]*\))?\s*(?:[A-Z]+ \S+ \S+ \[\S+\])?\s*[▄█▀ ]*$|^\s"
+)
 _NO_CAUSE = ("See root cause above", "Engine core initialization failed", "Failed core proc")
 
 
@@ -112,6 +116,16 @@ def _is_anyone_alive(group: int) -> bool:
             if int(pgrp) == group and state not in "ZX":
                 return True
     return False
+
+
+def last_stage(log: str) -> str:
+    """The last line of vLLM's log that says how far its start has come.
+
+    >>> last_stage("(Worker pid=5) INFO 11-25 23:35:58 [weights.py:501] Loading weights\\nx.py:3: UserWarning: odd\\n")
+    'Loading weights'
+    """
+    stages = [line for line in log.splitlines() if line.strip() and not _NO_STAGE.search(line)]
+    return _PREFIX.sub("", stages[-1]).rstrip() if stages else "importing"
 
 
 class Server:
@@ -203,14 +217,14 @@ class Server:
         except (OSError, urllib.error.URLError):
             return False
 
+    def _log_text(self) -> str:
+        return "" if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-200_000:]
+
     def _lines(self) -> list[str]:
-        if self.log is None:
-            return []
-        text = self.log.read_text(encoding="utf-8", errors="replace")[-200_000:]
-        return [_PREFIX.sub("", line).rstrip() for line in text.splitlines() if line.strip()]
+        return [_PREFIX.sub("", line).rstrip() for line in self._log_text().splitlines() if line.strip()]
 
     def _last_line(self) -> str:
-        return (self._lines() or ["..."])[-1][:100]
+        return last_stage(self._log_text())[:100]
 
     def _line(self, text: str) -> None:
         """Rewrite the progress line of a terminal."""

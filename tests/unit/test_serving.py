@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve
-from soka_serve import doctor, serving_command, serving_targets
+from soka_serve import doctor, serving_command, serving_process, serving_targets
 from soka_serve.adapter import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
@@ -79,6 +79,7 @@ def _options(launch: serving_command.Launch) -> dict[str, list[str]]:
 def test_the_examples_hold() -> None:
     assert doctest.testmod(serving_targets).failed == 0
     assert doctest.testmod(serving_command).failed == 0
+    assert doctest.testmod(serving_process).failed == 0
 
 
 def test_a_manifest_an_adapter_a_build_and_a_name_of_ones_own(built: Path) -> None:
