@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from soka_serve.compare_text import cell_rows, claim_rows, method_rows, number, remarks, spread
+from soka_serve.compare_text import cell_rows, claim_rows, method_rows, number, percent, remarks
 from soka_serve.report import environment
 from soka_serve.report_charts import Mark, Series, chart, linear_axis, log_axis
 from soka_serve.report_text import count
@@ -56,7 +56,7 @@ def accuracy_chart(results: Mapping[str, Any], drawn: Sequence[str]) -> Markup |
     series = [Series(front, "front", tooltip="Pareto front", step=True)]
     for row in rows:
         name, (parameters, accuracy) = row["name"], points[row["name"]]
-        text = f"{name}: {parameters:,.0f} parameters, {spread(row['accuracy'], '{:.1f}', 100)}% right"
+        text = f"{name}: {parameters:,.0f} parameters, {percent(row['accuracy'])}% right"
         css = f"dot k{drawn.index(name)}" if name in drawn else "dot other"
         series.append(Series((), css, marks=(Mark(parameters, accuracy, text, label=name),)))
     summary = f"Accuracy against trained parameters of {len(rows)} methods, with the Pareto front"

@@ -35,7 +35,8 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     protocol = results["protocol"]
     seeds = len(protocol["seeds"])
     said = [
-        f"Mean over {seeds} seeds with 95% confidence intervals (Student's t, over seeds). Every method has its own "
+        f"Mean over {seeds} seeds with 95% confidence intervals (Student's t, over seeds; those of "
+        f"accuracies are cut at 0 and 100%). Every method has its own "
         f"learning rate, chosen on {protocol['validation']} validation problems with other seeds; accuracy is on "
         f"{protocol['test']} test problems that share none with those. Best is the best of {protocol['evaluations']} "
         "looks at the test problems during the run, and so flatters.",
@@ -67,8 +68,8 @@ def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
             str(len(row["datasets"])),
             number(row["trainable_parameters"], "{:,.0f}"),
             number(row["adapter_bytes"], "{:,.0f}", 1e-3),
-            spread(row["accuracy"], "{:.1f}", 100),
-            spread(row["best_accuracy"], "{:.1f}", 100),
+            percent(row["accuracy"]),
+            percent(row["best_accuracy"]),
             spread(row["steps_to_loss"], "{:.0f}"),
             number(row["reached"], "{:.0%}"),
             number(row["grad_norm"], "{:.3g}"),
@@ -94,7 +95,7 @@ def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             cell["dataset"],
             number(cell["rate"], "{:g}") + (" (edge)" if cell["best_rate_at_edge"] else ""),
             str(len(cell["seeds"])),
-            spread(cell["accuracy"], "{:.1f}", 100),
+            percent(cell["accuracy"]),
             spread(cell["steps_to_loss"], "{:.0f}"),
             number(cell["final_loss"], "{:.4f}"),
             spread(cell["grad_norm_cv"], "{:.2f}"),
@@ -151,6 +152,17 @@ def spread(value: Mapping[str, Any] | None, form: str, scale: float = 1.0) -> st
     if value["low"] is None:
         return mean
     return f"{mean} [{form.format(value['low'] * scale)}, {form.format(value['high'] * scale)}]"
+
+
+def percent(value: Mapping[str, Any] | None) -> str:
+    """A share in percent; its interval, which knows no bounds, is cut at 0 and 100.
+
+    >>> percent({"mean": 0.8, "low": 0.5, "high": 1.1})
+    '80.0 [50.0, 100.0]'
+    """
+    if value is not None and value["low"] is not None:
+        value = {**value, "low": max(value["low"], 0.0), "high": min(value["high"], 1.0)}
+    return spread(value, "{:.1f}", 100)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

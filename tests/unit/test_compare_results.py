@@ -10,7 +10,7 @@ import pytest
 from soka_serve.compare_plan import Cell, Surroundings, list_cells
 from soka_serve.compare_report import accuracy_chart, render_html
 from soka_serve.compare_results import summarise
-from soka_serve.compare_text import render_markdown, verdict
+from soka_serve.compare_text import percent, render_markdown, verdict
 from soka_serve.suite import Suite, parse_suite
 
 SUITE = """
@@ -166,3 +166,10 @@ def test_the_page_is_whole_and_escaped(suite: Suite, cells: list[Cell], records:
     assert svg is not None
     labels = [t.text for t in ElementTree.fromstring(svg).iter("text") if t.get("class") == "label"]
     assert labels == ["new", "old"]
+
+
+def test_percentages_stay_between_0_and_100() -> None:
+    assert percent({"mean": 0.8, "low": 0.5, "high": 1.1}) == "80.0 [50.0, 100.0]"
+    assert percent({"mean": 0.1, "low": -0.2, "high": 0.4}) == "10.0 [0.0, 40.0]"
+    assert percent({"mean": 0.1, "low": None, "high": None}) == "10.0"
+    assert percent(None) == "–"
