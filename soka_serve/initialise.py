@@ -140,7 +140,7 @@ def pool_size(target: Target, shape: FactorShape) -> int:
     policy = target.rule.rank
     if not isinstance(policy, RankFixed):
         wanted = policy.pool
-    elif target.rule.init != "gradient" and target.rule.calibration_batches:
+    elif target.rule.init != "gradient" and target.rule.batches:
         wanted = policy.rank  # every further term costs least squares on the whole moment
     else:
         wanted = max(policy.rank, FIXED_POOL)
@@ -361,7 +361,7 @@ def initialise(
             )  # fmt: skip
     seeds = {t.module.name: seed * 1_000_003 + i for i, t in enumerate(targets)}
     mine = share_of(targets, process, processes)
-    needs_data = [t for t in mine if t.rule.init == "gradient" or t.rule.calibration_batches]
+    needs_data = [t for t in mine if t.rule.batches]
     candidates: list[_Candidate] = []
     with track(len(mine), "KPSVD", unit="module", enabled=progress and process == 0) as step:
 

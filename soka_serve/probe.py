@@ -29,18 +29,12 @@ if TYPE_CHECKING:
 
 Batch = Mapping[str, torch.Tensor]
 
-DEFAULT_GRADIENT_BATCHES = 8
 _ROWS = 256
 
 
 def batches_needed(targets: Sequence[Target]) -> int:
     """How many batches the rules of these targets ask for."""
-    return max((_batches_of(t) for t in targets), default=0)
-
-
-def _batches_of(target: Target) -> int:
-    asked = target.rule.calibration_batches
-    return asked or (DEFAULT_GRADIENT_BATCHES if target.rule.init == "gradient" else 0)
+    return max((t.rule.batches for t in targets), default=0)
 
 
 def gather(
@@ -131,7 +125,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
     # Per target, how many trained tokens its batches have: the loss of a batch is a mean over its own.
     trained = [_trained_tokens(batch) for batch in batches]
-    totals = {t.module.name: sum(trained[: _batches_of(t)]) for t in group}
+    totals = {t.module.name: sum(trained[: t.rule.batches]) for t in group}
     shares: dict[str, float] = {}  # of the batch at hand; what is not waited for any more is taken out
 
     def make_adder(name: str) -> Callable[[torch.Tensor], None]:
@@ -154,7 +148,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
         for index, batch in enumerate(batches):
             if not trained[index]:
                 continue
-            counting = [t.module.name for t in group if index < _batches_of(t)]
+            counting = [t.module.name for t in group if index < t.rule.batches]
             shares.update({name: trained[index] / totals[name] for name in counting})
             with torch.enable_grad():
                 model(**batch).loss.backward()
@@ -186,7 +180,7 @@ def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Targ
     try:
         for index, batch in enumerate(batches):
             model(**batch)
-            for name in [t.module.name for t in group if index < _batches_of(t)]:
+            for name in [t.module.name for t in group if index < t.rule.batches]:
                 try:
                     moments[name].accumulate(inputs[name][batch["attention_mask"].bool()])
                 except ValueError:

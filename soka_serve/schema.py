@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+DEFAULT_CALIBRATION_BATCHES = 8
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
@@ -191,12 +193,20 @@ class Adapt(Table):
         description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
         examples=["meta-llama/Llama-2-7b-chat-hf"],
     )
-    calibration_batches: Annotated[int, Field(ge=0)] = Field(
-        0,
+    calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
+        None,
         description="Training batches whose activations weight the decomposition (0: none); with init = 'gradient', "
-        "the batches the gradient is taken over (0 means 8).",
+        "the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', else 0.",
+        examples=[8],
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
+
+    @property
+    def batches(self) -> int:
+        """Training batches that the initialisation looks at."""
+        if self.calibration_batches or (self.calibration_batches == 0 and self.init != "gradient"):
+            return self.calibration_batches
+        return DEFAULT_CALIBRATION_BATCHES if self.init in ("weights", "gradient") else 0
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -230,7 +240,7 @@ class Adapt(Table):
             yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {seen.values['init']!r}"
         if seen.has("calibration_batches", "init") and seen.knows("calibration_batches", "init"):
             batches, init = seen.values["calibration_batches"], seen.values["init"]
-            if batches > 0 and init in ("zero", "random"):
+            if batches and init in ("zero", "random"):
                 yield (
                     ("calibration_batches",),
                     f"calibration_batches does not go with init = {init!r}: nothing is decomposed",

@@ -47,7 +47,7 @@ def _hash(stage: str, *parts: Any) -> str:
 
 def needs_data(manifest: Manifest) -> bool:
     """Whether the initialisation looks at training batches."""
-    return any(rule.init == "gradient" or rule.calibration_batches for rule in manifest.adapt)
+    return any(rule.batches for rule in manifest.adapt)
 
 
 def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> dict[str, str]:

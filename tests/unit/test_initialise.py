@@ -28,7 +28,7 @@ def _targets(*rules: dict[str, Any], base: Path | None = None) -> list[Target]:
         {
             "schema": 1,
             "base": {"builtin": "tiny"},
-            "adapt": list(rules),
+            "adapt": [{"calibration_batches": 0, **rule} for rule in rules],  # no data, if a rule asks for none
             "train": {"steps": 1, "data": {"builtin": "math"}},
         }
     )

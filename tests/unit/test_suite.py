@@ -114,8 +114,9 @@ def test_the_paper_suite_tests_its_claim_with_a_quarter_fewer_parameters() -> No
     file = SUITES / "paper.toml"
     suite, parameters = read_suite(file).suite, preview(file).parameters
     named = {name for claim in suite.claim for name in (claim.candidate, *claim.references)}
-    assert parameters["soka-5of7"][1] <= 0.75 * parameters["lora-r1"][0]
-    assert parameters["soka-14000"][1] <= 0.75 * parameters["lora-r2"][0]
+    for init in ("calibrated", "weights", "zero"):
+        assert parameters[f"soka-{init}-5of7"][1] <= 0.75 * parameters["lora-r1"][0]
+        assert parameters[f"soka-{init}-14000"][1] <= 0.75 * parameters["lora-r2"][0]
     # The claim is about all families, and comes before everything else.
     for name in named:
         assert suite.contender(name).datasets is None
