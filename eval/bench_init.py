@@ -38,10 +38,14 @@ TOKENS = 32  # per batch of the rules with a pass over data
 
 BUDGET = {"policy": "budget", "parameters": 200_000, "max": 64, "pool": 64}
 RULES: dict[str, dict[str, Any]] = {
-    "weights, fixed 64": {"rank": {"policy": "fixed", "rank": 64}},
-    "weights, elbow, max 64": {"rank": {"policy": "elbow", "max": 64}},
-    "weights, budget, max 64": {"rank": BUDGET},
-    "weights, auto shape, fixed 8": {"shape": "auto", "rank": {"policy": "fixed", "rank": 8}},
+    "weights, fixed 64": {"calibration_batches": 0, "rank": {"policy": "fixed", "rank": 64}},
+    "weights, elbow, max 64": {"calibration_batches": 0, "rank": {"policy": "elbow", "max": 64}},
+    "weights, budget, max 64": {"calibration_batches": 0, "rank": BUDGET},
+    "weights, auto shape, fixed 8": {
+        "calibration_batches": 0,
+        "shape": "auto",
+        "rank": {"policy": "fixed", "rank": 8},
+    },
     "delta, budget, max 64": {"init": "delta", "finetuned": "tuned", "rank": BUDGET},
     "gradient, budget, max 64": {"init": "gradient", "calibration_batches": 2, "rank": BUDGET},
     "weights, activation weighting, fixed 8": {"calibration_batches": 2, "rank": {"policy": "fixed", "rank": 8}},
@@ -101,7 +105,7 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
         }
     )
     targets = resolve_targets(manifest, list_modules(base))
-    needs_data = targets[0].rule.init == "gradient" or targets[0].rule.calibration_batches
+    needs_data = targets[0].rule.batches > 0
     statistics = make_statistics(base, scratch) if needs_data else None
     arguments: dict[str, Any] = {
         "finetuned": {"tuned": Checkpoint.open(tuned)},

@@ -135,7 +135,7 @@ def run_init(case: dict[str, Any]) -> dict[str, Any]:
         {
             "schema": 1,
             "base": {"path": case["model"]},
-            "adapt": [{"rank": {"policy": "fixed", "rank": RANK}}],
+            "adapt": [{"calibration_batches": 0, "rank": {"policy": "fixed", "rank": RANK}}],
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
