@@ -22,6 +22,7 @@ from soka_serve.collate import IGNORED
 from soka_serve.decompose import energy_of
 from soka_serve.errors import CheckpointError
 from soka_serve.files import disk_errors
+from soka_serve.headers import check_finite
 from soka_serve.weighting import InputMoments
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
             weight.grad = None
     for name, total in sums.items():
         if not math.isfinite(energy_of(total)):
-            raise _not_finite(name, "gradient")
+            raise _not_finite(model, name, "gradient")
     return sums
 
 
@@ -184,7 +185,7 @@ def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Targ
                 try:
                     moments[name].accumulate(inputs[name][batch["attention_mask"].bool()])
                 except ValueError:
-                    raise _not_finite(name, "inputs") from None
+                    raise _not_finite(model, name, "inputs") from None
             inputs.clear()
     finally:
         for handle in handles:
@@ -192,10 +193,16 @@ def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Targ
     return moments
 
 
-def _not_finite(name: str, what: str) -> CheckpointError:
+def _not_finite(model: nn.Module, name: str, what: str) -> CheckpointError:
+    """The weight that is to blame, where one is."""
+    for weight_name, weight in model.named_parameters():
+        try:
+            check_finite(weight.detach(), weight_name)
+        except CheckpointError as error:
+            return error
     return CheckpointError(
         f"{name}: its {what} on the training data hold NaN or infinity",
-        hint="The base's weights may hold some; a base in float16 may overflow where bfloat16 does not.",
+        hint="The base's weights are finite; a base in float16 may overflow where bfloat16 does not.",
     )
 
 
