@@ -163,6 +163,7 @@ def _model(path: Path) -> Inspection:
     return Inspection(path, kind, facts, groups=_group(tensors), provenance=lock)
 
 
+@np.errstate(invalid="ignore", over="ignore")  # norms of a damaged adapter are shown as nan or inf
 def _adapter(path: Path) -> Inspection:
     config = read_json(path / "adapter_config.json")
     tensors = read_header(path / "adapter_model.safetensors")
