@@ -31,9 +31,9 @@ from soka_serve.shapes import FactorShape, balanced_shape
 CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096)]
 
 
-def draw_weight(kind: str, out_features: int, in_features: int) -> Tensor:
+def draw_weight(kind: str, out_features: int, in_features: int, seed: int = 0) -> Tensor:
     """A seeded (out, in) float32 weight."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator)
     if kind == "decaying":
         # Kronecker-structured scales over noise: the rearranged rows and columns differ in size by a power law.

@@ -30,7 +30,7 @@ from typing import Any
 
 import peft
 import torch
-from bench_kpsvd import cpu_name
+from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
@@ -64,20 +64,10 @@ def write_model(folder: Path, hidden: int, inner: int, layers: int) -> None:
     where: dict[str, str] = {}
     with track(layers, "writing the model", unit="layer") as step:
         for layer in range(layers):
-            generator = torch.Generator().manual_seed(layer)
             tensors: dict[str, torch.Tensor] = {}
-            for name, (out_features, in_features) in sizes(hidden, inner).items():
-                # As bench_kpsvd.draw_weight's "decaying", with another draw for every projection.
-                m, n, p, q = balanced_shape(out_features, in_features)
-                weight = torch.randn(m, p, n, q, generator=generator)
-                rows = (torch.arange(1, m * n + 1)[torch.randperm(m * n, generator=generator)] ** -0.35).view(
-                    m, 1, n, 1
-                )
-                columns = (torch.arange(1, p * q + 1)[torch.randperm(p * q, generator=generator)] ** -0.35).view(
-                    1, p, 1, q
-                )
-                weight = (weight * rows * columns).reshape(out_features, in_features)
-                weight *= in_features**-0.5 / weight.square().mean().sqrt()
+            for number, (name, size) in enumerate(sizes(hidden, inner).items()):
+                weight = draw_weight("decaying", *size, seed=7 * layer + number)
+                weight *= size[1] ** -0.5 / weight.square().mean().sqrt()
                 tensors[f"model.layers.{layer}.{name}.weight"] = weight.bfloat16()
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
@@ -91,19 +81,11 @@ def write_model(folder: Path, hidden: int, inner: int, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def own_bytes() -> int:
-    """Anonymous memory of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status")
-
-
 class Peak:
     """The most anonymous memory while it is open, looked at every 10 ms."""
 
     def __enter__(self) -> Peak:
-        self.before = self.most = own_bytes()
+        self.before = self.most = resident_bytes("RssAnon")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -111,7 +93,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            self.most = max(self.most, own_bytes())
+            self.most = max(self.most, resident_bytes("RssAnon"))
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
