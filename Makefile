@@ -11,6 +11,8 @@ TORCH_INDEX_URL ?=
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two processes, a module's tests in one of them; end-to-end modules, which take longest, come first.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-fast compat lint format clean
@@ -37,10 +39,10 @@ quickstart: venv ## Fine-tune the embedded model on word problems and show accur
 	$(BIN)/soka-serve build manifests/math.toml
 
 test: venv lint ## Everything: lint, types, unit, parity and end-to-end tests
-	$(BIN)/python -m pytest -q -ra
+	$(PYTEST) -ra
 
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
-	$(BIN)/python -m pytest -q tests/unit tests/parity -m "not slow"
+	$(PYTEST) tests/unit tests/parity -m "not slow"
 
 compat: venv ## The plugin's tests with every vLLM release claimed, and PEFT's (an environment each; an hour or more)
 	$(BIN)/python eval/compat.py --engine $(ENGINE) --out build/compat.json
