@@ -179,7 +179,7 @@ def decompose(
         CheckpointError: the weight is missing, not finite, or of another shape in the fine-tuned checkpoint.
     """
     from soka_serve.shape_search import search_shape
-    from soka_serve.weighting import refine_terms, weighted_kpsvd
+    from soka_serve.weighting import OutputError, refine_terms, weighted_kpsvd
 
     name, rule = target.module.name, target.rule
     weight = check_finite(checkpoint.read(f"{name}.weight"), f"{name}.weight").to(device)
@@ -210,8 +210,9 @@ def decompose(
         most = max(1, candidates[0].parameters(most) // shape.parameters(1))
         logger.info("%s: auto shape %s", name, tuple(shape))
     pool = pool_size(target, shape)
-    if moments is not None:
-        decomposition = weighted_kpsvd(matrix, shape, pool, moments, seed=seed)
+    problem = None if moments is None else OutputError(matrix, shape, moments)
+    if problem is not None:
+        decomposition = weighted_kpsvd(problem, pool, seed=seed)
     else:
         decomposition = kpsvd(matrix, shape, pool, seed=seed)
     sigma = tuple(decomposition.factors.sigma.tolist())
@@ -219,10 +220,10 @@ def decompose(
         dtype=torch.float32, device=torch.device("cpu")
     )
     policy = rule.rank
-    if moments is not None and not isinstance(policy, RankBudget):
+    if problem is not None and not isinstance(policy, RankBudget):
         # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.
         rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
-        refined = refine_terms(matrix, decomposition.factors.terms(slice(0, rank)), moments)
+        refined = refine_terms(problem, decomposition.factors.terms(slice(0, rank)))
         factors = refined.to(dtype=torch.float32, device=torch.device("cpu"))
     typical = norm / shape.max_rank**0.5
     if rule.init == "gradient":

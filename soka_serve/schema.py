@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-DEFAULT_GRADIENT_BATCHES = 8
+DEFAULT_CALIBRATION_BATCHES = 8
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
@@ -193,17 +193,20 @@ class Adapt(Table):
         description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
         examples=["meta-llama/Llama-2-7b-chat-hf"],
     )
-    calibration_batches: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="Training batches whose activations weight the decomposition (0: none; 8 learns far better at rank "
-        "1); with init = 'gradient', the batches the gradient is taken over (0 means 8).",
+    calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Training batches whose activations weight the decomposition (0: none); with init = 'gradient', "
+        "the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', else 0.",
+        examples=[8],
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
 
     @property
     def batches(self) -> int:
         """Training batches that the initialisation looks at."""
-        return self.calibration_batches or (DEFAULT_GRADIENT_BATCHES if self.init == "gradient" else 0)
+        if self.calibration_batches or (self.calibration_batches == 0 and self.init != "gradient"):
+            return self.calibration_batches
+        return DEFAULT_CALIBRATION_BATCHES if self.init in ("weights", "gradient") else 0
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from soka_serve.shapes import FactorShape
 
 _POWER_STEPS = 20
 _POWER_CHANGE = 1e-5  # of a unit vector
-_ROWS = 1024
+_ROWS = 256
 _ROOT_DAMPING = 1e-3  # share of the mean eigenvalue; only the start of the least squares depends on it
 
 
@@ -80,16 +80,16 @@ class InputMoments:
         found = self._known_sum()
         return float((found if self.diagonal else found.diagonal()).double().mean()) / self.tokens
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the moment as a matrix, diagonal or not: (stop - start, in_features), a copy.
+    def sums(self, start: int, stop: int) -> Tensor:
+        """Rows of the sum over tokens as a matrix, (stop - start, in_features), diagonal or not; a view if it can be.
 
         Raises:
             ValueError: no inputs were accumulated.
         """
-        found = self._known_sum()[start:stop] / self.tokens
+        found = self._known_sum()[start:stop]
         if not self.diagonal:
             return found
-        rows = torch.zeros(stop - start, self.in_features, dtype=found.dtype, device=found.device)
+        rows = torch.zeros(len(found), self.in_features, dtype=found.dtype, device=found.device)
         rows[:, start:stop] = found.diag()
         return rows
 
@@ -121,16 +121,21 @@ class InputMoments:
             term = kpsvd(found[:, None], FactorShape(n, 1, q, 1), 1).factors
             pair = term.left[0].abs().flatten().diag(), term.right[0].abs().flatten().diag()
         else:
-            left, right = _leading_term(lambda j: _block(self.rows(j * q, (j + 1) * q), n), n, q)
+            left, right = _leading_term(lambda j: self.sums(j * q, (j + 1) * q).view(q, n, q), n, q)
             pair = _nearest_semidefinite(left), _nearest_semidefinite(right)
         first, second = (part * (part.shape[0] / part.trace()) for part in pair)
         return first, second
 
 
-def _block(rows: Tensor, n: int) -> Tensor:
-    """Rows [j q, (j + 1) q) of a moment C as rows [j n, (j + 1) n) of R(C): (q, n q) -> (n, q q)."""
-    q = len(rows)
-    return rows.view(q, n, q).transpose(0, 1).reshape(n, q * q)
+def _contract_right(block: Tensor, pairs: Tensor) -> Tensor:
+    """Rows of a left gram matrix: sums over b, c of block[b, h, c] pairs[b, c, k], as (n, k)."""
+    found: Tensor = torch.bmm(block, pairs).sum(0)
+    return found
+
+
+def _add_contracted_left(total: Tensor, block: Tensor, pairs: Tensor) -> None:
+    """Adds to `total` (q, k, q) what a row of left pairs (k, n) gives: sums over h of pairs[k, h] block[b, h, c]."""
+    total.baddbmm_(pairs.expand(len(block), *pairs.shape), block)
 
 
 def _leading_term(block: Callable[[int], Tensor], n: int, q: int) -> tuple[Tensor, Tensor]:
@@ -138,150 +143,69 @@ def _leading_term(block: Callable[[int], Tensor], n: int, q: int) -> tuple[Tenso
 
     A copy of R(C) would be the largest tensor of all. Semi-definite C has semi-definite factors, so the identity, which
     is not orthogonal to any, is where to start. Close is enough: only a start depends on it.
+
+    Args:
+        block: gives rows [j q, (j + 1) q) of C as (q, n, q).
     """
-    vector = torch.eye(q, dtype=block(0).dtype, device=block(0).device).flatten()
+    vector = torch.eye(q, dtype=block(0).dtype, device=block(0).device)
     vector /= vector.norm()
     left = vector.new_zeros(n, n)
     for _ in range(_POWER_STEPS):
-        found = torch.zeros_like(vector)
+        found = vector.new_zeros(q, 1, q)
         for j in range(n):
             rows = block(j)
-            left[j] = rows @ vector
-            found += left[j] @ rows
-        found /= found.norm()
+            left[j] = _contract_right(rows, vector[:, :, None])[:, 0]
+            _add_contracted_left(found, rows, left[j][None])
+        found = found[:, 0] / found.norm()
         moved = float((found - vector).norm())
         vector = found
         if moved < _POWER_CHANGE:
             break
-    return left, vector.view(q, q)
+    return left, vector
 
 
-@torch.no_grad()
-def weighted_kpsvd(
-    weight: Tensor,
-    shape: FactorShape,
-    rank: int,
-    moments: InputMoments,
-    *,
-    sweeps: int = 3,
-    damping: float = 1e-3,
-    seed: int = 0,
-) -> Decomposition:
-    """Terms that lower the output error on a layer's inputs most, one after the other.
-
-    Semantics: term k minimises E ||(W - terms before k - term k) x||^2 approximately, by `sweeps` of alternating least
-    squares from the k-th term of the Kronecker-weighted decomposition. Any leading terms can be used without the
-    others; for the best terms of one rank together, follow with `refine_terms`.
-
-    Args:
-        weight, shape, rank, seed: as for `kpsvd`.
-        moments: accumulated inputs of the layer.
-        sweeps: least-squares solves per factor and term; 0 gives the start.
-        damping: this many times the mean of C's diagonal is added to it, so that input directions that the
-            calibration never showed keep a small weight.
-
-    Returns:
-        sigma[k]^2 is the output energy that term k captured, the total energy that of W, both with C scaled to a mean
-        diagonal of 1 (comparable with the unweighted ones; rank policies then count output energy). Sigma descends;
-        left[k] and right[k] are of equal norm, but not of unit norm, and not orthogonal.
-
-    Memory: beyond the weight and the moments, less than three times the weight in float32.
-
-    Raises:
-        ValueError: as `kpsvd`, as `InputMoments.fit_kronecker`, or `sweeps` or `damping` are negative.
-    """
-    if damping < 0 or sweeps < 0:
-        raise ValueError(f"expected damping and sweeps from 0; got {damping} and {sweeps}")
-    problem = _OutputError(weight, shape, moments, damping)
-    start = problem.start(rank, seed)
-    problem.begin()
-    lefts, rights, captured = [], [], []
-    for k in range(start.rank):
-        left, right = start.left[k] * start.sigma[k], start.right[k]
-        for _ in range(sweeps):
-            left = problem.best_left(right)
-            right = problem.best_right(left)
-        captured.append(problem.subtract(left, right))
-        balance = float((right.norm() / left.norm()).sqrt()) if captured[-1] > 0 else 1.0
-        lefts.append(left * balance)
-        rights.append(right / balance)
-    energies = torch.tensor(captured, dtype=torch.float64, device=weight.device).clamp(min=0)
-    order = energies.argsort(descending=True, stable=True)
-    if not start.rank:
-        return Decomposition(start, problem.total_energy)
-    sigma = energies.sqrt().to(start.sigma.dtype)
-    scale = torch.where(sigma > 0, sigma, 1.0)[:, None, None]  # a term that captures nothing gets sigma 0
-    factors = Factors(torch.stack(lefts) / scale.sqrt(), torch.stack(rights) / scale.sqrt(), sigma)
-    return Decomposition(factors.terms(order), problem.total_energy)
-
-
-@torch.no_grad()
-def refine_terms(
-    weight: Tensor, factors: Factors, moments: InputMoments, *, sweeps: int = 3, damping: float = 1e-3
-) -> Factors:
-    """The same number of terms, fitted together to lower the output error further.
-
-    Semantics: alternating least squares on E ||(W - sum of terms) x||^2 over all left factors, then over all right
-    ones. Each solve is exact, so the damped output error never grows. An r*n and an r*q square system per sweep.
+class OutputError:
+    """The least-squares problem: E ||(W - W') x||^2 over Kronecker terms, for one weight and one factor shape.
 
     Args:
         weight: (out, in).
-        factors: the terms to start from, as from `weighted_kpsvd`, already cut to their final rank.
-        moments, damping: as for `weighted_kpsvd`.
-        sweeps: solves per side; 0 returns `factors`.
+        shape: of the factors.
+        moments: accumulated inputs of the layer. Its second moment is used with a mean diagonal of 1.
+        damping: this many times the identity is added to it, so that input directions that the calibration never
+            showed keep a small weight.
 
-    Returns:
-        Factors of the same rank with orthogonal terms of unit norm, sigma descending.
+    Memory: less than three times the weight in float32. The moments are read in place: they can be larger than the
+    weight, and no scaled or rearranged copy of them is ever made (but for one in another dtype or on another device).
 
     Raises:
-        ValueError: as for `weighted_kpsvd`.
-    """
-    if damping < 0 or sweeps < 0:
-        raise ValueError(f"expected damping and sweeps from 0; got {damping} and {sweeps}")
-    if sweeps == 0 or factors.rank == 0:
-        return factors
-    problem = _OutputError(weight, factors.shape, moments, damping)
-    problem.begin()
-    left = (factors.left * factors.sigma[:, None, None]).to(problem.dtype)
-    right = factors.right.to(problem.dtype)
-    for _ in range(sweeps):
-        left = problem.best_lefts(right)
-        right = problem.best_rights(left)
-    ones = torch.ones(factors.rank, dtype=left.dtype, device=left.device)
-    refined, _ = recompress(Factors(left, right, ones), rank=factors.rank)
-    if refined.rank < factors.rank:  # terms that became equal: keep the caller's rank, with sigma 0
-        spare = factors.terms(slice(refined.rank, None)).to(dtype=refined.left.dtype)
-        refined = stack_terms(refined, Factors(spare.left, spare.right, torch.zeros_like(spare.sigma)))
-    return refined.to(dtype=factors.left.dtype)
-
-
-class _OutputError:
-    """Least squares on tr(E C E^T), E the weight minus the terms found so far, C damped and of mean diagonal 1.
-
-    `cross` is R(E C), (m*n, p*q). C is only read some rows at a time: it can be larger than the weight, and neither a
-    scaled nor a rearranged copy of it is ever made.
+        ValueError: another shape than the weight's, negative damping, or no inputs were accumulated.
     """
 
-    def __init__(self, weight: Tensor, shape: FactorShape, moments: InputMoments, damping: float) -> None:
+    def __init__(self, weight: Tensor, shape: FactorShape, moments: InputMoments, *, damping: float = 1e-3) -> None:
         if tuple(weight.shape) != (shape.out_features, shape.in_features):
             expected = (shape.out_features, shape.in_features)
             raise ValueError(f"expected a weight of shape {expected} for {tuple(shape)}; got {tuple(weight.shape)}")
+        if damping < 0:
+            raise ValueError(f"expected damping from 0; got {damping}")
         self.shape = shape
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.weight = weight
         self.moments = moments
-        self.damping = damping
-        self.mean = moments.mean_square()
         self.total_energy = 0.0
-        self.cross = weight.new_empty(0, dtype=self.dtype)
+        # C = scale * sums + ridge * identity; the identity where there was nothing but zeros.
+        mean = moments.mean_square() * moments.tokens
+        self._scale = 1 / mean / (1 + damping) if mean > 0 else 0.0
+        self._ridge = damping / (1 + damping) if mean > 0 else 1.0
+        self._cross: Tensor | None = None
+        self._taken: list[tuple[Tensor, Tensor]] = []
 
-    def rows(self, j: int) -> Tensor:
-        """Rows [j q, (j + 1) q) of C: (q, n q)."""
-        q = self.shape.q
-        rows = self.moments.rows(j * q, (j + 1) * q).to(device=self.weight.device, dtype=self.dtype)
-        rows = rows / self.mean if self.mean > 0 else torch.zeros_like(rows)
-        rows[:, j * q : (j + 1) * q].diagonal().add_(self.damping if self.mean > 0 else 1 + self.damping)
-        return rows.div_(1 + self.damping)
+    def block(self, j: int) -> Tensor:
+        """Rows [j q, (j + 1) q) of the sums: (q, n, q)."""
+        n, q = self.shape.n, self.shape.q
+        return self._sums(j * q, (j + 1) * q).view(q, n, q)
+
+    def _sums(self, start: int, stop: int) -> Tensor:
+        return self.moments.sums(start, stop).to(device=self.weight.device, dtype=self.dtype)
 
     def start(self, rank: int, seed: int) -> Factors:
         """The decomposition in the norm of the Kronecker product nearest to C, its roots taken out of the factors."""
@@ -295,70 +219,170 @@ class _OutputError:
         factors = kpsvd(weighted, self.shape, rank, method="rough", seed=seed).factors
         return Factors(factors.left @ inverse1, factors.right @ inverse2, factors.sigma)
 
-    def begin(self) -> None:
-        """Set `cross` and the total energy for the whole weight.
+    def cross(self) -> Tensor:
+        """R(E C), (m*n, p*q), with E the weight minus the terms taken out; sets the total energy.
 
         Raises:
             ValueError: the weight is not finite.
         """
+        if self._cross is not None:
+            return self._cross
         m, n, p, q = self.shape
         cross = torch.empty(m, n, p, q, dtype=self.dtype, device=self.weight.device)
         energy = 0.0
-        for j in range(n):
-            rows = self.rows(j)
-            columns = torch.cat([part.to(self.dtype) @ rows.t() for part in torch.split(self.weight, _ROWS)])
-            energy += float((columns.double() * self.weight[:, j * q : (j + 1) * q]).sum())
-            cross[:, j] = columns.view(m, p, q)
+        together = max(1, _ROWS // p)
+        for i in range(0, m, together):
+            rows = self.weight[i * p : (i + together) * p].to(self.dtype)
+            product = rows * self._ridge
+            for j in range(0, n * q, _ROWS):
+                product.addmm_(rows[:, j : j + _ROWS], self._sums(j, j + _ROWS), alpha=self._scale)
+            for part, other in zip(torch.split(product, 64), torch.split(rows, 64), strict=True):
+                energy += float((part.double() * other).sum())
+            cross[i : i + together] = product.view(-1, p, n, q).transpose(1, 2)
         if not math.isfinite(energy):
             raise ValueError("expected a finite weight; got NaN or infinity")
         self.total_energy = energy
-        self.cross = cross.view(m * n, p * q)
-
-    def best_left(self, right: Tensor) -> Tensor:
-        """The left factor (m, n) that lowers the error most beside `right` (p, q)."""
-        return self.best_lefts(right[None])[0]
-
-    def best_right(self, left: Tensor) -> Tensor:
-        """The right factor (p, q) that lowers the error most beside `left` (m, n)."""
-        return self.best_rights(left[None])[0]
+        self._cross = cross.view(m * n, p * q)
+        return self._cross
 
     def best_lefts(self, right: Tensor) -> Tensor:
-        """All left factors together: (r, m, n) beside `right` (r, p, q)."""
+        """The left factors (r, m, n) that together lower the error most beside `right` (r, p, q)."""
         m, n, _, q = self.shape
         rank = len(right)
-        pairs = torch.einsum("kab,lac->klbc", right, right).reshape(rank * rank, q * q)
+        pairs = torch.einsum("kab,lac->bckl", right, right).reshape(q, q, rank * rank)
         # Filled in place: small results kept between large temporaries would tear the allocator's free memory apart.
-        blocks = torch.empty(rank * rank, n, n, dtype=self.dtype, device=right.device)
+        blocks = torch.empty(n, n, rank * rank, dtype=self.dtype, device=right.device)
         for j in range(n):
-            blocks[:, j] = pairs @ _block(self.rows(j), n).t()
-        gram = blocks.view(rank, rank, n, n).transpose(1, 2).reshape(rank * n, rank * n)
-        target = (right.flatten(1) @ self.cross.t()).view(rank, m, n).transpose(0, 1).reshape(m, rank * n)
+            blocks[j] = _contract_right(self.block(j), pairs)
+        blocks *= self._scale
+        blocks.diagonal().add_(pairs.diagonal().sum(-1)[:, None], alpha=self._ridge)
+        gram = blocks.view(n, n, rank, rank).permute(2, 0, 3, 1).reshape(rank * n, rank * n)
+        target = (right.flatten(1) @ self.cross().t()).view(rank, m, n).transpose(0, 1).reshape(m, rank * n)
         return _solve(gram, target).view(m, rank, n).transpose(0, 1).contiguous()
 
     def best_rights(self, left: Tensor) -> Tensor:
-        """All right factors together: (r, p, q) beside `left` (r, m, n)."""
+        """The right factors (r, p, q) that together lower the error most beside `left` (r, m, n)."""
         _, n, p, q = self.shape
         rank = len(left)
-        pairs = torch.einsum("kij,lih->kljh", left, left).reshape(rank * rank, n, n)
-        products = torch.zeros(rank * rank, q * q, dtype=self.dtype, device=left.device)
+        pairs = torch.einsum("kij,lih->jklh", left, left).reshape(n, rank * rank, n)
+        products = torch.zeros(q, rank * rank, q, dtype=self.dtype, device=left.device)
         for j in range(n):
-            products.addmm_(pairs[:, j], _block(self.rows(j), n))
-        gram = products.view(rank, rank, q, q).transpose(1, 2).reshape(rank * q, rank * q)
-        target = (left.flatten(1) @ self.cross).view(rank, p, q).transpose(0, 1).reshape(p, rank * q)
+            _add_contracted_left(products, self.block(j), pairs[j])
+        products *= self._scale
+        products.diagonal(dim1=0, dim2=2).add_(pairs.diagonal(dim1=0, dim2=2).sum(-1)[:, None], alpha=self._ridge)
+        gram = products.view(q, rank, rank, q).permute(1, 0, 2, 3).reshape(rank * q, rank * q)
+        target = (left.flatten(1) @ self.cross()).view(rank, p, q).transpose(0, 1).reshape(p, rank * q)
         return _solve(gram, target).view(p, rank, q).transpose(0, 1).contiguous()
 
-    def subtract(self, left: Tensor, right: Tensor) -> float:
-        """Take a term out of what is left of the weight; returns the energy that it captured."""
-        m, n, p, q = self.shape
-        one = torch.ones(1, dtype=self.dtype, device=left.device)
-        before = (left.flatten() @ self.cross) @ right.flatten()
-        cross = self.cross.view(m, n, p, q)
-        for j in range(n):
-            # R((left kron right) C): C is symmetric, so this is the delta applied to its rows, transposed.
-            cross[:, j] -= apply_kron(self.rows(j), left[None], right[None], one).view(q, m, p).permute(1, 2, 0)
-        after = (left.flatten() @ self.cross) @ right.flatten()
+    def take(self, left: Tensor, right: Tensor) -> float:
+        """Take a term, (m, n) and (p, q), out of what is left of the weight; returns the energy that it captured."""
+        before = (left.flatten() @ self.cross()) @ right.flatten()
+        self._add(left[None], right[None], -1)
+        self._taken.append((left, right))
+        after = (left.flatten() @ self.cross()) @ right.flatten()
         # With t the term: 2 <t, E C> - <t, t C>, and `after` is <t, (E - t) C>.
         return float(before.double() + after.double())
+
+    def give_back(self) -> None:
+        """Put the terms that were taken out back in."""
+        if self._taken:
+            left, right = (torch.stack(parts) for parts in zip(*self._taken, strict=True))
+            self._add(left, right, 1)
+            self._taken.clear()
+
+    def _add(self, left: Tensor, right: Tensor, sign: int) -> None:
+        """Add terms (r, m, n) and (r, p, q) to E."""
+        m, n, p, q = self.shape
+        weights = torch.full((len(left),), sign * self._scale, dtype=self.dtype, device=left.device)
+        cross = self.cross().view(m, n, p, q)
+        for j in range(n):
+            # R((left kron right) C): C is symmetric, so this is the delta applied to its rows, transposed.
+            rows = apply_kron(self._sums(j * q, (j + 1) * q), left, right, weights)
+            cross[:, j] += rows.view(q, m, p).permute(1, 2, 0)
+        self.cross().addmm_(left.flatten(1).t(), right.flatten(1), alpha=sign * self._ridge)
+
+
+@torch.no_grad()
+def weighted_kpsvd(problem: OutputError, rank: int, *, sweeps: int = 3, seed: int = 0) -> Decomposition:
+    """Terms that lower the output error on a layer's inputs most, one after the other.
+
+    Semantics: term k minimises E ||(W - terms before k - term k) x||^2 approximately, by `sweeps` of alternating least
+    squares from the k-th term of the Kronecker-weighted decomposition. Any leading terms can be used without the
+    others; for the best terms of one rank together, follow with `refine_terms` on the same problem.
+
+    Args:
+        problem: weight, factor shape and inputs.
+        rank, seed: as for `kpsvd`.
+        sweeps: least-squares solves per factor and term; 0 gives the start.
+
+    Returns:
+        sigma[k]^2 is the output energy that term k captured, the total energy that of W, both with C scaled to a mean
+        diagonal of 1 (comparable with the unweighted ones; rank policies then count output energy). Sigma descends;
+        left[k] and right[k] are of equal norm, but not of unit norm, and not orthogonal.
+
+    Raises:
+        ValueError: as `kpsvd`, as `InputMoments.fit_kronecker`, or `sweeps` is negative.
+    """
+    if sweeps < 0:
+        raise ValueError(f"expected sweeps from 0; got {sweeps}")
+    start = problem.start(rank, seed)
+    problem.cross()
+    problem.give_back()
+    lefts, rights, captured = [], [], []
+    for k in range(start.rank):
+        left, right = start.left[k] * start.sigma[k], start.right[k]
+        for _ in range(sweeps):
+            left = problem.best_lefts(right[None])[0]
+            right = problem.best_rights(left[None])[0]
+        captured.append(problem.take(left, right))
+        balance = float((right.norm() / left.norm()).sqrt()) if captured[-1] > 0 else 1.0
+        lefts.append(left * balance)
+        rights.append(right / balance)
+    energies = torch.tensor(captured, dtype=torch.float64, device=problem.weight.device).clamp(min=0)
+    order = energies.argsort(descending=True, stable=True)
+    if not start.rank:
+        return Decomposition(start, problem.total_energy)
+    sigma = energies.sqrt().to(start.sigma.dtype)
+    scale = torch.where(sigma > 0, sigma, 1.0)[:, None, None]  # a term that captures nothing gets sigma 0
+    factors = Factors(torch.stack(lefts) / scale.sqrt(), torch.stack(rights) / scale.sqrt(), sigma)
+    return Decomposition(factors.terms(order), problem.total_energy)
+
+
+@torch.no_grad()
+def refine_terms(problem: OutputError, factors: Factors, *, sweeps: int = 3) -> Factors:
+    """The same number of terms, fitted together to lower the output error further.
+
+    Semantics: alternating least squares on E ||(W - sum of terms) x||^2 over all left factors, then over all right
+    ones. Each solve is exact, so the damped output error never grows. An r*n and an r*q square system per sweep.
+
+    Args:
+        problem: weight, factor shape and inputs; the one that the terms were found with saves a product with the
+            second moment, which costs most of all.
+        factors: the terms to start from, as from `weighted_kpsvd`, already cut to their final rank.
+        sweeps: solves per side; 0 returns `factors`.
+
+    Returns:
+        Factors of the same rank with orthogonal terms of unit norm, sigma descending.
+
+    Raises:
+        ValueError: the weight is not finite, or `sweeps` is negative.
+    """
+    if sweeps < 0:
+        raise ValueError(f"expected sweeps from 0; got {sweeps}")
+    if sweeps == 0 or factors.rank == 0:
+        return factors
+    problem.give_back()
+    left = (factors.left * factors.sigma[:, None, None]).to(problem.dtype)
+    right = factors.right.to(problem.dtype)
+    for _ in range(sweeps):
+        left = problem.best_lefts(right)
+        right = problem.best_rights(left)
+    ones = torch.ones(factors.rank, dtype=left.dtype, device=left.device)
+    refined, _ = recompress(Factors(left, right, ones), rank=factors.rank)
+    if refined.rank < factors.rank:  # terms that became equal: keep the caller's rank, with sigma 0
+        spare = factors.terms(slice(refined.rank, None)).to(dtype=refined.left.dtype)
+        refined = stack_terms(refined, Factors(spare.left, spare.right, torch.zeros_like(spare.sigma)))
+    return refined.to(dtype=factors.left.dtype)
 
 
 def _solve(gram: Tensor, target: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soka_serve.kron import Factors, dense_delta, kpsvd
 from soka_serve.shapes import FactorShape, balanced_shape
-from soka_serve.weighting import InputMoments, refine_terms, weighted_kpsvd
+from soka_serve.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
 from tests.parity import kron_oracle as oracle
 from tests.tolerances import relative_error
 
@@ -64,11 +64,11 @@ def test_moments_refuse_what_they_cannot_use() -> None:
     with pytest.raises(ValueError, match=r"n\*q = 8; got 3\*3"):
         moments.fit_kronecker(FactorShape(1, 3, 1, 3))
     with pytest.raises(ValueError, match="expected a weight"):
-        weighted_kpsvd(torch.ones(4, 6), FactorShape(2, 2, 2, 4), 1, moments)
+        OutputError(torch.ones(4, 6), FactorShape(2, 2, 2, 4), moments)
     with pytest.raises(ValueError, match="finite weight"):
-        weighted_kpsvd(torch.full((4, 8), float("inf")), FactorShape(2, 2, 2, 4), 1, moments)
+        weighted_kpsvd(OutputError(torch.full((4, 8), float("inf")), FactorShape(2, 2, 2, 4), moments), 1)
     with pytest.raises(ValueError, match="damping"):
-        weighted_kpsvd(torch.ones(4, 8), FactorShape(2, 2, 2, 4), 1, moments, damping=-1)
+        OutputError(torch.ones(4, 8), FactorShape(2, 2, 2, 4), moments, damping=-1)
 
 
 def test_a_kronecker_moment_is_fitted_exactly() -> None:
@@ -97,8 +97,9 @@ def test_output_error_is_lower_than_the_unweighted_one(size: tuple[int, int], ra
     shape = balanced_shape(*size)
     inputs = correlated_inputs(size[1])
     plain = kpsvd(weight, shape, rank).factors
-    weighted = weighted_kpsvd(weight, shape, rank, moments_of(inputs))
-    refined = refine_terms(weight, weighted.factors, moments_of(inputs))
+    problem = OutputError(weight, shape, moments_of(inputs))
+    weighted = weighted_kpsvd(problem, rank)
+    refined = refine_terms(problem, weighted.factors)
     errors = [output_error(weight, f, inputs) for f in (plain, weighted.factors, refined)]
     assert errors[1] < 0.9 * errors[0]
     assert errors[2] < errors[1]
@@ -111,7 +112,7 @@ def test_output_error_is_lower_than_the_unweighted_one(size: tuple[int, int], ra
 @pytest.mark.parametrize("size", SIZES)
 def test_leading_terms_stand_by_themselves(size: tuple[int, int]) -> None:
     weight, shape, inputs = oracle.draw(*size, dtype=torch.float32), balanced_shape(*size), correlated_inputs(size[1])
-    pool = weighted_kpsvd(weight, shape, 12, moments_of(inputs)).factors
+    pool = weighted_kpsvd(OutputError(weight, shape, moments_of(inputs)), 12).factors
     assert bool((pool.sigma[:-1] >= pool.sigma[1:]).all())
     errors = [output_error(weight, pool.terms(slice(0, rank)), inputs) for rank in range(13)]
     assert all(later < earlier for earlier, later in pairwise(errors))
@@ -123,11 +124,12 @@ def test_white_inputs_change_nothing(diagonal: bool) -> None:
     weight = oracle.draw(96, 64, dtype=torch.float32)
     shape = balanced_shape(96, 64)
     moments = moments_of(3 * torch.eye(64), diagonal=diagonal)
-    plain, weighted = kpsvd(weight, shape, 6), weighted_kpsvd(weight, shape, 6, moments)
+    problem = OutputError(weight, shape, moments)
+    plain, weighted = kpsvd(weight, shape, 6), weighted_kpsvd(problem, 6)
     assert relative_error(dense_delta(weighted.factors), dense_delta(plain.factors)) < 1e-4
     torch.testing.assert_close(weighted.factors.sigma, plain.factors.sigma, rtol=1e-4, atol=0)
     assert weighted.total_energy == pytest.approx(plain.total_energy, rel=1e-5)
-    refined = refine_terms(weight, weighted.factors, moments)
+    refined = refine_terms(problem, weighted.factors)
     assert relative_error(dense_delta(refined), dense_delta(plain.factors)) < 1e-4
 
 
@@ -139,8 +141,9 @@ def test_a_kronecker_moment_gives_the_closed_form_optimum() -> None:
     inputs = torch.kron(first, second).t()  # second moment (first first^T) kron (second second^T), over 48
     spectrum = torch.linalg.svdvals(oracle.oracle_rearrangement(weight @ inputs.t(), shape))
     optimum = float(spectrum[3:].norm() / spectrum.norm())
-    weighted = weighted_kpsvd(weight, shape, 3, moments_of(inputs), damping=1e-9)
-    refined = refine_terms(weight, weighted.factors, moments_of(inputs), sweeps=10, damping=1e-9)
+    problem = OutputError(weight, shape, moments_of(inputs), damping=1e-9)
+    weighted = weighted_kpsvd(problem, 3)
+    refined = refine_terms(problem, weighted.factors, sweeps=10)
     assert output_error(weight, refined, inputs) == pytest.approx(optimum, rel=1e-3)
     assert optimum - 1e-9 <= output_error(weight, weighted.factors, inputs) < 1.02 * optimum
 
@@ -148,36 +151,78 @@ def test_a_kronecker_moment_gives_the_closed_form_optimum() -> None:
 def test_diagonal_moments_help_where_features_differ_in_size() -> None:
     weight, shape = oracle.draw(96, 64, dtype=torch.float32), balanced_shape(96, 64)
     inputs = oracle.draw(2000, 64, seed=3, dtype=torch.float32) * torch.logspace(0, -2, 64)
-    weighted = weighted_kpsvd(weight, shape, 4, moments_of(inputs, diagonal=True)).factors
+    weighted = weighted_kpsvd(OutputError(weight, shape, moments_of(inputs, diagonal=True)), 4).factors
     assert output_error(weight, weighted, inputs) < 0.9 * output_error(weight, kpsvd(weight, shape, 4).factors, inputs)
 
 
 def test_every_refinement_sweep_lowers_the_error() -> None:
     weight, shape, inputs = oracle.draw(64, 96), balanced_shape(64, 96), correlated_inputs(96).double()
-    start = weighted_kpsvd(weight, shape, 5, moments_of(inputs)).factors
-    errors = [
-        output_error(weight, refine_terms(weight, start, moments_of(inputs), sweeps=s, damping=1e-9), inputs)
-        for s in range(5)
-    ]
+    start = weighted_kpsvd(OutputError(weight, shape, moments_of(inputs)), 5).factors
+    problem = OutputError(weight, shape, moments_of(inputs), damping=1e-9)
+    errors = [output_error(weight, refine_terms(problem, start, sweeps=s), inputs) for s in range(5)]
     assert all(later < earlier for earlier, later in pairwise(errors))
 
 
 def test_fewer_inputs_than_features_and_inputs_never_seen() -> None:
     weight, shape = oracle.draw(32, 48, dtype=torch.float32), balanced_shape(32, 48)
     few = correlated_inputs(48, tokens=3)
-    result = weighted_kpsvd(weight, shape, 6, moments_of(few))
+    result = weighted_kpsvd(OutputError(weight, shape, moments_of(few)), 6)
     assert bool(dense_delta(result.factors).isfinite().all())
     assert output_error(weight, result.factors, few) < 0.2
-    nothing = weighted_kpsvd(weight, shape, 2, moments_of(torch.zeros(4, 48)))
+    nothing = weighted_kpsvd(OutputError(weight, shape, moments_of(torch.zeros(4, 48))), 2)
     assert relative_error(dense_delta(nothing.factors), dense_delta(kpsvd(weight, shape, 2).factors)) < 1e-4
 
 
 def test_no_terms_and_a_zero_weight() -> None:
     shape, inputs = balanced_shape(32, 48), correlated_inputs(48)
-    none = weighted_kpsvd(torch.ones(32, 48), shape, 0, moments_of(inputs))
+    none = weighted_kpsvd(OutputError(torch.ones(32, 48), shape, moments_of(inputs)), 0)
     assert none.factors.rank == 0
     assert none.total_energy > 0
-    zero = weighted_kpsvd(torch.zeros(32, 48), shape, 2, moments_of(inputs))
+    problem = OutputError(torch.zeros(32, 48), shape, moments_of(inputs))
+    zero = weighted_kpsvd(problem, 2)
     assert float(dense_delta(zero.factors).abs().max()) == 0.0
-    refined = refine_terms(torch.zeros(32, 48), zero.factors, moments_of(inputs))
+    refined = refine_terms(problem, zero.factors)
     assert (refined.rank, float(dense_delta(refined).abs().max())) == (2, 0.0)
+
+
+def test_a_problem_used_again_gives_the_same_as_a_new_one() -> None:
+    # The product with the second moment is kept, and what was taken out of it is put back.
+    weight, shape, inputs = oracle.draw(64, 96), balanced_shape(64, 96), correlated_inputs(96).double()
+    used, fresh = (OutputError(weight, shape, moments_of(inputs)) for _ in range(2))
+    first = weighted_kpsvd(used, 4).factors
+    torch.testing.assert_close(
+        dense_delta(refine_terms(used, first)), dense_delta(refine_terms(fresh, first)), rtol=0, atol=1e-10
+    )
+    again = weighted_kpsvd(used, 4).factors
+    torch.testing.assert_close(dense_delta(again), dense_delta(first), rtol=0, atol=1e-10)
+    assert relative_error(dense_delta(first), torch.zeros_like(weight) + 1e-30) > 0
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_least_squares_are_those_of_the_dense_moment(diagonal: bool) -> None:
+    weight, shape = oracle.draw(24, 30), FactorShape(4, 5, 6, 6)
+    inputs = correlated_inputs(30).double()
+    moments = moments_of(inputs, diagonal=diagonal)
+    problem = OutputError(weight, shape, moments, damping=0.01)
+    full = moments.moment().diag() if diagonal else moments.moment()
+    second = (full / full.diagonal().mean() + 0.01 * torch.eye(30)) / 1.01
+    root = torch.linalg.cholesky(second)
+    right = oracle.draw(2, 6, 6, seed=3)
+
+    def unknowns(terms: Tensor, side: str) -> Tensor:
+        """(left kron right) root for every unit matrix in place of the other factor, as rows."""
+        units = torch.eye(20 if side == "left" else 36, dtype=torch.float64)
+        rows = []
+        for term in terms:
+            for unit in units:
+                pair = (unit.view(4, 5), term) if side == "left" else (term, unit.view(6, 6))
+                rows.append((torch.kron(*pair) @ root).flatten())
+        return torch.stack(rows)
+
+    def solve(terms: Tensor, side: str) -> Tensor:
+        system = unknowns(terms, side)
+        return torch.linalg.lstsq(system.t(), (weight @ root).flatten()[:, None], driver="gelsd").solution.flatten()
+
+    lefts = problem.best_lefts(right)
+    torch.testing.assert_close(lefts.flatten(), solve(right, "left"), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(problem.best_rights(lefts).flatten(), solve(lefts, "right"), rtol=1e-6, atol=1e-8)

@@ -122,7 +122,7 @@ def test_a_base_that_is_not_finite_is_named(model: Any, rule: dict[str, Any]) ->
 
 def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
     assert batches_needed([]) == 0
-    assert batches_needed([_target(model, QUERY)]) == 0
+    assert batches_needed([_target(model, QUERY)]) == 8
     assert batches_needed([_target(model, QUERY, calibration_batches=0), _target(model, DOWN, init="zero")]) == 0
     assert batches_needed([_target(model, QUERY, init="gradient", calibration_batches=0)]) == 8
     assert batches_needed([_target(model, QUERY, init="gradient")]) == 8

@@ -54,8 +54,8 @@ def test_a_change_reruns_what_depends_on_it(change: dict[str, Any], reruns: set[
 def test_data_counts_for_the_initialisation_only_where_it_is_looked_at() -> None:
     other = replace(INPUTS, data="other")
     plain, gradient = _manifest(), _manifest(adapt__init="gradient")
-    weighted = _manifest(adapt__calibration_batches=8)
-    assert stage_keys(weighted, INPUTS, MODULES)["init"] != stage_keys(weighted, other, MODULES)["init"]
+    default = _manifest(adapt__calibration_batches=None)
+    assert stage_keys(default, INPUTS, MODULES)["init"] != stage_keys(default, other, MODULES)["init"]
     assert stage_keys(plain, INPUTS, MODULES)["init"] == stage_keys(plain, other, MODULES)["init"]
     assert stage_keys(plain, INPUTS, MODULES)["tune"] != stage_keys(plain, other, MODULES)["tune"]
     assert stage_keys(gradient, INPUTS, MODULES)["init"] != stage_keys(gradient, other, MODULES)["init"]
