@@ -18,7 +18,7 @@ _WIDTH = 100
 # default or, where there is none, at an example.
 _KEYS: dict[str, dict[str, Any]] = {
     "[base]": {"builtin": "tiny", "path": None, "hub": None, "revision": None, "dtype": None, "quantize": None},
-    "[[adapt]]": {"modules": ..., "layers": None, "shape": None, "init": ..., "rank": ...},
+    "[[adapt]]": {"modules": ..., "layers": None, "shape": None, "init": ..., "calibration_batches": None, "rank": ...},
     "[train]": {
         "method": None,
         "steps": 300,

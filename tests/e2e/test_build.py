@@ -158,8 +158,8 @@ def test_a_changed_rule_runs_the_initialisation_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("init", "calibration"), [("weights", 2), ("zero", 0), ("gradient", 0), ("gradient", 2)])
 def test_every_initialisation_builds(tmp_path: Path, init: str, calibration: int) -> None:
-    rule = f'init = "{init}"\ncalibration_batches = {calibration}\nrank = {{ policy'
-    manifest = write_manifest(tmp_path, steps=3, replace=("rank = { policy", rule))
+    rule = f'init = "{init}"\ncalibration_batches = {calibration}'
+    manifest = write_manifest(tmp_path, steps=3, replace=("calibration_batches = 0", rule))
     result = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     assert result.adapter is not None
     from soka_serve.adapter import read_adapter

@@ -55,7 +55,7 @@ rank = {{ policy = "fixed", rank = 4 }}
 steps = {steps}
 batch_size = 16
 max_length = 128
-learning_rate = 2e-2
+learning_rate = 5e-3
 data = {{ builtin = "{family}" }}
 [eval]
 limit = {limit}
