@@ -1,0 +1,678 @@
+"""How cost grows with rank, tokens, adapters, layers and model size, on a CPU.
+
+    python eval/bench_growth.py --out eval/results/growth.json
+
+Measures series of points, one size changing in each, and fits cost = a * x^b to every series by least squares over the
+logarithms, with the standard error of b. Writes a JSON record, and beside it an HTML page with a log-log chart of each
+series. `--only` takes some of the series, `--small` tiny sizes, to see that everything runs.
+
+A time is processor time of one call, all threads together: the best of at least three calls after a warm-up, and of as
+many as take about `--seconds`. What is measured:
+
+- kpsvd-*: the truncated KPSVD of one n x n weight (float32, the "decaying" spectrum of bench_kpsvd.py);
+- init-layers: stage `init` over a generated LLaMA checkpoint, without calibration; time and its own (anonymous) memory;
+- merge-layers: `merge` of an adapter into such a checkpoint, base hash included, with and without verification; time
+  and its own memory. Points of these two run in fresh processes, so that one does not inherit another's memory;
+- serve-*: the plugin's operator, one n x n projection, tokens dealt in turn to the adapters, float32;
+- train-*: SoKA's layer on one n x n projection, `init = "weights"`, forward and backward with the input's gradient;
+  besides, the frozen layer alone and the delta alone;
+- size-width: parameters and bytes of an adapter of one LLaMA layer. Computed, not measured.
+
+`arithmetic_exponent` is the same fit through what arithmetic says at the same points: multiply-adds, or a count that is
+proportional to the cost. Fits share the points' systematic errors: the standard error says how straight the line is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bench_kernel import MODELS, Case, Layer, Module
+from bench_kpsvd import cpu_name, draw_weight
+from bench_kpsvd_7b import Peak, alone, sizes, write_model
+from bench_merge import merge_here
+from markupsafe import Markup
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from soka_serve import estimate, targets
+from soka_serve.adapter import write_adapter
+from soka_serve.checkpoint import Checkpoint
+from soka_serve.initialise import initialise
+from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
+from soka_serve.kron_apply import choose_order
+from soka_serve.peft.layer import SokaLinear
+from soka_serve.provenance import versions
+from soka_serve.report import environment
+from soka_serve.report_charts import Axis, Mark, Series, chart, log_axis
+from soka_serve.report_text import count, size
+from soka_serve.schema import Manifest
+from soka_serve.shapes import balanced_shape
+
+SEED = 0
+LEAST_CALLS = 3
+LORA_RANK = 8
+VALUE_BYTES = 4  # adapters are stored in float32
+Point = dict[str, Any]
+
+
+class Effort(NamedTuple):
+    """How hard to measure; a dict of it goes to fresh processes."""
+
+    threads: int
+    seconds: float
+
+
+class Line(NamedTuple):
+    """One curve: the key of its values in the points, its name, and what arithmetic says, up to a factor."""
+
+    key: str
+    name: str
+    work: Callable[..., float] | None = None
+
+
+class Panel(NamedTuple):
+    """One chart: what it shows, how its values are written, what to expect and why, and its curves."""
+
+    quantity: str
+    text: Callable[[float], str]
+    theory: str
+    lines: tuple[Line, ...]
+
+    def told(self, point: Point) -> str:
+        """The values of one point in words."""
+        return ", ".join(f"{line.name} {self.text(point[line.key])}" for line in self.lines)
+
+
+class Study(NamedTuple):
+    """One series of points: `measure` is called with every one of `values` for `varies`, and with `fixed`."""
+
+    title: str
+    measure: Callable[..., Point]
+    varies: str
+    values: Sequence[int]
+    fixed: dict[str, int]
+    small_values: Sequence[int]
+    small_fixed: dict[str, int]
+    panels: tuple[Panel, ...]
+
+    def settings(self, small: bool) -> list[dict[str, int]]:
+        """The arguments of every point."""
+        values, fixed = (self.small_values, self.small_fixed) if small else (self.values, self.fixed)
+        return [{self.varies: value, **fixed} for value in values]
+
+
+class Fit(NamedTuple):
+    """cost = factor * x^exponent."""
+
+    exponent: float
+    standard_error: float
+    factor: float
+
+
+def fit_power(xs: Sequence[float], ys: Sequence[float]) -> Fit | None:
+    """Least squares over the logarithms, three points at least; None where a value is 0, which has none."""
+    if min(ys) <= 0:
+        return None
+    log_x, log_y = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    slope, intercept = statistics.linear_regression(log_x, log_y)
+    rest = math.fsum((y - intercept - slope * x) ** 2 for x, y in zip(log_x, log_y, strict=True))
+    middle = statistics.fmean(log_x)
+    spread = math.fsum((x - middle) ** 2 for x in log_x)
+    return Fit(slope, math.sqrt(rest / (len(xs) - 2) / spread), math.exp(intercept))
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def summary(key: str, samples: Sequence[float]) -> Point:
+    """Best and median of some processor times, and how many there are."""
+    return {f"{key}_s": min(samples), f"{key}_median_s": statistics.median(samples), f"{key}_calls": len(samples)}
+
+
+def timed(key: str, work: Callable[[], object], seconds: float) -> Point:
+    """Processor time of a call."""
+    work()
+    samples: list[float] = []
+    while len(samples) < LEAST_CALLS or math.fsum(samples) < seconds:
+        start = time.process_time()
+        work()
+        samples.append(time.process_time() - start)
+    return summary(key, samples)
+
+
+def measure_kpsvd(effort: Effort, *, side: int, rank: int) -> Point:
+    """One decomposition; "truncated" by name, since small sides would get the exact method."""
+    weight, shape = draw_weight("decaying", side, side, SEED), balanced_shape(side, side)
+    return timed("kpsvd", lambda: kpsvd(weight, shape, rank, method="truncated", seed=SEED), effort.seconds)
+
+
+def kpsvd_work(*, side: int, rank: int) -> float:
+    """Multiply-adds of one product of the rearranged weight with a Krylov block."""
+    return side * side * (rank + max(8, rank // 8))
+
+
+def intermediate(hidden: int) -> int:
+    """LLaMA-2-7B's ratio: 11008 at 4096."""
+    return hidden * 43 // 16
+
+
+def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:
+    """Stage `init`, in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "base", hidden, intermediate(hidden), layers)
+        found: Point = alone(run_init, {**effort._asdict(), "folder": folder, "rank": rank})
+    return found
+
+
+def run_init(case: dict[str, Any]) -> Point:
+    """Stage `init` over the checkpoint in the case's folder."""
+    torch.set_num_threads(case["threads"])
+    base = Path(case["folder"]) / "base"
+    manifest = Manifest.model_validate(
+        {
+            "schema": 1,
+            "base": {"path": str(base)},
+            "adapt": [{"calibration_batches": 0, "rank": {"policy": "fixed", "rank": case["rank"]}}],
+            "train": {"steps": 0, "data": {"builtin": "math"}},
+        }
+    )
+    adapted, checkpoint = targets.resolve_targets(manifest, targets.list_modules(base)), Checkpoint.open(base)
+    kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
+    with Peak() as peak:
+        times = timed("init", lambda: initialise(adapted, checkpoint, seed=SEED, progress=False), case["seconds"])
+    return {**times, "init_peak_bytes": peak.most - peak.before}
+
+
+def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:
+    """A merge without and with verification, each in a fresh process."""
+    found: Point = {}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        write_model(base, hidden, intermediate(hidden), layers)
+        generator, factors = torch.Generator().manual_seed(SEED), {}
+        for module in targets.list_modules(base):
+            m, n, p, q = balanced_shape(module.out_features, module.in_features)
+            left, right = (torch.randn(rank, a, b, generator=generator) for a, b in ((m, n), (p, q)))
+            factors[module.name] = Factors(left, right, torch.full((rank,), 1e-3))
+        lock = {"soka": 1, "base": {"name": "generated", "sha256": Checkpoint.open(base).sha256()}}
+        write_adapter(Path(folder) / "adapter", factors, base_model="generated", lock=lock)
+        for key, verify in (("plain", False), ("verified", True)):
+            found |= alone(run_merge, {**effort._asdict(), "folder": folder, "key": key, "verify": verify})
+    return found
+
+
+def run_merge(case: dict[str, Any]) -> Point:
+    """Merges of base and adapter in the case's folder. The highest memory is the first one's: later ones reuse it."""
+    torch.set_num_threads(case["threads"])
+    folder = Path(case["folder"])
+    runs: list[dict[str, Any]] = []
+    while len(runs) < LEAST_CALLS or math.fsum(run["cpu_s"] for run in runs) < case["seconds"]:
+        with tempfile.TemporaryDirectory(dir=folder) as out:
+            runs.append(merge_here(folder / "base", folder / "adapter", Path(out) / "merged", case["verify"]))
+    times = summary(case["key"], [run["cpu_s"] for run in runs])
+    return {**times, f"{case['key']}_peak_bytes": max(run["peak_bytes"] for run in runs)}
+
+
+def per_layer(*, layers: int, **_: int) -> float:
+    """Every layer costs the same."""
+    return layers
+
+
+def constant(**_: int) -> float:
+    """Nothing that varies is in it."""
+    return 1.0
+
+
+def measure_operator(effort: Effort, *, tokens: int, rank: int, adapters: int, width: int) -> Point:
+    """The plugin's operator on one batch."""
+    torch.manual_seed(SEED)
+    name = f"{width} x {width}"
+    MODELS[name] = [Module(width, (width,))]  # bench_kernel looks up the modules of a case by name
+    layer = Layer(Case(name, "float32", rank, tokens, adapters), "cpu")
+    run, before = layer.soka(), layer.outputs[0].clone()
+    with torch.inference_mode():
+        run()
+        if torch.equal(layer.outputs[0], before):
+            raise RuntimeError(f"{layer.case}: the operator changed nothing")
+        return timed("operator", run, effort.seconds)
+
+
+def operator_work(*, tokens: int, rank: int, width: int, **_: int) -> float:
+    """Multiply-adds of the cheaper order."""
+    return tokens * apply_cost(balanced_shape(width, width), rank)
+
+
+def measure_training(effort: Effort, *, tokens: int, rank: int, width: int) -> Point:
+    """Forward and backward of SoKA's layer, of its frozen base alone, and of the delta alone."""
+    torch.manual_seed(SEED)
+    shape, base = balanced_shape(width, width), nn.Linear(width, width, bias=False).requires_grad_(False)
+    layer = SokaLinear(
+        base, "default", module_name="layer", rank=rank, shape=shape, init="weights", initial=True, seed=SEED,
+        inference_mode=False,
+    )  # fmt: skip
+    x, grad = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+
+    def delta() -> Tensor:
+        factors = layer.delta("default")
+        return apply_kron(x, factors.left, factors.right, factors.sigma)
+
+    ways: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
+        "layer": (lambda: layer(x), [x, *trained]),
+        "base": (lambda: linear(x, base.weight), [x]),
+        "delta": (delta, [x, *trained]),
+    }
+    found: Point = {
+        "layer_order": choose_order(shape, 2 * rank, tokens, dense_products=1),
+        "delta_order": choose_order(shape, 2 * rank, tokens),
+    }
+    for key, (forward, leaves) in ways.items():
+        found |= timed(key, lambda f=forward, t=leaves: torch.autograd.grad(f(), t, grad), effort.seconds)  # type: ignore[misc]
+    return found
+
+
+def base_work(*, tokens: int, width: int, **_: int) -> float:
+    """Multiply-adds of the frozen layer: forward, and the input's gradient."""
+    return 2 * tokens * width * width
+
+
+def delta_work(*, tokens: int, rank: int, width: int, dense_products: int = 3) -> float:
+    """Multiply-adds of the delta in the order that is chosen; of 2 * rank terms, as the initial ones are subtracted."""
+    shape, terms = balanced_shape(width, width), 2 * rank
+    if choose_order(shape, terms, tokens, dense_products=dense_products) == "dense":
+        return (dense_products * tokens + 3 * terms) * width * width
+    # Seven products, of which a forward has two: those, the first one again, and two gradients of each.
+    return 3.5 * tokens * apply_cost(shape, terms)
+
+
+def layer_work(*, tokens: int, rank: int, width: int) -> float:
+    """Multiply-adds of SoKA's layer; a delta that is built there shares the base's products."""
+    return base_work(tokens=tokens, width=width) + delta_work(tokens=tokens, rank=rank, width=width, dense_products=1)
+
+
+def compute_size(_: Effort, *, width: int) -> Point:
+    """Parameters and bytes of adapters of one LLaMA layer of that hidden size."""
+    projections = sizes(width, intermediate(width))
+    found: Point = {}
+    for rank in (1, 4):
+        parameters = sum(balanced_shape(*shape).parameters(rank) for shape in projections.values())
+        # What `init = "weights"` exports has up to twice the terms: trained ones and minus the initial ones.
+        found |= {f"soka{rank}_parameters": parameters, f"soka{rank}_bytes": 2 * parameters * VALUE_BYTES}
+    modules = [targets.Module(name, *shape, layer=0, dtype="float32") for name, shape in projections.items()]
+    parameters = sum(estimate.lora_parameters(module, LORA_RANK) for module in modules)
+    return {**found, "lora_parameters": parameters, "lora_bytes": parameters * VALUE_BYTES}
+
+
+# ---------------------------------------------------------------------------------------------------- the studies
+
+
+def seconds_text(seconds: float) -> str:
+    """0.0123 -> '12.3 ms'."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def one_time(name: str, work: Callable[..., float], key: str, theory: str) -> tuple[Panel, ...]:
+    """The chart of a study that measures one time."""
+    return (Panel("processor time", seconds_text, theory, (Line(f"{key}_s", name, work),)),)
+
+
+def operator_panels(theory: str) -> tuple[Panel, ...]:
+    """The chart of a study of the plugin's operator."""
+    return one_time("soka::add_kron", operator_work, "operator", theory)
+
+
+def training_panels(theory: str) -> tuple[Panel, ...]:
+    """The chart of a study of the training layer."""
+    lines = (
+        Line("layer_s", "SoKA's layer", layer_work),
+        Line("base_s", "the frozen layer alone", base_work),
+        Line("delta_s", "the delta alone", delta_work),
+    )
+    return (Panel("processor time", seconds_text, theory, lines),)
+
+
+def size_panel(quantity: str, text: Callable[[float], str], key: str, theory: str) -> Panel:
+    """One of the two charts of adapter sizes."""
+    lines = (("soka1", "SoKA, rank 1"), ("soka4", "SoKA, rank 4"), ("lora", f"LoRA, rank {LORA_RANK}"))
+    return Panel(quantity, text, theory, tuple(Line(f"{name}_{key}", title) for name, title in lines))
+
+
+STUDIES = {
+    "kpsvd-size": Study(
+        "KPSVD against the side of the weight", measure_kpsvd,
+        "side", (512, 1024, 2048, 4096), {"rank": 16}, (128, 256, 512), {"rank": 4},
+        one_time("KPSVD", kpsvd_work, "kpsvd",
+            "2: a Krylov block is multiplied by all n² values of the weight, and back. The number of blocks depends on "
+            "the spectrum, up to 12."),
+    ),
+    "kpsvd-rank": Study(
+        "KPSVD against rank", measure_kpsvd,
+        "rank", (4, 8, 16, 32, 64, 128), {"side": 2048}, (2, 8, 32), {"side": 256},
+        one_time("KPSVD", kpsvd_work, "kpsvd",
+            "Below 1: a block has rank + max(8, rank / 8) columns. Orthogonalising them costs n · columns² more, which "
+            "tells at high ranks."),
+    ),
+    "init-layers": Study(
+        "Stage init against layers", measure_init,
+        "layers", (1, 2, 4, 8), {"hidden": 512, "rank": 16}, (1, 2, 3), {"hidden": 128, "rank": 4},
+        (
+            Panel("processor time", seconds_text, "1: every layer has the same seven weights.",
+                (Line("init_s", "init", per_layer),)),
+            Panel("peak of its own memory", size,
+                "0: one weight is decomposed at a time. The chosen terms of all layers are read at the end, and tell "
+                "when they outweigh one decomposition.",
+                (Line("init_peak_bytes", "init", constant),)),
+        ),
+    ),
+    "merge-layers": Study(
+        "Merge against layers", measure_merge,
+        "layers", (1, 2, 4, 8), {"hidden": 1024, "rank": 8}, (1, 2, 3), {"hidden": 256, "rank": 4},
+        (
+            Panel("processor time", seconds_text,
+                "1: all values are read, hashed, summed and written once. Verification looks at a sample of at most 16 "
+                "tensors: below 1 while that counts.",
+                (Line("plain_s", "not verified", per_layer), Line("verified_s", "verified", per_layer))),
+            Panel("peak of its own memory", size,
+                "Near 0: blocks of a few MiB, whatever the layers, and the adapter's terms, which do grow with them.",
+                (Line("plain_peak_bytes", "not verified", constant),
+                 Line("verified_peak_bytes", "verified", constant))),
+        ),
+    ),
+    "serve-tokens": Study(
+        "Serving operator against tokens", measure_operator,
+        "tokens", (1, 4, 16, 64, 256, 1024), {"rank": 4, "adapters": 1, "width": 4096},
+        (1, 8, 64), {"rank": 2, "adapters": 1, "width": 256},
+        operator_panels("1: a token costs rank · m · q · (n + p) multiply-adds. Calling torch costs the same for any "
+            "number of tokens, so below 1 for few."),
+    ),
+    "serve-rank": Study(
+        "Serving operator against rank", measure_operator,
+        "rank", (1, 2, 4, 8, 16, 32), {"tokens": 64, "adapters": 1, "width": 4096},
+        (1, 2, 4), {"tokens": 16, "adapters": 1, "width": 256},
+        operator_panels("1: a term costs tokens · m · q · (n + p) multiply-adds. Reading inputs and adding to outputs "
+            "does not depend on the rank, so below 1 for few terms."),
+    ),
+    "serve-adapters": Study(
+        "Serving operator against adapters in the batch", measure_operator,
+        "adapters", (1, 2, 4, 8, 16, 32, 64), {"tokens": 64, "rank": 4, "width": 4096},
+        (1, 4, 16), {"tokens": 16, "rank": 2, "width": 256},
+        operator_panels("0: the same multiply-adds. From the second adapter on every token gets a copy of its factors, "
+            "a step that a power does not describe."),
+    ),
+    "serve-width": Study(
+        "Serving operator against width", measure_operator,
+        "width", (1024, 2048, 4096, 8192), {"tokens": 64, "rank": 4, "adapters": 1},
+        (64, 128, 256), {"tokens": 16, "rank": 2, "adapters": 1},
+        operator_panels("1.5 between squares: m = n = p = q = √width make it 2 · width^1.5 multiply-adds a token and "
+            "term. Twice a square needs fewer."),
+    ),
+    "train-tokens": Study(
+        "Training layer against tokens", measure_training,
+        "tokens", (64, 128, 256, 512, 1024, 2048, 4096), {"rank": 4, "width": 2048},
+        (16, 64, 256), {"rank": 2, "width": 256},
+        training_panels("1: every product is proportional to the tokens, but for building a dense delta, where that "
+            "is chosen."),
+    ),
+    "train-rank": Study(
+        "Training layer against rank", measure_training,
+        "rank", (1, 2, 4, 8, 16, 32), {"tokens": 512, "width": 2048},
+        (1, 2, 4), {"tokens": 64, "width": 256},
+        training_panels("The delta 1, the frozen layer 0, the whole between them. Where building the dense delta is "
+            "chosen, more terms cost next to nothing."),
+    ),
+    "size-width": Study(
+        "Adapter of one LLaMA layer against hidden size (computed)", compute_size,
+        "width", (512, 1024, 2048, 4096, 8192, 16384), {}, (512, 1024, 2048), {},
+        (
+            size_panel("trained parameters", count, "parameters",
+                "1: a balanced term has about 2 · √(out · in) values, a rank of LoRA out + in."),
+            size_panel("bytes on disk", size, "bytes",
+                "1: 4 bytes a value, headers left out. SoKA with twice its trained terms, as init = \"weights\" "
+                "exports at most."),
+        ),
+    ),
+}  # fmt: skip
+
+
+def run_study(name: str, study: Study, effort: Effort, small: bool) -> dict[str, Any]:
+    """Measure all points of a study and fit its curves."""
+    settings, points = study.settings(small), []
+    for setting in settings:
+        point = {study.varies: setting[study.varies], **study.measure(effort, **setting)}
+        points.append({key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in point.items()})
+        told = "; ".join(f"{panel.quantity}: {panel.told(point)}" for panel in study.panels)
+        print(f"{name}, {study.varies} {setting[study.varies]}: {told}", flush=True)
+    return {
+        "title": study.title,
+        "varies": study.varies,
+        "fixed": {key: value for key, value in settings[0].items() if key != study.varies},
+        "points": points,
+        "charts": [
+            {
+                "quantity": panel.quantity,
+                "theory": panel.theory,
+                "fits": {line.key: fit_line(line, study.varies, settings, points) for line in panel.lines},
+            }
+            for panel in study.panels
+        ],
+    }
+
+
+def fit_line(line: Line, varies: str, settings: Sequence[dict[str, int]], points: Sequence[Point]) -> dict[str, Any]:
+    """The fit of one curve, and the exponent that arithmetic gives at the same points."""
+    xs = [point[varies] for point in points]
+    fit = fit_power(xs, [point[line.key] for point in points])
+    found: dict[str, Any] = {"no_fit": "a value is 0"} if fit is None else rounded(fit._asdict())
+    if line.work is not None:
+        work = [line.work(**setting) for setting in settings]
+        expected = fit_power(xs, work)
+        assert expected is not None  # every count of work is positive
+        found |= {"arithmetic": work, "arithmetic_exponent": round(expected.exponent, 3)}
+    return found
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """Four significant digits."""
+    return {key: float(f"{value:.4g}") for key, value in values.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+PAGE = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>How cost grows · soka-serve</title>
+<style>
+:root {
+  --page: #f6f7f8; --card: #ffffff; --ink: #1b2430; --muted: #5b6673; --line: #dde2e7; --grid: #e9edf0;
+  --k0: #1f6fb2; --k1: #c4570c; --k2: #0b8f8a;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --page: #12161b; --card: #1b2128; --ink: #e6eaee; --muted: #9aa6b2; --line: #313a44; --grid: #28303a;
+    --k0: #6bb5f0; --k1: #f2a25c; --k2: #5fd0c8;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif; }
+main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
+header { padding-top: 36px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 10px; }
+h2 { font-size: 18px; line-height: 1.3; margin: 0; }
+p { margin: 0 0 10px; max-width: 90ch; }
+code { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
+.quiet { color: var(--muted); font-size: 14px; }
+.studies { display: grid; gap: 18px; margin: 18px 0; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px;
+  min-width: 0; }
+section.wide { grid-column: 1 / -1; }
+.panels { display: grid; gap: 24px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
+figure { margin: 0; break-inside: avoid; }
+figcaption { font-size: 14px; }
+.chart { display: block; width: 100%; max-width: 520px; height: auto; overflow: visible; margin: 6px 0; }
+.chart text { font-size: 11px; fill: var(--muted); font-variant-numeric: tabular-nums; }
+.chart .grid { stroke: var(--grid); }
+.chart .axis { stroke: var(--muted); stroke-opacity: .6; }
+.chart .line { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.chart .arithmetic .line { stroke-dasharray: 2 5; stroke-width: 1.4; }
+.chart circle { fill: currentColor; stroke: var(--card); stroke-width: 1.2; }
+{% for k in range(3) %}
+.k{{ k }} { color: var(--k{{ k }}); }
+{% endfor %}
+.legend { padding: 0; margin: 4px 0 6px; list-style: none; }
+.legend i { display: inline-block; width: 14px; height: 4px; margin-right: 6px; background: currentColor;
+  vertical-align: middle; }
+.legend span { color: var(--ink); }
+footer { color: var(--muted); font-size: 13px; padding-bottom: 40px; }
+</style>
+</head>
+<body>
+<header>
+<h1>How cost grows</h1>
+<p>Each chart shows a cost against one size, both on logarithmic axes, and the exponent b of cost = a · x<sup>b</sup>,
+fitted by least squares, ± its standard error. Dotted: what arithmetic says, through the last point. It counts
+multiply-adds, or layers; where it and the line part, something else costs time.</p>
+<p class="quiet">Times are processor time of one call on {{ record.hardware.cpu }}, {{ record.threads }} thread(s), the
+best of at least {{ least }} calls.{% if record.small %} Tiny sizes (--small): these figures mean nothing.{% endif %}
+</p>
+</header>
+<main class="studies">
+{% for name, study, panels in studies %}
+<section id="{{ name }}"{% if panels | length > 1 %} class="wide"{% endif %}>
+<h2>{{ study.title }}</h2>
+<p class="quiet">{{ study.fixed | pairs }}</p>
+<div class="panels">
+{% for panel in panels %}
+<figure>
+<figcaption>
+<ul class="legend">
+{% for css, title, fit in panel.legend %}
+<li class="{{ css }}"><i></i><span>{{ title }}: {{ fit }}</span></li>
+{% endfor %}
+</ul>
+</figcaption>
+{{ panel.svg }}
+<p class="quiet">Expected: {{ panel.theory }}</p>
+</figure>
+{% endfor %}
+</div>
+</section>
+{% endfor %}
+</main>
+<footer>
+<p><code>{{ record.command }}</code></p>
+<p>{{ record.versions | pairs }}</p>
+</footer>
+</body>
+</html>
+"""
+
+
+def render(record: dict[str, Any]) -> str:
+    """The whole page."""
+    studies = []
+    for name, found in record["series"].items():
+        panels = zip(STUDIES[name].panels, found["charts"], strict=True)
+        drawn = [
+            {"svg": draw(panel, found, fits["fits"]), "legend": legend(panel, fits["fits"]), "theory": panel.theory}
+            for panel, fits in panels
+        ]
+        studies.append((name, found, drawn))
+    jinja = environment(autoescape=True)
+    jinja.filters["pairs"] = lambda mapping: ", ".join(f"{key} {value}" for key, value in mapping.items())
+    return jinja.from_string(PAGE).render(record=record, studies=studies, least=LEAST_CALLS)
+
+
+def legend(panel: Panel, fits: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """Colour, name and fit of every curve."""
+    rows = []
+    for number, line in enumerate(panel.lines):
+        fit = fits[line.key]
+        if "no_fit" in fit:
+            text = f"no fit, {fit['no_fit']}"
+        else:
+            text = f"b = {fit['exponent']:.2f} ± {fit['standard_error']:.2f}"
+        if line.work is not None:
+            text += f" (arithmetic {fit['arithmetic_exponent']:.2f})"
+        rows.append((f"k{number}", line.name, text))
+    return rows
+
+
+def draw(panel: Panel, found: dict[str, Any], fits: dict[str, dict[str, Any]]) -> Markup:
+    """One chart."""
+    varies, points = found["varies"], found["points"]
+    xs = [float(point[varies]) for point in points]
+    curves = []
+    for number, line in enumerate(panel.lines):
+        ys = [point[line.key] for point in points]
+        if line.work is not None:
+            work = fits[line.key]["arithmetic"]
+            dotted = [(x, ys[-1] * w / work[-1]) for x, w in zip(xs, work, strict=True)]
+            curves.append(Series(dotted, f"arithmetic k{number}", tooltip=f"{line.name}: arithmetic"))
+        pairs = list(zip(xs, ys, strict=True))
+        marks = [Mark(x, y, f"{line.name}, {varies} {x:g}: {panel.text(y)}") for x, y in pairs]
+        curves.append(Series(pairs, f"k{number}", tooltip=line.name, marks=marks))
+    x_axis = Axis(min(xs) / 1.15, max(xs) * 1.15, tuple((x, count(x)) for x in xs), varies, log=True)
+    text = f"{panel.quantity} against {varies}, {len(panel.lines)} curves"
+    return chart(curves, x_axis, y_axis(curves, panel), summary=text, width=440, height=270)
+
+
+def y_axis(curves: Sequence[Series], panel: Panel) -> Axis:
+    """A log axis at least a decade deep, so that noise on a flat curve does not look like growth."""
+    values = [y for curve in curves for _, y in curve.points if y > 0]
+    middle = math.sqrt(min(values) * max(values))
+    return log_axis([*values, middle / math.sqrt(10), middle * math.sqrt(10)], panel.quantity, text=panel.text)
+
+
+def main() -> None:
+    """Run the studies; the results are written after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1.0, help="per point and curve (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", action="append", choices=STUDIES, metavar="SERIES", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON record; the page goes beside it")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    names = [name for name in STUDIES if name in (options.only or STUDIES)]
+    record: dict[str, Any] = {
+        "command": f"python eval/bench_growth.py --threads {options.threads} --seconds {options.seconds:g}"
+        + " --small" * options.small
+        + "".join(f" --only {name}" for name in names if options.only),
+        "versions": versions(),
+        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "threads": options.threads,
+        "small": options.small,
+        "seed": SEED,
+        "load_average_at_start": os.getloadavg()[0],
+        "series": {},
+    }
+    effort = Effort(options.threads, options.seconds)
+    for name in names:
+        record["series"][name] = run_study(name, STUDIES[name], effort, options.small)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        options.out.with_suffix(".html").write_text(render(record))
+
+
+if __name__ == "__main__":
+    main()
