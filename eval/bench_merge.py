@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Time and memory of `soka-serve merge` against copying the same files, on a generated checkpoint.
 
-    python eval/bench_merge.py [--gib 2] [--rank 8] [--repeats 5] [--out eval/results/merge.json]
+    python eval/bench_merge.py [--gib 2] [--rank 8] [--repeats 5] [--peft] [--out eval/results/merge.json]
 
 A LLaMA-shaped bfloat16 checkpoint of at least --gib GiB in shards of 1 GB, random weights, and an adapter on all
 seven projections of every layer, with a soka.lock, so that the merge also hashes the base. Copy and merge alternate;
 both flush what they wrote to the disk. A merge runs in a process of its own, which samples its anonymous memory (pages
 of files that the kernel caches do not count) every 5 ms; the baseline is taken when everything is imported.
+
+With --peft also what PEFT does: `from_pretrained` in the checkpoint's dtype, LoRA of the same rank on the same modules
+(random, as loaded), `merge_and_unload`, `save_pretrained`, flushed. It holds the whole model in memory.
 
 A copy mostly waits for the disk, a merge needs both cores: on a machine that is busy with other things the ratio grows.
 There, run it in a session of its own whose scheduling group goes first (as root):
@@ -17,6 +20,7 @@ There, run it in a session of its own whose scheduling group goes first (as root
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -88,7 +92,11 @@ def generate(folder: Path, *, size_bytes: int, rank: int) -> tuple[Path, Path]:
     flush_shard()
     weight_map = {n: f"model-{i + 1:05d}.safetensors" for i, names in enumerate(shards) for n in names}
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16"}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers,
+        "num_attention_heads": HIDDEN // 128, "num_key_value_heads": KEY_VALUE // 128,
+    }  # fmt: skip
     (base / "config.json").write_text(json.dumps(config))
     factors = {}
     for layer in range(layers):
@@ -108,10 +116,15 @@ def copy_files(base: Path, out: Path) -> float:
     out.mkdir()
     for file in sorted(base.iterdir()):
         shutil.copyfile(file, out / file.name)
-        descriptor = os.open(out / file.name, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        flush(out / file.name)
     return time.monotonic() - started
+
+
+def flush(file: Path) -> None:
+    """To the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def anonymous_bytes() -> int:
@@ -122,9 +135,25 @@ def anonymous_bytes() -> int:
     raise RuntimeError("no RssAnon in /proc/self/status: this benchmark needs Linux")
 
 
-def merge_here(base: Path, adapter: Path, out: Path, verify: bool) -> dict[str, Any]:
+def merge_with_peft(base: Path, rank: int, out: Path) -> None:
+    """What PEFT's users do, with a LoRA of the same rank on the same modules."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    names = sorted({name.rsplit(".", 1)[1] for name in layer_shapes(0)})
+    config = LoraConfig(r=rank, target_modules=names, init_lora_weights=False)
+    get_peft_model(model, config).merge_and_unload().save_pretrained(out)
+    for file in sorted(out.iterdir()):
+        flush(file)
+
+
+def merge_here(base: Path, adapter: Path, out: Path, verify: bool, *, peft_rank: int | None = None) -> dict[str, Any]:
     """One merge in this process, with its time and the peak of its memory above the baseline."""
     torch.ones(8) @ torch.ones(8)
+    if peft_rank is not None:  # imported, as what the other way needs is
+        importlib.import_module("peft")
+        importlib.import_module("transformers.models.llama.modeling_llama")
     baseline = anonymous_bytes()
     peak, stop = [baseline], threading.Event()
 
@@ -137,12 +166,16 @@ def merge_here(base: Path, adapter: Path, out: Path, verify: bool) -> dict[str, 
     os.sync()
     cpu = time.process_time()
     started = time.monotonic()
-    result = merge(adapter, base=base, out=out, verify="tensors" if verify else False, progress=False)
+    error = None
+    if peft_rank is None:
+        error = merge(adapter, base=base, out=out, verify="tensors" if verify else False, progress=False).max_error_ulp
+    else:
+        merge_with_peft(base, peft_rank, out)
     seconds = time.monotonic() - started
     cpu = time.process_time() - cpu
     stop.set()
     sampler.join()
-    return {"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak[0] - baseline, "max_error_ulp": result.max_error_ulp}
+    return {"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak[0] - baseline, "max_error_ulp": error}
 
 
 def hardware() -> dict[str, Any]:
@@ -161,16 +194,17 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=2.0, help="least size of the checkpoint, GiB")
     parser.add_argument("--rank", type=int, default=8, help="terms per module")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--peft", action="store_true", help="PEFT's merge_and_unload and save_pretrained too")
     parser.add_argument("--out", type=Path, default=Path("eval/results/merge.json"))
     parser.add_argument("--folder", type=Path, help="where the generated files go for the time of the run")
     parser.add_argument("--one", nargs=4, metavar=("BASE", "ADAPTER", "OUT", "VERIFY"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one:
         one, two, three = map(Path, a.one[:3])
-        print(json.dumps(merge_here(one, two, three, a.one[3] == "verify")))
+        print(json.dumps(merge_here(one, two, three, a.one[3] == "verify", peft_rank=a.rank if a.peft else None)))
         return 0
     copies: list[float] = []
-    merges: dict[str, list[dict[str, Any]]] = {"verify": [], "no verify": []}
+    merges: dict[str, list[dict[str, Any]]] = {"verify": [], "no verify": []} | ({"PEFT": []} if a.peft else {})
     with tempfile.TemporaryDirectory(dir=a.folder) as name:
         folder = Path(name)
         base, adapter = generate(folder, size_bytes=int(a.gib * 2**30), rank=a.rank)
@@ -185,6 +219,7 @@ def main() -> int:
             copies += [copied] if repeat else []
             for kind, runs in merges.items():
                 command = [sys.executable, __file__, "--one", str(base), str(adapter), str(out), kind]
+                command += ["--peft", "--rank", str(a.rank)] if kind == "PEFT" else []
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 run = json.loads(done.stdout.splitlines()[-1])
                 shutil.rmtree(out)
@@ -215,7 +250,8 @@ def main() -> int:
         "load_average": os.getloadavg()[0],
         "nice_of_session": int(group.read_text().split()[-1]) if group.exists() else None,
     }
-    result |= {"versions": versions(), "hardware": hardware(), "machine_at_the_end": load}
+    command = f"python eval/bench_merge.py --gib {a.gib:g} --rank {a.rank} --repeats {a.repeats}" + " --peft" * a.peft
+    result |= {"command": command, "versions": versions(), "hardware": hardware(), "machine_at_the_end": load}
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
