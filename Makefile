@@ -15,10 +15,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast compat lint format clean
+.PHONY: help venv quickstart test test-fast compat bench bench-7b lint format clean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 venv: .venv/.ready ## Make .venv with everything (CPU vLLM without an NVIDIA GPU, CUDA vLLM with one)
 
@@ -46,6 +46,25 @@ test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
 
 compat: venv ## The plugin's tests with every vLLM release claimed, and PEFT's (an environment each; an hour or more)
 	$(BIN)/python eval/compat.py --engine $(ENGINE) --out build/compat.json
+
+bench: venv ## Benchmarks at small size; results under build/bench (about an hour; run nothing else meanwhile)
+	mkdir -p build/bench
+	$(BIN)/python eval/bench_startup.py --out build/bench/startup.json
+	$(BIN)/python eval/bench_kpsvd.py --out build/bench/kpsvd.json
+	$(BIN)/python eval/bench_init.py --kind random --out build/bench/init.json
+	$(BIN)/python eval/bench_apply.py --out build/bench/apply.json
+	$(BIN)/python eval/bench_step.py --out build/bench/step.json
+	$(BIN)/python eval/bench_kernel.py --out build/bench/kernel.json
+	$(BIN)/python eval/bench_growth.py --out build/bench/growth.json
+	$(BIN)/python eval/bench_merge.py --peft --out build/bench/merge.json
+	$(BIN)/python eval/bench_serve.py --out build/bench/serve.json
+	$(BIN)/python eval/simulate_fleet.py --out build/bench/fleet.json --html build/bench/fleet.html
+
+bench-7b: venv ## KPSVD, merge and training step at LLaMA-2-7B's size (60 GB of disk, an hour)
+	mkdir -p build/bench
+	$(BIN)/python eval/bench_kpsvd_7b.py --model build/bench/llama-2-7b --out build/bench/kpsvd_7b.json
+	$(BIN)/python eval/bench_merge.py --gib 13.5 --repeats 2 --folder build/bench --out build/bench/merge_7b.json
+	$(BIN)/python eval/bench_step.py --llama 4096 11008 1 --rows 1 --length 512 --repeats 3 --out build/bench/step_7b.json
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .
