@@ -3,9 +3,9 @@
 python eval/soak.py --minutes 60 --out eval/results/soak.json
 
 The embedded base in vLLM on the CPU, float32: four slots, a cache of eight, and sixteen adapters of all kinds (SoKA,
-LoRA, LoKr). Clients ask random adapters one after the other, without pause; every answer is held against the greedy
-tokens of transformers with that adapter's dense delta, on prompts where rounding cannot change them. Meanwhile an
-operator, all the time:
+LoRA, LoKr). Clients ask random adapters one after the other, with `--pause` seconds between; every answer is held
+against the greedy tokens of transformers with that adapter's dense delta, on prompts where rounding cannot change them.
+Meanwhile an operator, all the time:
 
 - replaces an adapter in place by another one of the same name, and back. A request that began after that must get the
   new one's answer, one that ended before it the old one's. One that ran meanwhile may change adapters half way: vLLM
@@ -102,11 +102,11 @@ class Books:
             return found
 
 
-def ask_for_ever(server: Server, books: Books, stop: threading.Event, seed: int) -> None:
+def ask_for_ever(server: Server, books: Books, stop: threading.Event, seed: int, pause_s: float) -> None:
     """One client."""
     chance = random.Random(seed)
     names = list(books.jobs)
-    while not stop.is_set():
+    while not stop.wait(pause_s):
         name = chance.choice(names)
         at = chance.randrange(len(books.jobs[name]))
         start = time.monotonic()
@@ -217,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--pause", type=float, default=0, help="seconds between a client's requests")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -240,7 +241,8 @@ def main() -> None:
         with serve(folder, options) as server:
             stop = threading.Event()
             threads = [
-                threading.Thread(target=ask_for_ever, args=(server, books, stop, i)) for i in range(arguments.clients)
+                threading.Thread(target=ask_for_ever, args=(server, books, stop, i, arguments.pause))
+                for i in range(arguments.clients)
             ]
             threads.append(threading.Thread(target=operate, args=(server, books, folder, stop)))
             started = time.monotonic()
@@ -259,7 +261,8 @@ def main() -> None:
             again = [server.ask(name, prompt, TOKENS)[0] == answer for name in found for prompt, answer in found[name]]
         taken = sorted(books.seconds)
         report = {
-            "command": f"python eval/soak.py --minutes {arguments.minutes:g} --clients {arguments.clients}",
+            "command": f"python eval/soak.py --minutes {arguments.minutes:g} --clients {arguments.clients} "
+            f"--pause {arguments.pause:g}",
             "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
             "versions": versions(),
             **{what: books.counts[what] for what in ("requests", "errors", "wrong answers")},

@@ -20,11 +20,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedBase:
-    """The base that is served: its directory, its name in the API, and the length of its context (None: unknown)."""
+    """The base that is served.
+
+    Args:
+        directory, name: where it is, and its name in the API.
+        context: length of its context; None: not known.
+        kv_heads: number of its key/value heads; None: not known.
+    """
 
     directory: Path
     name: str
     context: int | None
+    kv_heads: int | None = None
 
 
 def cache_directory() -> Path:
@@ -53,8 +60,9 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
     checkpoint = Checkpoint.open(directory)
     _check_hashes(targets, checkpoint)
     _check_shapes(targets, checkpoint)
-    context = checkpoint.config.get("max_position_embeddings")
-    return ServedBase(directory.resolve(), name, context if isinstance(context, int) else None)
+    said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
+    context, kv_heads = (value if isinstance(value, int) else None for value in said)
+    return ServedBase(directory.resolve(), name, context, kv_heads)
 
 
 def _shared(targets: Sequence[Target]) -> Base:

@@ -14,6 +14,7 @@ from pathlib import Path
 from soka_serve.doctor import PLUGIN, find_engine
 from soka_serve.errors import SokaError
 from soka_serve.serving_base import ServedBase
+from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target, find_adapter
 
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
@@ -264,11 +265,18 @@ def _environment(
         added[_RUNTIME_VARIABLE] = "1" if settings.runtime_loading else "0"
     if not _loads_later(settings) and not any(t.peft_type == "LORA" for t in targets) and "SOKA_LORA" not in os.environ:
         added["SOKA_LORA"] = "0"  # no buffers for LoRA in the slots
-    sizes_known = not _loads_later(settings) and all(t.slot_values for t in targets)
+    sizes_known = not _loads_later(settings) and all(t.factors for t in targets)
     if engine is not None and not engine.is_cpu and sizes_known and "SOKA_SLOT_PARAMETERS" not in os.environ:
         # On a GPU slots are reserved before the first adapter comes.
-        added["SOKA_SLOT_PARAMETERS"] = str(max(t.slot_values for t in targets))
+        ranks = _tensor_parallel(theirs)
+        added["SOKA_SLOT_PARAMETERS"] = str(max(slot_values(t.factors, ranks, base.kv_heads) for t in targets))
     return added
+
+
+def _tensor_parallel(theirs: Mapping[str, list[str]]) -> int:
+    """Over how many GPUs each layer is cut. 1, for which there is room in any case, where two options disagree."""
+    said = {_number(theirs, name) for name in ("--tensor-parallel-size", "-tp") if name in theirs}
+    return said.pop() if len(said) == 1 else 1
 
 
 def _kv_gib() -> int:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.schema import LLAMA_PROJECTIONS, Base, Serve
+from soka_serve.shapes import FactorShape
 from soka_serve.status import stage_statuses
 from soka_serve.workspace import Workspace
 
@@ -41,7 +42,7 @@ class Target:
         path: absolute directory of the adapter or model.
         peft_type: SOKA, LOKR or LORA; empty for a merged model.
         rank: of a LoRA; 0 for the others, whose slots need none.
-        slot_values: values of a SoKA adapter's factors, as they lie in a slot; 0 for the others.
+        factors: number of terms and factor shape of a SoKA adapter's modules, as served; empty for the others.
         base: the base that it names; None for a merged model, and for an adapter that names none.
         base_sha256: hash of the base's weights in its soka.lock; empty where there is none.
         settings: the manifest's [serve] table; None without a manifest.
@@ -54,7 +55,7 @@ class Target:
     path: Path
     peft_type: str = ""
     rank: int = 0
-    slot_values: int = 0
+    factors: Mapping[str, tuple[int, FactorShape]] = field(default_factory=dict)
     base: Base | None = None
     base_sha256: str = ""
     settings: Serve | None = None
@@ -180,14 +181,15 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
         raise CheckpointError(
             f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}; served are {', '.join(PEFT_TYPES)}"
         )
-    slot_values = 0
+    factors: dict[str, tuple[int, FactorShape]] = {}
     if kind == "SOKA":
         from soka_serve.adapter import read_adapter
 
         adapter = read_adapter(path)
         modules = list(adapter.factors)
-        deltas = [adapter.delta_factors(module) for module in modules]
-        slot_values = sum(delta.left.numel() + delta.right.numel() for delta in deltas)
+        for module in modules:
+            delta = adapter.delta_factors(module)
+            factors[module] = (delta.rank, delta.shape)
     else:
         modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS)})
     foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
@@ -203,7 +205,7 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
         kind="adapter",
         path=path.resolve(),
         peft_type=kind,
-        slot_values=slot_values,
+        factors=factors,
         rank=_lora_rank(path, config) if kind == "LORA" else 0,
         base=_named_base(config, lock),
         base_sha256=str(lock.get("base", {}).get("sha256", "")),

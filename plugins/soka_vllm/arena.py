@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
-SLOT_DEFAULT = 4_000_000
+SLOT_DEFAULT = 25_000_000  # two terms on every projection of a 70B model on one GPU: what the default init exports
 
 
 class Memory(Protocol):

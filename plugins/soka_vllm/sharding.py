@@ -1,4 +1,4 @@
-"""What of a Kronecker delta one rank of a tensor-parallel layer applies: slices of its factors. No vLLM.
+"""What of a Kronecker delta one rank of a tensor-parallel layer applies: slices of its factors. No vLLM, no torch.
 
 A column-parallel layer (qkv, gate_up) holds rows of the weight, a row-parallel one (o, down) columns. A range of rows
 that begins and ends at blocks of the product takes rows of Left; one that lies inside a block takes one row of Left and
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+from soka_serve.shapes import FactorShape
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Cut(NamedTuple):
@@ -67,14 +70,26 @@ def cut(left: Tensor, right: Tensor, rows: range, columns: range) -> Cut:
     return Cut(left, right, out_skip, in_skip)
 
 
+def values_after_cut(shape: FactorShape, rows: range, columns: range) -> int:
+    """How many values one term has after `cut`."""
+    left_rows, right_rows, _ = _stretches(shape.p, rows)
+    left_columns, right_columns, _ = _stretches(shape.q, columns)
+    return len(left_rows) * len(left_columns) + len(right_rows) * len(right_columns)
+
+
 def _cut_axis(left: Tensor, right: Tensor, wanted: range, axis: int) -> tuple[Tensor, Tensor, int]:
-    block = right.shape[axis]
+    of_left, of_right, skip = _stretches(right.shape[axis], wanted)
+    left = left.narrow(axis, of_left.start, len(of_left))
+    return left, right.narrow(axis, of_right.start, len(of_right)), skip
+
+
+def _stretches(block: int, wanted: range) -> tuple[range, range, int]:
+    """Along one axis: what of Left and of Right (of size `block`) is needed, and what of their product to skip."""
     first, last = wanted.start // block, -(-wanted.stop // block)
     skip = wanted.start - first * block
-    left = left.narrow(axis, first, last - first)
     if last - first == 1:
-        return left, right.narrow(axis, skip, len(wanted)), 0
-    return left, right, skip
+        return range(first, last), range(skip, skip + len(wanted)), 0
+    return range(first, last), range(block), skip
 
 
 def share(size: int, index: int, count: int) -> range:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soka_serve.shapes import FactorShape, candidate_shapes
-from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
+from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel, values_after_cut
 from soka_vllm.slots import SlotStore
 from tests.tolerances import TOLERANCE
 
@@ -69,6 +69,7 @@ def test_every_shape_can_be_cut(tp_size: int) -> None:
             for layer in layers:
                 (part,) = layer.slices
                 small = cut(left, right, part.rows, part.columns)
+                assert 2 * values_after_cut(shape, part.rows, part.columns) == small.left.numel() + small.right.numel()
                 rows = slice(small.out_skip, small.out_skip + len(part.rows))
                 columns = slice(small.in_skip, small.in_skip + len(part.columns))
                 want = whole[part.rows.start : part.rows.stop, part.columns.start : part.columns.stop]

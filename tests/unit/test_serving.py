@@ -6,6 +6,8 @@ import doctest
 import json
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,16 @@ from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
 from soka_serve.errors import SokaError
+from soka_serve.headers import read_json
 from soka_serve.kron import Factors
 from soka_serve.serving import plan_launch
 from soka_serve.serving_command import Settings, make_launch, parse_options
 from soka_serve.serving_process import check_port
+from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target
+from soka_serve.shapes import FactorShape, balanced_shape
+from soka_serve.targets import modules_from_config
+from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
 from tests.e2e.builds import write_manifest
 
 PROJECTION = "model.layers.0.self_attn.q_proj"
@@ -37,7 +44,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE", "VLLM_API_KEY", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("SOKA_ADAPTER_ROOTS", "SOKA_ALLOW_OTHER_BASE", "SOKA_LORA"):
+    for name in ("SOKA_ADAPTER_ROOTS", "SOKA_ALLOW_OTHER_BASE", "SOKA_LORA", "SOKA_SLOT_PARAMETERS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -124,6 +131,103 @@ def test_what_a_cpu_and_a_gpu_are_told(built: Path, tmp_path: Path, monkeypatch:
     _, launch = plan_launch([str(built / "build/small")], Settings(runtime_loading=True))
     assert _options(launch)["--max-lora-rank"] == ["16"]
     assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+
+
+# By layer of the embedded base as vLLM packs them: factor shapes that 2 ranks cannot share out evenly, nor 4.
+LAYERS = [
+    {
+        "self_attn.q_proj": (8, 16, 16, 8),
+        "self_attn.k_proj": (4, 128, 16, 1),
+        "self_attn.v_proj": (64, 128, 1, 1),
+    },
+    {"mlp.gate_proj": (11, 8, 32, 16), "mlp.up_proj": (176, 128, 2, 1)},
+    {"self_attn.o_proj": (128, 1, 1, 128)},
+    {"mlp.down_proj": (8, 11, 16, 32)},
+]
+
+
+def _on_ranks(ranks: int) -> list[int]:
+    """Values of one term of LAYERS that each rank holds, by the plugin's cuts of tensors."""
+
+    def layers(rank: int) -> list[LayerShards]:
+        return [
+            qkv_parallel(4, 2, 32, 128, rank, ranks),
+            column_parallel([352, 352], 128, rank, ranks),
+            row_parallel(128, 128, rank, ranks),
+            row_parallel(128, 352, rank, ranks),
+        ]
+
+    found = []
+    for rank in range(ranks):
+        values = 0
+        for layer, modules in zip(layers(rank), LAYERS, strict=True):
+            shapes = list(modules.values())
+            for part in layer.slices:
+                m, n, p, q = shapes[part.source]
+                small = cut(torch.zeros(1, m, n), torch.zeros(1, p, q), part.rows, part.columns)
+                values += small.left.numel() + small.right.numel()
+        found.append(values)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("vllm", "ranks"),
+    [
+        ((), 1),
+        (("--tensor-parallel-size", "1"), 1),
+        (("--tensor_parallel_size=2",), 2),
+        (("-tp", "4", "--pipeline-parallel-size", "2"), 4),  # more than there are key/value heads
+        (("-tp", "4", "--tensor-parallel-size", "2"), 1),  # vLLM takes the last one; the whole adapter fits anyway
+    ],
+)
+def test_slots_hold_what_the_fullest_gpu_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm: tuple[str, ...], ranks: int
+) -> None:
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm", "0.32.0", False))
+    factors = {
+        f"model.layers.{i}.{name}": Factors(torch.ones(3, m, n), torch.ones(3, p, q), torch.ones(3))
+        for i in (0, 2)
+        for modules in LAYERS
+        for name, (m, n, p, q) in modules.items()
+    }
+    write_adapter(tmp_path / "large", factors, base_model=str(base_directory()))
+    given = [str(_adapter(tmp_path / "small")), str(tmp_path / "large")]
+    values = _on_ranks(ranks)
+    _, launch = plan_launch(given, Settings(vllm=vllm))
+    assert launch.environment["SOKA_SLOT_PARAMETERS"] == str(3 * 2 * max(values))
+    assert (max(values) > values[0]) == (ranks == 4)
+
+
+def test_a_tensor_parallel_size_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm", "0.32.0", False))
+    with pytest.raises(SokaError, match="--tensor-parallel-size two: expected a number"):
+        plan_launch([str(_adapter(tmp_path / "a"))], Settings(vllm=("--tensor-parallel-size", "two")))
+
+
+@pytest.mark.parametrize(("ranks", "values"), [(1, 10_977_280), (2, 8_192_000), (4, 6_799_360), (8, 6_103_040)])
+def test_slots_of_a_70b(ranks: int, values: int) -> None:
+    """What vLLM's own layers allocate for one term on each projection, from eval/results/fleet.json."""
+    config = read_json(base_directory().parent / "configs/meta-llama--Llama-2-70b-hf/config.json")
+    modules = modules_from_config(config)
+    factors = {module.name: (1, balanced_shape(module.out_features, module.in_features)) for module in modules}
+    assert slot_values(factors, ranks, config["num_key_value_heads"]) == values
+
+
+def test_what_may_not_be_cut_counts_as_whole() -> None:
+    """Shared experts always; k and v where the number of heads is not known, or there are fewer than ranks."""
+    shape = FactorShape(8, 8, 8, 8)
+    shared, key = ({f"model.layers.0.{name}": (2, shape)} for name in ("mlp.shared_expert.up_proj", "self_attn.k_proj"))
+    whole = 2 * (64 + 64)
+    assert slot_values(shared, 4, 8) == whole
+    assert slot_values({"model.layers.0.mlp.up_proj": (2, shape)}, 4, 8) == 2 * (2 * 8 + 64)
+    assert slot_values(key, 4, None) == slot_values(key, 4, 1) == whole
+    assert slot_values(key, 4, 2) == 2 * (4 * 8 + 64)
+    assert slot_values(key, 4, 8) == 2 * (2 * 8 + 64)
+
+
+def test_commands_are_put_together_without_torch() -> None:
+    code = "import sys, soka_serve.serving; sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_merged_model_is_served_without_the_plugin(built: Path) -> None:

@@ -1,0 +1,41 @@
+"""How many values of a SoKA adapter a GPU's slot must hold, alone or in a tensor-parallel group. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from soka_serve.shapes import FactorShape, parallel_of
+from soka_vllm.sharding import Shard, column_parallel, qkv_parallel, row_parallel, values_after_cut
+
+
+def slot_values(factors: Mapping[str, tuple[int, FactorShape]], ranks: int, kv_heads: int | None) -> int:
+    """Values of an adapter's factors on the rank that has most of them, all layers together.
+
+    Args:
+        factors: number of terms and factor shape of each module, by its full name.
+        ranks: size of the tensor-parallel group.
+        kv_heads: key/value heads of the base; None: not known, and every rank is taken to hold k and v whole.
+    """
+
+    def on_rank(rank: int) -> int:
+        total = 0
+        for name, (terms, shape) in factors.items():
+            shard = _shard(name, shape, rank, ranks, kv_heads)
+            total += terms * values_after_cut(shape, shard.rows, shard.columns)
+        return total
+
+    return max(map(on_rank, range(ranks)))
+
+
+def _shard(name: str, shape: FactorShape, rank: int, ranks: int, kv_heads: int | None) -> Shard:
+    """What a rank applies of a module."""
+    parent, _, projection = name.rpartition(".")
+    outs, ins = shape.out_features, shape.in_features
+    if not parent.endswith((".self_attn", ".mlp")):  # shared experts, which some models hold whole on every rank
+        rank, ranks = 0, 1
+    if projection in ("k_proj", "v_proj"):
+        heads = kv_heads or 1
+        return qkv_parallel(heads, heads, outs // heads, ins, rank, ranks).slices[1]
+    if parallel_of(name) == "row":
+        return row_parallel(outs, ins, rank, ranks).slices[0]
+    return column_parallel([outs], ins, rank, ranks).slices[0]
