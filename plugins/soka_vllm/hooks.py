@@ -31,6 +31,7 @@ def install() -> None:
         if not compat.on_cpu():
             _logger.warning("Kronecker adapters have been tested in whole servers on CPUs only, not on a GPU")
     _wrap_load_adapter()
+    _wrap_requests()
     _wrap_slots()
     _wrap_mapping()
     _wrap_engine()
@@ -68,6 +69,20 @@ def _wrap_load_adapter() -> None:
 
     compat.WorkerLoRAManager.read_adapter = read
     compat.WorkerLoRAManager._load_adapter = load
+
+
+def _wrap_requests() -> None:
+    """Tell adapters of one name apart. To vLLM they are equal, and a step collects those of its requests in a set.
+
+    An adapter that is unloaded and loaded again gets another id. With a request of before still running, a step had
+    both ids and activated one: the engine ended with a KeyError (up to 0.32, LoRA too).
+    """
+    stock = compat.LoRARequest.__eq__
+
+    def equal(self: Any, other: object) -> bool:
+        return bool(stock(self, other)) and self.lora_int_id == getattr(other, "lora_int_id", None)
+
+    compat.LoRARequest.__eq__ = equal
 
 
 def _wrap_slots() -> None:

@@ -250,6 +250,29 @@ def test_a_client_that_leaves(served: Served) -> None:
     served.check_at_once(jobs, len(jobs))
 
 
+def test_another_adapter_of_the_same_name(served: Served) -> None:
+    """Unloaded and loaded anew while requests are running: those go on with the old adapter, beside the new one."""
+    old = write_soka(served.folder / "first", random_factors(ALPHA, 2, seed=30, scale=0.02))
+    new = write_soka(served.folder / "second", random_factors(ALPHA, 2, seed=31, scale=0.02))
+    prompts = torch.randint(3, 600, (40, 20), generator=torch.Generator().manual_seed(8))
+    (first, lead), (second, other_lead) = (expected_answers(model, prompts, TOKENS) for model in (old, new))
+    good = ((torch.minimum(lead, other_lead) > 10 * ATOL_NATS) & (first != second).any(1)).nonzero().flatten()[:3]
+    assert len(good) == 3
+    served.load("again", served.folder / "first")
+    ask: dict[str, Any] = {"model": "again", "max_tokens": LONG, "temperature": 0, "extra_body": TO_THE_END}
+    streams = [served.client.completions.create(**ask, prompt=prompts[i].tolist(), stream=True) for i in good]
+    got = [list(next(stream).choices[0].token_ids) for stream in streams]
+    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+    served.load("again", served.folder / "second")
+    served.check_at_once([("again", prompts[i].tolist(), second[i].tolist()) for i in good], 3)
+    assert served.server.metric("vllm:num_requests_running") > 0  # the old ones
+    for tokens, stream in zip(got, streams, strict=True):
+        tokens.extend(token for chunk in stream for token in chunk.choices[0].token_ids)
+    assert [len(tokens) for tokens in got] == [LONG] * 3
+    assert [tokens[:TOKENS] for tokens in got] == first[good].tolist()
+    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+
+
 @pytest.mark.parametrize("where", ["another folder", "its own folder"])
 def test_reload_in_traffic(served: Served, where: str) -> None:
     """Answers begun before the reload are the old adapter's, those begun after it the new one's, and none is both.
