@@ -432,7 +432,9 @@ class Serve(Table):
     )
     host: Text = Field("127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(8000, description="TCP port.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Dtype of the served base.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of the served base; 'auto' is vLLM's choice, and in `eval` the checkpoint's own."
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="Longest context, tokens; default: the base's.", examples=[2048]
     )

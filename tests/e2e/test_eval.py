@@ -133,6 +133,12 @@ def test_vllm_scores_the_same(folder: Path, local: dict[str, Any]) -> None:
     record = _record(folder, "served", "vllm")
     (ours,), (theirs,) = record["scores"], local["scores"]
     assert (ours["base"], ours["result"]) == (theirs["base"], theirs["result"])
+    # In the checkpoint's dtype, so that answers are equal as well, not only marks: vLLM alone would take bfloat16.
+    assert record["backend"]["dtype"] == local["backend"]["dtype"] == "float32"
+    for role in ("base", "result"):
+        one, two = ({s["doc_id"]: s["resps"] for s in _samples(folder, place, backend, role)}
+                    for place, backend in (("served", "vllm"), ("local", "transformers")))  # fmt: skip
+        assert one == two, role
     active = next(part["active"] for part in record["parts"] if part["role"] == "result")
     assert active["requests_counted"] >= active["requests_sent"] == LIMIT
     assert active["effect_after_nats"] > 0.1

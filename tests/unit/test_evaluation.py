@@ -18,6 +18,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.data import load_examples
 from soka_serve.errors import EvalError, SandboxError
 from soka_serve.evaluation import gsm8k, math_task, mbpp, prompts, sources, tasks
+from soka_serve.evaluation.backends import own_dtype
 from soka_serve.evaluation.prompts import SHIPPED_PROMPTS, zero_shot_prompt
 from soka_serve.manifest import read_manifest
 from soka_serve.tokenizer import TextTokenizer
@@ -379,3 +380,18 @@ def test_the_shots_of_mbpp_are_the_harness_own() -> None:
     assert returned.value is not None
     own = [{k: v for k, v in shot.items() if k != "is_fewshot"} for shot in ast.literal_eval(returned.value)]
     assert mbpp.fewshot_samples() == own
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "expected"),
+    [
+        ({"dtype": "float32"}, "auto", "float32"),
+        ({"torch_dtype": "bfloat16"}, "auto", "bfloat16"),
+        ({"dtype": "float32"}, "float16", "float16"),
+        ({"dtype": "float64"}, "auto", "auto"),
+        ({}, "auto", "auto"),
+    ],
+)
+def test_auto_is_the_checkpoints_own_dtype(config: dict[str, str], asked: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert own_dtype(asked, tmp_path) == expected
