@@ -317,7 +317,7 @@ def test_errors_on_the_command_line(tmp_path: Path) -> None:
     bad = write_manifest(tmp_path, replace=("steps =", "stepz = 3\nsteps ="))
     done = run_cli("build", bad, cwd=tmp_path)
     assert done.returncode == 2
-    assert "small.toml:12:1" in done.stderr
+    assert "small.toml:13:1" in done.stderr
     assert "did you mean" in done.stderr.lower()
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "build").exists()
