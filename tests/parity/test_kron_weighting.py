@@ -195,7 +195,7 @@ def test_a_problem_used_again_gives_the_same_as_a_new_one() -> None:
     )
     again = weighted_kpsvd(used, 4).factors
     torch.testing.assert_close(dense_delta(again), dense_delta(first), rtol=0, atol=1e-10)
-    assert relative_error(dense_delta(first), torch.zeros_like(weight) + 1e-30) > 0
+    assert output_error(weight, first, inputs) < 0.9  # four terms are something
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
