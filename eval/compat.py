@@ -43,6 +43,7 @@ TESTS = {
         "tests/e2e/test_peft_trainers.py",
     ],
 }
+PARALLEL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # as the Makefile's
 _SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|errors|deselected|xfailed)")
 
 
@@ -94,7 +95,7 @@ def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
     """pytest's counts; and what it said of failures."""
     started = time.monotonic()
     done = subprocess.run(
-        [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-rf", *tests],
+        [str(folder / "bin" / "python"), "-m", "pytest", "-q", "-rf", *PARALLEL, *tests],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -24,9 +24,11 @@ from soka_serve.shapes import FactorShape
 Method = Literal["auto", "exact", "truncated", "rough"]
 
 _SVD_SIDE = 512  # up to this shorter side the full SVD takes well under a second and a few MiB
-_KRYLOV_BLOCKS = 12  # most blocks of the Krylov basis; decaying spectra need about 4, random weights 8 to 12
-_ROUGH_BLOCKS = 3
-_KRYLOV_GAIN = 2e-4  # stop when a block adds less than this share to the captured energy
+_KRYLOV_BASIS = 12  # most columns of the Krylov basis over rank; decaying spectra need 4 or 5, random weights 9 to 12
+_KRYLOV_LEAST = 400  # columns that are tried at any rank
+_KRYLOV_REST = 5e-4  # stop when what is still to come is estimated below this share of the captured energy
+_ENERGY_VALUES_CPU = 1 << 16  # half a MiB in float64, which stays in a core's cache
+_ENERGY_VALUES_GPU = 1 << 22
 _GRAM_RANGE = 1e-2  # singular values below this share of the largest are taken from a second, deflated Gram matrix
 
 
@@ -81,10 +83,11 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
     """
     matrix, scale, total_energy = _prepare(weight, shape, rank)
     rank = min(rank, shape.max_rank)
-    blocks = _ROUGH_BLOCKS if method == "rough" else _KRYLOV_BLOCKS
-    if method in ("auto", "rough"):
-        method = "exact" if _exact_is_cheap(min(matrix.shape), rank) else "truncated"
-    left, right, sigma = _exact(matrix, rank) if method == "exact" else _truncated(matrix, rank, seed, blocks)
+    exact = _exact_is_cheap(min(matrix.shape), rank) if method in ("auto", "rough") else method == "exact"
+    if exact:
+        left, right, sigma = _exact(matrix, rank)
+    else:
+        left, right, sigma = _truncated(matrix, rank, total_energy / scale**2, seed, rough=method == "rough")
     return Decomposition(from_vectors(left, right, sigma * scale, shape), total_energy)
 
 
@@ -99,14 +102,14 @@ def captured_energy(weight: Tensor, shape: FactorShape, rank: int, *, rough: boo
     Raises:
         ValueError: as for `kpsvd`.
     """
-    matrix, scale, _ = _prepare(weight, shape, rank)
+    matrix, scale, total_energy = _prepare(weight, shape, rank)
     rank = min(rank, shape.max_rank)
     side = min(matrix.shape)
     if side <= _SVD_SIDE or rank * 2 > side:
         squares = torch.linalg.eigvalsh(matrix @ matrix.t() if matrix.shape[0] == side else matrix.t() @ matrix)
         energy = float(squares[side - rank :].clamp(min=0).double().sum())
     else:
-        sigma = _truncated(matrix, rank, seed, _ROUGH_BLOCKS if rough else _KRYLOV_BLOCKS)[2]
+        sigma = _truncated(matrix, rank, total_energy / scale**2, seed, rough=rough)[2]
         energy = float(sigma.double().square().sum())
     return energy * scale * scale
 
@@ -148,11 +151,13 @@ def _rearranged_copy(weight: Tensor, shape: FactorShape) -> tuple[Tensor, float]
 
 def energy_of(tensor: Tensor) -> float:
     """The sum of squares, accumulated in float64 some rows at a time; NaN or infinity when a value is."""
-    rows = max(1, (1 << 20) // max(1, tensor[:1].numel()))
+    values = _ENERGY_VALUES_CPU if tensor.device.type == "cpu" else _ENERGY_VALUES_GPU
+    rows = max(1, values // max(1, tensor[:1].numel()))
     # In place: small results kept between large temporaries would tear the allocator's free memory apart.
     energy = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for part in torch.split(tensor, rows):
-        energy += part.double().square().sum()
+        wide = part.double().flatten()
+        energy += torch.dot(wide, wide)
     return float(energy)
 
 
@@ -204,37 +209,56 @@ def _ritz(matrix: Tensor, right_basis: Tensor) -> _Triple:
     return left_basis @ core_left, right_basis @ core_right.t(), sigma
 
 
-def _truncated(matrix: Tensor, rank: int, seed: int, blocks: int = _KRYLOV_BLOCKS) -> _Triple:
-    """Leading singular triples from a block Krylov space of matrix @ matrix^T, grown until it stops gaining.
+def _truncated(matrix: Tensor, rank: int, total: float, seed: int, *, rough: bool = False) -> _Triple:
+    """Leading singular triples from a block Krylov space of matrix @ matrix^T, grown until little more is to come.
 
-    The basis holds up to `blocks` blocks of a little more than `rank` columns; each block costs two products
-    with `matrix` of that width, as a power iteration does, but the whole history is kept, which converges far faster
-    on the slow spectra of real weights.
+    Each block costs two products with `matrix` of its width, as a power iteration does, but the whole history is
+    kept, which converges far faster on the slow spectra of real weights. Narrow blocks reach a higher power of the
+    matrix with as many columns, so that they need fewer; below 16 columns CPU libraries are slower per product.
+
+    Args:
+        matrix: (rows, cols), float32 or float64.
+        rank: number of triples.
+        total: the matrix's squared Frobenius norm.
+        seed: of the random start.
+        rough: stop at a quarter of the basis.
     """
     rows, cols = matrix.shape
-    width = min(rows, cols, rank + max(8, rank // 8))
+    width = min(rows, cols, max(16, rank // 2 + 16))
+    most = _KRYLOV_BASIS * (rank + max(8, rank // 8))
+    most = most // 4 if rough else max(most, _KRYLOV_LEAST)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(cols, width, generator=generator, dtype=matrix.dtype).to(matrix.device)
     # basis: orthonormal columns (rows, K); image = matrix^T basis (cols, K), so that matrix ~ basis image^T.
     basis = torch.linalg.qr(matrix @ start).Q
     image = matrix.t() @ basis
-    total = energy_of(matrix)
-    captured = _leading_energy(image, rank)
-    for _ in range(blocks - 1):
+    captured = [_leading_energy(image, rank)] if width >= rank else []
+    while basis.shape[1] < max(rank, most) and not (captured and _has_converged(captured, total)):
         width = min(width, rows - basis.shape[1], cols - basis.shape[1])
-        if width <= 0 or energy_of(image) >= total * (1 - 1e-10):
+        if width <= 0:
             break
         block = matrix @ image[:, -width:]
         for _ in range(2):  # once is not enough in floating point
             block = torch.linalg.qr(block - basis @ (basis.t() @ block)).Q
         basis = torch.cat((basis, block), dim=1)
         image = torch.cat((image, matrix.t() @ block), dim=1)
-        before, captured = captured, _leading_energy(image, rank)
-        if captured - before <= _KRYLOV_GAIN * captured:
-            break
+        if basis.shape[1] >= rank:
+            captured.append(_leading_energy(image, rank))
     right_basis, core = torch.linalg.qr(image)
     core_right, sigma, core_left = torch.linalg.svd(core, full_matrices=False)
     return basis @ core_left[:rank].t(), right_basis @ core_right[:, :rank], sigma[:rank]
+
+
+def _has_converged(captured: list[float], total: float) -> bool:
+    """Whether the gains so far, continued as a geometric series, would add less than `_KRYLOV_REST` of it."""
+    if captured[-1] >= total * (1 - 1e-10):
+        return True
+    if len(captured) < 3:
+        return False
+    before, last = captured[-2] - captured[-3], captured[-1] - captured[-2]
+    if last <= 0:
+        return True
+    return last < before and last * last / (before - last) <= _KRYLOV_REST * captured[-1]
 
 
 def _leading_energy(image: Tensor, rank: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         bf16=train.precision == "bfloat16",
         fp16=train.precision == "float16",
         use_cpu=use_cpu,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if train.gradient_checkpointing else None,
+        **_checkpointing(train.gradient_checkpointing),
         seed=train.seed,
         data_seed=train.seed,
         logging_strategy="steps",
@@ -83,6 +83,13 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The arguments for recomputing activations, as the installed transformers calls them."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
 
 
 class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]

@@ -10,9 +10,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from soka_serve.adapter import check_against, read_adapter, write_adapter
 from soka_serve.headers import read_header
@@ -97,6 +100,10 @@ def test_peft_converts_it_to_lora(tmp_path: Path) -> None:
     assert not near(logits(tiny_llama(), ids), logits(model, ids), 400)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__} refuses PEFT below {MIN_PEFT_VERSION} here",
+)
 def test_transformers_own_adapter_interface() -> None:
     """`model.add_adapter` injects the tuner without a PeftModel around it."""
     ids, model = tokens(), tiny_llama()
