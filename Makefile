@@ -63,7 +63,7 @@ bench: venv ## Benchmarks at small size; results under build/bench (about an hou
 bench-7b: venv ## KPSVD, merge and training step at LLaMA-2-7B's size (60 GB of disk, an hour)
 	mkdir -p build/bench
 	$(BIN)/python eval/bench_kpsvd_7b.py --model build/bench/llama-2-7b --out build/bench/kpsvd_7b.json
-	$(BIN)/python eval/bench_merge.py --gib 13.5 --repeats 1 --folder build/bench --out build/bench/merge_7b.json
+	$(BIN)/python eval/bench_merge.py --gib 13.5 --repeats 3 --folder build/bench --out build/bench/merge_7b.json
 	$(BIN)/python eval/bench_step.py --llama 4096 11008 1 --ranks 1 --rows 1 --length 512 --repeats 2 --threads 2 --out build/bench/step_7b.json
 
 lint: venv ## ruff and mypy
