@@ -4,7 +4,8 @@ python eval/compat.py --out eval/results/compat.json          (`make compat` wri
 
 Makes a virtual environment per release under build/compat (about 3 GB each for vLLM; kept, so that a second run only
 tests), installs this checkout and the release there, and runs the tests in it. What is claimed is read from
-pyproject.toml; the releases in that range from the package index. CPU builds of vLLM, unless --engine cuda.
+pyproject.toml; the releases in that range from the package index. Everything else (transformers, for one) is the newest
+that pip finds to go with them, which the results name. CPU builds of vLLM, unless --engine cuda.
 """
 
 from __future__ import annotations
@@ -40,10 +41,14 @@ TESTS = {
         *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "parity").glob("test_peft*.py")),
         "tests/unit/test_peft_config.py",
         "tests/unit/test_adapter.py",
+        "tests/unit/test_train.py",
         "tests/e2e/test_peft_trainers.py",
+        "tests/e2e/test_train_builtin.py",
+        "tests/e2e/test_build.py",
     ],
 }
 PARALLEL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]  # as the Makefile's
+BESIDE = ("torch", "transformers", "huggingface-hub", "accelerate", "peft")  # whose versions pip chose
 _SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|error|errors|deselected|xfailed)")
 
 
@@ -91,6 +96,14 @@ def make_environment(folder: Path, engine: str, requirement: Requirement, releas
     ready.touch()
 
 
+def chosen(folder: Path) -> dict[str, str]:
+    """The versions of what else is in an environment."""
+    command = [str(folder / "bin" / "python"), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    versions = {package["name"].replace("_", "-").lower(): package["version"] for package in listed}
+    return {name: versions[name] for name in BESIDE}
+
+
 def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
     """pytest's counts; and what it said of failures."""
     started = time.monotonic()
@@ -128,7 +141,8 @@ def main() -> None:
             make_environment(folder, arguments.engine, requirement, release)
             found = run_tests(folder, TESTS[kind])
             print({k: v for k, v in found.items() if k != "failures"}, *found["failures"], sep="\n  ", flush=True)
-            results.append({"package": requirement.name, "release": release, "tests": TESTS[kind], **found})
+            beside = {"beside": chosen(folder), "tests": TESTS[kind]}
+            results.append({"package": requirement.name, "release": release, **beside, **found})
             report = {
                 "command": "python eval/compat.py" + "".join(f" --only {name}" for name in arguments.only),
                 "claimed": {name: str(value) for name, value in claimed(arguments.engine).items()},
