@@ -64,7 +64,8 @@ bench-7b: venv ## KPSVD, merge and training step at LLaMA-2-7B's size (60 GB of 
 	mkdir -p build/bench
 	$(BIN)/python eval/bench_kpsvd_7b.py --model build/bench/llama-2-7b --out build/bench/kpsvd_7b.json
 	$(BIN)/python eval/bench_merge.py --gib 13.5 --repeats 3 --folder build/bench --out build/bench/merge_7b.json
-	$(BIN)/python eval/bench_step.py --llama 4096 11008 1 --ranks 1 --rows 1 --length 512 --repeats 2 --threads 2 --out build/bench/step_7b.json
+	for tokens in 512 2048; do $(BIN)/python eval/bench_step.py --llama 4096 11008 1 --ranks 1 --rows 1 --length $$tokens \
+		--repeats 2 --threads 2 --out build/bench/step_7b_$$tokens.json || exit; done
 
 lint: venv ## ruff and mypy
 	$(BIN)/ruff check .

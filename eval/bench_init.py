@@ -48,6 +48,7 @@ RULES: dict[str, dict[str, Any]] = {
     },
     "delta, budget, max 64": {"init": "delta", "finetuned": "tuned", "rank": BUDGET},
     "gradient, budget, max 64": {"init": "gradient", "calibration_batches": 2, "rank": BUDGET},
+    "weights, activation weighting, fixed 1": {"calibration_batches": 2, "rank": {"policy": "fixed", "rank": 1}},
     "weights, activation weighting, fixed 8": {"calibration_batches": 2, "rank": {"policy": "fixed", "rank": 8}},
 }
 

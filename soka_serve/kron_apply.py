@@ -13,7 +13,7 @@ inputs go through in pieces, so that Z stays small. `eval/bench_apply.py` measur
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -114,21 +114,24 @@ def linear_with_delta(
     right: Tensor,
     sigma: Tensor,
     *,
+    trained_left: int | None = None,
     order: Order = "auto",
 ) -> Tensor:
     """A frozen linear layer and a delta together: x (weight + delta)^T + bias.
 
     With the delta built ("dense") the layer's own two products, forward and to its input, serve the delta as well, so
     the price of training it is one more product, its dense gradient; that is the faster way for many tokens and small
-    layers. The sum weight + delta is formed in the dtype of the computation; a half-precision weight would swallow a
-    small delta, so there, and in the other orders, the delta is applied apart and added. Where the delta is exactly
-    zero, the result is the layer's own.
+    layers. The sum weight + delta is formed in the dtype of the computation; in the other orders the second product
+    adds to the layer's output, and to its input's gradient, in place. A half-precision weight would swallow a small
+    delta, so there the delta is applied apart and added. Where the delta is exactly zero, the result is the layer's.
 
     Args:
         x: (..., in).
         weight: (out, in). Where it or the bias needs a gradient, the delta is applied apart.
         bias: (out,) or None.
         left, right, sigma, order: as for `apply_kron`.
+        trained_left: how many terms, from the first, have a left factor that needs a gradient; the others' is zero.
+            None: all.
 
     Returns:
         (..., out), as `apply_kron`. Differentiable once in `x`, `left`, `right` and `sigma`.
@@ -144,8 +147,8 @@ def linear_with_delta(
         order = choose_order(shape, left.shape[0], x.numel() // shape.in_features, dense_products=1)
     exact = weight.dtype == x.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if order == "dense" and exact and frozen:
-        return _apply(x, weight, bias, left, right, sigma, order)
+    if exact and frozen:
+        return _apply(x, weight, bias, left, right, sigma, order, trained_left)
     base = torch.nn.functional.linear(x, weight, bias)
     return base + apply_kron(x, left, right, sigma, order=order).to(base.dtype)
 
@@ -162,50 +165,70 @@ def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor, order: Order
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    sigma: Tensor,
+    order: Order,
+    trained_left: int | None = None,
 ) -> Tensor:
     shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
     tokens = x.numel() // shape.in_features
     if order == "auto":
         order = choose_order(shape, left.shape[0], tokens)
     work = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.dtype
-    inputs = x.to(work)
+    inputs = x.to(work).reshape(tokens, shape.in_features).contiguous()
     # Scaled before the cast: sigma and left are trained in float32, and their product is rounded once.
     scaled, right = (left * sigma[:, None, None]).to(work), right.to(work)
-    if order == "dense":
-        out = _Dense.apply(inputs.reshape(tokens, shape.in_features), weight, bias, scaled, right)  # type: ignore[no-untyped-call]
-    else:
-        function = _LeftFirst if order == "left" else _RightFirst
-        out = function.apply(inputs.reshape(tokens, shape.n, shape.q), scaled, right)  # type: ignore[no-untyped-call]
+    function = {"dense": _Dense, "left": _LeftFirst, "right": _RightFirst}[order]
+    out = function.apply(inputs, weight, bias, scaled, right, left.shape[0] if trained_left is None else trained_left)  # type: ignore[no-untyped-call]
     return cast(Tensor, out).reshape(*x.shape[:-1], shape.out_features).to(x.dtype)
 
 
 _Grads = tuple[Tensor | None, ...]
 
 
+def _without_autocast(backward: Callable[[Any, Tensor], _Grads]) -> Callable[[Any, Tensor], _Grads]:
+    """A backward that computes in the dtype of the forward, wherever it is called."""
+
+    def run(ctx: Any, grad: Tensor) -> _Grads:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return run
+
+
 class _Dense(torch.autograd.Function):
-    """inputs (T, in), frozen weight (out, in) and bias, scaled left (r, m, n), right (r, p, q) -> (T, out)."""
+    """(T, in), frozen weight and bias or None, scaled left (r, m, n), right (r, p, q) -> (T, out).
+
+    Of left's gradients only those of the first `some` terms are wanted.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight, left, right)
+        ctx.some = some
         return torch.nn.functional.linear(inputs, _dense_sum(weight, left, right), bias)
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         inputs, weight, left, right = ctx.saved_tensors
-        need_inputs, _, _, need_left, need_right = ctx.needs_input_grad
+        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
         grad_inputs = grad_left = grad_right = None
         if need_inputs:
             grad_inputs = grad @ _dense_sum(weight, left, right)
         if need_left or need_right:
             matrix = rearrange(grad.t() @ inputs, FactorShape(*left.shape[1:], *right.shape[1:]))
-            grad_left = (right.flatten(1) @ matrix.t()).view_as(left)
+            grad_left = (right[: ctx.some].flatten(1) @ matrix.t()).view(-1, *left.shape[1:])
+            grad_left = _with_zeros(grad_left, left)
             grad_right = (left.flatten(1) @ matrix).view_as(right)
-        return grad_inputs, None, None, grad_left, grad_right
+        return grad_inputs, None, None, grad_left, grad_right, None
 
 
 def _dense_sum(weight: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -213,133 +236,150 @@ def _dense_sum(weight: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     return delta if weight is None else delta.add_(weight)
 
 
+def _with_zeros(grad: Tensor, like: Tensor) -> Tensor:
+    """The gradient of the first terms, with zeros for the others, in the dtype of `like`."""
+    missing = grad.new_zeros(like.shape[0] - grad.shape[0], *like.shape[1:])
+    return torch.cat((grad, missing)).to(like.dtype)
+
+
 class _LeftFirst(torch.autograd.Function):
-    """inputs (T, n, q), scaled left (r, m, n), right (r, p, q) -> (T, m, p); all of one dtype."""
+    """As `_Dense`, with left applied first, some tokens at a time; all of one dtype."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, left, right)
-        pieces = [_left_first(piece, left, right) for piece in _pieces(inputs, left, right)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, left, right)
+        ctx.some = some
+        rank, m, _ = left.shape
+        p, q = right.shape[1:]
+        stacked = right.transpose(1, 2).reshape(rank * q, p)
+        out, beta = _start(inputs, weight, bias, m * p)
+        for x, y in _pieces(left, right, inputs, out):
+            y.view(-1, p).addmm_(_left_middle(x, left, q), stacked, beta=beta)
+        return out
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, left, right = ctx.saved_tensors
-        return _sum_pieces(_left_first_grads, ctx.needs_input_grad, inputs, grad, left, right)
+        inputs, weight, left, right = ctx.saved_tensors
+        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
+        rank, m, n = left.shape
+        p, q = right.shape[1:]
+        some: int = ctx.some
+        grad = grad.contiguous()
+        back_weight = None if weight is None else weight.t()
+        grad_inputs, beta = _start(grad, back_weight, None, n * q) if need_inputs else (None, 0)
+        grad_left, grad_right = _sums(left, m * some, n), _sums(right, p, rank * q)
+        to_right = right.transpose(0, 1).reshape(p, rank * q)
+        to_left = left.permute(2, 1, 0).reshape(n, m * rank)
+        for x, g, gx in _pieces(left, right, inputs, grad, inputs if grad_inputs is None else grad_inputs):
+            tokens, rows = x.shape[0], g.view(-1, p)
+            if need_right:
+                grad_right += rows.t() @ _left_middle(x, left, q)
+            if not (need_inputs or need_left):
+                continue
+            back = (rows @ to_right).view(tokens, m, rank, q)
+            if grad_inputs is not None:
+                terms = back.view(tokens, m * rank, q)
+                gx.view(tokens, n, q).baddbmm_(to_left.expand(tokens, -1, -1), terms, beta=beta)
+            if need_left:
+                # Summed over tokens and q: copies with q running last, then one product.
+                back = back[:, :, :some].reshape(tokens, m * some, q)
+                grad_left += _rows_first(back) @ _rows_first(x.view(tokens, n, q)).t()
+        all_left = _with_zeros(grad_left.view(m, some, n).transpose(0, 1), left) if need_left else None
+        all_right = grad_right.view(p, rank, q).transpose(0, 1).to(right.dtype) if need_right else None
+        return grad_inputs, None, None, all_left, all_right, None
 
 
 class _RightFirst(torch.autograd.Function):
     """As `_LeftFirst`, with the two products in the other order."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(inputs, left, right)
-        pieces = [_right_first(piece, left, right) for piece in _pieces(inputs, left, right)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight, left, right)
+        ctx.some = some
+        rank, m, n = left.shape
+        p = right.shape[1]
+        stacked = left.permute(1, 2, 0).reshape(m, n * rank)
+        out, beta = _start(inputs, weight, bias, m * p)
+        for x, y in _pieces(left, right, inputs, out):
+            tokens = x.shape[0]
+            middle = _right_middle(x, right).view(tokens, n * rank, p)
+            y.view(tokens, m, p).baddbmm_(stacked.expand(tokens, -1, -1), middle, beta=beta)
+        return out
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, left, right = ctx.saved_tensors
-        return _sum_pieces(_right_first_grads, ctx.needs_input_grad, inputs, grad, left, right)
+        inputs, weight, left, right = ctx.saved_tensors
+        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
+        rank, m, n = left.shape
+        p, q = right.shape[1:]
+        some: int = ctx.some
+        grad = grad.contiguous()
+        back_weight = None if weight is None else weight.t()
+        grad_inputs, beta = _start(grad, back_weight, None, n * q) if need_inputs else (None, 0)
+        grad_left, grad_right = _sums(left, m, n * some), _sums(right, rank * p, q)
+        to_left = left.permute(2, 0, 1).reshape(n * rank, m)
+        to_right = right.reshape(rank * p, q)
+        for x, g, gx in _pieces(left, right, inputs, grad, inputs if grad_inputs is None else grad_inputs):
+            tokens = x.shape[0]
+            columns = g.view(tokens, m, p)
+            if need_left:
+                middle = _right_middle(x, right[:some]).view(tokens, n * some, p)
+                grad_left += _rows_first(columns) @ _rows_first(middle).t()
+            if not (need_inputs or need_right):
+                continue
+            back = torch.matmul(to_left, columns).view(tokens * n, rank * p)
+            if grad_inputs is not None:
+                gx.view(-1, q).addmm_(back, to_right, beta=beta)
+            if need_right:
+                grad_right += back.t() @ x.view(-1, q)
+        all_left = _with_zeros(grad_left.view(m, n, some).permute(2, 0, 1), left) if need_left else None
+        all_right = grad_right.view(rank, p, q).to(right.dtype) if need_right else None
+        return grad_inputs, None, None, all_left, all_right, None
 
 
-def _pieces(tensor: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, ...]:
-    """The tensor cut along tokens so that the intermediates stay small; whole when traced by torch.compile."""
+def _sums(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros in float32 at least, to which the pieces' gradients are added."""
+    return torch.zeros(rows, columns, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _start(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> tuple[Tensor, int]:
+    """What a delta's product is added to, and the factor of it: the linear layer's output, or nothing (0)."""
+    if weight is None:
+        return inputs.new_empty(inputs.shape[0], width), 0
+    return torch.nn.functional.linear(inputs, weight, bias), 1
+
+
+def _pieces(left: Tensor, right: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors cut along tokens so that the intermediates stay small; whole when traced by torch.compile."""
     if torch.compiler.is_compiling():
-        return (tensor,)
+        yield tensors
+        return
     rank, m, n = left.shape
     p, q = right.shape[1:]
     width = max(1, rank * max(m * q, n * p))
-    limit = _PIECE_VALUES["cpu" if tensor.device.type == "cpu" else "cuda"]
-    return torch.split(tensor, max(64, limit // width))
+    limit = _PIECE_VALUES["cpu" if left.device.type == "cpu" else "cuda"]
+    yield from zip(*(torch.split(tensor, max(64, limit // width)) for tensor in tensors), strict=True)
 
 
-def _sum_pieces(
-    grads_of: Any, needs: tuple[bool, bool, bool], inputs: Tensor, grad: Tensor, left: Tensor, right: Tensor
-) -> _Grads:
-    """Gradients piece by piece: those of the inputs side by side, those of the factors summed."""
-    parts = [
-        grads_of(needs, *pair, left, right)
-        for pair in zip(_pieces(inputs, left, right), _pieces(grad, left, right), strict=True)
-    ]
-    if len(parts) == 1:
-        return cast(_Grads, parts[0])
-    by_tensor = list(zip(*parts, strict=True))
-    grad_inputs = torch.cat(by_tensor[0]) if needs[0] else None
-    summed = [torch.stack(by_tensor[i]).sum(0) if needs[i] else None for i in (1, 2)]
-    return grad_inputs, *summed
-
-
-def _left_middle(inputs: Tensor, left: Tensor) -> Tensor:
-    """(T, m*r, q): left[k] @ X for every term, rows ordered (i, k) so that the next product sums over k and q."""
+def _left_middle(inputs: Tensor, left: Tensor, q: int) -> Tensor:
+    """(T*m, r*q): left[k] @ X for every term, so that the next product sums over k and q."""
     rank, m, n = left.shape
-    return torch.matmul(left.transpose(0, 1).reshape(m * rank, n), inputs)
-
-
-def _left_first(inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    rank, m, _ = left.shape
-    p, q = right.shape[1:]
     tokens = inputs.shape[0]
-    middle = _left_middle(inputs, left).view(tokens * m, rank * q)
-    return (middle @ right.transpose(1, 2).reshape(rank * q, p)).view(tokens, m, p)
-
-
-def _left_first_grads(
-    needs: tuple[bool, bool, bool], inputs: Tensor, grad: Tensor, left: Tensor, right: Tensor
-) -> _Grads:
-    rank, m, n = left.shape
-    p, q = right.shape[1:]
-    tokens = inputs.shape[0]
-    rows = grad.reshape(tokens * m, p)
-    grad_inputs = grad_left = grad_right = None
-    if needs[2]:
-        middle = _left_middle(inputs, left).view(tokens * m, rank * q)
-        grad_right = (rows.t() @ middle).view(p, rank, q).transpose(0, 1)
-        del middle
-    if needs[0] or needs[1]:
-        back = (rows @ right.transpose(0, 1).reshape(p, rank * q)).view(tokens, m * rank, q)
-        if needs[0]:
-            grad_inputs = torch.matmul(left.permute(2, 1, 0).reshape(n, m * rank), back)
-        if needs[1]:
-            # Summed over tokens and q: copies with q running last, then one product.
-            summed = _rows_first(back) @ _rows_first(inputs).t()
-            grad_left = summed.view(m, rank, n).transpose(0, 1)
-    return grad_inputs, grad_left, grad_right
+    return torch.matmul(left.transpose(0, 1).reshape(m * rank, n), inputs.view(tokens, n, q)).view(tokens * m, rank * q)
 
 
 def _right_middle(inputs: Tensor, right: Tensor) -> Tensor:
     """(T*n, r*p): X @ right[k]^T for every term; as (T, n*r, p) the next product sums over n and k."""
     rank, p, q = right.shape
-    return inputs.reshape(-1, q) @ right.reshape(rank * p, q).t()
-
-
-def _right_first(inputs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    rank, m, n = left.shape
-    middle = _right_middle(inputs, right).view(inputs.shape[0], n * rank, right.shape[1])
-    return torch.matmul(left.permute(1, 2, 0).reshape(m, n * rank), middle)
-
-
-def _right_first_grads(
-    needs: tuple[bool, bool, bool], inputs: Tensor, grad: Tensor, left: Tensor, right: Tensor
-) -> _Grads:
-    rank, m, n = left.shape
-    p, q = right.shape[1:]
-    tokens = inputs.shape[0]
-    grad_inputs = grad_left = grad_right = None
-    if needs[1]:
-        middle = _right_middle(inputs, right).view(tokens, n * rank, p)
-        summed = _rows_first(grad) @ _rows_first(middle).t()
-        grad_left = summed.view(m, n, rank).permute(2, 0, 1)
-        del middle
-    if needs[0] or needs[2]:
-        back = torch.matmul(left.permute(2, 0, 1).reshape(n * rank, m), grad).view(tokens * n, rank * p)
-        if needs[0]:
-            grad_inputs = (back @ right.reshape(rank * p, q)).view(tokens, n, q)
-        if needs[2]:
-            grad_right = (back.t() @ inputs.reshape(tokens * n, q)).view(rank, p, q)
-    return grad_inputs, grad_left, grad_right
+    return inputs.view(-1, q) @ right.reshape(rank * p, q).t()
 
 
 def _rows_first(tensor: Tensor) -> Tensor:

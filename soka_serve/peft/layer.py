@@ -353,7 +353,15 @@ class SokaLinear(nn.Module, SokaLayer):
         if not self.merged and len(active) == 1 and not args and not kwargs and self._is_plain(x, active[0]):
             factors = self.delta(active[0])
             base: Any = self.base_layer
-            return linear_with_delta(x, base.weight, base.bias, factors.left, factors.right, factors.sigma)
+            return linear_with_delta(
+                x,
+                base.weight,
+                base.bias,
+                factors.left,
+                factors.right,
+                factors.sigma,
+                trained_left=len(self.soka_sigma[active[0]]),  # those behind are theta0's (`stack_difference`)
+            )
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if not self.merged:
             for adapter in active:

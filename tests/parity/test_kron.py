@@ -248,6 +248,44 @@ def test_linear_with_delta(order: Order, dtype: torch.dtype, bias: bool) -> None
             assert relative_error(one, other) < 2 * RELATIVE_ERROR[dtype]
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("trained", [0, 1, 3])
+def test_gradients_of_some_left_factors_only(order: Order, trained: int) -> None:
+    """Those that are asked for, and all others, are what they are when all left factors are trained."""
+    for shape in oracle.SHAPES:
+        factors = oracle.draw_factors(shape, 3)
+        leaves = tuple(t.requires_grad_() for t in (factors.left, factors.right, factors.sigma))
+        weight = oracle.draw(shape.out_features, shape.in_features, seed=3)
+        x = oracle.draw(5, shape.in_features, seed=9).requires_grad_()
+        every, some = (
+            torch.autograd.grad(
+                linear_with_delta(x, weight, None, *leaves, order=order, trained_left=count).square().sum(),
+                (x, *leaves[:2]),
+            )
+            for count in (None, trained)
+        )
+        assert relative_error(some[0], every[0]) < RELATIVE_ERROR[torch.float64]
+        assert relative_error(some[2], every[2]) < RELATIVE_ERROR[torch.float64]
+        assert bool((some[1][trained:] == 0).all())
+        assert bool((every[1] != 0).any())
+        if trained:
+            assert relative_error(some[1][:trained], every[1][:trained]) < RELATIVE_ERROR[torch.float64]
+
+
+def test_gradients_do_not_depend_on_autocast_around_the_backward() -> None:
+    factors = oracle.draw_factors(FactorShape(4, 3, 2, 5), 2, dtype=torch.float32)
+    weight = oracle.draw(8, 15, seed=3, dtype=torch.float32)
+    left = factors.left.requires_grad_()
+    found = []
+    for enabled in (False, True):
+        y = linear_with_delta(
+            oracle.draw(6, 15, seed=9, dtype=torch.float32), weight, None, left, factors.right, factors.sigma
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(y.square().sum(), left)
+    assert torch.equal(*found)
+
+
 def test_linear_with_a_zero_delta_is_the_layer_itself() -> None:
     shape = FactorShape(4, 3, 2, 5)
     factors = oracle.draw_factors(shape, 2, dtype=torch.float32)

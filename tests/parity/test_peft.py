@@ -205,12 +205,16 @@ def _without_sigma(theta: Factors, initial: Factors) -> Factors:
     return stack_difference(Factors(theta.left, theta.right, ones), Factors(initial.left, initial.right, ones))
 
 
-def _swapped(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor) -> Tensor:
+def _swapped(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor, **_: Any
+) -> Tensor:
     delta = sum(s * torch.kron(b, a) for s, a, b in zip(sigma, left, right, strict=True))
     return nn.functional.linear(x, weight + delta, bias)
 
 
-def _reshaped(x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor) -> Tensor:
+def _reshaped(
+    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor, **_: Any
+) -> Tensor:
     matrix = (sigma[:, None] * left.flatten(1)).T @ right.flatten(1)
     return nn.functional.linear(x, weight + matrix.reshape(weight.shape), bias)
 
