@@ -39,6 +39,7 @@ ADAPTERS = 16
 SOME = ["base", "a0", "a1", "a3", "a4"]  # the base, two SoKA adapters, a LoRA and a LoKr
 TOKENS = 12
 LONG = 500
+LONGEST = 1000  # with a prompt of 20, nearly all of the context: still running after everything else in a test
 GREEDY: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0}
 TO_THE_END = {"ignore_eos": True, "return_token_ids": True, "skip_special_tokens": False}
 
@@ -259,7 +260,7 @@ def test_another_adapter_of_the_same_name(served: Served) -> None:
     good = ((torch.minimum(lead, other_lead) > 10 * ATOL_NATS) & (first != second).any(1)).nonzero().flatten()[:3]
     assert len(good) == 3
     served.load("again", served.folder / "first")
-    ask: dict[str, Any] = {"model": "again", "max_tokens": LONG, "temperature": 0, "extra_body": TO_THE_END}
+    ask: dict[str, Any] = {"model": "again", "max_tokens": LONGEST, "temperature": 0, "extra_body": TO_THE_END}
     streams = [served.client.completions.create(**ask, prompt=prompts[i].tolist(), stream=True) for i in good]
     got = [list(next(stream).choices[0].token_ids) for stream in streams]
     assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
@@ -268,7 +269,7 @@ def test_another_adapter_of_the_same_name(served: Served) -> None:
     assert served.server.metric("vllm:num_requests_running") > 0  # the old ones
     for tokens, stream in zip(got, streams, strict=True):
         tokens.extend(token for chunk in stream for token in chunk.choices[0].token_ids)
-    assert [len(tokens) for tokens in got] == [LONG] * 3
+    assert [len(tokens) for tokens in got] == [LONGEST] * 3
     assert [tokens[:TOKENS] for tokens in got] == first[good].tolist()
     assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
 
