@@ -1,7 +1,8 @@
 """Writing merged safetensors files: block by block, so that memory stays at a few MiB however large a tensor is.
 
-Adapted weights are computed some rows at a time; everything else is copied inside the kernel. Two threads work on
-different parts of a file at once (reading, arithmetic and writing all run outside the interpreter's lock).
+One pass over the base: a block is read, hashed, added to, rounded and written while a core's cache holds it. Two files
+are in work at once, a thread each (all of it runs outside the interpreter's lock); two threads in one file would wait
+for each other's writes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -25,10 +28,12 @@ from soka_serve.errors import CheckpointError
 from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata
 from soka_serve.kron import Factors
 
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
+
 log = logging.getLogger(__name__)
 
-THREADS = 2
-_BLOCK_VALUES = 1 << 18  # values of a block of an adapted weight: 1 MiB in float32, which stays in a core's cache
+_BLOCK_VALUES = 1 << 19  # values of a block of an adapted weight: 1 MiB in float32, which stays in a core's cache
 _COPY_BYTES = 32 << 20
 
 Weighted = Sequence[tuple[Factors, float]]
@@ -140,69 +145,112 @@ def single_threaded_torch() -> Iterator[None]:
 
 
 def write_file(
-    target: Path, header: bytes, pieces: Sequence[Piece], *, pool: ThreadPoolExecutor, advance: Callable[[int], None]
+    target: Path,
+    header: bytes,
+    pieces: Sequence[Piece],
+    *,
+    advance: Callable[[int], None],
+    stop: Event,
+    digest: Hash | None,
 ) -> None:
-    """Write one merged file.
+    """Write one merged file in one pass over the base's: each block is read, hashed, added to and written while it is
+    in a core's cache.
 
     Args:
         target: the new file.
         header, pieces: what `plan_file` returned.
-        pool: where blocks are computed and copied.
-        advance: called with the number of bytes written, from this thread.
+        advance: called with the number of bytes written.
+        stop: gives up when set.
+        digest: takes the whole content of the base's file, in order; None if nobody wants to know.
 
     Raises:
         CheckpointError: a value became NaN or infinite (too large for the dtype, or so in the base).
         OSError: the disk is full, and the like.
     """
-    source = os.open(pieces[0].info.file, os.O_RDONLY)
+    in_order = sorted(pieces, key=lambda piece: piece.info.start)
     out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    futures: dict[Future[None], int] = {}
     try:
-        os.truncate(out, pieces[-1].end)
-        _pwrite(out, header, 0)
-        advance(len(header))
-        for task, size in _tasks(source, out, pieces):
-            futures[pool.submit(task)] = size
-            if len(futures) >= 4 * THREADS:
-                _collect(futures, advance, everything=False)
-        _collect(futures, advance, everything=True)
+        with _Reader(pieces[0].info.file, digest) as base:
+            os.truncate(out, pieces[-1].end)
+            _pwrite(out, header, 0)
+            base.read(0, in_order[0].info.start)
+            advance(len(header))
+            for task, size in _tasks(base, out, in_order):
+                if stop.is_set():
+                    return
+                task()
+                advance(size)
     finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)  # a thread must not write to a closed descriptor
-        os.close(source)
         os.close(out)
 
 
-def _collect(futures: dict[Future[None], int], advance: Callable[[int], None], *, everything: bool) -> None:
-    while futures:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION if everything else "FIRST_COMPLETED")
-        for future in done:
-            future.result()
-            advance(futures.pop(future))
-        if not everything:
-            return
+class _Reader:
+    """Reads a file of the base from its beginning to its end and hashes what it reads in a thread of its own.
+
+    Two buffers take turns, so that one is hashed while the other is in work; the same memory all the time, as fresh
+    pages would cost as much as the arithmetic.
+    """
+
+    def __init__(self, file: Path, digest: Hash | None) -> None:
+        self.file = file
+        self._digest = digest
+        self._hasher = ThreadPoolExecutor(1)  # one: blocks are hashed in order
+        self._buffers = [bytearray(), bytearray()]
+        self._hashed: list[Future[None] | None] = [None, None]
+
+    def __enter__(self) -> Self:
+        self.descriptor = os.open(self.file, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown()
+        os.close(self.descriptor)
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether every byte has to pass through `read`."""
+        return self._digest is not None
+
+    def read(self, start: int, size: int) -> memoryview:
+        """`size` bytes from `start`, which hold until the read after the next.
+
+        Raises:
+            CheckpointError: the file ends before that.
+        """
+        self._buffers.reverse()
+        self._hashed.reverse()
+        if (hashed := self._hashed[0]) is not None:
+            hashed.result()
+        if len(self._buffers[0]) < size:
+            self._buffers[0] = bytearray(size)
+        view = memoryview(self._buffers[0])[:size]
+        done = 0
+        while done < size:
+            count = os.preadv(self.descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.file}: truncated: expected {size} bytes at {start}, found {done}",
+                    hint="it was changed while it was being merged; merge again",
+                )
+            done += count
+        if self._digest is not None:
+            self._hashed[0] = self._hasher.submit(self._digest.update, view)
+        return view
 
 
-def _tasks(source: int, out: int, pieces: Sequence[Piece]) -> Iterator[tuple[Callable[[], None], int]]:
-    """Independent parts of a file, a few MiB each, with the bytes that each writes."""
-    i = 0
-    while i < len(pieces):
-        piece = pieces[i]
-        if piece.is_copy:  # neighbours that stay together are copied together
-            start, end, offset = piece.info.start, piece.info.end, piece.start
-            while i + 1 < len(pieces) and pieces[i + 1].is_copy and pieces[i + 1].info.start == end:
-                i += 1
-                end = pieces[i].info.end
-            for first in range(start, end, _COPY_BYTES):
-                size = min(_COPY_BYTES, end - first)
-                yield partial(_copy_bytes, source, out, first, offset + first - start, size), size
-        elif piece.info.numel:
+def _tasks(base: _Reader, out: int, pieces: Sequence[Piece]) -> Iterator[tuple[Callable[[], None], int]]:
+    """Parts of a file in the order of its data, a few MiB each, with the bytes that each writes."""
+    for piece in pieces:
+        info = piece.info
+        if piece.is_copy:
+            for first in range(0, info.nbytes, _COPY_BYTES):
+                size = min(_COPY_BYTES, info.nbytes - first)
+                yield partial(_copy_bytes, base, out, info.start + first, piece.start + first, size), size
+        elif info.numel:
             work = _Work(piece)
             for first in range(0, work.rows, 8 * work.step):
                 last = min(first + 8 * work.step, work.rows)
-                yield partial(_merge_rows, source, out, work, first, last), (last - first) * work.row_bytes
-        i += 1
+                yield partial(_merge_rows, base, out, work, first, last), (last - first) * work.row_bytes
 
 
 class _Work:
@@ -223,12 +271,12 @@ class _Work:
             self.step -= self.step % p
 
 
-def _copy_bytes(source: int, out: int, start: int, offset: int, size: int) -> None:
+def _copy_bytes(base: _Reader, out: int, start: int, offset: int, size: int) -> None:
     done = 0
-    if hasattr(os, "copy_file_range"):
+    if not base.is_hashed and hasattr(os, "copy_file_range"):
         try:
             while done < size:
-                count = os.copy_file_range(source, out, size - done, start + done, offset + done)
+                count = os.copy_file_range(base.descriptor, out, size - done, start + done, offset + done)
                 if count == 0:
                     break
                 done += count
@@ -237,30 +285,24 @@ def _copy_bytes(source: int, out: int, start: int, offset: int, size: int) -> No
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
     while done < size:
-        data = os.pread(source, min(4 << 20, size - done), start + done)
-        if not data:
-            raise CheckpointError(
-                f"the base ended early: expected {size} bytes at {start}, found {done}",
-                hint="it was changed while it was being merged; merge again",
-            )
+        data = base.read(start + done, min(1 << 20, size - done))
         _pwrite(out, data, offset + done)
         done += len(data)
 
 
 @torch.no_grad()
-def _merge_rows(source: int, out: int, work: _Work, first: int, last: int) -> None:
+def _merge_rows(base: _Reader, out: int, work: _Work, first: int, last: int) -> None:
     """Compute and write rows [first, last) of one tensor: sums in `work_dtype`, rounded once to the output's."""
     piece, info, columns = work.piece, work.piece.info, work.columns
     values = min(work.step, last - first) * columns
-    # The same memory for every block: fresh pages would cost as much as the arithmetic.
-    raw = torch.empty(values, dtype=info.torch_dtype)
     sums = torch.empty(values, dtype=work.dtype)
     rounded = torch.empty(values, dtype=getattr(torch, DTYPES[piece.dtype][1]))
     largest = min(torch.finfo(rounded.dtype).max ** 2, torch.finfo(work.dtype).max)
+    row_bytes = columns * DTYPES[info.dtype][0]
     for row in range(first, last, work.step):
         rows = min(work.step, last - row)
-        part, block, result = (t[: rows * columns] for t in (raw, sums, rounded))
-        _pread(source, part, info.start + row * columns * DTYPES[info.dtype][0], info)
+        part = torch.frombuffer(base.read(info.start + row * row_bytes, rows * row_bytes), dtype=info.torch_dtype)
+        block, result = sums[: rows * columns], rounded[: rows * columns]
         block.copy_(part)
         for terms in work.terms:
             terms.add_to(block.view(rows, columns), row)
@@ -268,7 +310,8 @@ def _merge_rows(source: int, out: int, work: _Work, first: int, last: int) -> No
         # One cheap pass: no value is larger than the root of the sum of squares, and NaN fails every comparison.
         if not float(torch.dot(block, block)) <= largest and not bool(torch.isfinite(result).all()):
             raise _not_finite(piece, part, block)
-        _pwrite(out, memoryview(result.view(torch.uint8).numpy()), piece.start + row * work.row_bytes)  # type: ignore[arg-type]
+        written = memoryview(result.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        _pwrite(out, written, piece.start + row * work.row_bytes)
 
 
 def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
@@ -285,19 +328,6 @@ def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
         f"{name}: base + delta reaches {float(exact.abs().max()):.4g}, too large for {dtype}",
         hint="merge with dtype bfloat16 or float32",
     )
-
-
-def _pread(source: int, into: Tensor, offset: int, info: TensorInfo) -> None:
-    view = memoryview(into.view(torch.uint8).numpy())  # type: ignore[arg-type]
-    done = 0
-    while done < len(view):
-        count = os.preadv(source, [view[done:]], offset + done)
-        if count == 0:
-            raise CheckpointError(
-                f"{info.file}: {info.name}: truncated: expected {len(view)} bytes at {offset}, found {done}",
-                hint="it was changed while it was being merged; merge again",
-            )
-        done += count
 
 
 def _pwrite(out: int, data: bytes | memoryview, offset: int) -> None:

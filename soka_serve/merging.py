@@ -11,21 +11,20 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_replaceable, flush, replace_directory, write_text_atomic
+from soka_serve.files import check_replaceable, flush, replace_directory, sha256_file, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from soka_serve.merge_papers import copy_side_files, write_papers
-from soka_serve.merge_stream import THREADS, plan_file, single_threaded_torch, write_file
+from soka_serve.merge_stream import plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
 
 log = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ _MODEL_SUFFIXES = (
 )
 _TORCH_TO_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LOGITS_LIMIT_BYTES = 2 << 30
+_THREADS = 4  # files in work at once; each waits for the disk now and then
 
 
 @dataclass(frozen=True)
@@ -128,18 +128,13 @@ def merge(
     layout = _Layout(checkpoint, adapters, dtype)
     layout.check_space(out)
     expected = {a.directory: sha for a, _ in adapters if (sha := recorded_base_sha256(a.directory)) is not None}
-    with replace_directory(out) as new, ThreadPoolExecutor(1) as hasher:
-        # Hashing runs beside the merge, on pages that the merge reads anyway; threads stop on the first error.
-        stop = threading.Event()
-        digest = hasher.submit(_hash_base, checkpoint, stop) if expected and not allow_other_base else None
-        try:
-            layout.write(new, progress=progress)
-            _check_base_hash(checkpoint, expected, digest)
-        finally:
-            stop.set()
+    with replace_directory(out) as new:
+        base_sha256 = layout.write(new, hashed=bool(expected) and not allow_other_base, progress=progress)
+        if base_sha256 is not None:
+            _check_base_hash(checkpoint, expected, base_sha256)
         copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None)
         log.debug("copied beside the weights: %s", ", ".join(copied))
-        write_papers(new, checkpoint, adapters, dtype, digest.result() if digest else None)
+        write_papers(new, checkpoint, adapters, dtype, base_sha256)
         verified: tuple[str, ...] = ()
         ulp = nats = None
         if verify is not False:
@@ -195,28 +190,47 @@ class _Layout:
                 hint="free some space on that disk, or write somewhere else",
             )
 
-    def write(self, new: Path, *, progress: bool) -> None:
-        """Write all weight files and the index."""
+    def write(self, new: Path, *, hashed: bool, progress: bool) -> str | None:
+        """Write all weight files and the index; returns the sha256 of the base's weights if `hashed`."""
+        digests = {file: hashlib.sha256() for file in self.files} if hashed else {}
+        stop, lock = threading.Event(), threading.Lock()
         with (
             track(self.total_bytes, "merge", unit="B", enabled=progress) as advance,
             single_threaded_torch(),
-            ThreadPoolExecutor(THREADS) as pool,
             ThreadPoolExecutor(1) as flusher,
+            ThreadPoolExecutor(_THREADS) as pool,
         ):
-            flushed: list[Future[None]] = []
-            for file, (header, pieces) in self.files.items():
+
+            def work(file: Path) -> Future[None]:
+                def count(size: int) -> None:
+                    with lock:
+                        advance(file.name, size)
+
+                header, pieces = self.files[file]
                 target = new / file.name
-                write_file(target, header, pieces, pool=pool, advance=partial(advance, file.name))
+                write_file(target, header, pieces, advance=count, stop=stop, digest=digests.get(file))
                 # The disk works on this file while the next one is computed.
-                flushed.append(flusher.submit(flush, target))
-            for future in flushed:
-                future.result()
+                return flusher.submit(flush, target)
+
+            futures = [pool.submit(work, file) for file in self.files]
+            try:
+                for done in as_completed(futures):
+                    done.result()
+                for future in futures:
+                    future.result().result()
+            finally:  # the first error, or Ctrl-C, ends all of it
+                stop.set()
+                for future in futures:
+                    future.cancel()
         index = self.checkpoint.directory / INDEX_FILE
         if len(self.checkpoint.files) > 1 or index.exists():
             content = read_json(index)
             size = sum(p.end - p.start for _, pieces in self.files.values() for p in pieces)
             content["metadata"] = {**content.get("metadata", {}), "total_size": size}
             write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
+        if not hashed:
+            return None
+        return self.checkpoint.sha256(lambda f: digests[f].hexdigest() if f in digests else sha256_file(f))
 
 
 def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
@@ -256,21 +270,7 @@ def recorded_base_sha256(adapter: Path) -> str | None:
     return None
 
 
-def _hash_base(checkpoint: Checkpoint, stop: threading.Event) -> str:
-    def hash_file(path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as stream:
-            while not stop.is_set() and (chunk := stream.read(8 << 20)):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-    return checkpoint.sha256(hash_file)
-
-
-def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], digest: Future[str] | None) -> None:
-    if digest is None:
-        return
-    actual = digest.result()
+def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actual: str) -> None:
     wrong = [d for d, sha in expected.items() if sha != actual]
     if wrong:
         raise CheckpointError(

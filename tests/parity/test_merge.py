@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
+from soka_serve.headers import read_header
 from soka_serve.kron import Factors
+from soka_serve.lock import read_lock
 from soka_serve.merging import merge
 from tests.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
 
@@ -99,6 +101,26 @@ def test_dtype_can_change(tmp_path: Path, before: torch.dtype, after: torch.dtyp
     index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights(tmp_path / "merged").values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == after
+
+
+def test_dtype_changes_the_order_of_the_data(tmp_path: Path) -> None:
+    """Integers keep their dtype and move before the narrower floats; the base is hashed in its own order."""
+    base = write_base(tmp_path / "base", dtype=torch.float32, shard="10GB")
+    file = base / "model.safetensors"
+    count = torch.arange(5, dtype=torch.int32)
+    save_file({**load_file(file), "zz.count": count}, file, metadata={"format": "pt"})
+    assert list(read_header(file))[-1] == "zz.count"
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    merge(adapter, base=base, out=tmp_path / "merged", dtype="bfloat16", verify="tensors", progress=False)
+    merged = tmp_path / "merged" / file.name
+    assert next(iter(read_header(merged))) == "zz.count"
+    after = load_file(merged)
+    assert torch.equal(after.pop("zz.count"), count)
+    save_file({n: t for n, t in load_file(file).items() if n != "zz.count"}, file, metadata={"format": "pt"})
+    save_file(after, merged, metadata={"format": "pt"})
+    check_weights(base, tmp_path / "merged", {n: oracle_delta(f) for n, f in all_factors().items()}, torch.bfloat16)
+    expected, written = (read_lock(tmp_path / d / "soka.lock")["base"] for d in ("adapter", "merged"))
+    assert written["sha256"] == expected["sha256"]
 
 
 def test_several_adapters_with_weights(tmp_path: Path) -> None:

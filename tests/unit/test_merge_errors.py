@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -261,10 +262,11 @@ def test_verification_can_fail(
     elif damage == "other":
         copy = merge_stream._copy_bytes
 
-        def shifted(source: int, out: int, start: int, offset: int, size: int) -> None:
-            copy(source, out, start + 2, offset, size - 2)
+        def spoilt(base: merge_stream._Reader, out: int, start: int, offset: int, size: int) -> None:
+            copy(base, out, start, offset, size)
+            os.pwrite(out, bytes(size), offset)
 
-        monkeypatch.setattr(merge_stream, "_copy_bytes", shifted)
+        monkeypatch.setattr(merge_stream, "_copy_bytes", spoilt)
         message = "not adapted, yet changed by the merge"
     else:
         # Not among the sampled rows: only the logits can tell.
