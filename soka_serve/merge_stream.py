@@ -7,19 +7,15 @@ for each other's writes.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +23,7 @@ from torch import Tensor
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata
 from soka_serve.kron import Factors
+from soka_serve.merge_files import COPY_BYTES, DirectWriter, Reader, Writer
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -34,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BLOCK_VALUES = 1 << 19  # values of a block of an adapted weight: 1 MiB in float32, which stays in a core's cache
-_COPY_BYTES = 32 << 20
+_PART_BYTES = 32 << 20
 
 Weighted = Sequence[tuple[Factors, float]]
 
@@ -152,6 +149,7 @@ def write_file(
     advance: Callable[[int], None],
     stop: Event,
     digest: Hash | None,
+    direct: bool,
 ) -> None:
     """Write one merged file in one pass over the base's: each block is read, hashed, added to and written while it is
     in a core's cache.
@@ -162,95 +160,48 @@ def write_file(
         advance: called with the number of bytes written.
         stop: gives up when set.
         digest: takes the whole content of the base's file, in order; None if nobody wants to know.
+        direct: past the page cache.
 
     Raises:
         CheckpointError: a value became NaN or infinite (too large for the dtype, or so in the base).
         OSError: the disk is full, and the like.
     """
-    in_order = sorted(pieces, key=lambda piece: piece.info.start)
-    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        with _Reader(pieces[0].info.file, digest) as base:
-            os.truncate(out, pieces[-1].end)
-            _pwrite(out, header, 0)
-            base.read(0, in_order[0].info.start)
-            advance(len(header))
-            for task, size in _tasks(base, out, in_order):
+    file = pieces[0].info.file
+    starts = [piece.info.start for piece in pieces]
+    if digest is not None and starts != sorted(starts):  # another dtype has changed the order
+        _hash_file(file, digest, stop)
+        digest = None
+    writer = DirectWriter if direct else Writer
+    with Reader(file, digest) as base, writer(target, pieces[-1].end) as out:
+        base.read(0, min(starts))
+        out.append(memoryview(bytearray(header)))
+        advance(len(header))
+        for piece in pieces:
+            for size in _write_piece(base, out, piece):
                 if stop.is_set():
                     return
-                task()
                 advance(size)
-    finally:
-        os.close(out)
 
 
-class _Reader:
-    """Reads a file of the base from its beginning to its end and hashes what it reads in a thread of its own.
-
-    Two buffers take turns, so that one is hashed while the other is in work; the same memory all the time, as fresh
-    pages would cost as much as the arithmetic.
-    """
-
-    def __init__(self, file: Path, digest: Hash | None) -> None:
-        self.file = file
-        self._digest = digest
-        self._hasher = ThreadPoolExecutor(1)  # one: blocks are hashed in order
-        self._buffers = [bytearray(), bytearray()]
-        self._hashed: list[Future[None] | None] = [None, None]
-
-    def __enter__(self) -> Self:
-        self.descriptor = os.open(self.file, os.O_RDONLY)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hasher.shutdown()
-        os.close(self.descriptor)
-
-    @property
-    def is_hashed(self) -> bool:
-        """Whether every byte has to pass through `read`."""
-        return self._digest is not None
-
-    def read(self, start: int, size: int) -> memoryview:
-        """`size` bytes from `start`, which hold until the read after the next.
-
-        Raises:
-            CheckpointError: the file ends before that.
-        """
-        self._buffers.reverse()
-        self._hashed.reverse()
-        if (hashed := self._hashed[0]) is not None:
-            hashed.result()
-        if len(self._buffers[0]) < size:
-            self._buffers[0] = bytearray(size)
-        view = memoryview(self._buffers[0])[:size]
-        done = 0
-        while done < size:
-            count = os.preadv(self.descriptor, [view[done:]], start + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.file}: truncated: expected {size} bytes at {start}, found {done}",
-                    hint="it was changed while it was being merged; merge again",
-                )
-            done += count
-        if self._digest is not None:
-            self._hashed[0] = self._hasher.submit(self._digest.update, view)
-        return view
+def _hash_file(file: Path, digest: Hash, stop: Event) -> None:
+    with Reader(file, digest) as base:
+        size = file.stat().st_size
+        for first in range(0, size, COPY_BYTES):
+            if stop.is_set():
+                return
+            base.read(first, min(COPY_BYTES, size - first))
 
 
-def _tasks(base: _Reader, out: int, pieces: Sequence[Piece]) -> Iterator[tuple[Callable[[], None], int]]:
-    """Parts of a file in the order of its data, a few MiB each, with the bytes that each writes."""
-    for piece in pieces:
-        info = piece.info
-        if piece.is_copy:
-            for first in range(0, info.nbytes, _COPY_BYTES):
-                size = min(_COPY_BYTES, info.nbytes - first)
-                yield partial(_copy_bytes, base, out, info.start + first, piece.start + first, size), size
-        elif info.numel:
-            work = _Work(piece)
-            for first in range(0, work.rows, 8 * work.step):
-                last = min(first + 8 * work.step, work.rows)
-                yield partial(_merge_rows, base, out, work, first, last), (last - first) * work.row_bytes
+def _write_piece(base: Reader, out: Writer, piece: Piece) -> Iterator[int]:
+    """Write a tensor in parts of a few MiB; yields the size of each."""
+    info = piece.info
+    if piece.is_copy:
+        for first in range(0, info.nbytes, _PART_BYTES):
+            size = min(_PART_BYTES, info.nbytes - first)
+            out.append_copy(base, info.start + first, size)
+            yield size
+    elif info.numel:
+        yield from _write_sums(base, out, _Work(piece))
 
 
 class _Work:
@@ -271,36 +222,17 @@ class _Work:
             self.step -= self.step % p
 
 
-def _copy_bytes(base: _Reader, out: int, start: int, offset: int, size: int) -> None:
-    done = 0
-    if not base.is_hashed and hasattr(os, "copy_file_range"):
-        try:
-            while done < size:
-                count = os.copy_file_range(base.descriptor, out, size - done, start + done, offset + done)
-                if count == 0:
-                    break
-                done += count
-        except OSError as error:
-            # Across file systems, on old kernels and on some network mounts: copy by hand.
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                raise
-    while done < size:
-        data = base.read(start + done, min(1 << 20, size - done))
-        _pwrite(out, data, offset + done)
-        done += len(data)
-
-
-@torch.no_grad()
-def _merge_rows(base: _Reader, out: int, work: _Work, first: int, last: int) -> None:
-    """Compute and write rows [first, last) of one tensor: sums in `work_dtype`, rounded once to the output's."""
+def _write_sums(base: Reader, out: Writer, work: _Work) -> Iterator[int]:
+    """Compute and write one tensor: sums in `work_dtype`, rounded once to the output's; yields each block's bytes."""
     piece, info, columns = work.piece, work.piece.info, work.columns
-    values = min(work.step, last - first) * columns
+    values = min(work.step, work.rows) * columns
+    # The same memory for every block: fresh pages would cost as much as the arithmetic.
     sums = torch.empty(values, dtype=work.dtype)
     rounded = torch.empty(values, dtype=getattr(torch, DTYPES[piece.dtype][1]))
     largest = min(torch.finfo(rounded.dtype).max ** 2, torch.finfo(work.dtype).max)
     row_bytes = columns * DTYPES[info.dtype][0]
-    for row in range(first, last, work.step):
-        rows = min(work.step, last - row)
+    for row in range(0, work.rows, work.step):
+        rows = min(work.step, work.rows - row)
         part = torch.frombuffer(base.read(info.start + row * row_bytes, rows * row_bytes), dtype=info.torch_dtype)
         block, result = sums[: rows * columns], rounded[: rows * columns]
         block.copy_(part)
@@ -310,8 +242,8 @@ def _merge_rows(base: _Reader, out: int, work: _Work, first: int, last: int) -> 
         # One cheap pass: no value is larger than the root of the sum of squares, and NaN fails every comparison.
         if not float(torch.dot(block, block)) <= largest and not bool(torch.isfinite(result).all()):
             raise _not_finite(piece, part, block)
-        written = memoryview(result.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        _pwrite(out, written, piece.start + row * work.row_bytes)
+        out.append(memoryview(result.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        yield rows * work.row_bytes
 
 
 def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
@@ -328,10 +260,3 @@ def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
         f"{name}: base + delta reaches {float(exact.abs().max()):.4g}, too large for {dtype}",
         hint="merge with dtype bfloat16 or float32",
     )
-
-
-def _pwrite(out: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    done = 0
-    while done < len(view):
-        done += os.pwrite(out, view[done:], offset + done)

@@ -23,6 +23,7 @@ from soka_serve.files import check_replaceable, flush, replace_directory, sha256
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
+from soka_serve.merge_files import can_write_direct
 from soka_serve.merge_papers import copy_side_files, write_papers
 from soka_serve.merge_stream import plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
@@ -194,6 +195,7 @@ class _Layout:
         """Write all weight files and the index; returns the sha256 of the base's weights if `hashed`."""
         digests = {file: hashlib.sha256() for file in self.files} if hashed else {}
         stop, lock = threading.Event(), threading.Lock()
+        direct = not _fits_memory(2 * self.total_bytes) and can_write_direct(new)  # base and result
         with (
             track(self.total_bytes, "merge", unit="B", enabled=progress) as advance,
             single_threaded_torch(),
@@ -208,7 +210,7 @@ class _Layout:
 
                 header, pieces = self.files[file]
                 target = new / file.name
-                write_file(target, header, pieces, advance=count, stop=stop, digest=digests.get(file))
+                write_file(target, header, pieces, advance=count, stop=stop, digest=digests.get(file), direct=direct)
                 # The disk works on this file while the next one is computed.
                 return flusher.submit(flush, target)
 
@@ -231,6 +233,10 @@ class _Layout:
         if not hashed:
             return None
         return self.checkpoint.sha256(lambda f: digests[f].hexdigest() if f in digests else sha256_file(f))
+
+
+def _fits_memory(size: int) -> bool:
+    return size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,16 +153,39 @@ def test_several_adapters_with_weights(tmp_path: Path) -> None:
     check_weights(base, tmp_path / "merged", deltas, torch.bfloat16)
 
 
-def test_blocks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["page cache", "direct", "no O_DIRECT"])
+def test_blocks_of_any_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
     """Blocks smaller than a row of Left, of a row, of several rows, and not a divisor of anything."""
+    direct: list[Path] = []
+    real = os.open
+
+    def watched(path: Path, flags: int, *mode: int, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            if way == "no O_DIRECT":
+                raise OSError(errno.EINVAL, "Invalid argument", str(path))
+            direct.append(path)
+        return real(path, flags, *mode, **options)
+
+    if way != "page cache":  # as with little memory; 8 KiB are less than the file, and no multiple of anything in it
+        monkeypatch.setattr("soka_serve.merging._fits_memory", lambda size: False)
+        monkeypatch.setattr("soka_serve.merge_files._DIRECT_BYTES", 8192)
+    monkeypatch.setattr("soka_serve.merge_files.os.open", watched)
     base = write_base(tmp_path / "base", dtype=torch.float32, shard="10GB")
     adapter = write_test_adapter(tmp_path / "adapter", base=base)
     deltas = {n: oracle_delta(f) for n, f in all_factors().items()}
+    caplog.set_level(logging.INFO)
     for values in (1, 64 * 3, 64 * 8, 64 * 27, 1 << 20):
         monkeypatch.setattr("soka_serve.merge_stream._BLOCK_VALUES", values)
-        monkeypatch.setattr("soka_serve.merge_stream._COPY_BYTES", values * 5 + 1)
+        monkeypatch.setattr("soka_serve.merge_files.COPY_BYTES", values * 5 + 1)
+        monkeypatch.setattr("soka_serve.merge_stream._PART_BYTES", values * 11 + 3)
         merge(adapter, base=base, out=tmp_path / "merged", verify=False, progress=False)
         check_weights(base, tmp_path / "merged", deltas, torch.float32)
+    has_none = "the file system has no O_DIRECT" in caplog.text
+    if way == "direct" and has_none:
+        pytest.skip("the file system of the temporary folder has no O_DIRECT")
+    assert (bool(direct), has_none) == (way == "direct", way == "no O_DIRECT")
 
 
 def test_a_training_checkpoint_counts_with_trained_minus_initial(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -248,7 +247,7 @@ def test_verification_can_fail(
     tmp_path: Path, base: Path, adapter: Path, damage: str, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
 ) -> None:
     """A merge that writes a wrong value is caught before it replaces anything."""
-    from soka_serve import merge_stream
+    from soka_serve import merge_files, merge_stream
 
     real = merge_stream.Terms.add_to
     if damage == "delta":  # a little wrong everywhere
@@ -260,13 +259,12 @@ def test_verification_can_fail(
         monkeypatch.setattr(merge_stream.Terms, "add_to", wrong)
         message = "ulp of torch.bfloat16 from base"
     elif damage == "other":
-        copy = merge_stream._copy_bytes
 
-        def spoilt(base: merge_stream._Reader, out: int, start: int, offset: int, size: int) -> None:
-            copy(base, out, start, offset, size)
-            os.pwrite(out, bytes(size), offset)
+        def spoilt(self: merge_files.Writer, base: merge_files.Reader, start: int, size: int) -> None:
+            base.read(start, size)
+            self.append(memoryview(bytearray(size)))
 
-        monkeypatch.setattr(merge_stream, "_copy_bytes", spoilt)
+        monkeypatch.setattr(merge_files.Writer, "append_copy", spoilt)
         message = "not adapted, yet changed by the merge"
     else:
         # Not among the sampled rows: only the logits can tell.
