@@ -16,7 +16,7 @@ from torch import Tensor
 from soka_serve.adapter import Adapter
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError
-from soka_serve.headers import DTYPES, read_tensor
+from soka_serve.headers import DTYPES, TensorInfo, read_header, read_tensor
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ def _spread(count: int, most: int) -> list[int]:
 def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> float:
     """Read a sample of the written weights back and hold it against base + delta in float64.
 
-    Up to 8 adapted tensors, 16 rows of each; 8 others, whose rows must not have changed. The files are read with the
-    safetensors library, and the delta's rows come from numpy.kron.
+    Up to 8 adapted tensors, 16 rows of each; 8 others, whose rows must not have changed. The safetensors library must
+    find them in the files, and the delta's rows come from numpy.kron.
 
     Returns:
         The largest error, in units of the last place of the written dtype.
@@ -55,24 +55,33 @@ def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[t
     worst = 0.0
     names = list(deltas)
     for name in [names[i] for i in _spread(len(names), _SAMPLED_TENSORS)]:
-        info = checkpoint.info(name)
-        with safe_open(directory / info.file.name, framework="pt") as file:
-            written = file.get_slice(name)
-            for row in _spread(info.shape[0], _SAMPLED_ROWS):
-                got = written[row : row + 1][0]
-                base = read_tensor(info, slice(row, row + 1))[0].double()
-                want = base + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
-                worst = max(worst, _check_row(name, row, got, want, base))
+        info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
+        for row in _spread(info.shape[0], _SAMPLED_ROWS):
+            got = read_tensor(written, slice(row, row + 1))[0]
+            base = read_tensor(info, slice(row, row + 1))[0].double()
+            want = base + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
+            worst = max(worst, _check_row(name, row, got, want, base))
     for name in [others[i] for i in _spread(len(others), _SAMPLED_TENSORS)] if others else []:
-        info = checkpoint.info(name)
-        with safe_open(directory / info.file.name, framework="pt") as file:
-            written = file.get_slice(name)
-            for row in _spread(info.shape[0], _SAMPLED_ROWS):
-                got, base = written[row : row + 1], read_tensor(info, slice(row, row + 1))
-                if not torch.equal(got, base.to(got.dtype)):
-                    raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
+        info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
+        for row in _spread(info.shape[0], _SAMPLED_ROWS):
+            got, base = (read_tensor(t, slice(row, row + 1)) for t in (written, info))
+            if not torch.equal(got, base.to(got.dtype)):
+                raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
     log.info("verify: sampled weights are within %.2f ulp of base + delta", worst)
     return worst
+
+
+def _written(directory: Path, info: TensorInfo) -> TensorInfo:
+    """Where a tensor lies in a merged file. The library maps files, and the kernel then reads MiBs for every row."""
+    file = directory / info.file.name
+    written = read_header(file)[info.name]
+    with safe_open(file, framework="pt") as opened:
+        part = opened.get_slice(info.name)
+        if (part.get_shape(), part.get_dtype()) != (list(info.shape), written.dtype):
+            raise BuildError(
+                f"verify: {info.name}: safetensors finds {part.get_dtype()} {part.get_shape()}", hint=_HINT
+            )
+    return written
 
 
 def _delta_row(adapter: Adapter, module: str, row: int) -> np.ndarray[Any, np.dtype[np.float64]]:
