@@ -1,4 +1,4 @@
-"""The two files of a merge, each from its beginning to its end: the base's, hashed as it is read, and the new one."""
+"""The two files of a merge: one of the base, hashed as it is read, and the new one, written from beginning to end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COPY_BYTES = 1 << 20
 _DIRECT_BYTES = 4 << 20
 
 
@@ -90,24 +89,34 @@ class Writer:
         size: of the finished file, bytes.
     """
 
+    _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+
     def __init__(self, file: Path, size: int) -> None:
         self._file = file
         self._size = size
         self._end = 0
 
     def __enter__(self) -> Self:
-        self._descriptor = self._open()
-        os.truncate(self._descriptor, self._size)
+        self._descriptor = os.open(self._file, self._FLAGS, 0o666)
+        try:
+            os.truncate(self._descriptor, self._size)  # the disk may have no room
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            os.close(self._descriptor)
 
     def append(self, data: memoryview) -> None:
         """Write what comes next."""
         done = 0
         while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], self._end + done)
+            done += self._pwrite(data[done:], self._end + done)
         self._end += done
 
     def append_copy(self, base: Reader, start: int, size: int) -> None:
@@ -127,42 +136,35 @@ class Writer:
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                     raise
         self._end += done
-        self._append_by_hand(base, start + done, size - done)
+        self.append(base.read(start + done, size - done))
 
-    def _append_by_hand(self, base: Reader, start: int, size: int) -> None:
-        for first in range(0, size, COPY_BYTES):
-            self.append(base.read(start + first, min(COPY_BYTES, size - first)))
+    def _pwrite(self, data: memoryview, offset: int) -> int:
+        return os.pwrite(self._descriptor, data, offset)
 
-    def _open(self, flags: int = 0) -> int:
-        return os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags, 0o666)
+    def _finish(self) -> None:
+        if self._end != self._size:
+            raise AssertionError(f"{self._file}: {self._end} bytes were written of {self._size}")
 
 
 class DirectWriter(Writer):
     """The same past the page cache (O_DIRECT), for files that would not fit into it.
 
-    There, the kernel would look for a page to give up for every page written, which took a fifth of a merge's
-    processor time, and give up the base's, which are wanted for the next merge.
+    There, the kernel would look for a page to give up for every page written, and give up the base's, which the next
+    merge wants.
     """
 
+    _FLAGS = Writer._FLAGS | getattr(os, "O_DIRECT", 0)
+
     def __enter__(self) -> Self:
-        self._buffer = mmap.mmap(-1, _DIRECT_BYTES)  # at a page's boundary, as O_DIRECT wants it
-        self._view = memoryview(self._buffer)
+        self._view = memoryview(mmap.mmap(-1, _DIRECT_BYTES))  # at a page's boundary, as O_DIRECT wants it
         self._values = torch.frombuffer(self._view, dtype=torch.uint8)
         self._filled = 0
         return super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        try:
-            if self._filled:  # the rest is no multiple of a page
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-                super().append(self._view[: self._filled])
-        finally:
-            super().__exit__()
-
     def append(self, data: memoryview) -> None:
         """Write what comes next, once there is enough of it."""
-        values = torch.frombuffer(data, dtype=torch.uint8)
+        # torch copies outside the interpreter's lock; it wants memory that can be written to, and some.
+        values = torch.frombuffer(data, dtype=torch.uint8) if data else self._values[:0]
         while len(values):
             part = values[: _DIRECT_BYTES - self._filled]
             self._values[self._filled : self._filled + len(part)] = part
@@ -174,10 +176,27 @@ class DirectWriter(Writer):
 
     def append_copy(self, base: Reader, start: int, size: int) -> None:
         """Write `size` bytes of the base's file from `start`."""
-        self._append_by_hand(base, start, size)
+        self.append(base.read(start, size))
 
-    def _open(self, flags: int = 0) -> int:
-        return super()._open(flags | os.O_DIRECT)
+    def _pwrite(self, data: memoryview, offset: int) -> int:
+        try:
+            return super()._pwrite(data, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._through_the_cache():
+                raise
+            log.info("%s: the file system refuses O_DIRECT; going on through the page cache", self._file)
+            return super()._pwrite(data, offset)
+
+    def _finish(self) -> None:
+        self._through_the_cache()  # the rest is no multiple of a page
+        super().append(self._view[: self._filled])
+        super()._finish()
+
+    def _through_the_cache(self) -> bool:
+        """Go on without O_DIRECT; whether it was in force."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        return bool(flags & os.O_DIRECT)
 
 
 def can_write_direct(folder: Path) -> bool:

@@ -1,8 +1,8 @@
-"""Writing merged safetensors files: block by block, so that memory stays at a few MiB however large a tensor is.
+"""Writing merged safetensors files: block by block, so that memory stays at some MiB however large a tensor is.
 
-One pass over the base: a block is read, hashed, added to, rounded and written while a core's cache holds it. Two files
-are in work at once, a thread each (all of it runs outside the interpreter's lock); two threads in one file would wait
-for each other's writes.
+One pass over the base: a block is read once to be hashed, added to, rounded and written while caches hold it. Several
+files are in work at once, a thread each (all of it runs outside the interpreter's lock); two threads that write to one
+file would wait for each other.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,15 @@ from torch import Tensor
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata
 from soka_serve.kron import Factors
-from soka_serve.merge_files import COPY_BYTES, DirectWriter, Reader, Writer
+from soka_serve.merge_files import DirectWriter, Reader, Writer
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
 log = logging.getLogger(__name__)
 
-_BLOCK_VALUES = 1 << 19  # values of a block of an adapted weight: 1 MiB in float32, which stays in a core's cache
-_PART_BYTES = 32 << 20
+_BLOCK_VALUES = 1 << 19  # values of a block of an adapted weight: few calls, and what is in work stays in caches
+_COPY_BYTES = 1 << 20
 
 Weighted = Sequence[tuple[Factors, float]]
 
@@ -151,53 +152,45 @@ def write_file(
     digest: Hash | None,
     direct: bool,
 ) -> None:
-    """Write one merged file in one pass over the base's: each block is read, hashed, added to and written while it is
-    in a core's cache.
+    """Write one merged file.
 
     Args:
         target: the new file.
         header, pieces: what `plan_file` returned.
         advance: called with the number of bytes written.
         stop: gives up when set.
-        digest: takes the whole content of the base's file, in order; None if nobody wants to know.
+        digest: takes the whole content of the base's file; None if nobody wants to know, or not `keeps_order(pieces)`.
         direct: past the page cache.
 
     Raises:
         CheckpointError: a value became NaN or infinite (too large for the dtype, or so in the base).
+        CancelledError: `stop` was set; the file is not finished.
         OSError: the disk is full, and the like.
     """
-    file = pieces[0].info.file
-    starts = [piece.info.start for piece in pieces]
-    if digest is not None and starts != sorted(starts):  # another dtype has changed the order
-        _hash_file(file, digest, stop)
-        digest = None
     writer = DirectWriter if direct else Writer
-    with Reader(file, digest) as base, writer(target, pieces[-1].end) as out:
-        base.read(0, min(starts))
+    with Reader(pieces[0].info.file, digest) as base, writer(target, pieces[-1].end) as out:
+        base.read(0, pieces[0].info.start)
         out.append(memoryview(bytearray(header)))
         advance(len(header))
         for piece in pieces:
             for size in _write_piece(base, out, piece):
-                if stop.is_set():
-                    return
                 advance(size)
+                if stop.is_set():
+                    raise CancelledError
 
 
-def _hash_file(file: Path, digest: Hash, stop: Event) -> None:
-    with Reader(file, digest) as base:
-        size = file.stat().st_size
-        for first in range(0, size, COPY_BYTES):
-            if stop.is_set():
-                return
-            base.read(first, min(COPY_BYTES, size - first))
+def keeps_order(pieces: Sequence[Piece]) -> bool:
+    """Whether the data lie in the base's order, so that its file can be hashed on the way."""
+    starts = [piece.info.start for piece in pieces]
+    return starts == sorted(starts)
 
 
 def _write_piece(base: Reader, out: Writer, piece: Piece) -> Iterator[int]:
-    """Write a tensor in parts of a few MiB; yields the size of each."""
+    """Write a tensor block by block; yields the size of each."""
     info = piece.info
     if piece.is_copy:
-        for first in range(0, info.nbytes, _PART_BYTES):
-            size = min(_PART_BYTES, info.nbytes - first)
+        for first in range(0, info.nbytes, _COPY_BYTES):
+            size = min(_COPY_BYTES, info.nbytes - first)
             out.append_copy(base, info.start + first, size)
             yield size
     elif info.numel:

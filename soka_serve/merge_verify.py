@@ -1,4 +1,4 @@
-"""Checks of a merged model against base + adapter that share no code with the merge itself."""
+"""Checks of a merged model against base + adapter that share no arithmetic and no layout with the merge itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soka_serve.adapter import Adapter
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import BuildError
+from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_tensor
 
 log = logging.getLogger(__name__)
@@ -74,13 +74,15 @@ def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[t
 def _written(directory: Path, info: TensorInfo) -> TensorInfo:
     """Where a tensor lies in a merged file. The library maps files, and the kernel then reads MiBs for every row."""
     file = directory / info.file.name
-    written = read_header(file)[info.name]
-    with safe_open(file, framework="pt") as opened:
-        part = opened.get_slice(info.name)
-        if (part.get_shape(), part.get_dtype()) != (list(info.shape), written.dtype):
-            raise BuildError(
-                f"verify: {info.name}: safetensors finds {part.get_dtype()} {part.get_shape()}", hint=_HINT
-            )
+    try:
+        written = read_header(file)[info.name]
+        with safe_open(file, framework="pt") as opened:
+            part = opened.get_slice(info.name)
+            found = part.get_dtype(), tuple(part.get_shape())
+    except (CheckpointError, KeyError, SafetensorError) as error:
+        raise BuildError(f"verify: {info.name} cannot be read back: {error}", hint=_HINT) from error
+    if found != (written.dtype, info.shape):
+        raise BuildError(f"verify: {info.name}: expected {(written.dtype, info.shape)}, found {found}", hint=_HINT)
     return written
 
 

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from soka_serve.merge_files import can_write_direct
 from soka_serve.merge_papers import copy_side_files, write_papers
-from soka_serve.merge_stream import plan_file, single_threaded_torch, write_file
+from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def merge(
     Semantics: merged[name] = W + sum over adapters of weight * delta, summed in float32 (float64 for a float32
     output) and rounded once to the output's dtype.
 
-    The base is read once, in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
+    The base is read in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
     result has the base's shards, index, config, tokenizer and generation config, replaces `out` as a whole, and loads
     in any engine. Pickles, code and other files of the base stay behind.
 
@@ -193,9 +193,11 @@ class _Layout:
 
     def write(self, new: Path, *, hashed: bool, progress: bool) -> str | None:
         """Write all weight files and the index; returns the sha256 of the base's weights if `hashed`."""
-        digests = {file: hashlib.sha256() for file in self.files} if hashed else {}
+        digests = {file: hashlib.sha256() for file in self.files if hashed and keeps_order(self.files[file][1])}
+        size = sum(file.stat().st_size for file in self.files) + self.total_bytes
+        direct = not _fits_memory(size) and can_write_direct(new)
         stop, lock = threading.Event(), threading.Lock()
-        direct = not _fits_memory(2 * self.total_bytes) and can_write_direct(new)  # base and result
+        flushed: list[Future[None]] = []
         with (
             track(self.total_bytes, "merge", unit="B", enabled=progress) as advance,
             single_threaded_torch(),
@@ -203,7 +205,7 @@ class _Layout:
             ThreadPoolExecutor(_THREADS) as pool,
         ):
 
-            def work(file: Path) -> Future[None]:
+            def work(file: Path) -> None:
                 def count(size: int) -> None:
                     with lock:
                         advance(file.name, size)
@@ -212,17 +214,19 @@ class _Layout:
                 target = new / file.name
                 write_file(target, header, pieces, advance=count, stop=stop, digest=digests.get(file), direct=direct)
                 # The disk works on this file while the next one is computed.
-                return flusher.submit(flush, target)
+                flushed.append(flusher.submit(flush, target))
 
-            futures = [pool.submit(work, file) for file in self.files]
+            futures: list[Future[None]] = []
             try:
-                for done in as_completed(futures):
-                    done.result()
-                for future in futures:
-                    future.result().result()
-            finally:  # the first error, or Ctrl-C, ends all of it
+                futures += [pool.submit(work, file) for file in self.files]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                if not all(future.done() for future in futures):
+                    stop.set()
+                _raise_first(futures)
+                _raise_first(flushed)
+            finally:  # after Ctrl-C as after an error, nothing more is begun
                 stop.set()
-                for future in futures:
+                for future in (*futures, *flushed):
                     future.cancel()
         index = self.checkpoint.directory / INDEX_FILE
         if len(self.checkpoint.files) > 1 or index.exists():
@@ -233,6 +237,13 @@ class _Layout:
         if not hashed:
             return None
         return self.checkpoint.sha256(lambda f: digests[f].hexdigest() if f in digests else sha256_file(f))
+
+
+def _raise_first(futures: Sequence[Future[None]]) -> None:
+    """Wait for all; raise what the first of them has raised that was not merely stopped."""
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, CancelledError)):
+        raise error
 
 
 def _fits_memory(size: int) -> bool:

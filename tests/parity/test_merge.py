@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -153,7 +154,7 @@ def test_several_adapters_with_weights(tmp_path: Path) -> None:
     check_weights(base, tmp_path / "merged", deltas, torch.bfloat16)
 
 
-@pytest.mark.parametrize("way", ["page cache", "direct", "no O_DIRECT"])
+@pytest.mark.parametrize("way", ["page cache", "direct", "no O_DIRECT", "refused later"])
 def test_blocks_of_any_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
@@ -168,6 +169,13 @@ def test_blocks_of_any_size(
             direct.append(path)
         return real(path, flags, *mode, **options)
 
+    def refusing(descriptor: int, data: memoryview, offset: int) -> int:
+        if way == "refused later" and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return written(descriptor, data, offset)
+
+    written = os.pwrite
+    monkeypatch.setattr("soka_serve.merge_files.os.pwrite", refusing)
     if way != "page cache":  # as with little memory; 8 KiB are less than the file, and no multiple of anything in it
         monkeypatch.setattr("soka_serve.merging._fits_memory", lambda size: False)
         monkeypatch.setattr("soka_serve.merge_files._DIRECT_BYTES", 8192)
@@ -178,14 +186,17 @@ def test_blocks_of_any_size(
     caplog.set_level(logging.INFO)
     for values in (1, 64 * 3, 64 * 8, 64 * 27, 1 << 20):
         monkeypatch.setattr("soka_serve.merge_stream._BLOCK_VALUES", values)
-        monkeypatch.setattr("soka_serve.merge_files.COPY_BYTES", values * 5 + 1)
-        monkeypatch.setattr("soka_serve.merge_stream._PART_BYTES", values * 11 + 3)
-        merge(adapter, base=base, out=tmp_path / "merged", verify=False, progress=False)
-        check_weights(base, tmp_path / "merged", deltas, torch.float32)
+        monkeypatch.setattr("soka_serve.merge_stream._COPY_BYTES", values * 5 + 1)
+        for hashed in (True, False):
+            merge(
+                adapter, base=base, out=tmp_path / "merged", verify=False, allow_other_base=not hashed, progress=False
+            )
+            check_weights(base, tmp_path / "merged", deltas, torch.float32)
     has_none = "the file system has no O_DIRECT" in caplog.text
-    if way == "direct" and has_none:
+    if way in ("direct", "refused later") and has_none:
         pytest.skip("the file system of the temporary folder has no O_DIRECT")
-    assert (bool(direct), has_none) == (way == "direct", way == "no O_DIRECT")
+    assert (bool(direct), has_none) == (way in ("direct", "refused later"), way == "no O_DIRECT")
+    assert ("the file system refuses O_DIRECT" in caplog.text) == (way == "refused later")
 
 
 def test_a_training_checkpoint_counts_with_trained_minus_initial(tmp_path: Path) -> None:

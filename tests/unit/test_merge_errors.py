@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import resource
@@ -185,7 +186,7 @@ def test_quantised_base(tmp_path: Path, adapter: Path, old: Callable[[], None]) 
 
 
 def test_disk_full(tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None]) -> None:
-    """A limit on file sizes stops the second shard, as a full disk does."""
+    """A limit on file sizes stops a shard before anything is written to it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
     try:
@@ -193,6 +194,44 @@ def test_disk_full(tmp_path: Path, base: Path, adapter: Path, old: Callable[[], 
             run(adapter, base, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    old()
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_disk_full_in_the_middle(
+    tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None], monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    """Other files are in work then, and are given up; no descriptor stays open."""
+    from soka_serve import merge_files
+
+    real, calls = merge_files.Writer._pwrite, 0
+
+    def full(self: merge_files.Writer, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, data[:4096], offset)  # and fewer bytes than asked for
+
+    monkeypatch.setattr("soka_serve.merging._fits_memory", lambda size: not direct)
+    monkeypatch.setattr("soka_serve.merge_files._DIRECT_BYTES", 8192)
+    monkeypatch.setattr(merge_files.Writer, "_pwrite", full)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(BuildError, match=r"cannot write .*out: No space left on device"):
+        run(adapter, base, tmp_path / "out")
+    assert calls > 5
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    old()
+
+
+def test_several_damaged_shards(tmp_path: Path, adapter: Path, old: Callable[[], None]) -> None:
+    """What is raised is what is wrong with one of them, not that others were stopped for it."""
+    base = write_base(tmp_path / "damaged")
+    for file in Checkpoint.open(base).files:
+        save_file({n: torch.full_like(t, torch.nan) for n, t in load_file(file).items()}, file)
+    for _ in range(5):
+        with pytest.raises(CheckpointError, match="values that are NaN or infinite"):
+            run(adapter, base, tmp_path / "out", allow_other_base=True)
     old()
 
 
