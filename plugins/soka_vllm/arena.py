@@ -41,22 +41,19 @@ class Buffer:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.values = self._reserved = torch.empty(0, dtype=dtype, device=device)
-        self._taken: dict[int, int] = {}
-        self._used = 0
+        self._room = _Room(0)
 
     def take(self, slot: int, size: int) -> int:
         """Reserve `size` values; where they start. `slot` makes no difference."""
-        full = self._used == self.values.numel()
-        start = self.values.numel() if full else _first_gap(self._taken, 0, size)
+        start = self._room.find(size)
         if start + size > self.values.numel():
             self._grow(start + size)
-        self._taken[start] = size
-        self._used += size
+        self._room.take(start, size)
         return start
 
     def give_back(self, slot: int, start: int) -> None:
         """Free what `take` returned."""
-        self._used -= self._taken.pop(start)
+        self._room.give_back(start)
 
     def _grow(self, size: int) -> None:
         # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
@@ -84,7 +81,7 @@ class Arena:
         self.slot_values = slot_values
         with torch.inference_mode(False):
             self.values = torch.zeros(slots * slot_values, dtype=dtype, device=device)
-        self._taken: list[dict[int, int]] = [{} for _ in range(slots)]
+        self._rooms = [_Room(slot * slot_values) for slot in range(slots)]
 
     @classmethod
     def shared(cls, slots: int, dtype: torch.dtype, device: torch.device) -> Arena:
@@ -108,16 +105,16 @@ class Arena:
         Raises:
             ValueError: there is no room.
         """
-        taken, begin = self._taken[slot], slot * self.slot_values
-        start = _first_gap(taken, begin, size)
-        if start + size > begin + self.slot_values:
-            raise ValueError(too_large(size + sum(taken.values()), self.slot_values))
-        taken[start] = size
+        room = self._rooms[slot]
+        start = room.find(size)
+        if start + size > room.begin + self.slot_values:
+            raise ValueError(too_large(size + room.used, self.slot_values))
+        room.take(start, size)
         return start
 
     def give_back(self, slot: int, start: int) -> None:
         """Free what `take` returned."""
-        del self._taken[slot][start]
+        self._rooms[slot].give_back(start)
 
 
 def too_large(values: int, slot_values: int) -> str:
@@ -128,11 +125,46 @@ def too_large(values: int, slot_values: int) -> str:
     )
 
 
-def _first_gap(taken: dict[int, int], begin: int, size: int) -> int:
-    """Where the first gap of `size` values after `begin` starts, between or behind the stretches (start: size)."""
-    end = begin
-    for start, length in sorted(taken.items()):
-        if start - end >= size:
-            break
-        end = start + length
-    return end
+class _Room:
+    """Which stretches of a memory are taken, from `begin` on.
+
+    An adapter mostly takes the place of one with the same shapes, so what was given back is remembered by its size:
+    searching among a thousand adapters' stretches takes longer than filling one.
+    """
+
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
+        self.used = 0
+        self._end = begin  # nothing behind this was ever taken
+        self._taken: dict[int, int] = {}  # start: size
+        self._given_back: dict[int, list[int]] = {}  # size: starts
+
+    def find(self, size: int) -> int:
+        """Where the next stretch of `size` values may start; `take` it next."""
+        if starts := self._given_back.get(size):
+            return starts[-1]
+        if self.used == self._end - self.begin:  # there is no gap
+            return self._end
+        end = self.begin
+        for start, length in sorted(self._taken.items()):
+            if start - end >= size:
+                break
+            end = start + length
+        return end
+
+    def take(self, start: int, size: int) -> None:
+        """Reserve what `find` returned."""
+        starts = self._given_back.get(size)
+        if starts and starts[-1] == start:
+            starts.pop()
+        elif start < self._end:  # cut out of a gap, maybe out of what was given back
+            self._given_back.clear()
+        self._taken[start] = size
+        self.used += size
+        self._end = max(self._end, start + size)
+
+    def give_back(self, start: int) -> None:
+        """Free a stretch."""
+        size = self._taken.pop(start)
+        self.used -= size
+        self._given_back.setdefault(size, []).append(start)

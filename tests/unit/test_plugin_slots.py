@@ -8,8 +8,10 @@ import weakref
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from soka_vllm.arena import Arena
+from soka_vllm.arena import Arena, Buffer
 from soka_vllm.slots import SlotStore
 
 
@@ -114,6 +116,28 @@ def test_filling_many_slots_does_not_copy_all_of_them_each_time() -> None:
         addresses.add(store.values.data_ptr())
     assert len(addresses) <= 10
     assert rows(store, list(range(300))) == [8.0 * slot for slot in range(300)]
+
+
+@given(steps=st.lists(st.tuples(st.integers(0, 5), st.sampled_from([1, 2, 3, 5, 8])), max_size=60), arena=st.booleans())
+def test_stretches_never_overlap(steps: list[tuple[int, int]], arena: bool) -> None:
+    """Adapters of several sizes come and go in any order."""
+    memory = Arena(2, 24, torch.float32, torch.device("cpu")) if arena else Buffer(torch.float32, torch.device("cpu"))
+    held: dict[int, tuple[int, int]] = {}
+    for who, size in steps:
+        if who in held:
+            memory.give_back(1, held.pop(who)[0])
+        try:
+            start = memory.take(1, size)
+        except ValueError:
+            assert isinstance(memory, Arena)
+            continue
+        held[who] = (start, size)
+        ends = [24 if arena else 0, *(end for pair in sorted(held.values()) for end in (pair[0], sum(pair)))]
+        assert ends == sorted(ends)
+        assert ends[-1] <= (48 if arena else memory.values.numel())
+    for start, _ in held.values():
+        memory.give_back(1, start)
+    assert memory.take(1, 24) == (24 if arena else 0)  # nothing is lost
 
 
 def test_a_growing_buffer_has_no_limit() -> None:
