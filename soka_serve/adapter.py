@@ -23,10 +23,9 @@ from safetensors.torch import save as to_safetensors
 
 from soka_serve.errors import CheckpointError
 from soka_serve.files import write_bytes_atomic, write_text_atomic
-from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_header, read_json, read_tensor
+from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
 from soka_serve.lock import read_lock, write_lock
-from soka_serve.shapes import FactorShape
 
 __all__ = [
     "CARD_FILE",
@@ -54,6 +53,7 @@ PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1
 KEY_PREFIX = "base_model.model."
 PARTS = ("left", "right", "sigma")
+_KINDS = ("", "_initial")  # trained, and what the training began with
 
 _SAVE_AGAIN = "save or download the adapter again"
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
@@ -140,17 +140,22 @@ def read_adapter(directory: str | Path) -> Adapter:
         tensors = read_header(folder / WEIGHTS_FILE)
     except CheckpointError as error:
         problems.append(error.message)
-    factors: dict[str, Factors] = {}
-    initial: dict[str, Factors] = {}
+    values: dict[str, torch.Tensor] = {}
     if not problems:
-        problems += _check_names(config, tensors)
-        for name, spec in config["soka_modules"].items():
-            theta = _read_factors(name, spec, "", tensors, problems)
-            theta0 = _read_factors(name, spec, "_initial", tensors, problems) if config["soka_initial"] else None
-            factors.update({name: theta} if theta else {})
-            initial.update({name: theta0} if theta0 else {})
+        problems += _check_tensors(config, tensors)
+        floating = {name: info for name, info in tensors.items() if info.dtype in FLOAT_DTYPES}
+        values = {name: value.float() for name, value in read_tensors(floating).items()}
+        problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
     if problems:
         raise CheckpointError("\n".join(f"{folder}: {p}" for p in problems), hint=_SAVE_AGAIN)
+    factors, initial = (
+        {
+            name: Factors(*(values[key] for key in keys))
+            for name in config["soka_modules"]
+            if (keys := _keys(name, kind))[0] in values
+        }
+        for kind in _KINDS
+    )
     return Adapter(folder, config, factors, initial)
 
 
@@ -189,9 +194,10 @@ def write_adapter(
             problems.append(f"{name}: no terms")
         for part in PARTS:
             value = getattr(factors[name], part).detach().to("cpu", dtype).contiguous()
-            if not bool(torch.isfinite(value).all()):
-                problems.append(f"{name}.soka_{part}: values are not finite in {dtype}")
             tensors[f"{KEY_PREFIX}{name}.soka_{part}"] = value
+    problems += [
+        f"{name.removeprefix(KEY_PREFIX)}: values are not finite in {dtype}" for name in find_not_finite(tensors)
+    ]
     if problems:
         raise CheckpointError("\n".join(problems), hint="training diverged, or the dtype is too narrow")
     config = {
@@ -283,39 +289,30 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _check_names(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Tensors that the config does not name, or that it names and the file lacks."""
-    kinds = ("", "_initial") if config["soka_initial"] else ("",)
-    expected = {
-        f"{KEY_PREFIX}{name}.soka_{part}{kind}" for name in config["soka_modules"] for part in PARTS for kind in kinds
-    }
-    missing, unknown = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-    problems = [f"{WEIGHTS_FILE}: missing {name}" for name in missing]
+def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that the config does not name, or that it names and the file lacks or has otherwise."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, spec in config["soka_modules"].items():
+        rank, (m, n, p, q) = spec["rank"], spec["shape"]
+        shapes = ((rank, m, n), (rank, p, q), (rank,))
+        for kind in _KINDS if config["soka_initial"] else _KINDS[:1]:
+            expected |= dict(zip(_keys(name, kind), shapes, strict=True))
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    problems = [f"missing {name}" for name in missing]
     if unknown:
-        problems.append(f"{WEIGHTS_FILE}: tensors that {CONFIG_FILE} does not name: {', '.join(unknown)}")
-    return problems
-
-
-def _read_factors(
-    name: str, spec: Mapping[str, Any], kind: str, tensors: Mapping[str, TensorInfo], problems: list[str]
-) -> Factors | None:
-    """One module's factors; None where something is missing or wrong, which goes to `problems`."""
-    rank, (m, n, p, q) = spec["rank"], FactorShape(*spec["shape"])
-    values = {}
-    for part, shape in (("left", (rank, m, n)), ("right", (rank, p, q)), ("sigma", (rank,))):
-        key = f"{KEY_PREFIX}{name}.soka_{part}{kind}"
+        problems.append(f"tensors that {CONFIG_FILE} does not name: {', '.join(unknown)}")
+    for key, shape in expected.items():
         info = tensors.get(key)
         if info is not None and info.dtype not in FLOAT_DTYPES:
-            problems.append(f"{WEIGHTS_FILE}: {key} is {info.dtype}, expected a floating-point dtype")
+            problems.append(f"{key} is {info.dtype}, expected a floating-point dtype")
         elif info is not None and info.shape != shape:
-            problems.append(f"{WEIGHTS_FILE}: {key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
-        elif info is not None:
-            value = read_tensor(info).float()
-            if bool(torch.isfinite(value).all()):
-                values[part] = value
-            else:
-                problems.append(f"{WEIGHTS_FILE}: {key} has values that are not finite")
-    return Factors(**values) if len(values) == len(PARTS) else None
+            problems.append(f"{key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
+    return [f"{WEIGHTS_FILE}: {problem}" for problem in problems]
+
+
+def _keys(module: str, kind: str) -> list[str]:
+    """Names of a module's tensors, in the order of PARTS."""
+    return [f"{KEY_PREFIX}{module}.soka_{part}{kind}" for part in PARTS]
 
 
 def _is_count(value: object) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -223,21 +224,62 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
         start += first * (info.nbytes // max(shape[0], 1))
         shape[0] = max(last - first, 0)
     tensor = torch.empty(shape, dtype=info.torch_dtype)
-    if tensor.numel() == 0:
-        return tensor
-    buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-    with info.file.open("rb", buffering=0) as stream:
+    if tensor.numel():
+        _read_into(tensor.view(-1).view(torch.uint8), info.file, start, info.name)
+    return tensor
+
+
+def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
+    """Many tensors of one file in one read: views of the same memory, on the CPU, shape and dtype as in the file.
+
+    For files of many small tensors, of which most are wanted: it holds everything from the first to the last.
+
+    Raises:
+        CheckpointError: the file ends early (it was changed after its header was read).
+        ValueError: the tensors are of several files.
+    """
+    import torch
+
+    files = {info.file for info in tensors.values()}
+    if not files:
+        return {}
+    (file,) = files
+    first = min(info.start for info in tensors.values())
+    content = torch.empty(max(info.end for info in tensors.values()) - first, dtype=torch.uint8)
+    _read_into(content, file, first, "tensors")
+    found = {}
+    for name, info in tensors.items():
+        part = content[info.start - first : info.end - first]
+        if part.storage_offset() % DTYPES[info.dtype][0]:  # only files that others have written
+            part = part.clone()
+        found[name] = part.view(info.torch_dtype).view(info.shape)
+    return found
+
+
+def _read_into(target: torch.Tensor, file: Path, start: int, what: str) -> None:
+    buffer = memoryview(target.numpy())  # type: ignore[arg-type]
+    with file.open("rb", buffering=0) as stream:
         stream.seek(start)
         done = 0
         while done < len(buffer):
             count = stream.readinto(buffer[done:])
             if not count:
                 raise CheckpointError(
-                    f"{info.file}: {info.name}: truncated: expected {len(buffer)} bytes, found {done}",
-                    hint=FETCH_AGAIN,
+                    f"{file}: {what}: truncated: expected {len(buffer)} bytes, found {done}", hint=FETCH_AGAIN
                 )
             done += count
-    return tensor
+
+
+def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors, floating and on the CPU, that hold NaN or infinity.
+
+    One pass over all where there are none: for small tensors, a call costs more than looking at the values.
+    """
+    import torch
+
+    if not tensors or bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors.values()])).all()):
+        return []
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:

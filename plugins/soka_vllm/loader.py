@@ -12,7 +12,7 @@ import torch
 
 from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, read_adapter
 from soka_serve.errors import SokaError
-from soka_serve.headers import read_json
+from soka_serve.headers import find_not_finite, read_json
 from soka_serve.kron import Factors
 from soka_vllm import compat
 from soka_vllm.arena import too_large
@@ -91,17 +91,19 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
     here = _check_layers(adapter, places, manager)
     weights = {}
+    tensors: dict[str, torch.Tensor] = {}
     values, room = 0, None
     for name, factors in adapter.items():
         left = (factors.left * factors.sigma[:, None, None]).to(dtype)
-        right = factors.right.to(dtype)
-        if not bool(left.isfinite().all() and right.isfinite().all()):
-            raise ValueError(f"{name}: values are not finite in {dtype}")
+        right = factors.right.to(dtype, copy=True)  # else all of the file stays in memory for it
+        tensors |= {f"{name}: Left": left, f"{name}: Right": right}
         if name in places:
             layer, index = places[name]
             room = layer.slot_values
             values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
+    if spoilt := find_not_finite(tensors):
+        raise ValueError("\n".join(f"{name} has values that are not finite in {dtype}" for name in spoilt))
     if room is not None and values > room:
         raise ValueError(too_large(values, room))
     ranks = sorted({weight.rank for weight in weights.values()})

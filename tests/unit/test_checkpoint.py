@@ -20,7 +20,7 @@ from soka_serve import hub
 from soka_serve.checkpoint import Checkpoint, check_finite, read_header, read_tensor, resolve_base
 from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_file, sha256_tree
-from soka_serve.headers import read_metadata
+from soka_serve.headers import find_not_finite, read_metadata, read_tensors
 from soka_serve.schema import Base
 
 TENSORS = {
@@ -85,6 +85,37 @@ def test_every_tensor_is_read(kind: str, request: pytest.FixtureRequest) -> None
     assert read_tensor(info, slice(3, 9)).shape == (0, 4)
     with pytest.raises(CheckpointError, match=r"no tensor nothing\.weight"):
         checkpoint.read("nothing.weight")
+
+
+def test_many_tensors_in_one_read(single: Path, tmp_path: Path) -> None:
+    for names in (TENSORS, ["b.weight"], ["e"], []):
+        header = read_header(single / "model.safetensors")
+        found = read_tensors({name: header[name] for name in names})
+        assert list(found) == list(names)
+        for name, tensor in found.items():
+            assert tensor.dtype == TENSORS[name].dtype
+            assert torch.equal(tensor, TENSORS[name])
+    # A narrow tensor before a wide one, as no library writes them: the wide one begins in the middle of its unit.
+    raw = write_raw(
+        tmp_path / "odd.safetensors",
+        {
+            "half": {"dtype": "F16", "shape": [1], "data_offsets": [0, 2]},
+            "single": {"dtype": "F32", "shape": [2], "data_offsets": [2, 10]},
+        },
+        struct.pack("<eff", 0.5, 1.5, -2.5),
+    )
+    odd = read_tensors(read_header(raw))
+    assert (odd["half"].tolist(), odd["single"].tolist()) == ([0.5], [1.5, -2.5])
+    header = read_header(raw)
+    raw.write_bytes(raw.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: tensors: truncated: expected 10 bytes, found 9"):
+        read_tensors(header)
+
+
+def test_values_that_are_not_finite_are_found() -> None:
+    good, bad = torch.ones(2, 2), torch.tensor([1.0, torch.nan])
+    assert find_not_finite({}) == find_not_finite({"a": good, "b": good.half()}) == []
+    assert find_not_finite({"a": good, "b": bad, "c": good.bfloat16(), "d": -bad / 0}) == ["b", "d"]
 
 
 def test_metadata(single: Path) -> None:
