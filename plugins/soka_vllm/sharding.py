@@ -78,6 +78,8 @@ def values_after_cut(shape: FactorShape, rows: range, columns: range) -> int:
 
 
 def _cut_axis(left: Tensor, right: Tensor, wanted: range, axis: int) -> tuple[Tensor, Tensor, int]:
+    if len(wanted) == left.shape[axis] * right.shape[axis]:  # all of it, as on a single rank
+        return left, right, 0
     of_left, of_right, skip = _stretches(right.shape[axis], wanted)
     left = left.narrow(axis, of_left.start, len(of_left))
     return left, right.narrow(axis, of_right.start, len(of_right)), skip
