@@ -193,7 +193,8 @@ def write_adapter(
         if factors[name].rank == 0:
             problems.append(f"{name}: no terms")
         for part in PARTS:
-            value = getattr(factors[name], part).detach().to("cpu", dtype).contiguous()
+            # A copy: safetensors refuses tensors that share memory, as modules with the same factors do.
+            value = getattr(factors[name], part).detach().to("cpu", dtype, copy=True).contiguous()
             tensors[f"{KEY_PREFIX}{name}.soka_{part}"] = value
     problems += [
         f"{name.removeprefix(KEY_PREFIX)}: values are not finite in {dtype}" for name in find_not_finite(tensors)

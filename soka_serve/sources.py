@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from soka_serve.checkpoint import resolve_base
+from soka_serve.errors import CheckpointError
 from soka_serve.schema import Base
 
 
@@ -18,6 +19,11 @@ def open_base(name: str, revision: str | None = None) -> tuple[Path, str]:
     if name == "tiny" and not Path(name).is_dir():
         return resolve_base(Base(builtin="tiny"), manifest_dir=here), base_name(Base(builtin="tiny"), here)
     path = Path(name).expanduser()
+    if not name.startswith((".", "~")) and "/" not in name and not path.exists():
+        raise CheckpointError(
+            f"base {name}: neither a directory here nor 'tiny', the embedded model",
+            hint="give the directory of a Hugging Face checkpoint, a hub id (ORGANISATION/NAME), or tiny",
+        )
     # A hub id is ORGANISATION/NAME at most; anything else that looks like a path is one, there or not.
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
         base = Base(path=str(path))

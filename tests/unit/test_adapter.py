@@ -139,6 +139,13 @@ def test_peft_loads_what_is_written(tmp_path: Path) -> None:
     assert not config.soka_initial
 
 
+def test_modules_may_share_their_factors(tmp_path: Path) -> None:
+    same = made()[Q]
+    write_adapter(tmp_path, {"a.q_proj": same, "b.q_proj": same}, base_model="b")
+    found = read_adapter(tmp_path).factors
+    assert all(torch.equal(found[name].left, same.left) for name in ("a.q_proj", "b.q_proj"))
+
+
 # --- what is not written ---------------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,7 @@ def test_init_plan_and_a_typing_mistake(tmp_path: Path, monkeypatch: pytest.Monk
         (["build", "nowhere.toml"], ["nowhere.toml"]),
         (["inspect", "nowhere"], ["nowhere"]),
         (["merge", "nowhere", "--base", "tiny", "--out", "x"], ["nowhere"]),
+        (["merge", "x", "--base", "tinny", "--out", "x"], ["tinny", "'tiny', the embedded model", "ORGANISATION/NAME"]),
         (["merge", "nowhere=half", "--base", "tiny", "--out", "x"], ["ADAPTER=WEIGHT", "half"]),
         (["export", "nowhere", "--out", "x"], ["nowhere"]),
         (["extract", "./nowhere", "--base", "tiny", "--out", "x", "--rank", "1"], ["nowhere"]),
