@@ -88,6 +88,8 @@ def build(
             logger.info("%s is up to date: nothing to do", workspace.target)
             return _result(context)
         check_target(context)
+        if processes.is_main:  # some seconds in which nothing else would be said
+            logger.info("%s: loading torch, transformers and PEFT", workspace.target)
         return _run(context, previous)
 
 
