@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import soka_serve
+import soka_serve.builtin
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.lock import read_lock
