@@ -249,12 +249,17 @@ def _swap(temporary: Path, target: Path) -> Path | None:
 
 
 @contextmanager
-def replace_directory(target: Path) -> Iterator[Path]:
+def replace_directory(target: Path, *, adopt: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
     """Write a whole directory, or nothing: yields an empty temporary sibling that replaces `target` at the end.
 
     On success every file is flushed to the disk and the directory takes `target`'s place: by one atomic exchange on
     Linux, by two renames elsewhere. On any exception, Ctrl-C included, the sibling is removed and `target` stays as it
     was. A `target` that is a symbolic link to a directory stays a link; the directory behind it is replaced.
+
+    Args:
+        target: the directory.
+        adopt: called with what a killed run has left (its temporary sibling) and the new sibling, before the former is
+            removed.
 
     Raises:
         BuildError: disk full, no permission, read-only, or a file in the way; names the path and says what to do.
@@ -264,12 +269,16 @@ def replace_directory(target: Path) -> Iterator[Path]:
         if real.exists() and not real.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(real))
         real.parent.mkdir(parents=True, exist_ok=True)
-        clean_stale(real)
         temporary = _sibling(real, "tmp")
         old: Path | None = None
         _active.add(temporary)
         try:
             temporary.mkdir()
+            if adopt is not None:
+                for left, pid, machine in list(_leftovers(real, "tmp")):
+                    if _is_stale(left, pid, machine):
+                        adopt(left, temporary)
+            clean_stale(real)
             yield temporary
             _flush_tree(temporary)
             old = _swap(temporary, real)

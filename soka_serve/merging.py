@@ -19,12 +19,13 @@ from typing import Literal
 from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_replaceable, flush, replace_directory, sha256_file, write_text_atomic
+from soka_serve.files import check_replaceable, clean_stale, flush, replace_directory, sha256_file, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from soka_serve.merge_files import can_write_direct
 from soka_serve.merge_papers import copy_side_files, write_papers
+from soka_serve.merge_resume import Finished, merge_key
 from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
 
@@ -102,7 +103,7 @@ def merge(
 
     The base is read in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
     result has the base's shards, index, config, tokenizer and generation config, replaces `out` as a whole, and loads
-    in any engine. Pickles, code and other files of the base stay behind.
+    in any engine. Pickles, code and other files of the base stay behind. After a kill, finished files are taken over.
 
     Args:
         adapter: an adapter directory, or several with weights. Training checkpoints count with trained - initial.
@@ -129,8 +130,10 @@ def merge(
     layout = _Layout(checkpoint, adapters, dtype)
     layout.check_space(out)
     expected = {a.directory: sha for a, _ in adapters if (sha := recorded_base_sha256(a.directory)) is not None}
-    with replace_directory(out) as new:
-        base_sha256 = layout.write(new, hashed=bool(expected) and not allow_other_base, progress=progress)
+    hashed = bool(expected) and not allow_other_base
+    finished = Finished(merge_key(checkpoint, adapters, dtype, hashed=hashed))
+    with replace_directory(out, adopt=finished.adopt) as new:
+        base_sha256 = layout.write(new, finished, hashed=hashed, progress=progress)
         if base_sha256 is not None:
             _check_base_hash(checkpoint, expected, base_sha256)
         copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None)
@@ -186,12 +189,15 @@ class _Layout:
         place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
         free = shutil.disk_usage(place).free
         if free < self.total_bytes:
+            clean_stale(out)  # a killed run may have left as much; it is taken over only where there is room for both
+            free = shutil.disk_usage(place).free
+        if free < self.total_bytes:
             raise BuildError(
                 f"cannot write {out}: the merged model takes {self.total_bytes:,} bytes, the disk has {free:,} free",
                 hint="free some space on that disk, or write somewhere else",
             )
 
-    def write(self, new: Path, *, hashed: bool, progress: bool) -> str | None:
+    def write(self, new: Path, finished: Finished, *, hashed: bool, progress: bool) -> str | None:
         """Write all weight files and the index; returns the sha256 of the base's weights if `hashed`."""
         digests = {file: hashlib.sha256() for file in self.files if hashed and keeps_order(self.files[file][1])}
         size = sum(file.stat().st_size for file in self.files) + self.total_bytes
@@ -214,11 +220,20 @@ class _Layout:
                 target = new / file.name
                 write_file(target, header, pieces, advance=count, stop=stop, digest=digests.get(file), direct=direct)
                 # The disk works on this file while the next one is computed.
-                flushed.append(flusher.submit(flush, target))
+                flushed.append(flusher.submit(finish, file))
+
+            def finish(file: Path) -> None:
+                flush(new / file.name)
+                finished.add(new, file.name, digests[file].hexdigest() if file in digests else "")
 
             futures: list[Future[None]] = []
             try:
-                futures += [pool.submit(work, file) for file in self.files]
+                for file, (_, pieces) in self.files.items():
+                    if file.name in finished.files:
+                        with lock:
+                            advance(file.name, pieces[-1].end)
+                    else:
+                        futures.append(pool.submit(work, file))
                 wait(futures, return_when=FIRST_EXCEPTION)
                 if not all(future.done() for future in futures):
                     stop.set()
@@ -234,9 +249,9 @@ class _Layout:
             size = sum(p.end - p.start for _, pieces in self.files.values() for p in pieces)
             content["metadata"] = {**content.get("metadata", {}), "total_size": size}
             write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
-        if not hashed:
-            return None
-        return self.checkpoint.sha256(lambda f: digests[f].hexdigest() if f in digests else sha256_file(f))
+        known = dict(finished.files)
+        finished.close(new)
+        return self.checkpoint.sha256(lambda file: known.get(file.name) or sha256_file(file)) if hashed else None
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:

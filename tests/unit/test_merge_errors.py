@@ -5,14 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import resource
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from soka_serve import merging
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.kron import Factors
@@ -222,6 +229,60 @@ def test_disk_full_in_the_middle(
     assert calls > 5
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     old()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from soka_serve import merge_resume
+from soka_serve.merging import merge
+
+real, base, adapter, out = merge_resume.Finished.add, *map(Path, sys.argv[1:])
+
+def add(self, new, name, digest):
+    real(self, new, name, digest)
+    if len(self.files) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+merge_resume.Finished.add = add
+merge(adapter, base=base, out=out, verify=False, progress=False)
+"""
+
+
+@pytest.mark.parametrize("change", ["nothing", "weight", "base"])
+def test_a_killed_merge_goes_on(
+    tmp_path: Path, adapter: Path, base: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was finished is taken over if everything is as it was, and the result is that of one run."""
+    own = tmp_path / "base"
+    shutil.copytree(base, own)
+    files = Checkpoint.open(own).files
+    assert len(files) > 2
+    command = [sys.executable, "-c", KILLED, str(own), str(adapter), str(tmp_path / "out")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    (left,) = (p for p in tmp_path.iterdir() if p.name.startswith(".out."))
+    assert not (tmp_path / "out").exists()
+    if change == "base":
+        os.utime(files[-1], (1, 1))
+    written: list[str] = []
+
+    def watched(target: Path, *rest: Any, **options: Any) -> None:
+        written.append(target.name)
+        write_file(target, *rest, **options)
+
+    write_file = merging.write_file
+    monkeypatch.setattr(merging, "write_file", watched)
+    weights = [(adapter, 0.5 if change == "weight" else 1.0)]
+    merge(weights, base=own, out=tmp_path / "out", verify="tensors", progress=False)
+    assert len(written) == len(files) - 2 * (change == "nothing")
+    assert not left.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "out"}
+    assert not list((tmp_path / "out").glob(".*"))
+    written.clear()
+    merge(weights, base=own, out=tmp_path / "again", verify=False, progress=False)
+    assert len(written) == len(files)
+    for file in (*(f.name for f in files), "soka.lock"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
 def test_several_damaged_shards(tmp_path: Path, adapter: Path, old: Callable[[], None]) -> None:
