@@ -205,6 +205,13 @@ def clean_stale(target: Path) -> list[Path]:
     return removed
 
 
+def stale_bytes(target: Path) -> int:
+    """Bytes on the disk of what killed runs left beside `target` and `clean_stale` would remove."""
+    real = Path(os.path.realpath(target))
+    left = [path for path, pid, machine in _leftovers(real, "tmp") if _is_stale(path, pid, machine)]
+    return sum(file.lstat().st_blocks * 512 for path in left for file in path.rglob("*"))
+
+
 @functools.cache
 def _renameat2() -> Callable[[bytes, bytes], int] | None:
     """The C library's exchanging rename, or None where there is none."""

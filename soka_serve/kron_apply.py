@@ -268,9 +268,7 @@ class _LeftFirst(torch.autograd.Function):
         rank, m, n = left.shape
         p, q = right.shape[1:]
         some: int = ctx.some
-        grad = grad.contiguous()
-        back_weight = None if weight is None else weight.t()
-        grad_inputs, beta = _start(grad, back_weight, None, n * q) if need_inputs else (None, 0)
+        grad, grad_inputs, beta = _start_back(grad, weight, n * q, wanted=need_inputs)
         grad_left, grad_right = _sums(left, m * some, n), _sums(right, p, rank * q)
         to_right = right.transpose(0, 1).reshape(p, rank * q)
         to_left = left.permute(2, 1, 0).reshape(n, m * rank)
@@ -321,9 +319,7 @@ class _RightFirst(torch.autograd.Function):
         rank, m, n = left.shape
         p, q = right.shape[1:]
         some: int = ctx.some
-        grad = grad.contiguous()
-        back_weight = None if weight is None else weight.t()
-        grad_inputs, beta = _start(grad, back_weight, None, n * q) if need_inputs else (None, 0)
+        grad, grad_inputs, beta = _start_back(grad, weight, n * q, wanted=need_inputs)
         grad_left, grad_right = _sums(left, m, n * some), _sums(right, rank * p, q)
         to_left = left.permute(2, 0, 1).reshape(n * rank, m)
         to_right = right.reshape(rank * p, q)
@@ -355,6 +351,12 @@ def _start(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, width: in
     if weight is None:
         return inputs.new_empty(inputs.shape[0], width), 0
     return torch.nn.functional.linear(inputs, weight, bias), 1
+
+
+def _start_back(grad: Tensor, weight: Tensor | None, width: int, *, wanted: bool) -> tuple[Tensor, Tensor | None, int]:
+    """The gradient, contiguous, and what `_start` gives for the inputs' gradient, if that is wanted."""
+    grad = grad.contiguous()
+    return (grad, *_start(grad, None if weight is None else weight.t(), None, width)) if wanted else (grad, None, 0)
 
 
 def _pieces(left: Tensor, right: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

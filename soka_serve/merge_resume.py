@@ -38,8 +38,11 @@ class Finished:
         except (OSError, ValueError, KeyError, TypeError):
             return  # killed before its first file was finished, or no merge at all
         for name, digest in files.items():
-            if name not in self.files and (left / name).is_file():
-                (left / name).rename(new / name)
+            if name not in self.files:
+                try:
+                    (left / name).rename(new / name)
+                except FileNotFoundError:  # another run was faster
+                    continue
                 self.add(new, name, digest)
         if files:
             log.info("going on with an interrupted merge: %d files are finished", len(self.files))

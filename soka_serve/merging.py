@@ -19,7 +19,7 @@ from typing import Literal
 from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_replaceable, clean_stale, flush, replace_directory, sha256_file, write_text_atomic
+from soka_serve.files import check_replaceable, flush, replace_directory, sha256_file, stale_bytes, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
@@ -187,10 +187,7 @@ class _Layout:
     def check_space(self, out: Path) -> None:
         """Raise BuildError when the disk has no room: before the work rather than at its end."""
         place = next(p for p in (out, *out.absolute().parents) if p.is_dir())
-        free = shutil.disk_usage(place).free
-        if free < self.total_bytes:
-            clean_stale(out)  # a killed run may have left as much; it is taken over only where there is room for both
-            free = shutil.disk_usage(place).free
+        free = shutil.disk_usage(place).free + stale_bytes(out)  # what a killed run has left is taken over or removed
         if free < self.total_bytes:
             raise BuildError(
                 f"cannot write {out}: the merged model takes {self.total_bytes:,} bytes, the disk has {free:,} free",

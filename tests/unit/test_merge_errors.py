@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from soka_serve import merging
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.files import stale_bytes
 from soka_serve.kron import Factors
 from soka_serve.lock import read_lock
 from soka_serve.merging import merge
@@ -262,6 +264,10 @@ def test_a_killed_merge_goes_on(
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (left,) = (p for p in tmp_path.iterdir() if p.name.startswith(".out."))
     assert not (tmp_path / "out").exists()
+    room = sum(f.stat().st_size for f in files)
+    assert 0 < stale_bytes(tmp_path / "out") < room + 2**20
+    full = SimpleNamespace(free=room - stale_bytes(tmp_path / "out") // 2)  # it has room, as what is left counts
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     if change == "base":
         os.utime(files[-1], (1, 1))
     written: list[str] = []
@@ -278,6 +284,8 @@ def test_a_killed_merge_goes_on(
     assert not left.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "out"}
     assert not list((tmp_path / "out").glob(".*"))
+    monkeypatch.undo()
+    monkeypatch.setattr(merging, "write_file", watched)
     written.clear()
     merge(weights, base=own, out=tmp_path / "again", verify=False, progress=False)
     assert len(written) == len(files)
@@ -299,9 +307,6 @@ def test_several_damaged_shards(tmp_path: Path, adapter: Path, old: Callable[[],
 def test_no_room(
     tmp_path: Path, base: Path, adapter: Path, old: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-    from types import SimpleNamespace
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(BuildError, match=r"takes [\d,]+ bytes, the disk has 1,000 free"):
         run(adapter, base, tmp_path / "out")
