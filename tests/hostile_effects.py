@@ -21,11 +21,13 @@ class Attack:
         code: the program.
         abi: the newest version of Landlock that the kernel shall have; None: the one that it has.
         scratch: True: the scratch folder lies in a file system of its own, whose use is watched.
+        outside: True: what it says that it got is not its own: memory or disk beyond its limits, counts of the user's.
     """
 
     code: str
     abi: int | None = None
     scratch: bool = False
+    outside: bool = False
 
     def source(self, out: str, pid: int, port: int) -> str:
         """The program with the names of its targets."""
@@ -72,11 +74,6 @@ def arm(fd, own):
     fcntl.fcntl(fd, 10, signal.SIGKILL)  # F_SETSIG
     own(fd)
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
-def alive():
-    try:
-        return os.getpgid(PID) is not None
-    except OSError:
-        return False
 """
 _PIPE = """
 def go(own):
@@ -85,7 +82,7 @@ def go(own):
     os.write(into, b"x")
     time.sleep(0.1)
 """
-_BY_PIPE = _OWNED + _PIPE + "attempt(go, lambda fd: {own})\ndef f():\n    return not alive()\n"
+_BY_PIPE = _OWNED + _PIPE + "attempt(go, lambda fd: {own})\ndef f():\n    return False\n"
 
 _SIGNALS = {
     "F_SETOWN and F_SETSIG": _BY_PIPE.format(own="fcntl.fcntl(fd, 8, PID)"),
@@ -103,7 +100,7 @@ def go():
     time.sleep(0.1)
 attempt(go)
 def f():
-    return not alive()
+    return False
 """,
     "F_NOTIFY on a folder": _OWNED + """
 def go():
@@ -115,7 +112,7 @@ def go():
     time.sleep(0.1)
 attempt(go)
 def f():
-    return not alive()
+    return False
 """,
     "a lease on a file": _OWNED + """
 def go():
@@ -128,7 +125,7 @@ def go():
     time.sleep(0.1)
 attempt(go)
 def f():
-    return not alive()
+    return False
 """,
 }  # fmt: skip
 
@@ -239,6 +236,7 @@ def f():
 
 # ---------------------------------------------------------------------------------------------------- files outside
 
+_NEITHER = "a file emptied that was opened for neither"
 _FILES = {
     "flags of a file that was opened for neither reading nor writing": """
 def f():
@@ -251,7 +249,7 @@ def f():
     flags[0] |= 0x40  # FS_NODUMP_FL
     return attempt(fcntl.ioctl, fd, 0x40086602, bytes(flags)) is not None
 """,
-    "a file emptied that was opened for neither": """
+    _NEITHER: """
 def f():
     return attempt(os.open, SECRET, 3 | os.O_TRUNC) is not None
 """,
@@ -334,31 +332,26 @@ def f():
             for kind in (1, 2, 3, 5):
                 made.append(call(base + 41, family, kind, 0))
         made.append(call(base + 53, 1, 1, 0, ctypes.create_string_buffer(8)))
-    for fd in made:
-        if fd >= 0:
-            call(42, fd, address, 16)
+    reached = [call(42, fd, address, 16) == 0 for fd in made if fd >= 0]
     for fd in range(3, 64):
         call(44, fd, b"x", 1, 0x20000000, address, 16)
-    return any(fd >= 0 for fd in made)
+    return any(reached)
 """,
     "a socket by a 32-bit call": """
 # mov eax, 359 (socket); mov ebx, 2; mov ecx, 1; xor edx, edx; int 0x80; ret
 run, _ = machine_code(b"\\x53\\xb8\\x67\\x01\\0\\0\\xbb\\x02\\0\\0\\0\\xb9\\x01\\0\\0\\0\\x31\\xd2\\xcd\\x80\\x5b\\xc3")
 fd = run()
-if fd >= 0:
-    call(42, fd, struct.pack("H", 2) + struct.pack(">HI", PORT, 0x7F000001) + bytes(8), 16)
+reached = fd >= 0 and call(42, fd, struct.pack("H", 2) + struct.pack(">HI", PORT, 0x7F000001) + bytes(8), 16) == 0
 def f():
-    return fd >= 0
+    return reached
 """,
 }  # fmt: skip
 
 ATTACKS: Mapping[str, Attack] = {
-    **{name: Attack(code) for name, code in {**_PROCESSES, **_FILES, **_NETWORK, **MEMORY, **LEFT}.items()},
+    **{name: Attack(code) for name, code in {**_PROCESSES, **_FILES, **_NETWORK, **LEFT}.items()},
+    **{name: Attack(code, outside=True) for name, code in MEMORY.items()},
     **{name: Attack(code) for name, code in _SIGNALS.items()},
     **{f"{name}, on Linux 6.10": Attack(code, abi=5) for name, code in _SIGNALS.items()},
-    **{
-        f"{name}, on Linux 5.19": Attack(_FILES[name], abi=2)
-        for name in ("a file emptied that was opened for neither",)
-    },
-    **{name: Attack(code, scratch=True) for name, code in DISK.items()},
+    "a file emptied that was opened for neither, on Linux 5.19": Attack(_FILES[_NEITHER], abi=2),
+    **{name: Attack(code, scratch=True, outside=True) for name, code in DISK.items()},
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
@@ -15,11 +17,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import soka_serve.sandbox as sandbox
 from soka_serve.sandbox import Program, Verdict, run_programs
 from tests.hostile_effects import Attack
 
 USER = 65534
 """The user that root's programs run as: other processes of this user are what a program may try to reach."""
+
+CLAIM = "it got what it was after, by its own account"
 
 _RIGHT = Program("def f():\n    return 7\n", ("assert f() == 7",))
 _FS_IOC_GETFLAGS = 0x80086601
@@ -28,7 +33,7 @@ _FS_IOC_GETFLAGS = 0x80086601
 class World:
     """A folder, a process and a socket outside the sandbox, within reach of the user that programs run as."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, identity: int) -> None:
         self.out = folder
         folder.chmod(0o777)
         self.secret = folder / "secret"
@@ -36,8 +41,8 @@ class World:
         self.secret.chmod(0o666)
         user: dict[str, int | list[int]] = {}
         if os.geteuid() == 0:
-            os.chown(self.secret, USER, USER)
-            user = {"user": USER, "group": USER, "extra_groups": []}
+            os.chown(self.secret, identity, identity)
+            user = {"user": identity, "group": identity, "extra_groups": []}
         self.process = subprocess.Popen(["/bin/sleep", "300"], cwd="/", start_new_session=True, **user)  # type: ignore[call-overload]
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
@@ -86,14 +91,35 @@ class World:
 
 
 @contextlib.contextmanager
-def world() -> Iterator[World]:
-    """A world in `/tmp`, removed afterwards."""
+def world(identity: int = USER) -> Iterator[World]:
+    """A world in `/tmp`, removed afterwards; of another user than root's if root makes it."""
     with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
-        made = World(Path(folder))
+        made = World(Path(folder), identity)
         try:
             yield made
         finally:
             made.close()
+
+
+@contextlib.contextmanager
+def older_kernel(abi: int | None) -> Iterator[None]:
+    """Programs run as on a kernel whose Landlock is of that version; None: as on this one."""
+    if abi is None:
+        yield
+        return
+    own = sandbox.__file__
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for file in Path(own).parent.glob("*.py"):
+            text = file.read_text()
+            if file.name == "lock.py":
+                text += f"\n_newest = landlock_version\n\n\ndef landlock_version():\n    return min(_newest(), {abi})\n"
+            Path(folder, file.name).write_text(text)
+        sandbox.__file__ = str(Path(folder, "__init__.py"))
+        try:
+            yield
+        finally:
+            sandbox.__file__ = own
 
 
 @contextlib.contextmanager
@@ -134,13 +160,13 @@ def harms(attack: Attack, *, scratch: str | None = None, timeout_s: float = 8, m
         most_disk: bytes that may be taken for as long as it takes to see them.
     """
     started = time.monotonic()
-    with world() as there, use_of(scratch) as most:
+    with world() as there, use_of(scratch) as most, older_kernel(attack.abi):
         programs = [Program(there.source(attack), ("assert f()",)), _RIGHT]
         verdicts = run_programs(programs, allow_code_execution=True, timeout_s=timeout_s, workers=1)
         found = there.harm()
     took = time.monotonic() - started
     if verdicts[0].passed:
-        found.append("it got what it was after, by its own account")
+        found.append(CLAIM)
     if verdicts[1] != Verdict(True):
         found.append(f"the next program was judged {verdicts[1]}")
     if most[0] > most_disk:
@@ -151,12 +177,16 @@ def harms(attack: Attack, *, scratch: str | None = None, timeout_s: float = 8, m
 
 
 def main() -> None:
-    """All attacks that need no other kernel, by the user who starts this; prints the harms of each as a line."""
+    """Run attacks by the user who starts this; print the name and the harms of each as a line of JSON."""
     from tests.hostile_effects import ATTACKS
 
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--scratch", help="a folder on a file system of its own: those that fill disks, alone")
+    scratch = parser.parse_args().scratch
+    tempfile.tempdir = scratch
     for name, attack in ATTACKS.items():
-        if attack.abi is None and not attack.scratch:
-            print(name, harms(attack), sep="\t", flush=True)
+        if attack.scratch == (scratch is not None):
+            print(json.dumps([name, harms(attack, scratch=scratch)]), flush=True)
 
 
 if __name__ == "__main__":
