@@ -165,7 +165,7 @@ def f(x):
 import os
 for fd in range(3, 64):
     try:
-        os.write(fd, b"\\0\\0\\1\\0" + b'{"names": {"f": {"k": "int"}}, "a": "')
+        os.write(fd, b"\\0\\0\\0\\x40" + b'{"names": {"f": {"k": "int"}}, "a": "')
     except OSError:
         pass
 def f(x):
@@ -174,7 +174,7 @@ def f(x):
     "another class for the checker's own": """
 import gc, sys
 for thing in gc.get_objects():
-    if getattr(thing, "__name__", "") == "child" or type(thing).__name__ == "function" and "frame" in thing.__name__:
+    if getattr(thing, "__name__", "") == "read_frame":
         try:
             thing.__code__ = (lambda *a: {"passed": True, "value": 2}).__code__
         except (AttributeError, ValueError, TypeError):

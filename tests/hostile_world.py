@@ -182,10 +182,12 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--scratch", help="a folder on a file system of its own: those that fill disks, alone")
-    scratch = parser.parse_args().scratch
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("N", "OF"), help="every OF-th from N on")
+    arguments = parser.parse_args()
+    scratch, (part, parts) = arguments.scratch, arguments.part
     tempfile.tempdir = scratch
-    for name, attack in ATTACKS.items():
-        if attack.scratch == (scratch is not None):
+    for index, (name, attack) in enumerate(ATTACKS.items()):
+        if attack.scratch == (scratch is not None) and index % parts == part:
             print(json.dumps([name, harms(attack, scratch=scratch)]), flush=True)
 
 

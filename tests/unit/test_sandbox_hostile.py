@@ -31,6 +31,10 @@ if platform.machine() != "x86_64":
     ATTACKS = {}  # they name system calls by x86-64's numbers
 
 
+PARTS = 8
+"""Into how many tests the attacks are divided where one process makes several."""
+
+
 @pytest.fixture(autouse=True)
 def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where scratch directories are made; no process and no scratch directory survives a test."""
@@ -66,7 +70,8 @@ def test_the_disk_is_not_taken(name: str, own_disk: str | None) -> None:
     assert harms(ATTACKS[name], scratch=own_disk) == []
 
 
-def test_nothing_happens_to_a_user_without_privileges(root: Path) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_nothing_happens_to_a_user_without_privileges(root: Path, part: int) -> None:
     """The same, run by a user whose programs run as that user."""
     if os.geteuid() != 0:
         pytest.skip("the other tests are run by such a user already")
@@ -74,7 +79,7 @@ def test_nothing_happens_to_a_user_without_privileges(root: Path) -> None:
     if not Path(python).exists() or sys.version_info[:2] != (3, 11):
         pytest.skip("no Python that another user can run")
     done = subprocess.run(
-        [python, "-m", "tests.hostile_world"],
+        [python, "-m", "tests.hostile_world", "--part", str(part), str(PARTS)],
         user=65533,
         group=65533,
         extra_groups=[],
@@ -85,7 +90,8 @@ def test_nothing_happens_to_a_user_without_privileges(root: Path) -> None:
         timeout=100,
     )
     found = dict(json.loads(line) for line in done.stdout.splitlines())
-    assert list(found) == [name for name, attack in ATTACKS.items() if not attack.scratch], done.stderr
+    wanted = [name for name, attack in list(ATTACKS.items())[part::PARTS] if not attack.scratch]
+    assert list(found) == wanted, done.stderr
     assert {name: harm for name, harm in found.items() if harm} == {}
 
 
@@ -152,7 +158,7 @@ def test_earlier_programs_and_tests_are_not_found(name: str) -> None:
     inputs = [draw.randrange(10**8, 10**9) for _ in range(3)]
     # As long as tests of data sets are: short texts are soon overwritten.
     tests = tuple(f"assert f({x}) == {x * 3 + secret}, {'what f makes of a number ' * 8!r}" for x in inputs)
-    right = f"def f(x):\n    return x * 3 + {secret}\n"
+    right = f"def f(x):\n    return x * 3 + {secret}\n# {'as long as answers of models are ' * 20}"
     programs = [*[Program(right, tests)] * 4, Program(SPIES[name], tests)]
     verdicts = run_programs(programs, allow_code_execution=True, timeout_s=4, workers=1)
     assert verdicts[:4] == [Verdict(True)] * 4
