@@ -99,10 +99,10 @@ def run_programs(
     if not programs:
         return []
     remove_abandoned(Path(tempfile.gettempdir()))
-    weak = _is_weak()
+    first = _runner()
     workers = min(len(programs), workers or _cpus())
     idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
-    runners = [Runner(weak=weak) for _ in range(workers)]
+    runners = [first, *(Runner(weak=first.weak) for _ in range(workers - 1))]
     for runner in runners:
         idle.put(runner)
 
@@ -130,24 +130,22 @@ def run_programs(
             runner.close()
 
 
-def _is_weak() -> bool:
-    """Try the locking step before any program runs: whether programs run with resource limits alone.
+def _runner() -> Runner:
+    """A runner whose locking step has been tried: with all protections, or weak where a person has said so.
 
-    Nothing that happens later can change the answer.
+    No program has run by then, and nothing that happens later can change the answer.
 
     Raises:
         SandboxError: a protection is missing, and the person has not said that programs may run without.
     """
     runner = Runner(weak=False)
-    try:
-        missing = runner.missing_protection()
-    finally:
-        runner.close()
+    missing = runner.missing_protection()
     if missing is None:
-        return False
+        return runner
+    runner.close()
     if os.environ.get(WEAK_VARIABLE, "") == "1":
         logger.warning("%s = 1: programs run with resource limits alone (%s)", WEAK_VARIABLE, missing)
-        return True
+        return Runner(weak=True)
     raise SandboxError(
         f"the sandbox lacks a protection here: {missing}",
         hint=f"Measure on a Linux machine that has it. {WEAK_VARIABLE}=1 runs programs with resource limits "

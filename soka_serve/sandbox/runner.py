@@ -86,7 +86,7 @@ class Runner:
     """
 
     def __init__(self, *, weak: bool) -> None:
-        self._weak = weak
+        self.weak = weak
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._folder: Path | None = None
@@ -98,12 +98,14 @@ class Runner:
         Raises:
             SandboxError: this machine cannot run programs.
         """
-        with contextlib.suppress(EndedError):
+        try:
             answer = self._ask({"timeout_s": _LOCK_S, "cpu_s": 2}, {})
-            if "failed" in answer:
-                raise cannot_run(answer["failed"])
-            return answer.get("refused")
-        raise cannot_run("its process ends at once")
+        except EndedError:
+            raise cannot_run("its process ends at once") from None
+        if "failed" in answer:
+            self.close()
+            raise cannot_run(answer["failed"])
+        return answer.get("refused")
 
     def run(self, program: Program, timeout_s: float) -> Verdict:
         """Run a program against its tests.
@@ -200,7 +202,7 @@ class Runner:
         command = [sys.executable, "-s", "-S", "-P", "-B", "-X", "utf8", str(child), str(self._folder)]
         with theirs:
             self._process = subprocess.Popen(
-                [*command, "--weak"] if self._weak else command,
+                [*command, "--weak"] if self.weak else command,
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={"PYTHONHASHSEED": "0"},
