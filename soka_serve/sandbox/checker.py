@@ -148,12 +148,15 @@ def _scope(job: Mapping[str, Any], channel: _Channel, names: Any) -> dict[str, A
     for name, data in names.items():
         if name not in used or (name not in wanted if wanted else hasattr(builtins, name)):
             continue
-        if isinstance(data, dict) and "m" in data:
-            # A module that the program imported is imported anew: the program may have changed its own.
-            if str(data["m"]).partition(".")[0] in sys.stdlib_module_names:
-                scope[name] = _module(str(data["m"]))
-        else:
+        module = str(data["m"]) if isinstance(data, dict) and "m" in data else None
+        top = module.partition(".")[0] if module else None
+        if not wanted and name in sys.stdlib_module_names and name != top:
+            continue  # a test that says `math` means Python's
+        if module is None:
             scope[name] = channel.value(data)
+        elif top in sys.stdlib_module_names:
+            # A module that the program imported is imported anew: the program may have changed its own.
+            scope[name] = _module(module)
     return scope
 
 

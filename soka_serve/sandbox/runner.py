@@ -49,7 +49,8 @@ class Program:
         tests: statements, usually asserts, run in order.
         setup: statements before the tests: imports, objects.
         names: the names that setup and tests take from the program. Empty: every name it defines, except those of
-            Python's builtins, so that no program replaces `sorted` or `isinstance` in a test.
+            Python's builtins and of the standard library's modules, so that no program replaces `sorted` or `math` in a
+            test.
     """
 
     code: str
@@ -64,6 +65,11 @@ class Verdict:
 
     passed: bool
     reason: str = ""
+
+
+def _printable(reason: str) -> str:
+    """One line for people: what a program said, without control characters, marks of direction, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in reason)[:500]
 
 
 class EndedError(Exception):
@@ -137,7 +143,7 @@ class Runner:
             return Verdict(False, f"the program ended by itself ({answer['ended']})")
         # The nonce is known to this process and to the one that ran the tests, after the last of them.
         passed = report.get("passed") is True and report.get("nonce") == nonce
-        return Verdict(passed, "" if passed else str(report.get("reason") or "no proof that the tests ran"))
+        return Verdict(passed, "" if passed else _printable(str(report.get("reason") or "no proof that the tests ran")))
 
     def close(self) -> None:
         """End the supervisor and everything it started, and remove its folder."""
@@ -193,6 +199,7 @@ class Runner:
 
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._folder.chmod(0o700)  # whatever this process's umask is
         # Held as long as this process or the supervisor lives: `remove_abandoned` tells by it.
         self._lock = os.open(self._folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
