@@ -98,7 +98,18 @@ def run_programs(
         )
     if not programs:
         return []
-    remove_abandoned(Path(tempfile.gettempdir()))
+    try:
+        remove_abandoned(Path(tempfile.gettempdir()))
+        return _run_all(programs, timeout_s, workers)
+    except OSError as error:
+        raise cannot_run(str(error)) from error
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise cannot_run(str(error)) from error
+
+
+def _run_all(programs: Sequence[Program], timeout_s: float, workers: int | None) -> list[Verdict]:
     first = _runner()
     workers = min(len(programs), workers or _cpus())
     idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
@@ -121,10 +132,6 @@ def run_programs(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
-            raise
-        raise cannot_run(str(error)) from error
     finally:
         for runner in runners:
             runner.close()
