@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
@@ -117,6 +118,7 @@ def run_tests(job: int, requests: int, replies: int, result: int) -> None:
         wire.write_frame(result, {"passed": False, **fields})
 
     given = wire.read_frame(job)
+    os.close(job)
     if given is None:
         return
     channel = _Channel(requests, replies)
