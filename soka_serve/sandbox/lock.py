@@ -32,7 +32,12 @@ class MissingProtectionError(Exception):
 
 
 def limit_resources(cpu_s: int) -> None:
-    """CPU seconds, memory, file size, open files, processes and core dumps; hard limits, so that none can be raised."""
+    """CPU seconds, memory, file size, open files, processes and core dumps; hard limits, so that none can be raised.
+
+    Raises:
+        MissingProtectionError: a limit cannot be set.
+        OSError: this process has less than programs are promised, so that a right one could fail.
+    """
     limits = {
         "RLIMIT_CPU": cpu_s,
         "RLIMIT_AS": MAX_MEMORY_BYTES,
@@ -41,15 +46,25 @@ def limit_resources(cpu_s: int) -> None:
         "RLIMIT_NPROC": 0,
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
-        "RLIMIT_MSGQUEUE": 0,  # Linux has all of these
+        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_SIGPENDING": 0,  # timers, which are counted per user; Linux has all of these
     }
     for name, most in ((getattr(resource, n), most) for n, most in limits.items() if hasattr(resource, n)):
         hard = resource.getrlimit(name)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if hard != resource.RLIM_INFINITY and hard < most:
+            raise OSError(f"the limit on {_LIMIT_NAMES[name]} is {hard}, expected at least {most}")
         try:
             resource.setrlimit(name, (most, most))
         except (OSError, ValueError) as error:
             raise MissingProtectionError(f"resource limits: {error}") from None
+
+
+_LIMIT_NAMES = {
+    resource.RLIMIT_CPU: "CPU seconds (ulimit -t)",
+    resource.RLIMIT_AS: "bytes of memory (ulimit -v)",
+    resource.RLIMIT_FSIZE: "bytes of a file (ulimit -f)",
+    resource.RLIMIT_NOFILE: "open files (ulimit -n)",
+}
 
 
 # --------------------------------------------------------------------------------------------------------- user
@@ -57,6 +72,7 @@ def limit_resources(cpu_s: int) -> None:
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
@@ -116,7 +132,7 @@ def leave_root() -> None:
 
 _LANDLOCK_CREATE_RULESET, _LANDLOCK_ADD_RULE, _LANDLOCK_RESTRICT_SELF = 444, 445, 446
 _RULE_PATH_BENEATH = 1
-_WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE = 1 << 1, 1 << 2, 1 << 3, 1 << 5
+_WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 1, 1 << 2, 1 << 3
 _MAKE_REG, _TRUNCATE = 1 << 8, 1 << 14
 _FILE_RIGHTS = _WRITE_FILE | _READ_FILE | _TRUNCATE
 
@@ -168,8 +184,9 @@ def confine_files() -> None:
         for file in _READABLE_FILES:
             _allow(ruleset, file, _READ_FILE)
         _allow(ruleset, "/dev/null", _READ_FILE | _WRITE_FILE)
-        # No folders, links, sockets or pipes: the scratch directory stays flat, and is quickly emptied.
-        own = _READ_FILE | _READ_DIR | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
+        # No folders, links, sockets or pipes: the scratch directory stays flat, and is quickly emptied. Nothing is
+        # removed or renamed: a file without a name would still take the disk, and could not be counted.
+        own = _READ_FILE | _READ_DIR | _WRITE_FILE | _MAKE_REG | _TRUNCATE
         # By the current directory: the folders above it may be ones that this user cannot enter.
         _allow(ruleset, os.curdir, own & handled, needed=True)
         if _LIBC.syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0) != 0:
@@ -225,6 +242,9 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "move_mount": (429, 429),
     "open_tree": (428, 428), "mount_setattr": (442, 442), "fanotify_init": (300, 262), "inotify_init1": (294, 26),
     "inotify_init": (253, None), "inotify_add_watch": (254, 27),
+    # disk and memory past the limits: blocks beyond a file's end, pages that stay in a pipe when they are unmapped
+    "fallocate": (285, 47), "vmsplice": (278, 75), "splice": (275, 76), "tee": (276, 77), "sendfile": (40, 71),
+    "sync": (162, 81), "syncfs": (306, 267),
     "mknod": (133, None), "mknodat": (259, 33), "flock": (73, 32), "quotactl": (179, 60), "swapon": (167, 224),
     # memory and messages that the limits do not count
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "shmat": (30, 196),
@@ -250,6 +270,16 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _PRLIMIT = (302, 261)
 _OPEN_CALLS = {"x86_64": ((2, 1), (257, 2)), "aarch64": ((56, 2),)}  # open and openat, and which argument the flags are
 _O_ACCMODE, _O_TRUNC = 3, 0o1000
+_O_TMPFILE = 0o20000000  # a file without a name
+
+_MMAP = (9, 222)
+_MAP_TYPE, _MAP_PRIVATE = 0x0F, 2
+_FCNTL, _IOCTL = (72, 25), (16, 29)
+_FCNTL_ALLOWED = (0, 1, 2, 3, 4, 1030, 1032)
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. Among the others are F_SETOWN and
+F_SETSIG, which send signals to any process of the user, locks on files of others, and larger pipes."""
+_IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+"""TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX. Among the others is FS_IOC_RESVSP, an fallocate."""
 
 _LD_ABS, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050000 | 1, 0x00050000 | 38
@@ -275,14 +305,26 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
     # Limits of other processes.
     code += [(_JEQ, 0, 4, _PRLIMIT[column]), (_LD_ABS, 0, 0, 16), (_JEQ, 1, 0, 0), (_RET, 0, 0, _EPERM)]
     code += [(_RET, 0, 0, _ALLOW)]
-    # Opening to read with truncation would empty a file that Landlock lets be read.
+    for numbers, allowed in ((_FCNTL, _FCNTL_ALLOWED), (_IOCTL, _IOCTL_ALLOWED)):
+        code += [(_JEQ, 0, 2 * len(allowed) + 2, numbers[column]), (_LD_ABS, 0, 0, 16 + 8)]
+        for command in allowed:
+            code += [(_JEQ, 0, 1, command), (_RET, 0, 0, _ALLOW)]
+        code += [(_RET, 0, 0, _EPERM)]
+    # Shared memory stays as a whole for as long as one page of it is mapped, and the limit counts that page only.
+    code += [(_JEQ, 0, 5, _MMAP[column]), (_LD_ABS, 0, 0, 16 + 8 * 3), (_AND, 0, 0, _MAP_TYPE)]
+    code += [(_JEQ, 1, 0, _MAP_PRIVATE), (_RET, 0, 0, _EPERM), (_RET, 0, 0, _ALLOW)]
+    # Landlock does not see a file that is opened for neither reading nor writing (access mode 3), and opening to read
+    # with truncation would empty a file that it lets be read.
     for number, argument in _OPEN_CALLS[machine]:
         code += [
-            (_JEQ, 0, 6, number),
+            (_JEQ, 0, 9, number),
             (_LD_ABS, 0, 0, 16 + 8 * argument),
-            (_JSET, 0, 3, _O_TRUNC),
-            (_AND, 0, 0, _O_ACCMODE),
-            (_JEQ, 0, 1, os.O_RDONLY),
+            (_JSET, 0, 1, _O_TMPFILE),
+            (_RET, 0, 0, _EPERM),
+            (_AND, 0, 0, _O_ACCMODE | _O_TRUNC),
+            (_JEQ, 2, 0, _O_ACCMODE),
+            (_JEQ, 1, 0, _O_ACCMODE | _O_TRUNC),
+            (_JEQ, 0, 1, os.O_RDONLY | _O_TRUNC),
             (_RET, 0, 0, _EPERM),
             (_RET, 0, 0, _ALLOW),
         ]
@@ -322,6 +364,8 @@ def lock(scratch: str, cpu_s: int, *, weak: bool) -> None:
     leave_root()
     # A change of user clears the signal.
     die_with_parent()
+    # A limit of 0 on core dumps does not stop those that the system hands to a program of its own.
+    _prctl("no core dumps", _PR_SET_DUMPABLE, 0)
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     limit_resources(cpu_s)
     confine_files()

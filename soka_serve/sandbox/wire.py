@@ -9,8 +9,9 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import socket
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -26,26 +27,64 @@ class WireError(Exception):
     """A frame that is cut off, too long, or not what it should be."""
 
 
+def encode_frame(message: Mapping[str, Any], most_bytes: int = MAX_FRAME_BYTES) -> bytes:
+    """A message with its length in front.
+
+    Raises:
+        WireError: more than `most_bytes`.
+    """
+    body = json.dumps(message).encode("ascii")
+    if len(body) > most_bytes:
+        raise WireError(f"a message of {len(body)} bytes; at most {most_bytes}")
+    return len(body).to_bytes(4, "big") + body
+
+
 def write_frame(fd: int, message: Mapping[str, Any]) -> None:
     """Send one message."""
-    body = json.dumps(message).encode("ascii")
-    if len(body) > MAX_FRAME_BYTES:
-        raise WireError(f"a message of {len(body)} bytes; at most {MAX_FRAME_BYTES}")
-    view = memoryview(len(body).to_bytes(4, "big") + body)
+    write_all(fd, encode_frame(message))
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of it, however many calls that takes."""
+    view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
 
 
-def read_frame(fd: int) -> dict[str, Any] | None:
+def read_frame(fd: int, most_bytes: int = MAX_FRAME_BYTES) -> dict[str, Any] | None:
     """Receive one message; None where the other side has closed before the first byte.
 
     Unbuffered: not a byte of the next message is read.
+
+    Args:
+        fd: descriptor of a pipe or socket.
+        most_bytes: of the message's body.
+
+    Raises:
+        WireError: a message that is cut off, too long, or no JSON object.
     """
-    head = _read(fd, 4)
+    return _read_body(fd, _read(fd, 4), most_bytes)
+
+
+def send_with_descriptors(to: socket.socket, message: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    """Send one short message over a Unix socket, with descriptors that the receiver gets copies of."""
+    frame = encode_frame(message)
+    to.sendall(frame[socket.send_fds(to, [frame], list(descriptors)) :])
+
+
+def receive_with_descriptors(source: socket.socket, count: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """Receive what `send_with_descriptors` sent: the message, None at the end, and at most `count` descriptors."""
+    head, descriptors, _, _ = socket.recv_fds(source, 4, count)
+    if 0 < len(head) < 4:
+        head += _read(source.fileno(), 4 - len(head))
+    return _read_body(source.fileno(), head, MAX_FRAME_BYTES), descriptors
+
+
+def _read_body(fd: int, head: bytes, most_bytes: int) -> dict[str, Any] | None:
     if not head:
         return None
     length = int.from_bytes(head, "big")
-    if len(head) < 4 or length > MAX_FRAME_BYTES:
+    if len(head) < 4 or length > most_bytes:
         raise WireError("a frame without an end")
     body = _read(fd, length)
     if len(body) < length:
@@ -68,6 +107,14 @@ def _read(fd: int, length: int) -> bytes:
         parts.append(part)
         length -= len(part)
     return b"".join(parts)
+
+
+def described(error: BaseException) -> str:
+    """Type and text of an exception, at most 300 characters, whatever its `__str__` does."""
+    try:
+        return f"{type(error).__name__}: {error}"[:300]
+    except BaseException:  # noqa: BLE001
+        return "an exception that cannot be shown"
 
 
 def encode(value: Any, handle: Callable[[Any], int]) -> Any:

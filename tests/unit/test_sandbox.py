@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-import soka_serve.sandbox as sandbox
 from soka_serve.errors import SandboxError
-from soka_serve.sandbox import Program, Verdict, check_sandbox, lock, require_consent, run_programs, wire
+from soka_serve.sandbox import Program, Verdict, check_sandbox, lock, require_consent, run_programs, runner, wire
 from tests.hostile import TRICKS
 from tests.sandboxed import RIGHT, TESTS, nothing_left, run
 
@@ -123,9 +122,7 @@ def test_a_module_that_the_program_changed_is_not_the_tests_module() -> None:
 
 def test_the_nonce_is_what_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report without the run's own nonce is no pass: proof that `passed` alone is not believed."""
-    from soka_serve.sandbox import _Runner
-
-    monkeypatch.setattr(_Runner, "_ask", lambda *a: {"passed": True, "nonce": "0" * 32})
+    monkeypatch.setattr(runner._Pipes, "report", lambda self: {"passed": True, "nonce": "0" * 32})
     assert run(RIGHT) == Verdict(False, "no proof that the tests ran")
 
 
@@ -151,13 +148,13 @@ def test_a_missing_protection_is_named_and_nothing_runs(
     """A real child whose lock finds no Landlock: the program's mark is not made, the error names what is missing."""
     folder = tmp_path / "sandbox"
     folder.mkdir()
-    for name in ("child", "lock", "wire"):
-        text = Path(sandbox.__file__).with_name(f"{name}.py").read_text()
-        if name == "lock":
+    for file in Path(runner.__file__).parent.glob("*.py"):
+        text = file.read_text()
+        if file.name == "lock.py":
             assert "version = landlock_version()" in text
             text = text.replace("version = landlock_version()", "version = 0")
-        (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(sandbox, "__file__", str(folder / "__init__.py"))
+        (folder / file.name).write_text(text)
+    monkeypatch.setattr(runner, "__file__", str(folder / "runner.py"))
     with pytest.raises(SandboxError, match="Landlock: this kernel does not have it") as caught:
         run(f"open({str(outside / 'mark')!r}, 'w')")
     assert "SOKA_ALLOW_WEAK_SANDBOX" in str(caught.value.hint)
