@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.context import Context, check_target, is_whole, prepare, previous_keys
-from soka_serve.files import replace_directory
+from soka_serve.context import BUILD, Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.files import given_path, replace_directory
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.processes import Processes
@@ -73,7 +73,7 @@ def build(
     Runs in every process of an `accelerate launch`; only the main one writes the artefact.
     """
     loaded = manifest if isinstance(manifest, LoadedManifest) else read_manifest(Path(manifest))
-    root = Path(out) if out is not None else Path(loaded.manifest.output.dir)
+    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
     workspace = Workspace(root, str(loaded.manifest.name))
     processes = Processes()
     with workspace.locked() if processes.is_main else nullcontext():
@@ -109,7 +109,7 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
     start = init_stage(context, encoded[0]) if manifest.train.method == "soka" else None
     trained = tune_stage(context, encoded, start)
     if main:
-        with replace_directory(context.workspace.target) as new:
+        with replace_directory(context.workspace.target, foreign=BUILD.foreign) as new:
             export_stage(context, new, previous, trained)
             merge_stage(context, new, previous, trained)
             check = check_stage(context, new, previous)

@@ -14,11 +14,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from soka_serve.adapter import CARD_FILE, KEY_PREFIX, LOCK_FILE, Adapter, read_adapter, write_adapter
+from soka_serve.adapter import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    KEY_PREFIX,
+    LOCK_FILE,
+    Adapter,
+    read_adapter,
+    write_adapter,
+)
 from soka_serve.errors import SokaError
-from soka_serve.files import check_replaceable, replace_directory, sha256_file, write_text_atomic
+from soka_serve.files import replace_directory, sha256_file, write_text_atomic
 from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.lock import read_lock, write_lock
+from soka_serve.outputs import Output
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.shapes import FactorShape
@@ -26,7 +35,11 @@ from soka_serve.shapes import FactorShape
 log = logging.getLogger(__name__)
 
 Form = Literal["soka", "lora"]
-ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".lock")
+EXPORTED = Output(
+    what="an exported adapter",
+    is_marked=lambda lock: lock is not None and isinstance(lock.get("export"), Mapping),
+    files=lambda *_: ADAPTER_FILES,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def export(
 
     Args:
         source: directory of a finished adapter or of a training checkpoint.
-        out: directory of the export; replaced as a whole.
+        out: directory of the export; an earlier export in it is replaced as a whole, anything else refused.
         to: "soka" or "lora".
         rank: most terms per module, or the LoRA rank (then required; modules with fewer dimensions are padded).
         dtype: of the written tensors.
@@ -107,9 +120,9 @@ def export(
         raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
     if rank is not None and rank < 1:
         raise SokaError(f"rank: expected at least 1; got {rank}")
-    check_replaceable(out, keep=[source], suffixes=ADAPTER_SUFFIXES, what="an exported adapter")
+    EXPORTED.check(out, keep=[source])
     adapter = read_adapter(source)
-    with replace_directory(out) as new:
+    with replace_directory(out, foreign=EXPORTED.foreign) as new:
         with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
             if to == "soka":
                 written, energies = _to_soka(adapter, rank, dtype, advance)

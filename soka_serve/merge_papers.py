@@ -10,10 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soka_serve.adapter import LOCK_FILE, WEIGHTS_FILE, Adapter
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.files import final_name, sha256_file, write_text_atomic
+from soka_serve.adapter import CARD_FILE, LOCK_FILE, WEIGHTS_FILE, Adapter
+from soka_serve.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from soka_serve.errors import CheckpointError
+from soka_serve.files import sha256_file, write_text_atomic
+from soka_serve.headers import read_json
+from soka_serve.leftovers import final_name
 from soka_serve.lock import write_lock
+from soka_serve.outputs import Output
 from soka_serve.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,24 @@ _COPIED = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
     *LICENCES,
+)
+
+
+def model_files(directory: Path) -> list[str]:
+    """Every file that a merged model in a directory may consist of: those that its index names, and fixed names."""
+    shards: list[str] = []
+    try:
+        named = read_json(directory / INDEX_FILE).get("weight_map") if (directory / INDEX_FILE).is_file() else None
+        shards = [str(name) for name in named.values()] if isinstance(named, dict) else []
+    except CheckpointError:  # a damaged index names nothing: what it named is then in the way, and stays
+        pass
+    return [*shards, SINGLE_FILE, INDEX_FILE, "config.json", CARD_FILE, LOCK_FILE, *_COPIED]
+
+
+MERGED = Output(
+    what="a merged model",
+    is_marked=lambda lock: lock is not None and lock.get("kind") == "merged",
+    files=lambda directory, _: model_files(directory),
 )
 
 
@@ -130,7 +152,7 @@ def write_papers(
             "",
         ]
     )
-    write_text_atomic(new / "README.md", card)
+    write_text_atomic(new / CARD_FILE, card)
 
 
 def _name_of(directory: Path) -> str:

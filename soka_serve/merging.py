@@ -19,12 +19,13 @@ from typing import Literal
 from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_replaceable, flush, replace_directory, sha256_file, stale_bytes, write_text_atomic
+from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
+from soka_serve.leftovers import stale_bytes
 from soka_serve.lock import read_lock
 from soka_serve.merge_files import can_write_direct
-from soka_serve.merge_papers import copy_side_files, write_papers
+from soka_serve.merge_papers import MERGED, copy_side_files, write_papers
 from soka_serve.merge_resume import Finished, merge_key
 from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
@@ -34,18 +35,6 @@ log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Verify = bool | Literal["auto", "logits", "tensors"]
 
-_MODEL_SUFFIXES = (
-    ".safetensors",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".md",
-    ".lock",
-    "LICENSE",
-    "NOTICE",
-    "USE_POLICY",
-)
 _TORCH_TO_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LOGITS_LIMIT_BYTES = 2 << 30
 _THREADS = 4  # files in work at once; each waits for the disk now and then
@@ -102,8 +91,8 @@ def merge(
     output) and rounded once to the output's dtype.
 
     The base is read in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
-    result has the base's shards, index, config, tokenizer and generation config, replaces `out` as a whole, and loads
-    in any engine. Pickles, code and other files of the base stay behind. After a kill, finished files are taken over.
+    result has the base's shards, index, config, tokenizer and generation config, replaces an earlier merged model in
+    `out` as a whole (anything else there is refused before any work), and loads in any engine. Pickles, code and other files of the base stay behind. After a kill, finished files are taken over.
 
     Args:
         adapter: an adapter directory, or several with weights. Training checkpoints count with trained - initial.
@@ -123,7 +112,7 @@ def merge(
     chosen = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     if not chosen:
         raise CheckpointError("no adapter to merge", hint="give at least one adapter directory")
-    check_replaceable(out, keep=[base, *(path for path, _ in chosen)], suffixes=_MODEL_SUFFIXES, what="a merged model")
+    MERGED.check(out, keep=[base, *(path for path, _ in chosen)])
     checkpoint = Checkpoint.open(base)
     adapters = [(read_adapter(path), weight) for path, weight in chosen]
     _check_fit(checkpoint, adapters)
@@ -132,7 +121,7 @@ def merge(
     expected = {a.directory: sha for a, _ in adapters if (sha := recorded_base_sha256(a.directory)) is not None}
     hashed = bool(expected) and not allow_other_base
     finished = Finished(merge_key(checkpoint, adapters, dtype, hashed=hashed))
-    with replace_directory(out, adopt=finished.adopt) as new:
+    with replace_directory(out, foreign=MERGED.foreign, adopt=finished.adopt) as new:
         base_sha256 = layout.write(new, finished, hashed=hashed, progress=progress)
         if base_sha256 is not None:
             _check_base_hash(checkpoint, expected, base_sha256)

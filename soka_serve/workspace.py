@@ -13,13 +13,19 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from soka_serve.errors import BuildError
-from soka_serve.files import clean_stale, disk_errors, sha256_file, write_text_atomic
+from soka_serve.files import check_place, disk_errors, sha256_file, write_text_atomic
+from soka_serve.leftovers import clean_stale, final_name, is_temporary
+
+
+# Names of cached stages.
+_STAGE = re.compile(r"(?:init|tune)-[0-9a-f]{1,16}")
 
 
 class Workspace:
@@ -45,6 +51,7 @@ class Workspace:
             BuildError: another build of this name is running, or the folder cannot be written.
         """
         with disk_errors(self.root):
+            check_place(self.root)
             self.cache.mkdir(parents=True, exist_ok=True)
             lock = self.cache / "lock"
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -70,11 +77,16 @@ class Workspace:
         return (self.stage(stage, key) / "done.json").exists()
 
     def forget_others(self, keep: Mapping[str, str]) -> None:
-        """Remove cached stages of other keys: a build keeps one cache per stage."""
-        kept = {self.stage(stage, key).name for stage, key in keep.items()} | {"lock"}
+        """Remove cached stages of other keys: a build keeps one cache per stage.
+
+        Nothing else is touched: in a folder of builds such as the user's home, .cache/NAME may be another program's.
+        """
+        kept = {self.stage(stage, key).name for stage, key in keep.items()}
         for entry in self.cache.iterdir():
-            if entry.name not in kept:
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            if _STAGE.fullmatch(entry.name) and entry.name not in kept and entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif (found := _STAGE.fullmatch(final_name(entry))) and is_temporary(entry):
+                clean_stale(self.cache / found[0])
 
 
 class HashCache:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve import files
+from soka_serve import files, leftovers
 from soka_serve.errors import BuildError
 
 
@@ -97,7 +97,7 @@ def test_failure_leaves_the_old_directory(tmp_path: Path, failure: BaseException
 KILLED = """
 import sys, time
 from pathlib import Path
-from soka_serve import files
+from soka_serve import files, leftovers
 if sys.argv[2] == "renames":
     files._renameat2 = lambda: None
     rename, done = Path.rename, []
@@ -126,17 +126,17 @@ def test_sigkill_leaves_the_old_directory(tmp_path: Path, moment: str) -> None:
         assert len(names(tmp_path)) == 2
         if moment == "body":
             assert (target / "a").read_text() == "old"
-            assert files.clean_stale(target) == []  # its process lives: hands off
+            assert leftovers.clean_stale(target) == []  # its process lives: hands off
         child.send_signal(signal.SIGKILL)
         child.wait()
-    files.clean_stale(target)
+    leftovers.clean_stale(target)
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["out"]
 
 
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    here, elsewhere = files._machine(), "0" * 6
+    here, elsewhere = leftovers.machine_token(), "0" * 6
     dead = dead_pid()
     own, parent = os.getpid(), os.getppid()
     gone = [f".out.tmp-{dead}-{here}-abcdef", f".out.tmp-{own}-{here}-abcdef", f".out.tmp-9-{elsewhere}-00000a"]
@@ -149,7 +149,7 @@ def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     long_ago = time.time() - 3 * 24 * 3600
     os.utime(tmp_path / gone[2], (long_ago, long_ago))
-    assert sorted(p.name for p in files.clean_stale(target)) == sorted(gone)
+    assert sorted(p.name for p in leftovers.clean_stale(target)) == sorted(gone)
     assert names(tmp_path) == sorted(kept)
 
 
@@ -220,27 +220,6 @@ def test_errors_without_a_target() -> None:
     assert known.message == "some/file: No space left on device"
     assert files.explain_disk_error(FileNotFoundError(errno.ENOENT, "x", "some/file")) is None
     assert files.explain_disk_error(ValueError("(os error 28)")) is None
-
-
-def test_what_may_be_replaced(tmp_path: Path) -> None:
-    def check(target: Path) -> None:
-        files.check_replaceable(
-            target, keep=[tmp_path / "in" / "base"], suffixes=[".json", "README.md"], what="a model"
-        )
-
-    (tmp_path / "in" / "base").mkdir(parents=True)
-    for target in (tmp_path, tmp_path / "in", tmp_path / "in" / "base", tmp_path / "in" / "x" / ".."):
-        with pytest.raises(BuildError, match=r"writing a model there would destroy .*base"):
-            check(target)
-    out = tmp_path / "out"
-    check(out)
-    (out / "sub").mkdir(parents=True)
-    (out / "sub" / "config.json").touch()
-    (out / "README.md").touch()
-    check(out)
-    (out / "sub" / "thesis.tex").touch()
-    with pytest.raises(BuildError, match=r"sub/thesis\.tex is not part of a model"):
-        check(out)
 
 
 def test_other_errors_pass() -> None:

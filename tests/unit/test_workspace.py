@@ -71,6 +71,26 @@ def test_old_caches_go_and_the_current_ones_stay(tmp_path: Path) -> None:
         assert sorted(p.name for p in workspace.cache.iterdir()) == ["init-2", "lock", "tune-1"]
 
 
+def test_another_programs_cache_stays(tmp_path: Path) -> None:
+    """With the home directory as folder of builds, a build called huggingface meets ~/.cache/huggingface."""
+    workspace = Workspace(tmp_path, "huggingface")
+    names = ["hub/models--a--b/x.safetensors", "token", "init-zz/x", "tune-1.bak/x", "xinit-1/x"]
+    for name in names:
+        (workspace.cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (workspace.cache / name).write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (workspace.cache / "tune-5").symlink_to(tmp_path / "elsewhere")
+    with workspace.locked():
+        workspace.stage("init", "1").mkdir()
+        (workspace.cache / ".init-2.tmp-1-000000-000000").mkdir()
+        os.utime(workspace.cache / ".init-2.tmp-1-000000-000000", (1, 1))
+        workspace.forget_others({"init": "2"})
+    assert all((workspace.cache / name).read_text() == "mine" for name in names)
+    assert (workspace.cache / "tune-5").is_symlink()
+    assert not (workspace.cache / "init-1").exists()
+    assert not list(workspace.cache.glob(".init-*"))  # a killed run's
+
+
 def test_link_tree_gives_second_names(tmp_path: Path) -> None:
     (tmp_path / "a" / "sub").mkdir(parents=True)
     (tmp_path / "a" / "sub" / "file").write_text("x")

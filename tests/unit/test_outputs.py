@@ -1,0 +1,127 @@
+"""Which directories may be replaced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soka_serve import files
+from soka_serve.errors import BuildError
+from soka_serve.lock import write_lock
+from soka_serve.outputs import Output
+
+THINGS = Output("a thing", lambda lock: (lock or {}).get("kind") == "thing", lambda *_: ["a.json", "sub/*.txt"])
+
+
+@pytest.fixture
+def thing(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    write_lock(folder / "soka.lock", {"kind": "thing"})
+    (folder / "a.json").touch()
+    (folder / "sub" / "b.txt").touch()
+    return folder
+
+
+def test_its_own_files_and_nothing_else(tmp_path: Path, thing: Path) -> None:
+    THINGS.check(thing)
+    THINGS.check(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    THINGS.check(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(thing)
+    THINGS.check(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("b.json", "b.json"),
+        ("b.txt", "b.txt"),  # of another folder
+        ("sub/a.json", "sub/a.json"),
+        ("sub/more/c.txt", "sub/more/"),
+        ("other/sub/b.txt", "other/"),
+        ("sub2/", "sub2/"),
+        (".hidden", ".hidden"),
+    ],
+)
+def test_anything_else_is_named(thing: Path, name: str, shown: str) -> None:
+    (thing / name).parent.mkdir(parents=True, exist_ok=True)
+    (thing / name).mkdir() if name.endswith("/") else (thing / name).touch()
+    assert THINGS.foreign(thing) == [shown]
+    with pytest.raises(BuildError, match=f"not part of a thing: {shown}$"):
+        THINGS.check(thing)
+
+
+def test_links_and_pipes_of_the_right_name_are_not_its_own(tmp_path: Path, thing: Path) -> None:
+    (thing / "a.json").unlink()
+    (thing / "a.json").symlink_to(tmp_path / "elsewhere")
+    (thing / "sub" / "b.txt").unlink()
+    (thing / "sub").rmdir()
+    (tmp_path / "folder").mkdir()
+    (thing / "sub").symlink_to(tmp_path / "folder")
+    assert THINGS.foreign(thing) == ["a.json", "sub"]
+
+
+@pytest.mark.parametrize("text", [None, "", "kind = 'other'", "= damaged"])
+def test_no_mark(thing: Path, text: str | None) -> None:
+    (thing / "soka.lock").unlink() if text is None else (thing / "soka.lock").write_text(text)
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a thing.*it holds a\.json"):
+        THINGS.check(thing)
+
+
+def test_many_are_counted(tmp_path: Path) -> None:
+    for i in range(25):
+        (tmp_path / f"{i:02}.txt").touch()
+    with pytest.raises(BuildError, match=r"00\.txt, .*09\.txt and 15 more$"):
+        THINGS.check(tmp_path)
+
+
+def test_inputs(tmp_path: Path) -> None:
+    source = tmp_path / "in" / "base"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for target in (tmp_path / "in", source, tmp_path / "in" / "x" / "..", tmp_path / "link"):
+        with pytest.raises(BuildError, match=r"writing a thing there would destroy .*base"):
+            THINGS.check(target, keep=[source])
+
+
+@pytest.mark.parametrize("place", [".", "..", "~", "/", "/proc/x", "/sys", "/dev/x", "/dev/null/x"])
+def test_no_place_for_outputs(tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    target = Path(place).expanduser()
+    with pytest.raises(BuildError, match="cannot write"):
+        THINGS.check(target)
+    with pytest.raises(BuildError, match="cannot write"), files.replace_directory(target):
+        pytest.fail("must not begin")
+    assert (tmp_path / "here").is_dir()
+    assert (tmp_path / "home").is_dir()
+
+
+def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path)
+    with pytest.raises(BuildError, match="mount point") as caught:
+        THINGS.check(tmp_path)
+    assert str(tmp_path / "out") in str(caught.value.hint)
+    THINGS.check(tmp_path / "out")
+
+
+def test_memory_is_a_place() -> None:
+    files.check_place(Path("/dev/shm/soka/out"), replaced=True)
+
+
+def test_the_old_directory_is_looked_at_again(tmp_path: Path, thing: Path) -> None:
+    with files.replace_directory(thing, foreign=THINGS.foreign) as new:
+        (new / "a.json").write_text("new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    write_lock(thing / "soka.lock", {"kind": "thing"})
+    with files.replace_directory(thing, foreign=THINGS.foreign) as new:
+        (thing / "mine.txt").write_text("mine")
+        (new / "a.json").write_text("newer")
+    (kept,) = (p for p in tmp_path.iterdir() if p != thing)
+    assert kept.name.startswith("out.earlier-")
+    assert (kept / "mine.txt").read_text() == "mine"
+    assert (thing / "a.json").read_text() == "newer"
