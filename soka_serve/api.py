@@ -42,8 +42,9 @@ def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int |
     from soka_serve.planning import make_plan
     from soka_serve.status import stage_statuses
 
+    given = None if out is None else given_path(out, "out")
     loaded = read_manifest(Path(manifest))
-    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
+    root = given or Path(loaded.manifest.output.dir)
     directory = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
     statuses = stage_statuses(loaded, directory, root)
     return make_plan(loaded, base_directory=directory, stages=statuses, policies=policies)

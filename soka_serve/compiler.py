@@ -72,8 +72,9 @@ def build(
 
     Runs in every process of an `accelerate launch`; only the main one writes the artefact.
     """
+    given = None if out is None else given_path(out, "out")
     loaded = manifest if isinstance(manifest, LoadedManifest) else read_manifest(Path(manifest))
-    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
+    root = given or Path(loaded.manifest.output.dir)
     workspace = Workspace(root, str(loaded.manifest.name))
     processes = Processes()
     with workspace.locked() if processes.is_main else nullcontext():

@@ -6,6 +6,7 @@ it is the user's, and is neither deleted nor moved.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_place, disk_errors, name_some
+from soka_serve.files import check_place, disk_errors, name_some, require_regular
 from soka_serve.lock import read_lock
 
 _LOCK = "soka.lock"
@@ -87,6 +88,31 @@ class Output:
             marked = self.is_marked(lock)
         own = [tuple(name.split("/")) for name in (_LOCK, *self.files(directory, lock))] if marked else []
         return marked, sorted(_others(directory, (), own))
+
+
+def check_results(file: Path, beside: Iterable[Path], keys: Iterable[str]) -> None:
+    """Refuse to write a JSON file of results, and the files that go with it, over what no earlier call wrote.
+
+    Args:
+        file: the JSON file.
+        beside: what is written with it, after it.
+        keys: that the JSON file of an earlier call has.
+
+    Raises:
+        BuildError: names the files that would be overwritten.
+    """
+    with disk_errors(file):
+        check_place(file)
+        there = [path for path in (file, *beside) if os.path.lexists(path)]
+        try:
+            found = json.loads(require_regular(file).read_text(encoding="utf-8")) if file in there else None
+        except (ValueError, RecursionError):
+            found = None
+    if there and not (isinstance(found, dict) and set(keys) <= set(found)):
+        raise BuildError(
+            f"{file}: would overwrite {name_some([str(path) for path in there])}, which no earlier call wrote",
+            hint="give another name, or move them away",
+        )
 
 
 def _others(directory: Path, inside: tuple[str, ...], own: list[tuple[str, ...]]) -> Iterable[str]:

@@ -456,9 +456,9 @@ def test_places_that_are_never_replaced(
     assert home.is_dir()
 
 
-@pytest.mark.parametrize("place", ["/proc/merged", "/sys/merged", "/dev/merged", "/proc/self/cwd/../../proc/x"])
+@pytest.mark.parametrize("place", ["/proc/merged", "/sys/merged", "/proc/self/merged"])
 def test_places_that_are_the_kernels(base: Path, adapter: Path, place: str) -> None:
-    with pytest.raises(BuildError, match=r"lies in /(proc|sys|dev), which is the kernel's"):
+    with pytest.raises(BuildError, match=r"lies in /(proc|sys), which is the kernel's"):
         run(adapter, base, Path(place))
 
 

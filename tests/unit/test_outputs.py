@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from soka_serve import files
-from soka_serve.errors import BuildError
+from soka_serve.comparing import Records, compare
+from soka_serve.errors import BuildError, SokaError
 from soka_serve.lock import write_lock
-from soka_serve.outputs import Output
+from soka_serve.outputs import Output, check_results
 
 THINGS = Output("a thing", lambda lock: (lock or {}).get("kind") == "thing", lambda *_: ["a.json", "sub/*.txt"])
 
@@ -109,7 +110,10 @@ def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     THINGS.check(tmp_path / "out")
 
 
-def test_memory_is_a_place() -> None:
+def test_memory_is_a_place_and_devices_are_not() -> None:
+    for path in ("/dev/null", "/dev/merged", "/proc/self/fd/0/x"):
+        with pytest.raises(BuildError, match=r"lies in /(dev|proc)"):
+            files.check_place(Path(path))
     files.check_place(Path("/dev/shm/soka/out"), replaced=True)
 
 
@@ -125,3 +129,38 @@ def test_the_old_directory_is_looked_at_again(tmp_path: Path, thing: Path) -> No
     assert kept.name.startswith("out.earlier-")
     assert (kept / "mine.txt").read_text() == "mine"
     assert (thing / "a.json").read_text() == "newer"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"a": 1}', '{"a": 1, "b": 2}'])
+def test_results_replace_results_only(tmp_path: Path, text: str | None) -> None:
+    file, table = tmp_path / "r.json", tmp_path / "r.md"
+    check_results(file, [table], ("a", "b"))
+    table.write_text("mine")
+    if text is not None:
+        file.write_text(text)
+    if text == '{"a": 1, "b": 2}':
+        check_results(file, [table], ("a", "b"))
+        return
+    with pytest.raises(BuildError, match=r"would overwrite .*r\.md, which no earlier call wrote"):
+        check_results(file, [table], ("a", "b"))
+
+
+@pytest.mark.parametrize("name", ["README.json", "results.json", "page.html", "notes.md"])
+def test_a_comparison_overwrites_nothing_of_the_users(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("soka_serve.comparing.look_around", lambda *_: pytest.fail("work was begun"))
+    for mine in ("README.md", "results.html", "page.html", "notes.md"):
+        (tmp_path / mine).write_text("mine")
+    with pytest.raises(BuildError, match=r"would overwrite|is the name of the JSON file"):
+        compare("eval/suites/quick.toml", work=tmp_path / "work", out=tmp_path / name, progress=False)
+    assert (tmp_path / "README.md").read_text() == (tmp_path / "results.html").read_text() == "mine"
+    with pytest.raises(SokaError, match="work is empty"):
+        compare("eval/suites/quick.toml", work="", progress=False)
+
+
+def test_only_records_are_read_and_damaged_ones_removed(tmp_path: Path) -> None:
+    for name, text in {"mine": "{", "0" * 24: "{", "1" * 24: '{"status": "done"}', "2" * 24: "[]"}.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    assert Records(tmp_path).read() == {"1" * 24: {"status": "done"}}
+    assert sorted(p.stem for p in tmp_path.iterdir()) == ["1" * 24, "mine"]
