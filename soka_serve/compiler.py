@@ -119,6 +119,8 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
             with context.stage("report", "writing the report and the model card"):
                 from soka_serve.artefact import write_papers
 
+                context.hashes.check_unchanged()  # soka.lock names what was read
+
                 write_papers(context, new, start, trained, check, encoded[0])
         context.workspace.forget_others({k: v for k, v in context.keys.items() if k in ("init", "tune")})
     context.processes.wait()

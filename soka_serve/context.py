@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.checkpoint import Checkpoint, resolve_base
+from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_text
@@ -79,6 +79,7 @@ class Context:
     keys: dict[str, str]
     processes: Processes
     progress: bool
+    hashes: HashCache
     timings_s: dict[str, float] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     dropped_energy_frac: float = 0.0
@@ -114,6 +115,7 @@ def prepare(
     manifest = loaded.manifest
     base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
     checkpoint = Checkpoint.open(base_dir)
+    check_loadable(base_dir)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
@@ -133,7 +135,9 @@ def prepare(
     if processes.is_main and save_hashes:
         hashes.save()
     keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
-    return Context(loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress)
+    return Context(
+        loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress, hashes
+    )
 
 
 def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:

@@ -10,6 +10,7 @@ from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError
 from soka_serve.outputs import Lock, Output
 from soka_serve.sources import open_base
+from soka_serve.unchanged import Unchanged
 
 
 def _is_extracted(lock: Lock | None) -> bool:
@@ -107,6 +108,7 @@ def extract(
     tuned_dir, tuned_name = open_base(str(finetuned))
     EXTRACTED.check(target, keep=[base_dir, tuned_dir])
     checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    unchanged = Unchanged([*checkpoint.files, *other.files])
     policy: dict[str, object]
     if rank is not None:
         policy = {"policy": "fixed", "rank": rank}
@@ -155,6 +157,7 @@ def extract(
         "result": {"kept_energy_frac": result.kept_energy_frac, "trainable_parameters": result.parameters},
         "ranks": {m.module: m.rank for m in started.modules},
     }
+    unchanged.check()  # the hashes were taken after the weights were read
     with replace_directory(target, foreign=EXTRACTED.foreign) as new:
         card = extracted_card(base_name, tuned_name, result.modules, result.parameters, result.kept_energy_frac)
         write_adapter(new, started.factors, base_model=base_name, lock=lock, card=card)
