@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from soka_serve.checkpoint import resolve_base
 from soka_serve.errors import SokaError
-from soka_serve.files import given_path
+from soka_serve.places import given_path
 from soka_serve.sources import open_base
 
 if TYPE_CHECKING:
@@ -131,4 +131,10 @@ def export(
 
     from soka_serve.exporting import export as run
 
-    return run(Path(source), given_path(out, "out"), to=cast(Literal["soka", "lora"], to), rank=rank, dtype=getattr(torch, dtype))
+    return run(
+        Path(source),
+        given_path(out, "out"),
+        to=cast(Literal["soka", "lora"], to),
+        rank=rank,
+        dtype=getattr(torch, dtype),
+    )

@@ -24,8 +24,9 @@ from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.compare_plan import Cell, RunSpec, Surroundings, is_key, list_cells, next_runs
 from soka_serve.data import data_sha256
 from soka_serve.errors import BuildError, DataError
-from soka_serve.files import given_path, write_text_atomic
+from soka_serve.files import write_text_atomic
 from soka_serve.outputs import check_results
+from soka_serve.places import given_path
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.suite import LoadedSuite, read_suite

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.context import BUILD, Context, check_target, is_whole, prepare, previous_keys
-from soka_serve.files import given_path, replace_directory
+from soka_serve.files import replace_directory
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
+from soka_serve.places import given_path
 from soka_serve.processes import Processes
 from soka_serve.quickcheck import QuickCheck
 from soka_serve.workspace import Workspace

@@ -89,8 +89,9 @@ def extract(
     """
     from soka_serve.adapter import write_adapter
     from soka_serve.card import extracted_card
-    from soka_serve.files import given_path, replace_directory, scratch_directory
+    from soka_serve.files import replace_directory, scratch_directory
     from soka_serve.initialise import initialise
+    from soka_serve.places import given_path
     from soka_serve.provenance import versions
     from soka_serve.schema import Manifest
     from soka_serve.targets import list_modules, resolve_targets

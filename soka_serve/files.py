@@ -21,15 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from soka_serve.errors import BuildError, CheckpointError, SokaError
+from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.leftovers import clean_stale, is_same, lock, locked_sibling, protected, sibling, stale
+from soka_serve.places import check_place
 
 log = logging.getLogger(__name__)
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-# Their content is made up by the kernel. /dev/shm, a file system in memory, is for everybody.
-_KERNEL_PLACES = ("/proc", "/sys", "/dev")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 # What an operating system says when it will not let us write, and what the user can do about it.
@@ -94,62 +93,6 @@ def read_errors(file: Path) -> Iterator[None]:
     except OSError as error:
         hint = "the disk reports an input/output error: check it" if error.errno == errno.EIO else "check its rights"
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}", hint=hint) from error
-
-
-def given_path(value: str | Path, option: str) -> Path:
-    """A path that a user gave; an empty one (an unset variable of a shell, say) would be the current directory.
-
-    Raises:
-        SokaError: it is empty.
-    """
-    if value == "":
-        raise SokaError(f"{option} is empty", hint="Give a folder; the current one is '.'")
-    return Path(value)
-
-
-def check_place(target: Path, *, replaced: bool = False) -> Path:
-    """The real path of an output, unless that is no place for one.
-
-    Args:
-        target: the file or directory to be written; need not exist.
-        replaced: it is a directory that is replaced as a whole. Never replaced are the current directory, the home
-            directory, whatever holds one of them, and mount points.
-
-    Raises:
-        BuildError: names the path and says why.
-    """
-    real = Path(os.path.realpath(target))
-    for system in _KERNEL_PLACES:
-        if real.is_relative_to(system) and not real.is_relative_to("/dev/shm"):
-            raise BuildError(
-                f"cannot write {target}: {real} lies in {system}, which is the kernel's and holds no files",
-                hint="write somewhere else",
-            )
-    if replaced:
-        for what, place in (("the current directory", _current_directory()), ("your home directory", _home())):
-            if place is not None and place.is_relative_to(real):
-                which = f"is {what}" if place == real else f"holds {what}"
-                raise BuildError(
-                    f"cannot write {target}: it {which}, and is not replaced", hint="give a folder of its own"
-                )
-        if os.path.ismount(real):
-            raise BuildError(
-                f"cannot write {target}: it is a mount point, which cannot be replaced",
-                hint=f"give a folder below it, such as {target / 'out'}",
-            )
-    return real
-
-
-def _current_directory() -> Path | None:
-    try:
-        return Path(os.path.realpath(Path.cwd()))
-    except FileNotFoundError:  # it was deleted
-        return None
-
-
-def _home() -> Path | None:
-    home = os.path.expanduser("~")
-    return Path(os.path.realpath(home)) if os.path.isabs(home) else None
 
 
 def flush(path: Path) -> None:
@@ -282,13 +225,13 @@ class _Stamps:
 
     @staticmethod
     def _read(directory: Path) -> dict[str, tuple[int, ...]]:
-        found = {}
+        found: dict[str, tuple[int, ...]] = {}
         for folder, _, names in os.walk(directory):
             for name in names:
                 with suppress(FileNotFoundError):  # removed this moment
-                    status = os.lstat(os.path.join(folder, name))
-                    key = os.path.relpath(os.path.join(folder, name), directory)
-                    found[key] = (status.st_size, status.st_mtime_ns, status.st_ino)
+                    path = Path(folder, name)
+                    status = path.lstat()
+                    found[path.relative_to(directory).as_posix()] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found
 
 

@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 _STALE_ELSEWHERE_S = 24 * 3600.0
 _KERNEL = 6  # hex digits of a machine token that name the kernel; the rest names the space of process ids
 # .NAME.KIND-PID-MACHINE-RANDOM; machine tokens of 6 digits are those of versions without locks.
-_NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-(?P<machine>[0-9a-f]{6}(?:[0-9a-f]{6})?)-[0-9a-f]{6}")
+_NAME = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-(?P<machine>[0-9a-f]{6}(?:[0-9a-f]{6})?)-[0-9a-f]{6}"
+)
 
 # Siblings that this process is writing now, for file systems that have no locks.
 _active: set[Path] = set()
@@ -44,7 +46,7 @@ def machine_token() -> str:
 
     try:
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
-        processes = os.readlink("/proc/self/ns/pid")
+        processes = str(Path("/proc/self/ns/pid").readlink())
     except (OSError, ValueError):
         # Of other systems the host name is all there is; a Linux that hides this shares its locks with nobody.
         kernel = socket.gethostname() if not sys.platform.startswith("linux") else secrets.token_hex()

@@ -116,7 +116,11 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_papers(
-    new: Path, checkpoint: Checkpoint, sources: Sequence[tuple[AdapterSource, float]], dtype: str, base_sha256: str | None
+    new: Path,
+    checkpoint: Checkpoint,
+    sources: Sequence[tuple[AdapterSource, float]],
+    dtype: str,
+    base_sha256: str | None,
 ) -> None:
     """soka.lock and a short model card, without paths of this machine."""
     adapters = [(source.adapter, weight) for source, weight in sources]

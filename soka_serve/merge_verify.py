@@ -72,7 +72,9 @@ def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[t
             if base.is_floating_point() and not bool(torch.isfinite(base.float()).all()) and name not in damaged:
                 damaged.append(name)
     if damaged:
-        log.warning("the base %s holds NaN or infinity in %s; copied as it is", checkpoint.directory, name_some(damaged))
+        log.warning(
+            "the base %s holds NaN or infinity in %s; copied as it is", checkpoint.directory, name_some(damaged)
+        )
     log.info("verify: sampled weights are within %.2f ulp of base + delta", worst)
     return worst
 

@@ -92,8 +92,9 @@ def merge(
     output) and rounded once to the output's dtype.
 
     The base is read in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
-    result has the base's shards, index, config, tokenizer and generation config, replaces an earlier merged model in
-    `out` as a whole (anything else there is refused before any work), and loads in any engine. Pickles, code and other files of the base stay behind. After a kill, finished files are taken over.
+    result has the base's shards, index, config, tokenizer and generation config, and loads in any engine. It replaces
+    an earlier merged model in `out` as a whole; anything else there is refused before any work. Pickles, code and other
+    files of the base stay behind. After a kill, finished files are taken over.
 
     Args:
         adapter: an adapter directory, or several with weights. Training checkpoints count with trained - initial.

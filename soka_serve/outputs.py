@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_place, disk_errors, name_some, require_regular
+from soka_serve.files import disk_errors, name_some, require_regular
 from soka_serve.lock import read_lock
+from soka_serve.places import check_place
 
 _LOCK = "soka.lock"
 _DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind
@@ -116,7 +117,7 @@ def check_results(file: Path, beside: Iterable[Path], keys: Iterable[str]) -> No
 
 
 def _others(directory: Path, inside: tuple[str, ...], own: list[tuple[str, ...]]) -> Iterable[str]:
-    """Names of entries that are not among `own`: other files, links, and folders (with a slash) that hold none of it."""
+    """Names of entries that are not among `own`: other files, links, and folders (with a slash) with none of it."""
     known = [parts for parts in own if parts[: len(inside)] == inside]
     with os.scandir(directory) as entries:
         for entry in entries:

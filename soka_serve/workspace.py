@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from soka_serve.errors import BuildError
-from soka_serve.files import check_place, disk_errors, require_regular, sha256_file, write_text_atomic
+from soka_serve.files import disk_errors, require_regular, sha256_file, write_text_atomic
 from soka_serve.leftovers import clean_stale, final_name, is_temporary
+from soka_serve.places import check_place
 from soka_serve.unchanged import Stamp, check_stamps, stamp_of
-
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _read_hashes(path: Path) -> dict[str, list[int | str]]:
     """The entries of a cache file; {} where there is none, or it is not what `HashCache.save` writes."""
     try:
         # To open some devices is to do something; and what is opened need not be what had this name before.
-        with open(require_regular(path), "rb", buffering=0, opener=_open_without_waiting) as stream:  # noqa: PTH123
+        with open(require_regular(path), "rb", buffering=0, opener=_open_without_waiting) as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_CACHE:
                 raise ValueError(f"expected a file of at most {_LARGEST_CACHE} bytes")

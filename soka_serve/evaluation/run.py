@@ -33,9 +33,10 @@ from soka_serve.evaluation.results import (
 )
 from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
-from soka_serve.files import disk_errors, given_path, sha256_text, write_text_atomic
+from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.outputs import check_results
+from soka_serve.places import given_path
 from soka_serve.serving_base import cache_directory
 from soka_serve.serving_targets import read_targets
 from soka_serve.workspace import HashCache

@@ -140,7 +140,7 @@ def test_a_lock_of_something_else_is_no_mark_of_a_build(tmp_path: Path, lock: di
     target = tmp_path / "build" / "small"
     target.mkdir(parents=True)
     write_lock(target / "soka.lock", lock)
-    with pytest.raises(BuildError, match="no soka.lock in it says that it is a build"):
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build"):
         check_target(_context(tmp_path))
 
 

@@ -82,7 +82,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path, source: Path, to: Fo
     """Not an adapter that something else made, though its files have the same names; not a folder of adapters."""
     other = write_test_adapter(tmp_path / "other", {NAME: random_factors(64, 64, 2, 1)})
     kept = (other / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(BuildError, match="no soka.lock in it says that it is an exported adapter"):
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is an exported adapter"):
         export(source, other, to=to, rank=1)
     assert (other / "adapter_model.safetensors").read_bytes() == kept
     shutil.copytree(source, tmp_path / "loras" / "one")

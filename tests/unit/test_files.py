@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve import files, leftovers
+from soka_serve import files, leftovers, places
 from soka_serve.errors import BuildError, CheckpointError, SokaError
 
 
@@ -100,7 +100,7 @@ def test_failure_leaves_the_old_directory(tmp_path: Path, failure: BaseException
 KILLED = """
 import sys, time
 from pathlib import Path
-from soka_serve import files, leftovers
+from soka_serve import files, leftovers, places
 if sys.argv[2] == "renames":
     files._renameat2 = lambda: None
     rename, done = Path.rename, []
@@ -249,15 +249,15 @@ def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> No
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # what /dev/null is
     else:
         pytest.skip("only root makes devices")
-    with pytest.raises(BuildError, match="cannot write .*: a device, a pipe or a socket is there"):
+    with pytest.raises(BuildError, match=r"cannot write .*: a device, a pipe or a socket is there"):
         files.write_text_atomic(path, "x")
     assert not path.is_file()
 
 
 def test_an_empty_path_is_refused() -> None:
-    assert files.given_path("out", "--out") == Path("out")
+    assert places.given_path("out", "--out") == Path("out")
     with pytest.raises(SokaError, match="--out is empty"):
-        files.given_path("", "--out")
+        places.given_path("", "--out")
 
 
 def test_errors_of_reading_are_not_those_of_writing(tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_what_is_no_merged_model_is_refused_before_any_work(
     before = _everything(out)
     monkeypatch.setattr(merging, "read_source", lambda _: pytest.fail("work was begun"))
     first = sorted(p.name for p in out.iterdir())[0]
-    with pytest.raises(BuildError, match="no soka.lock in it says that it is a merged model") as caught:
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a merged model") as caught:
         run(adapter, base, out)
     assert first in caught.value.message
     assert _everything(out) == before
@@ -450,7 +450,7 @@ def test_places_that_are_never_replaced(
         folder.mkdir(parents=True)
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(home))
-    out = {"here": Path(""), "above here": Path(".."), "home": home, "root": Path("/")}[where]
+    out = {"here": Path(), "above here": Path(".."), "home": home, "root": Path("/")}[where]
     with pytest.raises(BuildError, match=r"current directory|home directory|would destroy"):
         run(adapter, base, out)
     assert here.is_dir()
@@ -560,7 +560,9 @@ def test_a_base_that_cannot_be_read_is_named(
 
     monkeypatch.setattr(os, "preadv", broken)
     monkeypatch.setattr(os, "copy_file_range", broken)
-    with pytest.raises(CheckpointError, match=r"base/model-0000\d-of-0000\d\.safetensors: cannot be read: Input/output"):
+    with pytest.raises(
+        CheckpointError, match=r"base/model-0000\d-of-0000\d\.safetensors: cannot be read: Input/output"
+    ):
         run(adapter, base, tmp_path / "out")
     old()
 

@@ -11,6 +11,7 @@ from soka_serve.comparing import Records, compare
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.lock import write_lock
 from soka_serve.outputs import Output, check_results
+from soka_serve.places import check_place
 
 THINGS = Output("a thing", lambda lock: (lock or {}).get("kind") == "thing", lambda *_: ["a.json", "sub/*.txt"])
 
@@ -113,8 +114,8 @@ def test_a_mount_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_a_place_and_devices_are_not() -> None:
     for path in ("/dev/null", "/dev/merged", "/proc/self/fd/0/x"):
         with pytest.raises(BuildError, match=r"lies in /(dev|proc)"):
-            files.check_place(Path(path))
-    files.check_place(Path("/dev/shm/soka/out"), replaced=True)
+            check_place(Path(path))
+    check_place(Path("/dev/shm/soka/out"), replaced=True)
 
 
 def test_the_old_directory_is_looked_at_again(tmp_path: Path, thing: Path) -> None:
