@@ -196,6 +196,8 @@ def replace_directory(
                 yield temporary
                 _flush_tree(temporary)
                 with protected(real):  # and so the old content, under the name that it gets
+                    if added := _added(real, before, foreign):
+                        _keep(real, real, added)  # at once: a kill must not leave it under a temporary name
                     try:
                         old = _swap(temporary, real)
                     finally:
@@ -203,7 +205,7 @@ def replace_directory(
                         if old is None and temporary.exists() and not is_same(temporary, descriptor):
                             old = temporary
                         if old is not None:
-                            _discard(old, real, before, foreign)
+                            _discard(old, real, _added(old, before, foreign))
                 flush(real.parent)
             finally:
                 if is_same(temporary, descriptor):
@@ -235,17 +237,27 @@ class _Stamps:
         return found
 
 
-def _discard(old: Path, target: Path, before: _Stamps | None, foreign: Callable[[Path], list[str]] | None) -> None:
-    """Remove an old directory that was moved aside, or give it a name to keep if there is something new in it."""
+def _added(directory: Path, before: _Stamps | None, foreign: Callable[[Path], list[str]] | None) -> list[str]:
+    """What came into an old directory, or changed in it, while its successor was made."""
+    if foreign is None or before is None or not directory.is_dir():
+        return []
     try:
-        added = sorted({*foreign(old), *before.changed(old)}) if foreign is not None and before is not None else []
+        return sorted({*foreign(directory), *before.changed(directory)})
     except OSError as error:  # what cannot be looked at is not deleted
-        added = [str(error)]
-    if not added:
+        return [str(error)]
+
+
+def _discard(old: Path, target: Path, added: list[str]) -> None:
+    """Remove an old directory that was moved aside, or give it a name to keep if there is something new in it."""
+    if added:
+        _keep(old, target, added)
+    else:
         _tidy(old)
-        return
+
+
+def _keep(directory: Path, target: Path, added: list[str]) -> None:
     kept = target.with_name(f"{target.name}.earlier-{secrets.token_hex(3)}")
-    old.rename(kept)
+    directory.rename(kept)
     log.warning(
         "%s: while its successor was made, there came or changed: %s; the earlier folder is kept whole as %s",
         target,
@@ -266,7 +278,7 @@ def name_some(names: Sequence[str], most: int = 10) -> str:
     'a, b and 1 more'
     """
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:most]) + more
 
 
 @contextmanager

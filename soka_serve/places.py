@@ -45,7 +45,8 @@ def check_place(target: Path, *, replaced: bool = False) -> Path:
             if place is not None and place.is_relative_to(real):
                 which = f"is {what}" if place == real else f"holds {what}"
                 raise BuildError(
-                    f"cannot write {target}: it {which}, and is not replaced", hint="give a folder of its own"
+                    f"cannot write {target}: it {which}, and is not replaced",
+                    hint="give a folder of its own, or run this from elsewhere",
                 )
         if os.path.ismount(real):
             raise BuildError(

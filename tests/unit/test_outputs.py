@@ -132,6 +132,35 @@ def test_the_old_directory_is_looked_at_again(tmp_path: Path, thing: Path) -> No
     assert (thing / "a.json").read_text() == "newer"
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_what_comes_in_the_last_moment_is_kept(
+    tmp_path: Path, thing: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap = files._swap
+
+    def late(temporary: Path, target: Path) -> Path | None:
+        if moment == "before":
+            (target / "mine.txt").write_text("mine")
+        old = swap(temporary, target)
+        if moment == "after":
+            assert old is not None
+            (old / "mine.txt").write_text("mine")
+        return old
+
+    monkeypatch.setattr(files, "_swap", late)
+    with files.replace_directory(thing, foreign=THINGS.foreign) as new:
+        (new / "a.json").write_text("new")
+    (kept,) = (p for p in tmp_path.iterdir() if p != thing)
+    assert (kept / "mine.txt").read_text() == "mine"
+    assert (thing / "a.json").read_text() == "new"
+
+
+def test_names_are_printed_as_they_can_be(tmp_path: Path) -> None:
+    (tmp_path / "a\x1b[31m\nb").touch()
+    with pytest.raises(BuildError, match=r"it holds 'a\\x1b\[31m\\nb'$"):
+        THINGS.check(tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"a": 1}', '{"a": 1, "b": 2}'])
 def test_results_replace_results_only(tmp_path: Path, text: str | None) -> None:
     file, table = tmp_path / "r.json", tmp_path / "r.md"
