@@ -28,6 +28,7 @@ from soka_serve.kron import Factors, stack_terms
 from soka_serve.lock import read_lock, write_lock
 
 __all__ = [
+    "ADAPTER_FILES",
     "CARD_FILE",
     "CONFIG_FILE",
     "KEY_PREFIX",
@@ -48,6 +49,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LOCK_FILE = "soka.lock"
 CARD_FILE = "README.md"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE, CARD_FILE)
 
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1

@@ -18,7 +18,17 @@ from soka_serve.errors import SokaError
 if TYPE_CHECKING:
     from soka_serve.compiler import BuildResult
 
-_FILE = click.Path(path_type=Path)
+
+class _PathType(click.Path):
+    """A path; not an empty one, which an unset variable of a shell leaves, and which would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; the current directory is '.'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FILE = _PathType(path_type=Path)
 
 
 class _Group(click.Group):
@@ -184,7 +194,7 @@ def _build_text(result: BuildResult) -> str:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
 @click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
 @click.option("--revision", help="Revision of a hub base.")
-@click.option("--out", type=_FILE, required=True, help="Directory of the merged model; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the merged model; an earlier one is replaced.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Reload and compare with base + adapter.")
 @click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
@@ -216,7 +226,7 @@ def merge(
 @main.command(epilog="Example:  soka-serve extract tuned/ --base base/ --rank 4 --out adapter")
 @click.argument("finetuned")
 @click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
-@click.option("--out", type=_FILE, required=True, help="Directory of the adapter; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the adapter; an earlier extraction is replaced.")
 @click.option("--rank", type=click.IntRange(min=1), help="Terms per module.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of each delta's energy to keep.")
 @click.option("--parameters", type=click.IntRange(min=1), help="Total of parameters, spread over the modules.")
@@ -256,7 +266,7 @@ def extract(
 @click.option("--to", type=click.Choice(["soka", "lora"]), default="soka", show_default=True)
 @click.option("--rank", type=click.IntRange(min=1), help="Terms (soka) or LoRA rank; needed for lora.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--out", type=_FILE, required=True, help="Directory of the export; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the export; an earlier one is replaced.")
 def export(source: Path, to: str, rank: int | None, dtype: str, out: Path) -> None:
     """Write an adapter or a training checkpoint in another form, and say what is lost."""
     from soka_serve.api import export as run

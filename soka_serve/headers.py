@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from soka_serve.errors import CheckpointError
-from soka_serve.files import require_regular
+from soka_serve.files import read_errors, require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -212,7 +212,7 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
     Semantics: `all_of_it[rows]`, shape `info.shape` but for the first dimension, dtype as in the file, CPU.
 
     Raises:
-        CheckpointError: the file ends early (it was changed after its header was read).
+        CheckpointError: the file cannot be read, or ends early (it was changed after its header was read).
     """
     import torch
 
@@ -225,7 +225,8 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
         shape[0] = max(last - first, 0)
     tensor = torch.empty(shape, dtype=info.torch_dtype)
     if tensor.numel():
-        _read_into(tensor.view(-1).view(torch.uint8), info.file, start, info.name)
+        with read_errors(info.file):
+            _read_into(tensor.view(-1).view(torch.uint8), info.file, start, info.name)
     return tensor
 
 
@@ -235,7 +236,7 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     For files of many small tensors, of which most are wanted: it holds everything from the first to the last.
 
     Raises:
-        CheckpointError: the file ends early (it was changed after its header was read).
+        CheckpointError: the file cannot be read, or ends early (it was changed after its header was read).
         ValueError: the tensors are of several files.
     """
     import torch
@@ -246,7 +247,8 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     (file,) = files
     first = min(info.start for info in tensors.values())
     content = torch.empty(max(info.end for info in tensors.values()) - first, dtype=torch.uint8)
-    _read_into(content, file, first, "tensors")
+    with read_errors(file):
+        _read_into(content, file, first, "tensors")
     found = {}
     for name, info in tensors.items():
         part = content[info.start - first : info.end - first]

@@ -35,6 +35,8 @@ from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
 from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.manifest import LoadedManifest, read_manifest
+from soka_serve.outputs import check_results
+from soka_serve.places import given_path
 from soka_serve.serving_base import cache_directory
 from soka_serve.serving_targets import read_targets
 from soka_serve.workspace import HashCache
@@ -102,8 +104,10 @@ def evaluate(
             hint="Consent with --allow-code-execution; it runs in a sandbox, whose limits docs/evaluating.md names.",
         )
     subject = _subject(loaded, None if out is None else Path(out))
-    root = Path(out) if out is not None else Path(loaded.manifest.output.dir)
-    folder = Path(results) if results is not None else root / f"{loaded.manifest.name}-eval"
+    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
+    folder = given_path(results, "results") if results is not None else root / f"{loaded.manifest.name}-eval"
+    json_file, table_file = _result_files(folder, backend)
+    check_results(json_file, [table_file], ("manifest", "scores", "parts"))
     runner: VllmBackend | TransformersBackend
     if backend == "vllm":
         options = tuple(vllm_options)
@@ -378,6 +382,10 @@ def _active(effects: Sequence[tuple[float, float]], task: str) -> dict[str, Any]
     return {"effect_before_nats": effects[0][1], "effect_after_nats": effects[-1][1], "noise_nats": noise}
 
 
+def _result_files(folder: Path, backend: str) -> tuple[Path, Path]:
+    return folder / f"results-{backend}.json", folder / f"results-{backend}.md"
+
+
 def _finish(
     loaded: LoadedManifest,
     subject: Subject,
@@ -391,7 +399,7 @@ def _finish(
 ) -> EvalResult:
     scores = collect(parts, tasks)
     record = make_record(loaded, subject, runner, tasks, limit, weights, parts, scores, seed=_SEED)
-    json_file, table_file = folder / f"results-{runner.name}.json", folder / f"results-{runner.name}.md"
+    json_file, table_file = _result_files(folder, runner.name)
     write_text_atomic(json_file, json.dumps(record, indent=1) + "\n")
     write_text_atomic(table_file, document(record, table(scores, subject.target.name)))
     return EvalResult(
