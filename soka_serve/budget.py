@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from soka_serve.errors import CheckpointError
-from soka_serve.files import irregular
+from soka_serve.files import irregular, require_regular
 
 _MIB = 1 << 20
 # A file with a hole is refused where it is larger than this and than so many times its size on the disk. What a
@@ -79,7 +79,8 @@ def open_regular(file: Path) -> BinaryIO:
     Raises:
         OSError: it is missing, cannot be opened, or is a directory, a device, a pipe or a socket.
     """
-    # What is opened is looked at, not what had this name before.
+    require_regular(file)  # to open some devices is to do something
+    # What is opened is looked at again: it need not be what had this name before.
     number = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):

@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from soka_serve.budget import ReadingBudget
+from soka_serve.adapter import LOCK_FILE
+from soka_serve.budget import ReadingBudget, read_limited
+from soka_serve.errors import CheckpointError
 from soka_vllm import compat
 from soka_vllm.engine import KEEP_VARIABLE, keep_limit
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.loader import LORA, look_at, read_kind
 
 _TENSORS_A_MODULE = 8  # a module of a training's checkpoint has six
+_LEAST_TENSORS = 1024  # an adapter of modules that this server leaves out is told so by their names
 _HEADER_BYTES_A_TENSOR = 400
 _TEXT_BYTES, _CONFIG_BYTES_A_MODULE, _LOCK_BYTES_A_MODULE = 1 << 18, 1 << 10, 1 << 8
 _SECONDS = 20.0
@@ -46,7 +49,7 @@ class Limits(NamedTuple):
 
     def budget(self) -> ReadingBudget:
         """For one adapter, of a kind that is not known yet."""
-        tensors = _TENSORS_A_MODULE * self.modules
+        tensors = max(_TENSORS_A_MODULE * self.modules, _LEAST_TENSORS)
         return ReadingBudget(
             config_bytes=_TEXT_BYTES + _CONFIG_BYTES_A_MODULE * self.modules,
             lock_bytes=_TEXT_BYTES + _LOCK_BYTES_A_MODULE * self.modules,
@@ -102,7 +105,8 @@ def _compute(manager: Any) -> Limits:
         modules, more = modules + 4096, 4
     # Adapters may have the embedding and the head saved along, which vLLM reads and leaves out.
     lora += 4 * widest * int(getattr(manager, "vocab_size", 0) or 0)
-    return Limits(modules * spread * more, min(dense * spread * 2, _values_kept()), lora * spread * more)
+    # All terms that a weight can have take twice its values at most, and a training's checkpoint has them twice.
+    return Limits(modules * spread * more, min(5 * dense * spread, _values_kept()), lora * spread * more)
 
 
 def _of_buffers(layer: Any) -> tuple[int, int]:
@@ -143,6 +147,12 @@ async def check(front: Any, lora_request: Any) -> None:
 
 def _look(path: str, limits: Limits) -> None:
     directory = Path(compat.get_adapter_absolute_path(path))
-    if directory.is_dir():  # else vLLM says what is wrong
-        kind, budget = limits.open(directory)
-        look_at(directory, kind, budget)
+    if not directory.is_dir():  # vLLM says what is wrong
+        return
+    kind, budget = limits.open(directory)
+    look_at(directory, kind, budget)
+    if (directory / LOCK_FILE).exists():  # parsed by `check_base`, in a thread too
+        try:
+            read_limited(directory / LOCK_FILE, budget.lock_bytes, budget.source)
+        except CheckpointError as error:
+            raise ValueError(error.message.replace(f"{directory}/", "")) from error
