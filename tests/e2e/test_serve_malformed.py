@@ -104,7 +104,7 @@ def test_malformed_adapters_are_refused(harm: Harm, kind: str) -> None:
 def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
     """At once, in a few lines, and with no more memory."""
     start, spoil, reason = HOSTILE[kind]
-    folder = copy_of(harm, start, kind.replace("/", " "))
+    folder = copy_of(harm, start, f"hostile {kind}")
     spoil(folder)
     logged = harm.server.log.stat().st_size
     started = time.monotonic()
