@@ -36,6 +36,7 @@ class ReadingBudget:
         tensors: how many the file may hold.
         values: how many all of them may hold, and what is made of them while reading.
         seconds: for everything, and a second more for each 10 MB that are read.
+        pattern_seconds: processor time for matching the regular expressions of its config.
         source: where the limits come from, for messages.
     """
 
@@ -45,6 +46,7 @@ class ReadingBudget:
     tensors: int = 1_000_000
     values: int = 1 << 33
     seconds: float = 300.0
+    pattern_seconds: float = 60.0
     source: str = ""
     _started: float = field(default_factory=time.monotonic)
     _values: int = 0
@@ -60,6 +62,12 @@ class ReadingBudget:
         self.seconds += 4 * count / _BYTES_PER_S
         if self._values > self.values:
             raise self._exceeded(f"{what}: {self._values} values in float32", self.values)
+
+    def take_pattern_seconds(self, taken: float) -> None:
+        """Raises ValueError where the time for patterns is over."""
+        self.pattern_seconds -= taken
+        if self.pattern_seconds < 0:
+            raise ValueError(f"its patterns take too long to match{self.source}")
 
     def check_time(self, what: object) -> None:
         """Raises CheckpointError where the time is over."""

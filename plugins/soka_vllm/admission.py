@@ -28,6 +28,8 @@ _LEAST_TENSORS = 1024  # an adapter of modules that this server leaves out is to
 _HEADER_BYTES_A_TENSOR = 400
 _TEXT_BYTES, _CONFIG_BYTES_A_MODULE, _LOCK_BYTES_A_MODULE = 1 << 18, 1 << 10, 1 << 8
 _SECONDS = 20.0
+# Of the processor, in the engine's loop: below what a request of a model of this size takes.
+_PATTERN_SECONDS, _PATTERN_SECONDS_A_MODULE = 0.05, 0.001
 _LEAST_BYTES = 1 << 30
 
 # One thread: however many loads are asked for at once, the rest of this process shares its time with one of them.
@@ -57,6 +59,7 @@ class Limits(NamedTuple):
             tensors=tensors,
             values=self.lora_values,
             seconds=_SECONDS,
+            pattern_seconds=_PATTERN_SECONDS + _PATTERN_SECONDS_A_MODULE * self.modules,
             source=f" by this server, whose model has {self.modules} modules for adapters",
         )
 

@@ -53,7 +53,7 @@ def _wrap_load_adapter() -> None:
         if kind == LORA and not serves_lora():
             raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
         if kind in (None, LORA):
-            with patterns.matching(look_at(directory, kind, budget), budget):
+            with patterns.matching(look_at(directory, kind, budget)):
                 model = stock(self, lora_request)
             check_lora(model, self._adapter_manager)
             return model

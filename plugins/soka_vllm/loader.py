@@ -23,6 +23,7 @@ from soka_vllm.layers import KroneckerMixin
 from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import KIND as LYCORIS
 from soka_vllm.lycoris import find_lycoris, look_at_lycoris, unflatten
+from soka_vllm.patterns import Matcher
 from soka_vllm.stock import look_at_lora
 
 _logger = logging.getLogger("vllm.soka")
@@ -95,7 +96,7 @@ READERS: dict[str, Callable[[Path, ReadingBudget], Files]] = {
 }
 
 
-def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> list[str]:
+def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> Matcher:
     """Check all of an adapter that can be checked without the model and without reading its values.
 
     Args:
@@ -104,7 +105,7 @@ def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> list[st
         budget: what reading it may take.
 
     Returns:
-        The modules of a LoRA adapter.
+        What the patterns of a LoRA adapter match.
 
     Raises:
         ValueError: what is wrong with it.
@@ -116,7 +117,7 @@ def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> list[st
             READERS[kind](directory, budget)
     except SokaError as error:
         raise ValueError(_within(directory, error)) from error
-    return []
+    return Matcher([], budget)
 
 
 def load_adapter(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.budget import ReadingBudget, open_regular, refuse_hole
@@ -17,7 +15,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt")  # in the order in which vL
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def look_at_lora(directory: Path, budget: ReadingBudget) -> list[str]:
+def look_at_lora(directory: Path, budget: ReadingBudget) -> Matcher:
     """Check the size of all that vLLM reads of a LoRA adapter, and its patterns.
 
     Args:
@@ -25,7 +23,7 @@ def look_at_lora(directory: Path, budget: ReadingBudget) -> list[str]:
         budget: what reading it may take; the values are taken from it.
 
     Returns:
-        The names of its modules, of a pickle none.
+        What its patterns match among the names of its modules, of a pickle none.
 
     Raises:
         CheckpointError: files that are beyond the budget or malformed, patterns that cannot be matched.
@@ -41,25 +39,20 @@ def look_at_lora(directory: Path, budget: ReadingBudget) -> list[str]:
             if file.is_file():
                 _look_at_pickle(file, budget)
                 break
-    _check_patterns(config, names, budget)
-    return names
-
-
-def _module_of(key: str) -> str:
-    return key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
-
-
-def _check_patterns(config: Mapping[str, Any], names: list[str], budget: ReadingBudget) -> None:
-    matcher = Matcher(names or ["any"], budget)
+    matcher = Matcher(names, budget)
     for field in _PATTERNS:
         patterns = config.get(field) or {}
         if not isinstance(patterns, dict):
             raise CheckpointError(f"{CONFIG_FILE}: {field} must be an object, not {patterns!r:.120}")
         try:
-            for name in names[:1] or ["any"]:
-                matcher.key_for(patterns, name)
+            matcher.key_for(patterns, names[0] if names else "any")
         except ValueError as error:
             raise CheckpointError(f"{CONFIG_FILE}: {field}: {error}") from error
+    return matcher
+
+
+def _module_of(key: str) -> str:
+    return key.removeprefix(KEY_PREFIX).rpartition(".lora_")[0]
 
 
 def _look_at_pickle(file: Path, budget: ReadingBudget) -> None:
