@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -109,6 +109,14 @@ class HashCache:
         status = real.stat()
         entry = self._known.get(str(real))
         return entry is not None and entry[:3] == [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def adopt(self, other: HashCache, files: Iterable[Path]) -> None:
+        """Take over what another cache knows of some files and this one does not."""
+        for file in files:
+            if other.knows(file) and not self.knows(file):
+                real = str(file.resolve())
+                self._known[real] = other._known[real]
+                self._dirty = True
 
     def save(self) -> None:
         """Write what was learned."""

@@ -12,9 +12,10 @@ import pytest
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.lock import write_lock
+from soka_serve.serving_base import cache_directory
 from soka_serve.workspace import HashCache
 from soka_vllm import base
-from soka_vllm.base import check_base, hash_cache
+from soka_vllm.base import check_base
 
 OTHER = "0" * 64
 
@@ -71,7 +72,7 @@ def test_the_base_is_hashed_once(tmp_path: Path, served: Path, monkeypatch: pyte
     """Not again by the next server; a changed base is hashed anew."""
     folder = adapter(tmp_path, Checkpoint.open(served).sha256())
     check_base(folder, str(served), None)
-    assert hash_cache().is_file()
+    assert (cache_directory() / "hashes.json").is_file()
     asked = []
     read = HashCache.file
     monkeypatch.setattr(HashCache, "file", lambda self, path: asked.append(self.knows(path)) or read(self, path))
