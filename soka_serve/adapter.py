@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, is_printable, printable
 from soka_serve.files import write_bytes_atomic, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
@@ -273,15 +273,17 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     if config.get("modules_to_save"):
         problems.append(f"modules_to_save {config['modules_to_save']}: whole modules cannot be part of the delta")
     for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            problems.append(f"{name} must be a string or null, not {config[name]!r}")
+        if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
+            problems.append(f"{name} must be a string that can be printed, or null, not {config[name]!r:.300}")
     if not isinstance(config.get("soka_initial"), bool):
         problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r}")
     modules = config.get("soka_modules")
     if not isinstance(modules, dict) or not modules:
         return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r}"]
     for name, spec in modules.items():
-        if not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+        if not is_printable(name):
+            problems.append(f"soka_modules: {printable(name)}: a name with control characters")
+        elif not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
             problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r}")
         elif not _is_count(spec["rank"]):
             problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, is_printable, printable
 from soka_serve.files import require_regular
 
 if TYPE_CHECKING:
@@ -146,6 +146,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     tensors: list[TensorInfo] = []
     wrong: list[str] = []
     for name, spec in header.items():
+        if not is_printable(name):  # it would be in messages and logs
+            wrong.append(f"{printable(name)}: a name with control characters")
+            continue
         dtype, shape, offsets = (
             spec.get(k) if isinstance(spec, dict) else None for k in ("dtype", "shape", "data_offsets")
         )

@@ -143,6 +143,7 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (EngineCore, "add_request", "self request request_wave"),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", "request"),
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
+    (OpenAIServingModels, "unload_lora_adapter", "self request"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
 )
 

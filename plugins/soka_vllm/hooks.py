@@ -16,8 +16,6 @@ from soka_vllm import compat, engine, metrics, resolver
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import ADAPTERS_IN_STEP, LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
 from soka_vllm.loader import READERS, check_lora, load_adapter, read_kind
-from soka_vllm.opened import opened, renamed
-from soka_vllm.places import roots_of
 
 _logger = logging.getLogger("vllm.soka")
 _MARK = "_soka_installed"
@@ -75,12 +73,8 @@ def _wrap_load_adapter() -> None:
         return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
 
     def read(self: Any, lora_request: Any) -> Any:
-        roots = roots_of(lora_request)
-        with opened(compat.adapter_directory(lora_request.lora_path, roots), roots) as files:
-            try:
-                return read_files(self, files, lora_request)
-            except Exception as error:
-                raise ValueError(renamed(str(error), files, lora_request.lora_path)) from error
+        with resolver.adapter_files(lora_request) as files:
+            return read_files(self, files, lora_request)
 
     @functools.wraps(stock)
     def load(self: Any, lora_request: Any) -> Any:

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ from soka_vllm import compat
 _logger = logging.getLogger("vllm.soka")
 
 FOLDER_VARIABLE = "SOKA_METRICS_DIR"
-BASE = "__base__"  # in place of an adapter's name, for requests without one
+# In place of an adapter's name, which begins otherwise: for requests without one, for those that end after their
+# adapter was unloaded, and for the names beyond _MOST_NAMES where series cannot be taken back.
+BASE = "__base__"
+UNLOADED = "__unloaded__"
+OTHERS = "__others__"
+_MOST_NAMES = 1000
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -56,8 +62,41 @@ def _remove(folder: Path, maker: int) -> None:
 # --- requests and loads, in the API process -------------------------------------------------------------------------
 
 
+class _Names:
+    """Which adapters have series of their own: those that are loaded, by the name that requests use.
+
+    Several API processes write to files that prometheus_client reads together, and it can take no series back there:
+    a number of names is then all that there will be. An engine in the caller's own process is told of no loads: there
+    all names count.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: set[str] | None = None
+        self._ever: set[str] | None = set() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
+
+    def load(self, name: str) -> None:
+        self._loaded = (self._loaded or set()) | {name}
+
+    def unload(self, name: str) -> bool:
+        """Whether its series can and should go."""
+        self._loaded = (self._loaded or set()) - {name}
+        return self._ever is None
+
+    def label(self, name: str | None) -> str:
+        """What counts for a request to the adapter of this name, or to the base."""
+        if name is None:
+            return BASE
+        if self._loaded is not None and name not in self._loaded:
+            return UNLOADED
+        if self._ever is not None and name not in self._ever:
+            if len(self._ever) >= _MOST_NAMES:
+                return OTHERS
+            self._ever.add(name)
+        return name
+
+
 class _Counters:
-    """The metrics of one API process; `adapter` is the name that requests use, or BASE."""
+    """The metrics of one API process; the adapter of a request is None for the base."""
 
     def __init__(self) -> None:
         # Made at first use: with several API processes vLLM says only then where their values are kept.
@@ -70,15 +109,39 @@ class _Counters:
             ["outcome"],
             buckets=_LOAD_BUCKETS,
         )
+        self._names = _Names()
         # `labels` takes a lock and builds a key: once per adapter, not once per token.
-        self.prompt = cache(lambda adapter: self._prompt.labels(adapter))
-        self.generated = cache(lambda adapter: self._generated.labels(adapter))
+        self._children: dict[str | None, tuple[Any, Any]] = {}
+        self._reasons: set[str] = set()
 
-    def finished(self, adapter: str, reason: str) -> None:
-        self._requests.labels(adapter, reason).inc()
+    def tokens(self, adapter: str | None) -> tuple[Any, Any]:
+        """Counters of prompt and generated tokens."""
+        found = self._children.get(adapter)
+        if found is None:
+            label = self._names.label(adapter)
+            found = self._prompt.labels(label), self._generated.labels(label)
+            if label == adapter or adapter is None:
+                self._children[adapter] = found
+        return found
 
-    def loaded(self, outcome: str, seconds: float) -> None:
+    def finished(self, adapter: str | None, reason: str) -> None:
+        self._reasons.add(reason)  # a handful
+        self._requests.labels(self._names.label(adapter), reason).inc()
+
+    def loaded(self, adapter: str, outcome: str, seconds: float) -> None:
         self._loads.labels(outcome).observe(seconds)
+        if outcome == "loaded":
+            self._names.load(adapter)
+
+    def unloaded(self, adapter: str) -> None:
+        """Take back the series of an adapter."""
+        if not self._names.unload(adapter):
+            return
+        self._children.pop(adapter, None)
+        gone = [(self._prompt, (adapter,)), (self._generated, (adapter,))]
+        for counter, labels in gone + [(self._requests, (adapter, reason)) for reason in self._reasons]:
+            with suppress(KeyError):  # there was none
+                counter.remove(*labels)
 
 
 @cache
@@ -94,17 +157,17 @@ def _wrap_requests() -> None:
     @functools.wraps(stock_output)
     def output(self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, iteration_stats: Any) -> None:
         if iteration_stats is not None:
-            adapter = req_state.lora_name or BASE
+            prompt, generated = _counters().tokens(req_state.lora_name)
             if req_state.is_prefilling:
-                _counters().prompt(adapter).inc(req_state.prompt_len)
+                prompt.inc(req_state.prompt_len)
             if engine_core_output.new_token_ids:
-                _counters().generated(adapter).inc(len(engine_core_output.new_token_ids))
+                generated.inc(len(engine_core_output.new_token_ids))
         stock_output(self, req_state, engine_core_output, timestamp, iteration_stats)
 
     @functools.wraps(stock_finished)
     def finished(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         if iteration_stats is not None:
-            _counters().finished(req_state.lora_name or BASE, str(finish_reason))
+            _counters().finished(req_state.lora_name, str(finish_reason))
         stock_finished(self, req_state, finish_reason, iteration_stats)
 
     @functools.wraps(stock_abort)
@@ -114,7 +177,7 @@ def _wrap_requests() -> None:
         states = [self.request_states[i] for i in inner if i in self.request_states]
         if self.log_stats:
             for state in states:
-                _counters().finished(state.lora_name or BASE, "abort")
+                _counters().finished(state.lora_name, "abort")
         return stock_abort(self, wanted, internal)
 
     processor._update_stats_from_output = output
@@ -134,9 +197,19 @@ def _wrap_loads() -> None:
             outcome = "loaded"
             return answer
         finally:
-            _counters().loaded(outcome, time.perf_counter() - started)
+            _counters().loaded(lora_request.lora_name, outcome, time.perf_counter() - started)
+
+    stock_unload = compat.OpenAIServingModels.unload_lora_adapter
+
+    @functools.wraps(stock_unload)
+    async def unload(self: Any, request: Any) -> Any:
+        answer = await stock_unload(self, request)
+        if not isinstance(answer, compat.ErrorResponse):
+            _counters().unloaded(request.lora_name)
+        return answer
 
     compat.AsyncLLM.add_lora = add_lora
+    compat.OpenAIServingModels.unload_lora_adapter = unload
 
 
 # --- slots, in the workers -------------------------------------------------------------------------------------------

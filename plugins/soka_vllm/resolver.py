@@ -15,7 +15,8 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
@@ -25,10 +26,12 @@ from weakref import WeakValueDictionary
 from soka_serve.errors import is_printable, printable
 from soka_serve.schema import MODEL_NAME_RULE, is_model_name
 from soka_vllm import compat
-from soka_vllm.opened import OutsideError
-from soka_vllm.places import BUILDS_VARIABLE, allowed_roots, find_build, is_inside, limited
+from soka_vllm.opened import OutsideError, opened, renamed
+from soka_vllm.places import BUILDS_VARIABLE, allowed_roots, find_build, is_inside, limited, roots_of
 
 _logger = logging.getLogger("vllm.soka")
+
+_LONGEST_REASON = 20_000  # characters of why an adapter is refused
 
 _operator: ContextVar[bool] = ContextVar("soka_operator", default=False)
 # The path that the load at hand was asked for by a client, and the folders that it must lie in.
@@ -53,6 +56,23 @@ class BuildsResolver(compat.LoRAResolver):  # type: ignore[misc]  # vLLM has no 
             return None
         _limits.set((str(found), [self.folder]))
         return compat.LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
+
+
+@contextmanager
+def adapter_files(lora_request: Any) -> Iterator[Path]:
+    """A directory with the files of an adapter that is to be loaded, opened and held to where they may lie.
+
+    Raises:
+        ValueError: whatever goes wrong within, as a message that names the adapter's own path and that a terminal may
+            show.
+    """
+    roots = roots_of(lora_request)
+    with opened(compat.adapter_directory(lora_request.lora_path, roots), roots) as files:
+        try:
+            yield files
+        except Exception as error:
+            text = renamed(str(error) or type(error).__name__, files, lora_request.lora_path)
+            raise ValueError(printable(text, _LONGEST_REASON, keep="\n")) from error
 
 
 def limits_of(lora_request: Any) -> Any:
