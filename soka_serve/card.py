@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from soka_serve.builtin import base_directory
+from soka_serve.errors import printable
 from soka_serve.report import ReportData, environment
 from soka_serve.report_text import accuracy_interval, flatten, span, visible
 
@@ -75,7 +76,7 @@ def _public(name: str) -> str:
     """A hub id as it is; of a local directory the last part, or 'builtin:tiny'."""
     if Path(name) == base_directory():
         return "builtin:tiny"
-    return PurePath(name).name if PurePath(name).is_absolute() else name
+    return printable(PurePath(name).name if PurePath(name).is_absolute() else name).replace("`", "'")
 
 
 def _scalar(text: str) -> str:

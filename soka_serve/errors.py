@@ -42,6 +42,11 @@ def printable(text: object, limit: int = 300, *, keep: str = "") -> str:
     return shown if len(whole) <= limit else f"{shown}... ({len(whole)} characters)"
 
 
+def printable_lines(text: str) -> str:
+    """A whole text for a terminal: `printable`, of any length, with its line ends and tabs."""
+    return printable(text, len(text), keep="\n\t")
+
+
 def is_printable(text: str) -> bool:
     """Whether `printable` shows a text as it is; names in files that somebody made in earnest are."""
     return printable(text, len(text)) == text

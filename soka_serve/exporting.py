@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soka_serve.adapter import CARD_FILE, KEY_PREFIX, LOCK_FILE, Adapter, read_adapter, write_adapter
-from soka_serve.errors import SokaError
+from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.files import check_replaceable, replace_directory, sha256_file, write_text_atomic
 from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.lock import read_lock, write_lock
@@ -234,8 +234,8 @@ def _card(adapter: Adapter, result: ExportResult) -> str:
     """The source's own card for an exact export; a short one that states the loss for anything else."""
     own = adapter.directory / CARD_FILE
     if result.form == "soka" and result.dropped_energy_frac < 1e-9 and own.is_file():
-        return own.read_text(encoding="utf-8")
-    base = Path(adapter.base_model or "its base").name
+        return printable_lines(own.read_text(encoding="utf-8", errors="replace"))
+    base = printable(Path(adapter.base_model or "its base").name)
     method = "SoKA (Kronecker) adapter" if result.form == "soka" else f"LoRA of rank {result.ranks[1]}"
     use = (
         "Load with `import soka_serve.peft` and `PeftModel.from_pretrained`."

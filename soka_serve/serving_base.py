@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.files import is_own, is_own_file
 from soka_serve.schema import Base
 from soka_serve.serving_targets import Target
 from soka_serve.sources import open_base
@@ -45,16 +45,6 @@ def cache_directory() -> Path:
     return (Path(given) if given else Path.home() / ".cache") / "soka-serve"
 
 
-def is_own(status: os.stat_result) -> bool:
-    """Whether a file or directory belongs to this process's user, or to root, and no group and no other may write."""
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
-
-
-def _is_own_file(path: Path) -> bool:
-    status = path.lstat()  # a link may lead anywhere
-    return stat.S_ISREG(status.st_mode) and is_own(status)
-
-
 def own_folder() -> Path:
     """`cache_directory()`, made if need be (mode 0700), with nothing in it that another user may have written.
 
@@ -70,7 +60,7 @@ def own_folder() -> Path:
         if status.st_uid not in (os.geteuid(), 0):
             return _instead_of(folder)
         hashes = folder / HASHES_FILE
-        if not is_own(status) or (os.path.lexists(hashes) and not _is_own_file(hashes)):
+        if not is_own(status) or (os.path.lexists(hashes) and not is_own_file(hashes)):
             logger.warning("%s: other users may write there; its hashes are dropped, and it is closed to them", folder)
             hashes.unlink(missing_ok=True)
             folder.chmod(0o700)
@@ -201,7 +191,7 @@ def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
     for folder in sorted({target.path.parent.parent / ".cache" for target in targets}):
         file = folder / HASHES_FILE
         try:
-            if _is_own_file(file) and all(is_own(place.lstat()) for place in (folder.parent, folder)):
+            if is_own_file(file) and all(is_own(place.lstat()) for place in (folder.parent, folder)):
                 found.append(HashCache(file))
         except OSError:
             continue  # no build, or one that has no cache

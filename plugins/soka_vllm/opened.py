@@ -20,7 +20,7 @@ from pathlib import Path
 from soka_serve.adapter import CONFIG_FILE, LOCK_FILE
 from soka_serve.checkpoint import PICKLE_SUFFIXES
 from soka_serve.errors import printable
-from soka_serve.serving_base import is_own
+from soka_serve.files import is_own
 
 _logger = logging.getLogger("vllm.soka")
 

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
-from soka_vllm import engine
 from soka_vllm.opened import OutsideError, lies_in, opened, renamed
 from soka_vllm.places import limited, roots_of
 
@@ -195,5 +194,3 @@ def test_requests_carry_the_folders() -> None:
     assert roots_of(limited(plain, [])) == []  # nothing is allowed
     assert roots_of(limited(plain, [Path("/a b"), Path("c")])) == [Path("/a b"), Path("c").absolute()]
     assert plain.base_model_name == "base"
-
-
