@@ -274,7 +274,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
         problems.append(f"modules_to_save {config['modules_to_save']}: whole modules cannot be part of the delta")
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
-            problems.append(f"{name} must be a string that can be printed, or null, not {config[name]!r:.300}")
+            problems.append(f"{name} must be a string or null, not {config[name]!r:.300}")
     if not isinstance(config.get("soka_initial"), bool):
         problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r}")
     modules = config.get("soka_modules")

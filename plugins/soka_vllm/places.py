@@ -5,18 +5,29 @@ Names and paths are what any client sends: nothing but an adapter inside the fol
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in
 
-__all__ = ["BUILDS_VARIABLE", "ROOTS_VARIABLE", "allowed_roots", "find_build", "is_inside", "limited", "roots_of"]
+__all__ = [
+    "BUILDS_VARIABLE",
+    "ROOTS_VARIABLE",
+    "Locks",
+    "allowed_roots",
+    "find_build",
+    "is_inside",
+    "limited",
+    "roots_of",
+]
 
 _CONFIG = "adapter_config.json"
 # In front of folders in a request's base_model_name, which only the API process uses.
@@ -69,3 +80,10 @@ def roots_of(lora_request: Any) -> list[Path] | None:
     """What `limited` has put into a request."""
     told = getattr(lora_request, "base_model_name", None) or ""
     return [Path(root) for root in json.loads(told.removeprefix(_LIMITED))] if told.startswith(_LIMITED) else None
+
+
+class Locks(WeakValueDictionary[str, asyncio.Lock]):
+    """A lock for each name, as long as somebody holds it or waits for it."""
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self.setdefault(name, asyncio.Lock())

@@ -21,13 +21,12 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from soka_serve.errors import is_printable, printable
 from soka_serve.schema import MODEL_NAME_RULE, is_model_name
 from soka_vllm import compat
 from soka_vllm.opened import OutsideError, opened, renamed
-from soka_vllm.places import BUILDS_VARIABLE, allowed_roots, find_build, is_inside, limited, roots_of
+from soka_vllm.places import BUILDS_VARIABLE, Locks, allowed_roots, find_build, is_inside, limited, roots_of
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -190,10 +189,3 @@ def _wrap_locks() -> None:
         self.lora_resolver_lock = Locks()
 
     compat.OpenAIServingModels.__init__ = init
-
-
-class Locks(WeakValueDictionary[str, asyncio.Lock]):
-    """A lock for each name, as long as somebody holds it or waits for it."""
-
-    def __getitem__(self, name: str) -> asyncio.Lock:
-        return self.setdefault(name, asyncio.Lock())
