@@ -6,10 +6,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from soka_serve.serving_base import cache_directory
 from soka_serve.workspace import HashCache
 from soka_vllm import base
 from soka_vllm.base import check_base
+from tests.fuzzing import limited
 
 OTHER = "0" * 64
 
@@ -104,22 +102,6 @@ def forged(served: Path, digest: str = OTHER) -> str:
     return json.dumps({str(file): [status.st_size, status.st_mtime_ns, status.st_ino, digest]})
 
 
-@contextmanager
-def at_most(seconds: int) -> Iterator[None]:
-    """Whoever waits for the writer of a pipe waits for good."""
-
-    def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 @pytest.mark.parametrize("kind", ["pipe", "forged", "list", "device"])
 def test_what_lies_beside_an_adapter_is_not_read(tmp_path: Path, served: Path, kind: str) -> None:
     """Where a build would keep its cache: whoever brings the adapter can have written that."""
@@ -133,7 +115,7 @@ def test_what_lies_beside_an_adapter_is_not_read(tmp_path: Path, served: Path, k
         planted.symlink_to("/dev/zero")
     else:
         planted.write_text(forged(served) if kind == "forged" else "[]")
-    with at_most(20):
+    with limited(20):
         check_base(folder, str(served), None)
 
 
@@ -183,7 +165,7 @@ def test_the_lock_of_the_build_counts_where_nobody_else_can_write(tmp_path: Path
         place.chmod(before)
     lock.unlink()
     os.mkfifo(lock)
-    with at_most(20):
+    with limited(20):
         check_base(folder, str(served), None)
 
 
