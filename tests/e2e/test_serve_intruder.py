@@ -29,7 +29,7 @@ from tests.e2e.serving import ONE_PROCESS, Server, random_factors, serve
 pytestmark = pytest.mark.slow
 
 PROMPT = [1, *range(40, 60)]
-LOADS = 150
+LOADS = 100
 SWAPS = 2000
 
 
