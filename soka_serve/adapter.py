@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from soka_serve.budget import ReadingBudget
-from soka_serve.errors import CheckpointError, first_ten, is_shown
+from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, printable
 from soka_serve.files import write_bytes_atomic, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
@@ -326,7 +326,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
             f"modules_to_save {config['modules_to_save']!r:.200}: whole modules cannot be part of the delta"
         )
     for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
+        if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
             problems.append(f"{name} must be a string or null, not {config[name]!r:.80}")
     if not isinstance(config.get("soka_initial"), bool):
         problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r:.80}")
@@ -334,7 +334,9 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     if not isinstance(modules, dict) or not modules:
         return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r:.80}"]
     for name, spec in modules.items():
-        if not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+        if not is_printable(name):
+            problems.append(f"soka_modules: {printable(name)}: a name with control characters")
+        elif not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
             problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r:.80}")
         elif not _is_count(spec["rank"]):
             problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r:.80}")

@@ -23,7 +23,7 @@ from soka_serve.adapter import (
     write_adapter,
 )
 from soka_serve.adapter_source import AdapterSource, read_source
-from soka_serve.errors import SokaError
+from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.files import replace_directory, write_text_atomic
 from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.lock import write_lock
@@ -244,8 +244,8 @@ def _export_lock(source: AdapterSource, result: ExportResult, dtype: torch.dtype
 def _card(source: AdapterSource, result: ExportResult) -> str:
     """The source's own card for an exact export; a short one that states the loss for anything else."""
     if result.form == "soka" and result.dropped_energy_frac < 1e-9 and source.card is not None:
-        return source.card
-    base = Path(source.adapter.base_model or "its base").name
+        return printable_lines(source.card)
+    base = printable(Path(source.adapter.base_model or "its base").name)
     method = "SoKA (Kronecker) adapter" if result.form == "soka" else f"LoRA of rank {result.ranks[1]}"
     use = (
         "Load with `import soka_serve.peft` and `PeftModel.from_pretrained`."

@@ -350,6 +350,15 @@ def irregular(path: Path, mode: int) -> OSError:
     if stat.S_ISDIR(mode):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or directory belongs to this process's user, or to root, and no group and no other may write."""
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether it is a file, no link to one, and `is_own`. OSError where there is none."""
+    status = path.lstat()  # a link may lead anywhere
+    return stat.S_ISREG(status.st_mode) and is_own(status)
 
 
 def sha256_file(path: Path) -> str:

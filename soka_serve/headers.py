@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 from soka_serve.budget import ReadingBudget, open_regular, read_limited, refuse_hole
-from soka_serve.errors import CheckpointError, first_ten
+from soka_serve.errors import CheckpointError, first_ten, is_printable, printable
 from soka_serve.files import read_errors
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
     tensors: list[TensorInfo] = []
     wrong: list[str] = []
     for name, spec in header.items():
-        if len(name) > _MAX_NAME or not name.isprintable():
-            wrong.append(f"{name!r:.80}: expected a name of at most {_MAX_NAME} printable characters")
+        if len(name) > _MAX_NAME or not is_printable(name):  # it would be in messages and logs
+            wrong.append(f"{printable(name, 80)}: expected a name of at most {_MAX_NAME} printable characters")
             continue
         dtype, shape, offsets = (
             spec.get(k) if isinstance(spec, dict) else None for k in ("dtype", "shape", "data_offsets")

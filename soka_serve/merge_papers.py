@@ -12,7 +12,7 @@ from typing import Any
 from soka_serve.adapter import CARD_FILE, LOCK_FILE
 from soka_serve.adapter_source import AdapterSource
 from soka_serve.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, printable
 from soka_serve.files import read_errors, require_regular, write_text_atomic
 from soka_serve.headers import read_json
 from soka_serve.leftovers import final_name
@@ -127,6 +127,7 @@ def write_papers(
     base = adapters[0][0].base_model or ""
     if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
         base = Path(base or checkpoint.directory).name
+    base = printable(base)
     lock = {
         "soka": 1,
         "kind": "merged",
@@ -144,7 +145,8 @@ def write_papers(
         "versions": versions(),
     }
     write_lock(new / LOCK_FILE, lock)
-    rows = [f"| {_name_of(a.directory)} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for a, w in adapters]
+    named = [(_name_of(adapter.directory).replace("|", "/"), adapter, weight) for adapter, weight in adapters]
+    rows = [f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named]
     card = "\n".join(
         [
             "---",
@@ -170,4 +172,4 @@ def write_papers(
 def _name_of(directory: Path) -> str:
     """A build's adapter is called after the build."""
     real = Path(os.path.realpath(directory))
-    return final_name(real.parent) if real.name == "adapter" else final_name(real)
+    return printable(final_name(real.parent) if real.name == "adapter" else final_name(real))

@@ -23,6 +23,13 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 DEFAULT_CALIBRATION_BATCHES = 8
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+# Of models in the API: also ids of a hub ("org/name"), and the ":" and "@" of versions.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*")
+_LONGEST_MODEL_NAME = 200
+MODEL_NAME_RULE = (
+    f"a name has 1 to {_LONGEST_MODEL_NAME} letters, digits and ._-:@+/, and begins with a letter or digit, as does "
+    "each part between slashes"
+)
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
 
@@ -30,6 +37,11 @@ def _no_nul(value: str) -> str:
     if "\x00" in value:
         raise ValueError("a path or id cannot hold a NUL character")
     return value
+
+
+def is_model_name(name: str) -> bool:
+    """Whether an adapter may be called so in a server's API; see MODEL_NAME_RULE."""
+    return len(name) <= _LONGEST_MODEL_NAME and _MODEL_NAME.fullmatch(name) is not None
 
 
 PositiveInt = Annotated[int, Field(ge=1)]

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,6 +137,14 @@ class HashCache:
                 if not (path.is_file() and (stamp_of(path) == stamp or sha256_file(path) == digest))
             }
         )
+
+    def adopt(self, other: HashCache, files: Iterable[Path]) -> None:
+        """Take over what another cache knows of some files and this one does not."""
+        for file in files:
+            if other.knows(file) and not self.knows(file):
+                real = str(file.resolve())
+                self._known[real] = other._known[real]
+                self._dirty = True
 
     def save(self) -> None:
         """Write what was learned."""

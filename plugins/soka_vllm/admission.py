@@ -22,6 +22,7 @@ from soka_vllm import compat
 from soka_vllm.engine import KEEP_VARIABLE, keep_limit
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.loader import LORA, look_at, read_kind
+from soka_vllm.resolver import adapter_files
 
 _TENSORS_A_MODULE = 8  # a module of a training's checkpoint has six
 _LEAST_TENSORS = 1024  # an adapter of modules that this server leaves out is told so by their names
@@ -145,17 +146,15 @@ async def check(front: Any, lora_request: Any) -> None:
     """
     if "_soka_limits" not in front.__dict__:
         front._soka_limits = Limits(*await front.engine_core.call_utility_async("soka_limits"))
-    await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request.lora_path, front._soka_limits)
+    await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request, front._soka_limits)
 
 
-def _look(path: str, limits: Limits) -> None:
-    directory = Path(compat.get_adapter_absolute_path(path))
-    if not directory.is_dir():  # vLLM says what is wrong
-        return
-    kind, budget = limits.open(directory)
-    look_at(directory, kind, budget)
-    if (directory / LOCK_FILE).exists():  # parsed by `check_base`, in a thread too
-        try:
-            read_limited(directory / LOCK_FILE, budget.lock_bytes, budget.source)
-        except CheckpointError as error:
-            raise ValueError(error.message.replace(f"{directory}/", "")) from error
+def _look(lora_request: Any, limits: Limits) -> None:
+    with adapter_files(lora_request) as directory:
+        kind, budget = limits.open(directory)
+        look_at(directory, kind, budget)
+        if (directory / LOCK_FILE).exists():  # parsed by `check_base`, in a thread too
+            try:
+                read_limited(directory / LOCK_FILE, budget.lock_bytes, budget.source)
+            except CheckpointError as error:
+                raise ValueError(error.message.replace(f"{directory}/", "")) from error

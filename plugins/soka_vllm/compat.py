@@ -6,6 +6,9 @@ Imports vLLM, hence only to be imported once an engine is wanted (`soka_vllm.reg
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -76,9 +79,9 @@ __all__ = [
     "PEFTHelper",
     "PunicaWrapperBase",
     "WorkerLoRAManager",
+    "adapter_directory",
     "check_vllm",
     "create_error_response",
-    "get_adapter_absolute_path",
     "has_operator",
     "kv_cache_utils",
     "lora_utils",
@@ -146,8 +149,16 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (EngineCore, "add_request", "self request request_wave"),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", "request"),
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
+    (OpenAIServingModels, "unload_lora_adapter", "self request"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
 )
+
+
+def adapter_directory(path: str, roots: Sequence[Path] | None) -> Path:
+    """Where an adapter's files are; hub ids are fetched, but not for those who may load from `roots` only."""
+    if roots is None:
+        return Path(get_adapter_absolute_path(path))
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 (pathlib's raises for users that do not exist)
 
 
 def shards_of(layer: Any) -> LayerShards:

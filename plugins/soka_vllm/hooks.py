@@ -9,6 +9,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from soka_serve.errors import printable
 from soka_vllm import admission, compat, engine, metrics, patterns, resolver
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import ADAPTERS_IN_STEP, LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
@@ -16,6 +19,7 @@ from soka_vllm.loader import LORA, READERS, check_lora, load_adapter, look_at
 
 _logger = logging.getLogger("vllm.soka")
 _MARK = "_soka_installed"
+_LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
 
 
 def install() -> None:
@@ -40,21 +44,27 @@ def install() -> None:
         _wrap_load_model()
     resolver.install()
     metrics.install()
+    _logger.addFilter(_one_line)
     setattr(compat.lora_utils, _MARK, True)
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """Names, paths and contents of files that others made can be in any message: none begins a line of its own."""
+    record.msg, record.args = printable(record.getMessage(), _LONGEST_MESSAGE), None
+    return True
 
 
 def _wrap_load_adapter() -> None:
     """Kronecker adapters are ours to read, LoRA and what has no readable config vLLM's; what is kept is not read."""
     stock = compat.WorkerLoRAManager._load_adapter
 
-    def read(self: Any, lora_request: Any) -> Any:
-        directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
+    def read_files(self: Any, directory: Path, lora_request: Any) -> Any:
         kind, budget = admission.limits_of(self).open(directory)
         if kind == LORA and not serves_lora():
             raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
         if kind in (None, LORA):
             with patterns.matching(look_at(directory, kind, budget)):
-                model = stock(self, lora_request)
+                model = stock(self, msgspec.structs.replace(lora_request, lora_path=str(directory)))
             check_lora(model, self._adapter_manager)
             return model
         if not compat.has_operator():
@@ -62,6 +72,10 @@ def _wrap_load_adapter() -> None:
         if kind not in READERS:
             raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
         return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype, budget)
+
+    def read(self: Any, lora_request: Any) -> Any:
+        with resolver.adapter_files(lora_request) as files:
+            return read_files(self, files, lora_request)
 
     @functools.wraps(stock)
     def load(self: Any, lora_request: Any) -> Any:
@@ -146,10 +160,11 @@ def _wrap_engine() -> None:
 
     @functools.wraps(stock_front)
     async def add_lora(self: Any, lora_request: Any) -> bool:
-        await admission.check(self, lora_request)
+        limited = resolver.limits_of(lora_request)
+        await admission.check(self, limited)
         # Reading a base of many GB takes a while; the engine, which asks again, then finds the answer.
-        await asyncio.to_thread(engine.check_served_base, lora_request, self.vllm_config.model_config)
-        return bool(await stock_front(self, lora_request))
+        await asyncio.to_thread(engine.check_served_base, limited, self.vllm_config.model_config)
+        return bool(await stock_front(self, limited))
 
     compat.AsyncLLM.add_lora = add_lora
     compat.kv_cache_utils._gen_lora_extra_hash_keys = engine.prefix_keys

@@ -13,7 +13,7 @@ import torch
 
 from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
 from soka_serve.budget import ReadingBudget
-from soka_serve.errors import SokaError, first_ten, is_shown
+from soka_serve.errors import SokaError, first_ten, is_shown, printable
 from soka_serve.headers import find_not_finite, read_json
 from soka_serve.kron import Factors
 from soka_serve.shapes import FactorShape
@@ -175,7 +175,7 @@ def load_adapter(
     ranks = sorted({weight.rank for weight in weights.values()})
     _logger.info(
         "%s adapter %r from %s: %d modules, ranks %d to %d, on this rank %d of them with %d bytes in %s",
-        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1]),
+        *(kind, lora_request.lora_name, lora_request.lora_path, len(weights), ranks[0], ranks[-1]),
         *(here, values * dtype.itemsize, dtype),
     )
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
@@ -212,9 +212,9 @@ def check_lora(model: Any, manager: Any) -> None:
         if name not in places:
             problems.append(_no_layer(name, places, manager) if is_shown(problems) else name)
         elif down is None or up is None:
-            problems.append(f"{name}: lora_{'A' if down is None else 'B'} is missing")
+            problems.append(f"{printable(name)}: lora_{'A' if down is None else 'B'} is missing")
         elif not bool(down.isfinite().all() and up.isfinite().all()):
-            problems.append(f"{name}: values are not finite")
+            problems.append(f"{printable(name)}: values are not finite")
         elif isinstance(places[name][0], KroneckerMixin):
             layer, index = places[name]
             shape = (up.shape[0], down.shape[1])
@@ -232,7 +232,7 @@ def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
     near = f"; close is {close[0]}" if close else ""
     targets = manager.lora_config.target_modules
     left_out = f"; --lora-target-modules is {' '.join(targets)}" if targets else ""
-    return f"{name}: no layer of the served model that takes adapters{near}{left_out}"
+    return f"{printable(name)}: no layer of the served model that takes adapters{near}{left_out}"
 
 
 def _places(manager: Any) -> dict[str, tuple[Any, int]]:

@@ -37,9 +37,8 @@ from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
-from soka_serve.serving_base import cache_directory
+from soka_serve.serving_base import own_hashes
 from soka_serve.serving_targets import read_targets
-from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
 
@@ -236,7 +235,7 @@ def _generation(loaded: LoadedManifest) -> dict[str, int]:
 
 def _weights(subject: Subject) -> dict[str, str]:
     """By role, a hash of the weights that answer; large files are hashed once and remembered, as for serving."""
-    hashes = HashCache(cache_directory() / "hashes.json")
+    hashes = own_hashes()
     found = {}
     for role, place in zip(ROLES, (subject.base, subject.target.path), strict=True):
         files = sorted([*place.glob("*.safetensors"), *place.glob("adapter_config.json")])
