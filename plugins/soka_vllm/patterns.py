@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from soka_serve.budget import ReadingBudget
@@ -25,6 +26,15 @@ _CHARACTERS_AT_ONCE = 4000  # of names, between two looks at the clock
 _current: ContextVar[Matcher | None] = ContextVar("soka_matcher", default=None)
 
 
+@dataclass
+class _Answers:
+    """Of one set of patterns: by module name the first that matches, and why they cannot be matched."""
+
+    patterns: Mapping[str, Any]
+    found: dict[str, str | None] = field(default_factory=dict)
+    problem: str = ""
+
+
 class Matcher:
     """Answers PEFT's question for the modules of one adapter.
 
@@ -36,8 +46,8 @@ class Matcher:
     def __init__(self, names: Sequence[str], budget: ReadingBudget) -> None:
         self._names = list(dict.fromkeys(names))
         self._budget = budget
-        self._found: dict[tuple[str, ...], dict[str, str | None]] = {}
-        self._problems: dict[tuple[str, ...], str] = {}
+        # By the identity of the patterns, which are kept with it: to compare thousands of them takes its time, too.
+        self._answers: dict[int, _Answers] = {}
 
     def key_for(self, patterns: Mapping[str, Any], name: str) -> str | None:
         """The first of the patterns that matches a module's name as PEFT matches it; None where none does.
@@ -47,19 +57,19 @@ class Matcher:
         """
         if not patterns:
             return None
-        keys = tuple(patterns)
-        if keys in self._problems:
-            raise ValueError(self._problems[keys])
+        answers = self._answers.get(id(patterns))
         try:
-            if keys not in self._found:
-                self._found[keys] = self._match(keys, self._names)
-            known = self._found[keys]
-            if name not in known:
-                known.update(self._match(keys, [name]))
+            if answers is None:
+                answers = self._answers[id(patterns)] = _Answers(patterns)
+                answers.found = self._match(tuple(patterns), self._names)
+            if answers.problem:
+                raise ValueError(answers.problem)
+            if name not in answers.found:
+                answers.found.update(self._match(tuple(patterns), [name]))
         except ValueError as error:
-            self._problems[keys] = str(error)
+            answers.problem = str(error)
             raise
-        return known[name]
+        return answers.found[name]
 
     def _match(self, keys: tuple[str, ...], names: list[str]) -> dict[str, str | None]:
         """The first key that matches each name, or None."""
