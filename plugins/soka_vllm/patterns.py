@@ -57,13 +57,13 @@ class Matcher:
         """
         if not patterns:
             return None
-        answers = self._answers.get(id(patterns))
+        new = id(patterns) not in self._answers
+        answers = self._answers.setdefault(id(patterns), _Answers(patterns))
         try:
-            if answers is None:
-                answers = self._answers[id(patterns)] = _Answers(patterns)
-                answers.found = self._match(tuple(patterns), self._names)
             if answers.problem:
                 raise ValueError(answers.problem)
+            if new:
+                answers.found = self._match(tuple(patterns), self._names)
             if name not in answers.found:
                 answers.found.update(self._match(tuple(patterns), [name]))
         except ValueError as error:
