@@ -41,16 +41,16 @@ _active: set[Path] = set()
 def machine_token() -> str:
     """12 hex digits: 6 for the running kernel, 6 for the process ids that mean the same processes as here."""
 
-    def digits(text: str) -> str:
-        return hashlib.sha256(text.encode()).hexdigest()[:_KERNEL]
+    def digits(text: str | None) -> str:
+        return hashlib.sha256((text or secrets.token_hex()).encode()).hexdigest()[:_KERNEL]
 
-    try:
+    if not sys.platform.startswith("linux"):  # the host name is all there is
+        return digits(socket.gethostname()) * 2
+    kernel = processes = None  # where Linux hides them, nobody's
+    with suppress(OSError, ValueError):
         kernel = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    with suppress(OSError):
         processes = str(Path("/proc/self/ns/pid").readlink())
-    except (OSError, ValueError):
-        # Of other systems the host name is all there is; a Linux that hides this shares its locks with nobody.
-        kernel = socket.gethostname() if not sys.platform.startswith("linux") else secrets.token_hex()
-        processes = ""
     return digits(kernel) + digits(processes)
 
 
@@ -160,7 +160,9 @@ class _Leftover:
     def _looks_stale(self) -> bool:
         """The best guess without a lock."""
         if self.machine != machine_token():  # its process cannot be asked from here
-            return time.time() - self._touched() > _STALE_ELSEWHERE_S
+            with suppress(FileNotFoundError):  # somebody works in it this moment
+                return time.time() - self._touched() > _STALE_ELSEWHERE_S
+            return False
         if self.pid == os.getpid():
             return self.path not in _active
         return not _is_alive(self.pid)
