@@ -310,6 +310,11 @@ run()
 def f():
     return False
 """,
+    "the list of mounts": """
+def f():
+    request, found = struct.pack("IIQQQ", 24, 0, 2**64 - 1, 0, 0)[:24], ctypes.create_string_buffer(8 * 64)
+    return call(458, request, found, 64, 0) > 0 or attempt(os.open, "/proc/self/mountinfo", 0) is not None
+""",
     "io_uring": """
 def f():
     return call(425, 8, ctypes.create_string_buffer(120)) >= 0 or call(206, 8, ctypes.create_string_buffer(8)) == 0
