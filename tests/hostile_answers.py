@@ -80,6 +80,10 @@ ANSWERS = {
         "class math:\n    isclose = staticmethod(lambda *a: True)\ndef f():\n    return 1.0",
         "assert math.isclose(f(), 5.0)",
     ),
+    "a part of a module for the whole": (
+        "import unittest.mock as unittest\ndef f():\n    return 1.0",
+        "assert unittest.call(f()) == ((1.0,),)",
+    ),
     "another module of that name": (
         "import operator as math\nmath.isclose = lambda *a: True\ndef f():\n    return 1.0",
         "assert math.isclose(f(), 5.0)",

@@ -310,6 +310,20 @@ run()
 def f():
     return False
 """,
+    "attributes that are read": """
+def f():
+    room, path = ctypes.create_string_buffer(256), SECRET.encode()
+    place = os.open(SECRET, os.O_PATH)
+    found = [call(n, path, b"user.secret", room, 256) for n in (191, 192)]
+    found += [call(193, place, b"user.secret", room, 256), call(196, place, room, 256)]
+    found += [call(n, path, room, 256) for n in (194, 195)] + [call(464, -100, path, 0, b"user.secret", room, 16)]
+    return any(n > 0 for n in found)
+""",
+    "the list of mounts": """
+def f():
+    request, found = struct.pack("IIQQQ", 24, 0, 2**64 - 1, 0, 0)[:24], ctypes.create_string_buffer(8 * 64)
+    return call(458, request, found, 64, 0) > 0 or attempt(os.open, "/proc/self/mountinfo", 0) is not None
+""",
     "io_uring": """
 def f():
     return call(425, 8, ctypes.create_string_buffer(120)) >= 0 or call(206, 8, ctypes.create_string_buffer(8)) == 0

@@ -78,6 +78,15 @@ def make():
     return pin(filled(os.open(".", os.O_TMPFILE | os.O_RDWR)))
 take(make)
 """,
+    "as fast as it can": f"""
+data, held = b"x" * 2**20, 0
+while held < {DISK_MIB} << 20:
+    fd = os.open(str(held), os.O_CREAT | os.O_WRONLY)
+    held += os.write(fd, data)
+    os.close(fd)
+def f():
+    return True
+""",
     "files without a name that are open": """
 data = b"x" * 2**20
 held = 0
@@ -190,6 +199,21 @@ while held < {MEMORY_MIB} << 20 and (place := memory(size)):
         held += size if moved not in (None, FAILED) else 0
     held += size
 """ + _HELD,
+    "rules without end": """
+attribute = struct.pack("QQQ", 0, 3, 0)  # TCP ports, each of which is a rule in the kernel's memory
+made, ends = 0, time.process_time() + 1
+add = libc.syscall
+while time.process_time() < ends:
+    rules = call(444, attribute, ctypes.c_size_t(16), 0)
+    if rules < 0:
+        break
+    for port in range(60_000):
+        if add(445, rules, 2, struct.pack("QQ", 1, port), 0) != 0 or port % 1000 == 0 and time.process_time() > ends:
+            break
+        made += 1
+def f():
+    return made > 10_000  # of some hundred bytes each, of which no limit knows
+""",
     "timers without end": """
 made, timer = 0, ctypes.c_void_p()
 while made < 20_000 and libc.timer_create(1, None, ctypes.byref(timer)) == 0:
