@@ -8,6 +8,7 @@ they read later, and files change.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -153,8 +154,10 @@ def _look(lora_request: Any, limits: Limits) -> None:
     with adapter_files(lora_request) as directory:
         kind, budget = limits.open(directory)
         look_at(directory, kind, budget)
-        if (directory / LOCK_FILE).exists():  # parsed by `check_base`, in a thread too
-            try:
-                read_limited(directory / LOCK_FILE, budget.lock_bytes, budget.source)
-            except CheckpointError as error:
-                raise ValueError(error.message.replace(f"{directory}/", "")) from error
+        for folder in (directory, Path(os.path.realpath(directory)).parent):  # parsed by `check_base`, in a thread too
+            if (folder / LOCK_FILE).exists():
+                try:
+                    read_limited(folder / LOCK_FILE, budget.lock_bytes, budget.source)
+                except CheckpointError as error:
+                    raise ValueError(error.message.replace(f"{folder}/", "")) from error
+                return

@@ -25,6 +25,7 @@ from tests.e2e.serve_adapters import (
     write_soka,
 )
 from tests.e2e.serving import ONE_PROCESS, Server, base_model, random_factors, serve
+from tests.hostile_adapters import hole
 
 pytestmark = pytest.mark.slow
 
@@ -120,6 +121,13 @@ def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
     assert harm.server.log.stat().st_size - logged < 50_000
     harm.check_refused(reply, reason)
     shutil.rmtree(folder)
+
+
+def test_a_hostile_lock_of_the_build(harm: Harm) -> None:
+    """An adapter without a soka.lock is held against that of the folder it lies in."""
+    folder = copy_of(harm, "beta", "hostile build/adapter")
+    hole("soka.lock")(folder.parent)
+    harm.check_refused(harm.load(folder), "soka.lock: 3221225472 bytes, too large")
 
 
 def test_there_are_enough_kinds() -> None:
