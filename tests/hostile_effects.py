@@ -21,7 +21,7 @@ class Attack:
         code: the program.
         abi: the newest version of Landlock that the kernel shall have; None: the one that it has.
         scratch: True: the scratch folder lies in a file system of its own, whose use is watched.
-        outside: True: what it says that it got is not its own: memory or disk beyond its limits, counts of the user's.
+        outside: True: what it says that it got is not its own: others' files, memory or disk beyond its limits.
     """
 
     code: str
@@ -319,6 +319,15 @@ def f():
     found += [call(n, path, room, 256) for n in (194, 195)] + [call(464, -100, path, 0, b"user.secret", room, 16)]
     return any(n > 0 for n in found)
 """,
+    "reading what only others may": """
+def f():
+    names = ["/etc/passwd", "/etc/hostname", "/proc/mounts", "/proc/net/tcp", "/sys/kernel/uevent_seqnum", "/dev/shm/x",
+             "/root", "/home", "/tmp", "/var/log", "/dev/tty", "/dev/kmsg", "/dev/ptmx", "/dev/fuse", "/run"]
+    return [name for name in names for mode in (0, 1, 2, 3) if attempt(os.open, name, mode) is not None]
+""",
+}  # fmt: skip
+
+_KERNEL = {
     "the list of mounts": """
 def f():
     request, found = struct.pack("IIQQQ", 24, 0, 2**64 - 1, 0, 0)[:24], ctypes.create_string_buffer(8 * 64)
@@ -327,12 +336,6 @@ def f():
     "io_uring": """
 def f():
     return call(425, 8, ctypes.create_string_buffer(120)) >= 0 or call(206, 8, ctypes.create_string_buffer(8)) == 0
-""",
-    "reading what only others may": """
-def f():
-    names = ["/etc/passwd", "/etc/hostname", "/proc/mounts", "/proc/net/tcp", "/sys/kernel/uevent_seqnum", "/dev/shm/x",
-             "/root", "/home", "/tmp", "/var/log", "/dev/tty", "/dev/kmsg", "/dev/ptmx", "/dev/fuse", "/run"]
-    return [name for name in names for mode in (0, 1, 2, 3) if attempt(os.open, name, mode) is not None]
 """,
 }  # fmt: skip
 
@@ -362,8 +365,8 @@ def f():
 }  # fmt: skip
 
 ATTACKS: Mapping[str, Attack] = {
-    **{name: Attack(code) for name, code in {**_PROCESSES, **_FILES, **_NETWORK, **LEFT}.items()},
-    **{name: Attack(code, outside=True) for name, code in MEMORY.items()},
+    **{name: Attack(code) for name, code in {**_PROCESSES, **_KERNEL, **_NETWORK, **LEFT}.items()},
+    **{name: Attack(code, outside=True) for name, code in {**_FILES, **MEMORY}.items()},
     **{name: Attack(code) for name, code in _SIGNALS.items()},
     **{f"{name}, on Linux 6.10": Attack(code, abi=5) for name, code in _SIGNALS.items()},
     "a file emptied that was opened for neither, on Linux 5.19": Attack(_FILES[_NEITHER], abi=2),

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from soka_serve.errors import SandboxError
-from soka_serve.sandbox.runner import EndedError, Program, Runner, Verdict, cannot_run, remove_abandoned
+from soka_serve.sandbox.runner import EndedError, Program, Runner, Verdict, cannot_run, check_room, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,9 @@ def run_programs(
 
 
 def _run_all(programs: Sequence[Program], timeout_s: float, workers: int | None) -> list[Verdict]:
-    first = _runner()
     workers = min(len(programs), workers or _cpus())
+    check_room(Path(tempfile.gettempdir()), workers)
+    first = _runner()
     idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
     runners = [first, *(Runner(weak=first.weak) for _ in range(workers - 1))]
     for runner in runners:

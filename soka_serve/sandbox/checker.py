@@ -152,7 +152,7 @@ def _scope(job: Mapping[str, Any], channel: _Channel, names: Any) -> dict[str, A
             continue
         module = str(data["m"]) if isinstance(data, dict) and "m" in data else None
         top = module.partition(".")[0] if module else None
-        if not wanted and name in sys.stdlib_module_names and name != top:
+        if not wanted and name in sys.stdlib_module_names and name != module:
             continue  # a test that says `math` means Python's
         if module is None:
             scope[name] = channel.value(data)

@@ -233,10 +233,15 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "setregid": (114, 143), "setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159),
     "setfsuid": (122, 151), "setfsgid": (123, 152), "capset": (126, 91),
     # what Landlock does not cover: attributes of files, truncation by path, handles, roots, mounts
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None),
     "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11),
+    "llistxattr": (195, 12), "flistxattr": (196, 13), "fanotify_mark": (301, 263), "quotactl_fd": (443, 443),
+    "uselib": (134, None), "swapoff": (168, 225),
+    # rules that the kernel keeps, without end
+    "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     "truncate": (76, 45), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "openat2": (437, 437),
     "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "move_mount": (429, 429),
@@ -253,7 +258,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "mq_unlink": (241, 181),
     # the kernel's other doors
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "io_setup": (206, 0), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_setup": (206, 0), "io_submit": (209, 2), "remap_file_pages": (216, 234),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "personality": (135, 92),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
     "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "acct": (163, 89),
@@ -263,8 +269,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "seccomp": (317, 277),
 }  # fmt: skip
 _CLONE3 = 435
-_UNKNOWN_FROM = 463
-"""Calls from here on are newer than this list, and refused: cachestat and others are not needed by Python 3.11-3.13."""
+_UNKNOWN_FROM = 451
+"""Calls from here on are newer than this list, and refused: Python 3.11-3.13 needs none, such as cachestat, listmount."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _PRLIMIT = (302, 261)

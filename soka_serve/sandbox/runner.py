@@ -38,6 +38,7 @@ _ABANDONED_S = 60.0
 _LOCK_S = 10.0
 _BACKSTOP_S = 30.0
 _MAX_REPORT_BYTES = 1 << 16
+_SCRATCH_BYTES = 32 << 20  # twice what a program may write: it is looked at now and then
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,17 @@ class _Pipes:
         for fd in descriptors:
             os.close(fd)
             self._all.remove(fd)
+
+
+def check_room(folder: Path, workers: int) -> None:
+    """Check that programs which fill their scratch directories leave room for those of others.
+
+    Raises:
+        SandboxError: there is less; the numbers are in the message.
+    """
+    free, needed = shutil.disk_usage(folder).free, (workers + 1) * _SCRATCH_BYTES
+    if free < needed:
+        raise cannot_run(f"{folder} has {free} bytes free, expected at least {needed}")
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,6 +91,13 @@ def test_a_supervisor_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Runner, "run", run)
     (verdict,) = run_programs([Program(RIGHT, TESTS)], allow_code_execution=True)
     assert verdict == Verdict(passed, "" if passed else "the sandbox's process ended over this program, twice")
+
+
+def test_a_disk_that_is_almost_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tempfile.gettempdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=40 << 20))
+    with pytest.raises(SandboxError, match="has 41943040 bytes free, expected at least 67108864"):
+        run_programs([Program(RIGHT, TESTS)], allow_code_execution=True)
 
 
 def test_folders_whose_processes_were_killed_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
