@@ -270,7 +270,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 _CLONE3 = 435
 _UNKNOWN_FROM = 451
-"""Calls from here on are newer than this list, and refused: Python 3.11-3.13 needs none, such as cachestat, listmount."""
+"""Calls from here on are newer than this list, and refused (cachestat, listmount): Python 3.11-3.13 needs none."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _PRLIMIT = (302, 261)
