@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from soka_serve.checkpoint import resolve_base
 from soka_serve.errors import SokaError
@@ -98,9 +98,9 @@ def merge(
     from soka_serve.merging import merge as run
 
     target = given_path(out, "out")
-    MERGED.check(target)  # before anything is fetched
+    chosen = [(Path(adapters), 1.0)] if isinstance(adapters, str | Path) else list(adapters)
+    MERGED.check(target, keep=[Path(base), *(path for path, _ in chosen)])  # before anything is fetched
     directory, _ = open_base(str(base), revision)
-    chosen: Any = Path(adapters) if isinstance(adapters, str | Path) else list(adapters)
     return run(
         chosen,
         base=directory,

@@ -104,7 +104,7 @@ def extract(
             hint="For example: --rank 4, or --energy 0.9.",
         )
     target = given_path(out, "out")
-    EXTRACTED.check(target)  # before anything is fetched
+    EXTRACTED.check(target, keep=[Path(base), Path(finetuned)])  # before anything is fetched
     base_dir, base_name = open_base(str(base))
     tuned_dir, tuned_name = open_base(str(finetuned))
     EXTRACTED.check(target, keep=[base_dir, tuned_dir])
