@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from soka_serve.budget import ReadingBudget
-from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, printable
+from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.files import write_bytes_atomic, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
@@ -307,7 +307,7 @@ def _check_files(folder: Path) -> list[str]:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
     if not pickles:
         return []
-    return [f"pickles, which can run code when loaded, have no place in an adapter: {', '.join(first_ten(pickles))}"]
+    return [f"pickles, which can run code when loaded, have no place in an adapter: {name_some(pickles)}"]
 
 
 def _check_config(config: Mapping[str, Any]) -> list[str]:
@@ -320,7 +320,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     problems = []
     unknown = sorted(set(config) - set(_CONFIG))
     if unknown:
-        problems.append(f"unknown keys [{', '.join(first_ten([repr(key) for key in unknown]))}]")
+        problems.append(f"unknown keys [{name_some([repr(key) for key in unknown])}]")
     if config.get("modules_to_save"):
         problems.append(
             f"modules_to_save {config['modules_to_save']!r:.200}: whole modules cannot be part of the delta"
@@ -351,7 +351,7 @@ def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     problems = [f"missing {name}" for name in missing]
     if unknown:
-        problems.append(f"tensors that {CONFIG_FILE} does not name: {', '.join(first_ten(unknown))}")
+        problems.append(f"tensors that {CONFIG_FILE} does not name: {name_some(unknown)}")
     for key, shape in expected.items():
         info = tensors.get(key)
         if info is not None and info.dtype not in FLOAT_DTYPES:

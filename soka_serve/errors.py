@@ -30,9 +30,20 @@ def first_ten(lines: Sequence[str]) -> list[str]:
     return shown + [f"and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
 
 
+def name_some(names: Sequence[str]) -> str:
+    """Names in one line, made printable: the first ten, and how many more there are.
+
+    >>> name_some(["a", "b"])
+    'a, b'
+    """
+    return ", ".join(map(printable, first_ten(names)))
+
+
 def is_shown(problems: Sequence[str]) -> bool:
     """Whether `first_ten` will show one more problem: only then is it worth the work of making its text helpful."""
     return len(problems) < _SHOWN
+
+
 # Marks that reorder the text around them; with control characters, surrogates and line ends, what no message shows.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})

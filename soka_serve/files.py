@@ -17,11 +17,11 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.leftovers import clean_stale, is_same, lock, locked_sibling, protected, sibling, stale
 from soka_serve.places import check_place
 
@@ -271,16 +271,6 @@ def _tidy(directory: Path) -> None:
     shutil.rmtree(directory, onerror=lambda _f, p, e: log.warning("could not remove %s: %s", p, e[1]))
 
 
-def name_some(names: Sequence[str], most: int = 10) -> str:
-    """The first names, and how many more there are.
-
-    >>> name_some(["a", "b", "c"], 2)
-    'a, b and 1 more'
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names[:most]) + more
-
-
 @contextmanager
 def scratch_directory(target: Path) -> Iterator[Path]:
     """An empty sibling of `target` for what need not fit into memory; removed in the end, after a kill by the next run.
@@ -350,6 +340,8 @@ def irregular(path: Path, mode: int) -> OSError:
     if stat.S_ISDIR(mode):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+
+
 def is_own(status: os.stat_result) -> bool:
     """Whether a file or directory belongs to this process's user, or to root, and no group and no other may write."""
     return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 from soka_serve.budget import ReadingBudget, open_regular, read_limited, refuse_hole
-from soka_serve.errors import CheckpointError, first_ten, is_printable, printable
+from soka_serve.errors import CheckpointError, first_ten, is_printable, name_some, printable
 from soka_serve.files import read_errors
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise ValueError(f"names that occur twice: {', '.join(first_ten(twice))}")
+        raise ValueError(f"names that occur twice: {name_some(twice)}")
     return found
 
 

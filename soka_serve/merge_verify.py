@@ -15,8 +15,7 @@ from torch import Tensor
 
 from soka_serve.adapter import Adapter
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import name_some
+from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_tensor
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import disk_errors, name_some, require_regular
+from soka_serve.errors import BuildError, CheckpointError, name_some
+from soka_serve.files import disk_errors, require_regular
 from soka_serve.lock import read_lock
 from soka_serve.places import check_place
 

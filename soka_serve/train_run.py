@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from soka_serve import resume as resume_points
 from soka_serve.baselines import ADAPTER_CONFIG, ADAPTER_WEIGHTS, convert_pissa
 from soka_serve.callbacks import read_history
-from soka_serve.errors import BuildError
-from soka_serve.files import name_some, replace_directory, write_text_atomic
+from soka_serve.errors import BuildError, name_some
+from soka_serve.files import replace_directory, write_text_atomic
 from soka_serve.schema import Manifest
 
 if TYPE_CHECKING:

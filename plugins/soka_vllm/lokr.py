@@ -12,7 +12,7 @@ from torch import Tensor
 
 from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, refusal
 from soka_serve.budget import ReadingBudget
-from soka_serve.errors import CheckpointError, first_ten
+from soka_serve.errors import CheckpointError, name_some
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_header, read_json, read_tensor
 from soka_serve.kron import Factors
 from soka_serve.shapes import FactorShape
@@ -104,7 +104,7 @@ def look_at_lokr(directory: Path, budget: ReadingBudget) -> LokrFiles:
         try:
             left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
             if parts:
-                raise ValueError(f"unknown tensors {', '.join(first_ten(sorted(parts)))}")
+                raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
             modules[name] = left, right, _read_scale(config, name, matcher)
         except (ValueError, OverflowError) as error:
             problems.append(f"{WEIGHTS_FILE}: {name}: {error}")

@@ -20,7 +20,7 @@ from torch import Tensor, ones
 
 from soka_serve.adapter import CONFIG_FILE, refusal
 from soka_serve.budget import ReadingBudget
-from soka_serve.errors import CheckpointError, SokaError, first_ten
+from soka_serve.errors import CheckpointError, SokaError, name_some
 from soka_serve.headers import TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
 from soka_serve.shapes import FactorShape
@@ -158,7 +158,7 @@ def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget)
     alpha = parts.pop("alpha", None)
     left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
     if parts:
-        raise ValueError(f"unknown tensors {', '.join(first_ten(sorted(parts)))}")
+        raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
     return _Module(left, right, alpha, frozenset(shape[-1] for shape in halves))
 
 
