@@ -177,7 +177,7 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
     wrong: list[str] = []
     for name, spec in header.items():
         if len(name) > _MAX_NAME or not is_printable(name):  # it would be in messages and logs
-            wrong.append(f"{printable(name, 80)}: expected a name of at most {_MAX_NAME} printable characters")
+            wrong.append(f"'{printable(name, 120)}': expected a name of at most {_MAX_NAME} printable characters")
             continue
         dtype, shape, offsets = (
             spec.get(k) if isinstance(spec, dict) else None for k in ("dtype", "shape", "data_offsets")
