@@ -52,6 +52,30 @@ def is_printable(text: str) -> bool:
     return printable(text, len(text)) == text
 
 
+_SHOWN = 10
+_LINE_CHARACTERS = 500
+
+
+def first_ten(lines: Sequence[str]) -> list[str]:
+    """What is shown of lines or names of which there may be thousands: ten, and how many more there are.
+
+    >>> first_ten([str(number) for number in range(12)])[-2:]
+    ['9', 'and 2 more']
+    >>> first_ten(["x" * 600])[0][-17:]
+    'xx... (600 chars)'
+    """
+    shown = [
+        line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}... ({len(line)} chars)"
+        for line in lines[:_SHOWN]
+    ]
+    return shown + [f"and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
+
+
+def is_shown(problems: Sequence[str]) -> bool:
+    """Whether `first_ten` will show one more problem: only then is it worth the work of making its text helpful."""
+    return len(problems) < _SHOWN
+
+
 class SokaError(Exception):
     """A failure that the user can mend.
 

@@ -357,7 +357,7 @@ def require_regular(path: Path) -> Path:
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a directory says itself what is wrong
-        raise OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+        raise irregular(path, mode)
     return path
 
 
@@ -370,6 +370,13 @@ def is_own_file(path: Path) -> bool:
     """Whether it is a file, no link to one, and `is_own`. OSError where there is none."""
     status = path.lstat()  # a link may lead anywhere
     return stat.S_ISREG(status.st_mode) and is_own(status)
+
+
+def irregular(path: Path, mode: int) -> OSError:
+    """The error for what is no file, by its `st_mode`."""
+    if stat.S_ISDIR(mode):
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
 
 
 def sha256_file(path: Path) -> str:

@@ -30,7 +30,7 @@ from soka_vllm.places import BUILDS_VARIABLE, Locks, allowed_roots, find_build, 
 
 _logger = logging.getLogger("vllm.soka")
 
-_LONGEST_REASON = 20_000  # characters of why an adapter is refused
+_LONGEST_REASON = 4000  # characters of why an adapter is refused
 
 _operator: ContextVar[bool] = ContextVar("soka_operator", default=False)
 # The path that the load at hand was asked for by a client, and the folders that it must lie in.
