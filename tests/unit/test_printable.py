@@ -87,7 +87,7 @@ def test_tensors_of_such_names_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     tensors = load_file(folder / WEIGHTS_FILE)
     save_file({f"{key}{EVIL}": value for key, value in tensors.items()}, folder / WEIGHTS_FILE)
-    with pytest.raises(CheckpointError, match="control characters") as caught:
+    with pytest.raises(CheckpointError, match="printable characters") as caught:
         read_header(folder / WEIGHTS_FILE)
     check(caught.value.message)
     for command in ("inspect", "serve"):
