@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE, Adapter, read_adapter, read_lock
+from soka_serve.budget import ReadingBudget
 from soka_serve.errors import CheckpointError
 from soka_serve.files import read_errors, sha256_file
 from soka_serve.unchanged import WAIT, Unchanged
@@ -50,15 +51,15 @@ def base_sha256_of(lock: Mapping[str, Any] | None) -> str | None:
     return str(digest) if digest else None
 
 
-def find_lock(directory: Path) -> dict[str, Any] | None:
+def find_lock(directory: Path, budget: ReadingBudget | None = None) -> dict[str, Any] | None:
     """The soka.lock of an adapter, or of the build it lies in; None where there is none.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or not within the budget.
     """
     for file in _locks(directory):
         if file.exists():
-            return read_lock(file)
+            return read_lock(file, budget)
     return None
 
 

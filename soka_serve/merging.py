@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from soka_serve.adapter import Adapter, check_against
-from soka_serve.adapter_source import base_sha256_of, find_lock, read_source
+from soka_serve.adapter_source import read_source
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
 from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
@@ -284,11 +284,6 @@ def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         hints.append("merge into the original, unquantised checkpoint")
     if problems:
         raise CheckpointError("\n".join(problems), hint="; ".join(dict.fromkeys(h for h in hints if h)) or None)
-
-
-def recorded_base_sha256(adapter: Path) -> str | None:
-    """Hash of the base weights in the soka.lock of an adapter, or of the build it lies in; None if there is none."""
-    return base_sha256_of(find_lock(adapter))
 
 
 def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actual: str) -> None:

@@ -8,15 +8,18 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from soka_serve.adapter_source import base_sha256_of, find_lock
+from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError, printable
-from soka_serve.merging import recorded_base_sha256
 from soka_serve.serving_base import own_hashes
 from soka_vllm.opened import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")
 
 ALLOW_VARIABLE = "SOKA_ALLOW_OTHER_BASE"
+
+_MAX_LOCK_BYTES = 1 << 20  # the engine's loop reads it, too; one of ours has 60 bytes a module
 
 _lock = threading.Lock()
 _hashes: dict[Path, str | None] = {}  # of served bases, once per process
@@ -41,7 +44,7 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
     """
     with opened(adapter, roots) as files:
         try:
-            expected = recorded_base_sha256(files)
+            expected = base_sha256_of(find_lock(files, ReadingBudget(lock_bytes=_MAX_LOCK_BYTES)))
         except SokaError as error:
             raise ValueError(renamed(error.message, files, adapter)) from error
     if expected is None:
