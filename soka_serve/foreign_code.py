@@ -95,10 +95,12 @@ def _has_tokenizer(kind: object, name: object) -> bool:
     if not isinstance(name, str) or not name.isidentifier():
         return False
     plain = name.removesuffix("Fast")
+    if re.search(rf'"{plain}(?:Fast)?"', source + _source("__init__.py", auto=False)):
+        return True
     pattern = re.compile(rf"^class {plain}(?:Fast)?\b", re.M)
     folder = _folder()
     files = [] if folder is None else sorted(folder.glob("**/tokenization_*.py"))
-    return f'"{plain}"' in source or any(pattern.search(file.read_text(encoding="utf-8")) for file in files)
+    return any(pattern.search(file.read_text(encoding="utf-8")) for file in files)
 
 
 def _has_key(source: str, key: str) -> bool:
@@ -113,7 +115,8 @@ def _folder() -> Path | None:
 
 
 @cache
-def _source(name: str) -> str:
-    """A file of transformers' auto classes; '' where this version has none of that name."""
-    file = (_folder() or Path()) / "models" / "auto" / name
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+def _source(name: str, *, auto: bool = True) -> str:
+    """A file of transformers, of its auto classes or at its top; '' where this version has none of that name."""
+    folder = _folder()
+    file = folder / "models" / "auto" / name if folder and auto else (folder or Path()) / name
+    return file.read_text(encoding="utf-8") if folder and file.is_file() else ""

@@ -36,6 +36,8 @@ def write(directory: Path, config: dict[str, Any], settings: dict[str, Any] | No
         ({"model_type": "phi3", "auto_map": MODEL}, {"auto_map": TOKENIZER, "tokenizer_class": "LlamaTokenizerFast"}),
         ({"model_type": "qwen2"}, {"auto_map": TOKENIZER["AutoTokenizer"]}),
         ({"model_type": "llama"}, {"auto_map": TOKENIZER, "tokenizer_class": "Qwen2TokenizerFast"}),
+        ({"model_type": "llama"}, {"auto_map": TOKENIZER, "tokenizer_class": "PreTrainedTokenizerFast"}),
+        ({"model_type": "llama"}, {"auto_map": TOKENIZER, "tokenizer_class": "TokenizersBackend"}),
         ({"model_type": "planted"}, {}),  # unknown, but with no code: another error says so
         ({"model_type": "llama", "auto_map": {"AutoModel": "planted.X"}}, {}),
         ({"model_type": "llama", "attn_implementation": "sdpa"}, {}),
