@@ -10,6 +10,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_SHOWN = 10
+_LINE_CHARACTERS = 500
+
+
+def first_ten(lines: Sequence[str]) -> list[str]:
+    """What is shown of lines or names of which there may be thousands: ten, and how many more there are.
+
+    >>> first_ten([str(number) for number in range(12)])[-2:]
+    ['9', 'and 2 more']
+    >>> first_ten(["x" * 600])[0][-17:]
+    'xx... (600 chars)'
+    """
+    shown = [
+        line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}... ({len(line)} chars)"
+        for line in lines[:_SHOWN]
+    ]
+    return shown + [f"and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
+
+
+def shorten(text: str, characters: int = 4000) -> str:
+    """The beginning of a text that others have made, and how long all of it is."""
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def is_shown(problems: Sequence[str]) -> bool:
+    """Whether `first_ten` will show one more problem: only then is it worth the work of making its text helpful."""
+    return len(problems) < _SHOWN
+
 
 class SokaError(Exception):
     """A failure that the user can mend.

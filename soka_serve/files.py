@@ -357,8 +357,15 @@ def require_regular(path: Path) -> Path:
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a directory says itself what is wrong
-        raise OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+        raise irregular(path, mode)
     return path
+
+
+def irregular(path: Path, mode: int) -> OSError:
+    """The error for what is no file, by its `st_mode`."""
+    if stat.S_ISDIR(mode):
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
 
 
 def sha256_file(path: Path) -> str:

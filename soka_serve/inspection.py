@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_json
@@ -165,8 +166,10 @@ def _model(path: Path) -> Inspection:
 
 @np.errstate(invalid="ignore", over="ignore")  # norms of a damaged adapter are shown as nan or inf
 def _adapter(path: Path) -> Inspection:
-    config = read_json(path / "adapter_config.json")
-    tensors = read_header(path / "adapter_model.safetensors")
+    budget = ReadingBudget()
+    config = read_json(path / "adapter_config.json", budget)
+    tensors = read_header(path / "adapter_model.safetensors", budget)
+    budget.take_values(path, sum(info.numel for info in tensors.values()))
     modules = _modules(config, tensors)
     is_checkpoint = bool(config.get("soka_initial"))
     facts: dict[str, str | int | float] = {"method": str(config.get("peft_type"))}

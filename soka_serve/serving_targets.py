@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from soka_serve.budget import ReadingBudget
 from soka_serve.context import previous_keys
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.headers import read_header, read_json
@@ -175,23 +176,22 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
 
 
 def _from_adapter(text: str, name: str, path: Path) -> Target:
-    config = read_json(path / _CONFIG)
+    budget = ReadingBudget()
+    config = read_json(path / _CONFIG, budget)
     kind = str(config.get("peft_type"))
     if kind not in PEFT_TYPES:
-        raise CheckpointError(
-            f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}; served are {', '.join(PEFT_TYPES)}"
-        )
+        raise CheckpointError(f"{path / _CONFIG}: peft_type is {kind!r:.80}; served are {', '.join(PEFT_TYPES)}")
     factors: dict[str, tuple[int, FactorShape]] = {}
     if kind == "SOKA":
         from soka_serve.adapter import read_adapter
 
-        adapter = read_adapter(path)
+        adapter = read_adapter(path, budget)
         modules = list(adapter.factors)
         for module in modules:
             delta = adapter.delta_factors(module)
             factors[module] = (delta.rank, delta.shape)
     else:
-        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS)})
+        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS, budget)})
     foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
     if foreign:
         raise CheckpointError(
@@ -224,7 +224,7 @@ def _lora_rank(path: Path, config: dict[str, Any]) -> int:
     said = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     ranks = [rank for rank in said if isinstance(rank, int) and rank > 0]
     if len(ranks) < len(said):
-        raise CheckpointError(f"{path / _CONFIG}: r and rank_pattern must be whole numbers above 0, not {said}")
+        raise CheckpointError(f"{path / _CONFIG}: r and rank_pattern must be whole numbers above 0, not {said!r:.200}")
     return max(ranks)
 
 

@@ -29,6 +29,7 @@ from vllm.lora.layers import (
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -45,6 +46,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
@@ -71,6 +73,7 @@ __all__ = [
     "LoRAResolverRegistry",
     "OpenAIServingModels",
     "OutputProcessor",
+    "PEFTHelper",
     "PunicaWrapperBase",
     "WorkerLoRAManager",
     "check_vllm",
@@ -82,9 +85,11 @@ __all__ = [
     "make_pipeline_buffers",
     "modules_elsewhere",
     "on_cpu",
+    "pipeline_stages",
     "served_name",
     "shards_of",
     "worker_rank",
+    "workers",
 ]
 
 # The layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
@@ -126,6 +131,7 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (LRUCacheWorkerLoRAManager, "_apply_adapters", "self lora_requests"),
     (LoRAModelManager, "activate_adapter", "self lora_id"),
     (AsyncLLM, "add_lora", "self lora_request"),
+    (AsyncMPClient, "call_utility_async", "self method args"),
     (LRUCacheWorkerLoRAManager, "add_adapter", "self lora_request"),
     (OpenAIServingModels, "init_static_loras", "self"),
     (OpenAIServingModels, "resolve_lora", "self lora_name"),
@@ -235,6 +241,16 @@ def check_vllm() -> None:
 def worker_rank() -> int:
     """Number of this process among the workers."""
     return int(get_world_group().rank)
+
+
+def workers() -> int:
+    """How many workers there are."""
+    return int(get_world_group().world_size)
+
+
+def pipeline_stages() -> int:
+    """Of a pipeline; 1 where there is none."""
+    return int(get_pp_group().world_size)
 
 
 def has_operator() -> bool:
