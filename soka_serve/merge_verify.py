@@ -137,11 +137,11 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float:
 
     try:
         model = load(base)
-    except CheckpointError as error:
+    except CheckpointError as refusal:
         raise CheckpointError(
-            f"verify: transformers cannot load the base without its own code:\n{error.message}",
-            hint=f"merge without this check (--no-verify), or: {error.hint}",
-        ) from error
+            f"verify: transformers cannot load the base without its own code:\n{refusal.message}",
+            hint=f"merge without this check (--no-verify), or: {refusal.hint}",
+        ) from refusal
     alone = answer(model)
     tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
     adapted = answer(tuned)

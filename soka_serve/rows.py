@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from soka_serve.budget import open_regular, refuse_hole
 from soka_serve.errors import CheckpointError, DataError
 
 _MAX_REPORTED = 5  # Malformed lines named in one error.
 _MAX_LINE = 64 << 20  # bytes of one line
+_BUFFER = 1 << 20
 
 Row = Mapping[str, Any]
 
@@ -80,7 +81,7 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{file}: empty; expected one JSON object per line")
 
 
-def open_data(file: Path) -> BinaryIO:
+def open_data(file: Path) -> io.BufferedReader:
     """Open a data file: a regular one, all of which is on the disk.
 
     Raises:
@@ -93,13 +94,13 @@ def open_data(file: Path) -> BinaryIO:
     except CheckpointError as error:
         stream.close()
         raise DataError(error.message, hint="Copy or download the file again.") from None
-    return stream
+    return io.BufferedReader(stream, _BUFFER)  # type: ignore[arg-type]  # a FileIO
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers from 1. Bytes: only a line feed ends a line, unlike in str."""
     try:
-        with open_data(file) as raw, io.BufferedReader(raw, 1 << 20) as stream:  # type: ignore[type-var]
+        with open_data(file) as stream:
             for number in count(1):
                 line = stream.readline(_MAX_LINE + 1)
                 if not line:
