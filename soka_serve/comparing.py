@@ -25,6 +25,7 @@ from soka_serve.compare_plan import Cell, RunSpec, Surroundings, is_key, list_ce
 from soka_serve.data import data_sha256
 from soka_serve.errors import BuildError, DataError
 from soka_serve.files import write_text_atomic
+from soka_serve.foreign_code import check_no_code
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
 from soka_serve.progress import track
@@ -132,6 +133,7 @@ def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
         CheckpointError, DataError: base or data that cannot be read.
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
+    check_no_code(base)
     hashes = HashCache(workspace.hashes)
     digest = Checkpoint.open(base).sha256(hashes.file)
     hashes.save()

@@ -14,6 +14,7 @@ from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_text
+from soka_serve.foreign_code import check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
 from soka_serve.outputs import Lock, Output
@@ -116,6 +117,7 @@ def prepare(
     base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
     checkpoint = Checkpoint.open(base_dir)
     check_loadable(base_dir)
+    check_no_code(base_dir)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))

@@ -133,22 +133,29 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
 
     Raises:
         BuildError: the model does not load, or differs from base + adapter with rounded weights.
+        CheckpointError: the base can be loaded by code of its own only, which is not run.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     import soka_serve.peft  # noqa: F401 - registers SOKA
     from soka_serve.base_model import quiet_bars
+    from soka_serve.pretrained import open_model
 
     def load(path: Path) -> Any:
         with quiet_bars():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+            return open_model(path, dtype=torch.float32).eval()
 
     def answer(model: Any) -> Tensor:
         ids = torch.randint(model.config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
 
-    model = load(base)
+    try:
+        model = load(base)
+    except CheckpointError as refusal:
+        raise CheckpointError(
+            f"verify: transformers cannot load the base without its own code:\n{refusal.message}",
+            hint=f"merge without this check (--no-verify), or: {refusal.hint}",
+        ) from refusal
     alone = answer(model)
     if not bool(torch.isfinite(alone).all()):
         bad = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]

@@ -306,12 +306,9 @@ class Data(Table):
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value is not None:
-            from jinja2 import Environment, TemplateSyntaxError  # deferred: `schema` and `--help` never need it
+            from soka_serve.templates import parse_template  # deferred: `schema` and `--help` never need Jinja2
 
-            try:
-                Environment().parse(value)  # nothing is rendered here
-            except TemplateSyntaxError as error:
-                raise ValueError(f"line {error.lineno} of the template: {error.message}") from None
+            parse_template(value)  # nothing is rendered here
         return value
 
     @classmethod

@@ -34,6 +34,7 @@ from soka_serve.evaluation.results import (
 from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
 from soka_serve.files import disk_errors, sha256_text, write_text_atomic
+from soka_serve.foreign_code import check_no_code
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
@@ -133,6 +134,8 @@ def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
 
     target = read_targets([str(loaded.path)], out=out)[0]
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)
+    for place in (base, target.path):
+        check_no_code(place)
     context = Checkpoint.open(base).config.get("max_position_embeddings")
     longest = loaded.manifest.serve.max_model_len
     context = longest if longest is not None else context
