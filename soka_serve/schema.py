@@ -271,7 +271,9 @@ class Data(Table):
         examples=["data/train.jsonl"],
     )
     hub: Place | None = Field(
-        None, description="Hugging Face dataset id, or a local dataset directory.", examples=["openai/gsm8k"]
+        None,
+        description="Hugging Face dataset id, or a local dataset directory: JSON, CSV, Parquet, Arrow or text files.",
+        examples=["openai/gsm8k"],
     )
     config: Text | None = Field(None, description="The hub dataset's configuration name.", examples=["main"])
     split: Text = Field("train", description="The hub dataset's split to train on.")
