@@ -86,7 +86,7 @@ def test_an_old_peft_with_warnings_as_errors(foreign: Path, root: Path) -> None:
 
 def test_the_package_may_be_gone(foreign: Path, root: Path) -> None:
     """The entry point's file alone, as after a removal that stopped half way."""
-    shutil.copy(root / "soka_autoload.py", foreign)
+    shutil.copy(root / "plugins" / "soka_autoload" / "__init__.py", foreign / "soka_autoload.py")
     code = "import sys\nsys.modules['soka_serve'] = None\nimport peft\nprint(peft.OLD)"
     assert "True" in run_foreign(foreign, code, "-W", "error", root=root)
 
@@ -99,7 +99,7 @@ def test_metadata_of_an_earlier_installation_is_harmless(tmp_path: Path, root: P
 
 @pytest.mark.slow  # imports torch
 def test_torch_imports_with_metadata_and_no_package(tmp_path: Path, root: Path) -> None:
-    shutil.copy(root / "soka_autoload.py", tmp_path)
+    shutil.copy(root / "plugins" / "soka_autoload" / "__init__.py", tmp_path / "soka_autoload.py")
     metadata = tmp_path / "other_soka-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-soka\nVersion: 1.0\n")

@@ -4,8 +4,8 @@ torch calls `install` when it is imported (entry point "torch.backends", the one
 passes); the adapter type is registered when PEFT is imported after that. `SOKA_AUTOLOAD=0` turns it off.
 
 It runs in every program of an environment that imports torch: it imports nothing of ours until PEFT is imported, and
-whatever goes wrong is logged at most, for an exception here would be torch's. It is a file outside the package, which
-may be gone.
+whatever goes wrong is logged at most, for an exception here would be torch's. It is a package of its own, since
+soka_serve may be gone.
 """
 
 from __future__ import annotations
