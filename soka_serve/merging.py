@@ -21,6 +21,7 @@ from soka_serve.adapter_source import read_source
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
 from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
+from soka_serve.foreign_code import check_no_code
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.leftovers import stale_bytes
@@ -121,6 +122,7 @@ def merge(
     _check_fit(checkpoint, adapters)
     layout = _Layout(checkpoint, adapters, dtype)
     layout.check_space(out)
+    reason = _no_logits(verify, layout, chosen) if verify is not False else None
     expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
     hashed = bool(expected) and not allow_other_base
     finished = Finished(merge_key(checkpoint, sources, dtype, hashed=hashed))
@@ -137,7 +139,7 @@ def merge(
             from soka_serve.merge_verify import verify_logits, verify_tensors
 
             ulp, verified = verify_tensors(new, checkpoint, adapters), ("tensors",)
-            if (reason := _no_logits(verify, layout, chosen)) is None:
+            if reason is None:
                 nats = verify_logits(new, checkpoint.directory, chosen[0][0])
                 verified = ("tensors", "logits") if nats is not None else verified
             else:
@@ -300,7 +302,11 @@ def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actua
 
 
 def _no_logits(verify: Verify, layout: _Layout, chosen: Sequence[tuple[Path, float]]) -> str | None:
-    """Why the logits are not compared, or None if they are."""
+    """Why the logits are not compared, or None if they are.
+
+    Raises:
+        CheckpointError: they were asked for, and the base could only be opened by code of its own.
+    """
     if verify == "tensors":
         return "verify = 'tensors'"
     if len(chosen) > 1 or chosen[0][1] != 1.0:
@@ -309,6 +315,12 @@ def _no_logits(verify: Verify, layout: _Layout, chosen: Sequence[tuple[Path, flo
         return "the base is not a causal language model"
     if (problem := index_problem(layout.checkpoint.directory)) is not None:
         return problem
+    try:
+        check_no_code(layout.checkpoint.directory)
+    except CheckpointError as error:
+        if verify == "logits":
+            raise
+        return error.message
     if verify != "logits" and layout.total_bytes >= _LOGITS_LIMIT_BYTES:
         return f"{layout.total_bytes:,} bytes are too many for verify = 'auto'; 'logits' does it nevertheless"
     return None

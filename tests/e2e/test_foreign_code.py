@@ -120,12 +120,15 @@ def test_commands_refuse_before_they_begin(folder: Path, arguments: list[str], p
 def test_merge_does_not_load_what_needs_its_own_code(folder: Path) -> None:
     plant(folder / "base", folder / "mark")
     done = run(folder, "-m", "soka_serve", "merge", "adapter", "--base", "base", "--out", "merged")
-    assert done.returncode == 2, done.stderr
-    is_refused(done, folder)
-    assert "--no-verify" in done.stderr
-    assert not (folder / "merged").exists()
-    done = run(folder, "-m", "soka_serve", "merge", "adapter", "--base", "base", "--out", "merged", "--no-verify")
-    assert done.returncode == 0, done.stderr  # tensors are added without any code
+    assert done.returncode == 0, done.stderr  # tensors are added, and verified, without any code
+    assert "ulp of base + delta" in done.stdout
+    assert "nats" not in done.stdout
+    logits = "from soka_serve.merging import merge\nfrom pathlib import Path\n"
+    logits += "merge(Path('adapter'), base=Path('base'), out=Path('other'), verify='logits')"
+    done = run(folder, "-c", logits)
+    assert "CheckpointError" in done.stderr
+    assert "base/config.json: auto_map names" in done.stderr
+    assert not (folder / "other").exists()
     assert (folder / "merged" / "model.safetensors").exists()
     assert run(folder, "-m", "soka_serve", "inspect", "base").returncode == 0
     assert not (folder / "mark").exists()
