@@ -239,6 +239,7 @@ def test_folders_of_the_users_outlive_every_command(
     assert done.exit_code == 2, done.output
     assert "Traceback" not in done.output
     assert "bug" not in done.output
-    named = {"models": "a/, b/", "loras": "one/", "notes": "notes.md, results.json", "": "is empty"}
+    models = "would destroy models/" if command == "extract" else "a/, b/"  # inputs are named first
+    named = {"models": models, "loras": "one/", "notes": "notes.md, results.json", "": "is empty"}
     assert named.get(out, "cannot write" if not out.startswith("..") else "") in done.output
     assert _contents(tmp_path) == before
