@@ -13,7 +13,7 @@ from peft.utils.other import get_pattern_key
 from soka_serve.adapter import keys_with_meaning
 from soka_serve.errors import CheckpointError
 from soka_serve.peft.errors import FitError
-from soka_serve.peft.registration import add_peft_type
+from soka_serve.peft.registration import NAME, add_peft_type
 
 SOKA_FORMAT = 1
 
@@ -147,7 +147,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """Refuse unknown keys of adapter_config.json that change what the factors mean; PEFT warns of the others."""
         refused = keys_with_meaning(set(kwargs) - {f.name for f in fields(cls)})
-        if refused:
+        if refused and kwargs.get("peft_type") == NAME:  # PEFT reads other methods' files through any config class
             raise CheckpointError(
                 f"adapter_config.json: unknown keys {refused}",
                 hint="the adapter was written by another version of soka-serve, or for another method",
@@ -195,6 +195,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             return
         if asked is not None and self.soka_modules == recorded:
             self.soka_modules = copy.deepcopy(asked)
+        self.soka_initial = self.soka_initial or self.init_soka_weights == "weights"
         self._asked = copy.deepcopy(self.soka_modules)
 
     def record(self, modules: Mapping[str, Mapping[str, Any]]) -> None:

@@ -219,6 +219,13 @@ class SokaLayer(MergingLayer):
             old = store[adapter]
             old.data = old.data.new_full(sizes[name.split("_")[1]], float("nan"))
 
+    def drop_initial(self, adapter: str) -> None:
+        """Leave an adapter its trained factors alone: they are the delta from now on."""
+        for name in self.initial_names:
+            store = getattr(self, name)
+            if adapter in store:
+                del store[adapter]
+
     def cast(self, adapter: str) -> None:
         """Give an adapter's factors the dtype that the base computes in, where that is a floating one."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())

@@ -184,18 +184,21 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
     """Check the tensors of an adapter (named as in the model) whole, then resize the model's parameters where need be.
 
     A file may have another number of terms than the model (terms were pruned before it was saved). Parameters are
-    resized in place; they keep their identity, so an optimizer that holds them stays right.
+    resized in place; they keep their identity, so an optimizer that holds them stays right. A finished adapter, which
+    has no initial factors, can be put into a model that was made with some; the model then drops them.
 
     Raises:
         CheckpointError: factors missing or unknown, of the wrong shape, or not finite.
     """
+    is_finished = config.init_soka_weights == "weights" and not any(f"_initial.{adapter}." in key for key in tensors)
     problems: list[str] = []
     expected: set[str] = set()
     fitting: list[tuple[SokaLinear, int, list[int]]] = []
     for path, layer in model.named_modules():
         if not isinstance(layer, SokaLinear) or adapter not in layer.soka_left:
             continue
-        keys = {store: f"{clean(path)}.{store}.{adapter}.weight" for store in layer.stores(adapter)}
+        stores = layer.adapter_layer_names if is_finished else layer.stores(adapter)
+        keys = {store: f"{clean(path)}.{store}.{adapter}.weight" for store in stores}
         expected |= set(keys.values())
         values = {store: tensors[key] for store, key in keys.items() if key in tensors}
         missing = sorted(set(keys) - set(values))
@@ -216,6 +219,9 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
             hint="the file is damaged, or belongs to another adapter_config.json",
         )
     for layer, rank, shape in fitting:
+        if is_finished:
+            layer.drop_initial(adapter)
+            config.soka_initial = False
         if layer.spec(adapter) != {"rank": rank, "shape": shape}:
             layer.resize(adapter, rank, shape)
     config.record({layer.module_name: {"rank": rank, "shape": shape} for layer, rank, shape in fitting})

@@ -9,7 +9,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import MergeError
@@ -48,7 +47,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         config: SokaConfig = self.peft_config[adapter_name]
         others = (other for name, other in self.peft_config.items() if name != adapter_name)
         config.start_building(in_use=any(other is config for other in others))
-        before = config.soka_modules
+        before, config.fan_in_fan_out = config.soka_modules, False
         if state_dict is not None:
             config.soka_modules = modules_of(state_dict)
         try:
@@ -97,7 +96,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter is not trained unless it is made active
             self._replace_module(parent, target_name, layer, target)
-        if isinstance(layer.get_base_layer(), Conv1D):
+        if layer.is_transposed:
             peft_config.fan_in_fan_out = True
         return layer
 
