@@ -60,8 +60,8 @@ def _models() -> dict[str, Callable[[], Any]]:
         "peft-internal-testing/tiny-random-BartForConditionalGeneration": lambda: t.BartForConditionalGeneration(
             t.BartConfig(**SEQ2SEQ)
         ),
-        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": lambda: (
-            t.T5ForConditionalGeneration(t.T5Config(**T5))
+        "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": lambda: t.T5ForConditionalGeneration(
+            t.T5Config(**T5)
         ),
         "peft-internal-testing/tiny-random-t5": lambda: t.T5ForConditionalGeneration(t.T5Config(**T5)),
         "peft-internal-testing/tiny-random-BertModel": lambda: t.BertModel(t.BertConfig(**BERT)),

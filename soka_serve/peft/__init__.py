@@ -15,6 +15,7 @@ True
 from soka_serve.peft import registration  # first: it checks PEFT's version
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.factors import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
+from soka_serve.peft.hotswap import hotswap_adapter
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.model import SokaModel
 from soka_serve.peft.patches import apply_patches
@@ -29,6 +30,7 @@ __all__ = [
     "build_soka_model",
     "drop_terms",
     "get_factors",
+    "hotswap_adapter",
     "soka_layers",
     "term_energies",
 ]

@@ -61,7 +61,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         metadata={
             "help": "'weights': principal Kronecker components of each weight, subtracted again as frozen initial "
             "factors, so that nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). "
-            "'random': all random, so that the adapter has an effect at once; for tests. "
+            "'random': all random, from torch's own generator, so that the adapter has an effect at once; for tests. "
             "False: empty until they are loaded; a forward before that is an error."
         },
     )
@@ -76,7 +76,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         default=False,
         metadata={"help": "The adapted weights are stored (in, out), as transformers' Conv1D does. Set by itself."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisations 'weights' and 'zero'."})
     soka_modules: dict[str, dict[str, Any]] = field(
         default_factory=dict,
         metadata={

@@ -181,11 +181,12 @@ class SokaLayer(MergingLayer):
                 )
             return kpsvd(weight, shape, rank, seed=seed).factors
         if init in ("zero", "random"):
-            generator = torch.Generator().manual_seed(seed ^ zlib.crc32(self.module_name.encode()))
+            seed ^= zlib.crc32(self.module_name.encode())
+            generator = torch.Generator().manual_seed(seed) if init == "zero" else None
             left = torch.empty(rank, m, n, dtype=dtype).uniform_(-(n**-0.5), n**-0.5, generator=generator)
             right = torch.zeros(rank, p, q, dtype=dtype)
             if init == "random":
-                right.uniform_(-(q**-0.5), q**-0.5, generator=generator)
+                right.uniform_(-(q**-0.5), q**-0.5)
             return Factors(left=left, right=right, sigma=torch.ones(rank, dtype=dtype))
         nan = float("nan")
         return Factors(

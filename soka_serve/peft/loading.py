@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from soka_serve.adapter import KEY_PREFIX
 from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
@@ -23,7 +24,6 @@ from soka_serve.peft.parts import PARTS, PREFIX
 from soka_serve.shapes import FactorShape, balanced_shape, check_shape
 
 SHOWN = 10  # problems in one message; the rest are counted
-_PEFT_PREFIX = "base_model.model."
 
 
 def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], Any], *, nested: bool = False) -> None:
@@ -176,7 +176,7 @@ def modules_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         right = tensors.get(f"{name}.{PREFIX}right")
         if found and key.endswith(found) and right is not None and left.ndim == right.ndim == 3:
             spec = {"rank": len(left), "shape": [*left.shape[1:], *right.shape[1:]]}
-            modules[name.removeprefix(_PEFT_PREFIX)] = spec
+            modules[name.removeprefix(KEY_PREFIX)] = spec
     return modules
 
 
@@ -206,7 +206,7 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
             problems.append(f"{layer.module_name}: missing {', '.join(missing)}")
             continue
         shape = _shape_of(layer, adapter, values, is_open=config.shapes_are_open)
-        wrong = _check_values(layer.module_name, shape, values)
+        wrong = check_values(layer.module_name, shape, values)
         problems += wrong
         if not wrong:
             fitting.append((layer, len(values[f"{PREFIX}sigma"]), shape))
@@ -244,7 +244,7 @@ def _shape_of(layer: SokaLinear, adapter: str, values: Mapping[str, Tensor], *, 
     return own
 
 
-def _check_values(module: str, shape: list[int], values: Mapping[str, Tensor]) -> list[str]:
+def check_values(module: str, shape: list[int], values: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with one module's tensors, by part name. The number of terms may differ from the model's."""
     problems = []
     sigma = values[f"{PREFIX}sigma"]

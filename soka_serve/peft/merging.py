@@ -38,6 +38,17 @@ def weight_size(layer: nn.Module) -> tuple[int, int]:
     return cast("int", layer.out_features), cast("int", layer.in_features)
 
 
+def not_finite(modules: list[str], adapters: list[str]) -> MergeError:
+    """The error for merged weights that are not finite. Its second half is PEFT's wording, which programs look for."""
+    names = ", ".join(adapters)
+    more = f" (and {len(modules) - 1} more modules)" if len(modules) > 1 else ""
+    return MergeError(
+        f"{modules[0]}{more}: merging {names} gives values that are not finite; nothing was merged. "
+        f"NaNs detected in the merged weights. The adapter {names} seems to be broken",
+        hint="the adapter is broken, or was made for another base",
+    )
+
+
 class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
     """A layer that can put `base + deltas` into its base. Subclasses say what the deltas are."""
 
@@ -92,10 +103,7 @@ class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
         if safe_merge and not bool(torch.isfinite(merged).all()):
             if before:
                 self._write(original, self._merged(before), before)
-            raise MergeError(
-                f"{self.module_name}: merging {', '.join(names)} gives values that are not finite; nothing was merged",
-                hint="the adapter is broken, or was made for another base",
-            )
+            raise not_finite([self.module_name], names)
         self._write(original, merged, [*before, *names])
 
     def is_merge_finite(self, adapter_names: list[str] | None = None) -> bool:

@@ -10,10 +10,11 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from soka_serve.adapter import KEY_PREFIX
 from soka_serve.peft.config import SokaConfig
-from soka_serve.peft.errors import MergeError
 from soka_serve.peft.layer import SokaLayer, SokaLinear
 from soka_serve.peft.loading import clean, fit_tensors, modules_of, plan_modules, rank_and_shape
+from soka_serve.peft.merging import not_finite
 from soka_serve.peft.mixed_batch import adapter_per_row
 from soka_serve.peft.parts import PREFIX, file_key
 from soka_serve.peft.weighted import add_weighted_adapter
@@ -48,6 +49,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         others = (other for name, other in self.peft_config.items() if name != adapter_name)
         config.start_building(in_use=any(other is config for other in others))
         before, config.fan_in_fan_out = config.soka_modules, False
+        self._only_recorded = state_dict is not None
         if state_dict is not None:
             config.soka_modules = modules_of(state_dict)
         try:
@@ -73,7 +75,13 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
     def _prepare_model(self, peft_config: SokaConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
-        plan_modules(peft_config, model, lambda key: BaseTuner._check_target_module_exists(peft_config, key))
+
+        def matches(key: str) -> Any:
+            if self._only_recorded:
+                return key in peft_config.soka_modules
+            return BaseTuner._check_target_module_exists(peft_config, key)
+
+        plan_modules(peft_config, model, matches)
 
     def _create_and_replace(
         self,
@@ -154,12 +162,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
                     if not layer.is_merge_finite(adapter_names):
                         broken.append(layer.module_name)
         if broken:
-            names = ", ".join(adapter_names or self.active_adapters)
-            more = f" and in {len(broken) - 1} more modules" if len(broken) > 1 else ""
-            raise MergeError(
-                f"{broken[0]}: merging {names} gives values that are not finite there{more}; nothing was merged",
-                hint="the adapter is broken, or was made for another base",
-            )
+            raise not_finite(broken, adapter_names or self.active_adapters)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -183,7 +186,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         )
         found = modules_of({file_key(key, adapter_name): value for key, value in tensors.items()})
         layers = {
-            clean(path).removeprefix("base_model.model."): layer.module_name
+            clean(path).removeprefix(KEY_PREFIX): layer.module_name
             for path, layer in model.named_modules()
             if isinstance(layer, SokaLayer)
         }
