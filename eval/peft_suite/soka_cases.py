@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoKrConfig, LoraConfig
@@ -44,6 +45,8 @@ ZERO_START = {
     "test_training": FROZEN,
     "test_parameters_after_loading_model": "three steps of SGD at learning rate 0.5 overflow from the default start",
 }
+# "1": SOKA takes LoKr's place in all tests of the files that are run, instead of being a case more.
+IN_PLACE_OF_LOKR = os.environ.get("SOKA_SUITE_IN_PLACE_OF_LOKR") == "1"
 NO_LINEAR = ("conv", "emb", "mha")  # parts of target names in PEFT's small models
 
 
@@ -104,6 +107,8 @@ def soka_cases(cases: list[Any]) -> Iterator[Any]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Put SOKA's cases in place of the others, in the marks that pytest reads next."""
+    if IN_PLACE_OF_LOKR:
+        return
     for node in metafunc.definition.listchain():
         for place, mark in enumerate(node.own_markers):
             if mark.name != "parametrize" or len(mark.args) < 2:
@@ -114,7 +119,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if cases:
                 options = {name: value for name, value in mark.kwargs.items() if name != "ids"}
                 node.own_markers[place] = pytest.mark.parametrize(mark.args[0], cases, **options).mark
-                metafunc.definition.user_properties.append(("soka", True))
 
 
 def _zero_start(case: Any) -> Any:
@@ -133,12 +137,22 @@ class ZeroConfig(SokaConfig):
         super().__init__(*args, **{"init_soka_weights": "zero", **kwargs})
 
 
+class InPlaceOfLoKr(SokaConfig):
+    """SOKA's config, made from the arguments of LoKr's, for tests that name LoKr and take no cases."""
+
+    def __init__(self, *, init_weights: bool = True, **settings: Any) -> None:
+        start: Any = "weights" if init_weights else "random"
+        super().__init__(init_soka_weights=start, **(translate(settings) or {}))
+
+
 def _has_soka(value: Any) -> bool:
     return value in (SokaConfig, ZeroConfig) or (isinstance(value, tuple | list) and any(map(_has_soka, value)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests that have no case of SOKA's."""
+    if IN_PLACE_OF_LOKR:
+        return
     kept, dropped = [], []
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
@@ -162,6 +176,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if IN_PLACE_OF_LOKR:
+        peft.LoKrConfig = InPlaceOfLoKr
     torch.set_num_threads(int(os.environ.get("SOKA_SUITE_THREADS", "1")))
     stand_ins = os.environ.get("SOKA_SUITE_STAND_INS")
     if stand_ins:  # hub ids are paths relative to this folder

@@ -210,7 +210,7 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
         problems += wrong
         if not wrong:
             fitting.append((layer, len(values[f"{PREFIX}sigma"]), shape))
-    unknown = sorted(key for key in tensors if f".{PREFIX}" in key and key not in expected)
+    unknown = sorted(key for key in tensors if key.rpartition(".")[2].startswith(PREFIX) and key not in expected)
     if unknown:
         problems.append(f"tensors that the adapter's config does not name: {_first(unknown)}")
     if problems:

@@ -477,6 +477,18 @@ def _dense(weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, 
     return oracle_weights(Holder(), tensors)  # type: ignore[arg-type]
 
 
+def test_a_module_of_the_base_may_have_a_name_like_a_part(tmp_path: Path) -> None:
+    base = nn.ModuleDict({"lin": nn.Linear(6, 6), "soka_left": nn.Linear(6, 6), "soka_head": nn.Linear(6, 6)})
+    model = get_peft_model(copy.deepcopy(base), SokaConfig(target_modules=["lin"], modules_to_save=["soka_head"]))
+    assert not model.base_model.model["soka_left"].weight.requires_grad
+    perturb(model)
+    tensors = saved(model, tmp_path)
+    assert not any("soka_left.weight" in key for key in tensors)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    want, got = model.state_dict(), again.state_dict()
+    assert all(torch.equal(got[key], value) for key, value in want.items())
+
+
 def test_embeddings_are_refused() -> None:
     with pytest.raises(ValueError, match="embed_tokens: a Embedding cannot be adapted, only torch.nn.Linear"):
         get_peft_model(tiny_llama(), SokaConfig(target_modules=["embed_tokens", "q_proj"]))
@@ -484,8 +496,9 @@ def test_embeddings_are_refused() -> None:
 
 def test_a_random_start_has_an_effect_and_is_never_the_same() -> None:
     ids = tokens()
-    model = get_peft_model(tiny_llama(), soka("random")).eval()
-    model.add_adapter("other", soka("random"))
+    one, other = soka("random"), soka("random")
+    model = get_peft_model(tiny_llama(), one).eval()
+    model.add_adapter("other", other)
     made = [logits(model, ids)]
     model.set_adapter("other")
     made.append(logits(model, ids))
