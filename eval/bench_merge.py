@@ -149,9 +149,10 @@ def anonymous_bytes() -> int:
 def merge_with_peft(base: Path, rank: int, out: Path) -> None:
     """What PEFT's users do, with a LoRA of the same rank on the same modules."""
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    from soka_serve.pretrained import open_model
+
+    model = open_model(base, dtype="auto")
     names = sorted({name.rsplit(".", 1)[1] for name in layer_shapes(0)})
     config = LoraConfig(r=rank, target_modules=names, init_lora_weights=False)
     get_peft_model(model, config).merge_and_unload().save_pretrained(out)

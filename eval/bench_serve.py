@@ -69,7 +69,9 @@ class Model(NamedTuple):
 
 def make_models(folder: Path) -> dict[str, Model]:
     """The embedded base, and a random LLaMA written to `folder`."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from soka_serve.pretrained import open_model
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -88,7 +90,7 @@ def make_models(folder: Path) -> dict[str, Model]:
         ("embedded", base_directory(), "float32"),
         ("100M", folder / "model", "bfloat16"),
     ):
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        model = open_model(directory)
         assert name == "embedded" or model.num_parameters() >= 100e6
         weights = {n.removesuffix(".weight"): tuple(p.shape) for n, p in model.named_parameters() if "_proj" in n}
         models[name] = Model(directory, dtype, weights, model.config.vocab_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from soka_serve.errors import CheckpointError
+from soka_serve.budget import ReadingBudget
+from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.files import write_bytes_atomic, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
@@ -31,6 +32,7 @@ from soka_serve.lock import read_lock, write_lock
 log = logging.getLogger(__name__)
 
 __all__ = [
+    "ADAPTER_FILES",
     "CARD_FILE",
     "CONFIG_FILE",
     "KEY_PREFIX",
@@ -40,10 +42,13 @@ __all__ = [
     "SOKA_FORMAT",
     "WEIGHTS_FILE",
     "Adapter",
+    "AdapterFiles",
     "check_against",
     "keys_with_meaning",
+    "look_at_adapter",
     "read_adapter",
     "read_lock",
+    "refusal",
     "write_adapter",
     "write_lock",
 ]
@@ -52,6 +57,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 LOCK_FILE = "soka.lock"
 CARD_FILE = "README.md"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE, CARD_FILE)
 
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1
@@ -124,46 +130,94 @@ class Adapter:
         return theta if module not in self.initial else stack_terms(theta, self.initial[module], signs=(1, -1))
 
 
-def read_adapter(directory: str | Path) -> Adapter:
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter whose files were looked at: its config and what the weights' header names, all of it well formed.
+
+    Args:
+        directory: where it is.
+        config: adapter_config.json.
+        tensors: of adapter_model.safetensors, by name.
+        problems: where tensors and config do not agree.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    problems: list[str]
+
+    def read(self) -> Adapter:
+        """See `read_adapter`."""
+        expected, problems = _expected(self.config), list(self.problems)
+        fitting = {
+            name: info
+            for name, info in self.tensors.items()
+            if info.dtype in FLOAT_DTYPES and info.shape == expected.get(name)
+        }
+        values = {name: value.float() for name, value in read_tensors(fitting).items()}
+        problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
+        if problems:
+            raise refusal(self.directory, problems, _SAVE_AGAIN)
+        factors, initial = (
+            {
+                name: Factors(*(values[key] for key in keys))
+                for name in self.config["soka_modules"]
+                if (keys := _keys(name, kind))[0] in values
+            }
+            for kind in _KINDS
+        )
+        return Adapter(self.directory, self.config, factors, initial)
+
+
+def read_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> Adapter:
     """Read and check an adapter directory, finished or a checkpoint of a training.
 
+    Args:
+        directory: the adapter.
+        budget: what reading it may take.
+
     Raises:
-        CheckpointError: everything that is wrong, one line each: files missing, truncated or malformed, another
+        CheckpointError: what is wrong, one line each: files missing, truncated, malformed or too large, another
             peft_type or soka_format, settings that format 1 cannot hold, tensors missing or unknown, shapes or ranks
             that disagree with the config, values that are not finite, pickles.
     """
-    folder = Path(directory)
+    return look_at_adapter(directory, budget).read()
+
+
+def look_at_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> AdapterFiles:
+    """Check all of an adapter directory but the values of its tensors, which are not read.
+
+    Args:
+        directory: the adapter.
+        budget: what reading it may take; the values of all its tensors are taken from it.
+
+    Raises:
+        CheckpointError: what is wrong with the files themselves, one line each.
+    """
+    folder, budget = Path(directory), budget or ReadingBudget()
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such directory", hint=f"give the folder that holds {CONFIG_FILE}")
     problems = _check_files(folder)
     config: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     try:
-        config = read_json(folder / CONFIG_FILE)
+        config = read_json(folder / CONFIG_FILE, budget)
         problems += [f"{CONFIG_FILE}: {line}" for line in _check_config(config)]
     except CheckpointError as error:
         problems.append(error.message)
     try:
-        tensors = read_header(folder / WEIGHTS_FILE)
+        tensors = read_header(folder / WEIGHTS_FILE, budget)
+        budget.take_values(folder / WEIGHTS_FILE, sum(info.numel for info in tensors.values()))
     except CheckpointError as error:
         problems.append(error.message)
-    values: dict[str, torch.Tensor] = {}
-    if not problems:
-        problems += _check_tensors(config, tensors)
-        floating = {name: info for name, info in tensors.items() if info.dtype in FLOAT_DTYPES}
-        values = {name: value.float() for name, value in read_tensors(floating).items()}
-        problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
     if problems:
-        raise CheckpointError("\n".join(f"{folder}: {p}" for p in problems), hint=_SAVE_AGAIN)
-    factors, initial = (
-        {
-            name: Factors(*(values[key] for key in keys))
-            for name in config["soka_modules"]
-            if (keys := _keys(name, kind))[0] in values
-        }
-        for kind in _KINDS
-    )
-    return Adapter(folder, config, factors, initial)
+        raise refusal(folder, problems, _SAVE_AGAIN)
+    return AdapterFiles(folder, config, tensors, _check_tensors(config, tensors))
+
+
+def refusal(folder: Path, problems: Sequence[str], hint: str | None = None) -> CheckpointError:
+    """The error that names the first of an adapter's problems, and how many more there are."""
+    return CheckpointError("\n".join(f"{folder}: {p}" for p in first_ten(problems)), hint=hint)
 
 
 def write_adapter(
@@ -237,12 +291,12 @@ def check_against(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> None:
     Raises:
         CheckpointError: all modules that do not fit.
     """
-    problems = []
+    problems: list[str] = []
     weights = {name.removesuffix(".weight"): info for name, info in tensors.items() if name.endswith(".weight")}
     for module, factors in adapter.factors.items():
         info, shape = weights.get(module), factors.shape
         if info is None:
-            close = difflib.get_close_matches(module, weights, n=1)
+            close = difflib.get_close_matches(module, weights, n=1) if is_shown(problems) else []
             problems.append(f"{module}: the base has no such weight" + (f"; it has {close[0]}" if close else ""))
         elif tuple(info.shape) != (shape.out_features, shape.in_features):
             problems.append(
@@ -250,10 +304,7 @@ def check_against(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> None:
                 f"delta, the base's weight is {tuple(info.shape)}"
             )
     if problems:
-        raise CheckpointError(
-            "\n".join(f"{adapter.directory}: {p}" for p in problems),
-            hint=f"the adapter was made for {adapter.base_model}",
-        )
+        raise refusal(adapter.directory, problems, f"the adapter was made for {adapter.base_model}")
 
 
 def _check_files(folder: Path) -> list[str]:
@@ -261,43 +312,48 @@ def _check_files(folder: Path) -> list[str]:
     if (folder / "trainer_state.json").exists():
         return []
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
-    return [f"pickles, which can run code when loaded, have no place in an adapter: {', '.join(pickles)}"] * bool(
-        pickles
-    )
+    if not pickles:
+        return []
+    return [f"pickles, which can run code when loaded, have no place in an adapter: {name_some(pickles)}"]
 
 
 def _check_config(config: Mapping[str, Any]) -> list[str]:
     """What is wrong with adapter_config.json itself."""
     if config.get("peft_type") != PEFT_TYPE:
-        other = f"peft_type is {config.get('peft_type')!r}, expected {PEFT_TYPE!r}"
+        other = f"peft_type is {config.get('peft_type')!r:.80}, expected {PEFT_TYPE!r}"
         return [f"{other}; adapters of other methods are merged by PEFT's own merge_and_unload()"]
     if config.get("soka_format") != SOKA_FORMAT:
-        return [f"soka_format is {config.get('soka_format')!r}; this version reads {SOKA_FORMAT}"]
+        return [f"soka_format is {config.get('soka_format')!r:.80}; this version reads {SOKA_FORMAT}"]
     problems = []
     unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE)
     refused = keys_with_meaning(unknown)
     if refused:
-        problems.append(f"unknown keys {refused}")
-    if unknown - set(refused):  # a newer PEFT writes its own
-        log.warning("%s: unknown keys %s are ignored", CONFIG_FILE, sorted(unknown - set(refused))[:10])
+        problems.append(f"unknown keys [{name_some([repr(key) for key in refused])}]")
+    ignored = sorted(unknown - set(refused))
+    if ignored:  # a newer PEFT writes its own
+        log.warning("%s: unknown keys [%s] are ignored", CONFIG_FILE, name_some([f"{key!r:.80}" for key in ignored]))
     problems += [f"{key}: {reason}" for key, reason in _NOT_HERE.items() if config.get(key)]
     if config.get("modules_to_save"):
-        problems.append(f"modules_to_save {config['modules_to_save']}: whole modules cannot be part of the delta")
+        problems.append(
+            f"modules_to_save {config['modules_to_save']!r:.200}: whole modules cannot be part of the delta"
+        )
     for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            problems.append(f"{name} must be a string or null, not {config[name]!r}")
+        if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
+            problems.append(f"{name} must be a string or null, not {config[name]!r:.80}")
     if not isinstance(config.get("soka_initial"), bool):
-        problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r}")
+        problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r:.80}")
     modules = config.get("soka_modules")
     if not isinstance(modules, dict) or not modules:
-        return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r}"]
+        return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r:.80}"]
     for name, spec in modules.items():
-        if not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
-            problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r}")
+        if not is_printable(name):
+            problems.append(f"soka_modules: {printable(name)}: a name with control characters")
+        elif not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+            problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r:.80}")
         elif not _is_count(spec["rank"]):
-            problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r}")
+            problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r:.80}")
         elif not (isinstance(spec["shape"], list) and len(spec["shape"]) == 4 and all(map(_is_count, spec["shape"]))):
-            problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r}")
+            problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r:.80}")
     return problems
 
 
@@ -312,16 +368,11 @@ def keys_with_meaning(unknown: Iterable[str]) -> list[str]:
 
 def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Tensors that the config does not name, or that it names and the file lacks or has otherwise."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, spec in config["soka_modules"].items():
-        rank, (m, n, p, q) = spec["rank"], spec["shape"]
-        shapes = ((rank, m, n), (rank, p, q), (rank,))
-        for kind in _KINDS if config["soka_initial"] else _KINDS[:1]:
-            expected |= dict(zip(_keys(name, kind), shapes, strict=True))
+    expected = _expected(config)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     problems = [f"missing {name}" for name in missing]
     if unknown:
-        problems.append(f"tensors that {CONFIG_FILE} does not name: {', '.join(unknown)}")
+        problems.append(f"tensors that {CONFIG_FILE} does not name: {name_some(unknown)}")
     for key, shape in expected.items():
         info = tensors.get(key)
         if info is not None and info.dtype not in FLOAT_DTYPES:
@@ -329,6 +380,17 @@ def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
         elif info is not None and info.shape != shape:
             problems.append(f"{key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
     return [f"{WEIGHTS_FILE}: {problem}" for problem in problems]
+
+
+def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config makes."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, spec in config["soka_modules"].items():
+        rank, (m, n, p, q) = spec["rank"], spec["shape"]
+        shapes = ((rank, m, n), (rank, p, q), (rank,))
+        for kind in _KINDS if config["soka_initial"] else _KINDS[:1]:
+            expected |= dict(zip(_keys(name, kind), shapes, strict=True))
+    return expected
 
 
 def _keys(module: str, kind: str) -> list[str]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from soka_serve.checkpoint import resolve_base
 from soka_serve.errors import SokaError
+from soka_serve.places import given_path
 from soka_serve.sources import open_base
 
 if TYPE_CHECKING:
@@ -41,8 +42,9 @@ def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int |
     from soka_serve.planning import make_plan
     from soka_serve.status import stage_statuses
 
+    given = None if out is None else given_path(out, "out")
     loaded = read_manifest(Path(manifest))
-    root = Path(out) if out is not None else Path(loaded.manifest.output.dir)
+    root = given or Path(loaded.manifest.output.dir)
     directory = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
     statuses = stage_statuses(loaded, directory, root)
     return make_plan(loaded, base_directory=directory, stages=statuses, policies=policies)
@@ -82,7 +84,7 @@ def merge(
     Args:
         adapters: one adapter directory, or several with weights: W + sum(weight * delta).
         base: directory, hub id, or 'tiny'.
-        out: directory of the merged model; replaced as a whole.
+        out: directory of the merged model; an earlier one in it is replaced as a whole, anything else refused.
         revision: of a hub base.
         dtype: of the merged weights; 'auto' keeps the base's.
         verify: reload the result and compare it with base + adapters.
@@ -92,14 +94,17 @@ def merge(
     Raises:
         SokaError: anything the user can mend; `out` is left as it was.
     """
+    from soka_serve.merge_papers import MERGED
     from soka_serve.merging import merge as run
 
+    target = given_path(out, "out")
+    chosen = [(Path(adapters), 1.0)] if isinstance(adapters, str | Path) else list(adapters)
+    MERGED.check(target, keep=[Path(base), *(path for path, _ in chosen)])  # before anything is fetched
     directory, _ = open_base(str(base), revision)
-    chosen: Any = Path(adapters) if isinstance(adapters, str | Path) else list(adapters)
     return run(
         chosen,
         base=directory,
-        out=Path(out),
+        out=target,
         dtype=cast("Dtype", dtype),
         verify="auto" if verify else False,
         allow_other_base=allow_other_base,
@@ -114,7 +119,7 @@ def export(
 
     Args:
         source: adapter or checkpoint directory.
-        out: directory of the export; replaced as a whole.
+        out: directory of the export; an earlier one in it is replaced as a whole, anything else refused.
         to: 'soka' (exact unless `rank` cuts it) or 'lora' (best approximation of rank `rank`).
         rank: terms, or LoRA rank.
         dtype: of the written tensors.
@@ -126,4 +131,10 @@ def export(
 
     from soka_serve.exporting import export as run
 
-    return run(Path(source), Path(out), to=cast(Literal["soka", "lora"], to), rank=rank, dtype=getattr(torch, dtype))
+    return run(
+        Path(source),
+        given_path(out, "out"),
+        to=cast(Literal["soka", "lora"], to),
+        rank=rank,
+        dtype=getattr(torch, dtype),
+    )

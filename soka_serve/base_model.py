@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.pretrained import open_model
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +71,8 @@ def load_base(
         The model in evaluation mode, every parameter present.
 
     Raises:
-        CheckpointError: missing, truncated or malformed files, an architecture that transformers does not know, or
-            tensors that are missing or of another shape than the config says.
+        CheckpointError: missing, truncated or malformed files, an architecture that transformers does not know or that
+            needs the checkpoint's own code, or tensors that are missing or of another shape than the config says.
         BuildError: bitsandbytes is not installed.
     """
     if not (directory / "config.json").is_file():
@@ -85,12 +86,9 @@ def load_base(
         options["device_map"] = {"": device or _default_device()}
     try:
         with quiet_bars(), _without_load_report():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = open_model(
                 directory,
                 dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the info, and refused below
                 **options,

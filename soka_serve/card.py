@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from soka_serve.builtin import base_directory
+from soka_serve.errors import printable
 from soka_serve.report import ReportData, environment
 from soka_serve.report_text import accuracy_interval, flatten, span, visible
 
@@ -38,7 +39,7 @@ def render_card(data: ReportData) -> str:
 
 def extracted_card(base_name: str, finetuned_name: str, modules: int, parameters: int, kept_energy_frac: float) -> str:
     """The card of an adapter that `soka-serve extract` took from a fine-tuned checkpoint."""
-    finetuned = _public(finetuned_name)
+    finetuned = _shown(_public(finetuned_name))
     name = f"{PurePath(finetuned).name}-soka"
     return _render(
         "card_extracted.md.jinja",
@@ -58,13 +59,15 @@ def _render(template: str, use: Mapping[str, object], **values: object) -> str:
 
 def _use(base_name: str, name: str, method: str, *, dense: bool = False) -> dict[str, object]:
     """What the paragraphs on loading and serving need."""
-    base = _public(base_name)
-    path = f"path/to/{base}" if base != base_name else base
+    base_model = _public(base_name)
+    base = _shown(base_model)
+    path = f"path/to/{base}" if base_model != base_name else base
     return {
         "name": name,
         "method": method,
         "dense": dense,  # there is a whole model, and no adapter
         "base": base,
+        "base_model": base_model,  # for the front matter, which has its own way with what is not printable
         "base_path": path,
         "base_literal": json.dumps(path, ensure_ascii=False),
         "builtin": base == "builtin:tiny",
@@ -76,6 +79,11 @@ def _public(name: str) -> str:
     if Path(name) == base_directory():
         return "builtin:tiny"
     return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
+def _shown(name: str) -> str:
+    """A name within a line, or in backticks."""
+    return printable(name).replace("`", "'")
 
 
 def _scalar(text: str) -> str:

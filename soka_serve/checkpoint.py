@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import CheckpointError
-from soka_serve.files import sha256_file
+from soka_serve.files import read_errors, sha256_file
 from soka_serve.headers import FETCH_AGAIN, TensorInfo, check_finite, read_header, read_json, read_tensor
 from soka_serve.hub import fetch_snapshot
 from soka_serve.schema import Base
@@ -88,6 +88,27 @@ def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     return [directory / name for name in names], weight_map
 
 
+def index_problem(directory: Path) -> str | None:
+    """Why transformers cannot read a checkpoint's index, which everything here can; None where it can, or needs none.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    index = directory / INDEX_FILE
+    if (directory / SINGLE_FILE).exists() or not index.exists():
+        return None
+    metadata = read_json(index).get("metadata")
+    if isinstance(metadata, dict):
+        return None
+    return f"{index}: `metadata` is {'missing' if metadata is None else 'no object'}, which transformers needs"
+
+
+def check_loadable(directory: Path) -> None:
+    """Raise CheckpointError where transformers would fail on a checkpoint that is otherwise whole."""
+    if (problem := index_problem(directory)) is not None:
+        raise CheckpointError(problem, hint='write "metadata": {} into it, beside "weight_map"')
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A Hugging Face checkpoint directory, opened by reading config.json and the headers only."""
@@ -155,10 +176,18 @@ class Checkpoint:
 
         Args:
             hash_file: hex sha256 of one file; pass one that remembers what it hashed before.
+
+        Raises:
+            CheckpointError: a file cannot be read.
         """
+
+        def hashed(file: Path) -> str:
+            with read_errors(file):
+                return hash_file(file)
+
         # Hashing releases the interpreter's lock, so shards are hashed side by side.
         with ThreadPoolExecutor(max_workers=2) as pool:
-            digests = list(pool.map(hash_file, self.files))
+            digests = list(pool.map(hashed, self.files))
         lines = sorted(f"{digest}  {file.name}\n" for digest, file in zip(digests, self.files, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()  # what sha256_tree(self.files) gives
 

@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from soka_serve.errors import SokaError
+from soka_serve.errors import SokaError, printable_lines
 
 if TYPE_CHECKING:
     from soka_serve.compiler import BuildResult
 
-_FILE = click.Path(path_type=Path)
+
+class _PathType(click.Path):
+    """A path; not an empty one, which an unset variable of a shell leaves, and which would be the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("is empty; the current directory is '.'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_FILE = _PathType(path_type=Path)
 
 
 class _Group(click.Group):
@@ -48,7 +58,7 @@ class _Group(click.Group):
             known = explain_disk_error(error)
             if known is None:
                 click.echo(
-                    f"internal error: {type(error).__name__}: {error}\n"
+                    f"internal error: {type(error).__name__}: {printable_lines(str(error))}\n"
                     "This is a bug in soka-serve: please report it with the output of the same command after "
                     "`soka-serve --debug`.",
                     err=True,
@@ -59,14 +69,19 @@ class _Group(click.Group):
 
 
 def _show(message: str, hint: str | None) -> None:
-    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    click.echo(click.style("error: ", fg="red", bold=True) + printable_lines(message), err=True)
     if hint:
-        click.echo(click.style("hint: ", fg="cyan", bold=True) + hint, err=True)
+        click.echo(click.style("hint: ", fg="cyan", bold=True) + printable_lines(hint), err=True)
+
+
+def _say(text: str) -> None:
+    """Print a result: names and texts in it may come from anyone's files, and a terminal obeys what it is shown."""
+    click.echo(printable_lines(text))
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
+        text = printable_lines(record.getMessage())
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
@@ -155,7 +170,7 @@ def build(manifest: Path, out: Path | None, force: bool, as_json: bool) -> None:
     result = run(manifest, out=out, force=force)
     if not result.is_main_process:
         return
-    click.echo(json.dumps(_build_json(result), indent=2) if as_json else _build_text(result))
+    _say(json.dumps(_build_json(result), indent=2) if as_json else _build_text(result))
 
 
 def _build_json(result: BuildResult) -> dict[str, Any]:
@@ -184,7 +199,7 @@ def _build_text(result: BuildResult) -> str:
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
 @click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
 @click.option("--revision", help="Revision of a hub base.")
-@click.option("--out", type=_FILE, required=True, help="Directory of the merged model; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the merged model; an earlier one is replaced.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Reload and compare with base + adapter.")
 @click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
@@ -210,13 +225,13 @@ def merge(
         verify=verify,
         allow_other_base=allow_other_base,
     )
-    click.echo(result.to_text())
+    _say(result.to_text())
 
 
 @main.command(epilog="Example:  soka-serve extract tuned/ --base base/ --rank 4 --out adapter")
 @click.argument("finetuned")
 @click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
-@click.option("--out", type=_FILE, required=True, help="Directory of the adapter; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the adapter; an earlier extraction is replaced.")
 @click.option("--rank", type=click.IntRange(min=1), help="Terms per module.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of each delta's energy to keep.")
 @click.option("--parameters", type=click.IntRange(min=1), help="Total of parameters, spread over the modules.")
@@ -248,7 +263,7 @@ def extract(
         modules=modules,
         shape=shape,
     )
-    click.echo(result.to_text())
+    _say(result.to_text())
 
 
 @main.command(epilog="Example:  soka-serve export build/math/adapter --to lora --rank 8 --out lora")
@@ -256,12 +271,12 @@ def extract(
 @click.option("--to", type=click.Choice(["soka", "lora"]), default="soka", show_default=True)
 @click.option("--rank", type=click.IntRange(min=1), help="Terms (soka) or LoRA rank; needed for lora.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--out", type=_FILE, required=True, help="Directory of the export; replaced as a whole.")
+@click.option("--out", type=_FILE, required=True, help="Directory of the export; an earlier one is replaced.")
 def export(source: Path, to: str, rank: int | None, dtype: str, out: Path) -> None:
     """Write an adapter or a training checkpoint in another form, and say what is lost."""
     from soka_serve.api import export as run
 
-    click.echo(run(source, out, to=to, rank=rank, dtype=dtype).to_text())
+    _say(run(source, out, to=to, rank=rank, dtype=dtype).to_text())
 
 
 @main.command(epilog="Example:  soka-serve inspect build/math")
@@ -272,7 +287,7 @@ def inspect(path: Path, as_json: bool) -> None:
     from soka_serve.inspection import inspect as run
 
     found = run(path)
-    click.echo(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
+    _say(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
 
 
 @main.command(epilog="Example:  soka-serve compare eval/suites/quick.toml --jobs 2 --out results.json")
@@ -298,7 +313,7 @@ def compare(
     if dry_run:
         from soka_serve.compare_preview import preview
 
-        click.echo(preview(suite).to_text())
+        _say(preview(suite).to_text())
         return
     from soka_serve.comparing import compare as run
 
@@ -313,7 +328,7 @@ def compare(
         retry_failed=retry_failed,
         command=command,
     )
-    click.echo(result.to_text())
+    _say(result.to_text())
 
 
 @main.command(epilog="Example:  soka-serve doctor.  Exit code 0 when everything is there, else 2.")
@@ -330,7 +345,7 @@ def doctor(ctx: click.Context, as_json: bool, quick: bool) -> None:
     for check in quick_checks() if quick else all_checks():
         found.append(check)
         if not as_json:
-            click.echo(check.to_text())
+            _say(check.to_text())
     problems = sum(check.state == "problem" for check in found)
     if as_json:
         click.echo(json.dumps({"ok": not problems, "checks": [asdict(check) for check in found]}, indent=2))
@@ -401,9 +416,9 @@ def serve(
     settings = Settings(host=host, port=port, runtime_loading=runtime_loading, builds=builds, vllm=passed_on)
     planned, launch = plan_launch(targets, settings, base=base, out=out)
     if dry_run:
-        click.echo(launch.to_text())
+        _say(launch.to_text())
         return
-    ctx.exit(run(planned, launch, verbose=verbose, timeout_s=timeout, say=click.echo))
+    ctx.exit(run(planned, launch, verbose=verbose, timeout_s=timeout, say=_say))
 
 
 @main.command(
@@ -486,5 +501,5 @@ def evaluate(
         allow_code_execution=allow_code_execution,
         vllm_options=ctx.meta["soka_serve.passed_on"],
     )
-    click.echo(found.to_text())
+    _say(found.to_text())
     ctx.exit(3 if found.missed else 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -20,6 +21,12 @@ Stage = Literal["sweep", "final"]
 Record = Mapping[str, Any]
 
 RECORD_VERSION = 1
+_KEY_DIGITS = 24
+
+
+def is_key(text: str) -> bool:
+    """Whether a text has the form of a run's key."""
+    return re.fullmatch(rf"[0-9a-f]{{{_KEY_DIGITS}}}", text) is not None
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def make_spec(
         "versions": dict(around.versions),
         "device": around.device,
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
     return RunSpec(contender.name, dataset.name, stage, rate, seed, key)
 
 

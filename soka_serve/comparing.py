@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.checkpoint import Checkpoint, resolve_base
-from soka_serve.compare_plan import Cell, RunSpec, Surroundings, list_cells, next_runs
+from soka_serve.compare_plan import Cell, RunSpec, Surroundings, is_key, list_cells, next_runs
 from soka_serve.data import data_sha256
-from soka_serve.errors import DataError
+from soka_serve.errors import BuildError, DataError
 from soka_serve.files import write_text_atomic
+from soka_serve.foreign_code import check_no_code
+from soka_serve.outputs import check_results
+from soka_serve.places import given_path
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.suite import LoadedSuite, read_suite
@@ -96,7 +99,9 @@ def compare(
         SokaError: anything that the user can mend. A run that fails is a record and stops nothing.
     """
     loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
-    folder = Path(work)
+    folder = given_path(work, "work")
+    if out is not None:
+        _check_out(given_path(out, "out"))
     limits = Limits(jobs, minutes, limit_runs)
     workspace = Workspace(folder, loaded.suite.name)
     with workspace.locked():
@@ -113,6 +118,14 @@ def compare(
     return _report(loaded, cells, store, around, out, command, limits, seconds)
 
 
+def _check_out(out: Path) -> None:
+    """Refuse names under which the results would overwrite each other, or what no comparison wrote."""
+    beside = (out.with_suffix(".md"), out.with_suffix(".html"))
+    if out in beside:
+        raise BuildError(f"--out {out}: is the name of the JSON file", hint=f"Give {out.with_suffix('.json')}")
+    check_results(out, beside, ("suite", "protocol", "progress"))
+
+
 def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
     """What all runs depend on beside the suite.
 
@@ -120,6 +133,7 @@ def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
         CheckpointError, DataError: base or data that cannot be read.
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
+    check_no_code(base)
     hashes = HashCache(workspace.hashes)
     digest = Checkpoint.open(base).sha256(hashes.file)
     hashes.save()
@@ -145,11 +159,11 @@ class Records:
         return self.folder / f"{key}.json"
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All records by key; a file that is no record is removed with a warning."""
+        """All records by key; a damaged one is removed with a warning. Files of other names are somebody else's."""
         for file in self.folder.glob("*.json"):
-            if file.stem not in self._known:
+            if file.stem not in self._known and is_key(file.stem):
                 try:
-                    self._known[file.stem] = json.loads(file.read_text())
+                    self._known[file.stem] = _record(file.read_text())
                 except ValueError:
                     logger.warning("%s is damaged and was removed; its run is run again", file)
                     file.unlink()
@@ -200,6 +214,13 @@ class Records:
         write_text_atomic(self.path(key), json.dumps(record) + "\n")
 
 
+def _record(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - as damaged as what is no JSON
+    return found
+
+
 def _work(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:
     from soka_serve.compare_worker import run_and_record  # only workers import torch
 
@@ -214,7 +235,7 @@ def _run_all(
         return
     scratch = workspace.cache / "runs"
     scratch.mkdir(exist_ok=True)
-    for leftover in scratch.iterdir():  # of killed runs; nobody else writes here while the lock is held
+    for leftover in scratch.glob("run-*"):  # of killed runs; nobody else writes here while the lock is held
         shutil.rmtree(leftover, ignore_errors=True)
     deadline = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
     begun: set[str] = set()

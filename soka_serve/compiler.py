@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.context import Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.context import BUILD, Context, check_target, is_whole, prepare, previous_keys
 from soka_serve.files import replace_directory
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
+from soka_serve.places import given_path
 from soka_serve.processes import Processes
 from soka_serve.quickcheck import QuickCheck
 from soka_serve.workspace import Workspace
@@ -72,8 +73,9 @@ def build(
 
     Runs in every process of an `accelerate launch`; only the main one writes the artefact.
     """
+    given = None if out is None else given_path(out, "out")
     loaded = manifest if isinstance(manifest, LoadedManifest) else read_manifest(Path(manifest))
-    root = Path(out) if out is not None else Path(loaded.manifest.output.dir)
+    root = given or Path(loaded.manifest.output.dir)
     workspace = Workspace(root, str(loaded.manifest.name))
     processes = Processes()
     with workspace.locked() if processes.is_main else nullcontext():
@@ -109,7 +111,7 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
     start = init_stage(context, encoded[0]) if manifest.train.method == "soka" else None
     trained = tune_stage(context, encoded, start)
     if main:
-        with replace_directory(context.workspace.target) as new:
+        with replace_directory(context.workspace.target, foreign=BUILD.foreign) as new:
             export_stage(context, new, previous, trained)
             merge_stage(context, new, previous, trained)
             check = check_stage(context, new, previous)
@@ -117,6 +119,8 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
                 shutil.rmtree(new / "adapter")  # it was needed for the merge, and is not asked for
             with context.stage("report", "writing the report and the model card"):
                 from soka_serve.artefact import write_papers
+
+                context.hashes.check_unchanged()  # soka.lock names what was read
 
                 write_papers(context, new, start, trained, check, encoded[0])
         context.workspace.forget_others({k: v for k, v in context.keys.items() if k in ("init", "tune")})

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.checkpoint import Checkpoint, resolve_base
+from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
-from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_text
+from soka_serve.foreign_code import check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
+from soka_serve.outputs import Lock, Output
 from soka_serve.processes import Processes
 from soka_serve.rows import resolve
 from soka_serve.schema import Base
@@ -36,7 +38,32 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 
-_DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind
+_PAPERS = (
+    "manifest.toml",
+    "history.jsonl",
+    "init.json",
+    "check.json",
+    "README.md",
+    "report.html",
+)
+
+
+def _build_files(target: Path, lock: Lock | None) -> list[str]:
+    """What a build's lock says that it wrote; where the lock is damaged, every name that a build may have written."""
+    if lock is not None:
+        return list(lock["files"])
+    from soka_serve.adapter import ADAPTER_FILES
+    from soka_serve.merge_papers import model_files
+
+    adapter = [f"adapter/{name}" for name in ADAPTER_FILES]
+    return [*_PAPERS, *adapter, *(f"merged/{name}" for name in model_files(target / "merged"))]
+
+
+BUILD = Output(
+    what="a build",
+    is_marked=lambda lock: lock is None or (isinstance(lock.get("files"), dict) and "stages" in lock),
+    files=_build_files,
+)
 
 
 @dataclass
@@ -53,6 +80,7 @@ class Context:
     keys: dict[str, str]
     processes: Processes
     progress: bool
+    hashes: HashCache
     timings_s: dict[str, float] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     dropped_energy_frac: float = 0.0
@@ -88,6 +116,8 @@ def prepare(
     manifest = loaded.manifest
     base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
     checkpoint = Checkpoint.open(base_dir)
+    check_loadable(base_dir)
+    check_no_code(base_dir)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
@@ -107,7 +137,9 @@ def prepare(
     if processes.is_main and save_hashes:
         hashes.save()
     keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
-    return Context(loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress)
+    return Context(
+        loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress, hashes
+    )
 
 
 def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
@@ -160,33 +192,10 @@ def check_target(context: Context) -> None:
     target, loaded = context.workspace.target, context.loaded
     data = loaded.manifest.train.data
     named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
-    inputs = [loaded.path, context.base_dir, *(c.directory for c in context.finetuned.values()), *named]
-    elsewhere = "Choose another name or output folder"
-    real = target.resolve()
-    for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(real):
-            raise BuildError(
-                f"{target} is replaced by this build, and holds {path}, which the build reads",
-                hint=f"{elsewhere}, or move {path.name} out of it.",
-            )
-    if not target.is_dir():
-        return  # a file in the way is refused where the directory is written
-    present = sorted(
-        p.relative_to(target).as_posix() for p in target.rglob("*") if not p.is_dir() and p.name not in _DESKTOP_FILES
+    BUILD.check(
+        target, keep=[loaded.path, context.base_dir, *(c.directory for c in context.finetuned.values()), *named]
     )
-    if present and not (target / "soka.lock").exists():
-        raise BuildError(
-            f"{target} was not made by a build and is not empty ({present[0]}); it will not be replaced",
-            hint=f"{elsewhere}, or move that folder away.",
-        )
     if lock := _previous_lock(target):
-        foreign = [name for name in present if name not in lock.get("files", {}) and name != "soka.lock"]
-        if foreign:
-            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-            raise BuildError(
-                f"{target} is replaced as a whole, and holds files that no build wrote: {foreign[0]}{more}",
-                hint="Move them away first.",
-            )
         maker = lock.get("manifest", {}).get("file")
         if maker not in (None, loaded.path.name):
             logger.warning("%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)

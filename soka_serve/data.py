@@ -11,13 +11,14 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from soka_serve.errors import DataError
-from soka_serve.files import require_regular
-from soka_serve.rows import Row, UnreachableDataError, builtin_rows, hub_rows, jsonl_rows, read_lines, resolve
+from soka_serve.hub_rows import hub_rows, text_length
+from soka_serve.rows import Row, UnreachableDataError, builtin_rows, jsonl_rows, open_data, read_lines, resolve
 from soka_serve.schema import Data
 from soka_serve.templates import DEFAULT_COMPLETION, DEFAULT_PROMPT, RowTemplate
 from soka_serve.tokenizer import TextTokenizer
@@ -42,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 MASKED = -100  # The label that cross-entropy ignores, in torch and transformers.
 
-_CHUNK = 512  # Examples tokenised per call, so that progress shows.
+_CHUNK = 512  # Examples rendered and tokenised per call, so that progress shows.
+_CHUNK_TEXT = 8 << 20  # Characters of the rows rendered per call.
 
 Part = Literal["train", "eval"]
 
@@ -163,14 +165,14 @@ def _train_rows(data: Data, manifest_dir: Path, limit: int | None, stream: bool)
         return builtin_rows(data.builtin, "train", limit)
     if data.jsonl is not None:
         return islice(jsonl_rows(resolve(manifest_dir, data.jsonl), limit), limit)
-    return islice(hub_rows(data, data.split, manifest_dir, stream), limit)
+    return islice(hub_rows(data, data.split, manifest_dir, stream, limit), limit)
 
 
 def _eval_rows(data: Data, manifest_dir: Path, limit: int | None, stream: bool) -> Iterator[tuple[str, Row]]:
     if data.eval_jsonl is not None:
         return islice(jsonl_rows(resolve(manifest_dir, data.eval_jsonl), limit), limit)
     if data.eval_split is not None:
-        return islice(hub_rows(data, data.eval_split, manifest_dir, stream), limit)
+        return islice(hub_rows(data, data.eval_split, manifest_dir, stream, limit), limit)
     return builtin_rows(str(data.builtin), "test", limit)
 
 
@@ -190,28 +192,74 @@ def _source(data: Data) -> str:
 
 
 def _render(data: Data, rows: Iterable[tuple[str, Row]], tokenizer: TextTokenizer | None) -> list[Example]:
-    if data.messages is not None and tokenizer is not None:
-        return [_render_chat_row(data.messages, row, where, tokenizer) for where, row in rows]
-    templates = (
-        _prompt_template(data),
-        RowTemplate(DEFAULT_COMPLETION if data.completion is None else data.completion, "train.data.completion"),
-    )
-    examples = []
-    for where, row in rows:
-        texts, errors = [], []
-        for template in templates:
-            try:
-                texts.append(template.render(row, where))
-            except DataError as error:
-                errors.append(error)
-        if errors:
-            hints = [e.hint for e in errors if e.hint]
-            raise DataError("\n".join(e.message for e in errors), hint=" ".join(hints) or None)
-        examples.append(Example(texts[0], texts[1]))
+    examples: list[Example] = []
+    for chunk in _chunks(rows):
+        if data.messages is not None and tokenizer is not None:
+            examples += _render_chat_rows(data.messages, chunk, tokenizer)
+        else:
+            examples += _render_rows(data, chunk)
     return examples
 
 
-def _render_chat_row(column: str, row: Row, where: str, tokenizer: TextTokenizer) -> Example:
+def _chunks(rows: Iterable[tuple[str, Row]]) -> Iterator[list[tuple[str, Row]]]:
+    """So many rows at a time, fewer where they are long."""
+    chunk: list[tuple[str, Row]] = []
+    length = 0
+    for where, row in rows:
+        chunk.append((where, row))
+        length += text_length(row)
+        if len(chunk) == _CHUNK or length > _CHUNK_TEXT:
+            yield chunk
+            chunk, length = [], 0
+    if chunk:
+        yield chunk
+
+
+def _render_rows(data: Data, rows: Sequence[tuple[str, Row]]) -> Iterator[Example]:
+    completion = DEFAULT_COMPLETION if data.completion is None else data.completion
+    templates = (_prompt_template(data), _row_template(completion, "train.data.completion"))
+    for texts in zip(*(template.render_many(rows) for template in templates), strict=False):
+        errors = [text for text in texts if isinstance(text, DataError)]
+        if errors:
+            hints = [e.hint for e in errors if e.hint]
+            raise DataError("\n".join(e.message for e in errors), hint=" ".join(hints) or None)
+        prompt, answer = map(str, texts)
+        yield Example(prompt, answer)
+
+
+def _render_chat_rows(column: str, rows: Sequence[tuple[str, Row]], tokenizer: TextTokenizer) -> Iterator[Example]:
+    chats: list[tuple[Sequence[Mapping[str, Any]], bool]] = []
+    malformed: DataError | None = None
+    for where, row in rows:
+        try:
+            messages, last = _find_answer(column, row, where)
+        except DataError as error:  # rows before it may have another
+            malformed = error
+            break
+        chats += [(messages[:last], True), (messages[: last + 1], False)]
+    texts = iter(tokenizer.render_many(chats))
+    for where, _ in rows[: len(chats) // 2]:
+        parts = [text for text in islice(texts, 2) if _is_text(text, f"{where}: {column}")]
+        prompt, whole = map(str, parts)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"{where}: {column}: the chat template renders the conversation differently once the answer is there, "
+                "so prompt and completion cannot be told apart",
+                hint="Use prompt and completion templates for this tokenizer.",
+            )
+        yield Example(prompt, whole[len(prompt) :], templated=True)
+    if malformed is not None:
+        raise malformed
+
+
+def _is_text(text: str | DataError, place: str) -> bool:
+    if isinstance(text, DataError):
+        raise DataError(f"{place}: {text.message}", hint=text.hint)
+    return True
+
+
+def _find_answer(column: str, row: Row, where: str) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """The messages of a row, and which of them is the last of the assistant's."""
     if column not in row:
         raise DataError(
             f"{where}: train.data.messages names column '{column}', which the row does not have; it has "
@@ -227,18 +275,7 @@ def _render_chat_row(column: str, row: Row, where: str, tokenizer: TextTokenizer
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     if last == 0:
         raise DataError(f"{where}: {column}: no assistant message after another one; there is nothing to learn")
-    try:
-        prompt = tokenizer.render_messages(messages[:last], add_generation_prompt=True)
-        whole = tokenizer.render_messages(messages[: last + 1], add_generation_prompt=False)
-    except DataError as error:
-        raise DataError(f"{where}: {column}: {error.message}", hint=error.hint) from None
-    if not whole.startswith(prompt):
-        raise DataError(
-            f"{where}: {column}: the chat template renders the conversation differently once the answer is there, so "
-            "prompt and completion cannot be told apart",
-            hint="Use prompt and completion templates for this tokenizer.",
-        )
-    return Example(prompt, whole[len(prompt) :], templated=True)
+    return messages, last
 
 
 def render_prompt(data: Data, row: Row, where: str, tokenizer: TextTokenizer | None = None) -> str:
@@ -255,11 +292,16 @@ def render_prompt(data: Data, row: Row, where: str, tokenizer: TextTokenizer | N
         return _prompt_template(data).render(row, where)
     if tokenizer is None:
         raise DataError("train.data.messages: chat messages need the base's tokenizer, and it is not at hand")
-    return _render_chat_row(data.messages, row, where, tokenizer).prompt
+    return next(_render_chat_rows(data.messages, [(where, row)], tokenizer)).prompt
 
 
 def _prompt_template(data: Data) -> RowTemplate:
-    return RowTemplate(DEFAULT_PROMPT if data.prompt is None else data.prompt, "train.data.prompt")
+    return _row_template(DEFAULT_PROMPT if data.prompt is None else data.prompt, "train.data.prompt")
+
+
+@lru_cache(maxsize=16)
+def _row_template(text: str, key: str) -> RowTemplate:
+    return RowTemplate(text, key)
 
 
 def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
@@ -303,7 +345,7 @@ def data_sha256(data: Data, *, manifest_dir: Path) -> str:
         files += sorted(f for f in resolve(manifest_dir, data.hub).rglob("*") if f.is_file())
     for file in files:
         try:
-            with require_regular(file).open("rb") as stream:
+            with open_data(file) as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None

@@ -7,8 +7,82 @@ anything else is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+_SHOWN = 10
+_LINE_CHARACTERS = 500
+
+
+def first_ten(lines: Sequence[str]) -> list[str]:
+    """What is shown of lines or names of which there may be thousands: ten, and how many more there are.
+
+    >>> first_ten([str(number) for number in range(12)])[-2:]
+    ['9', 'and 2 more']
+    >>> first_ten(["x" * 600])[0][-17:]
+    'xx... (600 chars)'
+    """
+    shown = [
+        line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}... ({len(line)} chars)"
+        for line in lines[:_SHOWN]
+    ]
+    return shown + [f"and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Names in one line, made printable: the first ten, and how many more there are.
+
+    >>> name_some(["a", "b"])
+    'a, b'
+    """
+    return ", ".join(map(printable, first_ten(names)))
+
+
+def is_shown(problems: Sequence[str]) -> bool:
+    """Whether `first_ten` will show one more problem: only then is it worth the work of making its text helpful."""
+    return len(problems) < _SHOWN
+
+
+# Marks that reorder the text around them; with control characters, surrogates and line ends, what no message shows.
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
+
+
+def printable(text: object, limit: int = 300, *, keep: str = "") -> str:
+    """Text from outside (a name, a path, a value of a file) as a message, a log or a terminal may show it.
+
+    Args:
+        text: anything; its `str` counts.
+        limit: characters after which it is cut.
+        keep: control characters that stay, such as line ends.
+
+    Returns:
+        The text, what is not printable written as Python does in strings.
+
+    >>> printable("a\\x1b[31m\\nb"), printable("é" * 9, 5)
+    ('a\\\\x1b[31m\\\\nb', 'ééééé... (9 characters)')
+    """
+    whole = str(text)
+    shown = whole[:limit]
+    if not shown.isprintable():
+        shown = "".join(
+            c.encode("unicode_escape").decode()
+            if c not in keep and (c in _REORDERING or unicodedata.category(c) in _HIDDEN)
+            else c
+            for c in shown
+        )
+    return shown if len(whole) <= limit else f"{shown}... ({len(whole)} characters)"
+
+
+def printable_lines(text: str) -> str:
+    """A whole text for a terminal: `printable`, of any length, with its line ends and tabs."""
+    return printable(text, len(text), keep="\n\t")
+
+
+def is_printable(text: str) -> bool:
+    """Whether `printable` shows a text as it is; names in files that somebody made in earnest are."""
+    return printable(text, len(text)) == text
 
 
 class SokaError(Exception):

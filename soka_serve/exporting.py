@@ -14,11 +14,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from soka_serve.adapter import CARD_FILE, KEY_PREFIX, LOCK_FILE, Adapter, read_adapter, write_adapter
-from soka_serve.errors import SokaError
-from soka_serve.files import check_replaceable, replace_directory, sha256_file, write_text_atomic
+from soka_serve.adapter import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    KEY_PREFIX,
+    LOCK_FILE,
+    Adapter,
+    write_adapter,
+)
+from soka_serve.adapter_source import AdapterSource, read_source
+from soka_serve.errors import SokaError, printable, printable_lines
+from soka_serve.files import replace_directory, write_text_atomic
 from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
-from soka_serve.lock import read_lock, write_lock
+from soka_serve.lock import write_lock
+from soka_serve.outputs import Output
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.shapes import FactorShape
@@ -26,7 +35,11 @@ from soka_serve.shapes import FactorShape
 log = logging.getLogger(__name__)
 
 Form = Literal["soka", "lora"]
-ADAPTER_SUFFIXES = (".safetensors", ".json", ".md", ".lock")
+EXPORTED = Output(
+    what="an exported adapter",
+    is_marked=lambda lock: lock is not None and isinstance(lock.get("export"), Mapping),
+    files=lambda *_: ADAPTER_FILES,
+)
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def export(
 
     Args:
         source: directory of a finished adapter or of a training checkpoint.
-        out: directory of the export; replaced as a whole.
+        out: directory of the export; an earlier export in it is replaced as a whole, anything else refused.
         to: "soka" or "lora".
         rank: most terms per module, or the LoRA rank (then required; modules with fewer dimensions are padded).
         dtype: of the written tensors.
@@ -107,9 +120,10 @@ def export(
         raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
     if rank is not None and rank < 1:
         raise SokaError(f"rank: expected at least 1; got {rank}")
-    check_replaceable(out, keep=[source], suffixes=ADAPTER_SUFFIXES, what="an exported adapter")
-    adapter = read_adapter(source)
-    with replace_directory(out) as new:
+    EXPORTED.check(out, keep=[source])
+    read = read_source(source)
+    adapter = read.adapter
+    with replace_directory(out, foreign=EXPORTED.foreign) as new:
         with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
             if to == "soka":
                 written, energies = _to_soka(adapter, rank, dtype, advance)
@@ -128,14 +142,14 @@ def export(
             dropped_energy_frac=math.fsum(d for _, d in energies.values()) / total if total else 0.0,
             by_module={name: d / e if e else 0.0 for name, (e, d) in energies.items()},
         )
-        lock = {**_source_lock(adapter.directory), "export": _export_lock(adapter, result, dtype)}
+        lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
         if to == "soka":
             base = adapter.base_model or "unknown"
-            write_adapter(new, written, base_model=base, dtype=dtype, lock=lock, card=_card(adapter, result))
+            write_adapter(new, written, base_model=base, dtype=dtype, lock=lock, card=_card(read, result))
         else:
             _write_lora(new, adapter, tensors, rank or 1)
             write_lock(new / LOCK_FILE, lock)
-            write_text_atomic(new / CARD_FILE, _card(adapter, result))
+            write_text_atomic(new / CARD_FILE, _card(read, result))
     return result
 
 
@@ -209,33 +223,29 @@ def _write_lora(new: Path, adapter: Adapter, tensors: Mapping[str, Tensor], rank
     write_text_atomic(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _source_lock(directory: Path) -> dict[str, Any]:
+def _source_lock(source: AdapterSource) -> dict[str, Any]:
     """The provenance of the source: its own lock, or that of the build it lies in."""
-    for folder in (directory, directory.resolve().parent):
-        if (folder / LOCK_FILE).exists():
-            lock = read_lock(folder / LOCK_FILE)
-            # What another file says about itself is not true of this one.
-            return {key: value for key, value in lock.items() if key not in ("files", "adapter", "export")}
-    return {"soka": 1}
+    # What another file says about itself is not true of this one.
+    lock = source.lock if source.lock is not None else {"soka": 1}
+    return {key: value for key, value in lock.items() if key not in ("files", "adapter", "export")}
 
 
-def _export_lock(adapter: Adapter, result: ExportResult, dtype: torch.dtype) -> dict[str, Any]:
+def _export_lock(source: AdapterSource, result: ExportResult, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "form": result.form,
         "dtype": str(dtype).removeprefix("torch."),
-        "source_sha256": sha256_file(adapter.directory / "adapter_model.safetensors"),
-        "source_is_checkpoint": bool(adapter.initial),
+        "source_sha256": source.sha256,
+        "source_is_checkpoint": bool(source.adapter.initial),
         "dropped_energy_frac": result.dropped_energy_frac,
         "versions": versions(),
     }
 
 
-def _card(adapter: Adapter, result: ExportResult) -> str:
+def _card(source: AdapterSource, result: ExportResult) -> str:
     """The source's own card for an exact export; a short one that states the loss for anything else."""
-    own = adapter.directory / CARD_FILE
-    if result.form == "soka" and result.dropped_energy_frac < 1e-9 and own.is_file():
-        return own.read_text(encoding="utf-8")
-    base = Path(adapter.base_model or "its base").name
+    if result.form == "soka" and result.dropped_energy_frac < 1e-9 and source.card is not None:
+        return printable_lines(source.card)
+    base = printable(Path(source.adapter.base_model or "its base").name)
     method = "SoKA (Kronecker) adapter" if result.form == "soka" else f"LoRA of rank {result.ranks[1]}"
     use = (
         "Load with `import soka_serve.peft` and `PeftModel.from_pretrained`."

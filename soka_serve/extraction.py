@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError
+from soka_serve.outputs import Lock, Output
 from soka_serve.sources import open_base
+from soka_serve.unchanged import Unchanged
+
+
+def _is_extracted(lock: Lock | None) -> bool:
+    result = lock.get("result") if lock is not None and "export" not in lock else None
+    return isinstance(result, Mapping) and "kept_energy_frac" in result
+
+
+def _adapter_files(directory: Path, lock: Lock | None) -> Iterable[str]:
+    from soka_serve.adapter import ADAPTER_FILES
+
+    del directory, lock
+    return ADAPTER_FILES
+
+
+EXTRACTED = Output(what="an extracted adapter", is_marked=_is_extracted, files=_adapter_files)
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ def extract(
     Args:
         finetuned: directory or hub id of the fine-tuned checkpoint.
         base: directory or hub id of its base, or 'tiny'.
-        out: the adapter's directory; replaced as a whole.
+        out: the adapter's directory; an earlier extraction in it is replaced as a whole, anything else refused.
         rank: terms per module.
         energy: or the share of each delta's own energy to keep.
         parameters: or a total, spread by captured energy per parameter. Exactly one of the three.
@@ -72,9 +89,9 @@ def extract(
     """
     from soka_serve.adapter import write_adapter
     from soka_serve.card import extracted_card
-    from soka_serve.exporting import ADAPTER_SUFFIXES
-    from soka_serve.files import check_replaceable, replace_directory, scratch_directory
+    from soka_serve.files import replace_directory, scratch_directory
     from soka_serve.initialise import initialise
+    from soka_serve.places import given_path
     from soka_serve.provenance import versions
     from soka_serve.schema import Manifest
     from soka_serve.targets import list_modules, resolve_targets
@@ -86,10 +103,13 @@ def extract(
             f"extract takes exactly one of rank, energy and parameters; got {', '.join(chosen) or 'none'}",
             hint="For example: --rank 4, or --energy 0.9.",
         )
+    target = given_path(out, "out")
+    EXTRACTED.check(target, keep=[Path(base), Path(finetuned)])  # before anything is fetched
     base_dir, base_name = open_base(str(base))
     tuned_dir, tuned_name = open_base(str(finetuned))
-    check_replaceable(Path(out), keep=[base_dir, tuned_dir], suffixes=ADAPTER_SUFFIXES, what="an extracted adapter")
+    EXTRACTED.check(target, keep=[base_dir, tuned_dir])
     checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    unchanged = Unchanged([*checkpoint.files, *other.files])
     policy: dict[str, object]
     if rank is not None:
         policy = {"policy": "fixed", "rank": rank}
@@ -109,7 +129,7 @@ def extract(
         }
     )
     targets = resolve_targets(manifest, list_modules(base_dir))
-    with scratch_directory(Path(out)) as scratch:
+    with scratch_directory(target) as scratch:
         started = initialise(targets, checkpoint, finetuned={"tuned": other}, scratch=scratch, progress=progress)
     total = sum(m.total_energy for m in started.modules)
     if total == 0:
@@ -123,7 +143,7 @@ def extract(
     short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
     ranks = [m.rank for m in started.modules if m.rank]
     result = ExtractResult(
-        out=Path(out),
+        out=target,
         modules=len(started.factors),
         parameters=sum(f.parameters for f in started.factors.values()),
         ranks=(min(ranks), max(ranks)),
@@ -138,7 +158,8 @@ def extract(
         "result": {"kept_energy_frac": result.kept_energy_frac, "trainable_parameters": result.parameters},
         "ranks": {m.module: m.rank for m in started.modules},
     }
-    with replace_directory(Path(out)) as new:
+    unchanged.check()  # the hashes were taken after the weights were read
+    with replace_directory(target, foreign=EXTRACTED.foreign) as new:
         card = extracted_card(base_name, tuned_name, result.modules, result.parameters, result.kept_energy_frac)
         write_adapter(new, started.factors, base_model=base_name, lock=lock, card=card)
     return result

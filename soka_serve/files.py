@@ -1,7 +1,7 @@
 """Files and directories that are either the old ones or the new ones, never something in between. No torch.
 
-Everything is written to a temporary sibling, flushed to the disk and renamed. The sibling's name holds the process id
-and a token of the machine, so that what a killed run left behind can be told from what a living one is writing.
+Everything is written to a temporary sibling, flushed to the disk and renamed. `leftovers` tells what a killed run left
+behind from what a living one is writing.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from soka_serve.errors import BuildError
+from soka_serve.errors import BuildError, CheckpointError, name_some
+from soka_serve.leftovers import clean_stale, is_same, lock, locked_sibling, protected, sibling, stale
+from soka_serve.places import check_place
 
 log = logging.getLogger(__name__)
 
-_STALE_ELSEWHERE_S = 24 * 3600.0
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
@@ -45,12 +44,10 @@ _HINTS = {
     errno.EEXIST: "a file stands where a directory is needed: move it away, or write somewhere else",
     errno.EISDIR: "a directory stands where a file is needed: move it away, or write somewhere else",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EBUSY: "something is mounted there: write into a folder below it, or somewhere else",
+    errno.ELOOP: "the path is a symbolic link that leads to itself: remove it, or write somewhere else",
     errno.EIO: "the disk reports an input/output error: check it, or write somewhere else",
 }
-
-# Temporary siblings that this process is writing now: a leftover with our own process id that is not among them was
-# left by an earlier process with the same id (usual in containers, where the main process is often 1).
-_active: set[Path] = set()
 
 
 def _errno_of(error: BaseException) -> int | None:
@@ -85,32 +82,17 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise known from error
 
 
-def check_replaceable(target: Path, *, keep: Iterable[Path], suffixes: Iterable[str], what: str) -> None:
-    """Refuse to replace a directory that is an input, holds one, or does not look like an earlier output.
+@contextmanager
+def read_errors(file: Path) -> Iterator[None]:
+    """Turn an operating system's error while `file` is read into a CheckpointError that names it.
 
-    Args:
-        target: the directory to be replaced; missing and empty ones are fine.
-        keep: inputs that must survive.
-        suffixes: what files of an earlier output end in.
-        what: what the output is, for the message.
-
-    Raises:
-        BuildError: names the input or the file that would be lost.
+    For what is read while an output is written: `disk_errors` would say that the output cannot be written.
     """
-    real = Path(os.path.realpath(target))
-    for path in keep:
-        other = Path(os.path.realpath(path))
-        if other == real or real in other.parents:
-            raise BuildError(f"{target}: writing {what} there would destroy {path}", hint="write somewhere else")
-    if not real.is_dir():
-        return
-    endings = tuple(suffixes)
-    for file in sorted(real.rglob("*")):
-        if not file.is_dir() and not file.name.endswith(endings):
-            raise BuildError(
-                f"{target}: not empty, and {file.relative_to(real)} is not part of {what}; it will not be replaced",
-                hint="write somewhere else, or remove the directory first",
-            )
+    try:
+        yield
+    except OSError as error:
+        hint = "the disk reports an input/output error: check it" if error.errno == errno.EIO else "check its rights"
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}", hint=hint) from error
 
 
 def flush(path: Path) -> None:
@@ -129,87 +111,6 @@ def _flush_tree(directory: Path) -> None:
             if file.is_file() and not file.is_symlink():
                 flush(file)
         flush(Path(folder))
-
-
-@functools.cache
-def _machine() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{_machine()}-{secrets.token_hex(3)}")
-
-
-def final_name(path: Path) -> str:
-    """The name of a file or directory, of a temporary sibling the one that it will have.
-
-    >>> final_name(Path("build/.math.tmp-12-0123ab-4567cd")), final_name(Path("build/math"))
-    ('math', 'math')
-    """
-    found = re.fullmatch(r"\.(.+)\.tmp-\d+-[0-9a-f]{6}-[0-9a-f]{6}", path.name)
-    return found.group(1) if found else path.name
-
-
-def _leftovers(target: Path, kind: str) -> Iterator[tuple[Path, int, str]]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.{kind}-(\d+)-([0-9a-f]{{6}})-[0-9a-f]{{6}}")
-    if target.parent.is_dir():
-        for path in sorted(target.parent.iterdir()):
-            if found := pattern.fullmatch(path.name):
-                yield path, int(found.group(1)), found.group(2)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and belongs to somebody else
-        return True
-    return True
-
-
-def _is_stale(path: Path, pid: int, machine: str) -> bool:
-    if machine != _machine():  # its process can not be asked from here (a shared disk, or a container that is gone)
-        return time.time() - path.lstat().st_mtime > _STALE_ELSEWHERE_S
-    if pid == os.getpid():
-        return path not in _active
-    return not _is_alive(pid)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def clean_stale(target: Path) -> list[Path]:
-    """Remove what killed runs left beside `target`; return the paths that were removed.
-
-    Only leftovers of processes that no longer live are touched (of another machine: those untouched for a day). A
-    run killed between the two renames of a system without an atomic exchange has left `target` missing and its old
-    content under a temporary name: it is put back.
-    """
-    target = Path(os.path.realpath(target))
-    removed = []
-    for path, pid, machine in list(_leftovers(target, "old")):
-        if _is_stale(path, pid, machine) and not target.exists():
-            log.warning("%s: putting back the version that an interrupted run had moved to %s", target, path.name)
-            path.rename(target)
-    for kind in ("tmp", "old"):
-        for path, pid, machine in list(_leftovers(target, kind)):
-            if _is_stale(path, pid, machine):
-                log.info("removing %s, left by an interrupted run", path)
-                _remove(path)
-                removed.append(path)
-    return removed
-
-
-def stale_bytes(target: Path) -> int:
-    """Bytes on the disk of what killed runs left beside `target` and `clean_stale` would remove."""
-    real = Path(os.path.realpath(target))
-    left = [path for path, pid, machine in _leftovers(real, "tmp") if _is_stale(path, pid, machine)]
-    return sum(file.lstat().st_blocks * 512 for path in left for file in path.rglob("*"))
 
 
 @functools.cache
@@ -244,8 +145,7 @@ def _swap(temporary: Path, target: Path) -> Path | None:
         if number not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # those: this file system can not exchange
             raise OSError(number, os.strerror(number), str(target))
         log.info("%s: the file system has no atomic exchange; using two renames", target)
-    old = _sibling(target, "old")
-    _active.add(old)
+    old = sibling(target, "old")
     target.rename(old)
     try:
         temporary.rename(target)
@@ -256,7 +156,12 @@ def _swap(temporary: Path, target: Path) -> Path | None:
 
 
 @contextmanager
-def replace_directory(target: Path, *, adopt: Callable[[Path, Path], None] | None = None) -> Iterator[Path]:
+def replace_directory(
+    target: Path,
+    *,
+    foreign: Callable[[Path], list[str]] | None = None,
+    adopt: Callable[[Path, Path], None] | None = None,
+) -> Iterator[Path]:
     """Write a whole directory, or nothing: yields an empty temporary sibling that replaces `target` at the end.
 
     On success every file is flushed to the disk and the directory takes `target`'s place: by one atomic exchange on
@@ -265,37 +170,105 @@ def replace_directory(target: Path, *, adopt: Callable[[Path, Path], None] | Non
 
     Args:
         target: the directory.
+        foreign: names what in a directory is not this output's own (`Output.foreign`). The old directory is looked at
+            once more when it has been moved aside; it is kept under another name if it holds such things or was
+            changed meanwhile. None: `target` is nobody's but ours.
         adopt: called with what a killed run has left (its temporary sibling) and the new sibling, before the former is
             removed.
 
     Raises:
-        BuildError: disk full, no permission, read-only, or a file in the way; names the path and says what to do.
+        BuildError: disk full, no permission, read-only, a file in the way, or a place that is never replaced (see
+            `check_place`); names the path and says what to do.
     """
     with disk_errors(target):
-        real = Path(os.path.realpath(target))
+        real = check_place(target, replaced=True)
         if real.exists() and not real.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(real))
         real.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _sibling(real, "tmp")
-        old: Path | None = None
-        _active.add(temporary)
-        try:
-            temporary.mkdir()
-            if adopt is not None:
-                for left, pid, machine in list(_leftovers(real, "tmp")):
-                    if _is_stale(left, pid, machine):
+        before = _Stamps(real) if foreign is not None else None
+        with locked_sibling(real) as (temporary, descriptor):
+            old: Path | None = None
+            try:
+                if adopt is not None:
+                    for left in stale(real):
                         adopt(left, temporary)
-            clean_stale(real)
-            yield temporary
-            _flush_tree(temporary)
-            old = _swap(temporary, real)
-            flush(real.parent)
-        finally:
-            for path in (temporary, old):
-                if path is not None and path.exists():
-                    # The work is done or lost already: failing to tidy up must not hide which.
-                    shutil.rmtree(path, onerror=lambda _f, p, e: log.warning("could not remove %s: %s", p, e[1]))
-            _active.difference_update({temporary, old} - {None})
+                clean_stale(real)
+                yield temporary
+                _flush_tree(temporary)
+                with protected(real):  # and so the old content, under the name that it gets
+                    if added := _added(real, before, foreign):
+                        _keep(real, real, added)  # at once: a kill must not leave it under a temporary name
+                    try:
+                        old = _swap(temporary, real)
+                    finally:
+                        # Whatever interrupts: what lies under the temporary name may be the old content.
+                        if old is None and temporary.exists() and not is_same(temporary, descriptor):
+                            old = temporary
+                        if old is not None:
+                            _discard(old, real, _added(old, before, foreign))
+                flush(real.parent)
+            finally:
+                if is_same(temporary, descriptor):
+                    _tidy(temporary)
+
+
+class _Stamps:
+    """Which directory a path was, and the size and time of change of every file in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.stat().st_ino if directory.is_dir() else None
+        self.files = self._read(directory) if self.directory is not None else {}
+
+    def changed(self, directory: Path) -> list[str]:
+        """Files that are new or other than they were; none where it is another directory altogether."""
+        if directory.stat().st_ino != self.directory:
+            return []
+        return sorted(name for name, stamp in self._read(directory).items() if self.files.get(name) != stamp)
+
+    @staticmethod
+    def _read(directory: Path) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {}
+        for folder, _, names in os.walk(directory):
+            for name in names:
+                with suppress(FileNotFoundError):  # removed this moment
+                    path = Path(folder, name)
+                    status = path.lstat()
+                    found[path.relative_to(directory).as_posix()] = (status.st_size, status.st_mtime_ns, status.st_ino)
+        return found
+
+
+def _added(directory: Path, before: _Stamps | None, foreign: Callable[[Path], list[str]] | None) -> list[str]:
+    """What came into an old directory, or changed in it, while its successor was made."""
+    if foreign is None or before is None or not directory.is_dir():
+        return []
+    try:
+        return sorted({*foreign(directory), *before.changed(directory)})
+    except OSError as error:  # what cannot be looked at is not deleted
+        return [str(error)]
+
+
+def _discard(old: Path, target: Path, added: list[str]) -> None:
+    """Remove an old directory that was moved aside, or give it a name to keep if there is something new in it."""
+    if added:
+        _keep(old, target, added)
+    else:
+        _tidy(old)
+
+
+def _keep(directory: Path, target: Path, added: list[str]) -> None:
+    kept = target.with_name(f"{target.name}.earlier-{secrets.token_hex(3)}")
+    directory.rename(kept)
+    log.warning(
+        "%s: while its successor was made, there came or changed: %s; the earlier folder is kept whole as %s",
+        target,
+        name_some(added),
+        kept,
+    )
+
+
+def _tidy(directory: Path) -> None:
+    # The work is done or lost already: failing to tidy up must not hide which.
+    shutil.rmtree(directory, onerror=lambda _f, p, e: log.warning("could not remove %s: %s", p, e[1]))
 
 
 @contextmanager
@@ -305,43 +278,44 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     Raises:
         BuildError: as `replace_directory`.
     """
-    real = Path(os.path.realpath(target))
-    scratch = _sibling(real, "tmp")
-    with disk_errors(scratch):
-        real.parent.mkdir(parents=True, exist_ok=True)
-        clean_stale(real)
-        scratch.mkdir()
-    _active.add(scratch)
-    try:
-        yield scratch
-    finally:
-        if scratch.exists():
-            shutil.rmtree(scratch, onerror=lambda _f, p, e: log.warning("could not remove %s: %s", p, e[1]))
-        _active.discard(scratch)
+    real = check_place(target)
+    with ExitStack() as stack:
+        with disk_errors(target):
+            real.parent.mkdir(parents=True, exist_ok=True)
+            clean_stale(real)
+            scratch, descriptor = stack.enter_context(locked_sibling(real))
+        try:
+            yield scratch
+        finally:
+            if is_same(scratch, descriptor):
+                _tidy(scratch)
 
 
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: temporary sibling, flush to the disk, rename.
 
     Raises:
-        BuildError: disk full, no permission, read-only, or a directory in the way.
+        BuildError: disk full, no permission, read-only, or a directory or a device in the way.
     """
     with disk_errors(path):
-        real = Path(os.path.realpath(path))
+        real = check_place(path)
+        if real.exists() and not (real.is_file() or real.is_dir()):
+            raise BuildError(
+                f"cannot write {path}: a device, a pipe or a socket is there", hint="give the name of a file"
+            )
         real.parent.mkdir(parents=True, exist_ok=True)
         clean_stale(real)
-        temporary = _sibling(real, "tmp")
-        _active.add(temporary)
+        temporary = sibling(real, "tmp")
         try:
             with temporary.open("wb") as file:
+                lock(file.fileno())
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(real)
+                temporary.replace(real)
             flush(real.parent)
         finally:
             temporary.unlink(missing_ok=True)
-            _active.discard(temporary)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -357,8 +331,26 @@ def require_regular(path: Path) -> Path:
     """
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a directory says itself what is wrong
-        raise OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+        raise irregular(path, mode)
     return path
+
+
+def irregular(path: Path, mode: int) -> OSError:
+    """The error for what is no file, by its `st_mode`."""
+    if stat.S_ISDIR(mode):
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return OSError(errno.EINVAL, "not a file but a device, a pipe or a socket", str(path))
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or directory belongs to this process's user, or to root, and no group and no other may write."""
+    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether it is a file, no link to one, and `is_own`. OSError where there is none."""
+    status = path.lstat()  # a link may lead anywhere
+    return stat.S_ISREG(status.st_mode) and is_own(status)
 
 
 def sha256_file(path: Path) -> str:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
-from soka_serve.errors import CheckpointError
-from soka_serve.files import require_regular
+from soka_serve.budget import ReadingBudget, open_regular, read_limited, refuse_hole
+from soka_serve.errors import CheckpointError, first_ten, is_printable, name_some, printable
+from soka_serve.files import read_errors
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +45,9 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 FETCH_AGAIN = "fetch or save the checkpoint again"
 _CHECK_RIGHTS = "check the path and its rights"
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_DIMENSIONS = 16
+_MAX_SIZE = 1 << 62
+_MAX_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,23 @@ class TensorInfo:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(names) != len(set(names)):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"names that occur twice: {', '.join(twice[:3])}")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"names that occur twice: {name_some(twice)}")
+    return found
 
 
-def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The JSON of a safetensors file and the offset where its data begin."""
+def _read_raw_header(file: Path, budget: ReadingBudget | None = None) -> tuple[dict[str, Any], int, int]:
+    """The JSON of a safetensors file, the offset where its data begin, and the file's size.
+
+    Args:
+        budget: of an adapter; a hole is then refused, too.
+    """
+    limit = (budget or ReadingBudget()).header_bytes
     try:
-        size = require_regular(file).stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             if prefix.startswith(b"version "):
                 raise CheckpointError(
@@ -98,54 +108,77 @@ def _read_raw_header(file: Path) -> tuple[dict[str, Any], int]:
             if len(prefix) < 8:
                 raise CheckpointError(f"{file}: truncated: expected at least 8 bytes, found {size}", hint=FETCH_AGAIN)
             (length,) = struct.unpack("<Q", prefix)
-            if length > _MAX_HEADER_BYTES:
+            if length > limit:
                 raise CheckpointError(
                     f"{file}: not a safetensors file: its header would take {length} bytes "
-                    f"(at most {_MAX_HEADER_BYTES} are allowed)",
+                    f"(at most {limit} are allowed{budget.source if budget else ''})",
                     hint=FETCH_AGAIN,
                 )
-            text = stream.read(length)
+            if size < 8 + length:
+                raise CheckpointError(
+                    f"{file}: truncated: expected at least {8 + length} bytes (the header), found {size}",
+                    hint=FETCH_AGAIN,
+                )
+            if budget is not None:
+                refuse_hole(file, stream)
+            text = read_exactly(stream, length)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read: {error.strerror}", hint="check the path and its rights"
-        ) from error
-    if len(text) < length:
-        raise CheckpointError(
-            f"{file}: truncated: expected at least {8 + length} bytes (the header), found {size}", hint=FETCH_AGAIN
-        )
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint=_CHECK_RIGHTS) from error
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: malformed header: {error}", hint=FETCH_AGAIN) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: malformed header: expected an object", hint=FETCH_AGAIN)
-    return header, 8 + length
+    if budget is not None:
+        budget.take_tensors(file, len(header))
+    return header, 8 + length, size
+
+
+def read_exactly(stream: BinaryIO, length: int) -> bytes:
+    """The next `length` bytes of an unbuffered file, fewer where it ends."""
+    data = bytearray()
+    while len(data) < length and (part := stream.read(length - len(data))):
+        data += part
+    return bytes(data)
 
 
 def _is_naturals(value: object) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value)
+    )
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The `__metadata__` of a safetensors file (usually {"format": "pt"}); {} where there is none."""
-    header, _ = _read_raw_header(file)
+    header, _, _ = _read_raw_header(file)
     metadata = header.get("__metadata__", {})
     return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, TensorInfo]:
     """Every tensor of a safetensors file, in the order of the data, without reading the data.
 
+    Args:
+        file: the file.
+        budget: of an adapter; None for a base checkpoint.
+
     Raises:
-        CheckpointError: missing, truncated (with the expected and the actual number of bytes) or malformed.
+        CheckpointError: missing, truncated (with the expected and the actual number of bytes), malformed, or beyond
+            the budget.
     """
-    header, data_start = _read_raw_header(file)
+    header, data_start, size = _read_raw_header(file, budget)
     header.pop("__metadata__", None)
     tensors: list[TensorInfo] = []
     wrong: list[str] = []
     for name, spec in header.items():
+        if len(name) > _MAX_NAME or not is_printable(name):  # it would be in messages and logs
+            wrong.append(f"'{printable(name, 120)}': expected a name of at most {_MAX_NAME} printable characters")
+            continue
         dtype, shape, offsets = (
             spec.get(k) if isinstance(spec, dict) else None for k in ("dtype", "shape", "data_offsets")
         )
@@ -153,7 +186,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             wrong.append(f"{name}: expected dtype, shape and data_offsets, got {spec!r:.120}")
             continue
         if dtype not in DTYPES:
-            wrong.append(f"{name}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+            wrong.append(f"{name}: dtype {dtype!r:.40} is not one of {', '.join(DTYPES)}")
             continue
         info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
         if info.nbytes != info.numel * DTYPES[dtype][0]:
@@ -171,28 +204,32 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
                 break
             position = info.end
     if wrong:
-        raise CheckpointError("\n".join(f"{file}: malformed header: {line}" for line in wrong), hint=FETCH_AGAIN)
-    size = file.stat().st_size
+        lines = first_ten([f"{file}: malformed header: {line}" for line in wrong])
+        raise CheckpointError("\n".join(lines), hint=FETCH_AGAIN)
     if size != position:
         what = "truncated" if size < position else "longer than its header says"
         raise CheckpointError(f"{file}: {what}: expected {position} bytes, found {size}", hint=FETCH_AGAIN)
     return {info.name: info for info in tensors}
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, budget: ReadingBudget | None = None) -> dict[str, Any]:
     """A JSON object from a file.
 
+    Args:
+        file: the file.
+        budget: of an adapter, whose keys may occur once only; None for other files.
+
     Raises:
-        CheckpointError: missing, not UTF-8, not JSON (with line and column), or not an object.
+        CheckpointError: missing, not UTF-8, not JSON (with line and column), not an object, or too large.
     """
+    limits = budget or ReadingBudget()
     try:
-        value = json.loads(require_regular(file).read_text(encoding="utf-8"))
+        text = read_limited(file, limits.config_bytes, limits.source)
+        value = json.loads(text, object_pairs_hook=None if budget is None else _no_duplicates)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:
-        raise CheckpointError(
-            f"{file}: cannot be read: {error.strerror}", hint="check the path and its rights"
-        ) from error
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint=_CHECK_RIGHTS) from error
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}", hint=FETCH_AGAIN
@@ -212,7 +249,7 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
     Semantics: `all_of_it[rows]`, shape `info.shape` but for the first dimension, dtype as in the file, CPU.
 
     Raises:
-        CheckpointError: the file ends early (it was changed after its header was read).
+        CheckpointError: the file cannot be read, or ends early (it was changed after its header was read).
     """
     import torch
 
@@ -225,7 +262,8 @@ def read_tensor(info: TensorInfo, rows: slice | None = None) -> torch.Tensor:
         shape[0] = max(last - first, 0)
     tensor = torch.empty(shape, dtype=info.torch_dtype)
     if tensor.numel():
-        _read_into(tensor.view(-1).view(torch.uint8), info.file, start, info.name)
+        with read_errors(info.file):
+            _read_into(tensor.view(-1).view(torch.uint8), info.file, start, info.name)
     return tensor
 
 
@@ -235,7 +273,7 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     For files of many small tensors, of which most are wanted: it holds everything from the first to the last.
 
     Raises:
-        CheckpointError: the file ends early (it was changed after its header was read).
+        CheckpointError: the file cannot be read, or ends early (it was changed after its header was read).
         ValueError: the tensors are of several files.
     """
     import torch
@@ -246,7 +284,8 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     (file,) = files
     first = min(info.start for info in tensors.values())
     content = torch.empty(max(info.end for info in tensors.values()) - first, dtype=torch.uint8)
-    _read_into(content, file, first, "tensors")
+    with read_errors(file):
+        _read_into(content, file, first, "tensors")
     found = {}
     for name, info in tensors.items():
         part = content[info.start - first : info.end - first]
@@ -258,11 +297,11 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
 
 def _read_into(target: torch.Tensor, file: Path, start: int, what: str) -> None:
     buffer = memoryview(target.numpy())  # type: ignore[arg-type]
-    with file.open("rb", buffering=0) as stream:
+    with open_regular(file) as stream:
         stream.seek(start)
         done = 0
         while done < len(buffer):
-            count = stream.readinto(buffer[done:])
+            count = stream.readinto(buffer[done:])  # type: ignore[attr-defined]  # a FileIO has it
             if not count:
                 raise CheckpointError(
                     f"{file}: {what}: truncated: expected {len(buffer)} bytes, found {done}", hint=FETCH_AGAIN

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, printable
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_json
 from soka_serve.lock import read_lock
 
@@ -22,6 +23,7 @@ Array = NDArray[np.float64]
 _PART = re.compile(r"^(?:base_model\.model\.)?(.+)\.(soka_\w+|lora_[AB]\.weight)$")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _SHOWN_SIGMAS = 4
+_SHOWN_CHARACTERS = 2000  # of a fact
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Inspection:
 
     def to_text(self) -> str:
         """Aligned tables for people."""
-        sections = [f"{self.path}: {self.kind}\n{_facts(self.facts)}".rstrip()]
+        sections = [f"{printable(self.path)}: {self.kind}\n{_facts(self.facts)}".rstrip()]
         if self.modules:
             sections.append(_module_table(self.modules))
         if self.groups:
@@ -165,8 +167,10 @@ def _model(path: Path) -> Inspection:
 
 @np.errstate(invalid="ignore", over="ignore")  # norms of a damaged adapter are shown as nan or inf
 def _adapter(path: Path) -> Inspection:
-    config = read_json(path / "adapter_config.json")
-    tensors = read_header(path / "adapter_model.safetensors")
+    budget = ReadingBudget()
+    config = read_json(path / "adapter_config.json", budget)
+    tensors = read_header(path / "adapter_model.safetensors", budget)
+    budget.take_values(path, sum(info.numel for info in tensors.values()))
     modules = _modules(config, tensors)
     is_checkpoint = bool(config.get("soka_initial"))
     facts: dict[str, str | int | float] = {"method": str(config.get("peft_type"))}
@@ -292,8 +296,9 @@ def _group(tensors: Any) -> tuple[TensorGroup, ...]:
 
 
 def _facts(facts: Mapping[str, object]) -> str:
-    width = max(map(len, facts), default=0)
-    return "\n".join(f"  {key:<{width}}  {_show(value)}" for key, value in facts.items())
+    shown = {printable(key): _show(value) for key, value in facts.items()}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"  {key:<{width}}  {value}" for key, value in shown.items())
 
 
 def _show(value: object) -> str:
@@ -301,7 +306,7 @@ def _show(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.6g}" if isinstance(value, float) else printable(value, _SHOWN_CHARACTERS)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soka_serve.budget import ReadingBudget, read_limited
 from soka_serve.errors import CheckpointError
-from soka_serve.files import require_regular, write_text_atomic
+from soka_serve.files import write_text_atomic
+from soka_serve.toml_text import parse_toml
 
 
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
@@ -21,15 +22,20 @@ def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
     write_text_atomic(Path(path), "\n".join(_table(lock, ())).lstrip("\n") + "\n")
 
 
-def read_lock(path: str | Path) -> dict[str, Any]:
+def read_lock(path: str | Path, budget: ReadingBudget | None = None) -> dict[str, Any]:
     """Read a soka.lock.
 
+    Args:
+        path: the file.
+        budget: of the adapter it belongs to.
+
     Raises:
-        CheckpointError: missing, unreadable, or not TOML (with the place).
+        CheckpointError: missing, unreadable, too large, or not TOML that `write_lock` could have written (with the
+            place).
     """
-    file = Path(path)
+    file, limits = Path(path), budget or ReadingBudget()
     try:
-        return tomllib.loads(require_regular(file).read_text(encoding="utf-8"))
+        return parse_toml(read_limited(file, limits.lock_bytes, limits.source))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint="it is written with every adapter and build") from None
     except OSError as error:

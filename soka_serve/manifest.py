@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from soka_serve import toml_text
+from soka_serve.budget import open_regular
 from soka_serve.errors import ManifestError, Problem
+from soka_serve.headers import read_exactly
 from soka_serve.locate import Places, locate
 from soka_serve.manifest_errors import explain, show
 from soka_serve.schema import NAME_PATTERN, SCHEMA_VERSION, Manifest
@@ -33,6 +37,8 @@ __all__ = [
     "validate_manifest",
 ]
 
+MAX_BYTES = 256 << 10  # of a manifest or a suite; those that ship have a few thousand
+
 SCHEMA_ID = f"urn:soka-serve:manifest:{SCHEMA_VERSION}"
 
 _BYTE_ORDER_MARKS = {
@@ -41,6 +47,7 @@ _BYTE_ORDER_MARKS = {
     b"\xfe\xff": "is UTF-16",
 }
 _TOML_ERROR = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$", re.S)
+_BEYOND = re.compile(r"^(?P<what>.*) \(at line (?P<line>\d+)\)$", re.S)
 _SYNTAX_HINTS = {
     "Cannot overwrite a value": "a key is written twice",
     "Cannot declare": "a table is written twice; rules take double brackets, [[adapt]]",
@@ -89,10 +96,13 @@ def read_text(path: Path) -> str:
     """Read a file as UTF-8, line ends as they are.
 
     Raises:
-        ManifestError: there is no such file, it cannot be read, or it is not UTF-8.
+        ManifestError: there is no such file, it cannot be read (a pipe or a device, say), it is too large, or it is not
+            UTF-8.
     """
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            raw = b"" if size > MAX_BYTES else read_exactly(stream, MAX_BYTES)
     except FileNotFoundError:
         raise _file_error(path, "there is no such file", _similar_file(path)) from None
     except IsADirectoryError:
@@ -100,6 +110,8 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise _file_error(path, f"cannot be read: {reason}") from None
+    if size > MAX_BYTES:
+        raise _file_error(path, f"has {size:,} bytes; at most {MAX_BYTES:,} are read", "is it a manifest?")
     for mark, what in _BYTE_ORDER_MARKS.items():
         if raw.startswith(mark):
             raise _file_error(path, what, "save it as UTF-8 without a byte-order mark", Problem("", "", 1, 1))
@@ -116,16 +128,21 @@ def parse_toml(text: str, file: str) -> dict[str, Any]:
     """Parse TOML.
 
     Raises:
-        ManifestError: the text is empty or not TOML, with the line and column.
+        ManifestError: the text is empty, not TOML, or nested beyond all measure; with the line and column.
     """
     try:
-        data = tomllib.loads(text)
+        data = toml_text.parse_toml(text)
     except RecursionError:
         raise ManifestError(file, [Problem("", "arrays or tables are nested too deeply")]) from None
     except tomllib.TOMLDecodeError as error:
         raise ManifestError(file, [_syntax_problem(str(error), text)]) from None
-    except ValueError:  # int() refuses thousands of digits
-        raise ManifestError(file, [Problem("", "an integer has too many digits")]) from None
+    except ValueError as error:
+        if str(error).startswith("brackets"):
+            raise ManifestError(file, [Problem("", "arrays or tables are nested too deeply")]) from None
+        beyond = _BEYOND.match(str(error))
+        if beyond is None:  # int() refuses thousands of digits
+            raise ManifestError(file, [Problem("", "an integer has too many digits")]) from None
+        raise ManifestError(file, [Problem("", f"has {beyond['what']}", int(beyond["line"]), 1)]) from None
     if not data:
         hint = "`soka-serve init NAME` writes a starter"
         raise ManifestError(file, [Problem("", "is empty; expected a manifest", hint=hint)])

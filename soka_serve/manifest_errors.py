@@ -32,6 +32,7 @@ from soka_serve.schema_nodes import (
     walk,
 )
 
+_MOST = 100  # problems that are explained; a file of another kind may have thousands
 _SHOWN = 60  # characters of a value that a message repeats
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?([eE][+-]?\d+)?")
@@ -58,8 +59,10 @@ def explain(error: ValidationError, places: Places, model: type[BaseModel] = Man
     # When every rule of an array is wrong, pydantic also calls the array too short.
     details = [d for d in details if not (d["type"] == "too_short" and d["loc"] in below_it)]
     with nodes_of(model):
-        problems = dict.fromkeys(_explain_one(d, places) for d in details)
-    return sorted(problems, key=lambda p: (p.line, p.column))
+        problems = dict.fromkeys(_explain_one(d, places) for d in details[:_MOST])
+    found = sorted(problems, key=lambda p: (p.line, p.column))
+    more = len(details) - _MOST
+    return [*found, Problem("", f"and {more:,} more problems")] if more > 0 else found
 
 
 def dotted(path: TomlPath) -> str:

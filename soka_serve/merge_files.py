@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from soka_serve.errors import CheckpointError
+from soka_serve.files import read_errors
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 4 << 20
+_BY_HAND = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EIO)
 
 
 class Reader:
@@ -42,7 +44,8 @@ class Reader:
         self._hashed: list[Future[None] | None] = [None, None]
 
     def __enter__(self) -> Self:
-        self.descriptor = os.open(self._file, os.O_RDONLY)
+        with read_errors(self._file):
+            self.descriptor = os.open(self._file, os.O_RDONLY)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +61,7 @@ class Reader:
         """`size` bytes from `start`, which hold until the read after the next.
 
         Raises:
-            CheckpointError: the file ends before that.
+            CheckpointError: the file ends before that, or the disk does not give it.
         """
         self._buffers.reverse()
         self._hashed.reverse()
@@ -69,7 +72,8 @@ class Reader:
         view = memoryview(self._buffers[0])[:size]
         done = 0
         while done < size:
-            count = os.preadv(self.descriptor, [view[done:]], start + done)
+            with read_errors(self._file):
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self._file}: truncated: expected {size} bytes at {start}, found {done}",
@@ -132,8 +136,9 @@ class Writer:
                         break
                     done += count
             except OSError as error:
-                # Across file systems, on old kernels and on some network mounts: copy by hand.
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                # Across file systems, on old kernels and on some network mounts: copy by hand. So too after an
+                # error of a disk, which by hand shows whether it is the one that is read.
+                if error.errno not in _BY_HAND:
                     raise
         self._end += done
         self.append(base.read(start + done, size - done))

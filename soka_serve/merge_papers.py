@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from soka_serve.adapter import LOCK_FILE, WEIGHTS_FILE, Adapter
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.files import final_name, sha256_file, write_text_atomic
+from soka_serve.adapter import CARD_FILE, LOCK_FILE
+from soka_serve.adapter_source import AdapterSource
+from soka_serve.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from soka_serve.errors import CheckpointError, printable
+from soka_serve.files import read_errors, require_regular, write_text_atomic
+from soka_serve.headers import read_json
+from soka_serve.leftovers import final_name
 from soka_serve.lock import write_lock
+from soka_serve.outputs import Output
 from soka_serve.provenance import versions
 
 log = logging.getLogger(__name__)
@@ -41,6 +45,24 @@ _COPIED = (
 )
 
 
+def model_files(directory: Path) -> list[str]:
+    """Every file that a merged model in a directory may consist of: those that its index names, and fixed names."""
+    shards: list[str] = []
+    try:
+        named = read_json(directory / INDEX_FILE).get("weight_map") if (directory / INDEX_FILE).is_file() else None
+        shards = [str(name) for name in named.values()] if isinstance(named, dict) else []
+    except CheckpointError:  # a damaged index names nothing: what it named is then in the way, and stays
+        pass
+    return [*shards, SINGLE_FILE, INDEX_FILE, "config.json", CARD_FILE, LOCK_FILE, *_COPIED]
+
+
+MERGED = Output(
+    what="a merged model",
+    is_marked=lambda lock: lock is not None and lock.get("kind") == "merged",
+    files=lambda directory, _: model_files(directory),
+)
+
+
 def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> list[str]:
     """Config, tokenizer, generation config and licence of the base; returns the names of what was written.
 
@@ -53,13 +75,13 @@ def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> lis
         for file in sorted(base.glob(pattern)):
             target = new / file.relative_to(base)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
+            _copy(file, target)
             copied.append(str(file.relative_to(base)))
     if dtype is not None:
         text = json.dumps(_with_dtype(checkpoint.config, dtype), indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
     else:
-        shutil.copyfile(base / "config.json", new / "config.json")
+        _copy(base / "config.json", new / "config.json")
     weights = {f.name for f in checkpoint.files}
     left = [
         f.name for f in sorted(base.iterdir()) if f.is_file() and f.name not in weights and not (new / f.name).exists()
@@ -67,6 +89,13 @@ def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> lis
     if left:
         log.info("merge: not copied from the base: %s", ", ".join(left))
     return [*copied, "config.json"]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a small file of the base; an error says which of the two could not be read or written."""
+    with read_errors(source):
+        content = require_regular(source).read_bytes()
+    target.write_bytes(content)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -87,12 +116,18 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_papers(
-    new: Path, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str, base_sha256: str | None
+    new: Path,
+    checkpoint: Checkpoint,
+    sources: Sequence[tuple[AdapterSource, float]],
+    dtype: str,
+    base_sha256: str | None,
 ) -> None:
     """soka.lock and a short model card, without paths of this machine."""
+    adapters = [(source.adapter, weight) for source, weight in sources]
     base = adapters[0][0].base_model or ""
     if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
         base = Path(base or checkpoint.directory).name
+    base = printable(base)
     lock = {
         "soka": 1,
         "kind": "merged",
@@ -100,17 +135,18 @@ def write_papers(
         "base": {"name": base, **({"sha256": base_sha256} if base_sha256 else {})},
         "adapters": {
             f"adapter{i}": {
-                "name": _name_of(adapter.directory),
+                "name": _name_of(source.adapter.directory),
                 "weight": weight,
-                "sha256": sha256_file(adapter.directory / WEIGHTS_FILE),
-                "modules": len(adapter.factors),
+                "sha256": source.sha256,
+                "modules": len(source.adapter.factors),
             }
-            for i, (adapter, weight) in enumerate(adapters)
+            for i, (source, weight) in enumerate(sources)
         },
         "versions": versions(),
     }
     write_lock(new / LOCK_FILE, lock)
-    rows = [f"| {_name_of(a.directory)} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for a, w in adapters]
+    named = [(_name_of(adapter.directory).replace("|", "/"), adapter, weight) for adapter, weight in adapters]
+    rows = [f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named]
     card = "\n".join(
         [
             "---",
@@ -130,10 +166,10 @@ def write_papers(
             "",
         ]
     )
-    write_text_atomic(new / "README.md", card)
+    write_text_atomic(new / CARD_FILE, card)
 
 
 def _name_of(directory: Path) -> str:
     """A build's adapter is called after the build."""
     real = Path(os.path.realpath(directory))
-    return final_name(real.parent) if real.name == "adapter" else final_name(real)
+    return printable(final_name(real.parent) if real.name == "adapter" else final_name(real))

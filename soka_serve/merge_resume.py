@@ -9,9 +9,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from soka_serve.adapter_source import AdapterSource
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.files import sha256_file, write_text_atomic
+from soka_serve.files import write_text_atomic
+from soka_serve.unchanged import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,10 @@ class Finished:
         (new / _JOURNAL).unlink(missing_ok=True)
 
 
-def merge_key(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: str, *, hashed: bool) -> str:
+def merge_key(
+    checkpoint: Checkpoint, sources: Sequence[tuple[AdapterSource, float]], dtype: str, *, hashed: bool
+) -> str:
     """A hash of what a merge depends on: the base's files by path, size and time of change, adapters by content."""
-    stamps = [(str(f.resolve()), (s := f.stat()).st_size, s.st_mtime_ns, s.st_ino) for f in checkpoint.files]
-    added = [[sha256_file(a.directory / f) for f in (WEIGHTS_FILE, CONFIG_FILE)] + [weight] for a, weight in adapters]
+    stamps = [(str(file.resolve()), *stamp_of(file)) for file in checkpoint.files]
+    added = [[source.sha256, source.config_sha256, weight] for source, weight in sources]
     return hashlib.sha256(json.dumps([1, stamps, added, dtype, hashed]).encode()).hexdigest()

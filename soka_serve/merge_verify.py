@@ -15,7 +15,7 @@ from torch import Tensor
 
 from soka_serve.adapter import Adapter
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_tensor
 
 log = logging.getLogger(__name__)
@@ -61,14 +61,28 @@ def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[t
             base = read_tensor(info, slice(row, row + 1))[0].double()
             want = base + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
             worst = max(worst, _check_row(name, row, got, want, base))
+    damaged: list[str] = []
     for name in [others[i] for i in _spread(len(others), _SAMPLED_TENSORS)] if others else []:
         info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
         for row in _spread(info.shape[0], _SAMPLED_ROWS):
             got, base = (read_tensor(t, slice(row, row + 1)) for t in (written, info))
-            if not torch.equal(got, base.to(got.dtype)):
+            if not _is_kept(got, base):
                 raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
+            if base.is_floating_point() and not bool(torch.isfinite(base.float()).all()) and name not in damaged:
+                damaged.append(name)
+    if damaged:
+        log.warning(
+            "the base %s holds NaN or infinity in %s; copied as it is", checkpoint.directory, name_some(damaged)
+        )
     log.info("verify: sampled weights are within %.2f ulp of base + delta", worst)
     return worst
+
+
+def _is_kept(got: Tensor, base: Tensor) -> bool:
+    """Whether values are the base's: bit for bit, so that NaN is NaN, unless the dtype was changed."""
+    if got.dtype == base.dtype:
+        return torch.equal(got.contiguous().view(torch.uint8), base.contiguous().view(torch.uint8))
+    return torch.equal(got, base.to(got.dtype))
 
 
 def _written(directory: Path, info: TensorInfo) -> TensorInfo:
@@ -110,32 +124,44 @@ def _check_row(name: str, row: int, got: Tensor, want: Tensor, base: Tensor) -> 
 
 
 @torch.no_grad()
-def verify_logits(directory: Path, base: Path, adapter: Path) -> float:
+def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
     """Load the merged model with transformers and compare it with base + adapter through PEFT, both in float32.
 
     Returns:
         The largest difference of a log-probability on 2 sequences of 16 arbitrary tokens, nats; in half precision
-        that is the rounding of the weights.
+        that is the rounding of the weights. None where the base's own are NaN or infinite: there is nothing to compare.
 
     Raises:
         BuildError: the model does not load, or differs from base + adapter with rounded weights.
+        CheckpointError: the base can be loaded by code of its own only, which is not run.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     import soka_serve.peft  # noqa: F401 - registers SOKA
     from soka_serve.base_model import quiet_bars
+    from soka_serve.pretrained import open_model
 
     def load(path: Path) -> Any:
         with quiet_bars():
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+            return open_model(path, dtype=torch.float32).eval()
 
     def answer(model: Any) -> Tensor:
         ids = torch.randint(model.config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
 
-    model = load(base)
+    try:
+        model = load(base)
+    except CheckpointError as refusal:
+        raise CheckpointError(
+            f"verify: transformers cannot load the base without its own code:\n{refusal.message}",
+            hint=f"merge without this check (--no-verify), or: {refusal.hint}",
+        ) from refusal
     alone = answer(model)
+    if not bool(torch.isfinite(alone).all()):
+        bad = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+        blamed = f"; NaN or infinite in the base: {name_some(bad)}" if bad else ""
+        log.warning("verify: the base %s itself computes NaN or infinity, so logits are not compared%s", base, blamed)
+        return None
     tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
     adapted = answer(tuned)
     # The same model with its weights rounded as the merged ones are: what is left is no rounding.

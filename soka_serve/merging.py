@@ -16,36 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from soka_serve.adapter import LOCK_FILE, Adapter, check_against, read_adapter
-from soka_serve.checkpoint import INDEX_FILE, Checkpoint
+from soka_serve.adapter import Adapter, check_against
+from soka_serve.adapter_source import read_source
+from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import check_replaceable, flush, replace_directory, sha256_file, stale_bytes, write_text_atomic
+from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
+from soka_serve.foreign_code import check_no_code
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
 from soka_serve.kron import Factors
-from soka_serve.lock import read_lock
+from soka_serve.leftovers import stale_bytes
 from soka_serve.merge_files import can_write_direct
-from soka_serve.merge_papers import copy_side_files, write_papers
+from soka_serve.merge_papers import MERGED, copy_side_files, write_papers
 from soka_serve.merge_resume import Finished, merge_key
 from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
+from soka_serve.unchanged import Unchanged
 
 log = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Verify = bool | Literal["auto", "logits", "tensors"]
 
-_MODEL_SUFFIXES = (
-    ".safetensors",
-    ".json",
-    ".jinja",
-    ".model",
-    ".txt",
-    ".md",
-    ".lock",
-    "LICENSE",
-    "NOTICE",
-    "USE_POLICY",
-)
 _TORCH_TO_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _LOGITS_LIMIT_BYTES = 2 << 30
 _THREADS = 4  # files in work at once; each waits for the disk now and then
@@ -102,8 +93,9 @@ def merge(
     output) and rounded once to the output's dtype.
 
     The base is read in blocks of a few MiB; tensors that no adapter touches are copied byte for byte. The
-    result has the base's shards, index, config, tokenizer and generation config, replaces `out` as a whole, and loads
-    in any engine. Pickles, code and other files of the base stay behind. After a kill, finished files are taken over.
+    result has the base's shards, index, config, tokenizer and generation config, and loads in any engine. It replaces
+    an earlier merged model in `out` as a whole; anything else there is refused before any work. Pickles, code and other
+    files of the base stay behind. After a kill, finished files are taken over.
 
     Args:
         adapter: an adapter directory, or several with weights. Training checkpoints count with trained - initial.
@@ -123,30 +115,33 @@ def merge(
     chosen = [(adapter, 1.0)] if isinstance(adapter, Path) else list(adapter)
     if not chosen:
         raise CheckpointError("no adapter to merge", hint="give at least one adapter directory")
-    check_replaceable(out, keep=[base, *(path for path, _ in chosen)], suffixes=_MODEL_SUFFIXES, what="a merged model")
+    MERGED.check(out, keep=[base, *(path for path, _ in chosen)])
     checkpoint = Checkpoint.open(base)
-    adapters = [(read_adapter(path), weight) for path, weight in chosen]
+    sources = [(read_source(path), weight) for path, weight in chosen]
+    adapters = [(source.adapter, weight) for source, weight in sources]
     _check_fit(checkpoint, adapters)
     layout = _Layout(checkpoint, adapters, dtype)
     layout.check_space(out)
-    expected = {a.directory: sha for a, _ in adapters if (sha := recorded_base_sha256(a.directory)) is not None}
+    reason = _no_logits(verify, layout, chosen) if verify is not False else None
+    expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
     hashed = bool(expected) and not allow_other_base
-    finished = Finished(merge_key(checkpoint, adapters, dtype, hashed=hashed))
-    with replace_directory(out, adopt=finished.adopt) as new:
+    finished = Finished(merge_key(checkpoint, sources, dtype, hashed=hashed))
+    with replace_directory(out, foreign=MERGED.foreign, adopt=finished.adopt) as new:
         base_sha256 = layout.write(new, finished, hashed=hashed, progress=progress)
         if base_sha256 is not None:
             _check_base_hash(checkpoint, expected, base_sha256)
         copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None)
         log.debug("copied beside the weights: %s", ", ".join(copied))
-        write_papers(new, checkpoint, adapters, dtype, base_sha256)
+        write_papers(new, checkpoint, sources, dtype, base_sha256)
         verified: tuple[str, ...] = ()
         ulp = nats = None
         if verify is not False:
             from soka_serve.merge_verify import verify_logits, verify_tensors
 
             ulp, verified = verify_tensors(new, checkpoint, adapters), ("tensors",)
-            if (reason := _no_logits(verify, layout, chosen)) is None:
-                nats, verified = verify_logits(new, checkpoint.directory, chosen[0][0]), ("tensors", "logits")
+            if reason is None:
+                nats = verify_logits(new, checkpoint.directory, chosen[0][0])
+                verified = ("tensors", "logits") if nats is not None else verified
             else:
                 log.info("verify: logits are not compared (%s)", reason)
     return MergeResult(
@@ -196,6 +191,7 @@ class _Layout:
 
     def write(self, new: Path, finished: Finished, *, hashed: bool, progress: bool) -> str | None:
         """Write all weight files and the index; returns the sha256 of the base's weights if `hashed`."""
+        unchanged = Unchanged(self.checkpoint.files)
         digests = {file: hashlib.sha256() for file in self.files if hashed and keeps_order(self.files[file][1])}
         size = sum(file.stat().st_size for file in self.files) + self.total_bytes
         direct = not _fits_memory(size) and can_write_direct(new)
@@ -244,11 +240,14 @@ class _Layout:
         if len(self.checkpoint.files) > 1 or index.exists():
             content = read_json(index)
             size = sum(p.end - p.start for _, pieces in self.files.values() for p in pieces)
-            content["metadata"] = {**content.get("metadata", {}), "total_size": size}
+            metadata = content.get("metadata")  # some checkpoints have none, or null
+            content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
             write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
         known = dict(finished.files)
         finished.close(new)
-        return self.checkpoint.sha256(lambda file: known.get(file.name) or sha256_file(file)) if hashed else None
+        digest = self.checkpoint.sha256(lambda file: known.get(file.name) or sha256_file(file)) if hashed else None
+        unchanged.check()
+        return digest
 
 
 def _raise_first(futures: Sequence[Future[None]]) -> None:
@@ -289,16 +288,6 @@ def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         raise CheckpointError("\n".join(problems), hint="; ".join(dict.fromkeys(h for h in hints if h)) or None)
 
 
-def recorded_base_sha256(adapter: Path) -> str | None:
-    """Hash of the base weights in the soka.lock of an adapter, or of the build it lies in; None if there is none."""
-    for folder in (adapter, Path(os.path.realpath(adapter)).parent):
-        if (folder / LOCK_FILE).exists():
-            base = read_lock(folder / LOCK_FILE).get("base")
-            digest = base.get("sha256") if isinstance(base, Mapping) else None
-            return str(digest) if digest else None
-    return None
-
-
 def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actual: str) -> None:
     wrong = [d for d, sha in expected.items() if sha != actual]
     if wrong:
@@ -313,13 +302,25 @@ def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actua
 
 
 def _no_logits(verify: Verify, layout: _Layout, chosen: Sequence[tuple[Path, float]]) -> str | None:
-    """Why the logits are not compared, or None if they are."""
+    """Why the logits are not compared, or None if they are.
+
+    Raises:
+        CheckpointError: they were asked for, and the base could only be opened by code of its own.
+    """
     if verify == "tensors":
         return "verify = 'tensors'"
     if len(chosen) > 1 or chosen[0][1] != 1.0:
         return "several or weighted adapters: PEFT has no such sum"
     if not any("CausalLM" in str(a) for a in layout.checkpoint.config.get("architectures") or ()):
         return "the base is not a causal language model"
+    if (problem := index_problem(layout.checkpoint.directory)) is not None:
+        return problem
+    try:
+        check_no_code(layout.checkpoint.directory)
+    except CheckpointError as error:
+        if verify == "logits":
+            raise
+        return error.message
     if verify != "logits" and layout.total_bytes >= _LOGITS_LIMIT_BYTES:
         return f"{layout.total_bytes:,} bytes are too many for verify = 'auto'; 'logits' does it nevertheless"
     return None

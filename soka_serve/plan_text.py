@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
+from soka_serve.errors import printable, printable_lines
 from soka_serve.plan_examples import DataPlan, RenderedExample
 from soka_serve.planning import ModulePlan, Plan
 from soka_serve.policies import PolicyRow
@@ -51,10 +52,10 @@ def _head(plan: Plan) -> str:
     held = plan.base_dtype if plan.quantize == "none" else f"{plan.quantize} ({plan.base_dtype} elsewhere)"
     source = "headers" if plan.has_weights else "config"
     lines = [
-        f"{plan.name}: {plan.method} on {plan.base}",
+        f"{plan.name}: {plan.method} on {printable(plan.base)}",
         f"  base    {size.parameters:,} parameters in {size.layers} layers, stored as {size.dtype} "
         f"({_bytes(size.weight_bytes)}), held as {held}; read from its {source}",
-        *(f"  note    {note}" for note in plan.notes),
+        *(f"  note    {printable(note, _MAX_CHARS)}" for note in plan.notes),
     ]
     return "\n".join(lines)
 
@@ -171,9 +172,9 @@ def _memory(plan: Plan) -> str:
 
 
 def _data(data: DataPlan) -> str:
-    lines = [f"  {data.source}"]
+    lines = [f"  {printable_lines(data.source)}"]
     if data.problem:
-        lines.append(f"  {data.problem}")
+        lines.append(f"  {printable_lines(data.problem)}")
     total = "an unknown number of" if data.examples is None else f"{data.examples:,}"
     if data.sampled:
         lines[0] += f": {total} training examples"
@@ -211,6 +212,7 @@ def _examples(shown: Sequence[RenderedExample], paint: bool) -> str:
 
 
 def _segment(text: str, trained: bool, paint: bool) -> str:
+    text = printable_lines(text)
     if len(text) > _MAX_CHARS:
         half = _MAX_CHARS // 2
         text = f"{text[:half]} … {len(text) - 2 * half} characters … {text[-half:]}"
@@ -224,7 +226,7 @@ def _segment(text: str, trained: bool, paint: bool) -> str:
 
 def _stages(plan: Plan) -> str:
     if plan.stages_problem:
-        return f"  not known: {plan.stages_problem}"
+        return f"  not known: {printable_lines(plan.stages_problem)}"
     rows = [
         (stage.name, "cached" if stage.cached else "runs", stage.key[:12], stage.reason) for stage in plan.stages or ()
     ]

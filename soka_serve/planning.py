@@ -21,6 +21,7 @@ from soka_serve.estimate import (
     lora_parameters,
     size_from_config,
 )
+from soka_serve.foreign_code import check_no_code
 from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
 from soka_serve.plan_examples import DataPlan, plan_data
@@ -141,7 +142,7 @@ def make_plan(
         policies: also list rules that give about so many trainable parameters.
 
     Raises:
-        CheckpointError: the base's config or headers cannot be read.
+        CheckpointError: the base's config or headers cannot be read, or it needs code of its own.
         PlanError: the rules do not fit the base.
         DataError: the data is there, but malformed, or a template names a column that it lacks.
 
@@ -149,6 +150,7 @@ def make_plan(
     """
     manifest, train = loaded.manifest, loaded.manifest.train
     directory = base_directory or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
+    check_no_code(directory)
     modules = list_modules(directory)
     targets = resolve_targets(manifest, modules)
     size = model_size(directory, modules)

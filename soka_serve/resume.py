@@ -64,13 +64,13 @@ def read_point(directory: Path) -> ResumePoint | None:
 
 def newest_point(work_dir: Path) -> ResumePoint | None:
     """The whole checkpoint with the highest step, or None."""
-    points = [point for d in _checkpoints(work_dir) if (point := read_point(d)) is not None]
+    points = [point for d in checkpoints(work_dir) if (point := read_point(d)) is not None]
     return max(points, key=lambda point: point.step, default=None)
 
 
 def remove_incomplete(work_dir: Path) -> list[Path]:
     """Remove checkpoints that are not whole; return what was removed."""
-    removed = [d for d in _checkpoints(work_dir) if read_point(d) is None]
+    removed = [d for d in checkpoints(work_dir) if read_point(d) is None]
     for directory in removed:
         logger.info("removing %s: left half-written by an interrupted run", directory)
         shutil.rmtree(directory)
@@ -79,11 +79,12 @@ def remove_incomplete(work_dir: Path) -> list[Path]:
 
 def remove_all(work_dir: Path) -> None:
     """Remove every checkpoint."""
-    for directory in _checkpoints(work_dir):
+    for directory in checkpoints(work_dir):
         shutil.rmtree(directory)
 
 
-def _checkpoints(work_dir: Path) -> list[Path]:
+def checkpoints(work_dir: Path) -> list[Path]:
+    """Directories named as checkpoints, whole or not."""
     if not work_dir.is_dir():
         return []
     return sorted(d for d in work_dir.iterdir() if d.is_dir() and d.name.startswith(_PREFIX))

@@ -1,21 +1,23 @@
-"""Rows of a dataset: builtin families, JSON Lines files, hub datasets. No torch.
+"""Rows of a dataset: builtin families and JSON Lines files; `soka_serve.hub_rows` has those of hub datasets. No torch.
 
-Each row comes with where it stands ('train.jsonl:12'), so that every later error can name it. The `datasets` library is
-imported only for hub datasets.
+Each row comes with where it stands ('train.jsonl:12'), so that every later error can name it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from soka_serve.errors import DataError
-from soka_serve.files import require_regular
-from soka_serve.schema import Data
+from soka_serve.budget import open_regular, refuse_hole
+from soka_serve.errors import CheckpointError, DataError
 
 _MAX_REPORTED = 5  # Malformed lines named in one error.
+_MAX_LINE = 64 << 20  # bytes of one line
+_BUFFER = 1 << 20
 
 Row = Mapping[str, Any]
 
@@ -57,6 +59,10 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
         except json.JSONDecodeError as error:
             bad += 1
             problems.append(f"{file}:{number}:{error.colno}: malformed JSON: {error.msg}")
+        except (RecursionError, ValueError) as error:
+            bad += 1
+            what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            problems.append(f"{file}:{number}: malformed JSON: {what}")
         except DataError as error:
             bad += 1
             problems.append(f"{file}:{number}: {error.message}")
@@ -75,11 +81,32 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
         raise DataError(f"{file}: empty; expected one JSON object per line")
 
 
+def open_data(file: Path) -> io.BufferedReader:
+    """Open a data file: a regular one, all of which is on the disk.
+
+    Raises:
+        DataError: it is mostly a hole.
+        OSError: it cannot be opened, or is a directory, a device or a pipe.
+    """
+    stream = open_regular(file)
+    try:
+        refuse_hole(file, stream)
+    except CheckpointError as error:
+        stream.close()
+        raise DataError(error.message, hint="Copy or download the file again.") from None
+    return io.BufferedReader(stream, _BUFFER)  # type: ignore[arg-type]  # a FileIO
+
+
 def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers from 1. Bytes: only a line feed ends a line, unlike in str."""
     try:
-        with require_regular(file).open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+        with open_data(file) as stream:
+            for number in count(1):
+                line = stream.readline(_MAX_LINE + 1)
+                if not line:
+                    return
+                if len(line) > _MAX_LINE:
+                    raise DataError(f"{file}:{number}: a line of more than {_MAX_LINE >> 20} MiB")
                 text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if text.startswith((b"\xff\xfe", b"\xfe\xff")) and number == 1:
                     raise DataError(f"{file}:1: UTF-16; expected UTF-8", hint="iconv -f UTF-16 -t UTF-8")
@@ -91,45 +118,3 @@ def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
         ) from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def hub_rows(data: Data, split: str, manifest_dir: Path, stream: bool) -> Iterator[tuple[str, Row]]:
-    """Rows of a hub dataset, or of a local directory of that name; `stream` reads it without downloading it whole."""
-    name = str(data.hub)
-    local = resolve(manifest_dir, name)
-    import datasets
-
-    # Offline there is only the local cache, which holds datasets whole.
-    stream = stream and not datasets.config.HF_HUB_OFFLINE
-    try:
-        loaded = datasets.load_dataset(
-            str(local) if local.is_dir() else name,
-            name=data.config,
-            split=split,
-            revision=None if local.is_dir() else data.revision,
-            streaming=stream,
-        )
-        iterator = iter(loaded)
-        first = next(iterator, None)
-    except Exception as error:
-        raise UnreachableDataError(
-            f"hub dataset '{name}' (config {data.config or 'default'}, split '{split}', revision "
-            f"{data.revision or 'newest'}): {type(error).__name__}: {error}",
-            hint=_hub_hint(error),
-        ) from error
-    if first is not None:
-        yield f"{name}[{split}][0]", first
-    for index, row in enumerate(iterator, start=1):
-        yield f"{name}[{split}][{index}]", row
-
-
-def _hub_hint(error: Exception) -> str:
-    text = f"{type(error).__name__} {error}".lower()
-    if "gated" in text or "401" in text or "403" in text:
-        return "Ask for access on the dataset's page, then log in: hf auth login."
-    if "split" in text or "config" in text:
-        return "Check train.data.split and train.data.config against the dataset's page."
-    return (
-        "Check the id and the network (HF_HUB_OFFLINE must be unset to download), or give a local directory or a "
-        "JSON Lines file (train.data.jsonl)."
-    )

@@ -23,6 +23,13 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 DEFAULT_CALIBRATION_BATCHES = 8
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+# Of models in the API: also ids of a hub ("org/name"), and the ":" and "@" of versions.
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+-]*(?:/[A-Za-z0-9][A-Za-z0-9._:@+-]*)*")
+_LONGEST_MODEL_NAME = 200
+MODEL_NAME_RULE = (
+    f"a name has 1 to {_LONGEST_MODEL_NAME} letters, digits and ._-:@+/, and begins with a letter or digit, as does "
+    "each part between slashes"
+)
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
 
@@ -30,6 +37,11 @@ def _no_nul(value: str) -> str:
     if "\x00" in value:
         raise ValueError("a path or id cannot hold a NUL character")
     return value
+
+
+def is_model_name(name: str) -> bool:
+    """Whether an adapter may be called so in a server's API; see MODEL_NAME_RULE."""
+    return len(name) <= _LONGEST_MODEL_NAME and _MODEL_NAME.fullmatch(name) is not None
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -259,7 +271,9 @@ class Data(Table):
         examples=["data/train.jsonl"],
     )
     hub: Place | None = Field(
-        None, description="Hugging Face dataset id, or a local dataset directory.", examples=["openai/gsm8k"]
+        None,
+        description="Hugging Face dataset id, or a local dataset directory: JSON, CSV, Parquet, Arrow or text files.",
+        examples=["openai/gsm8k"],
     )
     config: Text | None = Field(None, description="The hub dataset's configuration name.", examples=["main"])
     split: Text = Field("train", description="The hub dataset's split to train on.")
@@ -294,12 +308,9 @@ class Data(Table):
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value is not None:
-            from jinja2 import Environment, TemplateSyntaxError  # deferred: `schema` and `--help` never need it
+            from soka_serve.templates import parse_template  # deferred: `schema` and `--help` never need Jinja2
 
-            try:
-                Environment().parse(value)  # nothing is rendered here
-            except TemplateSyntaxError as error:
-                raise ValueError(f"line {error.lineno} of the template: {error.message}") from None
+            parse_template(value)  # nothing is rendered here
         return value
 
     @classmethod

@@ -13,7 +13,7 @@ from pathlib import Path
 from soka_serve.doctor import quick_checks
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.files import disk_errors
-from soka_serve.serving_base import ServedBase, cache_directory, find_base
+from soka_serve.serving_base import ServedBase, find_base, own_folder
 from soka_serve.serving_command import Launch, Settings, list_builds, make_launch
 from soka_serve.serving_probe import examples, probe
 from soka_serve.serving_process import Server, Stopped, check_port, signals_stop
@@ -127,7 +127,7 @@ def _some_build(folder: Path | None) -> list[Target]:
 
 def _log_file(port: int) -> Path:
     """A fresh log in the user's cache, one per port; not in a build, whose folder is replaced as a whole."""
-    folder = cache_directory() / "logs"
+    folder = own_folder() / "logs"
     try:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

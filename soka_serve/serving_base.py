@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.files import is_own, is_own_file
 from soka_serve.schema import Base
 from soka_serve.serving_targets import Target
 from soka_serve.sources import open_base
 from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
+
+HASHES_FILE = "hashes.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,42 @@ def cache_directory() -> Path:
     """Where hashes of bases and logs of servers are kept: $XDG_CACHE_HOME/soka-serve, or ~/.cache/soka-serve."""
     given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "soka-serve"
+
+
+def own_folder() -> Path:
+    """`cache_directory()`, made if need be (mode 0700), with nothing in it that another user may have written.
+
+    Where it was open to others it is closed, and the hashes in it are dropped, which costs reading files again. Where
+    it belongs to another user, a temporary folder takes its place in this process. Both are logged. A folder that
+    cannot be made is returned all the same; whoever writes to it says so.
+    """
+    folder = cache_directory()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid not in (os.geteuid(), 0):
+            return _instead_of(folder)
+        hashes = folder / HASHES_FILE
+        if not is_own(status) or (os.path.lexists(hashes) and not is_own_file(hashes)):
+            logger.warning("%s: other users may write there; its hashes are dropped, and it is closed to them", folder)
+            hashes.unlink(missing_ok=True)
+            folder.chmod(0o700)
+    except OSError as error:
+        logger.warning("%s: no cache: %s", folder, error.strerror)
+    return folder
+
+
+@functools.cache
+def _instead_of(folder: Path) -> Path:
+    other = Path(tempfile.mkdtemp(prefix="soka-serve-"))
+    logger.warning("%s belongs to another user and is left alone; hashes and logs go to %s", folder, other)
+    return other
+
+
+def own_hashes() -> HashCache:
+    """Hashes that earlier servers and evaluations of this user have remembered, and nobody else."""
+    return HashCache(own_folder() / HASHES_FILE)
 
 
 def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase:
@@ -120,7 +161,9 @@ def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
             logger.warning("%s has no soka.lock: whether it was made for this base cannot be checked", target.given)
     if not expected:
         return
-    hashes = HashCache(cache_directory() / "hashes.json")
+    hashes = own_hashes()
+    for known in _build_hashes(targets):
+        hashes.adopt(known, checkpoint.files)
     if sum(f.stat().st_size for f in checkpoint.files if not hashes.knows(f)) > 1_000_000_000:
         logger.info("hashing the base's weights in %s, once", checkpoint.directory)
     actual = checkpoint.sha256(hashes.file)
@@ -140,6 +183,19 @@ def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
             hint="Give the base that they were made on (--base), build them again on this one, or set "
             "SOKA_ALLOW_OTHER_BASE=1 if the difference is intended.",
         )
+
+
+def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
+    """What the builds of the targets have hashed, where only this user can have written it."""
+    found = []
+    for folder in sorted({target.path.parent.parent / ".cache" for target in targets}):
+        file = folder / HASHES_FILE
+        try:
+            if is_own_file(file) and all(is_own(place.lstat()) for place in (folder.parent, folder)):
+                found.append(HashCache(file))
+        except OSError:
+            continue  # no build, or one that has no cache
+    return found
 
 
 def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:

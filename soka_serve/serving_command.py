@@ -13,6 +13,7 @@ from pathlib import Path
 
 from soka_serve.doctor import PLUGIN, find_engine
 from soka_serve.errors import SokaError
+from soka_serve.foreign_code import check_no_code
 from soka_serve.serving_base import ServedBase
 from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target, find_adapter
@@ -37,6 +38,7 @@ _TAKEN = {
     "--lora-modules": "give adapters before the --, as TARGETs: they are checked and probed",
     "--no-enable-lora": "the adapters need LoRA enabled; serve a merged model instead",
     "--config": "give its options on the command line",
+    "--trust-remote-code": "code that comes with a checkpoint is never run",
     "--uds": "the server is probed over TCP",
     "--headless": "the server is probed over HTTP",
 }
@@ -95,8 +97,10 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
         settings: the command line's options.
 
     Raises:
+        CheckpointError: a model that needs code of its own.
         SokaError: manifests that disagree, an option of vLLM that conflicts with ours, a name that is taken.
     """
+    check_no_code(base.directory if base else targets[0].path)
     theirs = parse_options(settings.vllm)
     _check_taken(theirs, merged=base is None)
     ours = _ours(targets, base, settings, theirs)
@@ -147,7 +151,13 @@ def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
-    problems = [f"{name} after --: {why}" for name, why in _TAKEN.items() if name in theirs]
+    # vLLM takes the beginning of an option for the option.
+    problems = [
+        f"{given} after --: {why}"
+        for name, why in _TAKEN.items()
+        for given in theirs
+        if given.startswith("--") and len(given) > 3 and name.startswith(given)
+    ]
     if merged and "--enable-lora" in theirs:
         problems.append("--enable-lora after --: a merged model is served without adapters")
     if problems:

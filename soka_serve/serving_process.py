@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from soka_serve.errors import ServeError, SokaError
+from soka_serve.errors import ServeError, SokaError, printable
 from soka_serve.serving_command import Launch
 
 logger = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class Server:
         """Rewrite the progress line of a terminal."""
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            sys.stderr.write(f"\r\x1b[K{text[:width]}")
+            sys.stderr.write(f"\r\x1b[K{printable(text, len(text))[:width]}")
             sys.stderr.flush()
 
     def _failure(self, what: str) -> ServeError:

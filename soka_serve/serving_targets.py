@@ -3,20 +3,22 @@ but for SoKA adapters, which are read and checked as a whole."""
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import re
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from soka_serve.budget import ReadingBudget
 from soka_serve.context import previous_keys
-from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.errors import CheckpointError, SokaError, printable
 from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.schema import LLAMA_PROJECTIONS, Base, Serve
+from soka_serve.schema import LLAMA_PROJECTIONS, MODEL_NAME_RULE, Base, Serve, is_model_name
 from soka_serve.shapes import FactorShape
 from soka_serve.status import stage_statuses
 from soka_serve.workspace import Workspace
@@ -64,7 +66,7 @@ class Target:
     def to_text(self) -> str:
         """One line for the terminal."""
         what = "merged model" if self.kind == "merged" else f"{self.peft_type} adapter"
-        return f"{self.name}: {what}, {self.path}"
+        return f"{self.name}: {what}, {printable(self.path)}"
 
 
 def read_targets(given: Sequence[str], *, out: Path | None = None) -> list[Target]:
@@ -100,7 +102,7 @@ def split_name(text: str) -> tuple[str | None, Path]:
     (('sums', PosixPath('build/math')), (None, PosixPath('build/math')))
     """
     name, separator, path = text.partition("=")
-    if not separator or Path(text).exists():
+    if not separator or os.path.lexists(text):  # which takes names of any length
         return None, Path(text).expanduser()
     if not name or not path:
         raise SokaError(f"{text}: expected TARGET or NAME=TARGET", hint="For example: sums=build/math/adapter")
@@ -175,23 +177,22 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
 
 
 def _from_adapter(text: str, name: str, path: Path) -> Target:
-    config = read_json(path / _CONFIG)
+    budget = ReadingBudget()
+    config = read_json(path / _CONFIG, budget)
     kind = str(config.get("peft_type"))
     if kind not in PEFT_TYPES:
-        raise CheckpointError(
-            f"{path / _CONFIG}: peft_type is {config.get('peft_type')!r}; served are {', '.join(PEFT_TYPES)}"
-        )
+        raise CheckpointError(f"{path / _CONFIG}: peft_type is {kind!r:.80}; served are {', '.join(PEFT_TYPES)}")
     factors: dict[str, tuple[int, FactorShape]] = {}
     if kind == "SOKA":
         from soka_serve.adapter import read_adapter
 
-        adapter = read_adapter(path)
+        adapter = read_adapter(path, budget)
         modules = list(adapter.factors)
         for module in modules:
             delta = adapter.delta_factors(module)
             factors[module] = (delta.rank, delta.shape)
     else:
-        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS)})
+        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS, budget)})
     foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
     if foreign:
         raise CheckpointError(
@@ -224,7 +225,7 @@ def _lora_rank(path: Path, config: dict[str, Any]) -> int:
     said = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     ranks = [rank for rank in said if isinstance(rank, int) and rank > 0]
     if len(ranks) < len(said):
-        raise CheckpointError(f"{path / _CONFIG}: r and rank_pattern must be whole numbers above 0, not {said}")
+        raise CheckpointError(f"{path / _CONFIG}: r and rank_pattern must be whole numbers above 0, not {said!r:.200}")
     return max(ranks)
 
 
@@ -252,12 +253,16 @@ def _name_of(path: Path) -> str:
 
 
 def _prompt(build: Path) -> str | None:
-    """A held-out prompt of the build's accuracy check."""
+    """A held-out prompt of the build's accuracy check, if it is this user's build. It only makes the example nicer."""
+    file = build / "check.json"
     try:
-        prompts = json.loads((build / "check.json").read_text())["prompts"]
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0) or status.st_size > 1 << 20:
+            return None
+        prompts = read_json(file)["prompts"]
         return str(prompts[0]) if prompts else None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return None  # it only makes the example nicer
+    except (OSError, SokaError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _check_names(targets: Sequence[Target]) -> list[SokaError]:
@@ -270,8 +275,10 @@ def _check_names(targets: Sequence[Target]) -> list[SokaError]:
         for name, same in by_name.items()
         if len(same) > 1
     ]
-    wrong = [t for t in targets if not t.name.strip() or any(c in t.name for c in "=,\n")]
-    problems += [SokaError(f"{t.given}: {t.name!r} cannot name a model ('=' and ',' are taken)") for t in wrong]
+    wrong = [t for t in targets if not is_model_name(t.name)]
+    problems += [
+        SokaError(f"{t.given}: '{printable(t.name)}' cannot name a model: {MODEL_NAME_RULE}", hint=hint) for t in wrong
+    ]
     return problems
 
 

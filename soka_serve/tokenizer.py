@@ -12,10 +12,14 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer, pre_tokenizers
 
+from soka_serve.budget import read_limited
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.headers import read_json
-from soka_serve.templates import render_chat
+from soka_serve.templates import render_chats
 
+# The largest tokenizer.json in use have some 40 MB.
+_MAX_TOKENIZER_BYTES = 512 << 20
+_MAX_TEMPLATE_BYTES = 1 << 20
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -85,6 +89,8 @@ class TextTokenizer:
                     f"T.from_pretrained('{directory}').save_pretrained('{directory}')\"",
                 )
             raise CheckpointError(f"{directory}: no tokenizer.json", hint="Put the base's tokenizer files next to it.")
+        if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
+            raise CheckpointError(f"{file}: {size:,} bytes; at most {_MAX_TOKENIZER_BYTES:,} are read")
         try:
             backend = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for every malformed file)
@@ -177,16 +183,27 @@ class TextTokenizer:
         Raises:
             DataError: the tokenizer has no chat template, or the template refuses the messages.
         """
+        done = self.render_many([(messages, add_generation_prompt)])[0]
+        if isinstance(done, DataError):
+            raise done
+        return done
+
+    def render_many(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]) -> list[str | DataError]:
+        """`render_messages` for many chats: (messages, add_generation_prompt) each; errors stand in place of texts.
+
+        Raises:
+            DataError: the tokenizer has no chat template.
+        """
         if self.chat_template is None:
             raise DataError(
                 f"{self.directory or 'the tokenizer'}: no chat template, but train.data.messages asks for one",
                 hint="Use prompt and completion templates instead, or a base with a chat template.",
             )
-        return render_chat(
+        return render_chats(
             self.chat_template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
+            chats,
             special_tokens=self.special_tokens,
+            name=f"the chat template of {self.directory or 'the tokenizer'}",
         )
 
 
@@ -244,7 +261,10 @@ def _config_eos(directory: Path) -> int | None:
 def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return read_limited(file, _MAX_TEMPLATE_BYTES)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file}: cannot be read: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from soka_serve import resume as resume_points
 from soka_serve.baselines import ADAPTER_CONFIG, ADAPTER_WEIGHTS, convert_pissa
 from soka_serve.callbacks import read_history
-from soka_serve.errors import BuildError
+from soka_serve.errors import BuildError, name_some
 from soka_serve.files import replace_directory, write_text_atomic
 from soka_serve.schema import Manifest
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Keys of [train] that change neither the weights nor when they are looked at.
 _COSMETIC = {"log_every", "save_every", "report_to", "data"}
+_FOLDERS = ("adapter", "model", "initial")  # of a run, beside its checkpoints
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,16 @@ def prepare_directory(run: Run, identity: str, resume: bool) -> None:
     """Leave in the work directory what this run can go on from, and nothing else of ours."""
     file = run.work_dir / "run.json"
     try:
-        same = json.loads(file.read_text())["fingerprint"] == identity
-    except (OSError, ValueError, KeyError):
-        same = False
+        found = json.loads(file.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+        _refuse_strangers(run.work_dir)
+    same = found == identity
     if not (same and resume):
         if file.exists() and resume:
             logger.warning("%s holds a run of another recipe; starting afresh", run.work_dir)
         (run.work_dir / "result.json").unlink(missing_ok=True)
-        for name in ("adapter", "model", "initial"):
+        for name in _FOLDERS:
             shutil.rmtree(run.work_dir / name, ignore_errors=True)
         resume_points.remove_all(run.work_dir)
         (run.work_dir / "history.jsonl").unlink(missing_ok=True)
@@ -152,6 +155,18 @@ def prepare_directory(run: Run, identity: str, resume: bool) -> None:
     if (run.work_dir / "result.json").exists():
         resume_points.remove_all(run.work_dir)  # a kill may have come between the result and this
     resume_points.remove_incomplete(run.work_dir)
+
+
+def _refuse_strangers(work_dir: Path) -> None:
+    """Raise BuildError where files that a run would remove are there, and no run.json says that a run wrote them."""
+    names = (*_FOLDERS, "result.json", "history.jsonl")
+    there = [path.name for path in resume_points.checkpoints(work_dir)]
+    there += [name for name in names if (work_dir / name).exists()]
+    if there:
+        raise BuildError(
+            f"{work_dir}: holds {name_some(there)}, and no run.json of a training run that wrote them",
+            hint="give a work_dir of its own, or move them away",
+        )
 
 
 def finish(run: Run) -> None:

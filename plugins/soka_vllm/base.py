@@ -5,46 +5,54 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+from soka_serve.adapter_source import base_sha256_of, find_lock
+from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import SokaError
-from soka_serve.merging import recorded_base_sha256
-from soka_serve.serving_base import cache_directory
-from soka_serve.workspace import HashCache
+from soka_serve.errors import SokaError, printable
+from soka_serve.serving_base import own_hashes
+from soka_vllm.opened import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")
 
 ALLOW_VARIABLE = "SOKA_ALLOW_OTHER_BASE"
 
+_MAX_LOCK_BYTES = 1 << 20  # the engine's loop reads it, too; one of ours has 60 bytes a module
+
 _lock = threading.Lock()
 _hashes: dict[Path, str | None] = {}  # of served bases, once per process
 
 
-def check_base(adapter: Path, model: str, revision: str | None) -> None:
+def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[Path] | None = None) -> None:
     """Compare the base that an adapter's soka.lock names with the one served.
 
     The base's files are read once, the first time an adapter has a soka.lock, and their hash is remembered by path,
-    size and time of change, for the next servers too.
+    size and time of change, for the next servers of this user too. Whoever brings the adapter has no part in that.
 
     Args:
         adapter: its directory.
         model, revision: the served base as vLLM was given it: a directory, or a hub id whose snapshot is on this
             machine.
+        roots: see `soka_vllm.opened`.
 
     Raises:
-        ValueError: other weights; both hashes are in the message. Only a warning where the served base is a quantised
-            checkpoint, whose weights are others by nature, or where SOKA_ALLOW_OTHER_BASE=1.
+        ValueError: not in `roots`, or made for other weights; both hashes are in the message. For other weights only a
+            warning where the served base is a quantised checkpoint, whose weights are others by nature, or where
+            SOKA_ALLOW_OTHER_BASE=1.
     """
-    try:
-        expected = recorded_base_sha256(adapter)
-    except SokaError as error:
-        raise ValueError(error.message) from error
+    with opened(adapter, roots) as files:
+        try:
+            expected = base_sha256_of(find_lock(files, ReadingBudget(lock_bytes=_MAX_LOCK_BYTES)))
+        except SokaError as error:
+            raise ValueError(renamed(error.message, files, adapter)) from error
     if expected is None:
         _logger.info("%s: no soka.lock, so not compared with the served base", adapter)
         return
+    expected = printable(expected, 2 * 64)  # whatever stands there
     directory = _local(model, revision)
-    actual = None if directory is None else _hash_of(directory, adapter)
+    actual = None if directory is None else _hash_of(directory)
     if directory is None or actual is None:
         _logger.warning("%s: made for base weights %s; those of %s cannot be compared", adapter, expected, model)
     elif actual != expected:
@@ -57,11 +65,6 @@ def check_base(adapter: Path, model: str, revision: str | None) -> None:
             raise ValueError(
                 f"{message}; serve the adapter's own base, or set {ALLOW_VARIABLE}=1 if the difference is intended"
             )
-
-
-def hash_cache() -> Path:
-    """The file that remembers hashes, shared with `soka-serve serve`."""
-    return cache_directory() / "hashes.json"
 
 
 def _local(model: str, revision: str | None) -> Path | None:
@@ -77,31 +80,27 @@ def _local(model: str, revision: str | None) -> Path | None:
         return None  # from another hub, say, or from object storage
 
 
-def _hash_of(directory: Path, adapter: Path) -> str | None:
+def _hash_of(directory: Path) -> str | None:
     """Hash of a base's weights, None where they are no safetensors files."""
     with _lock:
         if directory not in _hashes:
             try:
-                _hashes[directory] = _read_hash(Checkpoint.open(directory), adapter)
+                _hashes[directory] = _read_hash(Checkpoint.open(directory))
             except SokaError as error:
                 _logger.warning("The served base's weights cannot be hashed: %s", error.message)
                 _hashes[directory] = None
         return _hashes[directory]
 
 
-def _read_hash(checkpoint: Checkpoint, adapter: Path) -> str:
-    # A build remembers what it hashed, beside its folder: build/NAME/adapter and build/.cache.
-    own = HashCache(hash_cache())
-    for known in (own, HashCache(adapter.resolve().parent.parent / ".cache" / "hashes.json")):
-        if all(known.knows(file) for file in checkpoint.files):
-            return checkpoint.sha256(known.file)
-    size = sum(file.stat().st_size for file in checkpoint.files)
-    _logger.info(
-        "Hashing the served base, %.2f GB in %s, to compare it with soka.lock", size / 1e9, checkpoint.directory
-    )
+def _read_hash(checkpoint: Checkpoint) -> str:
+    own = own_hashes()
+    if not all(own.knows(file) for file in checkpoint.files):
+        size = sum(file.stat().st_size for file in checkpoint.files)
+        _logger.info(
+            "Hashing the served base, %.2f GB in %s, to compare it with soka.lock", size / 1e9, checkpoint.directory
+        )
     digest = checkpoint.sha256(own.file)
     try:
-        hash_cache().parent.mkdir(parents=True, exist_ok=True)
         own.save()
     except (OSError, SokaError) as error:
         _logger.warning("The base will be hashed again by the next server: %s", error)

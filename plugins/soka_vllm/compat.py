@@ -6,6 +6,9 @@ Imports vLLM, hence only to be imported once an engine is wanted (`soka_vllm.reg
 from __future__ import annotations
 
 import inspect
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -29,6 +32,7 @@ from vllm.lora.layers import (
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -45,6 +49,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
@@ -71,20 +76,23 @@ __all__ = [
     "LoRAResolverRegistry",
     "OpenAIServingModels",
     "OutputProcessor",
+    "PEFTHelper",
     "PunicaWrapperBase",
     "WorkerLoRAManager",
+    "adapter_directory",
     "check_vllm",
     "create_error_response",
-    "get_adapter_absolute_path",
     "has_operator",
     "kv_cache_utils",
     "lora_utils",
     "make_pipeline_buffers",
     "modules_elsewhere",
     "on_cpu",
+    "pipeline_stages",
     "served_name",
     "shards_of",
     "worker_rank",
+    "workers",
 ]
 
 # The layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
@@ -126,6 +134,7 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (LRUCacheWorkerLoRAManager, "_apply_adapters", "self lora_requests"),
     (LoRAModelManager, "activate_adapter", "self lora_id"),
     (AsyncLLM, "add_lora", "self lora_request"),
+    (AsyncMPClient, "call_utility_async", "self method args"),
     (LRUCacheWorkerLoRAManager, "add_adapter", "self lora_request"),
     (OpenAIServingModels, "init_static_loras", "self"),
     (OpenAIServingModels, "resolve_lora", "self lora_name"),
@@ -140,8 +149,16 @@ _SIGNATURES: tuple[tuple[Any, str, str], ...] = (
     (EngineCore, "add_request", "self request request_wave"),
     (kv_cache_utils, "_gen_lora_extra_hash_keys", "request"),
     (OpenAIServingModels, "load_lora_adapter", "self request base_model_name"),
+    (OpenAIServingModels, "unload_lora_adapter", "self request"),
     (lora_utils, "get_adapter_absolute_path", "lora_path"),
 )
+
+
+def adapter_directory(path: str, roots: Sequence[Path] | None) -> Path:
+    """Where an adapter's files are; hub ids are fetched, but not for those who may load from `roots` only."""
+    if roots is None:
+        return Path(get_adapter_absolute_path(path))
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 (pathlib's raises for users that do not exist)
 
 
 def shards_of(layer: Any) -> LayerShards:
@@ -235,6 +252,16 @@ def check_vllm() -> None:
 def worker_rank() -> int:
     """Number of this process among the workers."""
     return int(get_world_group().rank)
+
+
+def workers() -> int:
+    """How many workers there are."""
+    return int(get_world_group().world_size)
+
+
+def pipeline_stages() -> int:
+    """Of a pipeline; 1 where there is none."""
+    return int(get_pp_group().world_size)
 
 
 def has_operator() -> bool:

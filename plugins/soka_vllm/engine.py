@@ -18,6 +18,7 @@ from typing import Any
 
 from soka_vllm import kept
 from soka_vllm.base import check_base
+from soka_vllm.places import limited, roots_of
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -34,6 +35,8 @@ class Adapters:
 
     limit: int
     nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    # Of all that were ever loaded: where their files must lie, whenever they are read again. None: anywhere.
+    roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
 
     def to_drop(self, nbytes: int, needed: set[int]) -> list[int]:
         """Which adapters make room for another of `nbytes`: the oldest that no request needs."""
@@ -71,7 +74,8 @@ def add_lora(core: Any, lora_request: Any) -> bool:
         ValueError: why it is refused; every worker serves what it served before.
     """
     known = lora_request.lora_int_id in _adapters(core).nbytes
-    _load(core, lora_request, anew=lora_request.load_inplace or not known, activate=True)
+    roots = roots_of(lora_request)
+    _load(core, lora_request, roots, anew=lora_request.load_inplace or not known, activate=True)
     return True
 
 
@@ -88,7 +92,7 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
             if number in adapters.nbytes:
                 adapters.nbytes.move_to_end(number)
             else:
-                _load(core, lora_request, anew=False, activate=False)
+                _load(core, lora_request, adapters.roots.get(number), anew=False, activate=False)
         except Exception as error:  # whatever it is, the other requests have nothing to do with it
             _logger.error("Request %s is refused, adapter %r: %s", request.request_id, lora_request.lora_name, error)
             answer = getattr(core, "_send_error_outputs_to_client", None)
@@ -106,8 +110,9 @@ def check_served_base(lora_request: Any, model_config: Any) -> None:
     """Refuse an adapter that was made for other weights than a vLLM ModelConfig names; see `check_base`."""
     from soka_vllm import compat
 
-    directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
-    check_base(directory, model_config.model, model_config.revision)
+    roots = roots_of(lora_request)
+    directory = compat.adapter_directory(lora_request.lora_path, roots)
+    check_base(directory, model_config.model, model_config.revision, roots)
 
 
 def prefix_keys(request: Any) -> list[tuple[str, ...]]:
@@ -127,11 +132,11 @@ def _adapters(core: Any) -> Adapters:
     return adapters
 
 
-def _load(core: Any, lora_request: Any, *, anew: bool, activate: bool) -> None:
+def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: bool, activate: bool) -> None:
     adapters, number = _adapters(core), lora_request.lora_int_id
     executor = core.model_executor
-    check_served_base(lora_request, core.vllm_config.model_config)
-    readings: Sequence[kept.Reading] = executor.collective_rpc(kept.read, args=(lora_request, anew))
+    check_served_base(limited(lora_request, roots), core.vllm_config.model_config)
+    readings: Sequence[kept.Reading] = executor.collective_rpc(kept.read, args=(limited(lora_request, roots), anew))
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:
         raise ValueError("\n".join(refusals))
@@ -153,4 +158,5 @@ def _load(core: Any, lora_request: Any, *, anew: bool, activate: bool) -> None:
         raise ValueError("\n".join(failures))
     adapters.nbytes[number] = nbytes
     adapters.nbytes.move_to_end(number)
+    adapters.roots[number] = roots
     _fingerprints[number] = fingerprint

@@ -9,13 +9,17 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from soka_vllm import compat, engine, metrics, resolver
+import msgspec
+
+from soka_serve.errors import printable
+from soka_vllm import admission, compat, engine, metrics, patterns, resolver
 from soka_vllm.kept import kept_by, loaded_already
 from soka_vllm.layers import ADAPTERS_IN_STEP, LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
-from soka_vllm.loader import READERS, check_lora, load_adapter, read_kind
+from soka_vllm.loader import LORA, READERS, check_lora, load_adapter, look_at
 
 _logger = logging.getLogger("vllm.soka")
 _MARK = "_soka_installed"
+_LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
 
 
 def install() -> None:
@@ -40,27 +44,38 @@ def install() -> None:
         _wrap_load_model()
     resolver.install()
     metrics.install()
+    _logger.addFilter(_one_line)
     setattr(compat.lora_utils, _MARK, True)
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """Names, paths and contents of files that others made can be in any message: none begins a line of its own."""
+    record.msg, record.args = printable(record.getMessage(), _LONGEST_MESSAGE), None
+    return True
 
 
 def _wrap_load_adapter() -> None:
     """Kronecker adapters are ours to read, LoRA and what has no readable config vLLM's; what is kept is not read."""
     stock = compat.WorkerLoRAManager._load_adapter
 
-    def read(self: Any, lora_request: Any) -> Any:
-        directory = Path(compat.get_adapter_absolute_path(lora_request.lora_path))
-        kind = read_kind(directory)
-        if kind == "LORA" and not serves_lora():
+    def read_files(self: Any, directory: Path, lora_request: Any) -> Any:
+        kind, budget = admission.limits_of(self).open(directory)
+        if kind == LORA and not serves_lora():
             raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
-        if kind in (None, "LORA"):
-            model = stock(self, lora_request)
+        if kind in (None, LORA):
+            with patterns.matching(look_at(directory, kind, budget)):
+                model = stock(self, msgspec.structs.replace(lora_request, lora_path=str(directory)))
             check_lora(model, self._adapter_manager)
             return model
         if not compat.has_operator():
             raise ValueError("Kronecker adapters run on CPUs and on NVIDIA's and AMD's GPUs; this is neither")
         if kind not in READERS:
             raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
-        return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype)
+        return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype, budget)
+
+    def read(self: Any, lora_request: Any) -> Any:
+        with resolver.adapter_files(lora_request) as files:
+            return read_files(self, files, lora_request)
 
     @functools.wraps(stock)
     def load(self: Any, lora_request: Any) -> Any:
@@ -69,6 +84,8 @@ def _wrap_load_adapter() -> None:
 
     compat.WorkerLoRAManager.read_adapter = read
     compat.WorkerLoRAManager._load_adapter = load
+    if hasattr(compat.PEFTHelper, "_match_pattern"):  # earlier versions know no patterns
+        compat.PEFTHelper._match_pattern = staticmethod(patterns.match_for_vllm)
 
 
 def _wrap_requests() -> None:
@@ -130,6 +147,7 @@ def _wrap_mapping() -> None:
 def _wrap_engine() -> None:
     """Adapters are loaded by all workers or none, before a step; see `soka_vllm.engine`."""
     engine.keep_limit()  # a wrong setting is told at start-up
+    compat.EngineCore.soka_limits = admission.of_engine
     compat.EngineCore.add_lora = functools.wraps(compat.EngineCore.add_lora)(engine.add_lora)
     stock = compat.EngineCore.add_request
 
@@ -142,9 +160,11 @@ def _wrap_engine() -> None:
 
     @functools.wraps(stock_front)
     async def add_lora(self: Any, lora_request: Any) -> bool:
+        limited = resolver.limits_of(lora_request)
+        await admission.check(self, limited)
         # Reading a base of many GB takes a while; the engine, which asks again, then finds the answer.
-        await asyncio.to_thread(engine.check_served_base, lora_request, self.vllm_config.model_config)
-        return bool(await stock_front(self, lora_request))
+        await asyncio.to_thread(engine.check_served_base, limited, self.vllm_config.model_config)
+        return bool(await stock_front(self, limited))
 
     compat.AsyncLLM.add_lora = add_lora
     compat.kv_cache_utils._gen_lora_extra_hash_keys = engine.prefix_keys

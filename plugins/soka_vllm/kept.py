@@ -21,7 +21,11 @@ import msgspec
 import torch
 from torch import Tensor
 
+from soka_serve.errors import printable
+
 _logger = logging.getLogger("vllm.soka")
+
+_LONGEST_REASON = 4000  # characters of why an adapter is refused
 
 
 class Reading(NamedTuple):
@@ -75,7 +79,7 @@ def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
         kept.read = model, _reading(model)
     except Exception as error:
         _logger.debug("Adapter %r cannot be read", lora_request.lora_name, exc_info=True)
-        return Reading(refusal=str(error) or type(error).__name__)
+        return Reading(refusal=printable(error, _LONGEST_REASON, keep="\n") or type(error).__name__)
     return kept.read[1]
 
 
@@ -101,7 +105,7 @@ def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) ->
             manager.add_adapter(loaded_already(lora_request))
     except Exception as error:
         _logger.exception("Adapter %r cannot be put into a slot", lora_request.lora_name)
-        return str(error) or type(error).__name__
+        return printable(error, _LONGEST_REASON, keep="\n") or type(error).__name__
     return ""
 
 

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, read_adapter
-from soka_serve.errors import SokaError
+from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
+from soka_serve.budget import ReadingBudget
+from soka_serve.errors import SokaError, first_ten, is_shown, printable
 from soka_serve.headers import find_not_finite, read_json
 from soka_serve.kron import Factors
+from soka_serve.shapes import FactorShape
 from soka_vllm import compat
 from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
-from soka_vllm.lokr import read_lokr
+from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import KIND as LYCORIS
-from soka_vllm.lycoris import find_lycoris, read_lycoris, unflatten
+from soka_vllm.lycoris import find_lycoris, look_at_lycoris, unflatten
+from soka_vllm.patterns import Matcher
+from soka_vllm.stock import look_at_lora
 
 _logger = logging.getLogger("vllm.soka")
 
 
-def read_kind(directory: Path) -> str | None:
+LORA = "LORA"
+
+
+class Files(Protocol):
+    """A Kronecker adapter of which all but the values was checked; what disagrees in it is told when it is read."""
+
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+    @property
+    def shapes(self) -> dict[str, FactorShape]: ...
+
+    def read(self) -> dict[str, Factors]: ...
+
+
+def read_kind(directory: Path, budget: ReadingBudget) -> str | None:
     """The kind of adapter in a directory, as its config names it; None where there is no config.
 
     Raises:
@@ -32,14 +52,14 @@ def read_kind(directory: Path) -> str | None:
     """
     file = directory / CONFIG_FILE
     if not file.exists():
-        return LYCORIS if find_lycoris(directory) else None
+        return LYCORIS if find_lycoris(directory, budget) else None
     try:
-        config = read_json(file)
+        config = read_json(file, budget)
     except SokaError as error:
         raise ValueError(_within(directory, error)) from error
     if "peft_type" not in config and "lora_alpha" not in config:
         raise ValueError(f"{CONFIG_FILE}: no peft_type; supported are LORA, {', '.join(READERS)}")
-    return str(config.get("peft_type", "LORA"))
+    return str(config.get("peft_type", LORA))
 
 
 def _within(directory: Path, error: SokaError) -> str:
@@ -47,24 +67,67 @@ def _within(directory: Path, error: SokaError) -> str:
     return error.message.replace(f"{directory}: ", "").replace(f"{directory}/", "")
 
 
-def read_soka(directory: Path) -> dict[str, Factors]:
-    """Read a SoKA adapter, finished or a checkpoint of a training, as the terms of each module's delta.
+@dataclass(frozen=True)
+class SokaFiles:
+    """A SoKA adapter, finished or a checkpoint of a training."""
 
-    Raises:
-        CheckpointError: everything that is wrong with it.
-    """
-    adapter = read_adapter(directory)
-    return {name: adapter.delta_factors(name) for name in adapter.factors}
+    files: AdapterFiles
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Where tensors and config do not agree."""
+        return self.files.problems
+
+    @property
+    def shapes(self) -> dict[str, FactorShape]:
+        """By module."""
+        return {name: FactorShape(*spec["shape"]) for name, spec in self.files.config["soka_modules"].items()}
+
+    def read(self) -> dict[str, Factors]:
+        """The terms of each module's delta."""
+        adapter = self.files.read()
+        return {name: adapter.delta_factors(name) for name in adapter.factors}
 
 
-READERS: dict[str, Callable[[Path], dict[str, Factors]]] = {
-    PEFT_TYPE: read_soka,
-    "LOKR": read_lokr,
-    LYCORIS: read_lycoris,
+READERS: dict[str, Callable[[Path, ReadingBudget], Files]] = {
+    PEFT_TYPE: lambda directory, budget: SokaFiles(look_at_adapter(directory, budget)),
+    "LOKR": look_at_lokr,
+    LYCORIS: look_at_lycoris,
 }
 
 
-def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dtype: torch.dtype) -> Any:
+def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> Matcher:
+    """Check all of an adapter that can be checked without the model and without reading its values.
+
+    Args:
+        directory: the adapter.
+        kind: what `read_kind` says; of others than LoRA and READERS nothing is read here.
+        budget: what reading it may take.
+
+    Returns:
+        What the patterns of a LoRA adapter match.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        if kind == LORA:
+            return look_at_lora(directory, budget)
+        if kind in READERS:
+            READERS[kind](directory, budget)
+    except SokaError as error:
+        raise ValueError(_within(directory, error)) from error
+    return Matcher([], budget)
+
+
+def load_adapter(
+    directory: Path,
+    kind: str,
+    lora_request: Any,
+    manager: Any,
+    dtype: torch.dtype,
+    budget: ReadingBudget | None = None,
+) -> Any:
     """Read a Kronecker adapter as a vLLM LoRAModel.
 
     Each module's `lora_a` is Left (r, m, n) with sigma multiplied in and `lora_b` is Right (r, p, q), both on the CPU
@@ -76,20 +139,22 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
         lora_request: vLLM's request; its integer id goes into the model.
         manager: vLLM's LoRAModelManager, whose layers the adapter must fit.
         dtype: of the factors in the slots.
+        budget: what reading it may take.
 
     Raises:
         ValueError: everything that is wrong with the adapter, or that does not fit the model.
     """
+    places = _places(manager)
     try:
-        adapter = READERS[kind](directory)
+        files = READERS[kind](directory, budget or ReadingBudget())
+        own = files.shapes
+        names = _served_names(kind, own, places, manager)
+        # What does not fit the model is refused before its values are read.
+        here = 0 if files.problems else _check_layers({name: own[names[name]] for name in names}, places, manager)
+        found = files.read()
+        adapter = {name: found[names[name]] for name in names}
     except SokaError as error:
         raise ValueError(_within(directory, error)) from error
-    places = _places(manager)
-    if kind == LYCORIS:
-        adapter = unflatten(adapter, places, compat.modules_elsewhere(manager.model))
-    else:
-        adapter = {compat.served_name(manager.model, name): factors for name, factors in adapter.items()}
-    here = _check_layers(adapter, places, manager)
     weights = {}
     tensors: dict[str, torch.Tensor] = {}
     values, room = 0, None
@@ -103,16 +168,24 @@ def load_adapter(directory: Path, kind: str, lora_request: Any, manager: Any, dt
             values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
     if spoilt := find_not_finite(tensors):
-        raise ValueError("\n".join(f"{name} has values that are not finite in {dtype}" for name in spoilt))
+        lines = first_ten([f"{name} has values that are not finite in {dtype}" for name in spoilt])
+        raise ValueError("\n".join(lines))
     if room is not None and values > room:
         raise ValueError(too_large(values, room))
     ranks = sorted({weight.rank for weight in weights.values()})
     _logger.info(
         "%s adapter %r from %s: %d modules, ranks %d to %d, on this rank %d of them with %d bytes in %s",
-        *(kind, lora_request.lora_name, directory, len(weights), ranks[0], ranks[-1]),
+        *(kind, lora_request.lora_name, lora_request.lora_path, len(weights), ranks[0], ranks[-1]),
         *(here, values * dtype.itemsize, dtype),
     )
     return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
+
+
+def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], manager: Any) -> dict[str, str]:
+    """By the name that the served model has for a module, the adapter's own."""
+    if kind == LYCORIS:
+        return unflatten({name: name for name in own}, places, compat.modules_elsewhere(manager.model))
+    return {compat.served_name(manager.model, name): name for name in own}
 
 
 def check_lora(model: Any, manager: Any) -> None:
@@ -131,17 +204,17 @@ def check_lora(model: Any, manager: Any) -> None:
     if manager._is_moe or manager.supports_mm or manager.is_pooling_model:
         return
     places, elsewhere = _places(manager), compat.modules_elsewhere(manager.model)
-    problems = []
+    problems: list[str] = []
     for name, weights in model.loras.items():
         if f"{name}.".startswith(elsewhere):
             continue
         down, up = weights.lora_a, weights.lora_b
         if name not in places:
-            problems.append(_no_layer(name, places, manager))
+            problems.append(_no_layer(name, places, manager) if is_shown(problems) else name)
         elif down is None or up is None:
-            problems.append(f"{name}: lora_{'A' if down is None else 'B'} is missing")
+            problems.append(f"{printable(name)}: lora_{'A' if down is None else 'B'} is missing")
         elif not bool(down.isfinite().all() and up.isfinite().all()):
-            problems.append(f"{name}: values are not finite")
+            problems.append(f"{printable(name)}: values are not finite")
         elif isinstance(places[name][0], KroneckerMixin):
             layer, index = places[name]
             shape = (up.shape[0], down.shape[1])
@@ -151,7 +224,7 @@ def check_lora(model: Any, manager: Any) -> None:
                     f"the served weight is {layer.shards.shapes[index]}"
                 )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(first_ten(problems)))
 
 
 def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
@@ -159,7 +232,7 @@ def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
     near = f"; close is {close[0]}" if close else ""
     targets = manager.lora_config.target_modules
     left_out = f"; --lora-target-modules is {' '.join(targets)}" if targets else ""
-    return f"{name}: no layer of the served model that takes adapters{near}{left_out}"
+    return f"{printable(name)}: no layer of the served model that takes adapters{near}{left_out}"
 
 
 def _places(manager: Any) -> dict[str, tuple[Any, int]]:
@@ -171,7 +244,7 @@ def _places(manager: Any) -> dict[str, tuple[Any, int]]:
     return places
 
 
-def _check_layers(adapter: Mapping[str, Factors], places: Mapping[str, tuple[Any, int]], manager: Any) -> int:
+def _check_layers(shapes: Mapping[str, FactorShape], places: Mapping[str, tuple[Any, int]], manager: Any) -> int:
     """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
 
     A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
@@ -183,17 +256,16 @@ def _check_layers(adapter: Mapping[str, Factors], places: Mapping[str, tuple[Any
     Raises:
         ValueError: all that do not fit.
     """
-    problems = []
+    problems: list[str] = []
     elsewhere = compat.modules_elsewhere(manager.model)
     here = 0
-    for name, factors in adapter.items():
+    for name, shape in shapes.items():
         if f"{name}.".startswith(elsewhere):
             continue
         here += 1
         layer, index = places.get(name, (None, 0))
-        shape = factors.shape
         if layer is None:
-            problems.append(_no_layer(name, places, manager))
+            problems.append(_no_layer(name, places, manager) if is_shown(problems) else name)
         elif not isinstance(layer, KroneckerMixin):
             problems.append(f"{name}: {type(layer).__name__} takes no Kronecker adapter; only attention and MLP do")
         elif (shape.out_features, shape.in_features) != layer.shards.shapes[index]:
@@ -202,5 +274,5 @@ def _check_layers(adapter: Mapping[str, Factors], places: Mapping[str, tuple[Any
                 f"the served weight is {layer.shards.shapes[index]}"
             )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(first_ten(problems)))
     return here

@@ -11,67 +11,117 @@ meant: the file does not say which delta it stands for.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, ones
 
-from soka_serve.adapter import CONFIG_FILE
-from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.adapter import CONFIG_FILE, refusal
+from soka_serve.budget import ReadingBudget
+from soka_serve.errors import CheckpointError, SokaError, name_some
 from soka_serve.headers import TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
-from soka_vllm.lokr import read_matrix
+from soka_serve.shapes import FactorShape
+from soka_vllm.lokr import Matrix, find_matrix
 
 PREFIX = "lycoris_"
 KIND = "LyCORIS LoKr"
 
+T = TypeVar("T")
 
-def find_lycoris(directory: Path) -> Path | None:
+
+@dataclass(frozen=True)
+class _Module:
+    left: Matrix
+    right: Matrix
+    alpha: TensorInfo | None
+    ranks: frozenset[int]  # of halves; empty where both factors are whole, which have no scale
+
+
+@dataclass(frozen=True)
+class LycorisFiles:
+    """An adapter of LyCORIS of which all but the values was checked, by the modules' flattened names."""
+
+    file: Path
+    modules: dict[str, _Module]
+    budget: ReadingBudget
+    problems: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, FactorShape]:
+        """By module."""
+        return {name: FactorShape(*part.left.shape, *part.right.shape) for name, part in self.modules.items()}
+
+    def read(self) -> dict[str, Factors]:
+        """See `read_lycoris`."""
+        factors, problems = {}, []
+        for name, part in self.modules.items():
+            self.budget.check_time(self.file)
+            try:
+                factors[name] = _read_module(part)
+            except ValueError as error:
+                problems.append(f"{self.file.name}: {PREFIX}{name}: {error}")
+        if problems:
+            raise refusal(self.file.parent, problems)
+        return factors
+
+
+def find_lycoris(directory: Path, budget: ReadingBudget | None = None) -> Path | None:
     """The LoKr file of a directory: its one safetensors file, where there is no PEFT config; else None."""
     if (directory / CONFIG_FILE).exists() or not directory.is_dir():
         return None
-    files = sorted(directory.glob("*.safetensors"))
+    files = list(islice(directory.glob("*.safetensors"), 2))
     if len(files) != 1:
         return None
     try:
-        keys = read_header(files[0])
+        keys = read_header(files[0], budget)
     except SokaError:
         return None
     return files[0] if any(key.partition(".")[2].startswith("lokr_") for key in keys) else None
 
 
-def read_lycoris(directory: Path) -> dict[str, Factors]:
+def read_lycoris(directory: Path, budget: ReadingBudget | None = None) -> dict[str, Factors]:
     """Read a LoKr adapter that LyCORIS wrote.
 
     Args:
         directory: holds the file, see `find_lycoris`.
+        budget: what reading it may take.
 
     Returns:
         One float32 term per module, by the module's name with "_" for "."; `unflatten` gives the names.
 
     Raises:
-        CheckpointError: everything that is wrong: made for a diffusion model, weight-decomposed, convolutions, a scale
-            other than 1, tensors missing, unknown or of wrong shape, values that are not finite.
+        CheckpointError: what is wrong: made for a diffusion model, weight-decomposed, convolutions, a scale other than
+            1, tensors missing, unknown, of wrong shape or too large, values that are not finite.
     """
-    file = find_lycoris(directory)
+    return look_at_lycoris(directory, budget or ReadingBudget()).read()
+
+
+def look_at_lycoris(directory: Path, budget: ReadingBudget) -> LycorisFiles:
+    """All of `read_lycoris` but the reading of values; raises what it raises."""
+    file = find_lycoris(directory, budget)
     if file is None:
         raise CheckpointError(f"{directory}: expected one safetensors file with LyCORIS's lokr_ tensors")
-    modules: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in read_header(file).items():
+    parts_of: dict[str, dict[str, TensorInfo]] = {}
+    for key, info in read_header(file, budget).items():
         name, _, part = key.partition(".")
-        modules.setdefault(name, {})[part] = info
-    factors, problems = {}, []
-    for name, parts in modules.items():
+        parts_of.setdefault(name, {})[part] = info
+    modules, problems = {}, []
+    for name, parts in parts_of.items():
+        budget.check_time(directory)
         try:
-            factors[name.removeprefix(PREFIX)] = _read_module(name, parts)
+            modules[name.removeprefix(PREFIX)] = _find_module(name, parts, budget)
         except ValueError as error:
             problems.append(f"{file.name}: {name}: {error}")
     if problems:
-        raise CheckpointError("\n".join(f"{directory}: {problem}" for problem in problems))
-    return factors
+        raise refusal(directory, problems)
+    return LycorisFiles(file, modules, budget)
 
 
-def unflatten(adapter: Mapping[str, Factors], names: Iterable[str], prefixes: Sequence[str] = ()) -> dict[str, Factors]:
-    """`read_lycoris`'s result with the dots back where a module has that name, others as they are.
+def unflatten(adapter: Mapping[str, T], names: Iterable[str], prefixes: Sequence[str] = ()) -> dict[str, T]:
+    """What is by flattened name, as `read_lycoris`'s result is, by the modules' own names; others keep theirs.
 
     Args:
         adapter: by flattened name.
@@ -92,10 +142,10 @@ def unflatten(adapter: Mapping[str, Factors], names: Iterable[str], prefixes: Se
         start = next((start for start in starts if flat.startswith(start)), "")
         return found.get(flat, starts.get(start, "") + flat.removeprefix(start))
 
-    return {name_of(flat): factors for flat, factors in adapter.items()}
+    return {name_of(flat): value for flat, value in adapter.items()}
 
 
-def _read_module(name: str, parts: dict[str, TensorInfo]) -> Factors:
+def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget) -> _Module:
     if not name.startswith(PREFIX):
         raise ValueError(
             f"names of modules begin with {PREFIX!r} in language models; lora_unet_, lora_te_ are diffusion"
@@ -104,19 +154,24 @@ def _read_module(name: str, parts: dict[str, TensorInfo]) -> Factors:
         raise ValueError("weight-decomposed (dora_scale): not a delta of the weight alone")
     if {"lokr_t1", "lokr_t2"} & parts.keys():
         raise ValueError("a Tucker core (lokr_t1, lokr_t2) belongs to a convolution, not to a linear layer")
-    ranks = {parts[key].shape[-1] for key in ("lokr_w1_a", "lokr_w2_a") if key in parts}
+    halves = [parts[key].shape for key in ("lokr_w1_a", "lokr_w2_a") if key in parts]
     alpha = parts.pop("alpha", None)
-    left, right = (read_matrix(parts, which) for which in ("lokr_w1", "lokr_w2"))
+    left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
     if parts:
-        raise ValueError(f"unknown tensors {', '.join(sorted(parts))}")
-    if ranks:  # two whole factors have no scale
-        value = _read_alpha(alpha)
-        if ranks != {value}:
+        raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
+    return _Module(left, right, alpha, frozenset(shape[-1] for shape in halves))
+
+
+def _read_module(part: _Module) -> Factors:
+    if part.ranks:
+        value = _read_alpha(part.alpha)
+        if part.ranks != {value}:
             raise ValueError(
-                f"alpha is {value:g}, the rank {', '.join(map(str, sorted(ranks)))}: LyCORIS's training, merging and "
-                "bypass modes disagree on what a scale other than 1 means; multiply lokr_w1 (or lokr_w1_a) by the "
+                f"alpha is {value:g}, the rank {', '.join(map(str, sorted(part.ranks)))}: LyCORIS's training, merging "
+                "and bypass modes disagree on what a scale other than 1 means; multiply lokr_w1 (or lokr_w1_a) by the "
                 "scale that you mean and set alpha to the rank"
             )
+    left, right = part.left.read(), part.right.read()
     if not bool(left.isfinite().all() and right.isfinite().all()):
         raise ValueError("values are not finite")
     return Factors(left[None], right[None], ones(1))

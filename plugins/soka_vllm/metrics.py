@@ -24,16 +24,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from soka_vllm import compat
+from soka_vllm.counters import Counters
 
 _logger = logging.getLogger("vllm.soka")
 
 FOLDER_VARIABLE = "SOKA_METRICS_DIR"
-BASE = "__base__"  # in place of an adapter's name, for requests without one
-_LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 def install() -> None:
@@ -56,34 +55,9 @@ def _remove(folder: Path, maker: int) -> None:
 # --- requests and loads, in the API process -------------------------------------------------------------------------
 
 
-class _Counters:
-    """The metrics of one API process; `adapter` is the name that requests use, or BASE."""
-
-    def __init__(self) -> None:
-        # Made at first use: with several API processes vLLM says only then where their values are kept.
-        self._requests = Counter("soka:requests", "Finished requests, by adapter and reason.", ["adapter", "reason"])
-        self._prompt = Counter("soka:prompt_tokens", "Prompt tokens of requests, by adapter.", ["adapter"])
-        self._generated = Counter("soka:generation_tokens", "Tokens generated, by adapter.", ["adapter"])
-        self._loads = Histogram(
-            "soka:adapter_load_seconds",
-            "Time of loads over HTTP, from the question to the engine's answer.",
-            ["outcome"],
-            buckets=_LOAD_BUCKETS,
-        )
-        # `labels` takes a lock and builds a key: once per adapter, not once per token.
-        self.prompt = cache(lambda adapter: self._prompt.labels(adapter))
-        self.generated = cache(lambda adapter: self._generated.labels(adapter))
-
-    def finished(self, adapter: str, reason: str) -> None:
-        self._requests.labels(adapter, reason).inc()
-
-    def loaded(self, outcome: str, seconds: float) -> None:
-        self._loads.labels(outcome).observe(seconds)
-
-
 @cache
-def _counters() -> _Counters:
-    return _Counters()
+def _counters() -> Counters:
+    return Counters()
 
 
 def _wrap_requests() -> None:
@@ -94,17 +68,17 @@ def _wrap_requests() -> None:
     @functools.wraps(stock_output)
     def output(self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, iteration_stats: Any) -> None:
         if iteration_stats is not None:
-            adapter = req_state.lora_name or BASE
+            prompt, generated = _counters().tokens(req_state.lora_name)
             if req_state.is_prefilling:
-                _counters().prompt(adapter).inc(req_state.prompt_len)
+                prompt.inc(req_state.prompt_len)
             if engine_core_output.new_token_ids:
-                _counters().generated(adapter).inc(len(engine_core_output.new_token_ids))
+                generated.inc(len(engine_core_output.new_token_ids))
         stock_output(self, req_state, engine_core_output, timestamp, iteration_stats)
 
     @functools.wraps(stock_finished)
     def finished(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
         if iteration_stats is not None:
-            _counters().finished(req_state.lora_name or BASE, str(finish_reason))
+            _counters().finished(req_state.lora_name, str(finish_reason))
         stock_finished(self, req_state, finish_reason, iteration_stats)
 
     @functools.wraps(stock_abort)
@@ -114,7 +88,7 @@ def _wrap_requests() -> None:
         states = [self.request_states[i] for i in inner if i in self.request_states]
         if self.log_stats:
             for state in states:
-                _counters().finished(state.lora_name or BASE, "abort")
+                _counters().finished(state.lora_name, "abort")
         return stock_abort(self, wanted, internal)
 
     processor._update_stats_from_output = output
@@ -134,9 +108,19 @@ def _wrap_loads() -> None:
             outcome = "loaded"
             return answer
         finally:
-            _counters().loaded(outcome, time.perf_counter() - started)
+            _counters().loaded(lora_request.lora_name, outcome, time.perf_counter() - started)
+
+    stock_unload = compat.OpenAIServingModels.unload_lora_adapter
+
+    @functools.wraps(stock_unload)
+    async def unload(self: Any, request: Any) -> Any:
+        answer = await stock_unload(self, request)
+        if not isinstance(answer, compat.ErrorResponse):
+            _counters().unloaded(request.lora_name)
+        return answer
 
     compat.AsyncLLM.add_lora = add_lora
+    compat.OpenAIServingModels.unload_lora_adapter = unload
 
 
 # --- slots, in the workers -------------------------------------------------------------------------------------------

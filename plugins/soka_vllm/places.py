@@ -5,15 +5,33 @@ Names and paths are what any client sends: nothing but an adapter inside the fol
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from weakref import WeakValueDictionary
 
-BUILDS_VARIABLE = "SOKA_BUILDS"
-ROOTS_VARIABLE = "SOKA_ADAPTER_ROOTS"
+import msgspec
+
+from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in
+
+__all__ = [
+    "BUILDS_VARIABLE",
+    "ROOTS_VARIABLE",
+    "Locks",
+    "allowed_roots",
+    "find_build",
+    "is_inside",
+    "limited",
+    "roots_of",
+]
 
 _CONFIG = "adapter_config.json"
+# In front of folders in a request's base_model_name, which only the API process uses.
+_LIMITED = "soka-roots:"
 # One component of a path that is not hidden; the same as the names of builds.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
@@ -34,20 +52,38 @@ def find_build(folder: Path, name: str) -> Path | None:
 
 
 def is_inside(directory: Path, roots: Sequence[Path]) -> bool:
-    """Whether a directory and the files in it, links followed, lie in one of the folders."""
-    resolved = [root.resolve() for root in roots]
+    """Whether a directory and the files that are read in it, links followed, lie in one of the folders.
 
-    def allowed(path: Path) -> bool:
-        real = path.resolve()
-        return any(real.is_relative_to(root) for root in resolved)
-
-    try:
-        return directory.is_dir() and allowed(directory) and all(allowed(child) for child in directory.iterdir())
-    except (OSError, ValueError, RuntimeError):  # a loop of links, no permission, a NUL in the path
-        return False
+    For an early answer: whoever reads opens and checks anew, see `soka_vllm.opened`.
+    """
+    return lies_in(directory, roots)
 
 
 def allowed_roots() -> list[Path] | None:
     """The folders of SOKA_ADAPTER_ROOTS; None where it is not set, that is where everything is allowed."""
     text = os.environ.get(ROOTS_VARIABLE)
     return None if text is None else [Path(part).expanduser() for part in text.split(os.pathsep) if part]
+
+
+def limited(lora_request: Any, roots: Sequence[Path] | None) -> Any:
+    """A vLLM LoRARequest that carries to engine and workers where the adapter must lie; None: anywhere.
+
+    A copy, for the process that reads: what the API shows stays as it is.
+    """
+    if roots is None:
+        return lora_request
+    told = _LIMITED + json.dumps([str(root.absolute()) for root in roots])
+    return msgspec.structs.replace(lora_request, base_model_name=told)
+
+
+def roots_of(lora_request: Any) -> list[Path] | None:
+    """What `limited` has put into a request."""
+    told = getattr(lora_request, "base_model_name", None) or ""
+    return [Path(root) for root in json.loads(told.removeprefix(_LIMITED))] if told.startswith(_LIMITED) else None
+
+
+class Locks(WeakValueDictionary[str, asyncio.Lock]):
+    """A lock for each name, as long as somebody holds it or waits for it."""
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self.setdefault(name, asyncio.Lock())

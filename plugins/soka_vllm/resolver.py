@@ -15,16 +15,26 @@ import asyncio
 import functools
 import logging
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from soka_serve.errors import is_printable, printable
+from soka_serve.schema import MODEL_NAME_RULE, is_model_name
 from soka_vllm import compat
-from soka_vllm.places import BUILDS_VARIABLE, ROOTS_VARIABLE, allowed_roots, find_build, is_inside
+from soka_vllm.opened import OutsideError, opened, renamed
+from soka_vllm.places import BUILDS_VARIABLE, Locks, allowed_roots, find_build, is_inside, limited, roots_of
 
 _logger = logging.getLogger("vllm.soka")
 
+_LONGEST_REASON = 4000  # characters of why an adapter is refused
+
 _operator: ContextVar[bool] = ContextVar("soka_operator", default=False)
+# The path that the load at hand was asked for by a client, and the folders that it must lie in.
+_limits: ContextVar[tuple[str, Sequence[Path]] | None] = ContextVar("soka_limits", default=None)
 _reasons: ContextVar[list[str] | None] = ContextVar("soka_reasons", default=None)
 
 
@@ -41,8 +51,33 @@ class BuildsResolver(compat.LoRAResolver):  # type: ignore[misc]  # vLLM has no 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """vLLM's question: a request for the adapter of this name, or None. Whether it fits is for the load to say."""
         found = await asyncio.to_thread(find_build, self.folder, lora_name)
-        # The number is replaced by vLLM.
-        return None if found is None else compat.LoRARequest(lora_name, 1, str(found))
+        if found is None:
+            return None
+        _limits.set((str(found), [self.folder]))
+        return compat.LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
+
+
+@contextmanager
+def adapter_files(lora_request: Any) -> Iterator[Path]:
+    """A directory with the files of an adapter that is to be loaded, opened and held to where they may lie.
+
+    Raises:
+        ValueError: whatever goes wrong within, as a message that names the adapter's own path and that a terminal may
+            show.
+    """
+    roots = roots_of(lora_request)
+    with opened(compat.adapter_directory(lora_request.lora_path, roots), roots) as files:
+        try:
+            yield files
+        except Exception as error:
+            text = renamed(str(error) or type(error).__name__, files, lora_request.lora_path)
+            raise ValueError(printable(text, _LONGEST_REASON, keep="\n")) from error
+
+
+def limits_of(lora_request: Any) -> Any:
+    """In the API process, a request to load as it goes to the engine: with the folders that it must lie in, if any."""
+    limits = _limits.get()
+    return limited(lora_request, limits[1] if limits is not None and limits[0] == lora_request.lora_path else None)
 
 
 def install() -> None:
@@ -57,12 +92,16 @@ def install() -> None:
         if not path.is_dir():
             raise ValueError(f"{BUILDS_VARIABLE} is {folder!r}: no such directory")
         compat.LoRAResolverRegistry.register_resolver("SoKA builds", BuildsResolver(path.resolve()))
-        _wrap_resolve()
+    _wrap_resolve()
     _wrap_runtime_loads()
+    _wrap_locks()
 
 
 def _wrap_resolve() -> None:
-    """vLLM answers "found but could not be loaded" and logs the reason: add it to the answer."""
+    """vLLM answers "found but could not be loaded" and logs the reason: add it to the answer.
+
+    Names that no adapter can have are answered at once: no resolver makes a path of them.
+    """
     stock_add, stock_resolve = compat.AsyncLLM.add_lora, compat.OpenAIServingModels.resolve_lora
 
     @functools.wraps(stock_add)
@@ -77,6 +116,12 @@ def _wrap_resolve() -> None:
 
     @functools.wraps(stock_resolve)
     async def resolve(self: Any, lora_name: str) -> Any:
+        if not is_model_name(lora_name):
+            return compat.create_error_response(
+                f"The model '{printable(lora_name)}' does not exist; {MODEL_NAME_RULE}",
+                err_type="NotFoundError",
+                status_code=HTTPStatus.NOT_FOUND,
+            )
         reasons: list[str] = []
         token = _reasons.set(reasons)
         try:
@@ -107,12 +152,40 @@ def _wrap_runtime_loads() -> None:
     async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
         roots = None if _operator.get() else allowed_roots()
         path = request.lora_path or ""
-        if roots is not None and path and not await asyncio.to_thread(is_inside, Path(path).expanduser(), roots):
-            # Nothing on whether it is there: that is not for whoever asks to know.
-            message = f"{path!r} is not an adapter directory inside the folders that {ROOTS_VARIABLE} allows"
-            _logger.warning("Refused adapter %r: %s", request.lora_name, message)
+        message = _refusal(request.lora_name, path)
+        if not message and roots is not None and path:
+            directory = compat.adapter_directory(path, roots)
+            if not await asyncio.to_thread(is_inside, directory, roots):
+                message = str(OutsideError(Path(path)))
+        if message:
+            _logger.warning("Refused adapter '%s': %s", printable(request.lora_name), message)
             return compat.create_error_response(message)  # 400
-        return await stock_load(self, request, base_model_name)
+        token = _limits.set(None if roots is None else (path, roots))
+        try:
+            return await stock_load(self, request, base_model_name)
+        finally:
+            _limits.reset(token)
 
     models.init_static_loras = init_static
     models.load_lora_adapter = load
+
+
+def _refusal(name: str, path: str) -> str:
+    """Why a name or a path cannot be an adapter's; empty where it can. vLLM itself refuses empty ones."""
+    if name and not is_model_name(name):
+        return f"'{printable(name)}' cannot name an adapter: {MODEL_NAME_RULE}"
+    if not is_printable(path):
+        return f"'{printable(path)}': a path with control characters, such as a null or a line end, is not served"
+    return ""
+
+
+def _wrap_locks() -> None:
+    """vLLM keeps a lock for every name that it was ever asked for: let those go that nobody holds."""
+    stock = compat.OpenAIServingModels.__init__
+
+    @functools.wraps(stock)
+    def init(self: Any, *arguments: Any, **options: Any) -> None:
+        stock(self, *arguments, **options)
+        self.lora_resolver_lock = Locks()
+
+    compat.OpenAIServingModels.__init__ = init

@@ -11,6 +11,7 @@ import torch
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.problem import Problem
 from soka_serve.builtin.tasks import Split, check_answer, generate
+from soka_serve.pretrained import open_tokenizer
 
 
 class Sample(NamedTuple):
@@ -33,9 +34,7 @@ def load_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer of transformers as it is; a directory, loaded."""
     if not isinstance(tokenizer, str | Path):
         return tokenizer
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(tokenizer))
+    return open_tokenizer(Path(tokenizer))
 
 
 @torch.no_grad()

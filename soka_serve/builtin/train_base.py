@@ -31,12 +31,13 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from soka_serve.builtin.answers import measure
 from soka_serve.builtin.problem import draw_difference, draw_product, draw_sum
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, draw_problems
 from soka_serve.builtin.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, save_tokenizer, train_tokenizer
+from soka_serve.pretrained import open_model
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def train(
 
 def evaluate(directory: Path, limit: int) -> dict[str, float]:
     """Greedy accuracy, from 0 to 1, on the first `limit` test problems of every family."""
-    model = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32)
+    model = open_model(directory, dtype=torch.float32)
     accuracy = {}
     for family in FAMILIES:
         result = measure(model, family, "test", limit, max_new_tokens=64, tokenizer=directory, batch_size=128)

@@ -231,10 +231,9 @@ class TransformersBackend:
 
     @contextmanager
     def _load(self, role: str) -> Iterator[Asked]:
-        from transformers import AutoTokenizer
-
         from soka_serve.base_model import load_base, quiet_bars
         from soka_serve.evaluation.models import LocalModel
+        from soka_serve.pretrained import open_tokenizer
 
         subject = self._subject
         merged = role != "base" and subject.target.kind == "merged"
@@ -253,7 +252,7 @@ class TransformersBackend:
                 before = _logprobs(model, subject.tokenizer)
                 model = PeftModel.from_pretrained(model, str(subject.target.path))
         model = _placed(model).eval()
-        tokenizer = AutoTokenizer.from_pretrained(str(subject.tokenizer))
+        tokenizer = open_tokenizer(subject.tokenizer)
         lm = LocalModel(model, tokenizer, subject.context, self._batch_size)
         facts = {"model": subject.target.name if role != "base" else "base", "context": subject.context}
         facts["device"] = str(next(model.parameters()).device)
@@ -296,9 +295,10 @@ def _placed(model: Any) -> Any:
 def _logprobs(model: Any, tokenizer: Path) -> Any:
     """(tokens,) float64 on the CPU: log-probability of each token of a text, from the second on."""
     import torch
-    from transformers import AutoTokenizer
 
-    ids = AutoTokenizer.from_pretrained(str(tokenizer))(_TEXT, return_tensors="pt").input_ids.to(model.device)
+    from soka_serve.pretrained import open_tokenizer
+
+    ids = open_tokenizer(tokenizer)(_TEXT, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()

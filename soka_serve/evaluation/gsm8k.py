@@ -13,7 +13,7 @@ from soka_serve.evaluation.sources import as_dataset, read_rows
 
 _COLUMNS = ("question", "answer")
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+_NUMBER = re.compile(r"[-−]?\$?\d[\d,]*(?:\.\d+)?|[-−]?\$?\.\d+")  # the second minus is U+2212
 
 
 def load(**_: Any) -> dict[str, Any]:
@@ -37,9 +37,11 @@ def last_number(text: str) -> str | None:
 
     >>> last_number("It costs $1,200.50. The answer is: 18.")
     '18'
+    >>> last_number("It falls to \N{MINUS SIGN}3 degrees")
+    '-3'
     """
     found = _NUMBER.findall(text)
-    return found[-1].replace("$", "").replace(",", "") if found else None
+    return found[-1].replace("$", "").replace(",", "").replace("−", "-") if found else None
 
 
 def same_number(found: str | None, gold: str | None) -> bool:

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import ast
 import math
-import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from soka_serve.evaluation.answer_code import defined_names, extract_code, parse
 from soka_serve.evaluation.prompts import zero_shot_prompt
 from soka_serve.evaluation.sources import as_dataset, read_rows
 from soka_serve.sandbox import Program, check_sandbox, require_consent, run_programs
 
 _TEST_IDS = range(11, 511)
 """MBPP's test split: 1-10 are for prompts, 511 and up for validation and training."""
-
-_FENCED = re.compile(r"```[A-Za-z0-9_+-]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_CODE_START = re.compile(r"\s*(?:(?:async\s+def|def|class|import|from)\s|@|\w+\s*=[^=])")
 
 
 def load(**_: Any) -> dict[str, Any]:
@@ -108,67 +104,49 @@ def fewshot_samples() -> list[dict[str, Any]]:
     ]
 
 
-def extract_code(text: str) -> str:
-    """The program in an answer: the first fenced block, else the longest run of lines that parses.
-
-    >>> extract_code("Here it is:\\n```python\\ndef f():\\n    return 1\\n```\\nIt returns 1.")
-    'def f():\\n    return 1'
-    >>> extract_code("def f():\\n    return 1\\nThis function returns one.")
-    'def f():\\n    return 1'
-    """
-    fenced = _FENCED.search(text)
-    if fenced:
-        return fenced.group(1)
-    lines = text.splitlines()
-    start = next((i for i, line in enumerate(lines) if _CODE_START.match(line)), None)
-    if start is None or _parses(text):
-        return text
-    # A completion begins with a space where the prompt ends without one.
-    first = lines[start].lstrip() if start == 0 else lines[start]
-    lines = [first, *lines[start + 1 :]]
-    for end in range(len(lines), 0, -1):
-        code = "\n".join(lines[:end])
-        if _parses(code):
-            return code
-    return "\n".join(lines)
-
-
-def _parses(code: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doubtful escapes in the model's text
-            ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
-
-
 def program_of(doc: Mapping[str, Any], code: str) -> Program:
     """A program with the problem's tests.
 
     The tests take from the program only the names that the reference program defines (one problem asks for a function
     called `sum`), and modules from where the reference program imports them.
     """
-    names: list[str] = []
     imports: list[str] = []
-    for statement in ast.parse(doc["code"].replace("\r\n", "\n")).body if _parses(doc["code"]) else ():
+    tree = parse(doc["code"].replace("\r\n", "\n"))
+    for statement in tree.body if tree else ():
         match statement:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                names.append(name)
-            case ast.Assign(targets=targets):
-                names += [target.id for target in targets if isinstance(target, ast.Name)]
             case ast.Import(names=modules):
                 known = [m for m in modules if m.name.partition(".")[0] in sys.stdlib_module_names]
                 imports += [ast.unparse(ast.Import(names=[module])) for module in known]
             case ast.ImportFrom(module=str() as module) if module.partition(".")[0] in sys.stdlib_module_names:
                 imports.append(ast.unparse(statement))
     setup = "\n".join([*imports, *doc.get("test_imports", ()), doc.get("test_setup_code", "") or ""])
-    return Program(code, tuple(doc["test_list"]), setup.replace("\r\n", "\n"), tuple(names))
+    return Program(code, tuple(doc["test_list"]), setup.replace("\r\n", "\n"), _reference_names(doc))
+
+
+def _reference_names(doc: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the reference program defines, its imports left out."""
+    tree = parse(doc["code"].replace("\r\n", "\n"))
+    if tree is None:
+        return ()
+    tree.body = [statement for statement in tree.body if not isinstance(statement, ast.Import | ast.ImportFrom)]
+    return tuple(defined_names(tree))
+
+
+def _wanted_names(doc: Mapping[str, Any]) -> set[str]:
+    """What the tests take from a program: of the reference program's names those that they use."""
+    trees = [tree for test in doc["test_list"] if (tree := parse(test))]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    return used & set(_reference_names(doc))
 
 
 def run_answers(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     """lm-eval filter: each answer's program run against its problem's tests."""
-    return _run([[extract_code(text) for text in texts] for texts in resps], docs)
+    require_consent()
+    codes = []
+    for texts, doc in zip(resps, docs, strict=True):
+        names, asked = _wanted_names(doc), prompt(doc)
+        codes.append([extract_code(text, names=names, prompt=asked) for text in texts])
+    return _run(codes, docs)
 
 
 def run_completions(resps: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -95,6 +95,7 @@ class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-i
             model=name,
             tokenizer=str(tokenizer),
             tokenizer_backend="huggingface",
+            trust_remote_code=False,
             tokenized_requests=True,
             num_concurrent=max(concurrency, 2),  # at 1 lm-eval takes another way, which stores nothing in between
             max_retries=_RETRIES,
@@ -160,6 +161,7 @@ class LocalModel(_Counted, HFLM):  # type: ignore[misc, unused-ignore]
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
+            trust_remote_code=False,
             batch_size=batch_size,
             max_length=context,
             add_bos_token=True,

@@ -34,10 +34,12 @@ from soka_serve.evaluation.results import (
 from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
 from soka_serve.files import disk_errors, sha256_text, write_text_atomic
+from soka_serve.foreign_code import check_no_code
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.serving_base import cache_directory
+from soka_serve.outputs import check_results
+from soka_serve.places import given_path
+from soka_serve.serving_base import own_hashes
 from soka_serve.serving_targets import read_targets
-from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +104,10 @@ def evaluate(
             hint="Consent with --allow-code-execution; it runs in a sandbox, whose limits docs/evaluating.md names.",
         )
     subject = _subject(loaded, None if out is None else Path(out))
-    root = Path(out) if out is not None else Path(loaded.manifest.output.dir)
-    folder = Path(results) if results is not None else root / f"{loaded.manifest.name}-eval"
+    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
+    folder = given_path(results, "results") if results is not None else root / f"{loaded.manifest.name}-eval"
+    json_file, table_file = _result_files(folder, backend)
+    check_results(json_file, [table_file], ("manifest", "scores", "parts"))
     runner: VllmBackend | TransformersBackend
     if backend == "vllm":
         options = tuple(vllm_options)
@@ -130,6 +134,8 @@ def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
 
     target = read_targets([str(loaded.path)], out=out)[0]
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)
+    for place in (base, target.path):
+        check_no_code(place)
     context = Checkpoint.open(base).config.get("max_position_embeddings")
     longest = loaded.manifest.serve.max_model_len
     context = longest if longest is not None else context
@@ -232,7 +238,7 @@ def _generation(loaded: LoadedManifest) -> dict[str, int]:
 
 def _weights(subject: Subject) -> dict[str, str]:
     """By role, a hash of the weights that answer; large files are hashed once and remembered, as for serving."""
-    hashes = HashCache(cache_directory() / "hashes.json")
+    hashes = own_hashes()
     found = {}
     for role, place in zip(ROLES, (subject.base, subject.target.path), strict=True):
         files = sorted([*place.glob("*.safetensors"), *place.glob("adapter_config.json")])
@@ -378,6 +384,10 @@ def _active(effects: Sequence[tuple[float, float]], task: str) -> dict[str, Any]
     return {"effect_before_nats": effects[0][1], "effect_after_nats": effects[-1][1], "noise_nats": noise}
 
 
+def _result_files(folder: Path, backend: str) -> tuple[Path, Path]:
+    return folder / f"results-{backend}.json", folder / f"results-{backend}.md"
+
+
 def _finish(
     loaded: LoadedManifest,
     subject: Subject,
@@ -391,7 +401,7 @@ def _finish(
 ) -> EvalResult:
     scores = collect(parts, tasks)
     record = make_record(loaded, subject, runner, tasks, limit, weights, parts, scores, seed=_SEED)
-    json_file, table_file = folder / f"results-{runner.name}.json", folder / f"results-{runner.name}.md"
+    json_file, table_file = _result_files(folder, runner.name)
     write_text_atomic(json_file, json.dumps(record, indent=1) + "\n")
     write_text_atomic(table_file, document(record, table(scores, subject.target.name)))
     return EvalResult(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import DataError, EvalError
-from soka_serve.rows import Row, hub_rows, jsonl_rows
+from soka_serve.hub_rows import hub_rows
+from soka_serve.rows import Row, jsonl_rows
 from soka_serve.schema import Data
 
 DATA_VARIABLE = "SOKA_EVAL_DATA"

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from soka_serve.errors import SandboxError
-from soka_serve.sandbox.runner import EndedError, Program, Runner, Verdict, cannot_run, remove_abandoned
+from soka_serve.sandbox.runner import EndedError, Program, Runner, Verdict, cannot_run, check_room, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +98,21 @@ def run_programs(
         )
     if not programs:
         return []
-    remove_abandoned(Path(tempfile.gettempdir()))
-    first = _runner()
+    try:
+        remove_abandoned(Path(tempfile.gettempdir()))
+        return _run_all(programs, timeout_s, workers)
+    except OSError as error:
+        raise cannot_run(str(error)) from error
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        raise cannot_run(str(error)) from error
+
+
+def _run_all(programs: Sequence[Program], timeout_s: float, workers: int | None) -> list[Verdict]:
     workers = min(len(programs), workers or _cpus())
+    check_room(Path(tempfile.gettempdir()), workers)
+    first = _runner()
     idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
     runners = [first, *(Runner(weak=first.weak) for _ in range(workers - 1))]
     for runner in runners:
@@ -121,10 +133,6 @@ def run_programs(
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    except RuntimeError as error:
-        if "start new thread" not in str(error):
-            raise
-        raise cannot_run(str(error)) from error
     finally:
         for runner in runners:
             runner.close()

@@ -42,6 +42,7 @@ TICK_S = 0.02
 FORK_RETRY_S = (0.1, 0.3, 1.0)
 MAX_SCRATCH_BYTES = 16 << 20
 MAX_SCRATCH_FILES = 256
+MAX_RESIDENT_BYTES = (1 << 30) + (64 << 20)
 _MAX_STATUS_BYTES = 1 << 14
 
 # Imported once here and inherited, rather than by every program anew.
@@ -62,7 +63,7 @@ class _MissingError(Exception):
 def main() -> None:
     """Serve jobs until the other side closes, then remove the folder: the caller may have been killed."""
     folder, weak = Path(sys.argv[1]), "--weak" in sys.argv
-    os.environ.clear()
+    _stand_alone()
     for name in _USUAL:
         importlib.import_module(name)
     lock.prepare()
@@ -79,6 +80,15 @@ def main() -> None:
         return
     finally:
         _remove(folder)
+
+
+def _stand_alone() -> None:
+    """Shed what the caller's process may have handed down."""
+    os.environ.clear()
+    os.umask(0o077)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, no process could be waited for
+    while os.open(os.devnull, os.O_RDWR) < 3:  # a closed standard descriptor would be given to a pipe
+        pass
 
 
 class _Job:
@@ -224,15 +234,20 @@ class _Job:
                 return "the caller is gone"  # it sends no other job before it has the answer
             if _too_full(self._scratch):
                 return f"more than {MAX_SCRATCH_FILES} files or {MAX_SCRATCH_BYTES} bytes written"
+            if any(_resident_bytes(process) > MAX_RESIDENT_BYTES for process in self._processes):
+                return f"more than {MAX_RESIDENT_BYTES} bytes of memory used"
 
     def _end(self) -> list[int]:
         """End all processes; their wait statuses in the order of their start."""
-        for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
+        processes, self._processes = self._processes, []
+        for process in processes:
+            try:
                 os.kill(process, signal.SIGKILL)
-        statuses = [os.waitpid(process, 0)[1] for process in self._processes]
-        self._processes = []
-        return statuses
+            except ProcessLookupError:
+                continue
+            except PermissionError:  # seen before any program runs, when the locking step is tried
+                raise _RunError("this user may not end the processes that it starts") from None
+        return [os.waitpid(process, 0)[1] for process in processes]
 
 
 def _fork() -> int:
@@ -269,6 +284,16 @@ def _too_full(scratch: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def _resident_bytes(process: int) -> int:
+    """Memory of a process with its page tables, which no limit counts; 0 where the system does not tell."""
+    total = 0
+    with contextlib.suppress(OSError), Path(f"/proc/{process}/status").open("rb") as file:
+        for line in file:
+            if line.startswith((b"VmRSS:", b"VmPTE:")):
+                total += int(line.split()[1]) << 10
+    return total
 
 
 def _remove(folder: Path) -> None:

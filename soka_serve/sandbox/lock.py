@@ -22,7 +22,6 @@ NOBODY = 65534
 MAX_MEMORY_BYTES = 1 << 30
 MAX_FILE_BYTES = 1 << 20
 MAX_OPEN_FILES = 64
-MAX_SIGNALS = 256
 
 
 class MissingProtectionError(Exception):
@@ -33,7 +32,12 @@ class MissingProtectionError(Exception):
 
 
 def limit_resources(cpu_s: int) -> None:
-    """CPU seconds, memory, file size, open files, processes and core dumps; hard limits, so that none can be raised."""
+    """CPU seconds, memory, file size, open files, processes and core dumps; hard limits, so that none can be raised.
+
+    Raises:
+        MissingProtectionError: a limit cannot be set.
+        OSError: this process has less than programs are promised, so that a right one could fail.
+    """
     limits = {
         "RLIMIT_CPU": cpu_s,
         "RLIMIT_AS": MAX_MEMORY_BYTES,
@@ -43,15 +47,24 @@ def limit_resources(cpu_s: int) -> None:
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
-        "RLIMIT_SIGPENDING": MAX_SIGNALS,  # Linux has all of these
+        "RLIMIT_SIGPENDING": 0,  # timers, which are counted per user; Linux has all of these
     }
     for name, most in ((getattr(resource, n), most) for n, most in limits.items() if hasattr(resource, n)):
         hard = resource.getrlimit(name)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        if hard != resource.RLIM_INFINITY and hard < most:
+            raise OSError(f"the limit on {_LIMIT_NAMES[name]} is {hard}, expected at least {most}")
         try:
             resource.setrlimit(name, (most, most))
         except (OSError, ValueError) as error:
             raise MissingProtectionError(f"resource limits: {error}") from None
+
+
+_LIMIT_NAMES = {
+    resource.RLIMIT_CPU: "CPU seconds (ulimit -t)",
+    resource.RLIMIT_AS: "bytes of memory (ulimit -v)",
+    resource.RLIMIT_FSIZE: "bytes of a file (ulimit -f)",
+    resource.RLIMIT_NOFILE: "open files (ulimit -n)",
+}
 
 
 # --------------------------------------------------------------------------------------------------------- user
@@ -59,6 +72,7 @@ def limit_resources(cpu_s: int) -> None:
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
@@ -219,10 +233,15 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "setregid": (114, 143), "setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159),
     "setfsuid": (122, 151), "setfsgid": (123, 152), "capset": (126, 91),
     # what Landlock does not cover: attributes of files, truncation by path, handles, roots, mounts
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None),
     "lchown": (94, None), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
     "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11),
+    "llistxattr": (195, 12), "flistxattr": (196, 13), "fanotify_mark": (301, 263), "quotactl_fd": (443, 443),
+    "uselib": (134, None), "swapoff": (168, 225),
+    # rules that the kernel keeps, without end
+    "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     "truncate": (76, 45), "open_by_handle_at": (304, 265), "name_to_handle_at": (303, 264), "openat2": (437, 437),
     "chroot": (161, 51), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39), "fsopen": (430, 430),
     "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "move_mount": (429, 429),
@@ -239,7 +258,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "mq_unlink": (241, 181),
     # the kernel's other doors
     "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
-    "io_setup": (206, 0), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
+    "io_setup": (206, 0), "io_submit": (209, 2), "remap_file_pages": (216, 234),
+    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219), "personality": (135, 92),
     "init_module": (175, 105), "finit_module": (313, 273), "delete_module": (176, 106), "kexec_load": (246, 104),
     "kexec_file_load": (320, 294), "reboot": (169, 142), "syslog": (103, 116), "acct": (163, 89),
@@ -249,8 +269,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "seccomp": (317, 277),
 }  # fmt: skip
 _CLONE3 = 435
-_UNKNOWN_FROM = 463
-"""Calls from here on are newer than this list, and refused: cachestat and others are not needed by Python 3.11-3.13."""
+_UNKNOWN_FROM = 451
+"""Calls from here on are newer than this list, and refused (cachestat, listmount): Python 3.11-3.13 needs none."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _PRLIMIT = (302, 261)
@@ -258,6 +278,8 @@ _OPEN_CALLS = {"x86_64": ((2, 1), (257, 2)), "aarch64": ((56, 2),)}  # open and 
 _O_ACCMODE, _O_TRUNC = 3, 0o1000
 _O_TMPFILE = 0o20000000  # a file without a name
 
+_MMAP = (9, 222)
+_MAP_TYPE, _MAP_PRIVATE = 0x0F, 2
 _FCNTL, _IOCTL = (72, 25), (16, 29)
 _FCNTL_ALLOWED = (0, 1, 2, 3, 4, 1030, 1032)
 """F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ. Among the others are F_SETOWN and
@@ -294,16 +316,21 @@ def _program(machine: str) -> list[tuple[int, int, int, int]]:
         for command in allowed:
             code += [(_JEQ, 0, 1, command), (_RET, 0, 0, _ALLOW)]
         code += [(_RET, 0, 0, _EPERM)]
-    # Opening to read with truncation would empty a file that Landlock lets be read.
+    # Shared memory stays as a whole for as long as one page of it is mapped, and the limit counts that page only.
+    code += [(_JEQ, 0, 5, _MMAP[column]), (_LD_ABS, 0, 0, 16 + 8 * 3), (_AND, 0, 0, _MAP_TYPE)]
+    code += [(_JEQ, 1, 0, _MAP_PRIVATE), (_RET, 0, 0, _EPERM), (_RET, 0, 0, _ALLOW)]
+    # Landlock does not see a file that is opened for neither reading nor writing (access mode 3), and opening to read
+    # with truncation would empty a file that it lets be read.
     for number, argument in _OPEN_CALLS[machine]:
         code += [
-            (_JEQ, 0, 8, number),
+            (_JEQ, 0, 9, number),
             (_LD_ABS, 0, 0, 16 + 8 * argument),
             (_JSET, 0, 1, _O_TMPFILE),
             (_RET, 0, 0, _EPERM),
-            (_JSET, 0, 3, _O_TRUNC),
-            (_AND, 0, 0, _O_ACCMODE),
-            (_JEQ, 0, 1, os.O_RDONLY),
+            (_AND, 0, 0, _O_ACCMODE | _O_TRUNC),
+            (_JEQ, 2, 0, _O_ACCMODE),
+            (_JEQ, 1, 0, _O_ACCMODE | _O_TRUNC),
+            (_JEQ, 0, 1, os.O_RDONLY | _O_TRUNC),
             (_RET, 0, 0, _EPERM),
             (_RET, 0, 0, _ALLOW),
         ]
@@ -343,6 +370,8 @@ def lock(scratch: str, cpu_s: int, *, weak: bool) -> None:
     leave_root()
     # A change of user clears the signal.
     die_with_parent()
+    # A limit of 0 on core dumps does not stop those that the system hands to a program of its own.
+    _prctl("no core dumps", _PR_SET_DUMPABLE, 0)
     _prctl("no_new_privs", _PR_SET_NO_NEW_PRIVS, 1)
     limit_resources(cpu_s)
     confine_files()

@@ -5,6 +5,7 @@ Loaded by path into the sandbox's bare interpreter, so it gets `wire` handed ove
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ def run_program(code: int, requests: int, replies: int) -> None:
         requests, replies: descriptors to and from the tests' process.
     """
     job = wire.read_frame(code)
+    os.close(code)
     if job is None:
         return
     objects: list[Any] = []

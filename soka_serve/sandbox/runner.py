@@ -38,6 +38,7 @@ _ABANDONED_S = 60.0
 _LOCK_S = 10.0
 _BACKSTOP_S = 30.0
 _MAX_REPORT_BYTES = 1 << 16
+_SCRATCH_BYTES = 32 << 20  # twice what a program may write: it is looked at now and then
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Program:
         tests: statements, usually asserts, run in order.
         setup: statements before the tests: imports, objects.
         names: the names that setup and tests take from the program. Empty: every name it defines, except those of
-            Python's builtins, so that no program replaces `sorted` or `isinstance` in a test.
+            Python's builtins and of the standard library's modules, so that no program replaces `sorted` or `math` in a
+            test.
     """
 
     code: str
@@ -64,6 +66,11 @@ class Verdict:
 
     passed: bool
     reason: str = ""
+
+
+def _printable(reason: str) -> str:
+    """One line for people: what a program said, without control characters, marks of direction, lone surrogates."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in reason)[:500]
 
 
 class EndedError(Exception):
@@ -137,7 +144,7 @@ class Runner:
             return Verdict(False, f"the program ended by itself ({answer['ended']})")
         # The nonce is known to this process and to the one that ran the tests, after the last of them.
         passed = report.get("passed") is True and report.get("nonce") == nonce
-        return Verdict(passed, "" if passed else str(report.get("reason") or "no proof that the tests ran"))
+        return Verdict(passed, "" if passed else _printable(str(report.get("reason") or "no proof that the tests ran")))
 
     def close(self) -> None:
         """End the supervisor and everything it started, and remove its folder."""
@@ -193,6 +200,7 @@ class Runner:
 
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._folder.chmod(0o700)  # whatever this process's umask is
         # Held as long as this process or the supervisor lives: `remove_abandoned` tells by it.
         self._lock = os.open(self._folder, os.O_RDONLY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
@@ -250,6 +258,17 @@ class _Pipes:
         for fd in descriptors:
             os.close(fd)
             self._all.remove(fd)
+
+
+def check_room(folder: Path, workers: int) -> None:
+    """Check that programs which fill their scratch directories leave room for those of others.
+
+    Raises:
+        SandboxError: there is less; the numbers are in the message.
+    """
+    free, needed = shutil.disk_usage(folder).free, (workers + 1) * _SCRATCH_BYTES
+    if free < needed:
+        raise cannot_run(f"{folder} has {free} bytes free, expected at least {needed}")
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from tests import hostile_adapters as hostile
 from tests.e2e.serve_adapters import module
 from tests.e2e.serving import random_factors
 
@@ -279,7 +280,7 @@ LOKR: Kinds = {
     "LoKr alpha is a text": (set_config(alpha="2"), "gives alpha as '2'"),
     "LoKr alpha is infinite": (set_config(alpha=float("inf")), "not finite"),
     "LoKr alpha is endless": (set_config(alpha=10**400), "too large"),
-    "LoKr rank pattern is no pattern": (set_config(rank_pattern={"(": 2}), "unterminated"),
+    "LoKr rank pattern is no pattern": (set_config(rank_pattern={"(": 2}), "missing )"),
     "LoKr with whole modules": (set_config(modules_to_save=["lm_head"]), "modules_to_save"),
     "LoKr without tensors": (write(WEIGHTS_FILE, _with_header(b"{}")), "no tensors"),
     "LoKr config is a list": (write(CONFIG_FILE, b"[]"), CONFIG_FILE),
@@ -287,8 +288,8 @@ LOKR: Kinds = {
 
 LORA_X = "base_model.model.model.layers.0.self_attn.x_proj.lora_A.weight"
 LORA: Kinds = {
+    "LoRA truncated": (cut(WEIGHTS_FILE, -100), "truncated: expected"),
     # Refused by vLLM, in its words.
-    "LoRA truncated": (cut(WEIGHTS_FILE, -100), "file not fully covered"),
     "LoRA rank above the limit": (set_config(r=4096), "rank"),
     "LoRA for other modules": (
         edit_weights(lambda t: t.update({LORA_X: torch.ones(4, 128)})),
@@ -300,3 +301,10 @@ LORA: Kinds = {
 
 BY_START = {"beta": SOKA_FILES | SOKA_TENSORS | SOKA_CONFIG | SOKA_MODULES, "lokr": LOKR, "lora": LORA}
 MALFORMED = {kind: (start, *how) for start, kinds in BY_START.items() for kind, how in kinds.items()}
+# Small on the disk, and large or slow when read; with those that are served in the end, where the reason is empty.
+HOSTILE_BY_START = {
+    "beta": hostile.WEIGHTS | hostile.CONFIG | hostile.LOCK | hostile.SOKA,
+    "lokr": hostile.LOKR,
+    "lora": hostile.LORA | {f"LoRA: {kind}": how for kind, how in (hostile.WEIGHTS | hostile.CONFIG).items()},
+}
+HOSTILE = {kind: (start, *how) for start, kinds in HOSTILE_BY_START.items() for kind, how in kinds.items()}

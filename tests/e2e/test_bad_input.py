@@ -17,8 +17,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from soka_serve.builtin import base_directory
+from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
 from tests.e2e.builds import adapter_bytes, run_cli, write_manifest
+from tests.tiny_models import random_factors, write_test_adapter
 
 BASE = 'builtin = "tiny"'
 DATA = 'data = { builtin = "math", limit = 64 }'
@@ -199,3 +201,44 @@ def test_disk_full_leaves_the_last_good_build(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "build").iterdir() if p.name not in (".cache", "small")] == []
     again = _build(manifest)
     assert again.exit_code == 0, again.output
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the embedded base."""
+    base, folder = base_directory(), tmp_path_factory.mktemp("adapter") / "adapter"
+    shape = Checkpoint.open(base).info("model.layers.0.self_attn.q_proj.weight").shape
+    return write_test_adapter(folder, {"model.layers.0.self_attn.q_proj": random_factors(*shape, 1, 0)}, base=base)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("out", ["models", "loras", "notes", ".", "..", "", "/proc/out", "/sys/out"])
+@pytest.mark.parametrize("command", ["merge", "export", "extract"])
+def test_folders_of_the_users_outlive_every_command(
+    tmp_path: Path, adapter: Path, command: str, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models, adapters and notes, whose names end as those of outputs do."""
+    here = tmp_path / "work" / "here"
+    for model in ("a", "b"):
+        shutil.copytree(base_directory(), here / "models" / model)
+    shutil.copytree(adapter, here / "loras" / "one")
+    (here / "notes").mkdir()
+    (here / "notes" / "notes.md").write_text("mine")
+    (here / "notes" / "results.json").write_text("{}")
+    before = _contents(tmp_path)
+    arguments = {
+        "merge": ["merge", adapter, "--base", "tiny", "--no-verify"],
+        "export": ["export", adapter],
+        "extract": ["extract", "models/a", "--base", "models/b", "--rank", "1"],
+    }[command]
+    monkeypatch.chdir(here)
+    done = CliRunner().invoke(main, [*map(str, arguments), "--out", out])
+    assert done.exit_code == 2, done.output
+    assert "Traceback" not in done.output
+    assert "bug" not in done.output
+    named = {"models": "a/, b/", "loras": "one/", "notes": "notes.md, results.json", "": "is empty"}
+    assert named.get(out, "cannot write" if not out.startswith("..") else "") in done.output
+    assert _contents(tmp_path) == before

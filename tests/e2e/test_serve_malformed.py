@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
-from tests.e2e.malformed import MALFORMED
+from tests.e2e.malformed import HOSTILE, MALFORMED
 from tests.e2e.serve_adapters import (
     BETA,
     LOKR,
@@ -24,6 +25,7 @@ from tests.e2e.serve_adapters import (
     write_soka,
 )
 from tests.e2e.serving import ONE_PROCESS, Server, base_model, random_factors, serve
+from tests.hostile_adapters import hole
 
 pytestmark = pytest.mark.slow
 
@@ -97,6 +99,35 @@ def test_malformed_adapters_are_refused(harm: Harm, kind: str) -> None:
     folder = copy_of(harm, start, kind)
     spoil(folder)
     harm.check_refused(harm.load(folder), reason)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
+    """At once, in a few lines, and with no more memory."""
+    start, spoil, reason = HOSTILE[kind]
+    folder = copy_of(harm, start, f"hostile {kind}")
+    spoil(folder)
+    logged = harm.server.log.stat().st_size
+    started = time.monotonic()
+    reply = harm.load(folder)
+    assert time.monotonic() - started < 10
+    if not reason:
+        assert reply[0] == 200, reply
+        assert harm.server.ask(NAME, [1, 2, 3], 4) == harm.server.ask(NAME, [1, 2, 3], 4)
+        assert harm.server.post("/v1/unload_lora_adapter", {"lora_name": NAME})[0] == 200
+        harm.check_answers("base", "beta", "lora")
+        return
+    assert len(json.dumps(reply[1])) < 10_000
+    assert harm.server.log.stat().st_size - logged < 50_000
+    harm.check_refused(reply, reason)
+    shutil.rmtree(folder)
+
+
+def test_a_hostile_lock_of_the_build(harm: Harm) -> None:
+    """An adapter without a soka.lock is held against that of the folder it lies in."""
+    folder = copy_of(harm, "beta", "hostile build/adapter")
+    hole("soka.lock")(folder.parent)
+    harm.check_refused(harm.load(folder), "soka.lock: 3221225472 bytes, too large")
 
 
 def test_there_are_enough_kinds() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-INSTALL = "import torch\nfrom soka_serve.autoload import install\ninstall()\ninstall()\n"  # torch calls it once
+INSTALL = "import torch\nfrom soka_autoload import install\ninstall()\ninstall()\n"  # torch calls it once
 
 
 def run(code: str, root: Path) -> subprocess.CompletedProcess[str]:
@@ -42,8 +44,120 @@ def test_a_failure_does_not_stop_peft(root: Path) -> None:
 
 
 def test_it_is_the_entry_point_that_torch_calls(root: Path) -> None:
-    assert 'soka_serve = "soka_serve.autoload:install"' in (root / "pyproject.toml").read_text()
-    code = (
-        "import sys\nimport soka_serve.autoload\nprint([m for m in ('torch', 'peft', 'pydantic') if m in sys.modules])"
+    assert 'soka_serve = "soka_autoload:install"' in (root / "pyproject.toml").read_text()
+    code = "import sys\nbefore = set(sys.modules)\nimport soka_autoload\nsoka_autoload.install()\n"
+    code += "print(sorted(set(sys.modules) - before - {'__future__'}))"
+    assert run(code, root).stdout == "['soka_autoload']\n"
+
+
+# ------------------------------------------------------------------------------------- programs that are not ours
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """An environment with a PEFT that is too old."""
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "__init__.py").write_text("import warnings\nOLD = True\n")
+    (tmp_path / "peft" / "data.txt").write_text("its own")
+    return tmp_path
+
+
+def run_foreign(folder: Path, code: str, *options: str, root: Path, **variables: str) -> str:
+    """What a program prints, which must not fail."""
+    path = os.pathsep.join([str(folder), str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    done = subprocess.run(
+        [sys.executable, *options, "-c", "import soka_autoload\nsoka_autoload.install()\n" + code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        check=False,
     )
-    assert run(code, root).stdout == "[]\n"
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_an_old_peft_with_warnings_as_errors(foreign: Path, root: Path) -> None:
+    said = run_foreign(foreign, "import peft\nassert peft.OLD\nprint('goes on')", "-W", "error", root=root)
+    assert "goes on" in said
+    assert "could not register" in said
+
+
+def test_the_package_may_be_gone(foreign: Path, root: Path) -> None:
+    """The entry point's file alone, as after a removal that stopped half way."""
+    shutil.copy(root / "plugins" / "soka_autoload" / "__init__.py", foreign / "soka_autoload.py")
+    code = "import sys\nsys.modules['soka_serve'] = None\nimport peft\nprint(peft.OLD)"
+    assert "True" in run_foreign(foreign, code, "-W", "error", root=root)
+
+
+def test_metadata_of_an_earlier_installation_is_harmless(tmp_path: Path, root: Path) -> None:
+    """Editable installs keep calling soka_serve.autoload after an update, and may not find the other file."""
+    code = "import sys\nsys.modules['soka_autoload'] = None\nfrom soka_serve.autoload import install\ninstall()"
+    assert run(code, root).returncode == 0
+
+
+@pytest.mark.slow  # imports torch
+def test_torch_imports_with_metadata_and_no_package(tmp_path: Path, root: Path) -> None:
+    shutil.copy(root / "plugins" / "soka_autoload" / "__init__.py", tmp_path / "soka_autoload.py")
+    metadata = tmp_path / "other_soka-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-soka\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\nother_soka = soka_autoload:install\n")
+    code = (  # the environment of the tests has soka-serve's own entry point, whose package is gone here
+        "import importlib.metadata as metadata, sys\nfound = metadata.entry_points\n"
+        "metadata.entry_points = lambda **of: [e for e in found(**of) if e.name == 'other_soka']\n"
+        "sys.modules['soka_serve'] = None\nimport torch\n"
+    )
+    code += "print(any(type(f).__module__ == 'soka_autoload' for f in sys.meta_path))"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_data_and_loader_of_peft_are_its_own(foreign: Path, root: Path) -> None:
+    code = (
+        "import pkgutil, importlib.util\n"
+        "loader = importlib.util.find_spec('peft').loader\n"
+        "assert type(loader).__name__ == 'SourceFileLoader', loader\n"
+        "assert loader.get_data(loader.path)\n"
+        "sys = __import__('sys'); sys.modules['soka_serve'] = None\n"
+        "assert pkgutil.get_data('peft', 'data.txt') == b'its own'\n"
+        "import peft, importlib\nassert 'exec_module' not in vars(peft.__loader__)\nimportlib.reload(peft)\n"
+    )
+    run_foreign(foreign, code, root=root)
+
+
+def test_one_variable_turns_it_off(foreign: Path, root: Path) -> None:
+    code = "import sys\nprint(any(type(f).__module__ == 'soka_autoload' for f in sys.meta_path))"
+    assert run_foreign(foreign, code, root=root) == "True\n"
+    assert run_foreign(foreign, code, root=root, SOKA_AUTOLOAD="0") == "False\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.meta_path.append(object())\nimport peft",
+        "import sys\nsys.modules['peft'] = None\nsoka_autoload.install()",
+        "import sys\nsys.meta_path = ()\nsoka_autoload.install()",
+        "import logging, sys\nsys.modules['soka_serve'] = None\n"
+        "class Bad(logging.Handler):\n    def handle(self, record):\n        raise RuntimeError\n"
+        "logging.getLogger().addHandler(Bad())\nimport peft",
+        "try:\n    import peft.none\nexcept ModuleNotFoundError:\n    pass\nelse:\n    raise SystemExit(1)",
+    ],
+    ids=["a finder of the old kind", "peft forbidden", "meta_path replaced", "a handler that raises", "no submodule"],
+)
+def test_nothing_that_programs_do_makes_it_fail(foreign: Path, root: Path, code: str) -> None:
+    run_foreign(foreign, code, "-W", "error", root=root)
+
+
+def test_a_peft_that_fails_fails_as_without_us(foreign: Path, root: Path) -> None:
+    (foreign / "peft" / "__init__.py").write_text("raise OSError('its own error')\n")
+    code = "try:\n    import peft\nexcept OSError as error:\n    print(error)"
+    assert run_foreign(foreign, code, root=root) == "its own error\n"

@@ -6,6 +6,7 @@ import doctest
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from click.testing import CliRunner, Result
 
 from soka_serve import api
 from soka_serve.cli import main
+from soka_serve.compiler import build
+from soka_serve.errors import SokaError
+from soka_serve.extraction import extract
 
 
 def _run(*arguments: str | Path) -> Result:
@@ -117,3 +121,40 @@ def test_the_examples_in_readme_and_docs_run(root: Path, monkeypatch: pytest.Mon
     assert attempted > 0
     assert failed == 0
     assert doctest.testmod(api).failed == 0
+
+
+COMMANDS_WITH_OUT = {
+    "build": ["m.toml"],
+    "merge": ["adapter", "--base", "tiny"],
+    "extract": ["tiny", "--base", "tiny", "--rank", "1"],
+    "export": ["adapter"],
+    "compare": ["suite.toml"],
+    "eval": ["m.toml"],
+    "serve": ["adapter"],
+    "plan": ["m.toml"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS_WITH_OUT)
+def test_an_empty_out_is_refused(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--out "$OUT"` with OUT unset."""
+    monkeypatch.chdir(tmp_path)
+    done = _run(command, *COMMANDS_WITH_OUT[command], "--out", "")
+    assert done.exit_code == 2
+    assert "'--out': is empty" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: api.merge("adapter", base="tiny", out=""),
+        lambda: api.export("adapter", ""),
+        lambda: api.plan("m.toml", out=""),
+        lambda: build("m.toml", out=""),
+        lambda: extract("tiny", base="tiny", out="", rank=1),
+    ],
+)
+def test_an_empty_out_of_a_call_is_refused(call: Callable[[], object]) -> None:
+    with pytest.raises(SokaError, match="out is empty"):
+        call()

@@ -81,7 +81,7 @@ def test_somebody_elses_folder_is_not_replaced(tmp_path: Path) -> None:
     context = _context(tmp_path)
     context.workspace.target.mkdir(parents=True)
     (context.workspace.target / "thesis.tex").write_text("years of work")
-    with pytest.raises(BuildError, match=r"not made by a build and is not empty \(thesis\.tex\)"):
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build.* thesis\.tex"):
         check_target(context)
 
 
@@ -98,7 +98,7 @@ def test_files_put_into_a_build_are_not_lost(tmp_path: Path) -> None:
     target = _artefact(tmp_path)
     (target / "lora").mkdir()
     (target / "lora" / "adapter_config.json").write_text("{}")
-    with pytest.raises(BuildError, match=r"no build wrote: lora/adapter_config\.json"):
+    with pytest.raises(BuildError, match=r"not part of a build: lora/"):
         check_target(_context(tmp_path))
 
 
@@ -111,7 +111,7 @@ def test_a_build_does_not_replace_what_it_reads(tmp_path: Path, what: str) -> No
         inside.mkdir(parents=True)
         (inside / "train.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
         context = _context(tmp_path, data='jsonl = "build/small/train.jsonl"')
-    with pytest.raises(BuildError, match="which the build reads"):
+    with pytest.raises(BuildError, match=r"would destroy .*, which is read for it"):
         check_target(context)
 
 
@@ -127,3 +127,24 @@ def test_a_damaged_lock_is_built_over(
     assert previous_keys(target) == {}
     check_target(_context(tmp_path))
     assert "everything runs again" in caplog.text
+    for name in ("notes.md", "adapter/notes.md", "checkpoints/README.md"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+        with pytest.raises(BuildError, match=f"not part of a build: {name if 'checkpoints' not in name else 'check'}"):
+            check_target(_context(tmp_path))
+        (target / name).unlink()
+
+
+@pytest.mark.parametrize("lock", [{"kind": "merged"}, {"export": {}, "stages": {}}, {"stages": {}, "files": 1}])
+def test_a_lock_of_something_else_is_no_mark_of_a_build(tmp_path: Path, lock: dict[str, object]) -> None:
+    target = tmp_path / "build" / "small"
+    target.mkdir(parents=True)
+    write_lock(target / "soka.lock", lock)
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build"):
+        check_target(_context(tmp_path))
+
+
+def test_an_empty_folder_in_a_build_is_somebodys_too(tmp_path: Path) -> None:
+    (_artefact(tmp_path) / "mine").mkdir()
+    with pytest.raises(BuildError, match="not part of a build: mine/"):
+        check_target(_context(tmp_path))

@@ -253,23 +253,6 @@ def test_answers_are_found(text: str, answer: str | None) -> None:
     assert math_task.read_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("def f():\n    return 1", "def f():\n    return 1"),
-        (" def f():\n    return 1", "def f():\n    return 1"),
-        ("Sure:\n```python\nimport re\n\ndef f(): pass\n```\nand\n```\nother\n```", "import re\n\ndef f(): pass"),
-        ("```\ndef f(): pass", "def f(): pass"),
-        ("def f():\n    return 1\n\nThis is how it works.", "def f():\n    return 1\n"),
-        ("nothing", "nothing"),
-        ("M = 5\ndef f():\n    return M", "M = 5\ndef f():\n    return M"),
-        ("Here you are:\nM = 5\ndef f():\n    return M\nEnjoy it.", "M = 5\ndef f():\n    return M"),
-    ],
-)
-def test_code_is_found(text: str, code: str) -> None:
-    assert mbpp.extract_code(text) == code
-
-
 def test_pass_at_k_is_unbiased() -> None:
     """Against the mean over all draws of k of the samples."""
     from itertools import combinations

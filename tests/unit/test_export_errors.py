@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from soka_serve import exporting
 from soka_serve.adapter import read_adapter
 from soka_serve.errors import BuildError, CheckpointError, SokaError
-from soka_serve.exporting import export
+from soka_serve.exporting import Form, export
+from soka_serve.files import sha256_file
 from soka_serve.lock import read_lock
 from tests.tiny_models import random_factors, write_test_adapter
 
@@ -69,5 +73,40 @@ def test_inputs_and_strangers_are_safe(tmp_path: Path, source: Path) -> None:
         export(source, source)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(BuildError, match=r"thesis\.tex is not part of an exported adapter"):
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is an exported adapter.*thesis\.tex"):
         export(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["soka", "lora"])
+def test_only_an_earlier_export_is_replaced(tmp_path: Path, source: Path, to: Form) -> None:
+    """Not an adapter that something else made, though its files have the same names; not a folder of adapters."""
+    other = write_test_adapter(tmp_path / "other", {NAME: random_factors(64, 64, 2, 1)})
+    kept = (other / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is an exported adapter"):
+        export(source, other, to=to, rank=1)
+    assert (other / "adapter_model.safetensors").read_bytes() == kept
+    shutil.copytree(source, tmp_path / "loras" / "one")
+    with pytest.raises(BuildError, match=r"it holds one/"):
+        export(source, tmp_path / "loras", to=to, rank=1)
+    for form in ("soka", "lora", "soka"):
+        export(source, tmp_path / "out", to=form, rank=1)  # either form in place of either
+    (tmp_path / "out" / "adapter_model.bin").touch()
+    with pytest.raises(BuildError, match=r"not part of an exported adapter: adapter_model\.bin"):
+        export(source, tmp_path / "out", to=to, rank=1)
+
+
+def test_the_lock_names_the_adapter_that_was_exported(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_test_adapter(tmp_path / "other", {NAME: random_factors(64, 64, 2, 9)})
+    expected = sha256_file(source / "adapter_model.safetensors")
+    real = exporting._to_soka
+
+    def swapped(*args: Any) -> Any:
+        shutil.rmtree(source)
+        other.rename(source)
+        return real(*args)
+
+    monkeypatch.setattr(exporting, "_to_soka", swapped)
+    export(source, tmp_path / "out")
+    assert read_lock(tmp_path / "out" / "soka.lock")["export"]["source_sha256"] == expected

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shlex
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from soka_serve import files
-from soka_serve.errors import BuildError
+from soka_serve import files, leftovers, places
+from soka_serve.errors import BuildError, CheckpointError, SokaError
 
 
 def names(directory: Path) -> list[str]:
@@ -97,7 +100,7 @@ def test_failure_leaves_the_old_directory(tmp_path: Path, failure: BaseException
 KILLED = """
 import sys, time
 from pathlib import Path
-from soka_serve import files
+from soka_serve import files, leftovers, places
 if sys.argv[2] == "renames":
     files._renameat2 = lambda: None
     rename, done = Path.rename, []
@@ -126,31 +129,144 @@ def test_sigkill_leaves_the_old_directory(tmp_path: Path, moment: str) -> None:
         assert len(names(tmp_path)) == 2
         if moment == "body":
             assert (target / "a").read_text() == "old"
-            assert files.clean_stale(target) == []  # its process lives: hands off
+            assert leftovers.clean_stale(target) == []  # its process lives: hands off
         child.send_signal(signal.SIGKILL)
         child.wait()
-    files.clean_stale(target)
+    leftovers.clean_stale(target)
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["out"]
 
 
 def test_only_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    here, elsewhere = files._machine(), "0" * 6
+    here, elsewhere = leftovers.machine_token(), "0" * 6
     dead = dead_pid()
-    own, parent = os.getpid(), os.getppid()
-    gone = [f".out.tmp-{dead}-{here}-abcdef", f".out.tmp-{own}-{here}-abcdef", f".out.tmp-9-{elsewhere}-00000a"]
-    kept = [
-        f".out.tmp-{parent}-{here}-abcdef",
-        f".out.tmp-{dead}-{elsewhere}-abcdef",
-        f".other.tmp-{dead}-{here}-aaaaaa",
+    own, parent, container = os.getpid(), os.getppid(), here[:6] + "0" * 6
+    gone = [
+        f".out.tmp-9-{elsewhere}-00000a",
+        f".out.tmp-{dead}-{here}-abcdef",
+        f".out.tmp-{own}-{here}-abcdef",
+        f".out.tmp-{parent}-{here}-00000b",  # the number belongs to another process now
+        f".out.tmp-{parent}-{container}-abcdef",
     ]
+    locked = [f".out.tmp-{parent}-{here}-abcdef", f".out.tmp-{dead}-{container}-00000c", f".out.old-1-{here}-00000d"]
+    kept = [*locked, f".out.tmp-{dead}-{elsewhere}-abcdef", f".other.tmp-{dead}-{here}-aaaaaa"]
     for name in gone + kept:
         (tmp_path / name).mkdir()
     long_ago = time.time() - 3 * 24 * 3600
-    os.utime(tmp_path / gone[2], (long_ago, long_ago))
-    assert sorted(p.name for p in files.clean_stale(target)) == sorted(gone)
-    assert names(tmp_path) == sorted(kept)
+    os.utime(tmp_path / gone[0], (long_ago, long_ago))
+    held = [os.open(tmp_path / name, os.O_RDONLY) for name in locked]
+    try:
+        assert all(leftovers.lock(descriptor) for descriptor in held)
+        assert sorted(p.name for p in leftovers.clean_stale(target)) == sorted(gone)
+        assert names(tmp_path) == sorted(kept)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def test_without_locks_process_ids_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where directories cannot be locked."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    here = leftovers.machine_token()
+    gone = [f".out.tmp-{dead_pid()}-{here}-abcdef", f".out.tmp-{os.getpid()}-{here}-abcdef"]
+    kept = [f".out.tmp-{os.getppid()}-{here}-abcdef", f".out.tmp-{dead_pid()}-{here[:6]}000000-abcdef"]
+    for name in gone + kept:
+        (tmp_path / name).mkdir()
+    with files.replace_directory(tmp_path / "out") as temporary:
+        assert names(tmp_path) == sorted([*kept, temporary.name])
+        assert leftovers.clean_stale(tmp_path / "out") == []  # nor is what this process writes
+    assert names(tmp_path) == sorted([*kept, "out"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="needs root and unshare")
+def test_a_writer_in_another_container_lives(tmp_path: Path) -> None:
+    """Another space of process ids, one host name and one folder: its number is that of no process here."""
+    target, number = tmp_path / "out", dead_pid()
+    python = shlex.join([sys.executable, "-c", KILLED, str(target), "body"])
+    inside = f"echo {number - 1} > /proc/sys/kernel/ns_last_pid && {python}; exit 0"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", inside]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
+        assert child.stdout is not None
+        if child.stdout.readline() != "ready\n":
+            pytest.skip("namespaces cannot be made here")
+        (left,) = tmp_path.iterdir()
+        assert f".tmp-{number}-" in left.name
+        assert leftovers.clean_stale(target) == []
+        with files.replace_directory(target) as temporary:
+            (temporary / "a").write_text("mine")
+        assert left.is_dir()
+        child.kill()
+    wait_until(lambda: leftovers.clean_stale(target) == [left])
+    assert names(tmp_path) == ["out"]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_cleaner_that_comes_between_making_and_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir, made = Path.mkdir, 0
+
+    def cleaned(self: Path, *args: object, **options: object) -> None:
+        nonlocal made
+        mkdir(self, *args, **options)  # type: ignore[arg-type]
+        if ".out.tmp-" in self.name:
+            made += 1
+            if made == 1:
+                self.rmdir()
+                mkdir(self)
+
+    real = os.open
+
+    def replaced(path: str | Path, flags: int, *rest: object, **options: object) -> int:
+        descriptor = real(path, flags, *rest, **options)  # type: ignore[arg-type]
+        if made == 1 and ".out.tmp-" in str(path):
+            Path(path).rmdir()
+        return descriptor
+
+    monkeypatch.setattr(Path, "mkdir", cleaned)
+    monkeypatch.setattr(os, "open", replaced)
+    with files.replace_directory(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("1")
+    assert made == 2
+    assert names(tmp_path / "out") == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif os.geteuid() == 0:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))  # what /dev/null is
+    else:
+        pytest.skip("only root makes devices")
+    with pytest.raises(BuildError, match=r"cannot write .*: a device, a pipe or a socket is there"):
+        files.write_text_atomic(path, "x")
+    assert not path.is_file()
+
+
+def test_an_empty_path_is_refused() -> None:
+    assert places.given_path("out", "--out") == Path("out")
+    with pytest.raises(SokaError, match="--out is empty"):
+        places.given_path("", "--out")
+
+
+def test_errors_of_reading_are_not_those_of_writing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"base/weights: cannot be read: Input/output error"),
+        files.replace_directory(tmp_path / "out"),
+        files.read_errors(Path("base/weights")),
+    ):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_file_where_the_directory_should_be(tmp_path: Path) -> None:
@@ -220,27 +336,6 @@ def test_errors_without_a_target() -> None:
     assert known.message == "some/file: No space left on device"
     assert files.explain_disk_error(FileNotFoundError(errno.ENOENT, "x", "some/file")) is None
     assert files.explain_disk_error(ValueError("(os error 28)")) is None
-
-
-def test_what_may_be_replaced(tmp_path: Path) -> None:
-    def check(target: Path) -> None:
-        files.check_replaceable(
-            target, keep=[tmp_path / "in" / "base"], suffixes=[".json", "README.md"], what="a model"
-        )
-
-    (tmp_path / "in" / "base").mkdir(parents=True)
-    for target in (tmp_path, tmp_path / "in", tmp_path / "in" / "base", tmp_path / "in" / "x" / ".."):
-        with pytest.raises(BuildError, match=r"writing a model there would destroy .*base"):
-            check(target)
-    out = tmp_path / "out"
-    check(out)
-    (out / "sub").mkdir(parents=True)
-    (out / "sub" / "config.json").touch()
-    (out / "README.md").touch()
-    check(out)
-    (out / "sub" / "thesis.tex").touch()
-    with pytest.raises(BuildError, match=r"sub/thesis\.tex is not part of a model"):
-        check(out)
 
 
 def test_other_errors_pass() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from soka_serve.errors import ManifestError
-from soka_serve.manifest import parse_manifest, read_manifest, starter_manifest
+from soka_serve.manifest import MAX_BYTES, parse_manifest, read_manifest, starter_manifest
 from soka_serve.manifest_docs import manifest_reference
 from soka_serve.schema import Adapt, Manifest, RankBudget, RankEnergy, RankFixed, RankSpectrum
 from tests.fuzzing import TOKENS, spoilt_manifests
@@ -209,3 +211,48 @@ def test_any_mutation_of_a_manifest_gives_a_manifest_or_a_located_error(text: st
 def test_spectrum_bounds_are_the_papers_criteria() -> None:
     rank = RankSpectrum(policy="spectrum", min=2, max=4)
     assert (rank.threshold, rank.combine) == (0.5, "min")
+
+
+# -------------------------------------------------------------------------------- files that are no manifests
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/stdin", "pipe"])
+def test_pipes_and_devices(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    code = f"from soka_serve.manifest import read_manifest\nread_manifest({str(tmp_path / place)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="schema = 1", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "not a file but a device, a pipe or a socket" in done.stderr
+
+
+@pytest.mark.parametrize("size", [MAX_BYTES + 1, 1 << 40])
+def test_giant_files(tmp_path: Path, size: int) -> None:
+    """The second is a hole."""
+    (tmp_path / "m.toml").write_text("schema = 1\n")
+    os.truncate(tmp_path / "m.toml", size)
+    with pytest.raises(ManifestError, match=f"has {size:,} bytes; at most 262,144 are read"):
+        read_manifest(tmp_path / "m.toml")
+
+
+_PARTS = ".".join("a" for _ in range(100_000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"schema = 1\n{_PARTS} = 1\n", r"m.toml:2:1: has a key of more than 32 parts"),
+        (f"schema = 1\n[{_PARTS}]\n", r"m.toml:2:1: has a key of more than 32 parts"),
+        (f"schema = 1\na = {{ {_PARTS} = 1 }}\n", r"m.toml:2:1: has a key of more than 32 parts"),
+        ("a = " + "[" * 100_000, "nested too deeply"),
+        ("a = " + "{ a = " * 30_000, "nested too deeply"),
+        ("schema = 1\n" + "".join(f"a{i} = 1\n" for i in range(20_000)), "and 19,9.. more problems"),
+    ],
+    ids=["key", "header", "inline", "arrays", "tables", "many keys"],
+)
+def test_keys_and_brackets_without_an_end(text: str, message: str) -> None:
+    """They took 51 s, and then all memory."""
+    began = time.process_time()
+    with pytest.raises(ManifestError, match=message):
+        parse_manifest(text, "m.toml")
+    assert time.process_time() - began < 5

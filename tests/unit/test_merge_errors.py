@@ -19,13 +19,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
-from soka_serve import merging
+from soka_serve import adapter_source, files, merging
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.files import stale_bytes
 from soka_serve.kron import Factors
-from soka_serve.lock import read_lock
+from soka_serve.leftovers import stale_bytes
+from soka_serve.lock import read_lock, write_lock
 from soka_serve.merging import merge
 from tests.tiny_models import SHAPES, all_factors, random_factors, write_base, write_test_adapter
 
@@ -48,9 +49,10 @@ def old(tmp_path: Path) -> Callable[[], None]:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
+    write_lock(out / "soka.lock", {"soka": 1, "kind": "merged"})
 
     def check() -> None:
-        assert [p.name for p in out.iterdir()] == ["config.json"]
+        assert sorted(p.name for p in out.iterdir()) == ["config.json", "soka.lock"]
         assert (out / "config.json").read_text() == "old"
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
@@ -258,18 +260,18 @@ def test_a_killed_merge_goes_on(
     """What was finished is taken over if everything is as it was, and the result is that of one run."""
     own = tmp_path / "base"
     shutil.copytree(base, own)
-    files = Checkpoint.open(own).files
-    assert len(files) > 2
+    shards = Checkpoint.open(own).files
+    assert len(shards) > 2
     command = [sys.executable, "-c", KILLED, str(own), str(adapter), str(tmp_path / "out")]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     (left,) = (p for p in tmp_path.iterdir() if p.name.startswith(".out."))
     assert not (tmp_path / "out").exists()
-    room = sum(f.stat().st_size for f in files)
+    room = sum(f.stat().st_size for f in shards)
     assert 0 < stale_bytes(tmp_path / "out") < room + 2**20
     full = SimpleNamespace(free=room - stale_bytes(tmp_path / "out") // 2)  # it has room, as what is left counts
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     if change == "base":
-        os.utime(files[-1], (1, 1))
+        os.utime(shards[-1], (1, 1))
     written: list[str] = []
 
     def watched(target: Path, *rest: Any, **options: Any) -> None:
@@ -280,7 +282,7 @@ def test_a_killed_merge_goes_on(
     monkeypatch.setattr(merging, "write_file", watched)
     weights = [(adapter, 0.5 if change == "weight" else 1.0)]
     merge(weights, base=own, out=tmp_path / "out", verify="tensors", progress=False)
-    assert len(written) == len(files) - 2 * (change == "nothing")
+    assert len(written) == len(shards) - 2 * (change == "nothing")
     assert not left.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "out"}
     assert not list((tmp_path / "out").glob(".*"))
@@ -288,8 +290,8 @@ def test_a_killed_merge_goes_on(
     monkeypatch.setattr(merging, "write_file", watched)
     written.clear()
     merge(weights, base=own, out=tmp_path / "again", verify=False, progress=False)
-    assert len(written) == len(files)
-    for file in (*(f.name for f in files), "soka.lock"):
+    assert len(written) == len(shards)
+    for file in (*(f.name for f in shards), "soka.lock"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
@@ -343,8 +345,122 @@ def test_inputs_are_safe(tmp_path: Path, base: Path, adapter: Path) -> None:
             run(adapter, base, out)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "main.tex").touch()
-    with pytest.raises(BuildError, match=r"main\.tex is not part of a merged model"):
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a merged model.*holds main\.tex"):
         run(adapter, base, tmp_path / "thesis")
+
+
+def _everything(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("what", ["models", "a model", "adapters", "notes", "results", "a link", "a lock of a build"])
+def test_what_is_no_merged_model_is_refused_before_any_work(
+    tmp_path: Path, base: Path, adapter: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files with a merged model's endings, and even with its names, are not a merged model."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    if what == "models":
+        shutil.copytree(base, out / "a")
+        shutil.copytree(base, out / "b")
+    elif what == "a model":
+        shutil.copytree(base, out, dirs_exist_ok=True)
+    elif what == "adapters":
+        shutil.copytree(adapter, out / "one")
+    elif what == "notes":
+        (out / "notes.md").write_text("mine")
+        (out / "results.json").write_text("{}")
+    elif what == "results":
+        (out / "config.json").write_text("{}")
+    elif what == "a link":
+        (out / "model.safetensors").symlink_to(base / "config.json")
+    else:
+        write_lock(out / "soka.lock", {"soka": 1, "stages": {}, "files": {}})
+    before = _everything(out)
+    monkeypatch.setattr(merging, "read_source", lambda _: pytest.fail("work was begun"))
+    first = sorted(p.name for p in out.iterdir())[0]
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a merged model") as caught:
+        run(adapter, base, out)
+    assert first in caught.value.message
+    assert _everything(out) == before
+
+
+@pytest.mark.parametrize(
+    "added", ["notes.md", "vocabulary.json", "a/config.json", "adapter_config.json", "extra.safetensors", "empty/"]
+)
+def test_what_was_put_into_a_merged_model_is_not_lost(tmp_path: Path, base: Path, adapter: Path, added: str) -> None:
+    out = tmp_path / "out"
+    run(adapter, base, out)
+    run(adapter, base, out)  # an earlier output of the same kind is replaced
+    (out / ".DS_Store").touch()
+    run(adapter, base, out)
+    (out / added).parent.mkdir(exist_ok=True)
+    (out / added).mkdir() if added.endswith("/") else (out / added).write_text("mine")
+    before = _everything(out)
+    with pytest.raises(BuildError, match=f"not part of a merged model: {added.split('/')[0]}"):
+        run(adapter, base, out)
+    assert _everything(out) == before
+
+
+def test_a_merged_model_of_other_files_is_replaced(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Its own index says which weights are its own."""
+    single = write_base(tmp_path / "single", shard="1GB")
+    run(adapter, base, tmp_path / "out")
+    run(adapter, single, tmp_path / "out", allow_other_base=True)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+    run(adapter, base, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("what", ["added", "changed", "a new folder"])
+def test_what_comes_while_a_merge_runs_is_kept(
+    tmp_path: Path,
+    base: Path,
+    adapter: Path,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)
+    out = tmp_path / "out"
+    if what != "a new folder":
+        run(adapter, base, out)
+    real = merging.write_papers
+
+    def meanwhile(*args: Any) -> None:
+        out.mkdir(exist_ok=True)
+        (out / {"changed": "README.md"}.get(what, "notes.md")).write_text("mine")
+        real(*args)
+
+    monkeypatch.setattr(merging, "write_papers", meanwhile)
+    run(adapter, base, out)
+    (kept,) = tmp_path.glob("out.earlier-*")
+    assert (kept / {"changed": "README.md"}.get(what, "notes.md")).read_text() == "mine"
+    assert Checkpoint.open(out).sha256() != Checkpoint.open(base).sha256()
+    assert "mine" not in (out / "README.md").read_text()
+    assert str(kept) in caplog.text
+
+
+@pytest.mark.parametrize("where", ["here", "above here", "home", "root"])
+def test_places_that_are_never_replaced(
+    tmp_path: Path, base: Path, adapter: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, home = tmp_path / "work" / "here", tmp_path / "home"
+    for folder in (here, home):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    out = {"here": Path(), "above here": Path(".."), "home": home, "root": Path("/")}[where]
+    with pytest.raises(BuildError, match=r"current directory|home directory|would destroy"):
+        run(adapter, base, out)
+    assert here.is_dir()
+    assert home.is_dir()
+
+
+@pytest.mark.parametrize("place", ["/proc/merged", "/sys/merged", "/proc/self/merged"])
+def test_places_that_are_the_kernels(base: Path, adapter: Path, place: str) -> None:
+    with pytest.raises(BuildError, match=r"lies in /(proc|sys), which is the kernel's"):
+        run(adapter, base, Path(place))
 
 
 @pytest.mark.parametrize("damage", ["delta", "other", "logits"])
@@ -398,3 +514,124 @@ def test_shapes_of_the_test_model(base: Path) -> None:
     opened = Checkpoint.open(base)
     for name, shape in SHAPES.items():
         assert opened.info(f"model.layers.0.{name}.weight").shape == shape
+
+
+@pytest.mark.parametrize("metadata", ["null", "[]", "absent"])
+def test_an_index_without_metadata(tmp_path: Path, metadata: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Merged all the same, with an index that transformers reads."""
+    base = write_base(tmp_path / "base")
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["metadata"]
+    index.write_text(json.dumps(content | ({} if metadata == "absent" else {"metadata": json.loads(metadata)})))
+    with caplog.at_level(logging.INFO):
+        result = merge(adapter, base=base, out=tmp_path / "out", progress=False)
+    assert result.verified == ("tensors",)
+    assert "which transformers needs" in caplog.text
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert written["metadata"]["total_size"] > 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_nan_that_no_adapter_touches_is_the_bases(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_base(tmp_path / "base", shard="1GB")
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[:64] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    result = merge(write_test_adapter(tmp_path / "adapter"), base=base, out=tmp_path / "out", progress=False)
+    assert "tensors" in result.verified
+    after = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(after.view(torch.uint8), tensors[name].view(torch.uint8))
+    assert f"holds NaN or infinity in {name}" in caplog.text
+    assert str(base) in caplog.text
+    assert "bug" not in caplog.text
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_base_that_cannot_be_read_is_named(
+    tmp_path: Path, base: Path, hashed: bool, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
+) -> None:
+    adapter = write_test_adapter(tmp_path / "adapter", base=base if hashed else None)
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    monkeypatch.setattr(os, "copy_file_range", broken)
+    with pytest.raises(
+        CheckpointError, match=r"base/model-0000\d-of-0000\d\.safetensors: cannot be read: Input/output"
+    ):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+def test_a_pipe_among_the_bases_files(tmp_path: Path, adapter: Path, old: Callable[[], None]) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "vocab.json").unlink(missing_ok=True)
+    os.mkfifo(base / "vocab.json")
+    with pytest.raises(CheckpointError, match=r"vocab\.json: cannot be read: not a file but a device, a pipe"):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+@pytest.mark.parametrize("moment", ["while it is read", "while it is merged"])
+def test_the_lock_names_the_adapter_that_was_merged(
+    tmp_path: Path, base: Path, adapter: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of another training takes its place, as the end of a build does it."""
+    other = write_test_adapter(tmp_path / "other", all_factors(seed=5), base=base)
+    shas = {files.sha256_file(folder / "adapter_model.safetensors"): folder.name for folder in (adapter, other)}
+
+    def swap() -> None:
+        if other.exists():
+            shutil.rmtree(adapter)
+            other.rename(adapter)
+
+    if moment == "while it is read":
+        read = adapter_source.read_adapter
+        monkeypatch.setattr(adapter_source, "read_adapter", lambda path: (read(path), swap())[0])
+    else:
+        papers = merging.copy_side_files
+        monkeypatch.setattr(merging, "copy_side_files", lambda *args: (papers(*args), swap())[0])
+    run(adapter, base, tmp_path / "out")
+    named = shas[read_lock(tmp_path / "out" / "soka.lock")["adapters"]["adapter0"]["sha256"]]
+    monkeypatch.undo()
+    write_test_adapter(tmp_path / "own", all_factors(seed=1 if named == "adapter" else 5), base=base)
+    run(tmp_path / "own", base, tmp_path / "again")
+    assert named == ("other" if moment == "while it is read" else "adapter")
+    for file in Checkpoint.open(base).files:
+        assert (tmp_path / "out" / file.name).read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_an_adapter_that_changes_all_the_time(
+    tmp_path: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
+) -> None:
+    read, times = adapter_source.read_adapter, iter(range(1, 100))
+
+    def touched(path: Path) -> object:
+        found = read(path)
+        os.utime(path / "adapter_config.json", (next(times),) * 2)
+        return found
+
+    monkeypatch.setattr(adapter_source, "read_adapter", touched)
+    with pytest.raises(CheckpointError, match="is changed again and again while it is read"):
+        run(adapter, base, tmp_path / "out")
+    old()
+
+
+def test_a_base_that_changes_while_it_is_merged(
+    tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
+) -> None:
+    base = write_base(tmp_path / "base")
+    real = merging.write_file
+
+    def changed(*args: Any, **options: Any) -> None:
+        real(*args, **options)
+        os.utime(Checkpoint.open(base).files[0], (1, 1))
+
+    monkeypatch.setattr(merging, "write_file", changed)
+    with pytest.raises(CheckpointError, match=r"00001-of-.*was changed while it was being read"):
+        run(adapter, base, tmp_path / "out")
+    old()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ import pytest
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.lock import write_lock
+from soka_serve.serving_base import cache_directory
 from soka_serve.workspace import HashCache
 from soka_vllm import base
-from soka_vllm.base import check_base, hash_cache
+from soka_vllm.base import check_base
+from tests.fuzzing import limited
 
 OTHER = "0" * 64
 
@@ -71,7 +75,7 @@ def test_the_base_is_hashed_once(tmp_path: Path, served: Path, monkeypatch: pyte
     """Not again by the next server; a changed base is hashed anew."""
     folder = adapter(tmp_path, Checkpoint.open(served).sha256())
     check_base(folder, str(served), None)
-    assert hash_cache().is_file()
+    assert (cache_directory() / "hashes.json").is_file()
     asked = []
     read = HashCache.file
     monkeypatch.setattr(HashCache, "file", lambda self, path: asked.append(self.knows(path)) or read(self, path))
@@ -91,18 +95,78 @@ def test_the_base_is_hashed_once(tmp_path: Path, served: Path, monkeypatch: pyte
     assert asked == [True, False]
 
 
-def test_what_the_build_has_hashed_is_not_hashed_again(
-    tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = adapter(tmp_path, Checkpoint.open(served).sha256(), beside=True)
-    known = tmp_path / "build" / ".cache" / "hashes.json"
-    known.parent.mkdir()
-    hashes = HashCache(known)
-    Checkpoint.open(served).sha256(hashes.file)
-    hashes.save()
+def forged(served: Path, digest: str = OTHER) -> str:
+    """A cache that says of the served weights what its writer wants."""
+    file = (served / "model.safetensors").resolve()
+    status = file.stat()
+    return json.dumps({str(file): [status.st_size, status.st_mtime_ns, status.st_ino, digest]})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "forged", "list", "device"])
+def test_what_lies_beside_an_adapter_is_not_read(tmp_path: Path, served: Path, kind: str) -> None:
+    """Where a build would keep its cache: whoever brings the adapter can have written that."""
+    sha256 = Checkpoint.open(served).sha256()
+    folder = adapter(tmp_path, sha256)
+    planted = tmp_path / "build" / ".cache" / "hashes.json"
+    planted.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(planted)
+    elif kind == "device":
+        planted.symlink_to("/dev/zero")
+    else:
+        planted.write_text(forged(served) if kind == "forged" else "[]")
+    with limited(20):
+        check_base(folder, str(served), None)
+
+
+def test_the_cache_is_the_users_own(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that others could write to is dropped and closed; it costs reading the base again, and is said."""
+    folder = adapter(tmp_path, Checkpoint.open(served).sha256())
     check_base(folder, str(served), None)
-    assert "Hashing" not in caplog.text
-    assert not hash_cache().exists()
+    cache = cache_directory()
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    for open_to_others in (cache, cache / "hashes.json"):
+        (cache / "hashes.json").write_text(forged(served))
+        cache.chmod(0o755)
+        open_to_others.chmod(0o777)
+        base._hashes.clear()
+        caplog.clear()
+        check_base(folder, str(served), None)
+        assert "other users may write" in caplog.text
+        assert OTHER not in (cache / "hashes.json").read_text()
+        assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+    (cache / "hashes.json").unlink()
+    (cache / "hashes.json").symlink_to("/dev/zero")
+    base._hashes.clear()
+    check_base(folder, str(served), None)
+    assert (cache / "hashes.json").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_another_users_cache_is_left_alone(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = cache_directory()
+    cache.mkdir(parents=True)
+    (cache / "hashes.json").write_text(forged(served))
+    os.chown(cache, 12345, 12345)
+    check_base(adapter(tmp_path, Checkpoint.open(served).sha256()), str(served), None)
+    assert "belongs to another user" in caplog.text
+    assert OTHER in (cache / "hashes.json").read_text()
+
+
+def test_the_lock_of_the_build_counts_where_nobody_else_can_write(tmp_path: Path, served: Path) -> None:
+    folder = adapter(tmp_path, OTHER, beside=True)
+    lock = folder.parent / "soka.lock"
+    with pytest.raises(ValueError, match=OTHER):
+        check_base(folder, str(served), None)
+    for place in (lock, folder.parent):
+        before = place.stat().st_mode
+        place.chmod(0o777)
+        check_base(folder, str(served), None)
+        place.chmod(before)
+    lock.unlink()
+    os.mkfifo(lock)
+    with limited(20):
+        check_base(folder, str(served), None)
 
 
 def test_no_lock_is_no_refusal(tmp_path: Path, served: Path, caplog: pytest.LogCaptureFixture) -> None:

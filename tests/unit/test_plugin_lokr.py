@@ -85,7 +85,7 @@ def test_wrong_tensors(tmp_path: Path, edit, message: str) -> None:  # type: ign
         ("alpha", None, "gives alpha as None"),
         ("alpha", 10**400, "too large"),
         ("rank_pattern", ["first"], "rank_pattern must be an object"),
-        ("rank_pattern", {"(": 2}, "unterminated"),
+        ("rank_pattern", {"(": 2}, r"missing \)"),
         ("modules_to_save", ["second"], "whole"),
     ],
 )

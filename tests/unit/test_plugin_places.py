@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
 import pytest
 
-from soka_vllm.places import ROOTS_VARIABLE, allowed_roots, find_build, is_inside
+from soka_vllm.places import ROOTS_VARIABLE, Locks, allowed_roots, find_build, is_inside
 
 
 @pytest.fixture
@@ -92,3 +93,25 @@ def test_the_allowed_roots(monkeypatch: pytest.MonkeyPatch) -> None:
     assert allowed_roots() == []  # set to nothing: nothing is allowed
     monkeypatch.setenv(ROOTS_VARIABLE, os.pathsep.join(["/srv/a", "~/b"]))
     assert allowed_roots() == [Path("/srv/a"), Path.home() / "b"]
+
+
+def test_locks_of_names_go_when_nobody_holds_them() -> None:
+    """A client may ask for any number of names; one at a time for each."""
+    locks = Locks()
+    inside: list[int] = []
+
+    async def enter(at: int) -> None:
+        async with locks["one"]:
+            inside.append(at)
+            await asyncio.sleep(0)
+            assert inside[-1] == at
+
+    async def ask() -> None:
+        await asyncio.gather(*(enter(at) for at in range(20)))
+        for at in range(1000):
+            async with locks[f"name{at}"]:
+                assert locks[f"name{at}"].locked()
+
+    asyncio.run(ask())
+    assert len(inside) == 20
+    assert len(locks) == 0

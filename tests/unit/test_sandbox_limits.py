@@ -126,6 +126,10 @@ _CALLS = {
     "FS_IOC_RESVSP": "fcntl.ioctl(FD, 0x40305828, struct.pack('hhqqII16x', 0, 0, 0, 1 << 28, 0, 0))",
     "fallocate beyond the end": "call('fallocate', FD, 1, ctypes.c_long(0), ctypes.c_long(1 << 28))",
     "O_TMPFILE": "os.open('.', os.O_TMPFILE | os.O_RDWR, 0o600)",
+    "neither reading nor writing": "os.open('kept', 3)",
+    "neither, with truncation": "os.open(os.__file__, 3 | os.O_TRUNC)",
+    "shared memory": "mmap.mmap(-1, 4096)",
+    "a shared file": "mmap.mmap(FD, 4096)",
     "unlink": "os.remove('kept')",
     "rename": "os.rename('kept', 'other')",
     "vmsplice": "call('vmsplice', PIPE[1], struct.pack('PN', ctypes.addressof(PAGES), 4096), 1, 0)",
@@ -138,7 +142,7 @@ _CALLS = {
 @pytest.mark.parametrize("name", _CALLS)
 def test_calls_past_the_limits_are_refused(name: str) -> None:
     code = f"""
-        import ctypes, errno, fcntl, os, signal, struct
+        import ctypes, errno, fcntl, mmap, os, signal, struct
         FD = os.open('kept', os.O_CREAT | os.O_RDWR, 0o600)
         os.write(FD, b'x' * 4096)
         PIPE = os.pipe()
@@ -185,7 +189,7 @@ def test_files_that_are_mapped_count(scratches: str) -> None:
         for n in range(64):
             fd = os.open(str(n), os.O_CREAT | os.O_RDWR, 0o600)
             os.ftruncate(fd, 1 << 20)
-            kept.append(libc.mmap(None, ctypes.c_size_t(1 << 20), 3, 1, fd, ctypes.c_long(0)))
+            kept.append(libc.mmap(None, ctypes.c_size_t(1 << 20), 3, 2, fd, ctypes.c_long(0)))
             os.close(fd)
             try:
                 os.remove(str(n))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,12 +19,13 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve
-from soka_serve import doctor, serving_command, serving_process, serving_targets
+from soka_serve import doctor, serving_command, serving_process, serving_targets, workspace
 from soka_serve.adapter import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
 from soka_serve.errors import SokaError
+from soka_serve.files import sha256_file
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
 from soka_serve.serving import plan_launch
@@ -394,6 +396,36 @@ def test_one_base(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     unfit = _adapter(tmp_path / "unfit", module="model.layers.99.self_attn.q_proj")
     with pytest.raises(SokaError, match=r"layers\.99"):
         plan_launch([str(unfit)], Settings())
+
+
+def test_what_a_build_has_hashed_is_not_hashed_again(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operator has named the build; but not where others could have written, and not what is malformed."""
+    build = shutil.copytree(built / "build", tmp_path / "build")
+    hashes, cache = build / ".cache" / "hashes.json", tmp_path / "cache" / "soka-serve" / "hashes.json"
+    known = json.loads(hashes.read_text())
+    hashed: list[str] = []
+    monkeypatch.setattr(workspace, "sha256_file", lambda path: hashed.append(str(path)) or sha256_file(path))
+    plan_launch([str(build / "small")], Settings())
+    assert hashed == []
+    weights = str((base_directory() / "model.safetensors").resolve())
+    assert json.loads(cache.read_text())[weights] == known[weights]
+    for folder in (hashes, hashes.parent, build):
+        cache.unlink()
+        before = folder.stat().st_mode
+        folder.chmod(0o777)
+        plan_launch([str(build / "small")], Settings())
+        folder.chmod(before)
+        assert hashed == [weights]
+        hashed.clear()
+    cache.unlink()
+    hashes.unlink()
+    os.mkfifo(hashes)
+    (build / "small" / "check.json").unlink(missing_ok=True)
+    os.mkfifo(build / "small" / "check.json")
+    plan_launch([str(build / "small")], Settings())
+    assert hashed == [weights]
 
 
 def test_the_plugin_is_looked_for_before_anything_is_started(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

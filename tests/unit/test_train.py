@@ -482,3 +482,17 @@ def test_tensorboard_gets_every_module(base: Path, tmp_path: Path) -> None:
     assert len(losses) == 4
     sigma = {line["step"]: line["modules"][name]["sigma"][0] for line in history if "loss" in line}
     assert {s.step: s.value for s in read.Scalars(f"train/sigma/{name}/0")} == pytest.approx(sigma)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.bin", "adapter/adapter_model.safetensors", "history.jsonl"])
+@pytest.mark.parametrize("text", [None, "{}", "[]", "{"])
+def test_a_folder_of_somebody_elses_training_is_left_alone(
+    base: Path, tmp_path: Path, name: str, text: str | None
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(BuildError, match=f"holds {name.split('/')[0]}, and no run.json"):
+        run_training(base, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"

@@ -1,0 +1,85 @@
+"""Teaches PEFT the type "SOKA" in programs that are not ours, such as plain `lm_eval --model hf --model_args peft=...`.
+
+torch calls `install` when it is imported (entry point "torch.backends", the one hook that every program with PEFT
+passes); the adapter type is registered when PEFT is imported after that. `SOKA_AUTOLOAD=0` turns it off.
+
+It runs in every program of an environment that imports torch: it imports nothing of ours until PEFT is imported, and
+whatever goes wrong is logged at most, for an exception here would be torch's. It is a package of its own, since
+soka_serve may be gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # what typing's is when the program runs
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+
+def install() -> None:
+    """Register the type once PEFT is imported. A program that imports PEFT before torch must register it itself."""
+    try:
+        if os.environ.get("SOKA_AUTOLOAD") == "0" or "peft" in sys.modules:
+            return
+        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder())
+    except Exception:  # noqa: BLE001 - torch would raise it
+        pass
+
+
+class _Finder:
+    """Finds `peft` as the other finders do, and has its loader register the type afterwards.
+
+    It stays until the program ends: libraries look for PEFT without importing it, and taking it away would disturb
+    other threads that go through the list of finders.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        for finder in list(sys.meta_path):
+            if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
+                continue
+            spec: ModuleSpec | None = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                _register_after(spec.loader)
+                return spec
+        return None
+
+
+def _register_after(loader: Any) -> None:
+    """Have this very loader, which others ask for data and types, register the type when it has run the module."""
+    try:
+        run = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            vars(loader).pop("exec_module", None)
+            run(module)
+            _register()
+
+        loader.exec_module = exec_module
+    except Exception:  # noqa: BLE001 - a loader that takes no attributes: PEFT is imported without us
+        pass
+
+
+def _register() -> None:
+    try:
+        import soka_serve.peft  # noqa: F401
+    except Exception as error:  # noqa: BLE001 - a program that uses PEFT for something else must go on
+        _say(f"soka-serve could not register its adapter type with PEFT: {type(error).__name__}: {error}")
+
+
+def _say(text: str) -> None:
+    try:
+        import logging
+
+        logging.getLogger("soka_serve.autoload").warning(text)
+    except Exception:  # noqa: BLE001 - a handler of the program's
+        pass

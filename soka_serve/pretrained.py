@@ -1,0 +1,43 @@
+"""The one place where models and tokenizers of transformers are opened: local files only, never code of their own.
+
+`trust_remote_code=False` is said each time: left out, transformers asks on the terminal, and `yes |` would answer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from soka_serve.foreign_code import check_no_code
+
+
+def open_model(directory: Path, **options: Any) -> Any:
+    """A causal language model from a checkpoint's safetensors, by transformers' own class for it.
+
+    Args:
+        directory: of the checkpoint.
+        options: for `from_pretrained`.
+
+    Raises:
+        CheckpointError: it can be loaded by code of its own only.
+        OSError, ValueError, RuntimeError, KeyError, TypeError: what transformers raises of files that it cannot read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_no_code(directory)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
+    )
+
+
+def open_tokenizer(directory: Path) -> Any:
+    """A checkpoint's tokenizer, by transformers' own class for it.
+
+    Raises:
+        CheckpointError: it can be loaded by code of its own only.
+        OSError, ValueError: what transformers raises of files that it cannot read.
+    """
+    from transformers import AutoTokenizer
+
+    check_no_code(directory)
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
