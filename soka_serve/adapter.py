@@ -93,6 +93,7 @@ _CONFIG: dict[str, Any] = {
 # Fields of a config that PEFT wrote, which are about training, and those that format 1 has no place for.
 _ONLY_TRAINING = frozenset({"rank_pattern", "soka_dropout"})
 _NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
+_MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
 _WRITTEN_HERE = frozenset(
     {"base_model_name_or_path", "peft_type", "soka_format", "soka_initial", "soka_modules", "target_modules"}
 )
@@ -326,7 +327,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
         return [f"soka_format is {config.get('soka_format')!r:.80}; this version reads {SOKA_FORMAT}"]
     problems = []
     unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE)
-    refused = keys_with_meaning(unknown)
+    refused = keys_with_meaning(unknown) if len(unknown) <= _MOST_UNKNOWN_KEYS else sorted(unknown)
     if refused:
         problems.append(f"unknown keys [{name_some([repr(key) for key in refused])}]")
     ignored = sorted(unknown - set(refused))

@@ -7,7 +7,7 @@ from typing import Any
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
 from soka_serve.adapter import KEY_PREFIX
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, first_ten, name_some
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.factors import soka_layers
@@ -41,7 +41,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
     tensors = load_peft_weights(directory, device="cpu", **download)
     other = set(modules_of(tensors)) ^ set(layers)
     if other:
-        raise FitError(f"{directory}: the adapter is for other modules: {', '.join(sorted(other)[:10])}")
+        raise FitError(f"{directory}: the adapter is for other modules: {name_some(sorted(other))}")
     kinds = ("", "_initial") if incoming.soka_initial else ("",)
     stores = [f"{PREFIX}{part}{kind}" for kind in kinds for part in PARTS]
     problems = []
@@ -57,7 +57,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
             problems.append(f"{name}: factor shape {list(shape)} does not fit the weight {size}")
         problems += check_values(name, list(shape), values)
     if problems:
-        raise CheckpointError(f"{directory}: " + "; ".join(problems[:10]), hint="nothing was changed")
+        raise CheckpointError(f"{directory}: " + "; ".join(first_ten(problems)), hint="nothing was changed")
     for layer in layers.values():
         layer.drop_initial(adapter_name)
         if incoming.soka_initial:

@@ -6,7 +6,7 @@ Everything is checked before anything is changed, and all problems come in one m
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from soka_serve.adapter import KEY_PREFIX
-from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.errors import CheckpointError, PlanError, first_ten, name_some
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.merging import KBIT_BACKENDS, find_backend, weight_size
 from soka_serve.peft.parts import PARTS, PREFIX
 from soka_serve.shapes import FactorShape, balanced_shape, check_shape
-
-SHOWN = 10  # problems in one message; the rest are counted
 
 
 def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], Any], *, nested: bool = False) -> None:
@@ -55,17 +53,10 @@ def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], 
             problems.append(error.message)
     strangers = sorted(set(config.soka_modules) - set(targets))
     if strangers:
-        listed = _first(map(repr, strangers))
+        listed = name_some([repr(name) for name in strangers])
         problems.append(f"soka_modules names modules that the model lacks or that are not targeted: [{listed}]")
     if problems:
-        raise FitError(_first(problems, "\n"), hint="target linear layers, such as q_proj or down_proj")
-
-
-def _first(lines: Iterable[str], separator: str = ", ") -> str:
-    """The first lines, and how many more there are."""
-    lines = list(lines)
-    text = separator.join(lines[:SHOWN])
-    return text if len(lines) <= SHOWN else f"{text}{separator}and {len(lines) - SHOWN} more"
+        raise FitError("\n".join(first_ten(problems)), hint="target linear layers, such as q_proj or down_proj")
 
 
 def unsupported(module: nn.Module, *, nested: bool = False) -> str | None:
@@ -212,10 +203,10 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
             fitting.append((layer, len(values[f"{PREFIX}sigma"]), shape))
     unknown = sorted(key for key in tensors if key.rpartition(".")[2].startswith(PREFIX) and key not in expected)
     if unknown:
-        problems.append(f"tensors that the adapter's config does not name: {_first(unknown)}")
+        problems.append(f"tensors that the adapter's config does not name: {name_some(unknown)}")
     if problems:
         raise CheckpointError(
-            "the adapter's weights do not fit its config:\n  " + _first(problems, "\n  "),
+            "the adapter's weights do not fit its config:\n  " + "\n  ".join(first_ten(problems)),
             hint="the file is damaged, or belongs to another adapter_config.json",
         )
     for layer, rank, shape in fitting:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 
+from soka_serve.errors import first_ten
 from soka_serve.kron import Factors, recompress, stack_terms
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.layer import SokaLayer
@@ -74,4 +75,4 @@ def _check(model: Any, adapters: list[str], weights: list[float], adapter_name: 
         if isinstance(layer, ModulesToSaveWrapper) and any(name in layer.modules_to_save for name in adapters):
             problems.append("an adapter trains whole modules (modules_to_save), which cannot be summed")
     if problems:
-        raise FitError("cannot add a weighted adapter: " + "; ".join(problems[:10]))
+        raise FitError("cannot add a weighted adapter: " + "; ".join(first_ten(problems)))
