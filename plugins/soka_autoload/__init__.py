@@ -86,11 +86,11 @@ def _register_at_the_end(spec: Any) -> None:
     class Watched(kind):  # type: ignore[misc, valid-type]
         @property
         def _initializing(self) -> bool:
-            return bool(vars(self)["_initializing"])
+            return bool(self.__dict__["_initializing"])
 
         @_initializing.setter
         def _initializing(self, value: bool) -> None:
-            vars(self)["_initializing"] = value
+            self.__dict__["_initializing"] = value
             if not value:
                 self.__class__ = kind
                 if "peft" in sys.modules:  # an import that failed has taken it away

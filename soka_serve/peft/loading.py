@@ -5,6 +5,7 @@ Everything is checked before anything is changed, and all problems come in one m
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.merging import KBIT_BACKENDS, find_backend, weight_size
 from soka_serve.peft.parts import PARTS, PREFIX
 from soka_serve.shapes import FactorShape, balanced_shape, check_shape
+
+log = logging.getLogger(__name__)
 
 
 def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], Any], *, nested: bool = False) -> None:
@@ -42,7 +45,7 @@ def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], 
     if config.is_loading:
         _rename(config, model, [name for name in names if unsupported(modules[name], nested=nested) is None], matches)
     targets = [name for name in names if (name in config.soka_modules if config.is_loading else matches(name))]
-    problems = []
+    problems = [] if config.is_loading else _fused_experts(config, model, alone=not targets)
     for name in targets:
         problem = unsupported(modules[name], nested=nested)
         try:
@@ -57,6 +60,23 @@ def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], 
         problems.append(f"soka_modules names modules that the model lacks or that are not targeted: [{listed}]")
     if problems:
         raise FitError("\n".join(first_ten(problems)), hint="target linear layers, such as q_proj or down_proj")
+
+
+def _fused_experts(config: SokaConfig, model: nn.Module, *, alone: bool) -> list[str]:
+    """Targets that are parameters of a mixture's experts, all in one tensor: an error where they are the only ones.
+
+    Beside other targets they are named in the log, as the same name may be meant for a linear layer.
+    """
+    targets = config.target_modules
+    ends = () if targets is None or isinstance(targets, str) else tuple(f".{target}" for target in targets)
+    found = [name for name, value in model.named_parameters() if value.ndim == 3 and f".{name}".endswith(ends)]
+    if not ends or not found:
+        return []
+    text = f"the experts of a mixture in one tensor cannot be adapted: {name_some(found)}"
+    if alone:
+        return [text]
+    log.warning("%s", text)
+    return []
 
 
 def unsupported(module: nn.Module, *, nested: bool = False) -> str | None:

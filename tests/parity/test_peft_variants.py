@@ -128,6 +128,21 @@ def test_embeddings_are_refused() -> None:
         get_peft_model(tiny_llama(), SokaConfig(target_modules=["embed_tokens", "q_proj"]))
 
 
+def test_fused_experts_are_refused_or_named(caplog: pytest.LogCaptureFixture) -> None:
+    experts = nn.Module()
+    experts.gate_up_proj = nn.Parameter(torch.ones(4, 6, 3))
+    model = nn.ModuleDict({"experts": experts, "q_proj": nn.Linear(6, 6)})
+    with pytest.raises(ValueError, match=r"experts of a mixture in one tensor cannot.*experts\.gate_up_proj"):
+        get_peft_model(model, SokaConfig(target_modules=["gate_up_proj"]))
+    with pytest.raises(ValueError, match=r"experts: a Module cannot be adapted, only torch\.nn\.Linear"):
+        get_peft_model(model, SokaConfig(target_modules=["experts"]))
+    with caplog.at_level("WARNING"):
+        get_peft_model(model, SokaConfig(target_modules=["gate_up_proj", "q_proj"]))
+    assert "cannot be adapted: experts.gate_up_proj" in caplog.text
+    with pytest.raises(TypeError, match="unexpected keyword argument 'target_parameters'"):
+        SokaConfig(target_parameters=["experts.gate_up_proj"])  # type: ignore[call-arg]
+
+
 def test_a_random_start_has_an_effect_and_is_never_the_same() -> None:
     ids = tokens()
     one, other = all_projections("random"), all_projections("random")
