@@ -44,7 +44,7 @@ test: venv lint ## Everything: lint, types, unit, parity and end-to-end tests
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
 	$(PYTEST) tests/unit tests/parity -m "not slow"
 
-compat: venv ## The plugin's tests with every vLLM release claimed, and PEFT's (an environment each; an hour or more)
+compat: venv ## The tests with every vLLM and PEFT release claimed, and PEFT's own (an environment each; an hour or more)
 	$(BIN)/python eval/compat.py --engine $(ENGINE) --out build/compat.json
 
 bench: venv ## Benchmarks at small size; results under build/bench (about an hour; run nothing else meanwhile)

@@ -1,5 +1,7 @@
 """The tests of the plugin with every vLLM release that it claims, and those of the PEFT type with every PEFT release.
 
+With PEFT, its own tests too, with SOKA among its methods: see eval/peft_suite/run.py.
+
 python eval/compat.py --out eval/results/compat.json          (`make compat` writes build/compat.json)
 
 Makes a virtual environment per release under build/compat (about 3 GB each for vLLM; kept, so that a second run only
@@ -122,6 +124,21 @@ def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
     return {"ok": done.returncode == 0, **counts, "failures": failed, "seconds": round(time.monotonic() - started)}
 
 
+def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
+    """PEFT's own tests with SOKA's cases, in an environment: passed, failed and not applicable by name."""
+    python, work = str(folder / "bin" / "python"), ROOT / "build" / "compat" / "peft-suite"
+    pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "diffusers", "parameterized"]
+    subprocess.run(pip, check=True)
+    out = work / f"{release}.json"
+    out.unlink(missing_ok=True)
+    script = str(ROOT / "eval" / "peft_suite" / "run.py")
+    done = subprocess.run([python, script, release, "--work", str(work), "--out", str(out)], check=False)
+    if not out.exists():
+        return {"failed": [f"{script} ended with {done.returncode}"]}
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -141,6 +158,9 @@ def main() -> None:
             make_environment(folder, arguments.engine, requirement, release)
             found = run_tests(folder, TESTS[kind])
             print({k: v for k, v in found.items() if k != "failures"}, *found["failures"], sep="\n  ", flush=True)
+            if kind == "peft":
+                found["peft_own_tests"] = run_peft_suite(folder, release)
+                found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
             beside = {"beside": chosen(folder), "tests": TESTS[kind]}
             results.append({"package": requirement.name, "release": release, **beside, **found})
             report = {

@@ -26,7 +26,7 @@ from soka_serve.checkpoint import Checkpoint
 from soka_serve.initialise import initialise
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
 from soka_serve.kron_apply import choose_order
-from soka_serve.peft.layer import SokaLinear
+from soka_serve.peft import SokaConfig, SokaLinear
 from soka_serve.schema import Manifest
 from soka_serve.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
@@ -187,10 +187,7 @@ def measure_training(effort: Effort, *, tokens: int, rank: int, width: int) -> P
     """Forward and backward of SoKA's layer, of its frozen base alone, and of the delta alone."""
     torch.manual_seed(SEED)
     shape, base = balanced_shape(width, width), nn.Linear(width, width, bias=False).requires_grad_(False)
-    layer = SokaLinear(
-        base, "default", module_name="layer", rank=rank, shape=shape, init="weights", initial=True, seed=SEED,
-        inference_mode=False,
-    )  # fmt: skip
+    layer = SokaLinear(base, "default", module_name="layer", rank=rank, shape=shape, config=SokaConfig(seed=SEED))
     x, grad = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
     trained = [p for p in layer.parameters() if p.requires_grad]
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_h
 from soka_serve.kron import Factors, stack_terms
 from soka_serve.lock import read_lock, write_lock
 
+log = logging.getLogger(__name__)
+
 __all__ = [
     "ADAPTER_FILES",
     "CARD_FILE",
@@ -41,6 +44,7 @@ __all__ = [
     "Adapter",
     "AdapterFiles",
     "check_against",
+    "keys_with_meaning",
     "look_at_adapter",
     "read_adapter",
     "read_lock",
@@ -86,6 +90,10 @@ _CONFIG: dict[str, Any] = {
     "target_modules": None,
     "task_type": "CAUSAL_LM",
 }
+# Fields of a config that PEFT wrote, which are about training, and those that format 1 has no place for.
+_ONLY_TRAINING = frozenset({"rank_pattern", "soka_dropout"})
+_NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
+_MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
 _WRITTEN_HERE = frozenset(
     {"base_model_name_or_path", "peft_type", "soka_format", "soka_initial", "soka_modules", "target_modules"}
 )
@@ -318,9 +326,14 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     if config.get("soka_format") != SOKA_FORMAT:
         return [f"soka_format is {config.get('soka_format')!r:.80}; this version reads {SOKA_FORMAT}"]
     problems = []
-    unknown = sorted(set(config) - set(_CONFIG))
-    if unknown:
-        problems.append(f"unknown keys [{name_some([repr(key) for key in unknown])}]")
+    unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE)
+    refused = keys_with_meaning(unknown) if len(unknown) <= _MOST_UNKNOWN_KEYS else sorted(unknown)
+    if refused:
+        problems.append(f"unknown keys [{name_some([repr(key) for key in refused])}]")
+    ignored = sorted(unknown - set(refused))
+    if ignored:  # a newer PEFT writes its own
+        log.warning("%s: unknown keys [%s] are ignored", CONFIG_FILE, name_some([f"{key!r:.80}" for key in ignored]))
+    problems += [f"{key}: {reason}" for key, reason in _NOT_HERE.items() if config.get(key)]
     if config.get("modules_to_save"):
         problems.append(
             f"modules_to_save {config['modules_to_save']!r:.200}: whole modules cannot be part of the delta"
@@ -343,6 +356,15 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
         elif not (isinstance(spec["shape"], list) and len(spec["shape"]) == 4 and all(map(_is_count, spec["shape"]))):
             problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r:.80}")
     return problems
+
+
+def keys_with_meaning(unknown: Iterable[str]) -> list[str]:
+    """Of keys that are not known here, those that would change what the factors mean: our own, and scales of others.
+
+    >>> keys_with_meaning(["new_in_peft", "alpha", "soka_new"])
+    ['alpha', 'soka_new']
+    """
+    return sorted(key for key in unknown if key.startswith("soka_") or "alpha" in key or "scal" in key)
 
 
 def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:

@@ -192,7 +192,7 @@ def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trai
     for name, layer in soka_layers(adapted).items():
         if run.initial and name not in run.initial:
             # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
-            layer.soka_sigma_initial[ADAPTER].zero_()
+            layer.soka_sigma_initial[ADAPTER].data.zero_()
     return adapted
 
 

@@ -79,7 +79,7 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         dataloader_pin_memory=not use_cpu,
         remove_unused_columns=False,
         label_names=["labels"],
-        # Every trained parameter is used at every step, and buffers (initial factors) never change.
+        # Every trained parameter is used at every step, and buffers never change.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from soka_serve.peft import SokaConfig
+from tests.tolerances import TOLERANCE
 
 VOCABULARY = 96
 
@@ -91,3 +97,39 @@ def oracle_logits(base: nn.Module, tensors: dict[str, Tensor], ids: Tensor, kron
     model = tiny_llama(torch.float64)
     model.load_state_dict(oracle_weights(base, tensors, kron))
     return logits(model, ids)
+
+
+INITS = ("weights", "zero", "random")
+
+
+def all_projections(init: Any = "weights", **options: Any) -> SokaConfig:
+    """A config with awkward ranks and shapes on every projection of the tiny LLaMA."""
+    base = tiny_llama()
+    options = {"soka_modules": spread(base), "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    return SokaConfig(init_soka_weights=init, **options)
+
+
+def trained(init: Any = "weights", seed: int = 2, **options: Any) -> PeftModel:
+    """The tiny LLaMA with such an adapter, moved as by training."""
+    model: PeftModel = get_peft_model(tiny_llama(), all_projections(init, **options)).eval()
+    perturb(model, 0.2, seed)
+    return model
+
+
+def close(ours: Tensor, oracle: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether logits are an oracle's but for rounding."""
+    rtol, atol = TOLERANCE[dtype]
+    return torch.allclose(ours.double(), oracle.double(), rtol=4 * rtol, atol=4 * atol * float(oracle.abs().max()))
+
+
+def saved(model: PeftModel, folder: Path, adapter: str = "default") -> dict[str, Tensor]:
+    """The tensors in an adapter's file."""
+    model.save_pretrained(str(folder), selected_adapters=[adapter])
+    return load_file((folder if adapter == "default" else folder / adapter) / "adapter_model.safetensors")
+
+
+def two_adapters() -> PeftModel:
+    """Adapters "default" and "other", of which the second leaves most layers alone."""
+    model = trained()
+    model.add_adapter("other", SokaConfig(r=2, target_modules=["v_proj", "down_proj"], init_soka_weights="random"))
+    return model.eval()

@@ -1,7 +1,8 @@
 """Teaches PEFT the type "SOKA" in programs that are not ours, such as plain `lm_eval --model hf --model_args peft=...`.
 
 torch calls `install` when it is imported (entry point "torch.backends", the one hook that every program with PEFT
-passes); the adapter type is registered when PEFT is imported after that. `SOKA_AUTOLOAD=0` turns it off.
+passes); the adapter type is registered when PEFT is imported after that, or, where PEFT is what imports torch, when
+PEFT is done. `SOKA_AUTOLOAD=0` turns it off.
 
 It runs in every program of an environment that imports torch: it imports nothing of ours until PEFT is imported, and
 whatever goes wrong is logged at most, for an exception here would be torch's. It is a package of its own, since
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
 
 
 def install() -> None:
-    """Register the type once PEFT is imported. A program that imports PEFT before torch must register it itself."""
+    """Register the type once PEFT is imported."""
     try:
-        if os.environ.get("SOKA_AUTOLOAD") == "0" or "peft" in sys.modules:
+        if os.environ.get("SOKA_AUTOLOAD") == "0":
             return
-        if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            return
+        if "peft" in sys.modules:
+            _register_at_the_end(sys.modules["peft"].__spec__)
+        else:
             sys.meta_path.insert(0, _Finder())
     except Exception:  # noqa: BLE001 - torch would raise it
         pass
@@ -67,6 +72,31 @@ def _register_after(loader: Any) -> None:
         loader.exec_module = exec_module
     except Exception:  # noqa: BLE001 - a loader that takes no attributes: PEFT is imported without us
         pass
+
+
+def _register_at_the_end(spec: Any) -> None:
+    """Register the type when an import that is going on, of PEFT, is done: Python then notes it in the spec.
+
+    Does nothing where there is no such import, or where another program has a spec of its own kind.
+    """
+    kind = type(spec)
+    if kind.__name__ != "ModuleSpec" or not getattr(spec, "_initializing", False):
+        return
+
+    class Watched(kind):  # type: ignore[misc, valid-type]
+        @property
+        def _initializing(self) -> bool:
+            return bool(self.__dict__["_initializing"])
+
+        @_initializing.setter
+        def _initializing(self, value: bool) -> None:
+            self.__dict__["_initializing"] = value
+            if not value:
+                self.__class__ = kind
+                if "peft" in sys.modules:  # an import that failed has taken it away
+                    _register()
+
+    spec.__class__ = Watched
 
 
 def _register() -> None:

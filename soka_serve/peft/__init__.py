@@ -15,10 +15,13 @@ True
 from soka_serve.peft import registration  # first: it checks PEFT's version
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.factors import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
+from soka_serve.peft.hotswap import hotswap_adapter
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.model import SokaModel
+from soka_serve.peft.patches import apply_patches
 
 registration.register(SokaConfig, SokaModel)
+apply_patches(registration.add_peft_type())
 
 __all__ = [
     "SokaConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "build_soka_model",
     "drop_terms",
     "get_factors",
+    "hotswap_adapter",
     "soka_layers",
     "term_energies",
 ]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
-from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.peft.registration import add_peft_type
+from soka_serve.adapter import keys_with_meaning
+from soka_serve.errors import CheckpointError
+from soka_serve.peft.errors import FitError
+from soka_serve.peft.registration import NAME, add_peft_type
 
 SOKA_FORMAT = 1
+
+# Fields that readers of format 1 may not know: written only where they are used, and what they are where they are not.
+OPTIONAL: dict[str, Any] = {"rank_pattern": {}, "soka_dropout": 0.0, "fan_in_fan_out": False}
 
 
 @dataclass
 class SokaConfig(PeftConfig):  # type: ignore[misc]
-    """What is adapted, with how many terms, and where the factors start. `bias` is not supported: there is no field.
+    """What is adapted, with how many terms, and where the factors start.
+
+    There is no field `bias` and none for `target_parameters`: a SoKA adapter changes weights of linear layers.
 
     Raises:
-        PlanError: a field has a value that cannot be; all of them are named.
+        FitError: a field has a value that cannot be; all of them are named.
         CheckpointError: `soka_format` is one that this version does not read.
     """
 
@@ -47,20 +56,32 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Other modules that are trained and saved whole, such as 'lm_head'."}
     )
-    init_soka_weights: Literal["weights", "zero", False] = field(
+    init_soka_weights: Literal["weights", "zero", "random", False] = field(
         default="weights",
         metadata={
             "help": "'weights': principal Kronecker components of each weight, subtracted again as frozen initial "
             "factors, so that nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). "
+            "'random': all random, from torch's own generator, so that the adapter has an effect at once; for tests. "
             "False: empty until they are loaded; a forward before that is an error."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisation."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Number of terms by module name, ending or regular expression; overrides r."},
+    )
+    soka_dropout: float = field(
+        default=0.0, metadata={"help": "Share of the inputs that the delta does not see in training, 0 to below 1."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False,
+        metadata={"help": "The adapted weights are stored (in, out), as transformers' Conv1D does. Set by itself."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the initialisations 'weights' and 'zero'."})
     soka_modules: dict[str, dict[str, Any]] = field(
         default_factory=dict,
         metadata={
-            "help": "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r and "
-            "shape; complete after the adapter was built."
+            "help": "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r, "
+            "rank_pattern and shape; complete after the adapter was built."
         },
     )
     soka_initial: bool = field(
@@ -72,6 +93,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type()
+        self.shapes_are_open = False  # set in loading: the file's tensors say the shapes
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if self.soka_format != SOKA_FORMAT:
@@ -81,7 +103,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             )
         problems = self._problems()
         if problems:
-            raise PlanError("SokaConfig: " + "; ".join(problems))
+            raise FitError("SokaConfig: " + "; ".join(problems))
         if self.init_soka_weights == "weights":
             self.soka_initial = True
 
@@ -92,10 +114,16 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             problems.append(f"r must be a whole number of at least 1, not {self.r!r}")
         if self.shape != "balanced" and not _is_shape(self.shape):
             problems.append(f"shape must be 'balanced' or [m, n, p, q], not {self.shape!r}")
-        if self.init_soka_weights not in ("weights", "zero") and self.init_soka_weights is not False:
-            problems.append(f"init_soka_weights must be 'weights', 'zero' or False, not {self.init_soka_weights!r}")
-        if self.init_soka_weights == "zero" and self.soka_initial:
-            problems.append("soka_initial does not go with init_soka_weights = 'zero', which needs no initial factors")
+        init = self.init_soka_weights
+        if init not in ("weights", "zero", "random") and init is not False:
+            problems.append(f"init_soka_weights must be 'weights', 'zero', 'random' or False, not {init!r}")
+        if init in ("zero", "random") and self.soka_initial:
+            problems.append(f"soka_initial does not go with init_soka_weights = {init!r}, which has no initial factors")
+        if not isinstance(self.soka_dropout, int | float) or not 0 <= self.soka_dropout < 1:
+            problems.append(f"soka_dropout must be from 0 to below 1, not {self.soka_dropout!r}")
+        for name, rank in self.rank_pattern.items():
+            if not _is_count(rank):
+                problems.append(f"rank_pattern[{name!r}] must be at least 1, not {rank!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             problems.append("layers_to_transform needs target_modules to be a list, not a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -117,20 +145,24 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse keys of adapter_config.json that have no field here; PEFT itself would drop them with a warning."""
-        unknown = sorted(set(kwargs) - {f.name for f in fields(cls)})
-        if unknown:
+        """Refuse unknown keys of adapter_config.json that change what the factors mean; PEFT warns of the others."""
+        refused = keys_with_meaning(set(kwargs) - {f.name for f in fields(cls)})
+        if refused and kwargs.get("peft_type") == NAME:  # PEFT reads other methods' files through any config class
             raise CheckpointError(
-                f"adapter_config.json: unknown keys {unknown}",
+                f"adapter_config.json: unknown keys {refused}",
                 hint="the adapter was written by another version of soka-serve, or for another method",
             )
         return dict(super().check_kwargs(**kwargs))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, sets as sorted lists, so that the same config gives the same file."""
+        """The fields, sets as sorted lists, so that the same config gives the same file.
+
+        Fields that older readers refuse stand there only where they are used (`OPTIONAL`).
+        """
         return {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()  # type: ignore[no-untyped-call, unused-ignore]
+            if key not in OPTIONAL or value != OPTIONAL[key]
         }
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -147,8 +179,29 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         finally:
             self.init_soka_weights = init
 
-    def mark_built(self) -> None:
-        """Note that an adapter was built from this config, and that `soka_modules` is complete."""
+    def rank_of(self, module: str) -> int:
+        """The number of terms that is asked for: `soka_modules`, else `rank_pattern`, else `r`."""
+        pattern = get_pattern_key(list(self.rank_pattern), module)
+        return int(self.soka_modules.get(module, {}).get("rank", self.rank_pattern.get(pattern, self.r)))
+
+    def start_building(self, *, in_use: bool) -> None:
+        """Note what was asked for; an adapter that is built from the config then completes `soka_modules`.
+
+        A config that a model was made from can be used for another model, which follows what was asked for, not what
+        the first one came to. An adapter on the same model (`in_use`) is made like the one that is there.
+        """
+        asked, recorded = getattr(self, "_asked", None), getattr(self, "_recorded", None)
+        if in_use and recorded is not None:
+            return
+        if asked is not None and self.soka_modules == recorded:
+            self.soka_modules = copy.deepcopy(asked)
+        self.soka_initial = self.soka_initial or self.init_soka_weights == "weights"
+        self._asked = copy.deepcopy(self.soka_modules)
+
+    def record(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
+        """Note what an adapter has: per module its rank and factor shape."""
+        self.soka_modules = {name: dict(spec) for name, spec in modules.items()}
+        self._recorded = copy.deepcopy(self.soka_modules)
         self._is_built = True
 
 

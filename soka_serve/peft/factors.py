@@ -141,6 +141,7 @@ def drop_terms(
     ):
         raise BuildError("terms cannot be pruned while several processes train", hint="leave [train.prune] out")
     config: SokaConfig = cast("Any", peft_model).peft_config[adapter_name]
+    changed = {}
     for name, indices in keep.items():
         layer: Any = layers[name]
         chosen = sorted(indices)
@@ -148,14 +149,11 @@ def drop_terms(
         if len(chosen) == before:
             continue
         index = torch.tensor(chosen, device=layer.soka_sigma[adapter_name].device)
-        for attribute in layer.adapter_layer_names:
-            _cut(getattr(layer, attribute)[adapter_name], index, optimizer, f"{name}.{attribute}")
-        for attribute in layer.other_param_names:
-            store = getattr(layer, attribute)
-            if adapter_name in store:
-                store[adapter_name] = store[adapter_name][index].clone()
-        config.soka_modules[name]["rank"] = len(chosen)
+        for attribute, store in layer.stores(adapter_name).items():
+            _cut(store[adapter_name], index, optimizer, f"{name}.{attribute}")
+        changed[name] = layer.spec(adapter_name)
         log.info("%s: %d of %d terms kept", name, len(chosen), before)
+    config.record({**config.soka_modules, **changed})
 
 
 def _cut(parameter: Tensor, index: Tensor, optimizer: Any | None, name: str) -> None:

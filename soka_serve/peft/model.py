@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_all_linear_layers, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.adapter import KEY_PREFIX
 from soka_serve.peft.config import SokaConfig
-from soka_serve.peft.layer import KBIT_BACKENDS, SokaLayer, SokaLinear, find_backend
-from soka_serve.peft.registration import PREFIX
-from soka_serve.shapes import FactorShape, balanced_shape, check_shape
+from soka_serve.peft.layer import SokaLayer, SokaLinear
+from soka_serve.peft.loading import clean, fit_tensors, modules_of, plan_modules, rank_and_shape
+from soka_serve.peft.merging import not_finite
+from soka_serve.peft.mixed_batch import adapter_per_row
+from soka_serve.peft.parts import PREFIX, file_key
+from soka_serve.peft.weighted import add_weighted_adapter
 
 
 class SokaModel(BaseTuner):  # type: ignore[misc]
     """A model with SoKA adapters on its linear layers; made by `peft.get_peft_model(model, SokaConfig(...))`.
 
+    The config given is the one that the model keeps: it then has the ranks and shapes in `soka_modules`.
+
     Raises (on creation and when an adapter is added):
-        PlanError: a target is not a linear layer, a factor shape does not fit, or `soka_modules` names a module that
+        FitError: a target is not a linear layer, a factor shape does not fit, or `soka_modules` names a module that
             is not there. All of them are named, and nothing has been replaced yet.
     """
 
@@ -29,42 +34,54 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = SokaLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter. Works on a copy of its config, which then records the ranks and shapes in `soka_modules`."""
-        config = copy.deepcopy(self.peft_config[adapter_name])
-        self.peft_config[adapter_name] = config
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.mark_built()
+    # --- adding an adapter ---------------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter; PEFT's method. With `state_dict`, its tensors say which modules, ranks and shapes."""
+        config: SokaConfig = self.peft_config[adapter_name]
+        others = (other for name, other in self.peft_config.items() if name != adapter_name)
+        config.start_building(in_use=any(other is config for other in others))
+        before, config.fan_in_fan_out = config.soka_modules, False
+        self._only_recorded = state_dict is not None
+        if state_dict is not None:
+            config.soka_modules = modules_of(state_dict)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except Exception:
+            config.soka_modules = before
+            raise
+        config.record(
+            {
+                layer.module_name: layer.spec(adapter_name)
+                for layer in model.modules()
+                if isinstance(layer, SokaLayer) and adapter_name in layer.soka_left
+            }
+        )
 
     @staticmethod
     def _check_target_module_exists(peft_config: SokaConfig, key: str) -> Any:
-        if peft_config.is_loading:
+        result = BaseTuner._check_target_module_exists(peft_config, key)
+        if peft_config.is_loading and not isinstance(result, _ExcludedModule):
             return key in peft_config.soka_modules
-        return BaseTuner._check_target_module_exists(peft_config, key)
+        return result
 
     def _prepare_model(self, peft_config: SokaConfig, model: nn.Module) -> None:
         """Check every target before the first one is replaced."""
         _maybe_include_all_linear_layers(peft_config, model)
-        problems, found = [], set()
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside) or not self._check_target_module_exists(peft_config, name):
-                continue
-            found.add(name)
-            base = _base_of(module)
-            problem = _unsupported(base)
-            if problem is not None:
-                problems.append(f"{name}: {problem}")
-                continue
-            try:
-                _rank_and_shape(peft_config, name, base)
-            except PlanError as error:  # it names the module itself
-                problems.append(error.message)
-        strangers = sorted(set(peft_config.soka_modules) - found)
-        if strangers:
-            problems.append(f"soka_modules names modules that the model lacks or that are not targeted: {strangers}")
-        if problems:
-            raise PlanError("\n".join(problems), hint="target linear layers, such as q_proj or down_proj")
+
+        def matches(key: str) -> Any:
+            if self._only_recorded:
+                return key in peft_config.soka_modules
+            return BaseTuner._check_target_module_exists(peft_config, key)
+
+        plan_modules(peft_config, model, matches)
 
     def _create_and_replace(
         self,
@@ -75,117 +92,115 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
-    ) -> None:
-        rank, shape = _rank_and_shape(peft_config, current_key, _base_of(target))
-        spec = {
-            "rank": rank,
-            "shape": shape,
-            "init": peft_config.init_soka_weights,
-            "initial": peft_config.soka_initial,
-            "seed": peft_config.seed,
-            "inference_mode": peft_config.inference_mode,
-        }
+    ) -> SokaLinear:
+        rank, shape = rank_and_shape(peft_config, current_key, target)
         if isinstance(target, SokaLinear):
-            target.update_layer(adapter_name, **spec)
+            target.update_layer(adapter_name, rank=rank, shape=shape, config=peft_config)
             layer = target
         else:
-            layer = SokaLinear(target, adapter_name, module_name=current_key, **spec)
+            layer = SokaLinear(
+                target, adapter_name, module_name=current_key, rank=rank, shape=shape, config=peft_config
+            )
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # a further adapter is not trained unless it is made active
             self._replace_module(parent, target_name, layer, target)
-        peft_config.soka_modules[current_key] = {"rank": len(layer.soka_sigma[adapter_name]), "shape": list(shape)}
+        if layer.is_transposed:
+            peft_config.fan_in_fan_out = True
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's option: True leaves 32 bits at least, False gives the factors the dtype of their layer."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.modules():
+                if isinstance(layer, SokaLayer):
+                    layer.cast(adapter_name)
+
+    # --- using adapters ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around each forward: `adapter_names` gives each row of the batch its own adapter."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        with adapter_per_row(self, adapter_names, num_beams=kwargs.get("num_beams")):
+            yield
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add the adapter sum of weights[i] * adapters[i]; exact, see `soka_serve.peft.weighted`."""
+        add_weighted_adapter(self, adapters, weights, adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's method. With `safe_merge`, all layers are checked before the first one is changed.
+
+        Raises:
+            MergeError: a merged weight is not finite; nothing was merged.
+        """
+        if safe_merge:
+            self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_merge(adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, False, adapter_names)
+        return unloaded
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        broken = []
+        for layer in self.model.modules():
+            if isinstance(layer, SokaLayer):
+                with onload_layer(layer):
+                    if not layer.is_merge_finite(adapter_names):
+                        broken.append(layer.module_name)
+        if broken:
+            raise not_finite(broken, adapter_names or self.active_adapters)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """PEFT's hook: the key of a tensor in the adapter's file."""
+        return file_key(key, adapter_name)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SokaConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """PEFT's hook before saving: the adapter's tensors; the config gets the ranks that they have now."""
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        found = modules_of({file_key(key, adapter_name): value for key, value in tensors.items()})
+        layers = {
+            clean(path).removeprefix(KEY_PREFIX): layer.module_name
+            for path, layer in model.named_modules()
+            if isinstance(layer, SokaLayer)
+        }
+        if found and set(found) <= set(layers):
+            config.record({layers[path]: spec for path, spec in found.items()})
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SokaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: SokaConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's hook between reading an adapter file and filling the model: checks it whole, all problems at once.
-
-        A file with another number of terms than the model (terms were pruned before it was saved) resizes the model's
-        parameters in place; they keep their identity, so an optimizer that holds them stays right.
-
-        Raises:
-            CheckpointError: factors missing or unknown, of the wrong shape, or not finite.
-        """
+        """PEFT's hook between reading an adapter file and filling the model: checks it whole, all problems at once."""
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        problems = []
-        expected: set[str] = set()
-        for path, layer in model.named_modules():
-            if not isinstance(layer, SokaLinear) or adapter_name not in layer.soka_left:
-                continue
-            keys = {
-                part: f"{path.replace('_fsdp_wrapped_module.', '')}.{part}.{adapter_name}"
-                for part in (*layer.adapter_layer_names, *layer.other_param_names)
-                if adapter_name in getattr(layer, part)
-            }
-            expected |= set(keys.values())
-            values = {part: remapped[key] for part, key in keys.items() if key in remapped}
-            missing = sorted(set(keys) - set(values))
-            if missing:
-                problems.append(f"{layer.module_name}: missing {', '.join(missing)}")
-                continue
-            problems += _check_values(layer, adapter_name, values)
-        unknown = sorted(key for key in remapped if f".{PREFIX}" in key and key not in expected)
-        if unknown:
-            problems.append(f"tensors that the adapter's config does not name: {', '.join(unknown[:5])}")
-        if problems:
-            raise CheckpointError(
-                "the adapter's weights do not fit its config:\n" + "\n".join(f"  {line}" for line in problems),
-                hint="the file is damaged, or belongs to another adapter_config.json",
-            )
-        for path, layer in model.named_modules():
-            if isinstance(layer, SokaLinear) and adapter_name in layer.soka_left:
-                key = f"{path.replace('_fsdp_wrapped_module.', '')}.soka_sigma.{adapter_name}"
-                rank = len(remapped[key])
-                if rank != len(layer.soka_sigma[adapter_name]):
-                    layer.resize(adapter_name, rank)
-                    config.soka_modules[layer.module_name]["rank"] = rank
+        fit_tensors(model, config, adapter_name, remapped)
         return remapped
-
-
-def _check_values(layer: SokaLinear, adapter: str, values: dict[str, Tensor]) -> list[str]:
-    """What is wrong with one module's tensors, by part name. The number of terms may differ from the model's."""
-    problems = []
-    rank = len(values["soka_sigma"]) if values["soka_sigma"].ndim == 1 else -1
-    for part, value in values.items():
-        want = (rank, *getattr(layer, part)[adapter].shape[1:])
-        if tuple(value.shape) != want or rank < 1:
-            problems.append(f"{layer.module_name}: {part} is {tuple(value.shape)}, expected {want}")
-        elif not bool(torch.isfinite(value).all()):
-            problems.append(f"{layer.module_name}: {part} has values that are not finite")
-    return problems
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    """The plain layer under a module that may be adapted already."""
-    return module.base_layer if isinstance(module, SokaLinear) else module
-
-
-def _unsupported(module: nn.Module) -> str | None:
-    """Why a module cannot be adapted; None where it can."""
-    if isinstance(module, BaseTunerLayer):
-        return f"already adapted by another PEFT method ({type(module).__module__}); mixing methods is not supported"
-    if not isinstance(module, nn.Linear):
-        return f"a {type(module).__name__} cannot be adapted, only torch.nn.Linear and bitsandbytes 8 and 4 bit can"
-    try:
-        backend = find_backend(module)
-    except ValueError as error:  # torchao without its config
-        return f"quantised layers of this kind cannot be adapted ({error})"
-    if backend is not None and backend.backend_name not in KBIT_BACKENDS:
-        return f"layers quantised by {backend.backend_name} cannot be adapted, only bitsandbytes 8 and 4 bit"
-    return None
-
-
-def _rank_and_shape(config: SokaConfig, name: str, module: nn.Module) -> tuple[int, FactorShape]:
-    """Rank and factor shape of one module: what `soka_modules` says, else the config's. PlanError if it cannot be."""
-    if not isinstance(module, nn.Linear):
-        raise PlanError(f"{name}: {_unsupported(module)}")
-    spec = config.soka_modules.get(name, {})
-    shape = spec.get("shape", config.shape)
-    if shape == "balanced":
-        fitted = balanced_shape(module.out_features, module.in_features)
-    else:
-        fitted = check_shape(FactorShape(*shape), module.out_features, module.in_features, module=name)
-    return int(spec.get("rank", config.r)), fitted

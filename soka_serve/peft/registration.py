@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from soka_serve.errors import SokaError
+from soka_serve.peft.parts import PREFIX
 
 if TYPE_CHECKING:
     from peft.utils import PeftType
 
 NAME = "SOKA"
-PREFIX = "soka_"
 OLDEST_PEFT = "0.21.0"
 FIRST_UNTRIED_PEFT = "0.22"
 
@@ -79,7 +79,9 @@ def register(config_cls: type, model_cls: type) -> None:
             f"the PEFT type {NAME} is already registered, by {known.__module__}.{known.__qualname__}",
             hint="only one of the two packages can be imported in a process",
         )
-    register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX)
+    register_peft_method(
+        name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix=PREFIX, is_mixed_compatible=True
+    )
 
 
 check_peft_version(installed_version("peft"))

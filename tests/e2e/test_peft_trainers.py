@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 from soka_serve.adapter import read_adapter
 from soka_serve.kron import dense_delta
 from soka_serve.peft import SokaConfig, get_factors
-from tests.peft_models import logits, spread, tiny_llama, tokens
+from tests.peft_models import logits, perturb, spread, tiny_llama, tokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
@@ -165,6 +166,36 @@ def test_sft_trainer(prepared: bool, checkpointing: bool, tmp_path: Path) -> Non
     ours: Tensor = logits(trainer.model.eval(), ids)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "final")), ids), ours)
     assert not torch.equal(ours, logits(tiny_llama(), ids))
+
+
+@pytest.mark.parametrize("init", ["weights", "zero"])
+@pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "from disk"])
+def test_dpo_goes_on_from_an_adapter(init: str, loaded: bool, tmp_path: Path) -> None:
+    """Its reference is the adapter as it was, not the base: at step 0 the loss is log 2, and the base is elsewhere."""
+    from trl import DPOConfig, DPOTrainer
+
+    model: Any = get_peft_model(tiny_llama(), soka(init_soka_weights=init))
+    perturb(model, 0.2)
+    if loaded:
+        model.save_pretrained(str(tmp_path / "sft"))
+        model = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "sft"), is_trainable=True)
+    words_of = [" ".join(f"w{(i + j) % 90}" for j in range(4)) for i in range(24)]
+    pairs = [
+        {"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in zip(*[iter(words_of)] * 3, strict=True)
+    ]
+    settings = arguments(tmp_path / "dpo", bf16=False, gradient_checkpointing=False, max_length=32)
+    trainer = DPOTrainer(
+        model, args=DPOConfig(**settings), train_dataset=Dataset.from_list(pairs), processing_class=words()
+    )
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses(trainer)[-1] < losses(trainer)[0] - 0.05
+    ids = tokens()
+    after = logits(trainer.model.eval(), ids)
+    trainer.model.set_adapter("ref")
+    reference, base = logits(trainer.model, ids), logits(tiny_llama(), ids)
+    assert (reference - base).abs().max() > 1
+    assert (reference - after).abs().max() > 1e-2
 
 
 def test_sft_trainer_on_a_4_bit_base(tmp_path: Path) -> None:

@@ -122,8 +122,25 @@ def _edit_config(folder: Path, **values: Any) -> None:
 
 def test_the_config_s_fields_are_those_of_the_peft_config() -> None:
     from soka_serve.peft import SokaConfig
+    from soka_serve.peft.config import OPTIONAL
 
-    assert set(adapter_module._CONFIG) == {f.name for f in fields(SokaConfig)}
+    optional = adapter_module._ONLY_TRAINING | set(adapter_module._NOT_HERE)
+    assert optional == set(OPTIONAL), "older readers refuse these, so a finished adapter has none"
+    assert set(adapter_module._CONFIG) | optional == {f.name for f in fields(SokaConfig)}
+
+
+def test_keys_of_a_newer_peft_are_named_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write(tmp_path)
+    _edit_config(folder, new_in_peft_0_22=None)
+    assert set(read_adapter(folder).factors) == set(SHAPES)
+    assert "unknown keys ['new_in_peft_0_22'] are ignored" in caplog.text
+
+
+def test_an_adapter_on_transposed_weights_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    _edit_config(folder, fan_in_fan_out=True)
+    with pytest.raises(CheckpointError, match="fan_in_fan_out: weights stored"):
+        read_adapter(folder)
 
 
 def test_peft_loads_what_is_written(tmp_path: Path) -> None:

@@ -33,6 +33,22 @@ def test_peft_knows_the_type(root: Path, before: str) -> None:
     assert done.stdout.split() == ["SOKA", "SourceFileLoader", "True"]
 
 
+@pytest.mark.slow  # imports torch and PEFT
+def test_a_program_whose_first_import_is_from_peft(root: Path, tmp_path: Path) -> None:
+    """PEFT then imports torch, which calls us in the midst of it."""
+    (tmp_path / "calls.py").write_text(  # as torch does at the end of its import; harmless where it did already
+        "import sys\nclass Hook:\n    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'peft.auto':\n            import soka_autoload\n            soka_autoload.install()\n"
+        "sys.meta_path.insert(0, Hook())\n"
+    )
+    code = (
+        f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport calls\nfrom peft import AutoPeftModelForCausalLM\n"
+    )
+    code += "import peft\nprint('SOKA' in peft.PeftType.__members__, type(peft.__spec__).__name__)"
+    done = run(code, root)
+    assert done.stdout.split() == ["True", "ModuleSpec"], done.stderr
+
+
 @pytest.mark.slow
 def test_a_failure_does_not_stop_peft(root: Path) -> None:
     """A program that uses PEFT for something else goes on, and is told."""
@@ -155,6 +171,20 @@ def test_one_variable_turns_it_off(foreign: Path, root: Path) -> None:
 )
 def test_nothing_that_programs_do_makes_it_fail(foreign: Path, root: Path, code: str) -> None:
     run_foreign(foreign, code, "-W", "error", root=root)
+
+
+@pytest.mark.parametrize("after", ["", "raise OSError('its own error')\n"], ids=["", "and PEFT fails"])
+def test_a_peft_that_is_being_imported(foreign: Path, root: Path, after: str) -> None:
+    """As when PEFT imports torch: the type is registered when PEFT is done, and not before."""
+    (foreign / "peft" / "__init__.py").write_text(
+        "import soka_autoload, sys\nsoka_autoload._register = lambda: print('registered', sys.modules['peft'].DONE)\n"
+        f"soka_autoload.install()\n{after}DONE = True\n"
+    )
+    path = [str(root / "plugins"), str(foreign)]
+    code = f"import sys\nsys.path[:0] = {path!r}\n"
+    code += "try:\n    import peft, peft\nexcept OSError as error:\n    print(error)"
+    done = run(code, root)
+    assert (done.stdout, done.stderr) == ("its own error\n" if after else "registered True\n", "")
 
 
 def test_a_peft_that_fails_fails_as_without_us(foreign: Path, root: Path) -> None:

@@ -76,7 +76,7 @@ def test_importing_with_an_untried_peft_says_so() -> None:
         ({"r": True}, "r must be a whole number"),
         ({"shape": "auto"}, "shape must be 'balanced' or"),
         ({"shape": [4, 4, 4]}, "shape must be 'balanced' or"),
-        ({"init_soka_weights": "gradient"}, "init_soka_weights must be 'weights', 'zero' or False"),
+        ({"init_soka_weights": "gradient"}, "init_soka_weights must be 'weights', 'zero', 'random' or False"),
         ({"init_soka_weights": 0}, "init_soka_weights must be"),
         ({"init_soka_weights": "zero", "soka_initial": True}, "soka_initial does not go with"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform needs target_modules"),
@@ -93,7 +93,7 @@ def test_values_that_cannot_be_are_refused(fields: dict[str, Any], message: str)
 
 def test_all_problems_come_at_once() -> None:
     with pytest.raises(PlanError, match=r"r must be.*shape must be.*init_soka_weights must be"):
-        SokaConfig(r=0, shape="auto", init_soka_weights="random")  # type: ignore[arg-type]
+        SokaConfig(r=0, shape="auto", init_soka_weights="gradient")  # type: ignore[arg-type]
 
 
 def test_bias_is_not_a_field() -> None:
@@ -106,11 +106,23 @@ def test_another_format_is_refused() -> None:
         SokaConfig(soka_format=2)
 
 
-def test_unknown_keys_in_the_file_are_refused_and_not_dropped(tmp_path: Path) -> None:
+def test_unknown_keys_in_the_file_are_named_and_left_out(tmp_path: Path) -> None:
+    """As PEFT does: a newer PEFT writes keys that this one does not know."""
+    SokaConfig(r=3, target_modules=["q_proj"]).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "new_in_peft_0_22": None, "bias": "all"}))
+    for read in (SokaConfig.from_pretrained, peft.PeftConfig.from_pretrained):
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['bias', 'new_in_peft_0_22'\]"):
+            config = read(str(tmp_path))
+        assert (config.r, config.target_modules) == (3, {"q_proj"})
+
+
+@pytest.mark.parametrize("key", ["alpha", "lora_alpha", "soka_scale", "scaling"])
+def test_unknown_keys_that_change_the_factors_meaning_are_refused(key: str, tmp_path: Path) -> None:
     SokaConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "bias": "all", "alpha": 3}))
-    with pytest.raises(CheckpointError, match=r"unknown keys \['alpha', 'bias'\]"):
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 3}))
+    with pytest.raises(CheckpointError, match=rf"unknown keys \['{key}'\]"):
         SokaConfig.from_pretrained(str(tmp_path))
 
 
