@@ -18,7 +18,7 @@ from soka_serve.errors import ManifestError
 from soka_serve.manifest import MAX_BYTES, parse_manifest, read_manifest, starter_manifest
 from soka_serve.manifest_docs import manifest_reference
 from soka_serve.schema import Adapt, Manifest, RankBudget, RankEnergy, RankFixed, RankSpectrum
-from tests.fuzzing import TOKENS, spoilt_manifests
+from tests.fuzzing.manifests import TOKENS, spoilt_manifests
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "manifests").rglob("*.toml"))

@@ -32,7 +32,9 @@ from soka_vllm.lycoris import read_lycoris
 from soka_vllm.patterns import Matcher, match_for_vllm, matching
 from soka_vllm.stock import look_at_lora
 from tests import hostile_adapters as hostile
-from tests.fuzzing import copy_of, limited, write_good_adapter
+from tests.fuzzing.adapters import write_good_adapter
+from tests.fuzzing.limits import limited
+from tests.fuzzing.spoil import copy_of
 
 SECONDS, MIB = 10, 512
 ANSWER_CHARACTERS = 8000
