@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.only:
+        logging.getLogger("soka_serve").setLevel(logging.ERROR)
         with tempfile.TemporaryDirectory() as place:
             prepare, check = CASES[arguments.only]
             prepare(Path(place))

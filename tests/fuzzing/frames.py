@@ -17,7 +17,7 @@ from tests.hostile_answers import FRAMES
 _TAGS = st.sampled_from([*"icbyltszdrqDFTekmh", "x", ""])
 _BODIES = JSON | st.sampled_from(
     [
-        *("1e999999999", "1e1000000000", "1e-1000000000", "1/0", "-3/4", "sNaN", "inf", "0x" + "f" * 100_000, "00", "9" * 6000),
+        *("1e999999999", "1e1000000000", "1e-1000000000", "1/0", "-3/4", "sNaN", "inf", "00", "9" * 6000),
         *(10**30, -1, [1, 2, 0], [10**18, 0, -1], [10**30] * 3, ["date", "1-1-1"], ["time", ""], ["date", 3], [[], []]),
         *("int", "object", "print", "__loader__", "os", "antigravity", "1_0", "\ud800"),
     ]
@@ -32,8 +32,9 @@ def _many(tag: str, count: int, step: int) -> object:
 
 VALUES = st.recursive(
     JSON
+    | st.builds(lambda count, digit: {"i": digit * count}, st.integers(1, 1_000_000), st.sampled_from(["f", "0x", "_"]))
     | st.builds(lambda tag, body: {tag: body}, _TAGS, _BODIES)
-    | st.builds(_many, st.sampled_from("sdlzt"), st.integers(0, 100_000), st.sampled_from([2**61 - 1, 1, 2**64])),
+    | st.builds(_many, st.sampled_from("sdlzt"), st.integers(0, 100_000) | st.sampled_from([20_000, 100_000]), st.sampled_from([2**61 - 1, 1, 2**64])),
     lambda inner: st.builds(
         lambda tag, items: {tag: [[item, item] for item in items] if tag == "d" else items},
         st.sampled_from("lszdtq"),

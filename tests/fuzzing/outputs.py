@@ -17,7 +17,7 @@ from tests.fuzzing.spoil import NODES
 _STARTS = ("nothing", "empty", "base", "base and a merged lock", "merged", "export", "adapter", "models")
 _OWN = ("model.safetensors", "config.json", "soka.lock", "README.md", "model.safetensors.index.json", "adapter_config.json")
 _NOTES = ("notes.md", ".hidden", "sub/notes.md", "model.safetensors.bak", "adapter/x", "Config.json", "\x1b[31m\n", "x.bin")
-_NAMED = ("../x", "notes.md", "sub/notes.md", "/etc/hostname", "model.safetensors", "soka.lock", "*", "")
+_NAMED = ("../x", "notes.md", "sub/notes.md", "/nonexistent/x", "model.safetensors", "soka.lock", "*", "")
 _LOCKS = ("", "=", "kind = 'merged'", "kind = ['merged']", "[kind]", "[export]\nto = 'soka'", "export = 1", "a" + ".a" * 30_000)
 
 
@@ -58,7 +58,7 @@ def fill(draw: st.DrawFn, good: Path, place: Path) -> set[str]:
         out.mkdir()
     for _ in range(draw(st.integers(0, 3)) if out.is_dir() else 0):
         own -= _put(draw, out, good)
-    return own
+    return own | {"out/.DS_Store"}
 
 
 def _put(draw: st.DrawFn, out: Path, good: Path) -> set[str]:
@@ -70,7 +70,7 @@ def _put(draw: st.DrawFn, out: Path, good: Path) -> set[str]:
             (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
         return set()
     if kind == "desktop":
-        (out / ".DS_Store").touch()
+        (out / ".DS_Store").touch()  # a file manager's, which nobody misses
         return set()
     name = "soka.lock" if kind == "lock" else draw(st.sampled_from(_NOTES if kind == "notes" else _OWN))
     file = out / name

@@ -26,7 +26,7 @@ JSON = st.recursive(
     | st.integers(-(2**70), 2**70)
     | st.floats()
     | st.text(max_size=8)
-    | st.sampled_from(["SOKA", "LORA", "../../etc/passwd", "model.layers.0.self_attn.q_proj"]),
+    | st.sampled_from(["SOKA", "LORA", "../../elsewhere", "model.layers.0.self_attn.q_proj"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
@@ -85,9 +85,9 @@ NODES: dict[str, Callable[[Path], object]] = {
     "loop": lambda file: file.symlink_to(file.name),
     "endless": lambda file: file.symlink_to("/dev/zero"),
     "device": lambda file: file.symlink_to("/dev/full"),
-    "elsewhere": lambda file: file.symlink_to("/etc/passwd"),
+    "elsewhere": lambda file: (file.with_name("mine").write_text("mine"), file.symlink_to("mine")),
 }
-"""What stands where a file is expected."""
+"""What stands where a file is expected. No link leads out of the case's own folder but to devices that keep nothing."""
 
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE)
 _EDITS = ("flip", "cut", "append", "replace", "delete", "node", "swap", "header", "config", "values", "hole")
