@@ -44,8 +44,8 @@ def _manifest(draw: st.DrawFn, good: Path) -> bool:
 
 def _output(draw: st.DrawFn, good: Path) -> bool:
     with tempfile.TemporaryDirectory() as place:
-        own = fill(draw, good, Path(place))
-        return check_output(draw, good, Path(place), own)
+        fill(draw, good, Path(place))
+        return check_output(draw, good, Path(place))
 
 
 def _cache(draw: st.DrawFn, good: Path) -> bool:

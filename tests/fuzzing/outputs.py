@@ -10,8 +10,9 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from soka_serve.builtin import base_directory
+from soka_serve.toml_text import parse_toml
 from tests.fuzzing.adapters import write_good_adapter
-from tests.fuzzing.limits import run, snapshot
+from tests.fuzzing.limits import is_plain, run, snapshot
 from tests.fuzzing.spoil import NODES
 
 _STARTS = ("nothing", "empty", "base", "base and a merged lock", "merged", "export", "adapter", "models")
@@ -28,70 +29,75 @@ def write_outputs(folder: Path) -> None:
     assert run("export", str(folder / "adapter"), "--out", str(folder / "export")).exit_code == 0
 
 
-def fill(draw: st.DrawFn, good: Path, place: Path) -> set[str]:
+def fill(draw: st.DrawFn, good: Path, place: Path) -> None:
     """A folder `out` in `place`, and files beside it.
 
     Args:
         draw: what is in it.
         good: see `write_outputs`.
         place: an empty directory.
-
-    Returns:
-        The paths in `place` that are an earlier output's own, which may be replaced.
     """
-    out, own = place / "out", set[str]()
+    out = place / "out"
     (place / "x").write_text("mine")
     start = draw(st.sampled_from(_STARTS))
-    if start in ("merged", "export"):
+    if start in ("merged", "export", "adapter"):
         shutil.copytree(good / start, out)
-        own = set(snapshot(place)) - {"x"}
     elif start.startswith("base"):
         shutil.copytree(base_directory(), out)
-        if start != "base":  # so it is a merged model to whoever reads the lock; only what else there is, is the user's
+        if start != "base":
             shutil.copy(good / "merged" / "soka.lock", out)
-            own = set(snapshot(place)) - {"x", "out/training.json"}
-    elif start == "adapter":
-        shutil.copytree(good / "adapter", out)
     elif start == "models":
         shutil.copytree(good / "merged", out / "mine")
     elif start == "empty":
         out.mkdir()
     for _ in range(draw(st.integers(0, 3)) if out.is_dir() else 0):
-        own -= _put(draw, out, good)
-    return own | {"out/.DS_Store"}
+        _put(draw, out, good)
 
 
-def _put(draw: st.DrawFn, out: Path, good: Path) -> set[str]:
-    """Put something of the user's into a folder; returns the paths that are now theirs."""
-    kind = draw(st.sampled_from(["notes", "index", "lock", "node", "desktop"]))
-    if kind == "index":
-        names = {f"t{i}": name for i, name in enumerate(draw(st.lists(st.sampled_from(_NAMED), max_size=3)))}
-        if not os.path.lexists(out / "model.safetensors.index.json"):
-            (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+def _own(good: Path, place: Path, command: str) -> set[str]:
+    """The paths that an earlier output of a command may have in `place`: where a lock says that it is one, regular
+    files with the names that such an output has."""
+    lock = place / "out" / "soka.lock"
+    if not is_plain(lock):
         return set()
+    try:
+        found = parse_toml(lock.read_text())
+    except ValueError:
+        return set()
+    if found.get("kind") != "merged" if command == "merge" else not isinstance(found.get("export"), dict):
+        return set()
+    names = {path.name for path in (good / ("merged" if command == "merge" else "export")).iterdir()}
+    names |= {".DS_Store", "model.safetensors.index.json"} if command == "merge" else {".DS_Store"}
+    return {f"out/{name}" for name in names if is_plain(place / "out" / name)}
+
+
+def _put(draw: st.DrawFn, out: Path, good: Path) -> None:
+    """Put something of the user's into a folder."""
+    kind = draw(st.sampled_from(["notes", "index", "lock", "node", "desktop"]))
     if kind == "desktop":
         (out / ".DS_Store").touch()  # a file manager's, which nobody misses
-        return set()
-    name = "soka.lock" if kind == "lock" else draw(st.sampled_from(_NOTES if kind == "notes" else _OWN))
-    file = out / name
-    if kind == "lock" and draw(st.booleans()):
-        text = draw(st.sampled_from([*_LOCKS, (good / "merged" / "soka.lock").read_text()]))
-        if not os.path.lexists(file):
-            file.write_text(text)
-        return set()
-    if os.path.lexists(file):
-        if kind == "notes" or not file.is_file() or file.is_symlink():
-            return set()
-        file.unlink()
-    file.parent.mkdir(exist_ok=True)
-    if kind == "notes":
-        file.write_text("mine")
+    elif kind == "index":
+        names = {f"t{i}": name for i, name in enumerate(draw(st.lists(st.sampled_from(_NAMED), max_size=3)))}
+        _write(out / "model.safetensors.index.json", json.dumps({"weight_map": names}))
+    elif kind == "lock":
+        _write(out / "soka.lock", draw(st.sampled_from([*_LOCKS, (good / "merged" / "soka.lock").read_text()])))
+    elif kind == "notes":
+        _write(out / draw(st.sampled_from(_NOTES)), "mine")
     else:
-        NODES[draw(st.sampled_from(sorted(NODES)))](file)
-    return {f"out/{part}" for part in (name, name.partition("/")[0])}
+        file = out / draw(st.sampled_from(_OWN))
+        if is_plain(file):
+            file.unlink()
+        if not os.path.lexists(file):
+            NODES[draw(st.sampled_from(sorted(NODES)))](file)
 
 
-def check_output(draw: st.DrawFn, good: Path, place: Path, own: set[str]) -> bool:
+def _write(file: Path, text: str) -> None:
+    if is_plain(file) or not os.path.lexists(file):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+
+
+def check_output(draw: st.DrawFn, good: Path, place: Path) -> bool:
     """A command writes to `out` or refuses to; whatever is not an earlier output's own is there afterwards, unchanged.
 
     Returns:
@@ -103,10 +109,10 @@ def check_output(draw: st.DrawFn, good: Path, place: Path, own: set[str]) -> boo
         out.symlink_to("out")
     adapter = good / "adapter" if draw(st.integers(0, 3)) else place / "out"
     options = ["--base", "tiny", "--no-verify"] if command == "merge" else []
-    before = snapshot(place)
+    before, own = snapshot(place), _own(good, place, command)
     done = run(command, str(adapter), "--out", str(out), *options)
     after = snapshot(place)
-    lost = {path for path, entry in before.items() if path not in own and after.get(path) != entry}
+    lost = {path for path, entry in before.items() if path not in own | {"out/.DS_Store"} and after.get(path) != entry}
     assert not lost, (command, out.name, sorted(lost), done.output)
     if done.exit_code:
         assert after == before, (sorted(after.keys() ^ before.keys()), done.output)
