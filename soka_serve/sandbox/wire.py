@@ -180,6 +180,11 @@ def _hashed(keys: list[Any]) -> list[Any]:
     return keys
 
 
+def _dict(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    _hashed([key for key, _ in pairs])
+    return dict(pairs)
+
+
 def _fraction(text: str) -> Fraction:
     """Of what `str` writes, which has no exponent: ten to the power of a billion takes years."""
     if not re.fullmatch(r"-?[0-9]+(/[0-9]+)?", text):
@@ -218,7 +223,7 @@ def decode(data: Any, handle: Callable[[int], Any]) -> Any:
         "t": lambda: tuple(items()),
         "s": lambda: set(_hashed(items())),
         "z": lambda: frozenset(_hashed(items())),
-        "d": lambda: dict(zip(_hashed([decode(k, handle) for k, _ in body]), [decode(v, handle) for _, v in body])),
+        "d": lambda: _dict([(decode(k, handle), decode(v, handle)) for k, v in body]),
         "r": lambda: range(*body),
         "q": lambda: deque(items()),
         "D": lambda: Decimal(body),

@@ -25,7 +25,9 @@ def spoil_cache(draw: st.DrawFn, folder: Path) -> None:
         cache.write_text(json.dumps(draw(JSON)))
     elif kind == "entries":
         names = st.just(str(weights)) | st.text(max_size=8)
-        cache.write_text(json.dumps(draw(st.dictionaries(names, st.lists(_ENTRY_PARTS, max_size=5) | JSON, max_size=4))))
+        cache.write_text(
+            json.dumps(draw(st.dictionaries(names, st.lists(_ENTRY_PARTS, max_size=5) | JSON, max_size=4)))
+        )
     elif kind == "text":
         cache.write_text(draw(JSON_TEXTS))
     elif kind == "bytes":
@@ -55,5 +57,6 @@ def check_cache(folder: Path) -> bool:
         assert again.file(weights) == sha256_file(weights)
         assert again.knows(weights) or path.is_symlink() or not path.is_file()
         cache.check_unchanged()
-    assert not (folder / "mine").exists() or (folder / "mine").read_text() == "mine"  # what a link led to
+    mine = folder / "hashes.json.mine"  # which a link led to
+    assert not mine.exists() or mine.read_text() == "mine"
     return is_plain(path)

@@ -34,7 +34,12 @@ VALUES = st.recursive(
     JSON
     | st.builds(lambda count, digit: {"i": digit * count}, st.integers(1, 1_000_000), st.sampled_from(["f", "0x", "_"]))
     | st.builds(lambda tag, body: {tag: body}, _TAGS, _BODIES)
-    | st.builds(_many, st.sampled_from("sdlzt"), st.integers(0, 100_000) | st.sampled_from([20_000, 100_000]), st.sampled_from([2**61 - 1, 1, 2**64])),
+    | st.builds(
+        _many,
+        st.sampled_from("sdlzt"),
+        st.integers(0, 100_000) | st.sampled_from([20_000, 100_000]),
+        st.sampled_from([2**61 - 1, 1, 2**64]),
+    ),
     lambda inner: st.builds(
         lambda tag, items: {tag: [[item, item] for item in items] if tag == "d" else items},
         st.sampled_from("lszdtq"),
@@ -76,8 +81,7 @@ def check_frame(frame: bytes) -> bool:
             again = encode(found[0], lambda value: int(value.number)) if found else None
         assert again is None or isinstance(again, bool | int | float | str | dict)
         return bool(found)
-    except WireError as error:
-        assert str(error)
+    except WireError:
         return False
     finally:
         os.close(out)

@@ -110,7 +110,7 @@ def snapshot(folder: Path, most_bytes: int = 16 << 20) -> dict[str, object]:
         mode = os.lstat(path).st_mode
         kind = stat.S_IFMT(mode)
         if stat.S_ISLNK(mode):
-            found[str(path.relative_to(folder))] = kind, os.readlink(path)
+            found[str(path.relative_to(folder))] = kind, str(path.readlink())
         elif is_plain(path, most_bytes):
             found[str(path.relative_to(folder))] = kind, path.read_bytes()
         elif stat.S_ISDIR(mode):

@@ -62,13 +62,17 @@ def check_lokr(folder: Path, kind: str) -> bool:
     Returns:
         Whether it could still be read.
     """
-    with bounded():
-        try:
+    try:
+        with bounded():
             factors = (read_lokr if kind == "peft" else read_lycoris)(folder, served())
-        except SokaError as error:
-            assert len(error.message) < _MESSAGE, len(error.message)
-            assert all(map(is_printable, error.message.split("\n"))), error.message
-            return False
+    except SokaError as error:
+        _check_message(error.message)
+        return False
     for name, found in factors.items():
         assert all(bool(part.isfinite().all()) for part in (found.left, found.right, found.sigma)), name
     return True
+
+
+def _check_message(message: str) -> None:
+    assert len(message) < _MESSAGE, len(message)
+    assert all(map(is_printable, message.split("\n"))), message

@@ -62,7 +62,6 @@ def spoilt_manifests(draw: st.DrawFn) -> str:
     return "\n".join(lines)
 
 
-
 # ------------------------------------------------------------------------------------------------------------- hostile
 
 _LIST_ITEMS = st.sampled_from(["''", "'q_proj'", "1", "[]", "'a.a'"])
@@ -87,7 +86,13 @@ _GROWN = st.builds(
     lambda parts, count: parts[0] + parts[1] * count + parts[2],
     st.sampled_from(
         [
-            *(("{{ a", ".a", " }}"), ("{{ ", "(", ""), ("{{ ", "9", " }}"), ("", "{% for i in q %}", ""), ("", "x", "")),
+            *(
+                ("{{ a", ".a", " }}"),
+                ("{{ ", "(", ""),
+                ("{{ ", "9", " }}"),
+                ("", "{% for i in q %}", ""),
+                ("", "x", ""),
+            ),
             *(("{{ q", "|trim", " }}"), ("{{ ", "-", "1 }}"), ("{{ ", "not ", "q }}"), ("{{ [", "[", "")),
             *(("", "{% if q %}", "{% endif %}"), ("{% set x = ", "q ~ ", "q %}"), ("{{ q", "[0]", " }}")),
         ]
@@ -97,13 +102,21 @@ _GROWN = st.builds(
 TEMPLATES = _TEMPLATES | _GROWN | st.tuples(_TEMPLATES, _TEMPLATES | _GROWN).map("".join)
 
 _GOOD_ROW = json.dumps({"q": "word " * 10, "a": "b", "b": [1, None]})
-_ROWS = st.sampled_from(
-    [
-        *(_GOOD_ROW, "[" * 100_000, '{"q": ' + "9" * 5000 + "}", "{}", "[]", "null", '{"q": null, "a": "b"}', ""),
-        *('{"q": "\\ud800", "a": "\\u0000"}', '{"q": 1e999, "a": NaN}', '{"q": "x", "q": "y", "a": "b"}', "\x00"),
-        *('{"a":' * 5000, '{"q": "' + "x" * 1_000_000 + '", "a": "b"}', "\ufeff" + _GOOD_ROW, '{"q": {"q": [[[]]]}}'),
-    ]
-) | JSON_TEXTS
+_ROWS = (
+    st.sampled_from(
+        [
+            *(_GOOD_ROW, "[" * 100_000, '{"q": ' + "9" * 5000 + "}", "{}", "[]", "null", '{"q": null, "a": "b"}', ""),
+            *('{"q": "\\ud800", "a": "\\u0000"}', '{"q": 1e999, "a": NaN}', '{"q": "x", "q": "y", "a": "b"}', "\x00"),
+            *(
+                '{"a":' * 5000,
+                '{"q": "' + "x" * 1_000_000 + '", "a": "b"}',
+                "\ufeff" + _GOOD_ROW,
+                '{"q": {"q": [[[]]]}}',
+            ),
+        ]
+    )
+    | JSON_TEXTS
+)
 _SPARSE = st.sampled_from([2 << 20, 3 << 30, 1 << 40])
 
 
@@ -146,11 +159,23 @@ def _lay_out_base(draw: st.DrawFn, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     for _ in range(draw(st.integers(0, 2))):
         key = draw(st.sampled_from(["auto_map", "model_type", "architectures", "quantization_config", "vocab_size"]))
-        values = [None, [], {}, "x", ["x", "y"], {"AutoConfig": "x.Y"}, {"AutoModelForCausalLM": ["x.Y", None]}, 3, "llama"]
+        values = [
+            None,
+            [],
+            {},
+            "x",
+            ["x", "y"],
+            {"AutoConfig": "x.Y"},
+            {"AutoModelForCausalLM": ["x.Y", None]},
+            3,
+            "llama",
+        ]
         config[key] = draw(st.sampled_from(values))
     (folder / "config.json").write_text(json.dumps(config))
     if draw(st.booleans()):
-        index: dict[str, object] = {"weight_map": draw(st.sampled_from([{}, [], {"x": "../x"}, {"x": 1}, {"x": "model.safetensors"}]))}
+        index: dict[str, object] = {
+            "weight_map": draw(st.sampled_from([{}, [], {"x": "../x"}, {"x": 1}, {"x": "model.safetensors"}]))
+        }
         index |= draw(st.sampled_from([{"metadata": value} for value in (None, [], {}, 3)] + [{}]))
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         if draw(st.booleans()):

@@ -16,16 +16,46 @@ from tests.fuzzing.limits import is_plain, run, snapshot
 from tests.fuzzing.spoil import NODES
 
 _STARTS = ("nothing", "empty", "base", "base and a merged lock", "merged", "export", "adapter", "models")
-_OWN = ("model.safetensors", "config.json", "soka.lock", "README.md", "model.safetensors.index.json", "adapter_config.json")
-_NOTES = ("notes.md", ".hidden", "sub/notes.md", "model.safetensors.bak", "adapter/x", "Config.json", "\x1b[31m\n", "x.bin")
+_OWN = (
+    "model.safetensors",
+    "config.json",
+    "soka.lock",
+    "README.md",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+)
+_NOTES = (
+    "notes.md",
+    ".hidden",
+    "sub/notes.md",
+    "model.safetensors.bak",
+    "adapter/x",
+    "Config.json",
+    "\x1b[31m\n",
+    "x.bin",
+)
 _NAMED = ("../x", "notes.md", "sub/notes.md", "/nonexistent/x", "model.safetensors", "soka.lock", "*", "")
-_LOCKS = ("", "=", "kind = 'merged'", "kind = ['merged']", "[kind]", "[export]\nto = 'soka'", "export = 1", "a" + ".a" * 30_000)
+_LOCKS = (
+    "",
+    "=",
+    "kind = 'merged'",
+    "kind = ['merged']",
+    "[kind]",
+    "[export]\nto = 'soka'",
+    "export = 1",
+    "a" + ".a" * 30_000,
+)
 
 
 def write_outputs(folder: Path) -> None:
     """An adapter and what the commands make of it: `adapter`, `merged` and `export`."""
     write_good_adapter(folder / "adapter")
-    assert run("merge", str(folder / "adapter"), "--base", "tiny", "--out", str(folder / "merged"), "--no-verify").exit_code == 0
+    assert (
+        run(
+            "merge", str(folder / "adapter"), "--base", "tiny", "--out", str(folder / "merged"), "--no-verify"
+        ).exit_code
+        == 0
+    )
     assert run("export", str(folder / "adapter"), "--out", str(folder / "export")).exit_code == 0
 
 

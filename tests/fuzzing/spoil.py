@@ -39,7 +39,18 @@ _SHAPES = (
 # Parts of regular expressions: alone, side by side, and in groups that are repeated.
 _PIECES = st.sampled_from(
     [
-        *("q_proj", "v_proj|down_proj", ".*", "[a-z_.0-9]", "layers.0", "q_proj)|(.*o_proj", "\ud800", "x{,3}", "^", "("),
+        *(
+            "q_proj",
+            "v_proj|down_proj",
+            ".*",
+            "[a-z_.0-9]",
+            "layers.0",
+            "q_proj)|(.*o_proj",
+            "\ud800",
+            "x{,3}",
+            "^",
+            "(",
+        ),
         *(CATASTROPHE, "((a|[a-z_.0-9])*)*(([a-z]|[a-z_.0-9])+)+!", "(.*a.{9}b.*){9}!", r"\d{2}", r"(q|v)_\1", "!"),
     ]
 )
@@ -48,7 +59,7 @@ PATTERNS = st.recursive(
     lambda inner: (
         st.lists(inner, min_size=1, max_size=4).map("".join)
         | st.tuples(inner, st.sampled_from(["*", "+", "{9}", "{99}", "?"])).map(lambda two: f"({two[0]}){two[1]}")
-        | st.tuples(inner, st.integers(1, 2000)).map(lambda two: two[0] * two[1])
+        | st.tuples(inner, st.integers(1, 2000)).map(lambda two: (two[0] * two[1])[:100_000])
     ),
     max_leaves=6,
 )
@@ -58,10 +69,16 @@ TOML_TEXTS = st.builds(
     lambda parts, count, more: parts[0] + parts[1] * count + parts[2] + more,
     st.sampled_from(
         [
-            *(("a", ".a", " = 1"), ("[a", ".a", "]"), ("x = {a", ".a", " = 1}"), ("", '\\"""\n', ""), ("", '"""\\', "")),
+            *(
+                ("a", ".a", " = 1"),
+                ("[a", ".a", "]"),
+                ("x = {a", ".a", " = 1}"),
+                ("", '\\"""\n', ""),
+                ("", '"""\\', ""),
+            ),
             *(("x = ", "[", ""), ("x = ", "{a = ", ""), ("x = [", "[],", "]"), ("", "'''", ""), ('"', '\\"', '"')),
             *(("x = ", "9", ""), ("x = 0.", "9", "e999"), ("", "#", ""), ("", "[[a]]\n", ""), ("", "\0", "")),
-            *(("x = '''\"''', \"=\"", '."="', " = 1"), ('x = """a"""""\ny = {', "a.", "a = '\"\"\"'}")),
+            *(("x = '''\"''', \"=\"", '."="', " = 1"), ('x = """a"""""\ny = {', "a.", 'a = \'"""\'}')),
         ]
     ),
     _COUNTS | st.sampled_from([32, 33, 20_000, 30_000, 50_000]),
@@ -75,7 +92,16 @@ JSON_TEXTS = st.builds(
     _COUNTS,
 )
 _NAMES = st.sampled_from(["\x1b[31m\n", "\ud800", "\0", "../x", "a.lokr_w1", "a.soka_left"]) | st.text(max_size=12)
-_LONG_NAMES = st.builds(lambda name, count: name * count, _NAMES, st.sampled_from([1, 1, 100, 10**6]))
+_LONG_NAMES = st.builds(lambda name, count: (name * count)[:count], _NAMES, st.sampled_from([12, 12, 100, 1000, 10**6]))
+
+
+def _link_to_own(file: Path) -> None:
+    """A link to a file of the user's beside it."""
+    other = file.with_name(f"{file.name}.mine")
+    if not os.path.lexists(other):
+        other.write_text("mine")
+    file.symlink_to(other.name)
+
 
 NODES: dict[str, Callable[[Path], object]] = {
     "folder": lambda file: file.mkdir(),
@@ -85,7 +111,7 @@ NODES: dict[str, Callable[[Path], object]] = {
     "loop": lambda file: file.symlink_to(file.name),
     "endless": lambda file: file.symlink_to("/dev/zero"),
     "device": lambda file: file.symlink_to("/dev/full"),
-    "elsewhere": lambda file: (file.with_name("mine").write_text("mine"), file.symlink_to("mine")),
+    "elsewhere": lambda file: _link_to_own(file),
 }
 """What stands where a file is expected. No link leads out of the case's own folder but to devices that keep nothing."""
 
