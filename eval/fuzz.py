@@ -45,7 +45,7 @@ from soka_serve.provenance import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
-EXAMPLES = {"adapters": 700, "lokr": 3000, "manifests": 600, "outputs": 1000, "caches": 2500, "frames": 2400}
+EXAMPLES = {"manifests": 450, "adapters": 450, "outputs": 700, "frames": 2600, "lokr": 3000, "caches": 3000}
 
 
 def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path], bool], good: Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
             command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": place}, text=True, check=False
         )
     if done.returncode:
-        raise SystemExit(f"{kind}: failed with exit code {done.returncode}; see above\n{done.stdout[-2000:]}")
+        return {"failed": f"exit code {done.returncode}", "output": done.stdout[-2000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -118,6 +118,9 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         parts = pool.map(lambda kind: fuzz_in_process(kind, counts[kind], arguments.seed), counts)
         found = dict(zip(counts, parts, strict=True))
+    if failed := [kind for kind, part in found.items() if "failed" in part]:
+        print(json.dumps(found, indent=1))
+        raise SystemExit(f"{', '.join(failed)}: failed, see above; {arguments.out} is not written")
     report = {
         "command": f"python eval/fuzz.py {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},

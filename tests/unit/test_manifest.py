@@ -256,3 +256,15 @@ def test_keys_and_brackets_without_an_end(text: str, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         parse_manifest(text, "m.toml")
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("digits", [16, 300, 6000])
+@pytest.mark.parametrize("line", ["schema = N", "schema = 1\n[train]\nbatch_size = N", "schema = 1\nx = [{ a = N }]"])
+def test_numbers_beyond_toml(line: str, digits: int) -> None:
+    with pytest.raises(ManifestError, match=r"m\.toml:\d.*expected a whole number of at most 64 bits"):
+        parse_manifest(line.replace("N", "0x" + "f" * digits) + "\n", "m.toml")
+
+
+def test_many_numbers_beyond_toml() -> None:
+    with pytest.raises(ManifestError, match="and 4,990 more problems"):
+        parse_manifest(f"schema = 1\nx = [{', '.join(['-' + '9' * 20] * 5000)}]", "m.toml")
