@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -34,17 +33,11 @@ from soka_vllm.stock import look_at_lora
 from tests import hostile_adapters as hostile
 from tests.fuzzing.adapters import write_good_adapter
 from tests.fuzzing.limits import limited
+from tests.fuzzing.lokr import served
 from tests.fuzzing.spoil import copy_of
 
 SECONDS, MIB = 10, 512
 ANSWER_CHARACTERS = 8000
-
-# As for a server of the embedded base.
-SERVED = ReadingBudget(config_bytes=1 << 19, lock_bytes=1 << 18, header_bytes=1 << 19, tensors=300, values=10**7)
-
-
-def served() -> ReadingBudget:
-    return replace(SERVED, _started=time.monotonic(), _values=0)
 
 
 @contextmanager
