@@ -1,21 +1,33 @@
-"""Thousands of spoilt manifests through `plan`, and spoilt adapters through the reader, `inspect` and `merge`.
+"""Thousands of spoilt adapters, manifests, folders, caches and frames through what reads them.
 
-python eval/fuzz.py --manifests 10000 --adapters 1000 --out eval/results/fuzz.json
+python eval/fuzz.py --out eval/results/fuzz.json
 
-Each is done or refused with a message and exit code 2: no traceback, no hang (a minute), nothing half-written. The
-first that is not ends the run, shrunk by hypothesis. tests/fuzzing.py has the changes and the checks.
+    adapters    SoKA adapters through the reader, `inspect` and `merge`
+    lokr        LoKr adapters, of PEFT and of LyCORIS, through the plugin's readers
+    manifests   manifests, their data and bases through `plan`
+    outputs     `merge` and `export` onto folders that hold a user's files
+    caches      caches of hashes
+    frames      what a judged program sends to the process of its tests
+
+Each case is done or refused with a message and exit code 2: no traceback, nothing half-written, nothing of the user's
+lost. None takes more than 10 s of processor time (or waits for a minute), or 1 GiB beyond what its process held before.
+The first that does ends the run, shrunk by hypothesis. tests/fuzzing has the changes and the checks.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import logging
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +35,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from soka_serve.progress import track  # noqa: E402
 from soka_serve.provenance import versions  # noqa: E402
-from tests.fuzzing import (  # noqa: E402
-    check_adapter,
-    check_plan,
-    copy_of,
-    spoil_adapter,
-    spoilt_manifests,
-    write_good_adapter,
-)
+from tests.fuzzing.cases import CASES  # noqa: E402
+from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
+
+EXAMPLES = {"manifests": 450, "adapters": 450, "outputs": 700, "frames": 2600, "lokr": 3000, "caches": 3000}
 
 
-def fuzz(
-    examples: int, number: int, what: str, strategy: st.SearchStrategy[Any], check: Callable[[Any], bool]
-) -> dict[str, Any]:
+def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path], bool], good: Path) -> dict[str, Any]:
     """Run `check` on so many examples; how many there were, and how many were still good."""
-    done, good = 0, 0
+    done, fine = 0, 0
     started = time.monotonic()
     with track(examples, what, unit="example") as step:
 
@@ -56,48 +62,80 @@ def fuzz(
             phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
         )
-        @given(strategy)
-        def each(example: Any) -> None:
-            nonlocal done, good
-            good += check(example)
+        @given(st.data())
+        def each(data: Any) -> None:
+            nonlocal done, fine
+            # What hangs where no signal is heeded ends the process, and says where.
+            faulthandler.dump_traceback_later(3 * WAIT_S, exit=True)
+            fine += check(data.draw, good)
             done += 1
             step("")
 
         each()
-    return {"examples": done, "still_good": good, "seconds": round(time.monotonic() - started)}
+    faulthandler.cancel_dump_traceback_later()
+    return {
+        "examples": done,
+        "still_good": fine,
+        "seconds": round(time.monotonic() - started),
+        "peak_mib": round(Peak.resident / (1 << 20)),
+    }
+
+
+def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
+    """`fuzz` in a process of its own, whose memory is then its cases' alone, and which a crash ends."""
+    command = [sys.executable, __file__, "--only", kind, "--examples", str(examples), "--seed", str(number)]
+    with tempfile.TemporaryDirectory() as place:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": place}, text=True, check=False
+        )
+    if done.returncode:
+        return {"failed": f"exit code {done.returncode}", "output": done.stdout[-2000:]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifests", type=int, default=10_000)
-    parser.add_argument("--adapters", type=int, default=1_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    for kind, examples in EXAMPLES.items():
+        parser.add_argument(f"--{kind}", type=int, default=examples)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--only", choices=EXAMPLES, help="one kind, in this process; nothing is written")
+    parser.add_argument("--examples", type=int, default=100, help="of that kind")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-
-    def plan(text: str) -> bool:
-        with tempfile.TemporaryDirectory() as folder:
-            return check_plan(text, Path(folder))
-
-    with tempfile.TemporaryDirectory() as place:
-        good = Path(place) / "good"
-        write_good_adapter(good)
-
-        def adapter(data: Any) -> bool:
-            with copy_of(good) as folder:
-                spoil_adapter(data.draw, folder)
-                return check_adapter(folder)
-
-        report = {
-            "command": f"python eval/fuzz.py --manifests {arguments.manifests} --adapters {arguments.adapters} "
-            f"--seed {arguments.seed}",
-            "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
-            "versions": versions(),
-            "adapters": fuzz(arguments.adapters, arguments.seed, "adapters", st.data(), adapter),
-            "manifests": fuzz(arguments.manifests, arguments.seed, "manifests", spoilt_manifests(), plan),
-        }
+    if arguments.only:
+        logging.getLogger("soka_serve").setLevel(logging.ERROR)
+        with tempfile.TemporaryDirectory() as place:
+            prepare, check = CASES[arguments.only]
+            prepare(Path(place))
+            print(json.dumps(fuzz(arguments.examples, arguments.seed, arguments.only, check, Path(place))))
+        return
+    if arguments.out is None:
+        parser.error("--out is needed")
+    counts = {kind: getattr(arguments, kind) for kind in EXAMPLES}
+    asked = " ".join(f"--{kind} {count}" for kind, count in counts.items())
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        parts = pool.map(lambda kind: fuzz_in_process(kind, counts[kind], arguments.seed), counts)
+        found = dict(zip(counts, parts, strict=True))
+    if failed := [kind for kind, part in found.items() if "failed" in part]:
+        print(json.dumps(found, indent=1))
+        raise SystemExit(f"{', '.join(failed)}: failed, see above; {arguments.out} is not written")
+    report = {
+        "command": f"python eval/fuzz.py {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "versions": versions(),
+        "seed": arguments.seed,
+        "limits": {"processor_s": HANG_S, "clock_s": WAIT_S, "memory_mib": MEMORY >> 20},
+        **found,
+        "total": {
+            "examples": sum(part["examples"] for part in found.values()),
+            "seconds": sum(part["seconds"] for part in found.values()),
+            "peak_mib": max((part["peak_mib"] for part in found.values()), default=0),
+        },
+    }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps({kind: report[kind] for kind in ("manifests", "adapters")}, indent=1))
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from soka_serve.errors import DataError
+from soka_serve.errors import DataError, printable
 from soka_serve.rows import Row, UnreachableDataError, resolve
 from soka_serve.schema import Data
 
@@ -74,7 +74,7 @@ def hub_rows(
             hint=_hub_hint(error),
         ) from error
     whole = iterator if first is None else chain([first], iterator)
-    rows = _within(whole, local, name) if is_local else whole
+    rows = _within(_readable(whole, name), local, name) if is_local else _readable(whole, name)
     for index, row in enumerate(rows):
         yield f"{name}[{split}][{index}]", row
 
@@ -169,6 +169,22 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             columns = dict(zip(batch.schema.names, batch.columns, strict=True))
             for index in range(batch.num_rows):
                 yield {name: column[index].as_py() for name, column in columns.items()}
+
+
+def _readable(rows: Iterator[Row], name: str) -> Iterator[Row]:
+    """The rows; whatever the reader of the files raises on its way to one is a DataError."""
+    index = 0
+    try:
+        for index, row in enumerate(rows, 1):  # noqa: B007 - for the message
+            yield row
+    except DataError:
+        raise
+    except Exception as error:
+        what = printable(" ".join(str(error).split()), 300)
+        raise DataError(
+            f"train.data.hub: {name}: row {index + 1}: cannot be read: {type(error).__name__}: {what}",
+            hint="All files of a dataset need the same columns, with values of the same kind.",
+        ) from error
 
 
 def _within(rows: Iterator[Row], directory: Path, name: str) -> Iterator[Row]:

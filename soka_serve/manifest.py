@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,8 +23,9 @@ from soka_serve.budget import open_regular
 from soka_serve.errors import ManifestError, Problem
 from soka_serve.headers import read_exactly
 from soka_serve.locate import Places, locate
-from soka_serve.manifest_errors import explain, show
+from soka_serve.manifest_errors import dotted, explain, show
 from soka_serve.schema import NAME_PATTERN, SCHEMA_VERSION, Manifest
+from soka_serve.schema_nodes import TomlPath
 from soka_serve.starter import starter_manifest
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "validate_manifest",
 ]
 
+_MOST = 10  # large integers that are named
 MAX_BYTES = 256 << 10  # of a manifest or a suite; those that ship have a few thousand
 
 SCHEMA_ID = f"urn:soka-serve:manifest:{SCHEMA_VERSION}"
@@ -155,6 +158,11 @@ def validate_manifest(data: dict[str, Any], text: str, file: str) -> Manifest:
     Raises:
         ManifestError: everything that is wrong, each with its place.
     """
+    if large := list(_large_integers(data)):
+        places, what = _locate(text), "expected a whole number of at most 64 bits, as TOML has them"
+        found = [Problem(dotted(path), what, *(places.value(path) or (0, 0))) for path in large[:_MOST]]
+        more = [Problem("", f"and {len(large) - _MOST:,} more problems")] if len(large) > _MOST else []
+        raise ManifestError(file, [*found, *more])
     version = data.get("schema")
     if type(version) is int and version != SCHEMA_VERSION:
         # What another version's keys mean is unknown here: anything else said about them would be noise.
@@ -166,6 +174,16 @@ def validate_manifest(data: dict[str, Any], text: str, file: str) -> Manifest:
         return Manifest.model_validate(data)
     except ValidationError as error:
         raise ManifestError(file, explain(error, _locate(text))) from None
+
+
+def _large_integers(value: object, path: TomlPath = ()) -> Iterator[TomlPath]:
+    """Where integers stand that tomllib reads and TOML does not have: neither a float nor text takes the largest."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from _large_integers(part, (*path, key))
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path
 
 
 def json_schema() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,15 @@ def model_files(directory: Path) -> list[str]:
     shards: list[str] = []
     try:
         named = read_json(directory / INDEX_FILE).get("weight_map") if (directory / INDEX_FILE).is_file() else None
-        shards = [str(name) for name in named.values()] if isinstance(named, dict) else []
+        shards = [escape(str(name)) for name in named.values() if _is_shard(name)] if isinstance(named, dict) else []
     except CheckpointError:  # a damaged index names nothing: what it named is then in the way, and stays
         pass
     return [*shards, SINGLE_FILE, INDEX_FILE, "config.json", CARD_FILE, LOCK_FILE, *_COPIED]
+
+
+def _is_shard(name: object) -> bool:
+    """Whether a merge can have written a file that an index names: it also names what somebody put into it."""
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name
 
 
 MERGED = Output(

@@ -106,7 +106,7 @@ class HashCache:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = _read_hashes(path)
+        self._known, self._is_cache = _read_hashes(path)
         self._answered: dict[Path, tuple[Stamp, str]] = {}
         self._dirty = False
 
@@ -150,12 +150,14 @@ class HashCache:
         """Write what was learned."""
         if self._path.exists() and not self._path.is_file():
             logger.warning("%s is no file: hashes are not remembered", self._path)
+        elif self._dirty and not self._is_cache and self._path.is_symlink():
+            logger.warning("%s leads to what is no cache of hashes, and is not written to", self._path)
         elif self._dirty:
             write_text_atomic(self._path, json.dumps(self._known))
 
 
-def _read_hashes(path: Path) -> dict[str, list[int | str]]:
-    """The entries of a cache file; {} where there is none, or it is not what `HashCache.save` writes."""
+def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
+    """The entries of a cache file, and whether it is what `HashCache.save` writes, or there is none."""
     try:
         # To open some devices is to do something; and what is opened need not be what had this name before.
         with open(require_regular(path), "rb", buffering=0, opener=_open_without_waiting) as stream:
@@ -166,14 +168,14 @@ def _read_hashes(path: Path) -> dict[str, list[int | str]]:
         if not isinstance(found, dict):
             raise ValueError(f"expected an object, got {type(found).__name__}")  # noqa: TRY004 - as damaged
     except FileNotFoundError:
-        return {}
+        return {}, True
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s is no cache of hashes (%s); files are hashed again", path, error)
-        return {}
+        return {}, False
     good = {name: entry for name, entry in found.items() if _is_entry(entry)}
     if len(good) < len(found):
         logger.warning("%s: %d entries are malformed; their files are hashed again", path, len(found) - len(good))
-    return good
+    return good, len(good) == len(found)
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

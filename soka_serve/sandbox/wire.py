@@ -9,8 +9,9 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import re
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
@@ -21,6 +22,7 @@ from typing import Any
 MAX_FRAME_BYTES = 4 << 20
 
 _SMALL = 1 << 53
+_MAX_EQUAL_HASHES = 100  # of the keys of one set or dict
 
 
 class WireError(Exception):
@@ -171,6 +173,25 @@ def _builtin_type(name: str) -> type:
     raise WireError(f"not a type: {name}")
 
 
+def _hashed(keys: list[Any]) -> list[Any]:
+    """The keys of a set or a dict, which takes time with the square of how many have one hash."""
+    if len(keys) > _MAX_EQUAL_HASHES and max(Counter(map(hash, keys)).values()) > _MAX_EQUAL_HASHES:
+        raise WireError(f"more than {_MAX_EQUAL_HASHES} values with one hash")
+    return keys
+
+
+def _dict(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    _hashed([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def _fraction(text: str) -> Fraction:
+    """Of what `str` writes, which has no exponent: ten to the power of a billion takes years."""
+    if not re.fullmatch(r"-?[0-9]+(/[0-9]+)?", text):
+        raise WireError(f"not a fraction: {text!r:.80}")
+    return Fraction(text)
+
+
 _TIMES: Mapping[str, Callable[[str], Any]] = {
     "datetime": datetime.fromisoformat,
     "date": date.fromisoformat,
@@ -200,13 +221,13 @@ def decode(data: Any, handle: Callable[[int], Any]) -> Any:
         "y": lambda: bytearray.fromhex(body),
         "l": items,
         "t": lambda: tuple(items()),
-        "s": lambda: set(items()),
-        "z": lambda: frozenset(items()),
-        "d": lambda: {decode(k, handle): decode(v, handle) for k, v in body},
+        "s": lambda: set(_hashed(items())),
+        "z": lambda: frozenset(_hashed(items())),
+        "d": lambda: _dict([(decode(k, handle), decode(v, handle)) for k, v in body]),
         "r": lambda: range(*body),
         "q": lambda: deque(items()),
         "D": lambda: Decimal(body),
-        "F": lambda: Fraction(body),
+        "F": lambda: _fraction(body),
         "T": lambda: _TIMES[body[0]](body[1]),
         "e": lambda: timedelta(*body),
         "k": lambda: _builtin_type(body),

@@ -1,22 +1,33 @@
-"""A few spoilt manifests and adapters, the same every time; eval/fuzz.py does thousands, and others."""
+"""A few spoilt adapters, manifests, folders, caches and frames, the same every time; eval/fuzz.py does thousands."""
 
 from __future__ import annotations
 
-import tempfile
+import os
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.fuzzing import check_adapter, check_plan, copy_of, run, spoil_adapter, spoilt_manifests, write_good_adapter
+from tests.fuzzing import cases, limits
+from tests.fuzzing.adapters import check_adapter, write_good_adapter
+from tests.fuzzing.limits import OverLimitError, bounded, run
+
+EXAMPLES = {"adapters": 60, "lokr": 60, "manifests": 60, "outputs": 30, "caches": 60, "frames": 60}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(spoilt_manifests())
-def test_any_manifest_is_planned_or_refused(text: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        check_plan(text, Path(folder))
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_any_case_is_done_or_refused(kind: str, tmp_path: Path) -> None:
+    prepare, check = cases.CASES[kind]
+    prepare(tmp_path)
+
+    @settings(max_examples=EXAMPLES[kind], deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def each(data: st.DataObject) -> None:
+        check(data.draw, tmp_path)
+
+    each()
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +38,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data())
-def test_any_adapter_is_read_or_refused(good: Path, data: st.DataObject) -> None:
-    with copy_of(good) as folder:
-        spoil_adapter(data.draw, folder)
-        check_adapter(folder)
-
-
 def test_a_crash_would_be_seen(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*arguments: object, **options: object) -> None:
         raise RuntimeError("crashed")
@@ -42,3 +45,31 @@ def test_a_crash_would_be_seen(good: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("soka_serve.inspection.inspect", crash, raising=True)
     with pytest.raises((RuntimeError, AssertionError)):
         run("inspect", str(good))
+
+
+@pytest.mark.parametrize("kind", ["computing", "waiting", "caught"])
+def test_a_hang_would_be_seen(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "HANG_S", 0.2)
+    monkeypatch.setattr(limits, "WAIT_S", 60 if kind == "computing" else 0.2)
+    with pytest.raises(OverLimitError, match=r"0\.2 s of"), bounded():
+        _hang(kind)
+
+
+def _hang(kind: str) -> None:
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        try:
+            time.sleep(20 if kind != "computing" else 0)
+        except OverLimitError:
+            if kind == "caught":
+                return  # as by `except Exception` in what is called
+            raise
+
+
+def test_memory_would_be_seen() -> None:
+    with pytest.raises(MemoryError), bounded():
+        bytearray(limits.MEMORY + (1 << 20))
+    limits.Peak.resident = 0
+    with bounded():
+        os.write(os.open(os.devnull, os.O_WRONLY), b"x" * (100 << 20))
+    assert limits.Peak.resident >= 90 << 20

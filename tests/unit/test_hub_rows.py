@@ -235,3 +235,12 @@ def test_pipes_and_devices_as_data(tmp_path: Path, place: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="not a file but a device"):
         load_examples(Data(jsonl=place), manifest_dir=tmp_path, part="train")
+
+
+def test_files_of_a_dataset_that_differ(tmp_path: Path) -> None:
+    """What fails after the first row is the data's fault, too."""
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "1.jsonl", [{"q": "x", "a": "y"}] * 3)
+    (tmp_path / "data" / "2.json").write_text('{"other": 1}')
+    with pytest.raises(DataError, match=r"train\.data\.hub: data: row 4: .*CastError"):
+        load(tmp_path, hub="data", prompt="{{ q }}", completion="{{ a }}")

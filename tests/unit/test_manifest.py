@@ -18,7 +18,7 @@ from soka_serve.errors import ManifestError
 from soka_serve.manifest import MAX_BYTES, parse_manifest, read_manifest, starter_manifest
 from soka_serve.manifest_docs import manifest_reference
 from soka_serve.schema import Adapt, Manifest, RankBudget, RankEnergy, RankFixed, RankSpectrum
-from tests.fuzzing import TOKENS, spoilt_manifests
+from tests.fuzzing.manifests import TOKENS, spoilt_manifests
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "manifests").rglob("*.toml"))
@@ -256,3 +256,15 @@ def test_keys_and_brackets_without_an_end(text: str, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         parse_manifest(text, "m.toml")
     assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("digits", [16, 300, 6000])
+@pytest.mark.parametrize("line", ["schema = N", "schema = 1\n[train]\nbatch_size = N", "schema = 1\nx = [{ a = N }]"])
+def test_numbers_beyond_toml(line: str, digits: int) -> None:
+    with pytest.raises(ManifestError, match=r"m\.toml:\d.*expected a whole number of at most 64 bits"):
+        parse_manifest(line.replace("N", "0x" + "f" * digits) + "\n", "m.toml")
+
+
+def test_many_numbers_beyond_toml() -> None:
+    with pytest.raises(ManifestError, match="and 4,990 more problems"):
+        parse_manifest(f"schema = 1\nx = [{', '.join(['-' + '9' * 20] * 5000)}]", "m.toml")

@@ -402,6 +402,22 @@ def test_what_was_put_into_a_merged_model_is_not_lost(tmp_path: Path, base: Path
     assert _everything(out) == before
 
 
+@pytest.mark.parametrize("named", ["*", "notes.*", "notes.md", "[n]otes.md", "../out/notes.md", "*.safetensors"])
+def test_an_index_does_not_make_files_a_merged_models_own(
+    tmp_path: Path, base: Path, adapter: Path, named: str
+) -> None:
+    out = tmp_path / "out"
+    run(adapter, base, out)
+    mine = out / ("mine.safetensors" if named == "*.safetensors" else "notes.md")
+    mine.write_text("mine")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    index["weight_map"]["more"] = named
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BuildError, match=f"not part of a merged model: {mine.name}"):
+        run(adapter, base, out)
+    assert mine.read_text() == "mine"
+
+
 def test_a_merged_model_of_other_files_is_replaced(tmp_path: Path, base: Path, adapter: Path) -> None:
     """Its own index says which weights are its own."""
     single = write_base(tmp_path / "single", shard="1GB")

@@ -18,7 +18,7 @@ from soka_serve.serving_base import cache_directory
 from soka_serve.workspace import HashCache
 from soka_vllm import base
 from soka_vllm.base import check_base
-from tests.fuzzing import limited
+from tests.fuzzing.limits import limited
 
 OTHER = "0" * 64
 

@@ -8,7 +8,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -32,17 +31,13 @@ from soka_vllm.lycoris import read_lycoris
 from soka_vllm.patterns import Matcher, match_for_vllm, matching
 from soka_vllm.stock import look_at_lora
 from tests import hostile_adapters as hostile
-from tests.fuzzing import copy_of, limited, write_good_adapter
+from tests.fuzzing.adapters import write_good_adapter
+from tests.fuzzing.limits import limited
+from tests.fuzzing.lokr import served
+from tests.fuzzing.spoil import copy_of
 
 SECONDS, MIB = 10, 512
 ANSWER_CHARACTERS = 8000
-
-# As for a server of the embedded base.
-SERVED = ReadingBudget(config_bytes=1 << 19, lock_bytes=1 << 18, header_bytes=1 << 19, tensors=300, values=10**7)
-
-
-def served() -> ReadingBudget:
-    return replace(SERVED, _started=time.monotonic(), _values=0)
 
 
 @contextmanager
@@ -114,13 +109,14 @@ def test_commands_refuse_hostile_adapters(good: Path, kind: str, tmp_path: Path)
         for command in (
             ["inspect", str(folder)],
             ["merge", str(folder), "--base", "tiny", "--out", str(tmp_path / "m")],
-            ["export", str(folder), "--base", "tiny", "--out", str(tmp_path / "e"), "--method", "lora"],
+            ["export", str(folder), "--out", str(tmp_path / "e"), "--to", "lora", "--rank", "2"],
         ):
             with limited(3 * SECONDS):
                 done = CliRunner().invoke(main, command)
             assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
             assert done.exit_code in (0, 2)
             assert done.exit_code == 2 or command[0] == "inspect", done.output
+            assert "Usage:" not in done.output
             assert done.exit_code == 0 or len(done.output) < ANSWER_CHARACTERS, len(done.output)
 
 

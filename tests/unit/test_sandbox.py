@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,17 @@ def test_frames_from_a_program_are_not_believed() -> None:
     for data in ({"x": 1}, {"l": 3}, {"h": "x"}, {"k": "print"}, {"s": [{"l": []}]}, [1], {"l": [], "t": []}):
         with pytest.raises(wire.WireError):
             wire.decode(data, lambda number: number)
+
+
+def test_values_that_take_years_to_build_are_none() -> None:
+    """Numbers of one hash are compared each with each other; a fraction may be a power of ten with a billion digits."""
+    for tag in "szd":
+        numbers = [{"i": hex(k * (2**61 - 1))} for k in range(2000)]
+        with pytest.raises(wire.WireError):
+            wire.decode({tag: [[number, None] for number in numbers] if tag == "d" else numbers}, lambda number: number)
+        assert len(wire.decode({tag: [[k, k] for k in range(2000)] if tag == "d" else [*range(2000)]}, int)) == 2000
+    for text in ("1e3", "1e1000000000", "1.5", " 1/2", "1_0/2"):
+        with pytest.raises(wire.WireError):
+            wire.decode({"F": text}, lambda number: number)
+    for value in (Fraction(-1, 3), Fraction(4), {-1, -2}, frozenset({0, 2**61 - 1}), {-1: 0, -2: 0}):
+        assert wire.decode(wire.encode(value, id), lambda number: number) == value

@@ -126,6 +126,26 @@ def test_what_is_no_file_of_hashes_is_not_read(tmp_path: Path, what: str) -> Non
         assert HashCache(path).knows(file)
 
 
+@pytest.mark.parametrize("text", ["mine", '{"mine": 1}', "[]"])
+def test_what_a_link_leads_to_is_not_overwritten(tmp_path: Path, text: str) -> None:
+    """Unless it is a cache: somebody may keep theirs elsewhere."""
+    file, path, other = tmp_path / "weights", tmp_path / "hashes.json", tmp_path / "other"
+    file.write_bytes(b"one")
+    other.write_text(text)
+    path.symlink_to(other)
+    for _ in range(2):
+        cache = HashCache(path)
+        assert cache.file(file) == sha256_file(file)
+        cache.save()
+        assert other.read_text() == text
+    other.write_text("{}")
+    cache = HashCache(path)
+    cache.file(file)
+    cache.save()
+    assert path.is_symlink()
+    assert HashCache(path).knows(file)
+
+
 def test_files_that_change_after_they_were_hashed(tmp_path: Path) -> None:
     cache = HashCache(tmp_path / "hashes.json")
     one, two = tmp_path / "one", tmp_path / "two"

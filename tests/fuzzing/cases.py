@@ -1,0 +1,74 @@
+"""Every kind of case: what is prepared once, and one case, drawn and checked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from tests.fuzzing.adapters import check_adapter, spoil_adapter, write_good_adapter
+from tests.fuzzing.caches import check_cache, spoil_cache
+from tests.fuzzing.frames import check_frame, frames
+from tests.fuzzing.lokr import check_lokr, spoil_lokr, write_good_lokr
+from tests.fuzzing.manifests import check_plan, check_planned, hostile_manifests, lay_out, spoilt_manifests
+from tests.fuzzing.outputs import check_output, fill, write_outputs
+from tests.fuzzing.spoil import copy_of
+
+Check = Callable[[st.DrawFn, Path], bool]
+
+
+def _adapter(draw: st.DrawFn, good: Path) -> bool:
+    with copy_of(good / "adapter") as folder:
+        spoil_adapter(draw, folder)
+        return check_adapter(folder)
+
+
+def _lokr(draw: st.DrawFn, good: Path) -> bool:
+    kind = draw(st.sampled_from(["peft", "lycoris"]))
+    with copy_of(good / kind) as folder:
+        spoil_lokr(draw, folder)
+        return check_lokr(folder, kind)
+
+
+def _manifest(draw: st.DrawFn, good: Path) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        kind = draw(st.sampled_from(["spoilt", "spoilt", "hostile", "laid out"]))
+        if kind == "laid out":
+            lay_out(draw, folder)
+            return check_planned(folder)
+        return check_plan(draw(spoilt_manifests() if kind == "spoilt" else hostile_manifests()), folder)
+
+
+def _output(draw: st.DrawFn, good: Path) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        fill(draw, good, Path(place))
+        return check_output(draw, good, Path(place))
+
+
+def _cache(draw: st.DrawFn, good: Path) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        spoil_cache(draw, Path(place))
+        return check_cache(Path(place))
+
+
+def _frame(draw: st.DrawFn, good: Path) -> bool:
+    return check_frame(draw(frames()))
+
+
+def _nothing(folder: Path) -> None:
+    """What needs no preparation."""
+
+
+CASES: dict[str, tuple[Callable[[Path], None], Check]] = {
+    "adapters": (lambda place: write_good_adapter(place / "adapter"), _adapter),
+    "lokr": (write_good_lokr, _lokr),
+    "manifests": (_nothing, _manifest),
+    "outputs": (write_outputs, _output),
+    "caches": (_nothing, _cache),
+    "frames": (_nothing, _frame),
+}
+"""By name: a function that prepares an empty folder, and one that draws and checks a case with what was prepared;
+it returns whether what was drawn was still good."""
