@@ -379,7 +379,7 @@ def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
         if info is not None and info.dtype not in FLOAT_DTYPES:
             problems.append(f"{key} is {info.dtype}, expected a floating-point dtype")
         elif info is not None and info.shape != shape:
-            problems.append(f"{key} is {info.shape}, {CONFIG_FILE} makes it {shape}")
+            problems.append(f"{key} is {info.shape}, {CONFIG_FILE} makes it {shape!s:.200}")
     return [f"{WEIGHTS_FILE}: {problem}" for problem in problems]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE, Adapter, read_adapter, read_lock
-from soka_serve.budget import ReadingBudget
+from soka_serve.budget import ReadingBudget, read_limited
 from soka_serve.errors import CheckpointError
 from soka_serve.files import read_errors, sha256_file
 from soka_serve.unchanged import WAIT, Unchanged
@@ -18,6 +18,7 @@ from soka_serve.unchanged import WAIT, Unchanged
 log = logging.getLogger(__name__)
 
 _TRIES = 5
+_MAX_CARD_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _read_once(directory: Path) -> AdapterSource:
     with read_errors(directory):
         weights, config = (sha256_file(directory / name) for name in (WEIGHTS_FILE, CONFIG_FILE))
         card = directory / CARD_FILE
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        text = read_limited(card, _MAX_CARD_BYTES, errors="replace") if card.is_file() else None
     return AdapterSource(adapter, weights, config, find_lock(directory), text)
 
 

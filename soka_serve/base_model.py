@@ -98,7 +98,7 @@ def load_base(
             f"{directory}: the base model cannot be read: {_first_line(error)}",
             hint="the files may be incomplete; download or copy the checkpoint again (safetensors files are needed)",
         ) from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{directory}: transformers cannot build this model: {_first_line(error)}",
             hint="a causal language model that the installed transformers knows is needed; remote code is never run",

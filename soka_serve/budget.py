@@ -97,8 +97,14 @@ def open_regular(file: Path) -> BinaryIO:
     return os.fdopen(number, "rb", buffering=0)
 
 
-def read_limited(file: Path, limit: int, source: str = "") -> str:
+def read_limited(file: Path, limit: int, source: str = "", errors: str = "strict") -> str:
     """A text file of at most `limit` bytes, all of which are on the disk.
+
+    Args:
+        file: the file.
+        limit: bytes.
+        source: where the limit comes from, for messages.
+        errors: what becomes of bytes that are not UTF-8, as in `bytes.decode`.
 
     Raises:
         CheckpointError: it is larger, or mostly a hole.
@@ -114,7 +120,7 @@ def read_limited(file: Path, limit: int, source: str = "") -> str:
             data += part
         if len(data) > limit:
             raise CheckpointError(f"{file}: grows while it is read; at most {limit} bytes are{source}", hint=LIMIT_HINT)
-    return data.decode("utf-8")
+    return data.decode("utf-8", errors)
 
 
 def refuse_hole(file: Path, stream: BinaryIO) -> None:

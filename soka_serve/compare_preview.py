@@ -10,7 +10,7 @@ from pathlib import Path
 from soka_serve.checkpoint import resolve_base
 from soka_serve.compare_plan import count_runs
 from soka_serve.estimate import lokr_parameters, lora_parameters
-from soka_serve.foreign_code import check_no_code
+from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.planning import model_size, plan_modules, total_parameters
 from soka_serve.suite import Contender, LoadedSuite, manifest_of, read_suite
 from soka_serve.targets import Module, list_modules, resolve_targets
@@ -54,6 +54,7 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
     loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
     directory = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False)
     check_no_code(directory)
+    check_no_adapter(directory)
     modules = list_modules(directory)
     size = model_size(directory, modules)
     counts = {m.name: _count(loaded, m, modules, size.parameters) for m in loaded.suite.method}

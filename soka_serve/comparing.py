@@ -25,7 +25,7 @@ from soka_serve.compare_plan import Cell, RunSpec, Surroundings, is_key, list_ce
 from soka_serve.data import data_sha256
 from soka_serve.errors import BuildError, DataError
 from soka_serve.files import write_text_atomic
-from soka_serve.foreign_code import check_no_code
+from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
 from soka_serve.progress import track
@@ -134,6 +134,7 @@ def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
     check_no_code(base)
+    check_no_adapter(base)
     hashes = HashCache(workspace.hashes)
     digest = Checkpoint.open(base).sha256(hashes.file)
     hashes.save()
@@ -181,11 +182,14 @@ class Records:
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             try:
                 record = json.loads(line)
-                found[record.pop("key")] = record
+                key = record.pop("key")
+                if not (isinstance(key, str) and is_key(key) and "status" in record):
+                    raise ValueError("a file of somebody else's, which the results would overwrite")
+                found[key] = record
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DataError(
                     f"{file}:{number}: expected a record of a run as a JSON object with its key",
-                    hint="Fetch the file again, or remove it: its runs are then run again.",
+                    hint="Fetch the file again, or move it away: its runs are then run again.",
                 ) from None
         taken = 0
         # Which runs there are depends on the sweeps' records, so look again after each round.

@@ -14,7 +14,7 @@ from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_text
-from soka_serve.foreign_code import check_no_code
+from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
 from soka_serve.outputs import Lock, Output
@@ -118,6 +118,7 @@ def prepare(
     checkpoint = Checkpoint.open(base_dir)
     check_loadable(base_dir)
     check_no_code(base_dir)
+    check_no_adapter(base_dir)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
@@ -166,10 +167,15 @@ def _previous_lock(target: Path) -> dict[str, Any]:
     if not (target / "soka.lock").exists():
         return {}
     try:
-        return read_lock(target / "soka.lock")
+        lock = read_lock(target / "soka.lock")
     except CheckpointError as error:
         logger.warning("%s; everything runs again", error.message)
         return {}
+    wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
+    if wrong:
+        logger.warning("%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
+        return {}
+    return lock
 
 
 def is_whole(target: Path) -> bool:

@@ -7,7 +7,7 @@ them: a checkpoint that transformers has classes for is loaded with those, any o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +21,7 @@ _HINT = (
     "(a newer transformers may have them), or convert this one where you trust its code, and remove auto_map"
 )
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+_DEEPEST = 4  # configs within configs
 # Shown of one name in a message.
 _LONGEST = 100
 
@@ -50,14 +51,41 @@ def check_no_code(directory: Path) -> None:
         what = f"transformers has no tokenizer_class {_short(chosen)} of its own"
         problems.append(f"{directory / 'tokenizer_config.json'}: auto_map names {named}, and {what}")
     # transformers would fetch a hub repository of that name, and import it
-    for name in (name for name in _KERNELS if "/" in str(config.get(name))):
-        problems.append(f"{directory / 'config.json'}: {name} {_short(config[name])} names code on a hub")
+    for name, value in _kernels(config):
+        problems.append(f"{directory / 'config.json'}: {name} {_short(value)} names code on a hub")
     if problems:
         raise CheckpointError("\n".join(problems), hint=_HINT)
 
 
+def check_no_adapter(directory: Path) -> None:
+    """Refuse a checkpoint with an adapter's config beside its own.
+
+    transformers opens the model that the adapter names, which may lie anywhere, and adds the adapter; what is hashed
+    and merged are the checkpoint's own files.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    file = directory / "adapter_config.json"
+    if file.exists():
+        raise CheckpointError(
+            f"{file}: an adapter lies in the folder of the model; transformers would load the base that it names, with "
+            "the adapter added, instead of the model",
+            hint="move the adapter to a folder of its own",
+        )
+
+
 def _read(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
+
+
+def _kernels(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Implementations that lie on a hub, of the model and of the parts that it has configs for, by dotted name."""
+    for name, value in config.items():
+        if name in _KERNELS and "/" in str(value):
+            yield prefix + name, value
+        elif name.endswith("_config") and isinstance(value, Mapping) and prefix.count(".") < _DEEPEST:
+            yield from _kernels(value, f"{prefix}{name}.")
 
 
 def _map_of(values: Mapping[str, Any]) -> dict[str, Any]:

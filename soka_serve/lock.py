@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from soka_serve.toml_text import parse_toml
 
 
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
-    """Write provenance as TOML: strings, numbers, booleans and lists of them, in tables of any depth.
+    """Write provenance as TOML: strings, numbers, booleans, dates and lists of them, in tables of any depth.
 
     Raises:
         TypeError: a value that TOML has no form for (None, say); names its key.
@@ -73,6 +74,8 @@ def _value(value: object, path: Sequence[str]) -> str:
         return _string(value)
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, date | time):  # a datetime is a date; of somebody else's file
+        return value.isoformat()
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item, path) for item in value) + "]"
     raise TypeError(f"soka.lock: {'.'.join(path)}: TOML has no form for {type(value).__name__}")

@@ -21,7 +21,7 @@ from soka_serve.estimate import (
     lora_parameters,
     size_from_config,
 )
-from soka_serve.foreign_code import check_no_code
+from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
 from soka_serve.plan_examples import DataPlan, plan_data
@@ -151,6 +151,7 @@ def make_plan(
     manifest, train = loaded.manifest, loaded.manifest.train
     directory = base_directory or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
     check_no_code(directory)
+    check_no_adapter(directory)
     modules = list_modules(directory)
     targets = resolve_targets(manifest, modules)
     size = model_size(directory, modules)

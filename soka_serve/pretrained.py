@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from soka_serve.foreign_code import check_no_code
+from soka_serve.errors import CheckpointError
+from soka_serve.foreign_code import check_no_adapter, check_no_code
 
 
 def open_model(directory: Path, **options: Any) -> Any:
@@ -19,12 +20,14 @@ def open_model(directory: Path, **options: Any) -> Any:
         options: for `from_pretrained`.
 
     Raises:
-        CheckpointError: it can be loaded by code of its own only.
-        OSError, ValueError, RuntimeError, KeyError, TypeError: what transformers raises of files that it cannot read.
+        CheckpointError: it can be loaded by code of its own only, or an adapter lies beside it.
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError: what transformers raises of files that
+            it cannot read.
     """
     from transformers import AutoModelForCausalLM
 
     check_no_code(directory)
+    check_no_adapter(directory)
     return AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
     )
@@ -34,10 +37,16 @@ def open_tokenizer(directory: Path) -> Any:
     """A checkpoint's tokenizer, by transformers' own class for it.
 
     Raises:
-        CheckpointError: it can be loaded by code of its own only.
+        CheckpointError: it can be loaded by code of its own only, or its settings make no tokenizer.
         OSError, ValueError: what transformers raises of files that it cannot read.
     """
     from transformers import AutoTokenizer
 
     check_no_code(directory)
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except (AttributeError, KeyError, TypeError) as error:  # of values that are not what it expects there
+        raise CheckpointError(
+            f"{directory}: transformers cannot build this tokenizer: {error}",
+            hint="look for a wrong value in tokenizer_config.json, config.json and tokenizer.json",
+        ) from error

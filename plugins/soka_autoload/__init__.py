@@ -11,6 +11,7 @@ soka_serve may be gone.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
@@ -44,19 +45,27 @@ class _Finder:
     other threads that go through the list of finders.
     """
 
+    def __init__(self) -> None:
+        self._searching: set[int] = set()  # threads: another finder may go through the list in its turn
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "peft":
+        thread = _thread.get_ident()
+        if fullname != "peft" or thread in self._searching:
             return None
-        for finder in list(sys.meta_path):
-            if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
-                continue
-            spec: ModuleSpec | None = finder.find_spec(fullname, path, target)
-            if spec is not None:
-                _register_after(spec.loader)
-                return spec
-        return None
+        self._searching.add(thread)
+        try:
+            for finder in list(sys.meta_path):
+                if isinstance(finder, _Finder) or not hasattr(finder, "find_spec"):
+                    continue
+                spec: ModuleSpec | None = finder.find_spec(fullname, path, target)
+                if spec is not None:
+                    _register_after(spec.loader)
+                    return spec
+            return None
+        finally:
+            self._searching.discard(thread)
 
 
 def _register_after(loader: Any) -> None:

@@ -274,16 +274,30 @@ def check_room(folder: Path, workers: int) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Remove sandbox folders whose runner and supervisor were both killed.
 
-    A folder counts as abandoned if this user owns it, nobody holds its lock, and it has not changed for a minute.
+    A folder counts as abandoned if this user owns it, nobody holds its lock, it has not changed for a minute, and it
+    holds nothing but scratch directories: folders of such a name may be the user's own.
     """
     for path in _owned(folder):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
+                if _holds_scratch_only(path):
+                    shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def _holds_scratch_only(folder: Path) -> bool:
+    """Whether all in it are directories with a job's number for a name, which hold plain files alone."""
+    with os.scandir(folder) as jobs:
+        for job in jobs:
+            if not (job.name.isdecimal() and job.is_dir(follow_symlinks=False)):
+                return False
+            with os.scandir(job) as files:
+                if not all(file.is_file(follow_symlinks=False) for file in files):
+                    return False
+    return True
 
 
 def _owned(folder: Path) -> Iterator[Path]:

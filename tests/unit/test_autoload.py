@@ -191,3 +191,21 @@ def test_a_peft_that_fails_fails_as_without_us(foreign: Path, root: Path) -> Non
     (foreign / "peft" / "__init__.py").write_text("raise OSError('its own error')\n")
     code = "try:\n    import peft\nexcept OSError as error:\n    print(error)"
     assert run_foreign(foreign, code, root=root) == "its own error\n"
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["before", "after"])
+def test_another_finder_that_goes_through_the_list(foreign: Path, root: Path, place: int) -> None:
+    """Each asks the other, which has no end unless one of them stops."""
+    code = f"""
+import sys
+class Other:
+    def find_spec(self, name, path=None, target=None):
+        if name != "peft":
+            return None
+        found = (f.find_spec(name, path, target) for f in list(sys.meta_path) if not isinstance(f, Other))
+        return next((spec for spec in found if spec is not None), None)
+sys.meta_path.insert({place}, Other())
+import peft
+print(peft.OLD)
+"""
+    assert "True" in run_foreign(foreign, code, root=root)

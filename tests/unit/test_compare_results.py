@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -11,6 +12,8 @@ from soka_serve.compare_plan import Cell, Surroundings, list_cells
 from soka_serve.compare_report import accuracy_chart, render_html
 from soka_serve.compare_results import summarise
 from soka_serve.compare_text import percent, render_markdown, verdict
+from soka_serve.comparing import Records
+from soka_serve.errors import DataError
 from soka_serve.suite import Suite, parse_suite
 
 SUITE = """
@@ -173,3 +176,14 @@ def test_percentages_stay_between_0_and_100() -> None:
     assert percent({"mean": 0.1, "low": -0.2, "high": 0.4}) == "10.0 [0.0, 40.0]"
     assert percent({"mean": 0.1, "low": None, "high": None}) == "10.0"
     assert percent(None) == "–"
+
+
+@pytest.mark.parametrize(
+    "line", ['{"key": "mine", "note": "precious"}', '{"key": "0123456789abcdef"}', '{"key": 5, "status": "done"}']
+)
+def test_records_of_somebody_else_s_are_not_taken_for_ours(tmp_path: Path, line: str) -> None:
+    """They would be overwritten by the results."""
+    file = tmp_path / "res.records.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(DataError, match=r"res\.records.jsonl:1: expected a record of a run"):
+        Records(tmp_path / "work").take_over(file, [])

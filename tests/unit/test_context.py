@@ -148,3 +148,15 @@ def test_an_empty_folder_in_a_build_is_somebodys_too(tmp_path: Path) -> None:
     (_artefact(tmp_path) / "mine").mkdir()
     with pytest.raises(BuildError, match="not part of a build: mine/"):
         check_target(_context(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["files = 5\nstages = 1\n", "stages = 1\n[files]\n", "manifest = 1\n[files]\n[stages]\n"]
+)
+def test_a_lock_of_another_form_is_no_build_of_ours(tmp_path: Path, text: str) -> None:
+    target = _artefact(tmp_path)
+    (target / "soka.lock").write_text(text)
+    assert not is_whole(target)
+    assert previous_keys(target) == {}
+    with pytest.raises(BuildError, match=r"report.html"):
+        check_target(_context(tmp_path))

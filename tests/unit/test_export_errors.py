@@ -110,3 +110,19 @@ def test_the_lock_names_the_adapter_that_was_exported(
     monkeypatch.setattr(exporting, "_to_soka", swapped)
     export(source, tmp_path / "out")
     assert read_lock(tmp_path / "out" / "soka.lock")["export"]["source_sha256"] == expected
+
+
+def test_a_card_without_end_is_refused(tmp_path: Path, source: Path) -> None:
+    """It goes into the export; GiBs of nothing are no card."""
+    with (source / "README.md").open("wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(CheckpointError, match=r"README.md: 8589934592 bytes, too large"):
+        export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dates_in_a_lock_go_along(tmp_path: Path, source: Path) -> None:
+    (source / "soka.lock").write_text("day = 2026-01-31\nat = 2026-01-31T10:00:00Z\n")
+    export(source, tmp_path / "out")
+    lock = read_lock(tmp_path / "out" / "soka.lock")
+    assert (str(lock["day"]), str(lock["at"])) == ("2026-01-31", "2026-01-31 10:00:00+00:00")

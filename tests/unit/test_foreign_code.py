@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
+import soka_serve
 from soka_serve.errors import CheckpointError, SokaError
-from soka_serve.foreign_code import check_no_code
+from soka_serve.foreign_code import check_no_adapter, check_no_code
+from soka_serve.pretrained import open_model, open_tokenizer
 from soka_serve.serving_command import Settings, make_launch
 from soka_serve.serving_targets import Target
 from tests.planted import MODEL, TOKENIZER
@@ -60,6 +63,7 @@ def test_native_checkpoints_pass(tmp_path: Path, config: dict[str, Any], setting
         ({"model_type": "llama"}, {"auto_map": TOKENIZER["AutoTokenizer"]}, ["as AutoTokenizer"]),
         ({"model_type": "llama"}, {"auto_map": "planted.Planted"}, ["as AutoTokenizer"]),
         ({"model_type": "llama", "attn_implementation": "owner/kernel"}, {}, ["attn_implementation", "owner/kernel"]),
+        ({"model_type": "gemma3", "text_config": {"attn_implementation": "owner/kernel"}}, {}, ["text_config.attn_"]),
         (
             {"model_type": "planted", "auto_map": MODEL},
             {"auto_map": TOKENIZER, "tokenizer_class": "Planted"},
@@ -73,6 +77,32 @@ def test_code_is_refused(tmp_path: Path, config: dict[str, Any], settings: dict[
     for text in named:
         assert text in caught.value.message
     assert "never runs code" in str(caught.value.hint)
+
+
+@pytest.mark.slow  # imports transformers
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path, root: Path) -> None:
+    """transformers would open another model, the one that the adapter names, and add the adapter."""
+    base = tmp_path / "base"
+    shutil.copytree(root / "soka_serve" / "builtin" / "tiny", base)
+
+    check_no_adapter(base)
+    (base / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "elsewhere"}))
+    for refuse in (check_no_adapter, open_model):
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json: an adapter lies in the folder of the model"):
+            refuse(base)
+    manifest = tmp_path / "m.toml"
+    text = 'schema = 1\n[base]\npath = "base"\n[train]\nsteps = 1\n[train.data]\nbuiltin = "math"\n'
+    manifest.write_text(text)
+    with pytest.raises(CheckpointError, match="an adapter lies in the folder"):
+        soka_serve.plan(manifest)
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_wrong_settings_is_the_checkpoint_s_fault(tmp_path: Path, root: Path) -> None:
+    shutil.copytree(root / "soka_serve" / "builtin" / "tiny", tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": ["a"]}))
+    with pytest.raises(CheckpointError, match="transformers cannot build this tokenizer"):
+        open_tokenizer(tmp_path / "base")
 
 
 def test_it_agrees_with_transformers(tmp_path: Path) -> None:

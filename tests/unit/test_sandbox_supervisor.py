@@ -119,3 +119,17 @@ def test_folders_whose_processes_were_killed_are_removed(monkeypatch: pytest.Mon
         os.killpg(holder.pid, 9)
         holder.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in (alive, young, foreign))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "data/notes.txt", "1/data/notes.txt"])
+def test_a_folder_of_the_users_with_such_a_name_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    file = tmp_path / "soka-sandbox-results" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / "soka-sandbox-results", (hour_ago, hour_ago))
+    assert run_programs([Program(RIGHT, TESTS)], allow_code_execution=True)[0].passed
+    assert file.read_text() == "mine"
