@@ -15,21 +15,12 @@ from pathlib import Path
 import pytest
 
 from soka_serve.sandbox import Verdict, lock
-from tests.sandboxed import RIGHT, alive, children, nothing_left, run
+from tests.sandboxed import RIGHT, alive, children, run
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where scratch directories are made; no process and no scratch directory survives a test."""
-    tmp_path_factory.getbasetemp()  # pytest's own folder shall not be made in ours
-    with nothing_left() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield folder
 
 
 @pytest.fixture

@@ -17,18 +17,9 @@ import pytest
 from soka_serve.errors import SandboxError
 from soka_serve.sandbox import Program, Verdict, check_sandbox, lock, require_consent, run_programs, runner, wire
 from tests.hostile import TRICKS
-from tests.sandboxed import RIGHT, TESTS, nothing_left, run
+from tests.sandboxed import RIGHT, TESTS, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
-
-
-@pytest.fixture(autouse=True)
-def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where scratch directories are made; no process and no scratch directory survives a test."""
-    tmp_path_factory.getbasetemp()  # pytest's own folder shall not be made in ours
-    with nothing_left() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield folder
 
 
 @pytest.fixture

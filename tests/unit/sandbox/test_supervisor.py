@@ -36,7 +36,7 @@ except SandboxError as error:
 runner.close()
 """
     other = ["setpriv", "--reuid=65531", "--regid=65531", "--clear-groups"] if os.geteuid() == 0 else []
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     python = sys.executable if not other else "/usr/bin/python3"
     if other and not readable_by_others(root):
         pytest.skip("this test is run by root, and the package lies where only root may enter")

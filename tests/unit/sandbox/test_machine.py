@@ -7,12 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.sandboxed import nothing_left
 
 pytestmark = [
     pytest.mark.slow,
@@ -73,13 +70,6 @@ ROOTS = {
     "    os.execve('/usr/bin/unshare', ['unshare', '--user', '--map-root-user', sys.executable, *sys.orig_argv[1:]],"
     " {**os.environ, 'IN': '1'})",
 }
-
-
-@pytest.fixture(autouse=True)
-def scratches() -> Iterator[str]:
-    """Where scratch directories are made; no process and no scratch directory survives a test."""
-    with nothing_left() as folder:
-        yield folder
 
 
 def outcome(before: str, root: Path, scratch: str, python: str = sys.executable, **user: object) -> list[object]:

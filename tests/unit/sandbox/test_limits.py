@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from soka_serve.sandbox import Program, Verdict, run_programs
-from tests.sandboxed import RIGHT, TESTS, nothing_left, run
+from tests.sandboxed import RIGHT, TESTS, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
-
-
-@pytest.fixture(autouse=True)
-def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where scratch directories are made; no process and no scratch directory survives a test."""
-    tmp_path_factory.getbasetemp()
-    with nothing_left() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield folder
 
 
 # ------------------------------------------------------------------------------------- claims about the sandbox

@@ -20,7 +20,7 @@ from tests.hostile import SPIES
 from tests.hostile_answers import ANSWERS, FRAMES, SLOW, sending
 from tests.hostile_effects import ATTACKS
 from tests.hostile_world import harms
-from tests.sandboxed import RIGHT, TESTS, nothing_left, run
+from tests.sandboxed import RIGHT, TESTS, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,15 +33,6 @@ if platform.machine() != "x86_64":
 
 PARTS = 8
 """Into how many tests the attacks are divided where one process makes several."""
-
-
-@pytest.fixture(autouse=True)
-def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where scratch directories are made; no process and no scratch directory survives a test."""
-    tmp_path_factory.getbasetemp()  # pytest's own folder shall not be made in ours
-    with nothing_left() as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield folder
 
 
 @pytest.fixture
