@@ -75,7 +75,7 @@ def test_no_mark(thing: Path, text: str | None) -> None:
 def test_many_are_counted(tmp_path: Path) -> None:
     for i in range(25):
         (tmp_path / f"{i:02}.txt").touch()
-    with pytest.raises(BuildError, match=r"00\.txt, .*09\.txt and 15 more$"):
+    with pytest.raises(BuildError, match=r"00\.txt, .*09\.txt, and 15 more$"):
         THINGS.check(tmp_path)
 
 
