@@ -329,9 +329,13 @@ def require_regular(path: Path) -> Path:
     Raises:
         OSError: it is missing, cannot be looked at, or is neither a file nor a directory.
     """
-    mode = path.stat().st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a directory says itself what is wrong
-        raise irregular(path, mode)
+    found = path.stat()
+    # Opening a directory says itself what is wrong.
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise irregular(path, found.st_mode)
+    # Some of the kernel's files look like empty ones, and reading them waits without end.
+    if found.st_size == 0 and Path(os.path.realpath(path)).is_relative_to("/proc"):
+        raise OSError(errno.EINVAL, "not a file but a window into the kernel", str(path))
     return path
 
 

@@ -373,3 +373,11 @@ def test_hashes(tmp_path: Path) -> None:
     assert files.sha256_tree([one / "a", one / "sub"]) == files.sha256_tree([two / "sub", two / "a"])
     (two / "sub" / "b").rename(two / "sub" / "c")
     assert files.sha256_tree([two]) != same
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_windows_into_the_kernel_are_no_files() -> None:
+    """/proc/kmsg looks like an empty file, and reading it waits without end."""
+    for name in ("/proc/kmsg", "/proc/self/mounts"):
+        with pytest.raises(OSError, match="not a file but a window into the kernel"):
+            files.sha256_file(Path(name))

@@ -323,3 +323,10 @@ def test_a_key_twice_in_other_json_is_nothing_to_us(tmp_path: Path) -> None:
     with pytest.raises(SokaError, match="occur twice: a"):
         read_json(tmp_path / CONFIG_FILE, ReadingBudget())
     assert json.loads("{}") == {}
+
+
+def test_tables_without_end_are_not_read() -> None:
+    """Each takes tomllib a while, so that a lock of a megabyte would take seconds."""
+    with pytest.raises(ValueError, match=r"more than 2000 tables and lists \(at line 2001\)"):
+        parse_toml("".join(f"[a{i}.b.c.d.e.f]\n" for i in range(40_000)))
+    assert len(parse_toml("".join(f"[a{i}]\n" for i in range(2000)))) == 2000
