@@ -5,13 +5,16 @@ Not streamed: the model is loaded whole, as PEFT does it. SoKA adapters go throu
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from soka_serve.base_model import load_base
 from soka_serve.baselines import load_adapter
 from soka_serve.checkpoint import Checkpoint
+from soka_serve.headers import FLOAT_DTYPES
 from soka_serve.merge_papers import copy_side_files
 
 
@@ -23,14 +26,29 @@ def merge_baseline(method: str, trained: Path, base_dir: Path, out: Path, dtype:
         trained: the trained adapter, or the whole model for "full".
         base_dir: the base checkpoint.
         out: directory to make.
-        dtype: of the weights; "auto" is the base's own. The sum is formed in float32.
+        dtype: of the weights; with "auto" each keeps the dtype that it has in the base. The sum is formed in float32.
     """
     base = Checkpoint.open(base_dir)
     if method == "full":
         model = load_base(trained, "float32")
     else:
         model = load_adapter(load_base(base_dir, "float32"), trained).merge_and_unload()
-    first = next(iter(base.tensors.values()))
-    model.to(getattr(torch, dtype) if dtype != "auto" else first.torch_dtype).save_pretrained(out)
+    if dtype == "auto":
+        _restore_dtypes(model, base)
+    else:
+        model.to(getattr(torch, dtype))
+    model.save_pretrained(out)
     # After save_pretrained, so that the base's own config stands; only its dtype may differ.
     copy_side_files(base, out, None if dtype == "auto" else dtype)
+
+
+def _restore_dtypes(model: Any, base: Checkpoint) -> None:
+    """Give each weight of a model the dtype that it has in the base; the most common one to those of other names."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in base.tensors.values():
+        if info.dtype in FLOAT_DTYPES:
+            sizes[info.torch_dtype] += info.numel
+    common = sizes.most_common(1)[0][0]
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_floating_point():
+            value.data = value.data.to(base.tensors[name].torch_dtype if name in base.tensors else common)
