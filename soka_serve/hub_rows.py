@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import DataError, printable
-from soka_serve.rows import Row, UnreachableDataError, resolve
+from soka_serve.rows import Row, UnreachableDataError, open_data, resolve
 from soka_serve.schema import Data
 
 # Readers of `datasets` that give rows of text and numbers; "cache" is a dataset that was fetched before.
@@ -99,6 +99,8 @@ def check_name(name: str, local: Path) -> None:
         for path in local.rglob("*"):
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise DataError(f"train.data.hub: {path}: not a file but a device, a pipe or a socket")
+            if path.is_file():
+                _refuse_hole(path)
         return
     if local.exists() or name.endswith(".py"):
         raise DataError(
@@ -115,6 +117,14 @@ def check_name(name: str, local: Path) -> None:
             f"train.data.hub: {name}: no such directory; {expected}",
             hint="Paths in a manifest start from the manifest's directory.",
         )
+
+
+def _refuse_hole(path: Path) -> None:
+    """Refuse a file that is mostly a hole, which a reader would take into memory whole."""
+    try:
+        open_data(path).close()
+    except OSError as error:
+        raise DataError(f"train.data.hub: {path}: cannot be read: {error.strerror or error}") from None
 
 
 def _readers() -> set[str]:

@@ -47,7 +47,10 @@ def bounded() -> Iterator[None]:
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
-        Peak.resident = max(Peak.resident, _peak() - memory.rss)
+        grown = _peak() - memory.rss
+        Peak.resident = max(Peak.resident, grown)
+        if grown > MEMORY:
+            raise OverLimitError(f"{grown:,} bytes more were resident")
 
 
 def _peak() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tests.fuzzing import cases, limits
 from tests.fuzzing.adapters import check_adapter, write_good_adapter
 from tests.fuzzing.limits import OverLimitError, bounded, run
 
-EXAMPLES = {"adapters": 60, "lokr": 60, "manifests": 60, "outputs": 30, "caches": 60, "frames": 60}
+EXAMPLES = {"adapters": 40, "lokr": 60, "manifests": 30, "outputs": 30, "caches": 60, "frames": 60}
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
@@ -59,17 +58,19 @@ def _hang(kind: str) -> None:
     end = time.monotonic() + 20
     while time.monotonic() < end:
         try:
-            time.sleep(20 if kind != "computing" else 0)
+            if kind != "computing":
+                time.sleep(20)
         except OverLimitError:
             if kind == "caught":
                 return  # as by `except Exception` in what is called
             raise
 
 
-def test_memory_would_be_seen() -> None:
+def test_memory_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError), bounded():
-        bytearray(limits.MEMORY + (1 << 20))
-    limits.Peak.resident = 0
+        bytearray(2 * limits.MEMORY)
+    monkeypatch.setattr(limits.Peak, "resident", 0)
     with bounded():
-        os.write(os.open(os.devnull, os.O_WRONLY), b"x" * (100 << 20))
-    assert limits.Peak.resident >= 90 << 20
+        assert len(b"x" * (300 << 20))
+    if Path("/proc/self/clear_refs").exists():
+        assert limits.Peak.resident >= 200 << 20  # some of it may lie where the process had memory already

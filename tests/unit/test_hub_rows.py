@@ -244,3 +244,13 @@ def test_files_of_a_dataset_that_differ(tmp_path: Path) -> None:
     (tmp_path / "data" / "2.json").write_text('{"other": 1}')
     with pytest.raises(DataError, match=r"train\.data\.hub: data: row 4: .*CastError"):
         load(tmp_path, hub="data", prompt="{{ q }}", completion="{{ a }}")
+
+
+def test_files_that_are_holes(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_rows(tmp_path / "data" / "train.jsonl", [{"q": "x", "a": "y"}])
+    os.truncate(tmp_path / "data" / "train.jsonl", 3 << 30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"train\.jsonl: a hole: 3221225472 bytes long, of which 4096"):
+        load(tmp_path, hub="data", prompt="{{ q }}", completion="{{ a }}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
