@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,9 @@ from soka_serve.errors import CheckpointError, DataError
 _MAX_REPORTED = 5  # Malformed lines named in one error.
 _MAX_LINE = 64 << 20  # bytes of one line
 _BUFFER = 1 << 20
+
+# An escape that may be half of a character beyond U+FFFF; two that belong together are a whole one.
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 Row = Mapping[str, Any]
 
@@ -51,6 +55,8 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
             row = json.loads(line.decode("utf-8"))
             if not isinstance(row, dict):
                 raise DataError(f"expected a JSON object, got {type(row).__name__}")
+            if _SURROGATE.search(line) and (half := _half_character(row)):
+                raise DataError(f"{half} is half of a character, which no text has (a pair was cut, or written singly)")
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1})",
@@ -79,6 +85,15 @@ def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:
         )
     if not rows:
         raise DataError(f"{file}: empty; expected one JSON object per line")
+
+
+def _half_character(value: object) -> str | None:
+    """An escape in keys or values of a row that stands for no character alone; None where all texts are whole."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return None
 
 
 def open_data(file: Path) -> io.BufferedReader:
