@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,7 @@ def test_another_finder_that_goes_through_the_list(foreign: Path, root: Path, pl
     """Each asks the other, which has no end unless one of them stops."""
     code = f"""
 import sys
+import zipfile
 class Other:
     def find_spec(self, name, path=None, target=None):
         if name != "peft":
@@ -209,3 +211,37 @@ import peft
 print(peft.OLD)
 """
     assert "True" in run_foreign(foreign, code, root=root)
+
+
+@pytest.mark.slow  # imports torch
+def test_a_deleted_checkout_does_not_break_torch(tmp_path: Path, root: Path) -> None:
+    """The wheel of `pip install -e`, put into a site folder of its own; then the checkout goes."""
+    checkout, site = tmp_path / "checkout", tmp_path / "site"
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "results", ".*_cache", "__pycache__", "*.egg-info")
+    for name in ("soka_serve", "plugins", "eval/tasks"):
+        shutil.copytree(root / name, checkout / name, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, checkout)
+    build = "from setuptools import build_meta\nprint(build_meta.build_editable(__import__('sys').argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    assert (site / "soka_autoload" / "__init__.py").is_file()
+    shutil.rmtree(checkout)
+    code = (  # the tests' own environment has this entry point, too
+        f"import site, sys\nsite.addsitedir({str(site)!r})\nsys.path.insert(0, {str(site)!r})\n"
+        "import importlib.metadata as metadata\nfound = metadata.entry_points\n"
+        f"own = metadata.Distribution.at({str(next(site.glob('*.dist-info')))!r}).entry_points\n"
+        "metadata.entry_points = lambda **of: own.select(**of)\n"
+        "import torch\nprint(any(type(f).__module__ == 'soka_autoload' for f in sys.meta_path), "
+        "sys.modules['soka_autoload'].__file__)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.split() == ["True", str(site / "soka_autoload" / "__init__.py")], done.stderr
