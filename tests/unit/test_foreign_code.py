@@ -20,8 +20,8 @@ from soka_serve.serving_command import Settings, make_launch
 from soka_serve.serving_targets import Target
 from tests.planted import MODEL, TOKENIZER
 
-# PEFT's own classes read an adapter: a config and tensors.
-OWN = {"PeftModel", "PeftConfig"}
+# PEFT's own classes, and ours for it, read an adapter: a config and tensors.
+OWN = {"PeftModel", "PeftConfig", "SokaConfig"}
 
 
 def write(directory: Path, config: dict[str, Any], settings: dict[str, Any] | None = None) -> Path:
