@@ -26,6 +26,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import statistics
@@ -51,6 +52,7 @@ from tests.hostile_world import CLAIM, use_of, world  # noqa: E402
 USER = 65533
 IDENTITY: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []}
 PYTHON = "/usr/bin/python3"
+_NAME = re.compile(r"/\S*soka-outside-\w+")  # of the folder outside, another in each run
 BARE = (PYTHON, "-s", "-S", "-P", "-B", "-X", "utf8", "-c")
 TIMEOUT_S = 20
 CPU_S = 8
@@ -195,7 +197,7 @@ def jailed(way: Way, attack: Attack, disk: str) -> dict[str, Any]:
     shutil.rmtree(disk, ignore_errors=True)
     last = output.strip().splitlines()[-1:]
     seconds = round(time.monotonic() - started, 2)
-    return judged(attack, found, "GOT True" in output) | {"ended": "".join(last)[:200], "seconds": seconds}
+    return judged(attack, found, "GOT True" in output) | {"ended": _NAME.sub("OUT", "".join(last))[:200], "seconds": seconds}
 
 
 def judged(attack: Attack, harm: list[str], claims: bool) -> dict[str, Any]:
