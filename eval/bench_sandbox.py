@@ -197,7 +197,10 @@ def jailed(way: Way, attack: Attack, disk: str) -> dict[str, Any]:
     shutil.rmtree(disk, ignore_errors=True)
     last = output.strip().splitlines()[-1:]
     seconds = round(time.monotonic() - started, 2)
-    return judged(attack, found, "GOT True" in output) | {"ended": _NAME.sub("OUT", "".join(last))[:200], "seconds": seconds}
+    return judged(attack, found, "GOT True" in output) | {
+        "ended": _NAME.sub("OUT", "".join(last))[:200],
+        "seconds": seconds,
+    }
 
 
 def judged(attack: Attack, harm: list[str], claims: bool) -> dict[str, Any]:
