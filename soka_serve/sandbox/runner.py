@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.errors import SandboxError
+from soka_serve.errors import SandboxError, printable
 from soka_serve.sandbox.wire import (
     MAX_FRAME_BYTES,
     WireError,
@@ -66,11 +66,6 @@ class Verdict:
 
     passed: bool
     reason: str = ""
-
-
-def _printable(reason: str) -> str:
-    """One line for people: what a program said, without control characters, marks of direction, lone surrogates."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in reason)[:500]
 
 
 class EndedError(Exception):
@@ -144,7 +139,7 @@ class Runner:
             return Verdict(False, f"the program ended by itself ({answer['ended']})")
         # The nonce is known to this process and to the one that ran the tests, after the last of them.
         passed = report.get("passed") is True and report.get("nonce") == nonce
-        return Verdict(passed, "" if passed else _printable(str(report.get("reason") or "no proof that the tests ran")))
+        return Verdict(passed, "" if passed else printable(report.get("reason") or "no proof that the tests ran", 500))
 
     def close(self) -> None:
         """End the supervisor and everything it started, and remove its folder."""
