@@ -3,20 +3,21 @@
 `LycorisNetwork.save_weights` writes one safetensors file and no config. Its keys name a module by its path with "_" for
 "." (`lycoris_model_layers_0_self_attn_q_proj.lokr_w1`), so it takes the served model's modules to read them.
 
-Its scale alpha / rank is only served where it is 1. LyCORIS (up to 4.1.3, by its sources) multiplies with it once in
-training, twice when it merges, and not at all in bypass mode, and it does not store whether the root of the rank was
-meant: the file does not say which delta it stands for.
+Its scale is the stored alpha over the rank, once, as LyCORIS 4.1 trains and as its bypass mode and its loader compute;
+`rs_lora` is in the stored alpha already. (Its merge_to and onfly_merge multiply by the scale twice.) Two whole factors
+have no rank and the scale 1, but for those that `rs_lora` trained: their scale is not in the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from torch import Tensor, ones
+from torch import tensor
 
 from soka_serve.adapter import CONFIG_FILE, refusal
 from soka_serve.budget import ReadingBudget
@@ -29,6 +30,8 @@ from soka_vllm.lokr import Matrix, find_matrix
 PREFIX = "lycoris_"
 KIND = "LyCORIS LoKr"
 
+_ROUNDING = 1e-2  # of an alpha that was saved in bfloat16
+
 T = TypeVar("T")
 
 
@@ -37,7 +40,7 @@ class _Module:
     left: Matrix
     right: Matrix
     alpha: TensorInfo | None
-    ranks: frozenset[int]  # of halves; empty where both factors are whole, which have no scale
+    rank: int | None  # of what is a product of two; None where both factors are whole
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,18 @@ class LycorisFiles:
         """By module."""
         return {name: FactorShape(*part.left.shape, *part.right.shape) for name, part in self.modules.items()}
 
+    @property
+    def ranks(self) -> frozenset[int]:
+        """All that products in this file have."""
+        return frozenset(part.rank for part in self.modules.values() if part.rank is not None)
+
     def read(self) -> dict[str, Factors]:
         """See `read_lycoris`."""
         factors, problems = {}, []
         for name, part in self.modules.items():
             self.budget.check_time(self.file)
             try:
-                factors[name] = _read_module(part)
+                factors[name] = _read_module(part, self.ranks)
             except ValueError as error:
                 problems.append(f"{self.file.name}: {PREFIX}{name}: {error}")
         if problems:
@@ -90,11 +98,12 @@ def read_lycoris(directory: Path, budget: ReadingBudget | None = None) -> dict[s
         budget: what reading it may take.
 
     Returns:
-        One float32 term per module, by the module's name with "_" for "."; `unflatten` gives the names.
+        One float32 term per module, by the module's name with "_" for "."; sigma is alpha over the rank. `unflatten`
+        gives the names.
 
     Raises:
-        CheckpointError: what is wrong: made for a diffusion model, weight-decomposed, convolutions, a scale other than
-            1, tensors missing, unknown, of wrong shape or too large, values that are not finite.
+        CheckpointError: what is wrong: made for a diffusion model, weight-decomposed, convolutions, a scale that the
+            file does not hold, tensors missing, unknown, of wrong shape or too large, values that are not finite.
     """
     return look_at_lycoris(directory, budget or ReadingBudget()).read()
 
@@ -154,31 +163,46 @@ def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget)
         raise ValueError("weight-decomposed (dora_scale): not a delta of the weight alone")
     if {"lokr_t1", "lokr_t2"} & parts.keys():
         raise ValueError("a Tucker core (lokr_t1, lokr_t2) belongs to a convolution, not to a linear layer")
-    halves = [parts[key].shape for key in ("lokr_w1_a", "lokr_w2_a") if key in parts]
     alpha = parts.pop("alpha", None)
     left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
     if parts:
         raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
-    return _Module(left, right, alpha, frozenset(shape[-1] for shape in halves))
+    ranks = sorted({matrix.infos[0].shape[1] for matrix in (left, right) if len(matrix.infos) == 2})
+    if len(ranks) > 1:
+        raise ValueError(f"lokr_w1 and lokr_w2 are products of different ranks, {ranks[0]} and {ranks[1]}")
+    if ranks == [0]:
+        raise ValueError("products of rank 0")
+    return _Module(left, right, alpha, ranks[0] if ranks else None)
 
 
-def _read_module(part: _Module) -> Factors:
-    if part.ranks:
-        value = _read_alpha(part.alpha)
-        if part.ranks != {value}:
-            raise ValueError(
-                f"alpha is {value:g}, the rank {', '.join(map(str, sorted(part.ranks)))}: LyCORIS's training, merging "
-                "and bypass modes disagree on what a scale other than 1 means; multiply lokr_w1 (or lokr_w1_a) by the "
-                "scale that you mean and set alpha to the rank"
-            )
-    left, right = part.left.read(), part.right.read()
-    if not bool(left.isfinite().all() and right.isfinite().all()):
+def _read_module(part: _Module, ranks: Collection[int]) -> Factors:
+    """One term; `ranks` are those of all modules in the file."""
+    left, right, scale = part.left.read(), part.right.read(), tensor([_read_scale(part, ranks)])
+    if not all(bool(values.isfinite().all()) for values in (left, right, scale)):
         raise ValueError("values are not finite")
-    return Factors(left[None], right[None], ones(1))
+    return Factors(left[None], right[None], scale)
+
+
+def _read_scale(part: _Module, ranks: Collection[int]) -> float:
+    if part.rank is not None:
+        alpha = _read_alpha(part.alpha)
+        if not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"alpha is {alpha:g}, expected a finite number other than 0")
+        return alpha / part.rank
+    if part.alpha is not None:
+        # LyCORIS stores the rank that was asked for, and with rs_lora the rank times its root.
+        alpha = _read_alpha(part.alpha)
+        roots = [rank for rank in ranks if rank > 1 and math.isclose(alpha, rank**1.5, rel_tol=_ROUNDING)]
+        if not alpha.is_integer() or (roots and alpha not in ranks):
+            raise ValueError(
+                f"two whole factors with alpha {alpha:g} were trained with rs_lora, by whose scale (the root of the "
+                "rank that was asked for) LyCORIS's training multiplies and its loader does not; multiply lokr_w1 by "
+                "the scale that you mean and take alpha out"
+            )
+    return 1.0
 
 
 def _read_alpha(info: TensorInfo | None) -> float:
     if info is None or info.numel != 1:
         raise ValueError(f"alpha is {'missing' if info is None else f'of shape {info.shape}'}, expected one number")
-    tensor: Tensor = read_tensor(info)
-    return float(tensor.flatten()[0])
+    return float(read_tensor(info).flatten()[0])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.budget import ReadingBudget
@@ -20,6 +21,12 @@ from tests.fuzzing.spoil import spoil_files
 
 KINDS = hostile.WEIGHTS | hostile.CONFIG | hostile.LOKR
 _MODULES = ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.mlp.down_proj")
+# Of products and of whole factors, rank 4: none, those of rs_lora, of other dtypes and shapes.
+_ALPHAS = st.builds(
+    torch.tensor,
+    st.sampled_from([0, 1, -1, 2, 8, 2**1.5, 4**1.5, 1e-300, 1e300, math.inf, math.nan, [1.0], [1.0, 2.0], []]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
 _MESSAGE = 8000  # characters
 
 
@@ -40,7 +47,7 @@ def write_good_lokr(folder: Path) -> None:
             sizes = {"lokr_w1": (8, 8), "lokr_w2_a": (16, 4), "lokr_w2_b": (4, 16)}
             tensors |= {f"{key}.{part}": torch.randn(size, generator=generator) for part, size in sizes.items()}
             if kind == "lycoris":
-                tensors[f"{key}.alpha"] = torch.tensor(4.0)
+                tensors[f"{key}.alpha"] = torch.tensor(1.0)
         (folder / kind).mkdir(parents=True)
         save_file(tensors, folder / kind / WEIGHTS_FILE)
     config = {"peft_type": "LOKR", "r": 4, "alpha": 2, "rank_pattern": {"v_proj": 4}, "alpha_pattern": {}}
@@ -48,7 +55,15 @@ def write_good_lokr(folder: Path) -> None:
 
 
 def spoil_lokr(draw: st.DrawFn, folder: Path) -> None:
-    """One to three changes to the files of a LoKr adapter."""
+    """Alphas of LyCORIS's that are none, and one to three changes to the files of a LoKr adapter."""
+    if not (folder / CONFIG_FILE).exists() and draw(st.booleans()):
+        tensors = load_file(folder / WEIGHTS_FILE)
+        for key in sorted(tensors):
+            if key.endswith(".alpha"):
+                tensors[key] = draw(_ALPHAS)
+        save_file(tensors, folder / WEIGHTS_FILE)
+        if draw(st.booleans()):
+            return
     spoil_files(draw, folder, KINDS)
 
 
