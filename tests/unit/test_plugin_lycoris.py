@@ -64,7 +64,10 @@ def test_the_delta(tmp_path: Path) -> None:
         (lambda t: t.update({SECOND + "alpha": torch.tensor(1e300).double() * 1e300}), "alpha is inf, expected"),
         (lambda t: t.update({SECOND + "alpha": torch.tensor(1e300, dtype=torch.float64)}), "values are not finite"),
         (lambda t: t.update({FIRST + "alpha": torch.tensor(3**1.5)}), r"alpha 5\.19615 were trained with rs_lora"),
-        (lambda t: t.update({FIRST + "alpha": torch.tensor(2**1.5).bfloat16()}), r"alpha 2\.82812 were trained with rs_"),
+        (
+            lambda t: t.update({FIRST + "alpha": torch.tensor(2**1.5).bfloat16()}),
+            r"alpha 2\.82812 were trained with rs_",
+        ),
         (
             lambda t: t.update({SECOND + "lokr_w1_a": torch.ones(4, 3), SECOND + "lokr_w1_b": torch.ones(3, 3)}),
             "lokr_w1 and lokr_w2 are products of different ranks, 2 and 3",
