@@ -230,7 +230,7 @@ def decompose(
         if not sigma or sigma[0] == 0.0:
             raise PlanError(
                 f"{name}: the gradient over the calibration batches is zero",
-                hint="Check that the completions are not empty, or use init = 'weights'.",
+                hint="Check that the completions are not empty (an expert may get no token), or use init = 'weights'.",
             )
         factors = Factors(factors.left, factors.right, factors.sigma * (typical / sigma[0]))
     elif rule.init in ("zero", "random"):

@@ -7,11 +7,12 @@ three a layer for gradients at LLaMA's shapes, two for moments.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -28,6 +29,8 @@ from soka_serve.weighting import InputMoments
 if TYPE_CHECKING:
     from soka_serve.targets import Target
 
+logger = logging.getLogger(__name__)
+
 Batch = Mapping[str, torch.Tensor]
 
 _ROWS = 256
@@ -43,8 +46,8 @@ def gather(
 ) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
-    Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over all tokens, padding left
-    out.
+    Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over all inputs of the module,
+    each time that it is called, padding left out.
 
     Args:
         model: the base, in evaluation mode, its parameters frozen; left as it was found.
@@ -54,7 +57,9 @@ def gather(
         scratch: folder where gradients wait for their turn; None: in memory.
 
     Yields:
-        (target, gradient or None, moments or None), by decoder layer. Let go of one before asking for the next.
+        (target, gradient or None, moments or None), by decoder layer. Let go of one before asking for the next. A
+        module that no token reached (an expert that none was routed to) has a gradient of zero; instead of moments it
+        has None, and a warning.
 
     Raises:
         CheckpointError: a gradient or an input that is not finite.
@@ -113,7 +118,13 @@ def _gather_group(
         return
     moments = _gather_moments(model, batches, group)
     for target in group:
-        yield target, None, moments.pop(target.module.name)
+        name = target.module.name
+        found = moments.pop(name)
+        if not found.tokens:
+            logger.warning(
+                "%s: no token of the calibration batches reached it; its inputs do not weigh its start", name
+            )
+        yield target, None, found if found.tokens else None
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
@@ -153,7 +164,7 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
             shares.update({name: trained[index] / totals[name] for name in counting})
             with torch.enable_grad():
                 model(**batch).loss.backward()
-            assert not shares, f"no gradient for {sorted(shares)}"  # every adapted projection lies on the loss's path
+            shares.clear()  # what is left was not used for this batch, as experts that no token was routed to
     finally:
         for handle in handles:
             handle.remove()
@@ -169,28 +180,75 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
 @torch.no_grad()
 def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, InputMoments]:
     moments = {t.module.name: InputMoments(t.module.in_features) for t in group}
-    inputs: dict[str, torch.Tensor] = {}
+    wanted: set[str] = set()  # of the batch at hand
+    inputs: dict[str, list[torch.Tensor | None]] = {}
+    mask = torch.empty(0)
 
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = arguments[0].detach()
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if name in wanted:
+                x: torch.Tensor = (*arguments, *named.values())[0]
+                inputs.setdefault(name, []).append(_tokens_of(x.detach(), mask))
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(make_hook(name)) for name in moments]
+    def take_inputs() -> set[str]:
+        """Adds what was seen to the moments; names where padding could not be told from it, of which nothing is."""
+        unclear = set()
+        for name, parts in inputs.items():
+            tokens = [part for part in parts if part is not None]
+            if len(tokens) < len(parts):
+                unclear.add(name)
+                continue
+            try:
+                for part in tokens:
+                    moments[name].accumulate(part)
+            except ValueError:
+                raise _not_finite(model, name, "inputs") from None
+        inputs.clear()
+        return unclear
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(make_hook(name), with_kwargs=True) for name in moments
+    ]
     try:
         for index, batch in enumerate(batches):
+            wanted = {t.module.name for t in group if index < t.rule.batches}
+            mask = batch["attention_mask"].bool()
             model(**batch)
-            for name in [t.module.name for t in group if index < t.rule.batches]:
-                try:
-                    moments[name].accumulate(inputs[name][batch["attention_mask"].bool()])
-                except ValueError:
-                    raise _not_finite(model, name, "inputs") from None
-            inputs.clear()
+            wanted = take_inputs()
+            for rows in _without_padding(batch) if wanted else ():
+                mask = rows["attention_mask"].bool()
+                model(**rows)
+                take_inputs()
     finally:
         for handle in handles:
             handle.remove()
     return moments
+
+
+def _tokens_of(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+    """A layer's inputs (..., in) without padding; None where it cannot be told which they are.
+
+    Args:
+        x: (batch, tokens, ..., in), or (batch * tokens, in) in this order; without padding any (..., in).
+        mask: (batch, tokens) bool, False for padding.
+    """
+    if bool(mask.all()):
+        return x
+    if x.shape[:2] == mask.shape and x.ndim > 2:
+        return x[mask.to(x.device)]
+    if x.ndim == 2 and len(x) == mask.numel():
+        return x[mask.flatten().to(x.device)]
+    return None
+
+
+def _without_padding(batch: Batch) -> Iterator[Batch]:
+    """The rows of a batch (batch, tokens), padded at their ends, as batches of rows of equal length."""
+    lengths = batch["attention_mask"].sum(1)
+    for length in sorted(set(lengths.tolist())):
+        rows = lengths == length
+        yield {key: value[rows, :length] for key, value in batch.items()}
 
 
 def _not_finite(model: nn.Module, name: str, what: str) -> CheckpointError:

@@ -296,7 +296,8 @@ class SokaLinear(nn.Module, SokaLayer):
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
+                f"{len(adapter_names)} and {len(x)} respectively, in {self.module_name}. (Shared experts see "
+                "the tokens of all rows in one dimension; adapt other modules, or batch each adapter's rows apart.)"
             )
         if self.merged:
             raise ValueError(

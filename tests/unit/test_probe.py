@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from soka_serve.collate import IGNORED, PadCollator
 from soka_serve.data import Encoded
@@ -95,6 +96,103 @@ def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
         assert moments is not None
         assert moments.tokens == len(x)
         torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+class Experts(nn.Module):
+    """Tokens, flattened and in another order, go to one of two experts; `again` is called twice, `idle` never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 2, bias=False)
+        self.shared = nn.Linear(16, 16, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(2)])
+        self.again = nn.Linear(16, 16, bias=False)
+        self.idle = nn.Linear(16, 16, bias=False)
+        self.heads = nn.Linear(4, 4, bias=False)
+        self.mixed = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 16)
+        chosen = self.gate(flat).argmax(-1)
+        out = self.shared(input=flat)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0].flip(0)
+            out = out.index_add(0, rows, expert(flat[rows]))
+            if index:
+                out = out.index_add(0, rows, self.mixed(flat[rows]))
+        out = self.again(self.again(out).relu()) + self.mixed(flat)
+        return self.heads(out.view(*x.shape[:2], 4, 4)).view_as(x)
+
+
+@pytest.fixture(scope="module")
+def routed() -> Any:
+    """A model whose second layer has experts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    routed = LlamaForCausalLM(config)
+    routed.model.layers[1].mlp = Experts()
+    return routed.double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """A model of transformers' with experts, of which the shared one sees (batch * tokens, features)."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=24,
+    )  # fmt: skip
+    made = Qwen2MoeForCausalLM(config)
+    made.set_experts_implementation("eager")  # the others are not for float64
+    return made.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("which", "modules"),
+    [
+        ("routed", ("gate", "shared", "experts.0", "experts.1", "again", "heads", "mixed")),
+        ("shared", ("shared_expert.gate_proj", "shared_expert.down_proj", "shared_expert_gate")),
+    ],
+)
+def test_moments_of_inputs_of_other_shapes(
+    which: str, modules: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    """Flattened, parts of the batch, several calls: as without padding, in float64."""
+    model = request.getfixturevalue(which)
+    names = [f"model.layers.1.mlp.{module}" for module in modules]
+    targets = [_target(model, name, calibration_batches=2 + index % 2) for index, name in enumerate(names)]
+    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    for target in targets:
+        name, width = target.module.name, target.module.in_features
+        seen: list[torch.Tensor] = []
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, named, seen=seen, width=width: seen.append([*x, *named.values()][0].reshape(-1, width)),
+            with_kwargs=True,
+        )
+        for example in _examples()[: 2 * target.rule.batches]:
+            model(input_ids=torch.tensor([example.input_ids]))
+        handle.remove()
+        x = torch.cat(seen)
+        moments = found[name]
+        assert moments is not None, name
+        assert moments.tokens == len(x), name
+        torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+def test_a_module_that_no_token_reaches(routed: Any, caplog: pytest.LogCaptureFixture) -> None:
+    idle, query = "model.layers.1.mlp.idle", QUERY.replace("layers.0", "layers.1")
+    targets = [_target(routed, name, calibration_batches=1) for name in (idle, query)]
+    found = {target.module.name: moments for target, _, moments in gather(routed, _batches(), targets)}
+    assert found[idle] is None
+    assert found[query] is not None
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [idle]
+    targets = [_target(routed, name, init="gradient") for name in (idle, query)]
+    gradients = {target.module.name: gradient for target, gradient, _ in gather(routed, _batches(), targets)}
+    assert not gradients[idle].any()  # type: ignore[union-attr]
+    assert gradients[query].any()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("stop_early", [False, True])
