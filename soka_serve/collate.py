@@ -1,7 +1,8 @@
 """Examples to batches: padded rows, or packed rows whose examples do not see each other.
 
 Packed rows carry `position_ids` that start again at 0 with each example, and no attention mask: transformers then
-applies block-diagonal attention (`masking_utils.find_packed_sequence_indices`), provided that no cache is used.
+applies block-diagonal attention (`masking_utils.find_packed_sequence_indices`), provided that no cache is used. Not all
+models do: `packing.check_packing` measures it before training.
 """
 
 from __future__ import annotations

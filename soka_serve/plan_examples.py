@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from soka_serve.data import (
     MASKED,
@@ -24,6 +25,9 @@ from soka_serve.schema import Manifest, Train
 
 SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
 SHOWN = 3
+
+_MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
+_MIXING_KEYS = {"linear_conv_kernel_dim", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,21 @@ class DataPlan:
     def exact(self) -> bool:
         """Whether every example was counted."""
         return self.examples is not None and self.sampled == self.examples
+
+
+def mixes_rows(config: Mapping[str, Any]) -> bool:
+    """Whether a base's config.json tells of convolutions or recurrent layers, which mix the examples of a packed row.
+
+    Only told ahead: what a model really does is measured before training (`soka_serve.packing`).
+
+    >>> mixes_rows({"layer_types": ["full_attention", "linear_attention"]}), mixes_rows({"head_dim": 64})
+    (True, False)
+    """
+    inner = config.get("text_config")
+    keys = {**config, **(inner if isinstance(inner, dict) else {})}
+    types = keys.get("layer_types")
+    kinds = {kind for kind in types if isinstance(kind, str)} if isinstance(types, list) else set()
+    return bool(kinds & _MIXING_LAYERS or keys.keys() & _MIXING_KEYS)
 
 
 def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, hub_down: bool = False) -> DataPlan:

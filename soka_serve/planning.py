@@ -24,7 +24,7 @@ from soka_serve.estimate import (
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
-from soka_serve.plan_examples import DataPlan, plan_data
+from soka_serve.plan_examples import DataPlan, mixes_rows, plan_data
 from soka_serve.policies import PolicyRow, policies_for
 from soka_serve.schema import Manifest, Prune, Train
 from soka_serve.shapes import FactorShape, balanced_shape, parallel_of
@@ -165,6 +165,11 @@ def make_plan(
     bundled = directory.parent == _CONFIGS
     if bundled:
         notes.append("the hub could not be reached: shapes come from the config inside the package")
+    if train.packing and mixes_rows(read_json(directory / "config.json")):
+        notes.append(
+            "train.packing: the base has convolutions or recurrent layers, which mix the examples of a row; `build` "
+            "measures it before training, and refuses"
+        )
     base_dtype = size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype
     comparisons = _compare(manifest, targets, modules, size, base_dtype, (low, high))
     return Plan(

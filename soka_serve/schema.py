@@ -354,7 +354,11 @@ class Train(Table):
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="What happens to examples longer than max_length; both are counted and reported."
     )
-    packing: bool = Field(False, description="Put several examples in one row, attention kept apart.")
+    packing: bool = Field(
+        False,
+        description="Put several examples in one row, attention kept apart. Refused before training where the base "
+        "mixes them.",
+    )
     completion_only: bool = Field(True, description="Take the loss over the completion only, not the prompt.")
     epochs: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Passes over the data (or give steps); 1 when neither is given.", examples=[1.0]

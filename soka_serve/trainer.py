@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from soka_serve.callbacks import read_spectra, tracker_metrics
 from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
+from soka_serve.packing import check_packing
 from soka_serve.schema import Train
 
 _DEFAULT_EPOCHS = 1.0
@@ -104,6 +106,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.recipe = recipe
         self.optimizer: Any
         self.control: Any
+        self._packing_checked = False
         super().__init__(**others)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -144,9 +147,12 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """One forward and backward pass.
 
         Raises:
+            PlanError: before the first: packed examples see each other.
             DivergedError: the loss is not finite.
             CheckpointError: since the base's weights are not.
         """
+        if self.recipe.packing and not self._packing_checked:
+            self._check_packing(args[0] if args else kwargs["model"])
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             self._check_base()
@@ -158,6 +164,31 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 + ('; "bfloat16" overflows later than "float16"' if self.args.fp16 else ""),
             )
         return loss
+
+    def _check_packing(self, wrapped: nn.Module) -> None:
+        """`check_packing`, with the forward pass that training has (wrappers, autocast, devices), but for dropout."""
+        model = self.accelerator.unwrap_model(wrapped)
+        training = wrapped.training
+
+        def forward(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "labels"})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits: torch.Tensor = wrapped(**inputs).logits
+            return logits
+
+        wrapped.eval()
+        try:
+            check_packing(
+                model,
+                self.train_dataset.rows,
+                self.data_collator,
+                forward,
+                half=self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in model.parameters()),
+                together=self.args.per_device_train_batch_size > 1,
+            )
+        finally:
+            wrapped.train(training)
+        self._packing_checked = True
 
     def _check_base(self) -> None:
         """A loss that is not finite has another reason than the learning rate where the base's own weights are not.

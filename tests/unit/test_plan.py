@@ -296,6 +296,26 @@ def test_data_counts_and_steps(tmp_path: Path) -> None:
     assert packed.tokens / 200 <= packed.rows < 50
 
 
+@pytest.mark.parametrize(
+    ("packing", "config", "noted"),
+    [
+        ("true", {"layer_types": ["conv", "full_attention"]}, True),
+        ("true", {"text_config": {"linear_conv_kernel_dim": 4}}, True),
+        ("true", {"layer_types": None}, False),
+        ("false", {"layer_types": ["conv", "full_attention"]}, False),
+    ],
+)
+def test_packing_on_layers_that_mix_examples_is_noted(
+    tmp_path: Path, packing: str, config: dict[str, Any], noted: bool
+) -> None:
+    shutil.copytree(base_directory(), tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    text = f'[base]\npath = "base"\n[train]\npacking = {packing}\n[train.data]\nbuiltin = "math"\nlimit = 4'
+    notes = make_plan(load(tmp_path, text)).notes
+    assert any(note.startswith("train.packing: ") for note in notes) == noted
+
+
 def test_large_data_is_sampled_and_says_so(tmp_path: Path) -> None:
     rows = [{"prompt": "a" * (1 + i % 2 * 40), "completion": "b"} for i in range(3000)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
