@@ -4,8 +4,8 @@ transformers tells packed examples apart by their positions alone, and layers wi
 ones) do not look at positions; nor do models that leave them out when they make their masks. Such a model would be
 trained on other examples' text without a word. `check_packing` compares short examples in one row
 
-- with the same row in which the other example's tokens were replaced: nothing may change. The same shapes go through the
-  same kernels, so this is exact to rounding in every dtype;
+- with the same row in which the other example's tokens were replaced: nothing may change. The same shapes go through
+  the same kernels, so this is exact to rounding in every dtype;
 - with each alone, which also finds positions that do not start again.
 
 The first example of a row has nothing before it: what changes there is the noise that the second one's is held against.
@@ -161,8 +161,8 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 def _give_masks(model: nn.Module) -> RemovableHandle | None:
     """Have the decoder get its masks made from positions; None for models that have other layers than attention."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.base_model
+    whole: Any = model
+    decoder = (whole.get_base_model() if hasattr(whole, "get_base_model") else whole).base_model
     if not set(getattr(decoder.config.get_text_config(), "layer_types", None) or _ATTENTION) <= _ATTENTION:
         return None
 

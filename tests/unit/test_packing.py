@@ -144,7 +144,8 @@ def test_gpt_oss_is_given_masks(dtype: torch.dtype) -> None:
             row = model(**batch).logits[0]
             alone = [model(input_ids=torch.tensor([e.input_ids])).logits[0] for e in examples()]
         ends = list(itertools.accumulate((len(e.input_ids) for e in examples()), initial=0))
-        return max(float((row[a:b] - one).abs().max()) for (a, b), one in zip(itertools.pairwise(ends), alone))
+        spans = itertools.pairwise(ends)
+        return max(float((row[a:b] - one).abs().max()) for (a, b), one in zip(spans, alone, strict=True))
 
     assert worst() > 1e-2
     check(model)
@@ -168,7 +169,7 @@ def test_positions_that_do_not_start_again() -> None:
     model = ready(_APART["gpt2"])
     torch.nn.init.normal_(model.transformer.wpe.weight)
     model.transformer.wpe.register_forward_pre_hook(lambda _, x: torch.arange(x[0].shape[-1])[None])
-    with pytest.raises(PlanError, match="differ by up to .* from those of the same example alone"):
+    with pytest.raises(PlanError, match=r"differ by up to .* from those of the same example alone"):
         check(model)
 
 
@@ -194,7 +195,7 @@ def test_rows_of_one_example_mix_nothing() -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_training_is_refused_before_it_begins(tmp_path: Path, batch_size: int) -> None:
     ready(_MIXING["lfm2"][1]).save_pretrained(tmp_path / "base")
-    with pytest.raises(PlanError, match="train.packing: layers such as model.layers.0.conv"):
+    with pytest.raises(PlanError, match=r"train\.packing: layers such as model\.layers\.0\.conv"):
         run_training(tmp_path / "base", tmp_path / "work", method="full", packing=True, batch_size=batch_size)
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["history.jsonl", "run.json"]
     assert not (tmp_path / "work" / "history.jsonl").read_text()
