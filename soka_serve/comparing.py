@@ -28,6 +28,7 @@ from soka_serve.files import write_text_atomic
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.suite import LoadedSuite, read_suite
@@ -135,8 +136,10 @@ def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
     check_no_code(base)
     check_no_adapter(base)
+    checkpoint = Checkpoint.open(base)
+    check_plain_weights(base, checkpoint.tensors)
     hashes = HashCache(workspace.hashes)
-    digest = Checkpoint.open(base).sha256(hashes.file)
+    digest = checkpoint.sha256(hashes.file)
     hashes.save()
     data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
     return Surroundings(digest, data, versions(), _device())

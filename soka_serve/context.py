@@ -18,6 +18,7 @@ from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
 from soka_serve.outputs import Lock, Output
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.processes import Processes
 from soka_serve.rows import resolve
 from soka_serve.schema import Base
@@ -119,11 +120,14 @@ def prepare(
     check_loadable(base_dir)
     check_no_code(base_dir)
     check_no_adapter(base_dir)
+    check_plain_weights(base_dir, checkpoint.tensors)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
     }
+    for other in finetuned.values():
+        check_plain_weights(other.directory, other.tensors)
     hashes = HashCache(workspace.hashes)
     inputs = Inputs(
         base=checkpoint.sha256(hashes.file),

@@ -109,6 +109,8 @@ def extract(
     tuned_dir, tuned_name = open_base(str(finetuned))
     EXTRACTED.check(target, keep=[base_dir, tuned_dir])
     checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    for opened in (checkpoint, other):
+        check_plain_weights(opened.directory, opened.tensors)
     unchanged = Unchanged([*checkpoint.files, *other.files])
     policy: dict[str, object]
     if rank is not None:
