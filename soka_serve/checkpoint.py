@@ -203,7 +203,8 @@ def _compare_with_index(
     needed = [name for name in absent if not is_optional(name, config)]
     if spare := sorted(set(absent) - set(needed)):
         log.info("%s: names %s, which no file holds and the model does not need", index, name_some(spare))
-    if moved := sorted(name for name, file in weight_map.items() if name in tensors and tensors[name].file.name != file):
+    there = {name: file for name, file in weight_map.items() if name in tensors}
+    if moved := sorted(name for name, file in there.items() if tensors[name].file.name != file):
         warn(
             log,
             "%s: names %s for %s, which is in %s, and is read from there%s",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from soka_serve.errors import SokaError, printable_lines
+from soka_serve.told import one_command
 
 if TYPE_CHECKING:
     from soka_serve.compiler import BuildResult
@@ -113,7 +114,7 @@ def _set_up_logging(*, quiet: bool, debug: bool) -> None:
 @click.pass_context
 def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Kronecker-SVD adapters for LLMs, from a TOML manifest to a production endpoint."""
-    del ctx
+    ctx.with_resource(one_command())
     _set_up_logging(quiet=quiet, debug=debug)
 
 

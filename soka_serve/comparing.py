@@ -32,6 +32,7 @@ from soka_serve.plain_weights import check_plain_weights
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.suite import LoadedSuite, read_suite
+from soka_serve.told import one_command
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Limits:
     runs: int | None = None
 
 
+@one_command()
 def compare(
     suite: Path | str | LoadedSuite,
     *,

@@ -24,6 +24,7 @@ from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
 from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.told import warn
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -173,11 +174,11 @@ def _previous_lock(target: Path) -> dict[str, Any]:
     try:
         lock = read_lock(target / "soka.lock")
     except CheckpointError as error:
-        logger.warning("%s; everything runs again", error.message)
+        warn(logger, "%s; everything runs again", error.message)
         return {}
     wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
     if wrong:
-        logger.warning("%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
+        warn(logger, "%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
         return {}
     return lock
 
@@ -188,7 +189,7 @@ def is_whole(target: Path) -> bool:
     for name, size in lock.get("files", {}).items():
         path = target / name
         if not path.exists() or path.stat().st_size != size:
-            logger.warning("%s is missing or was changed; building again", path)
+            warn(logger, "%s is missing or was changed; building again", path)
             return False
     return bool(lock)
 
@@ -208,4 +209,4 @@ def check_target(context: Context) -> None:
     if lock := _previous_lock(target):
         maker = lock.get("manifest", {}).get("file")
         if maker not in (None, loaded.path.name):
-            logger.warning("%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)
+            warn(logger, "%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)

@@ -50,7 +50,6 @@ DTYPES: dict[str, tuple[int, str]] = {
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-
 def bits_of(dtype: str) -> int:
     """Bits that an element of a safetensors dtype takes in a file."""
     return DTYPES[dtype][0]

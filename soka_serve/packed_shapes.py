@@ -60,6 +60,6 @@ def _misfit(
     if quantisation.bits is None:
         return None
     stored, needed = packed.numel * bits_of(packed.dtype), shape.out_features * shape.in_features * quantisation.bits
-    # A row, or the whole, is filled up to the elements it is packed into.
-    spare = bits_of(packed.dtype) * max(rows, columns)
+    # Each row, or the whole where it is one column, is filled up to the elements it is packed into.
+    spare = bits_of(packed.dtype) * (max(rows, columns) if columns > 1 else 1)
     return None if needed <= stored < needed + spare else other

@@ -85,8 +85,8 @@ def check_unquantised(directory: Path) -> None:
         raise CheckpointError(
             f"{found.place}: the weights are quantised ({found.to_text()}); adapters are planned, trained, extracted "
             "and merged on plain weights only",
-            hint="give the unquantised checkpoint that it was made from, with base.quantize = \"4bit\" to hold it in 4 "
-            f"bits while training; an adapter of that is served on this one: soka-serve serve ADAPTER --base {directory}",
+            hint='give the unquantised checkpoint that it was made from, with base.quantize = "4bit" to train on 4 '
+            f"bits of it; an adapter of that is served on this one: soka-serve serve ADAPTER --base {directory}",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,9 @@ MODULE = "model.layers.0.mlp.up_proj"  # 352 x 128 in the embedded base
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +87,10 @@ def test_nothing_is_trained_or_merged_on_a_quantised_base(quantised: Path, tmp_p
 def test_a_comparison_and_a_delta_need_plain_weights(quantised: Path, tmp_path: Path) -> None:
     base = quantised / "gptq"
     rule = f"init = 'delta'\nfinetuned = '{base}'"
-    for command in ("plan", "build"):
-        said = refused(run(command, write_manifest(base_directory(), rule)))
-        assert "quantization_config: " in said
+    manifest = write_manifest(base_directory(), rule)
+    assert "quantization_config: " in refused(run("build", manifest))
+    assert "a build would stop: " in (said := run("plan", manifest).output)
+    assert "quantization_config: " in said
     suite = (Path(__file__).resolve().parents[2] / "eval" / "suites" / "quick.toml").read_text()
     Path("s.toml").write_text(suite.replace('builtin = "tiny"', f"path = '{base}'"))
     for more in (["--dry-run"], ["--out", "r.json"]):
@@ -164,7 +164,7 @@ def to(dtype: torch.dtype) -> Callable[[str, torch.Tensor], Tensors]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (to(torch.float8_e4m3fn), ["F8_E4M3", f"{MODULE}.weight"]),
+        (to(torch.float8_e4m3fn), ["F8_E4M3", "model.layers.0.mlp.down_proj.weight and 2 more"]),
         (to(torch.float8_e5m2), ["F8_E5M2"]),
         (to(torch.float8_e8m0fnu), ["F8_E8M0"]),
         (to(torch.int8), ["I8"]),
@@ -173,7 +173,7 @@ def to(dtype: torch.dtype) -> Callable[[str, torch.Tensor], Tensors]:
         (to(torch.complex64), ["C64"]),
         (gptq, ["I32", "model.layers.0.mlp.down_proj.qweight"]),
         (METHODS["compressed-tensors"][0], ["I32", "weight_packed"]),
-        (METHODS["fp8"][0], ["F8_E4M3", "up_proj.weight"]),
+        (METHODS["fp8"][0], ["F8_E4M3", "down_proj.weight"]),
     ],
     ids=["e4m3", "e5m2", "e8m0", "int8", "uint8", "bool", "complex", "gptq", "packed", "scaled"],
 )
