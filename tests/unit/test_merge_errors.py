@@ -573,12 +573,12 @@ def test_an_index_of_more_and_less_than_there_is(tmp_path: Path) -> None:
     assert not torch.allclose(merged(tokens).logits, loaded(tokens).logits)
 
 
-def test_an_index_beside_a_single_file(tmp_path: Path, adapter: Path) -> None:
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
     """The single file is read; the index that stays beside it names that one."""
     base = write_base(tmp_path / "base", shard="1GB")
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    run(adapter, base, tmp_path / "out")
+    run(write_test_adapter(tmp_path / "adapter"), base, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(written) == set(Checkpoint.open(base).tensors)
     assert set(written.values()) == {"model.safetensors"}
