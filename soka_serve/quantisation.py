@@ -20,6 +20,7 @@ _FILE = "hf_quant_config.json"
 
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 _DEEPEST = 4  # configs within configs
+_MOST_BITS = 64
 _SHOWN = 60  # characters of a value
 
 
@@ -105,8 +106,8 @@ def _bits(said: Mapping[str, Any], method: str) -> int | None:
     groups = said.get("config_groups")
     parts = [said, *(groups.values() if isinstance(groups, Mapping) else ())]
     parts += [part.get("weights") for part in parts if isinstance(part, Mapping)]
-    numbers = {part.get(key) for part in parts if isinstance(part, Mapping) for key in _BITS}
-    found = {number for number in numbers if type(number) is int}
+    numbers = [part.get(key) for part in parts if isinstance(part, Mapping) for key in _BITS]
+    found = {number for number in numbers if type(number) is int and 0 < number <= _MOST_BITS}
     if not found and (named := re.search(r"fp(\d)", method.lower())):
         return int(named[1])
     return found.pop() if len(found) == 1 else None

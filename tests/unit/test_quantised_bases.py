@@ -102,6 +102,8 @@ def test_a_comparison_and_a_delta_need_plain_weights(quantised: Path, tmp_path: 
     [
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, ["quantization_config: ", "(gptq, 3 bits)"]),
         ({"quantization_config": {"quant_method": "new", "x": 1}}, ["quantization_config: ", "(new)"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": [4]}}, ["(gptq)"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 10**99}}, ["(gptq)"]),
         ({"quantization_config": {"load_in_8bit": True}}, ["(bitsandbytes, 8 bits)"]),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, ["compression_config: ", "compressed"]),
         (
