@@ -18,6 +18,7 @@ from soka_serve.checkpoint import resolve_base
 from soka_serve.errors import SokaError
 from soka_serve.places import given_path
 from soka_serve.sources import open_base
+from soka_serve.told import one_command
 
 if TYPE_CHECKING:
     from soka_serve.exporting import ExportResult
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+@one_command()
 def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int | None = None) -> Plan:
     """What a build of this manifest would do. Loads no weights and no torch.
 
@@ -68,6 +70,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
         ) from None
 
 
+@one_command()
 def merge(
     adapters: str | Path | Sequence[tuple[Path, float]],
     *,
@@ -112,6 +115,7 @@ def merge(
     )
 
 
+@one_command()
 def export(
     source: str | Path, out: str | Path, *, to: str = "soka", rank: int | None = None, dtype: str = "float32"
 ) -> ExportResult:

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.pretrained import open_model
+from soka_serve.told import warn
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _check_loading(directory: Path, info: dict[str, Any]) -> None:
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}", hint="the checkpoint is not whole; copy it again")
     if unexpected := sorted(map(str, info.get("unexpected_keys") or ())):
-        logger.warning("%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
+        warn(logger, "%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, first_ten, joined, name_some
 from soka_serve.files import read_errors, sha256_file
 from soka_serve.headers import FETCH_AGAIN, TensorInfo, check_finite, read_header, read_json, read_tensor
 from soka_serve.hub import fetch_snapshot
+from soka_serve.optional_tensors import is_optional
 from soka_serve.schema import Base
+from soka_serve.told import warn
 
 if TYPE_CHECKING:
     import torch
@@ -151,10 +153,10 @@ class Checkpoint:
                 )
             tensors.update(header)
         if weight_map is not None and not problems:
-            problems += _compare_with_index(directory, weight_map, tensors)
+            problems += _compare_with_index(directory, config, weight_map, tensors)
         if problems:
-            hints = list(dict.fromkeys(p.hint for p in problems if p.hint))
-            raise CheckpointError("\n".join(p.message for p in problems), hint="; ".join(hints) or FETCH_AGAIN)
+            message, hint = joined(problems)
+            raise CheckpointError(message, hint=hint or FETCH_AGAIN)
         return cls(directory, config, tensors, files)
 
     def info(self, name: str) -> TensorInfo:
@@ -193,17 +195,30 @@ class Checkpoint:
 
 
 def _compare_with_index(
-    directory: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]
+    directory: Path, config: Mapping[str, Any], weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
 ) -> list[CheckpointError]:
-    wrong = []
-    for name, file in weight_map.items():
-        if name not in tensors:
-            wrong.append(f"{directory / INDEX_FILE}: names {name} in {file}, which does not hold it")
-        elif tensors[name].file.name != file:
-            wrong.append(f"{directory / INDEX_FILE}: names {name} in {file}; it is in {tensors[name].file.name}")
+    """What the index names that the model needs and no file holds; what else is wrong with it harms nobody."""
+    index = directory / INDEX_FILE
+    absent = [name for name in weight_map if name not in tensors]
+    needed = [name for name in absent if not is_optional(name, config)]
+    if spare := sorted(set(absent) - set(needed)):
+        log.info("%s: names %s, which no file holds and the model does not need", index, name_some(spare))
+    there = {name: file for name, file in weight_map.items() if name in tensors}
+    if moved := sorted(name for name, file in there.items() if tensors[name].file.name != file):
+        warn(
+            log,
+            "%s: names %s for %s, which is in %s, and is read from there%s",
+            index,
+            weight_map[moved[0]],
+            moved[0],
+            tensors[moved[0]].file.name,
+            f"; {len(moved) - 1} more like it" if len(moved) > 1 else "",
+        )
     if unnamed := sorted(tensors.keys() - weight_map.keys()):
-        log.warning("%s: %d tensors are not in the index, %s for one", directory, len(unnamed), unnamed[0])
-    return [CheckpointError(line, hint=FETCH_AGAIN) for line in wrong]
+        warn(log, "%s: %d tensors are not in the index, %s for one", directory, len(unnamed), unnamed[0])
+    lines = first_ten([f"{index}: names {name} in {weight_map[name]}, which does not hold it" for name in needed])
+    hint = f"{FETCH_AGAIN}; or take out of `weight_map` what the model has no such tensor for"
+    return [CheckpointError("\n".join(lines), hint=hint)] if lines else []
 
 
 def resolve_base(base: Base, *, manifest_dir: Path, weights: bool = True) -> Path:

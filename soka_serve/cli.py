@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from soka_serve.errors import SokaError, printable_lines
+from soka_serve.told import one_command
 
 if TYPE_CHECKING:
     from soka_serve.compiler import BuildResult
@@ -113,7 +114,7 @@ def _set_up_logging(*, quiet: bool, debug: bool) -> None:
 @click.pass_context
 def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     """Kronecker-SVD adapters for LLMs, from a TOML manifest to a production endpoint."""
-    del ctx
+    ctx.with_resource(one_command())
     _set_up_logging(quiet=quiet, debug=debug)
 
 
@@ -197,7 +198,9 @@ def _build_text(result: BuildResult) -> str:
 
 @main.command(epilog="Example:  soka-serve merge build/math/adapter --base path/to/base --out merged")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
-@click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
+@click.option(
+    "--base", required=True, help="The base, not quantised: a directory, a hub id, or 'tiny' (the embedded model)."
+)
 @click.option("--revision", help="Revision of a hub base.")
 @click.option("--out", type=_FILE, required=True, help="Directory of the merged model; an earlier one is replaced.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
@@ -230,7 +233,9 @@ def merge(
 
 @main.command(epilog="Example:  soka-serve extract tuned/ --base base/ --rank 4 --out adapter")
 @click.argument("finetuned")
-@click.option("--base", required=True, help="The base: a directory, a hub id, or 'tiny' (the embedded model).")
+@click.option(
+    "--base", required=True, help="The base, not quantised: a directory, a hub id, or 'tiny' (the embedded model)."
+)
 @click.option("--out", type=_FILE, required=True, help="Directory of the adapter; an earlier extraction is replaced.")
 @click.option("--rank", type=click.IntRange(min=1), help="Terms per module.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of each delta's energy to keep.")
@@ -377,7 +382,10 @@ class _PassingOn(click.Command):
 @click.argument("targets", nargs=-1, metavar="[NAME=]TARGET... [-- VLLM OPTIONS]")
 @click.option("--host", help="Address to listen on (default: [serve] host, else 127.0.0.1).")
 @click.option("--port", type=click.IntRange(1, 65535), help="TCP port (default: [serve] port, else 8000).")
-@click.option("--base", help="The base, in place of the one that the adapters name: a directory, a hub id, or 'tiny'.")
+@click.option(
+    "--base",
+    help="The base, in place of the one that the adapters name: a directory (quantised or not), a hub id, or 'tiny'.",
+)
 @click.option("--out", type=_FILE, help="Folder of builds of the manifests (default: [output] dir).")
 @click.option("--builds", type=_FILE, help="Also serve every adapter in this folder by its name, at the first request.")
 @click.option(

@@ -28,9 +28,11 @@ from soka_serve.files import write_text_atomic
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.outputs import check_results
 from soka_serve.places import given_path
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.progress import track
 from soka_serve.provenance import versions
 from soka_serve.suite import LoadedSuite, read_suite
+from soka_serve.told import one_command
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Limits:
     runs: int | None = None
 
 
+@one_command()
 def compare(
     suite: Path | str | LoadedSuite,
     *,
@@ -135,8 +138,10 @@ def look_around(loaded: LoadedSuite, workspace: Workspace) -> Surroundings:
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
     check_no_code(base)
     check_no_adapter(base)
+    checkpoint = Checkpoint.open(base)
+    check_plain_weights(base, checkpoint.tensors)
     hashes = HashCache(workspace.hashes)
-    digest = Checkpoint.open(base).sha256(hashes.file)
+    digest = checkpoint.sha256(hashes.file)
     hashes.save()
     data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
     return Surroundings(digest, data, versions(), _device())

@@ -20,6 +20,7 @@ from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.places import given_path
 from soka_serve.processes import Processes
 from soka_serve.quickcheck import QuickCheck
+from soka_serve.told import one_command
 from soka_serve.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class BuildResult:
     is_main_process: bool = True
 
 
+@one_command()
 def build(
     manifest: Path | str | LoadedManifest,
     *,

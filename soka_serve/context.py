@@ -18,11 +18,13 @@ from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
 from soka_serve.outputs import Lock, Output
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.processes import Processes
 from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
 from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.told import warn
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -119,11 +121,14 @@ def prepare(
     check_loadable(base_dir)
     check_no_code(base_dir)
     check_no_adapter(base_dir)
+    check_plain_weights(base_dir, checkpoint.tensors)
     targets = resolve_targets(manifest, list_modules(base_dir))
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
     }
+    for other in finetuned.values():
+        check_plain_weights(other.directory, other.tensors)
     hashes = HashCache(workspace.hashes)
     inputs = Inputs(
         base=checkpoint.sha256(hashes.file),
@@ -169,11 +174,11 @@ def _previous_lock(target: Path) -> dict[str, Any]:
     try:
         lock = read_lock(target / "soka.lock")
     except CheckpointError as error:
-        logger.warning("%s; everything runs again", error.message)
+        warn(logger, "%s; everything runs again", error.message)
         return {}
     wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
     if wrong:
-        logger.warning("%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
+        warn(logger, "%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
         return {}
     return lock
 
@@ -184,7 +189,7 @@ def is_whole(target: Path) -> bool:
     for name, size in lock.get("files", {}).items():
         path = target / name
         if not path.exists() or path.stat().st_size != size:
-            logger.warning("%s is missing or was changed; building again", path)
+            warn(logger, "%s is missing or was changed; building again", path)
             return False
     return bool(lock)
 
@@ -204,4 +209,4 @@ def check_target(context: Context) -> None:
     if lock := _previous_lock(target):
         maker = lock.get("manifest", {}).get("file")
         if maker not in (None, loaded.path.name):
-            logger.warning("%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)
+            warn(logger, "%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)

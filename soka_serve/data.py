@@ -22,6 +22,7 @@ from soka_serve.rows import Row, UnreachableDataError, builtin_rows, jsonl_rows,
 from soka_serve.schema import Data
 from soka_serve.templates import DEFAULT_COMPLETION, DEFAULT_PROMPT, RowTemplate
 from soka_serve.tokenizer import TextTokenizer
+from soka_serve.told import warn
 
 __all__ = [
     "MASKED",
@@ -137,7 +138,7 @@ def load_examples(
     separate = data.eval_jsonl is not None or data.eval_split is not None or data.builtin is not None
     held_out = data.eval_frac > 0 and not separate
     if data.eval_frac > 0 and separate and part == "eval":
-        logger.warning("train.data.eval_frac has no effect: there is an evaluation set")
+        warn(logger, "train.data.eval_frac has no effect: there is an evaluation set")
     if part == "eval" and not separate and not held_out:
         return []
     rows: Iterable[tuple[str, Row]]
@@ -155,7 +156,7 @@ def load_examples(
         raise DataError(f"train.data: no {part} examples in {_source(data)}")
     empty = sum(not e.completion.strip() for e in rendered)
     if empty:
-        logger.warning("%d of %d %s examples have an empty completion", empty, len(rendered), part)
+        warn(logger, "%d of %d %s examples have an empty completion", empty, len(rendered), part)
     return rendered
 
 

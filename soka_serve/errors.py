@@ -101,6 +101,17 @@ class SokaError(Exception):
         self.hint = hint
 
 
+def joined(problems: Sequence[SokaError]) -> tuple[str, str | None]:
+    """Message and hint of several errors in one: a line that several of them have stands there once.
+
+    >>> joined([SokaError("a: gone", hint="look"), SokaError("a: gone\\nb: gone", hint="look")])
+    ('a: gone\\nb: gone', 'look')
+    """
+    lines = dict.fromkeys(line for problem in problems for line in problem.message.split("\n"))
+    hints = dict.fromkeys(problem.hint for problem in problems if problem.hint)
+    return "\n".join(lines), "\n".join(hints) or None
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing wrong in a manifest.

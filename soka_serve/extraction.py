@@ -9,7 +9,9 @@ from pathlib import Path
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError
 from soka_serve.outputs import Lock, Output
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.sources import open_base
+from soka_serve.told import one_command
 from soka_serve.unchanged import Unchanged
 
 
@@ -57,6 +59,7 @@ class ExtractResult:
         return text
 
 
+@one_command()
 def extract(
     finetuned: str | Path,
     *,
@@ -109,6 +112,8 @@ def extract(
     tuned_dir, tuned_name = open_base(str(finetuned))
     EXTRACTED.check(target, keep=[base_dir, tuned_dir])
     checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    for opened in (checkpoint, other):
+        check_plain_weights(opened.directory, opened.tensors)
     unchanged = Unchanged([*checkpoint.files, *other.files])
     policy: dict[str, object]
     if rank is not None:

@@ -22,26 +22,47 @@ from soka_serve.files import read_errors
 if TYPE_CHECKING:
     import torch
 
-# safetensors dtype -> (bytes per element, torch's name)
+# safetensors dtype -> (bits per element, torch's name; empty where torch has no such dtype)
 DTYPES: dict[str, tuple[int, str]] = {
-    "F64": (8, "float64"),
-    "F32": (4, "float32"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "I64": (8, "int64"),
-    "I32": (4, "int32"),
-    "I16": (2, "int16"),
-    "I8": (1, "int8"),
-    "U64": (8, "uint64"),
-    "U32": (4, "uint32"),
-    "U16": (2, "uint16"),
-    "U8": (1, "uint8"),
-    "BOOL": (1, "bool"),
-    "C64": (8, "complex64"),
+    "F64": (64, "float64"),
+    "F32": (32, "float32"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F6_E2M3": (6, ""),
+    "F6_E3M2": (6, ""),
+    "F4": (4, ""),
+    "I64": (64, "int64"),
+    "I32": (32, "int32"),
+    "I16": (16, "int16"),
+    "I8": (8, "int8"),
+    "U64": (64, "uint64"),
+    "U32": (32, "uint32"),
+    "U16": (16, "uint16"),
+    "U8": (8, "uint8"),
+    "BOOL": (8, "bool"),
+    "C64": (64, "complex64"),
 }
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def bits_of(dtype: str) -> int:
+    """Bits that an element of a safetensors dtype takes in a file."""
+    return DTYPES[dtype][0]
+
+
+def stored_bytes(dtype: str, elements: int) -> int:
+    """Bytes that elements of a safetensors dtype take in a file.
+
+    >>> stored_bytes("BF16", 3), stored_bytes("F4", 6)
+    (6, 3)
+    """
+    return -(-elements * bits_of(dtype) // 8)
+
 
 FETCH_AGAIN = "fetch or save the checkpoint again"
 _CHECK_RIGHTS = "check the path and its rights"
@@ -73,12 +94,15 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype of `dtype`; imports torch."""
+        """The torch dtype of `dtype`; imports torch. CheckpointError where torch has none."""
         import torch
 
-        dtype = getattr(torch, DTYPES[self.dtype][1])
+        dtype = getattr(torch, DTYPES[self.dtype][1], None)
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"torch.{DTYPES[self.dtype][1]} is not a dtype")
+            raise CheckpointError(
+                f"{self.file}: {self.name} is {self.dtype}, which torch has no dtype for",
+                hint="give a checkpoint in F64, F32, F16 or BF16",
+            )
         return dtype
 
 
@@ -189,9 +213,9 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
             wrong.append(f"{name}: dtype {dtype!r:.40} is not one of {', '.join(DTYPES)}")
             continue
         info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
-        if info.nbytes != info.numel * DTYPES[dtype][0]:
+        if info.nbytes * 8 != info.numel * bits_of(dtype):
             wrong.append(
-                f"{name}: {dtype} of shape {shape} takes {info.numel * DTYPES[dtype][0]} bytes, "
+                f"{name}: {dtype} of shape {shape} takes {stored_bytes(dtype, info.numel)} bytes, "
                 f"data_offsets {offsets} span {info.nbytes}"
             )
         tensors.append(info)
@@ -289,7 +313,7 @@ def read_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, torch.Tensor]:
     found = {}
     for name, info in tensors.items():
         part = content[info.start - first : info.end - first]
-        if part.storage_offset() % DTYPES[info.dtype][0]:  # only files that others have written
+        if part.storage_offset() % stored_bytes(info.dtype, 1):  # only files that others have written
             part = part.clone()
         found[name] = part.view(info.torch_dtype).view(info.shape)
     return found

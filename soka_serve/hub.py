@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from soka_serve.errors import CheckpointError
+from soka_serve.told import warn
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def fetch_snapshot(repository: str, revision: str | None, *, weights: bool) -> P
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         bundled = _BUNDLED / repository.replace("/", "--")
         if not weights and (bundled / "config.json").is_file():
-            log.warning("%s cannot be reached; planning with the config inside the package", name)
+            warn(log, "%s cannot be reached; planning with the config inside the package", name)
             return bundled
         raise CheckpointError(
             f"{name} cannot be reached, and is not in the local cache",

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import CheckpointError, printable
-from soka_serve.headers import DTYPES, TensorInfo, read_header, read_json
+from soka_serve.headers import TensorInfo, read_header, read_json, stored_bytes
 from soka_serve.lock import read_lock
+from soka_serve.quantisation import read_quantisation
 
 Kind = Literal["adapter", "training checkpoint", "build", "merged model", "model", "config", "safetensors file"]
 Array = NDArray[np.float64]
@@ -156,11 +157,16 @@ def _model(path: Path) -> Inspection:
         if value is not None:
             facts[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     facts["tied embeddings"] = "yes" if config.get("tie_word_embeddings") else "no"
+    if (quantised := read_quantisation(path)) is not None:
+        facts["quantised"] = quantised.to_text()
     if not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
         return Inspection(path, "config", facts, provenance=lock)
     checkpoint = Checkpoint.open(path)
     tensors = list(checkpoint.tensors.values())
-    facts |= _totals(tensors)
+    totals = _totals(tensors)
+    if quantised is not None:  # several packed into one, and scales beside them
+        totals = {"stored values" if name == "parameters" else name: value for name, value in totals.items()}
+    facts |= totals
     facts["files"] = len(checkpoint.files)
     return Inspection(path, kind, facts, groups=_group(tensors), provenance=lock)
 
@@ -254,7 +260,7 @@ def _read(module: str, parts: Mapping[str, TensorInfo], part: str) -> Array:
     if info.dtype == "BF16":  # the upper half of a float32
         values = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
     elif info.dtype in ("F64", "F32", "F16"):
-        values = np.frombuffer(data, f"<f{DTYPES[info.dtype][0]}")
+        values = np.frombuffer(data, f"<f{stored_bytes(info.dtype, 1)}")
     else:
         raise CheckpointError(f"{info.file}: {info.name} is {info.dtype}", hint="expected a floating-point dtype")
     return values.astype(np.float64).reshape(info.shape)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from soka_serve.errors import CheckpointError
-from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata
+from soka_serve.headers import DTYPES, FLOAT_DTYPES, TensorInfo, read_metadata, stored_bytes
 from soka_serve.kron import Factors
 from soka_serve.merge_files import DirectWriter, Reader, Writer
 
@@ -107,7 +107,7 @@ def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, W
     position, spec = 0, {}
     places = []
     for info, out in chosen:
-        size = info.numel * DTYPES[out][0]
+        size = stored_bytes(out, info.numel)
         places.append((info, out, position, position + size))
         spec[info.name] = {"dtype": out, "shape": list(info.shape), "data_offsets": [position, position + size]}
         position += size
@@ -209,7 +209,7 @@ class _Work:
         self.terms = [Terms(f, w, self.dtype) for f, w in piece.deltas]
         # What is only converted is cut anywhere.
         self.rows, self.columns = piece.info.shape if self.terms else (piece.info.numel, 1)
-        self.row_bytes = self.columns * DTYPES[piece.dtype][0]
+        self.row_bytes = stored_bytes(piece.dtype, self.columns)
         self.step = max(1, _BLOCK_VALUES // self.columns)
         if self.terms and self.step > (p := self.terms[0].rows_per_left):
             self.step -= self.step % p
@@ -223,7 +223,7 @@ def _write_sums(base: Reader, out: Writer, work: _Work) -> Iterator[int]:
     sums = torch.empty(values, dtype=work.dtype)
     rounded = torch.empty(values, dtype=getattr(torch, DTYPES[piece.dtype][1]))
     largest = min(torch.finfo(rounded.dtype).max ** 2, torch.finfo(work.dtype).max)
-    row_bytes = columns * DTYPES[info.dtype][0]
+    row_bytes = stored_bytes(info.dtype, columns)
     for row in range(0, work.rows, work.step):
         rows = min(work.step, work.rows - row)
         part = torch.frombuffer(base.read(info.start + row * row_bytes, rows * row_bytes), dtype=info.torch_dtype)

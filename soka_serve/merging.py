@@ -19,16 +19,18 @@ from typing import Literal
 from soka_serve.adapter import Adapter, check_against
 from soka_serve.adapter_source import read_source
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
-from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.errors import BuildError, CheckpointError, SokaError, joined
 from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
 from soka_serve.foreign_code import check_no_code
-from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_json
+from soka_serve.headers import TensorInfo, read_json
 from soka_serve.kron import Factors
 from soka_serve.leftovers import stale_bytes
 from soka_serve.merge_files import can_write_direct
 from soka_serve.merge_papers import MERGED, copy_side_files, write_papers
 from soka_serve.merge_resume import Finished, merge_key
 from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
+from soka_serve.optional_tensors import ties_embeddings
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.progress import track
 from soka_serve.unchanged import Unchanged
 
@@ -117,6 +119,7 @@ def merge(
         raise CheckpointError("no adapter to merge", hint="give at least one adapter directory")
     MERGED.check(out, keep=[base, *(path for path, _ in chosen)])
     checkpoint = Checkpoint.open(base)
+    check_plain_weights(base, checkpoint.tensors)
     sources = [(read_source(path), weight) for path, weight in chosen]
     adapters = [(source.adapter, weight) for source, weight in sources]
     _check_fit(checkpoint, adapters)
@@ -240,6 +243,11 @@ class _Layout:
         if len(self.checkpoint.files) > 1 or index.exists():
             content = read_json(index)
             size = sum(p.end - p.start for _, pieces in self.files.values() for p in pieces)
+            # In the base's order; where that names what is not there, or elsewhere, as it is written here.
+            order = dict.fromkeys([*content.get("weight_map", {}), *self.checkpoint.tensors])
+            content["weight_map"] = {
+                name: self.checkpoint.tensors[name].file.name for name in order if name in self.checkpoint.tensors
+            }
             metadata = content.get("metadata")  # some checkpoints have none, or null
             content["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
             write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
@@ -262,30 +270,22 @@ def _fits_memory(size: int) -> bool:
 
 
 def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
-    problems: list[str] = []
-    hints: list[str] = []
+    """Refuse adapters that do not belong to this base."""
+    problems: list[SokaError] = []
     for adapter, weight in adapters:
         if not math.isfinite(weight):
-            problems.append(f"{adapter.directory}: weight {weight} is not a finite number")
+            problems.append(CheckpointError(f"{adapter.directory}: weight {weight} is not a finite number"))
         try:
             check_against(adapter, checkpoint.tensors)
         except CheckpointError as error:
-            problems.append(error.message)
-            hints.append(error.hint or "")
+            problems.append(error)
         for module in adapter.factors:
-            info = checkpoint.tensors.get(f"{module}.weight")
-            if info is not None and info.dtype not in FLOAT_DTYPES:
-                problems.append(f"{info.name} is {info.dtype}; a delta can only be added to {sorted(FLOAT_DTYPES)}")
-            if module.rpartition(".")[2] == "lm_head" and checkpoint.config.get("tie_word_embeddings"):
-                problems.append(
-                    f"{adapter.directory}: {module} is tied to the embedding in this base: a merge would change both"
-                )
-    if checkpoint.config.get("quantization_config"):
-        problems.append(f"{checkpoint.directory}: the base is quantised; a delta cannot be added to its weights")
-        hints.append("merge into the original, unquantised checkpoint")
+            if module.rpartition(".")[2] == "lm_head" and ties_embeddings(checkpoint.config):
+                tied = f"{adapter.directory}: {module} is tied to the embedding in this base: a merge would change both"
+                problems.append(CheckpointError(tied))
     if problems:
-        raise CheckpointError("\n".join(problems), hint="; ".join(dict.fromkeys(h for h in hints if h)) or None)
+        message, hint = joined(problems)
+        raise CheckpointError(message, hint=hint)
 
 
 def _check_base_hash(checkpoint: Checkpoint, expected: Mapping[Path, str], actual: str) -> None:

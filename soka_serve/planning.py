@@ -24,6 +24,7 @@ from soka_serve.estimate import (
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
+from soka_serve.plain_weights import check_plain_weights
 from soka_serve.plan_examples import DataPlan, mixes_rows, plan_data
 from soka_serve.policies import PolicyRow, policies_for
 from soka_serve.schema import Manifest, Prune, Train
@@ -152,6 +153,7 @@ def make_plan(
     directory = base_directory or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
     check_no_code(directory)
     check_no_adapter(directory)
+    check_plain_weights(directory)
     modules = list_modules(directory)
     targets = resolve_targets(manifest, modules)
     size = model_size(directory, modules)

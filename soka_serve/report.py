@@ -19,6 +19,7 @@ from soka_serve.errors import BuildError
 from soka_serve.files import write_text_atomic
 from soka_serve.report_text import count, dims, duration, moment, percent, size, times, value_text, visible, words
 from soka_serve.report_view import page_context
+from soka_serve.told import warn
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def _read_log(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             entry = json.loads(line)
         except ValueError as error:
             if number == len(lines):
-                log.warning("%s: the last line (%d) is cut off and was passed over", path, number)
+                warn(log, "%s: the last line (%d) is cut off and was passed over", path, number)
                 continue
             raise BuildError(
                 f"{path}:{number}: expected a JSON object, got {line[:60]!r}",

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soka_serve.checkpoint import Checkpoint, resolve_base
-from soka_serve.errors import CheckpointError, SokaError
+from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.files import is_own, is_own_file
+from soka_serve.packed_shapes import check_packed
+from soka_serve.quantisation import Quantisation, read_quantisation
 from soka_serve.schema import Base
 from soka_serve.serving_targets import Target
 from soka_serve.sources import open_base
@@ -98,9 +100,9 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
     else:
         base = _shared(targets)
         directory, name = resolve_base(base, manifest_dir=Path.cwd()), _short(base)
-    checkpoint = Checkpoint.open(directory)
-    _check_hashes(targets, checkpoint)
-    _check_shapes(targets, checkpoint)
+    checkpoint, quantised = Checkpoint.open(directory), read_quantisation(directory)
+    _check_hashes(targets, checkpoint, quantised)
+    _check_shapes(targets, checkpoint, quantised)
     said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
     context, kv_heads = (value if isinstance(value, int) else None for value in said)
     return ServedBase(directory.resolve(), name, context, kv_heads)
@@ -154,7 +156,7 @@ def _short(base: Base) -> str:
     return base.builtin or str(base.hub)
 
 
-def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
+def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint, quantised: Quantisation | None) -> None:
     expected = {t.base_sha256 for t in targets if t.base_sha256}
     for target in targets:
         if not target.base_sha256:
@@ -172,8 +174,12 @@ def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
     except SokaError as error:
         logger.warning("the base will be hashed again next time: %s", error.message)
     others = [t for t in targets if t.base_sha256 not in ("", actual)]
-    if others and checkpoint.config.get("quantization_config"):
-        logger.warning("%s is quantised: it cannot be compared with the weights in soka.lock", checkpoint.directory)
+    if others and quantised is not None:
+        logger.warning(
+            "%s is quantised (%s): it cannot be compared with the weights in soka.lock",
+            checkpoint.directory,
+            quantised.to_text(),
+        )
     elif others and os.environ.get("SOKA_ALLOW_OTHER_BASE") == "1":
         logger.warning("%s has other weights than adapters were made for; served all the same", checkpoint.directory)
     elif others:
@@ -198,15 +204,20 @@ def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
     return found
 
 
-def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-    problems = []
+def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint, quantised: Quantisation | None) -> None:
+    problems: list[SokaError] = []
     for target in targets:
         if target.peft_type == "SOKA":
-            from soka_serve.adapter import check_against, read_adapter
+            from soka_serve.adapter import check_against, read_adapter, refusal
 
             try:
-                check_against(read_adapter(target.path), checkpoint.tensors)
+                if quantised is None:
+                    check_against(read_adapter(target.path), checkpoint.tensors)
+                    continue
+                shapes = {module: shape for module, (_, shape) in target.factors.items()}
+                if wrong := check_packed(shapes, checkpoint.tensors, quantised):
+                    raise refusal(target.path, wrong, "it was made for another base")
             except CheckpointError as error:
-                problems.append(error.message)
+                problems.append(error)
     if problems:
-        raise CheckpointError("\n".join(problems), hint=f"the base is {checkpoint.directory}")
+        raise CheckpointError(joined(problems)[0], hint=f"the base is {checkpoint.directory}")

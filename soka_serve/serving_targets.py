@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from soka_serve.budget import ReadingBudget
 from soka_serve.context import previous_keys
-from soka_serve.errors import CheckpointError, SokaError, printable
+from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
@@ -90,8 +90,8 @@ def read_targets(given: Sequence[str], *, out: Path | None = None) -> list[Targe
     if not problems:
         problems = [*_check_names(found), *_check_merged(found)]
     if problems:
-        hints = dict.fromkeys(p.hint for p in problems if p.hint)
-        raise SokaError("\n".join(p.message for p in problems), hint="\n".join(hints) or None)
+        message, hint = joined(problems)
+        raise SokaError(message, hint=hint)
     return found
 
 

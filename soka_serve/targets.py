@@ -21,6 +21,7 @@ from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.headers import read_json
 from soka_serve.schema import Adapt, Manifest
 from soka_serve.shapes import FactorShape, balanced_shape, check_shape, parallel_of
+from soka_serve.told import warn
 
 logger = logging.getLogger(__name__)
 
@@ -329,8 +330,8 @@ def _warn_unused(manifest: Manifest, targets: Sequence[Target]) -> None:
     for index, rule in enumerate(manifest.adapt):
         mine = [t for t in targets if index in t.rules]
         if rule.enabled and index not in used:
-            logger.warning("adapt[%d] has no effect: later rules disable every module it matches", index)
+            warn(logger, "adapt[%d] has no effect: later rules disable every module it matches", index)
         if rule.finetuned and mine and all(t.rule.init != "delta" for t in mine):
-            logger.warning("adapt[%d].finetuned has no effect: init is not 'delta'", index)
+            warn(logger, "adapt[%d].finetuned has no effect: init is not 'delta'", index)
         if rule.calibration_batches and mine and all(t.rule.init in ("zero", "random") for t in mine):
-            logger.warning("adapt[%d].calibration_batches has no effect: init is 'zero'", index)
+            warn(logger, "adapt[%d].calibration_batches has no effect: init is 'zero'", index)

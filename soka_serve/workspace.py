@@ -25,6 +25,7 @@ from soka_serve.errors import BuildError
 from soka_serve.files import disk_errors, require_regular, sha256_file, write_text_atomic
 from soka_serve.leftovers import clean_stale, final_name, is_temporary
 from soka_serve.places import check_place
+from soka_serve.told import warn
 from soka_serve.unchanged import Stamp, check_stamps, stamp_of
 
 logger = logging.getLogger(__name__)
@@ -149,9 +150,9 @@ class HashCache:
     def save(self) -> None:
         """Write what was learned."""
         if self._path.exists() and not self._path.is_file():
-            logger.warning("%s is no file: hashes are not remembered", self._path)
+            warn(logger, "%s is no file: hashes are not remembered", self._path)
         elif self._dirty and not self._is_cache and self._path.is_symlink():
-            logger.warning("%s leads to what is no cache of hashes, and is not written to", self._path)
+            warn(logger, "%s leads to what is no cache of hashes, and is not written to", self._path)
         elif self._dirty:
             write_text_atomic(self._path, json.dumps(self._known))
 
@@ -170,11 +171,11 @@ def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
     except FileNotFoundError:
         return {}, True
     except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s is no cache of hashes (%s); files are hashed again", path, error)
+        warn(logger, "%s is no cache of hashes (%s); files are hashed again", path, error)
         return {}, False
     good = {name: entry for name, entry in found.items() if _is_entry(entry)}
     if len(good) < len(found):
-        logger.warning("%s: %d entries are malformed; their files are hashed again", path, len(found) - len(good))
+        warn(logger, "%s: %d entries are malformed; their files are hashed again", path, len(found) - len(good))
     return good, len(good) == len(found)
 
 

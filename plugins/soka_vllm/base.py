@@ -12,6 +12,7 @@ from soka_serve.adapter_source import base_sha256_of, find_lock
 from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError, printable
+from soka_serve.quantisation import read_quantisation
 from soka_serve.serving_base import own_hashes
 from soka_vllm.opened import opened, renamed
 
@@ -57,7 +58,7 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
         _logger.warning("%s: made for base weights %s; those of %s cannot be compared", adapter, expected, model)
     elif actual != expected:
         message = f"made for base weights with sha256 {expected}, the served base has {actual}"
-        if Checkpoint.open(directory).config.get("quantization_config"):
+        if _is_quantised(directory):
             _logger.warning("%s: %s, which is quantised; served all the same", adapter, message)
         elif os.environ.get(ALLOW_VARIABLE) == "1":
             _logger.warning("%s: %s; served all the same, as %s says", adapter, message, ALLOW_VARIABLE)
@@ -65,6 +66,13 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
             raise ValueError(
                 f"{message}; serve the adapter's own base, or set {ALLOW_VARIABLE}=1 if the difference is intended"
             )
+
+
+def _is_quantised(directory: Path) -> bool:
+    try:
+        return read_quantisation(directory) is not None
+    except SokaError:  # malformed, so that vLLM has not taken it for quantised
+        return False
 
 
 def _local(model: str, revision: str | None) -> Path | None:

@@ -40,6 +40,7 @@ from soka_serve.outputs import check_results
 from soka_serve.places import given_path
 from soka_serve.serving_base import own_hashes
 from soka_serve.serving_targets import read_targets
+from soka_serve.told import one_command
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ _NOISE_FACTOR = 10.0
 _PARTS = ".parts"
 
 
+@one_command()
 def evaluate(
     manifest: str | Path,
     *,

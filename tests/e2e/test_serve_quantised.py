@@ -19,7 +19,12 @@ from soka_serve.lock import write_lock
 from tests.e2e.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
 from tests.e2e.serving import ONE_PROCESS, Server, greedy_logprobs, random_factors, serve
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "avx512f" not in Path("/proc/cpuinfo").read_text(), reason="vLLM's CPU builds have its 4-bit kernel for AVX-512"
+    ),
+]
 
 GROUP = 32
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -154,12 +155,42 @@ def _spoil(draw: st.DrawFn, file: Path) -> None:
         NODES[kind](file)
 
 
+_QUANTISED = ("quantization_config", "compression_config", "text_config")
+_METHODS = st.sampled_from(["gptq", "fp8", "new", "", "\x1b[31m", 3, None])
+_SAID = (
+    st.sampled_from([None, [], {}, "gptq", 3, True, {"load_in_4bit": 1}, {"config_groups": [{"weights": 4}]}])
+    | st.fixed_dictionaries({"quant_method": _METHODS, "bits": st.sampled_from([4, "4", None, [4], 10**99])})
+    | st.fixed_dictionaries({"quantization_config": st.fixed_dictionaries({"quant_method": _METHODS})})
+)
+_TOLERATED = [
+    {"lm_head.weight": "shard.safetensors"},
+    {"lm_head.weight": "shard.safetensors", "model.layers.0.self_attn.rotary_emb.inv_freq": "shard.safetensors"},
+    {"lm_head.weight\x1b[31m": "shard.safetensors"},
+]
+_OF_FOUR_BYTES = ["F32", "I32", "U32"]
+
+
+def _store_otherwise(draw: st.DrawFn, file: Path) -> None:
+    """The same bytes under other dtypes: of as many bytes, or of fewer with more columns."""
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    chosen = draw(st.sampled_from([names, names[:1], [name for name in names if "_proj" in name]]))
+    dtype = draw(st.sampled_from([*_OF_FOUR_BYTES, "F8_E4M3", "F8_E8M0", "I8", "U8", "BOOL", "F4", "F6_E2M3"]))
+    for name in chosen:
+        header[name]["dtype"] = dtype
+        header[name]["shape"][-1] *= {"F4": 8, "F6_E2M3": 5}.get(dtype, 1 if dtype in _OF_FOUR_BYTES else 4)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
 def _lay_out_base(draw: st.DrawFn, folder: Path) -> None:
     """A copy of the embedded base, with a config, an index or files that are not what they should be."""
     shutil.copytree(base_directory(), folder)
     config = json.loads((folder / "config.json").read_text())
     for _ in range(draw(st.integers(0, 2))):
-        key = draw(st.sampled_from(["auto_map", "model_type", "architectures", "quantization_config", "vocab_size"]))
+        key = draw(st.sampled_from([*_QUANTISED, "auto_map", "model_type", "architectures", "vocab_size"]))
         values = [
             None,
             [],
@@ -171,16 +202,21 @@ def _lay_out_base(draw: st.DrawFn, folder: Path) -> None:
             3,
             "llama",
         ]
-        config[key] = draw(st.sampled_from(values))
+        config[key] = draw(_SAID if key in _QUANTISED else st.sampled_from(values))
     (folder / "config.json").write_text(json.dumps(config))
     if draw(st.booleans()):
         index: dict[str, object] = {
-            "weight_map": draw(st.sampled_from([{}, [], {"x": "../x"}, {"x": 1}, {"x": "model.safetensors"}]))
+            "weight_map": draw(
+                st.sampled_from([{}, [], {"x": "../x"}, {"x": 1}, {"x": "model.safetensors"}, *_TOLERATED])
+            )
         }
         index |= draw(st.sampled_from([{"metadata": value} for value in (None, [], {}, 3)] + [{}]))
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         if draw(st.booleans()):
-            (folder / "model.safetensors").unlink()
+            (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    if draw(st.integers(0, 2)) == 0:
+        for file in folder.glob("*.safetensors"):
+            _store_otherwise(draw, file)
     if draw(st.integers(0, 3)) == 0:
         _spoil(draw, folder / draw(st.sampled_from(sorted(file.name for file in folder.iterdir()))))
 

@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from soka_serve import hub
 from soka_serve.checkpoint import Checkpoint, check_finite, read_header, read_tensor, resolve_base
 from soka_serve.errors import CheckpointError
 from soka_serve.files import sha256_file, sha256_tree
 from soka_serve.headers import find_not_finite, read_metadata, read_tensors
+from soka_serve.optional_tensors import ties_embeddings
 from soka_serve.schema import Base
 
 TENSORS = {
@@ -222,15 +224,73 @@ def test_missing_shard(sharded: Path) -> None:
 
 
 def test_index_names_what_a_shard_lacks(sharded: Path) -> None:
-    edit_index(sharded, lambda i: i["weight_map"].update({"z": "model-00001-of-00002.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"names z in model-00001-of-00002\.safetensors, which does not hold it"):
+    names = [f"z.{number}" for number in range(12)]
+    edit_index(sharded, lambda i: i["weight_map"].update(dict.fromkeys(names, "model-00001-of-00002.safetensors")))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(sharded)
+    assert "names z.0 in model-00001-of-00002.safetensors, which does not hold it" in caught.value.message
+    assert "and 2 more" in caught.value.message
+    assert "weight_map" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "language_model.lm_head.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "embeddings.position_ids",
+        "transformer.h.0.attn.bias",
+        "gpt_neox.layers.0.attention.masked_bias",
+    ],
+)
+def test_index_names_what_the_model_does_without(sharded: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    (sharded / "config.json").write_text('{"model_type": "llama", "tie_word_embeddings": true}')
+    edit_index(sharded, lambda i: i["weight_map"].update({name: "model-00001-of-00002.safetensors"}))
+    with caplog.at_level(logging.INFO):
+        assert set(Checkpoint.open(sharded).tensors) == set(TENSORS)
+    assert f"names {name}, which no file holds and the model does not need" in caplog.text
+    assert "WARNING" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"model_type": "gemma", "tie_word_embeddings": False}, False),
+        ({"text_config": {"tie_word_embeddings": True}}, True),
+        ({"model_type": "gemma"}, True),  # their config classes' own defaults
+        ({"model_type": "llama"}, False),
+        ({"model_type": "gemma", "tie_word_embeddings": None}, True),
+        ({"model_type": "of another age"}, False),
+        ({"model_type": ["llama"]}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_whether_a_model_needs_its_head(sharded: Path, config: dict[str, Any], tied: bool) -> None:
+    (sharded / "config.json").write_text(json.dumps(config))
+    edit_index(sharded, lambda i: i["weight_map"].update({"lm_head.weight": "model-00001-of-00002.safetensors"}))
+    if tied:
+        Checkpoint.open(sharded)
+        return
+    with pytest.raises(CheckpointError, match=r"names lm_head\.weight in .*, which does not hold it"):
         Checkpoint.open(sharded)
 
 
-def test_index_names_the_wrong_shard(sharded: Path) -> None:
+def test_defaults_of_tying_are_those_of_transformers() -> None:
+    for kind in ("llama", "gemma", "gemma3_text", "qwen2", "qwen3", "mistral", "phi3", "cohere2", "gpt2", "gpt_neox"):
+        tied = bool(getattr(AutoConfig.for_model(kind), "tie_word_embeddings", False))
+        assert ties_embeddings({"model_type": kind}) == tied, kind
+
+
+def test_index_names_the_wrong_shard(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """transformers and vLLM read every tensor of every file that the index names."""
     edit_index(sharded, lambda i: i["weight_map"].update({"c": "model-00002-of-00002.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"names c in .*00002.*; it is in model-00001"):
-        Checkpoint.open(sharded)
+    checkpoint = Checkpoint.open(sharded)
+    assert torch.equal(checkpoint.read("c"), TENSORS["c"])
+    assert "names model-00002-of-00002.safetensors for c, which is in model-00001" in caplog.text
 
 
 def test_index_leads_out_of_the_directory(sharded: Path) -> None:

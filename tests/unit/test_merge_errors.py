@@ -550,6 +550,40 @@ def test_an_index_without_metadata(tmp_path: Path, metadata: str, caplog: pytest
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+def test_an_index_of_more_and_less_than_there_is(tmp_path: Path) -> None:
+    """Tied heads and buffers that no shard holds, a wrong shard, a tensor that is not named: the new index is right."""
+    base = write_base(tmp_path / "base", tied=True)
+    index = base / "model.safetensors.index.json"
+    right = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(right.values()))
+    wrong = {"lm_head.weight": shards[0], "model.layers.0.self_attn.rotary_emb.inv_freq": shards[0], **right}
+    wrong[f"{Q}.weight"] = next(shard for shard in shards if shard != right[f"{Q}.weight"])
+    del wrong["model.norm.weight"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": wrong}))
+    loaded, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
+    assert not info["missing_keys"]
+    result = merge(write_test_adapter(tmp_path / "adapter"), base=base, out=tmp_path / "out", progress=False)
+    assert result.verified == ("tensors", "logits")
+    out = tmp_path / "out"
+    written = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert written == right
+    assert all(name in load_file(out / file) for name, file in written.items())
+    tokens = torch.arange(9)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.allclose(merged(tokens).logits, loaded(tokens).logits)
+
+
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
+    """The single file is read; the index that stays beside it names that one."""
+    base = write_base(tmp_path / "base", shard="1GB")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    run(write_test_adapter(tmp_path / "adapter"), base, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(written) == set(Checkpoint.open(base).tensors)
+    assert set(written.values()) == {"model.safetensors"}
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
 def test_nan_that_no_adapter_touches_is_the_bases(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     base = write_base(tmp_path / "base", shard="1GB")
