@@ -1,0 +1,133 @@
+"""Tiny random checkpoints of the architectures that docs/serving.md lists, each with an adapter on all its projections,
+and what a server and transformers say of them: used by tests/e2e/test_served_models.py and eval/served_models.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from soka_serve.adapter import write_adapter
+from soka_serve.kron import Factors
+from soka_serve.shapes import balanced_shape
+from tests.tiny_models import random_factors
+
+VOCABULARY = 96
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Longer than the sliding windows below, so that they are felt.
+PROMPT = [5, 17, 40, 41, 2, 77, 30, 9, 9, 61, 12, 3, 88, 54, 23, 70, 19, 33, 6, 47, 95, 11, 58, 26]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_WINDOW = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture, as small as vLLM's CPU attention takes it (heads of 32).
+
+    Args:
+        name: in the table.
+        config: class of transformers' configuration.
+        settings: of the configuration, beside what all have.
+        attention: transformers' implementation that computes what the model is defined by.
+    """
+
+    name: str
+    config: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    attention: str = "sdpa"
+
+
+ARCHITECTURES = (
+    Architecture("LLaMA with biases", "LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    Architecture("Mistral", "MistralConfig", {"sliding_window": 16, "head_dim": 32}),
+    Architecture("Qwen2", "Qwen2Config"),
+    Architecture("Qwen3", "Qwen3Config", {"head_dim": 32}),
+    Architecture("Gemma", "GemmaConfig", {"head_dim": 32}),
+    # Only its eager attention caps the scores.
+    Architecture("Gemma 2", "Gemma2Config", {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOW}, "eager"),
+    Architecture("Gemma 3 (text)", "Gemma3TextConfig", {"head_dim": 32, "query_pre_attn_scalar": 32, **_WINDOW}),
+    Architecture("OLMo 2", "Olmo2Config"),
+    Architecture(
+        "Granite",
+        "GraniteConfig",
+        {"embedding_multiplier": 2.0, "logits_scaling": 1.5, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
+    Architecture("Cohere", "CohereConfig", {"logit_scale": 0.5}),
+    Architecture("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
+)
+
+
+def write_checkpoint(directory: Path, architecture: Architecture, *, seed: int = 0) -> Path:
+    """A random checkpoint in float32, with a tokenizer of one word a token."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, architecture.config)(**{**_COMMON, **architecture.settings})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as large as trained ones; norms and biases are not what they begin as
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+            else:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.float().save_pretrained(directory)
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="w0", bos_token="w1", eos_token="w2", pad_token="w0"
+    ).save_pretrained(directory)
+    return directory
+
+
+def write_random_adapter(directory: Path, base: Path, *, seed: int = 1) -> Path:
+    """A SoKA adapter on every projection of a checkpoint's decoder."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    factors: dict[str, Factors] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
+            factors[name] = random_factors(module.out_features, module.in_features, 1 + len(factors) % 2, seed)
+            seed += 1
+    write_adapter(directory, factors, base_model=str(base), lock={"soka": 1, "seed": 0})
+    return directory
+
+
+def expected(base: Path, adapter: Path, architecture: Architecture) -> tuple[list[float], list[float]]:
+    """Log-probability of each token of PROMPT but the first by transformers, float32: the base's, and with the adapter
+    through our PEFT layers."""
+    from peft import PeftModel
+
+    import soka_serve.peft  # noqa: F401  registers peft_type SOKA
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=architecture.attention
+    ).eval()
+    plain = _logprobs(model)
+    return plain, _logprobs(PeftModel.from_pretrained(model, str(adapter)).eval())
+
+
+def _logprobs(model: Callable[..., Any]) -> list[float]:
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT])).logits[0, :-1].double()
+    chosen = torch.tensor(PROMPT[1:])[:, None]
+    return torch.log_softmax(logits, -1).gather(1, chosen)[:, 0].tolist()
+
+
+def difference(one: list[float], other: list[float]) -> float:
+    """The largest, in nats."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
