@@ -228,6 +228,8 @@ def _ours(
         "--max-lora-rank": [str(_lora_rank(targets, later))],
         "--lora-target-modules": list(_LAYERS),
     }
+    if later:
+        options[_API_PROCESSES[0]] = ["1"]  # vLLM would start one for each data-parallel engine
     engine = find_engine()
     if engine is not None and engine.is_cpu and not any(name.startswith(_COMPILATION) for name in theirs):
         # With adapters vLLM compiles nothing on a CPU, but unless told so it leaves out its own operators as well.

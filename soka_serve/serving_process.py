@@ -198,6 +198,7 @@ class Server:
         while time.monotonic() < deadline:
             self._process.poll()  # reaps it, so that the group can be seen to be gone
             if not self._signal(0) or not _is_anyone_alive(self._process.pid):
+                self._process.wait()  # ended since it was polled
                 return
             time.sleep(0.1)
         logger.warning("vLLM did not end within %.0f s and is killed", _STOP_S)

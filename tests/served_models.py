@@ -1,9 +1,13 @@
 """Tiny random checkpoints of the architectures that docs/serving.md lists, each with an adapter on all its projections,
-and what a server and transformers say of them: used by tests/e2e/test_served_models.py and eval/served_models.py."""
+and what a server and transformers say of them. For tests/e2e/test_served_models.py and eval/served_models.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from soka_serve.adapter import write_adapter
+from soka_serve.checkpoint import Checkpoint
 from soka_serve.kron import Factors
-from soka_serve.shapes import balanced_shape
+from soka_serve.serving import plan_launch
+from soka_serve.serving_command import Settings
+from soka_serve.serving_process import Server
 from tests.tiny_models import random_factors
 
 VOCABULARY = 96
@@ -72,6 +79,22 @@ ARCHITECTURES = (
     Architecture("Cohere", "CohereConfig", {"logit_scale": 0.5}),
     Architecture("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
 )
+# Refused on CPUs.
+EXPERTS = (
+    Architecture("Mixtral", "MixtralConfig", {"num_local_experts": 4, "head_dim": 32}),
+    Architecture(
+        "Llama 4 (text)",
+        "Llama4TextConfig",
+        {"num_local_experts": 4, "head_dim": 32, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 1},
+    ),
+    Architecture(
+        "Qwen3 MoE",
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "moe_intermediate_size": 96},
+    ),
+    Architecture("OLMoE", "OlmoeConfig", {"num_experts": 4, "num_experts_per_tok": 2}),
+    Architecture("Granite MoE", "GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+)
 
 
 def write_checkpoint(directory: Path, architecture: Architecture, *, seed: int = 0) -> Path:
@@ -103,7 +126,8 @@ def write_random_adapter(directory: Path, base: Path, *, seed: int = 1) -> Path:
         if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
             factors[name] = random_factors(module.out_features, module.in_features, 1 + len(factors) % 2, seed)
             seed += 1
-    write_adapter(directory, factors, base_model=str(base), lock={"soka": 1, "seed": 0})
+    lock = {"soka": 1, "seed": 0, "base": {"name": base.name, "sha256": Checkpoint.open(base).sha256()}}
+    write_adapter(directory, factors, base_model=str(base), lock=lock)
     return directory
 
 
@@ -126,6 +150,36 @@ def _logprobs(model: Callable[..., Any]) -> list[float]:
         logits = model(torch.tensor([PROMPT])).logits[0, :-1].double()
     chosen = torch.tensor(PROMPT[1:])[:, None]
     return torch.log_softmax(logits, -1).gather(1, chosen)[:, 0].tolist()
+
+
+@contextmanager
+def served(base: Path, adapter: Path, log: Path) -> Iterator[Callable[[str], list[float]]]:
+    """Serve base and adapter as `soka-serve serve` does, in float32.
+
+    Yields:
+        "base" or "adapter" -> log-probability of each token of PROMPT but the first.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    vllm = ("--dtype", "float32", "--served-model-name", "base", "--max-num-seqs", "4")
+    _, launch = plan_launch([f"adapter={adapter}"], Settings(port=port, vllm=vllm), base=str(base))
+
+    def ask(model: str) -> list[float]:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 1}
+        body["return_tokens_as_token_ids"] = True
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{launch.url}/v1/completions", json.dumps(body).encode(), headers)
+        with server.explaining(), urllib.request.urlopen(request, timeout=120) as reply:
+            steps = json.loads(reply.read())["choices"][0]["prompt_logprobs"][1:]
+        return [step[str(token)]["logprob"] for step, token in zip(steps, PROMPT[1:], strict=True)]
+
+    server = Server(launch, log)
+    try:
+        server.wait_healthy(900)
+        yield ask
+    finally:
+        server.stop()
 
 
 def difference(one: list[float], other: list[float]) -> float:
