@@ -1,4 +1,4 @@
-"""Options for vLLM at random, and logs of servers that failed: a command that keeps what was checked, or a SokaError."""
+"""Options for vLLM at random: a command that keeps what was checked, or a SokaError. And logs of failed servers."""
 
 from __future__ import annotations
 
