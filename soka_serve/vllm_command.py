@@ -15,10 +15,11 @@ def main() -> None:
     """Run `vllm serve` with this command's arguments."""
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's command sets it
     from vllm import logger
-    from vllm.entrypoints.cli import serve
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    command = serve.ServeSubcommand()
-    parser = serve.FlexibleArgumentParser(prog="vllm")
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="vllm")
     command.subparser_init(parser.add_subparsers(dest="subparser"))
     arguments = parser.parse_args([command.name, *sys.argv[1:]])
     if hasattr(logger, "configure_logging_from_args"):  # from 0.32 on
