@@ -8,6 +8,7 @@ python eval/fuzz.py --out eval/results/fuzz.json
     outputs     `merge` and `export` onto folders that hold a user's files
     caches      caches of hashes
     frames      what a judged program sends to the process of its tests
+    launches    options for vLLM through `serve`, and logs of servers that failed
 
 Each case is done or refused with a message and exit code 2: no traceback, nothing half-written, nothing of the user's
 lost. None takes more than 10 s of processor time (or waits for a minute), or 1 GiB beyond what its process held before.
@@ -45,7 +46,15 @@ from soka_serve.provenance import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
-EXAMPLES = {"manifests": 450, "adapters": 450, "outputs": 700, "frames": 2600, "lokr": 3000, "caches": 3000}
+EXAMPLES = {
+    "manifests": 450,
+    "adapters": 450,
+    "outputs": 700,
+    "frames": 2600,
+    "lokr": 3000,
+    "caches": 3000,
+    "launches": 3000,
+}
 
 
 def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path], bool], good: Path) -> dict[str, Any]:

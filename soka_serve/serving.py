@@ -76,7 +76,8 @@ def serve(
         try:
             server = Server(launch, log)
             seconds = server.wait_healthy(timeout_s)
-            effects = probe(launch, targets) if targets and targets[0].kind == "adapter" else {}
+            with server.explaining():
+                effects = probe(launch, targets) if targets and targets[0].kind == "adapter" else {}
             for target in targets:
                 effect = f"; moves log-probabilities by up to {effects[target.name]:.3g}" if effects else ""
                 logger.info("serving %s%s", target.to_text(), effect)

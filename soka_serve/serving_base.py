@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 HASHES_FILE = "hashes.json"
 
+# In the names of tensors: routed experts, one by one or stacked. Granite's have no "experts" in them. "shared_experts"
+# alone are layers like others.
+_EXPERTS = re.compile(r"\.(?:experts|block_sparse_moe)\.")
+
 
 @dataclass(frozen=True)
 class ServedBase:
@@ -33,12 +38,14 @@ class ServedBase:
         directory, name: where it is, and its name in the API.
         context: length of its context; None: not known.
         kv_heads: number of its key/value heads; None: not known.
+        has_experts: whether it is a mixture of experts.
     """
 
     directory: Path
     name: str
     context: int | None
     kv_heads: int | None = None
+    has_experts: bool = False
 
 
 def cache_directory() -> Path:
@@ -105,7 +112,8 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
     _check_shapes(targets, checkpoint, quantised)
     said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
     context, kv_heads = (value if isinstance(value, int) else None for value in said)
-    return ServedBase(directory.resolve(), name, context, kv_heads)
+    has_experts = any(_EXPERTS.search(tensor) for tensor in checkpoint.tensors)
+    return ServedBase(directory.resolve(), name, context, kv_heads, has_experts)
 
 
 def _shared(targets: Sequence[Target]) -> Base:

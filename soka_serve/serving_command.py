@@ -41,7 +41,10 @@ _TAKEN = {
     "--trust-remote-code": "code that comes with a checkpoint is never run",
     "--uds": "the server is probed over TCP",
     "--headless": "the server is probed over HTTP",
+    "--grpc": "the server is probed over HTTP",
+    "--data-parallel-multi-port-external-lb": "it starts servers on several ports, and one is probed",
 }
+_API_PROCESSES = ("--api-server-count", "-asc")
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,13 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
         CheckpointError: a model that needs code of its own.
         SokaError: manifests that disagree, an option of vLLM that conflicts with ours, a name that is taken.
     """
-    check_no_code(base.directory if base else targets[0].path)
+    model = base.directory if base else targets[0].path
+    check_no_code(model)
     theirs = parse_options(settings.vllm)
     _check_taken(theirs, merged=base is None)
+    _check_api_processes(theirs, settings)
+    if base is not None:
+        _check_engine(base)
     ours = _ours(targets, base, settings, theirs)
     if "--max-loras" in theirs and "--max-cpu-loras" in ours:  # the one may not be larger than the other
         ours["--max-cpu-loras"] = [str(max(_number(theirs, "--max-loras"), int(ours["--max-cpu-loras"][0])))]
@@ -117,7 +124,7 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
         )
     keys = values.get("--api-key") or os.environ.get("VLLM_API_KEY", "").split()
     return Launch(
-        command=(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, *settings.vllm),
+        command=(sys.executable, "-m", "soka_serve.vllm_command", str(model), *options, *settings.vllm),
         environment=_environment(theirs, targets, base, settings),
         host=_one(values, "--host"),
         port=_number(values, "--port"),
@@ -164,12 +171,40 @@ def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
         raise SokaError("\n".join(problems), hint="Leave it out, or run vLLM itself.")
 
 
+def _check_api_processes(theirs: Mapping[str, list[str]], settings: Settings) -> None:
+    """vLLM starts none for 0, and tells those of several nothing of adapters that come later."""
+    for given in theirs:
+        # vLLM takes the beginning of an option for the option.
+        if len(given) > 1 + given.startswith("--") and any(name.startswith(given) for name in _API_PROCESSES):
+            processes = _number(theirs, given)
+            if processes > 1 and _loads_later(settings):
+                raise SokaError(
+                    f"{given} {processes} after --: adapters that are loaded later are known to one of the processes",
+                    hint="Leave it out; or give all adapters as TARGETs, without --builds and --runtime-loading.",
+                )
+
+
+def _check_engine(base: ServedBase) -> None:
+    """What the installed vLLM cannot do with adapters, which it would tell after minutes, or in the first request."""
+    engine = find_engine()
+    if engine is not None and engine.is_cpu and base.has_experts:
+        raise SokaError(
+            f"{base.directory}: a mixture of experts; with adapters, {engine.distribution} {engine.version} computes "
+            "experts by Triton's kernels only, and there is no Triton for CPUs",
+            hint="Serve it on a GPU; or merge the adapter (`soka-serve merge`), and serve the merged model.",
+        )
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip().lower() in ("1", "true"):
+        raise SokaError(
+            "VLLM_USE_RUST_FRONTEND is set: the plugin checks adapters in vLLM's Python front end",
+            hint="Unset it.",
+        )
+
+
 def _ours(
     targets: Sequence[Target], base: ServedBase | None, settings: Settings, theirs: Mapping[str, list[str]]
 ) -> dict[str, list[str]]:
     """The options that targets, manifests and command line give."""
     options: dict[str, list[str]] = {
-        "--model": [str(base.directory if base else targets[0].path)],
         "--served-model-name": [base.name if base else targets[0].name],
     }
     given = {"--host": settings.host, "--port": settings.port, "--dtype": None, "--max-model-len": None}
@@ -193,6 +228,8 @@ def _ours(
         "--max-lora-rank": [str(_lora_rank(targets, later))],
         "--lora-target-modules": list(_LAYERS),
     }
+    if later:
+        options[_API_PROCESSES[0]] = ["1"]  # vLLM would start one for each data-parallel engine
     engine = find_engine()
     if engine is not None and engine.is_cpu and not any(name.startswith(_COMPILATION) for name in theirs):
         # With adapters vLLM compiles nothing on a CPU, but unless told so it leaves out its own operators as well.

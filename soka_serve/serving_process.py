@@ -6,7 +6,6 @@ import ctypes
 import errno
 import logging
 import os
-import re
 import shutil
 import signal
 import socket
@@ -20,24 +19,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from soka_serve.child_signals import default_signals
 from soka_serve.errors import ServeError, SokaError, printable
 from soka_serve.serving_command import Launch
+from soka_serve.serving_log import failure_lines, last_stage, root_causes
 
 logger = logging.getLogger(__name__)
 
 _STOP_S = 30.0  # vLLM ends its engine within a few seconds
 _POLL_S = 0.5
 _SECONDS_BETWEEN_LINES = 10.0
-_SHOWN_LINES = 8
 _PR_SET_PDEATHSIG = 1
-# What vLLM puts before a line: "(EngineCore pid=12) ERROR 11-24 12:00:00 [core.py:12] "
-_PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] ?)?")
-_FAILURE = re.compile(r"\b\w*(?:Error|Exception|error):|^usage:|\berror: ")
-# Warnings, their source lines, and drawings say nothing of how far the start has come.
-_NO_STAGE = re.compile(
-    r" WARNING |Warning\b|warnings\.warn|^(?:\([^)]*\))?\s*(?:[A-Z]+ \S+ \S+ \[\S+\])?\s*[▄█▀ ]*$|^\s"
-)
-_NO_CAUSE = ("See root cause above", "Engine core initialization failed", "Failed core proc")
 
 
 class Stopped(BaseException):
@@ -50,7 +42,10 @@ class Stopped(BaseException):
 
 @contextmanager
 def signals_stop() -> Iterator[Callable[[], None]]:
-    """Within it, SIGINT, SIGTERM and SIGHUP (but under nohup) raise Stopped, the first time; later ones are ignored.
+    """Within it, SIGTERM, SIGINT and SIGHUP raise Stopped, the first time; later ones are ignored.
+
+    SIGINT and SIGHUP do so unless they were ignored when this program began, as a shell without job control starts
+    `command &`, and nohup a command: Ctrl-C in the terminal, or its end, is then not meant for this one. SIGTERM is.
 
     Yields:
         A function after which all of them are ignored, for what must not be left half done.
@@ -64,9 +59,8 @@ def signals_stop() -> Iterator[Callable[[], None]]:
         ignore()
         raise Stopped(number)
 
-    caught = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        caught.append(signal.SIGHUP)
+    asked = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [signal.SIGTERM, *asked]
     before = {each: signal.signal(each, stop) for each in caught}
     try:
         yield ignore
@@ -95,8 +89,10 @@ def check_port(host: str, port: int) -> None:
             raise SokaError(f"{place}: cannot listen there: {error.strerror}", hint=hint) from error
 
 
-def _die_with_parent() -> None:
-    """In the child, before vLLM begins: SIGTERM when this program is killed (Linux)."""
+def _begin() -> None:
+    """In the child, before vLLM begins: every signal as the system has it, and SIGTERM when this program is killed
+    (Linux). The signals of the terminal do not reach it, so that what a shell chose for them has no meaning for it."""
+    default_signals()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -116,16 +112,6 @@ def _is_anyone_alive(group: int) -> bool:
             if int(pgrp) == group and state not in "ZX":
                 return True
     return False
-
-
-def last_stage(log: str) -> str:
-    """The last line of vLLM's log that says how far its start has come.
-
-    >>> last_stage("(Worker pid=5) INFO 11-25 23:35:58 [weights.py:501] Loading weights\\nx.py:3: UserWarning: odd\\n")
-    'Loading weights'
-    """
-    stages = [line for line in log.splitlines() if line.strip() and not _NO_STAGE.search(line)]
-    return _PREFIX.sub("", stages[-1]).rstrip() if stages else "importing"
 
 
 class Server:
@@ -150,7 +136,7 @@ class Server:
                 stderr=None if out is None else subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # no threads run yet, which could hold locks
+                preexec_fn=_begin,  # no threads run yet, which could hold locks
             )
         finally:
             if out is not None:
@@ -187,6 +173,24 @@ class Server:
         code = self._process.wait()
         raise self._failure(f"vLLM ended with exit code {code}")
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Within it, a request that failed because the engine died says what the engine died from.
+
+        Raises:
+            ServeError: that of the request, with what vLLM's log says of the cause.
+        """
+        try:
+            yield
+        except ServeError as error:
+            if self.log is None or self._healthy():
+                raise
+            causes = root_causes(self._log_text())
+            if not causes:
+                raise
+            lines = [error.message, "vLLM's engine has ended:", *(f"  {cause}" for cause in causes)]
+            raise ServeError("\n".join(lines), hint=f"All it said: {self.log}") from error
+
     def stop(self) -> None:
         """End it and all of its children; kill what does not end."""
         self._signal(signal.SIGTERM)
@@ -194,6 +198,7 @@ class Server:
         while time.monotonic() < deadline:
             self._process.poll()  # reaps it, so that the group can be seen to be gone
             if not self._signal(0) or not _is_anyone_alive(self._process.pid):
+                self._process.wait()  # ended since it was polled
                 return
             time.sleep(0.1)
         logger.warning("vLLM did not end within %.0f s and is killed", _STOP_S)
@@ -220,9 +225,6 @@ class Server:
     def _log_text(self) -> str:
         return "" if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-200_000:]
 
-    def _lines(self) -> list[str]:
-        return [_PREFIX.sub("", line).rstrip() for line in self._log_text().splitlines() if line.strip()]
-
     def _last_line(self) -> str:
         return last_stage(self._log_text())[:100]
 
@@ -237,7 +239,5 @@ class Server:
         """The error with what the log says of it, which may be a page of traces: the lines that name a failure."""
         if self.log is None:
             return ServeError(f"{what}; see its output above")
-        lines = self._lines()
-        named = [line for line in lines if _FAILURE.search(line) and not any(word in line for word in _NO_CAUSE)]
-        shown = list(dict.fromkeys(named))[-_SHOWN_LINES:] or lines[-_SHOWN_LINES:]
-        return ServeError("\n".join([f"{what}:", *(f"  {line}" for line in shown)]), hint=f"All it said: {self.log}")
+        lines = [f"{what}:", *(f"  {line}" for line in failure_lines(self._log_text()))]
+        return ServeError("\n".join(lines), hint=f"All it said: {self.log}")

@@ -212,6 +212,9 @@ def main() -> None:
     """Answer requests until standard input ends."""
     import resource
 
+    from soka_serve.child_signals import default_signals
+
+    default_signals(shares_terminal=True)  # SIGPROF keeps the time limit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     for limit, value in ((resource.RLIMIT_AS, MAX_MEMORY), (resource.RLIMIT_CORE, 0)):
         with suppress(OSError, ValueError):  # not on every system; the time limit holds

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+from soka_serve.child_signals import default_signals
 
 # Before any library reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +18,11 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another process's threads OpenMP's wait for each other, spinning
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every server takes the same core
+
+# A shell without job control starts `make test &` with SIGINT ignored, and what is ignored stays so in every child.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+default_signals()
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -150,7 +150,8 @@ class VllmBackend:
                 try:
                     seconds = server.wait_healthy(START_S)
                     logger.info("vLLM answers after %.0f s", seconds)
-                    yield launch
+                    with server.explaining():
+                        yield launch
                 finally:
                     ignore_signals()
                     server.stop()

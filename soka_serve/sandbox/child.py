@@ -22,17 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from soka_serve import child_signals
     from soka_serve.sandbox import checker, lock, program, wire
 else:
 
-    def _beside(name, **given):
+    def _beside(name, where=".", **given):
         # By path: the interpreter is bare, and a program shall not be able to import these.
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / where / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         vars(module).update(given)
         spec.loader.exec_module(module)
         return module
 
+    child_signals = _beside("child_signals", "..")
     lock = _beside("lock")
     wire = _beside("wire")
     program = _beside("program", wire=wire)
@@ -86,7 +88,7 @@ def _stand_alone() -> None:
     """Shed what the caller's process may have handed down."""
     os.environ.clear()
     os.umask(0o077)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, no process could be waited for
+    child_signals.default_signals()  # with SIGCHLD ignored, no process could be waited for
     while os.open(os.devnull, os.O_RDWR) < 3:  # a closed standard descriptor would be given to a pipe
         pass
 

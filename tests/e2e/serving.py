@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from soka_serve.builtin import base_directory
 from soka_serve.kron import Factors
+from soka_serve.serving_log import root_causes
 
 START_S = 240
 
@@ -123,6 +124,10 @@ def serve(
         try:
             _wait(server, process)
             yield server
+        except BaseException as error:
+            for cause in root_causes(server.log.read_text(errors="replace")):
+                error.add_note(f"vLLM's log has: {cause}")
+            raise
         finally:
             with suppress(ProcessLookupError):  # ended already, with all of its group
                 os.killpg(process.pid, signal.SIGTERM)

