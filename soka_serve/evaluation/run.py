@@ -37,9 +37,10 @@ from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.foreign_code import check_no_code
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.outputs import check_results
+from soka_serve.own_cache import own_hashes
 from soka_serve.places import given_path
-from soka_serve.serving_base import own_hashes
 from soka_serve.serving_targets import read_targets
+from soka_serve.tokenizer_class import tokenizer_directory
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,8 @@ def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
     context = longest if longest is not None else context
     if not isinstance(context, int):
         raise EvalError(f"{base}: its config.json names no max_position_embeddings", hint="Set [serve] max_model_len.")
-    return Subject(loaded.manifest, target, base, base, context)
+    tokenizer = tokenizer_directory(base, loaded.manifest.base.hub)
+    return Subject(loaded.manifest, target, base, tokenizer, context)
 
 
 @contextmanager
