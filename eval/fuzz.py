@@ -45,7 +45,15 @@ from soka_serve.provenance import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
-EXAMPLES = {"manifests": 450, "adapters": 450, "outputs": 700, "frames": 2600, "lokr": 3000, "caches": 3000}
+EXAMPLES = {
+    "manifests": 450,
+    "adapters": 450,
+    "outputs": 700,
+    "frames": 2600,
+    "lokr": 3000,
+    "caches": 3000,
+    "tokenizers": 2000,
+}
 
 
 def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path], bool], good: Path) -> dict[str, Any]:

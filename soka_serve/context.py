@@ -23,7 +23,7 @@ from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
 from soka_serve.targets import Target, list_modules, resolve_targets
-from soka_serve.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
+from soka_serve.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -114,6 +114,7 @@ def prepare(
     check_no_code(base_dir)
     check_no_adapter(base_dir)
     targets = resolve_targets(manifest, list_modules(base_dir))
+    check_tokenizer_files(base_dir)  # before they are hashed
     tokenizer_dir = tokenizer_directory(base_dir, manifest.base.hub)
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))

@@ -8,14 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from soka_serve.budget import open_regular, refuse_hole
 from soka_serve.errors import CheckpointError
-from soka_serve.files import read_errors
 from soka_serve.foreign_code import check_no_adapter, check_no_code
-from soka_serve.headers import read_json
-from soka_serve.tokenizer import MAX_TOKENIZER_BYTES
-
-_TOKENIZER_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+from soka_serve.tokenizer_class import check_tokenizer_files
 
 
 def open_model(directory: Path, **options: Any) -> Any:
@@ -49,7 +44,7 @@ def open_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     check_no_code(directory)
-    _check_tokenizer_files(directory)
+    check_tokenizer_files(directory)
     try:
         return AutoTokenizer.from_pretrained(
             str(directory),
@@ -62,23 +57,3 @@ def open_tokenizer(directory: Path) -> Any:
             f"{directory}: transformers cannot build this tokenizer: {type(error).__name__}: {error!s:.1000}",
             hint="look for a wrong value in tokenizer_config.json, config.json and tokenizer.json",
         ) from error
-
-
-def _check_tokenizer_files(directory: Path) -> None:
-    """What a class may read is regular, of a size that can be read, and in the directory."""
-    for file in sorted(directory.iterdir()) + sorted(directory.glob("additional_chat_templates/*")):
-        if file.suffix not in _TOKENIZER_SUFFIXES or file.is_dir():
-            continue
-        with read_errors(file), open_regular(file) as stream:
-            size = file.stat().st_size
-            if size > MAX_TOKENIZER_BYTES:
-                raise CheckpointError(f"{file}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
-            refuse_hole(file, stream)
-    settings = directory / "tokenizer_config.json"
-    named = read_json(settings).get("fast_tokenizer_files") if settings.is_file() else None
-    if named is not None and named != ["tokenizer.json"]:
-        raise CheckpointError(
-            f"{settings}: fast_tokenizer_files {named!r:.200}: transformers would read one of these instead of "
-            "tokenizer.json, by its version",
-            hint="take fast_tokenizer_files out",
-        )

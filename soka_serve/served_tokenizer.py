@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from soka_serve.errors import CheckpointError
 from soka_serve.headers import read_json
-from soka_serve.tokenizer import SPECIAL_NAMES, TextTokenizer, read_backend
+from soka_serve.tokenizer import SPECIAL_NAMES, TextTokenizer, read_backend, read_texts
 
 _CHUNK = 512  # Examples compared per call.
 _SHOWN_TOKENS, _SHOWN_TEXT = 12, 100
@@ -172,7 +172,7 @@ def check_reading(served: TextTokenizer, examples: Sequence[Text], directory: Pa
     for start in range(0, len(examples), _CHUNK):
         texts = [e.prompt + e.completion for e in examples[start : start + _CHUNK]]
         ours = served.encode_texts(texts)
-        theirs = [encoding.ids for encoding in plain.encode_batch_fast(texts, add_special_tokens=False)]
+        theirs = [encoding.ids for encoding in read_texts(plain, texts, "tokenizer.json", directory)]
         for text, ids, other in zip(texts, ours, theirs, strict=True):
             if embedded is not None:
                 _check_embedded([*ids, served.eos_id, served.pad_id], embedded, served, directory)
@@ -197,13 +197,12 @@ def _check_suffix(served: TextTokenizer, examples: Iterable[Text], directory: Pa
     text = next(e.prompt for e in examples if not e.templated)
     ids = served.encode_prompt(text)
     raise CheckpointError(
-        f"{directory}: the tokenizer ({served.reader}) puts {_tokens(served.suffix, served.backend)} behind every "
+        f"{directory}: the tokenizer puts {_tokens(served.suffix, served.backend)} behind every "
         "text, so that a server's prompts end in it, and the answer of a model would begin after the end\n"
         f"  text: {_cut(text)}\n"
         f"  training: {_show(ids, len(ids), served.backend)}\n"
         f"  serving: {_show([*ids, *served.suffix], len(ids), served.backend)}",
-        hint="set add_eos_token to false in tokenizer_config.json, or take the token out of the post_processor in "
-        "tokenizer.json",
+        hint="take the token out of the post_processor in tokenizer.json; the training puts one behind each answer",
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from soka_serve.budget import read_limited
 from soka_serve.errors import CheckpointError, DataError
@@ -73,14 +73,14 @@ class TextTokenizer:
         self.pad_id = pad_id
         self.chat_template = chat_template
         self.directory = directory
-        probe = backend.encode("a", add_special_tokens=True)
+        (probe,) = read_texts(backend, ["a"], reader, directory, special=True)
         leading = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), len(probe.ids))
         trailing = next((i for i, special in enumerate(probe.special_tokens_mask[::-1]) if not special), 0)
         self._prefix: list[int] = list(probe.ids[:leading])
         self.suffix: list[int] = list(probe.ids[len(probe.ids) - trailing :])
-        plain = backend.encode("a", add_special_tokens=False)
+        (plain,) = read_texts(backend, ["a"], reader, directory)
         # SentencePiece-like tokenizers write a space before the text; a completion must not get one of its own.
-        self._adds_space = bool(plain.tokens) and plain.tokens[0][:1] in ("▁", "Ġ")
+        self._adds_space = bool(plain.ids) and str(backend.id_to_token(plain.ids[0]))[:1] in ("▁", "Ġ")
 
     @classmethod
     def from_directory(cls, directory: Path) -> TextTokenizer:
@@ -140,7 +140,7 @@ class TextTokenizer:
 
         `add_special_tokens=False` is for text that carries its own, such as a rendered chat.
         """
-        ids = list(self.backend.encode(text, add_special_tokens=False).ids)
+        ids = self.encode_texts([text])[0]
         return self._prefix + ids if add_special_tokens else ids
 
     def encode_pair(self, prompt: str, completion: str, *, add_special_tokens: bool = True) -> tuple[list[int], int]:
@@ -168,7 +168,7 @@ class TextTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text alone, without special tokens put before or behind it."""
-        return [list(e.ids) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [list(e.ids) for e in read_texts(self.backend, texts, self.reader, self.directory)]
 
     def _ends(self, completion: str, ids: Sequence[int]) -> bool:
         """Whether a completion brings its own EOS: as its last id, or, in chats, followed by white space only."""
@@ -181,11 +181,11 @@ class TextTokenizer:
         """Ids of a text in the middle of a line: without the space that some tokenizers put before every text."""
         if self._adds_space:
             # After a line feed there is no such space; the line feed's own ids are then cut off.
-            lead = list(self.backend.encode("\n", add_special_tokens=False).ids)
-            ids = list(self.backend.encode("\n" + text, add_special_tokens=False).ids)
+            lead = self.encode_texts(["\n"])[0]
+            ids = self.encode_texts(["\n" + text])[0]
             if ids[: len(lead)] == lead:
                 return ids[len(lead) :]
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_texts([text])[0]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids."""
@@ -219,6 +219,30 @@ class TextTokenizer:
             special_tokens=self.special_tokens,
             name=f"the chat template of {self.directory or 'the tokenizer'}",
         )
+
+
+def read_texts(
+    backend: Tokenizer, texts: Sequence[str], reader: str, directory: Path | None, *, special: bool = False
+) -> list[Encoding]:
+    """Texts as encodings of the tokenizers library.
+
+    Args:
+        backend: the tokenizer.
+        texts: each is read alone.
+        reader, directory: whose reading it is, and of which files, for messages.
+        special: whether tokens are put before and behind each text.
+
+    Raises:
+        CheckpointError: the tokenizer's parts do not fit each other, as where it has no token for what is unknown.
+    """
+    try:
+        return list(backend.encode_batch_fast(list(texts), add_special_tokens=special))
+    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
+        raise CheckpointError(
+            f"{directory or 'the tokenizer'}: {reader} cannot read text: {error}",
+            hint="tokenizer_config.json may name a tokenizer_class that does not fit tokenizer.json; "
+            "PreTrainedTokenizerFast takes it as it stands",
+        ) from None
 
 
 def read_backend(directory: Path) -> Tokenizer:

@@ -16,13 +16,16 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from soka_serve.budget import open_regular, refuse_hole
+from soka_serve.errors import CheckpointError
 from soka_serve.files import read_errors, replace_directory, require_regular
 from soka_serve.foreign_code import transformers_source
 from soka_serve.headers import read_json
 from soka_serve.own_cache import own_folder
-from soka_serve.tokenizer import SPECIAL_NAMES
+from soka_serve.tokenizer import MAX_TOKENIZER_BYTES, SPECIAL_NAMES
 
 # The class that takes tokenizer.json as it stands, under its two names.
+_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Settings that do not change a token.
 _HARMLESS = {
@@ -51,6 +54,30 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Refuse files that a class may read and that are none, or of a size that nothing good has, before they are read.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    for file in sorted(directory.iterdir()) + sorted(directory.glob("additional_chat_templates/*")):
+        if file.suffix not in _SUFFIXES or file.is_dir():
+            continue
+        with read_errors(file), open_regular(file) as stream:
+            size = file.stat().st_size
+            if size > MAX_TOKENIZER_BYTES:
+                raise CheckpointError(f"{file}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
+            refuse_hole(file, stream)
+    settings = directory / "tokenizer_config.json"
+    named = read_json(settings).get("fast_tokenizer_files") if settings.is_file() else None
+    if named is not None and named != ["tokenizer.json"]:
+        raise CheckpointError(
+            f"{settings}: fast_tokenizer_files {named!r:.200}: transformers would read one of these instead of "
+            "tokenizer.json, by its version",
+            hint="take fast_tokenizer_files out",
+        )
 
 
 def reads_plainly(directory: Path, backend: Tokenizer) -> bool:
