@@ -175,6 +175,7 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
     if previous.get("export") == context.keys["export"] and old.exists():
         logger.info("export: unchanged, taken from the last build")
         link_tree(old, new / "adapter")
+        _name_base(new / "adapter", context.inputs.base_name)
         result = read_lock(context.workspace.target / "soka.lock")["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
@@ -198,10 +199,12 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
 
 
 def _name_base(adapter: Path, name: str) -> None:
-    """Have an adapter name the base as it is called now: the cached training may have run before it was moved."""
+    """Have an adapter name the base as it is called now: what is cached may have been made before it was moved."""
     file = adapter / "adapter_config.json"
-    config = {**json.loads(file.read_text()), "base_model_name_or_path": name}
-    write_text_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = json.loads(file.read_text())
+    if config.get("base_model_name_or_path") != name:
+        config["base_model_name_or_path"] = name
+        write_text_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:

@@ -40,7 +40,7 @@ from soka_serve.outputs import check_results
 from soka_serve.own_cache import own_hashes
 from soka_serve.places import given_path
 from soka_serve.serving_targets import read_targets
-from soka_serve.tokenizer_class import tokenizer_directory
+from soka_serve.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _run(
     allow_code_execution: bool,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Every part's record: those of earlier runs as they are, the others made now."""
-    common = _identity(loaded, runner, limit)
+    common = {**_identity(loaded, runner, limit), "tokenizer": _tokenizer_sha256(subject.tokenizer)}
     places = {
         (role, task): folder / _PARTS / f"{role}-{sha256_text(json.dumps([common, weights[role], task]))[:16]}"
         for role in ROLES
@@ -230,6 +230,12 @@ def _identity(loaded: LoadedManifest, runner: VllmBackend | TransformersBackend,
         "template": loaded.manifest.train.data.model_dump(mode="json"),
         "generation": _generation(loaded),
     }
+
+
+def _tokenizer_sha256(directory: Path) -> str:
+    hashes = own_hashes()
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    return sha256_text("".join(f"{file.name} {hashes.file(file)}\n" for file in files))
 
 
 def _generation(loaded: LoadedManifest) -> dict[str, int]:
