@@ -54,6 +54,7 @@ EXAMPLES = {
     "lokr": 3000,
     "caches": 3000,
     "launches": 3000,
+    "tokenizers": 2000,
 }
 
 

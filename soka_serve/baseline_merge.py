@@ -18,7 +18,9 @@ from soka_serve.headers import FLOAT_DTYPES
 from soka_serve.merge_papers import copy_side_files
 
 
-def merge_baseline(method: str, trained: Path, base_dir: Path, out: Path, dtype: str) -> None:
+def merge_baseline(
+    method: str, trained: Path, base_dir: Path, out: Path, dtype: str, base_name: str | None = None
+) -> None:
     """Write a baseline's dense model into a new directory.
 
     Args:
@@ -27,6 +29,7 @@ def merge_baseline(method: str, trained: Path, base_dir: Path, out: Path, dtype:
         base_dir: the base checkpoint.
         out: directory to make.
         dtype: of the weights; with "auto" each keeps the dtype that it has in the base. The sum is formed in float32.
+        base_name: what the adapter calls the base.
     """
     base = Checkpoint.open(base_dir)
     if method == "full":
@@ -39,7 +42,7 @@ def merge_baseline(method: str, trained: Path, base_dir: Path, out: Path, dtype:
         model.to(getattr(torch, dtype))
     model.save_pretrained(out)
     # After save_pretrained, so that the base's own config stands; only its dtype may differ.
-    copy_side_files(base, out, None if dtype == "auto" else dtype)
+    copy_side_files(base, out, None if dtype == "auto" else dtype, base_name)
 
 
 def _restore_dtypes(model: Any, base: Checkpoint) -> None:

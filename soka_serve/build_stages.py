@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.data import TextTokenizer, encode_examples, load_examples
+from soka_serve.data import encode_examples, load_examples
 from soka_serve.errors import BuildError
 from soka_serve.files import replace_directory, scratch_directory, write_text_atomic
 from soka_serve.lock import read_lock
 from soka_serve.quickcheck import QuickCheck, answer, choose_questions
+from soka_serve.served_tokenizer import check_reading, open_served, reading_note
 from soka_serve.targets import budget_groups
 from soka_serve.workspace import link_tree
 
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from soka_serve.context import Context
-    from soka_serve.data import EncodedSet
+    from soka_serve.data import EncodedSet, Example
     from soka_serve.initialise import Initialisation
     from soka_serve.targets import Target
+    from soka_serve.tokenizer import TextTokenizer
     from soka_serve.train import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -37,13 +39,14 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
     """Training and evaluation examples as tokens (the latter None when nothing evaluates the loss)."""
     manifest, directory = context.loaded.manifest, context.loaded.directory
     train = manifest.train
-    tokenizer = TextTokenizer.from_directory(context.base_dir)
+    tokenizer = open_served(context.tokenizer_dir)
     options: dict[str, Any] = {
         "max_length": train.max_length,
         "overlong": train.overlong,
         "completion_only": train.completion_only,
     }
     examples = load_examples(train.data, manifest_dir=directory, part="train", seed=train.seed, tokenizer=tokenizer)
+    _check_reading(context, tokenizer, examples)
     training = encode_examples(examples, tokenizer, **options)
     if training.dropped or training.truncated:
         logger.warning(
@@ -62,7 +65,14 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
             "eval_every is set, but there is no evaluation data",
             hint="Set eval_split, eval_jsonl or eval_frac in [train.data], or take eval_every out.",
         )
+    check_reading(tokenizer, held_out, context.tokenizer_dir)
     return training, encode_examples(held_out, tokenizer, **options)
+
+
+def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequence[Example]) -> None:
+    differing = check_reading(tokenizer, examples, context.tokenizer_dir)
+    if differing and context.processes.is_main:
+        logger.info(reading_note(tokenizer.reader, differing, len(examples)))
 
 
 def init_stage(context: Context, training: EncodedSet) -> Initialisation:
@@ -116,7 +126,7 @@ def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target
     generator = torch.Generator().manual_seed(manifest.train.seed)
     order = torch.randperm(len(training.examples), generator=generator).tolist()
     size = manifest.train.batch_size
-    collate = PadCollator(TextTokenizer.from_directory(context.base_dir).pad_id)
+    collate = PadCollator(open_served(context.tokenizer_dir).pad_id)
     batches = []
     for start in range(0, batches_needed(targets) * size, size):
         chosen = [training.examples[i] for i in order[start : start + size]]
@@ -147,7 +157,7 @@ def tune_stage(
             manifest,
             train_set=encoded[0],
             eval_set=encoded[1],
-            pad_id=TextTokenizer.from_directory(context.base_dir).pad_id,
+            pad_id=open_served(context.tokenizer_dir).pad_id,
             factors=start.factors if start else None,
             initial=start.initial_modules if start else frozenset(),
             targets=[t.module.name for t in context.targets],
@@ -165,6 +175,7 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
     if previous.get("export") == context.keys["export"] and old.exists():
         logger.info("export: unchanged, taken from the last build")
         link_tree(old, new / "adapter")
+        _name_base(new / "adapter", context.inputs.base_name)
         result = read_lock(context.workspace.target / "soka.lock")["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
@@ -188,10 +199,12 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
 
 
 def _name_base(adapter: Path, name: str) -> None:
-    """Have an adapter name the base as it is called now: the cached training may have run before it was moved."""
+    """Have an adapter name the base as it is called now: what is cached may have been made before it was moved."""
     file = adapter / "adapter_config.json"
-    config = {**json.loads(file.read_text()), "base_model_name_or_path": name}
-    write_text_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    config = json.loads(file.read_text())
+    if config.get("base_model_name_or_path") != name:
+        config["base_model_name_or_path"] = name
+        write_text_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:
@@ -220,7 +233,12 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
             from soka_serve.baseline_merge import merge_baseline
 
             merge_baseline(
-                manifest.train.method, trained.directory, context.base_dir, new / "merged", manifest.output.merged_dtype
+                manifest.train.method,
+                trained.directory,
+                context.base_dir,
+                new / "merged",
+                manifest.output.merged_dtype,
+                context.inputs.base_name,
             )
 
 
@@ -232,7 +250,7 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
         shutil.copy2(old, new / "check.json")
         return QuickCheck.read(old)
     manifest = context.loaded.manifest
-    questions = choose_questions(manifest, context.loaded.directory, TextTokenizer.from_directory(context.base_dir))
+    questions = choose_questions(manifest, context.loaded.directory, open_served(context.tokenizer_dir))
     if questions is None:
         return None
     with context.stage("check", f"answering {questions.limit} held-out problems before and after"):
@@ -242,8 +260,8 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
         model = load_base(context.base_dir, manifest.base.dtype, manifest.base.quantize)
         if _device() is not None and manifest.base.quantize == "none":
             model = model.to(_device())
-        before = answer(model, context.base_dir, questions, limit)
-        after = answer(_load_result(model, new), context.base_dir, questions, limit)
+        before = answer(model, context.tokenizer_dir, questions, limit)
+        after = answer(_load_result(model, new), context.tokenizer_dir, questions, limit)
         check = QuickCheck(questions.prompts, questions.expected, before, after)
         check.write(new / "check.json")
     return check

@@ -35,11 +35,11 @@ from soka_serve.compare_methods import AdaLoraSteps, build_extra
 from soka_serve.compare_plan import RunSpec
 from soka_serve.compare_problems import is_right, test_problems, validation_problems
 from soka_serve.context import Context, prepare
-from soka_serve.data import TextTokenizer
 from soka_serve.errors import DivergedError
 from soka_serve.exporting import export
 from soka_serve.kron import Factors
 from soka_serve.manifest import LoadedManifest
+from soka_serve.served_tokenizer import open_served
 from soka_serve.suite import CALIBRATED, MANIFEST_METHODS, Contender, LoadedSuite, manifest_of
 from soka_serve.train import build_model, make_rows
 from soka_serve.train_run import Run
@@ -88,7 +88,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         workspace = Workspace(Path(folder), spec.key)
         workspace.cache.mkdir(parents=True)
         context = prepare(as_manifest, workspace, progress=False)
-        tokenizer = TextTokenizer.from_directory(context.base_dir)
+        tokenizer = open_served(context.tokenizer_dir)
         choose = validation_problems if spec.stage == "sweep" else test_problems
         problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
         prepared = _Prepared(context, contender, workspace.cache, tokenizer.pad_id)
@@ -96,7 +96,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         record["base_parameters"] = sum(t.numel for t in context.checkpoint.tensors.values())
         evaluations = suite.protocol.evaluations if spec.stage == "final" else 1
-        answers = _Answering(problems, context.base_dir, suite.protocol.max_new_tokens, evaluations, trace, memory)
+        answers = _Answering(problems, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory)
         prepared_s = time.monotonic() - started
         trainer = prepared.trainer([_Recorder(trace), answers])
         try:
@@ -284,11 +284,17 @@ class _Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Answer the problems after equal shares of the steps."""
 
     def __init__(
-        self, problems: Sequence[Problem], base: Path, longest: int, evaluations: int, trace: Trace, memory: _Memory
+        self,
+        problems: Sequence[Problem],
+        tokenizer: Path,
+        longest: int,
+        evaluations: int,
+        trace: Trace,
+        memory: _Memory,
     ) -> None:
         self.problems, self.longest, self.evaluations = problems, longest, evaluations
         self.trace, self.memory = trace, memory
-        self.tokenizer = load_tokenizer(base)
+        self.tokenizer = load_tokenizer(tokenizer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}

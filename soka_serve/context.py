@@ -24,21 +24,14 @@ from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
 from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
 from soka_serve.told import warn
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
 
-# Files of the base, beside its weights, that a result depends on.
+# Files of the base, beside its weights and its tokenizer's, that a result depends on.
 CONFIG_FILES = ("config.json", "generation_config.json")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 _PAPERS = (
     "manifest.toml",
@@ -70,11 +63,12 @@ BUILD = Output(
 
 @dataclass
 class Context:
-    """Everything the stages of one build share."""
+    """Everything the stages of one build share; `tokenizer_dir` is where the base's tokenizer is opened."""
 
     loaded: LoadedManifest
     workspace: Workspace
     base_dir: Path
+    tokenizer_dir: Path
     checkpoint: Checkpoint
     finetuned: dict[str, Checkpoint]
     targets: list[Target]
@@ -123,6 +117,8 @@ def prepare(
     check_no_adapter(base_dir)
     check_plain_weights(base_dir, checkpoint.tensors)
     targets = resolve_targets(manifest, list_modules(base_dir))
+    check_tokenizer_files(base_dir)  # before they are hashed
+    tokenizer_dir = tokenizer_directory(base_dir, manifest.base.hub)
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
@@ -133,7 +129,7 @@ def prepare(
     inputs = Inputs(
         base=checkpoint.sha256(hashes.file),
         config=_sha256_of(base_dir, CONFIG_FILES, hashes),
-        tokenizer=_sha256_of(base_dir, TOKENIZER_FILES, hashes),
+        tokenizer=_sha256_of(tokenizer_dir, TOKENIZER_FILES, hashes),
         data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
         finetuned={name: other.sha256(hashes.file) for name, other in finetuned.items()},
         base_name=manifest.base.hub or str(base_dir.resolve()),
@@ -144,7 +140,18 @@ def prepare(
         hashes.save()
     keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
     return Context(
-        loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress, hashes
+        loaded=loaded,
+        workspace=workspace,
+        base_dir=base_dir,
+        tokenizer_dir=tokenizer_dir,
+        checkpoint=checkpoint,
+        finetuned=finetuned,
+        targets=targets,
+        inputs=inputs,
+        keys=keys,
+        processes=processes,
+        progress=progress,
+        hashes=hashes,
     )
 
 

@@ -7,6 +7,7 @@ The `datasets` library is imported only for hub datasets.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -326,14 +327,17 @@ def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
 def data_sha256(data: Data, *, manifest_dir: Path) -> str:
     """Hash of what the examples are made from: sources, templates, limits.
 
-    Builtin: the family and the generators' source. JSON Lines and local dataset directories: the files' bytes. Hub: id
-    and revision only; an unpinned id hashes the same when its authors change it.
+    Builtin: the family and the generators' source. JSON Lines and local dataset directories: the files' bytes, wherever
+    they lie, and names inside a directory. Hub: id and revision only; an unpinned id hashes the same when its authors
+    change it.
 
     Raises:
         DataError: a file cannot be read.
     """
     digest = hashlib.sha256()
-    digest.update(data.model_dump_json().encode())
+    local = data.hub is not None and resolve(manifest_dir, data.hub).is_dir()
+    places = ("jsonl", "eval_jsonl", *(["hub"] if local else []))
+    digest.update(json.dumps(data.model_dump(mode="json") | {n: "" for n in places if getattr(data, n)}).encode())
     files: list[Path] = []
     if data.builtin is not None:
         package = Path(__file__).parent / "builtin"
@@ -342,8 +346,10 @@ def data_sha256(data: Data, *, manifest_dir: Path) -> str:
         files.append(resolve(manifest_dir, data.jsonl))
     if data.eval_jsonl is not None:
         files.append(resolve(manifest_dir, data.eval_jsonl))
-    if data.hub is not None and resolve(manifest_dir, data.hub).is_dir():
-        files += sorted(f for f in resolve(manifest_dir, data.hub).rglob("*") if f.is_file())
+    if local:
+        folder = resolve(manifest_dir, str(data.hub))
+        files += sorted(f for f in folder.rglob("*") if f.is_file())
+        digest.update(json.dumps([str(f.relative_to(folder)) for f in files]).encode())
     for file in files:
         try:
             with open_data(file) as stream:

@@ -109,21 +109,23 @@ def _has_model(kind: object) -> bool:
     """Whether transformers has a config and a causal language model for a model type."""
     if not isinstance(kind, str):
         return False
-    configs = _source("auto_mappings.py") + _source("configuration_auto.py")
-    causal = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES\b.*?^\)", _source("modeling_auto.py"), re.M | re.S)
+    configs = transformers_source("auto_mappings.py") + transformers_source("configuration_auto.py")
+    causal = re.search(
+        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES\b.*?^\)", transformers_source("modeling_auto.py"), re.M | re.S
+    )
     return _has_key(configs, kind) and (causal is None or _has_key(causal[0], kind))
 
 
 def _has_tokenizer(kind: object, name: object) -> bool:
     """Whether transformers has a tokenizer of that class name, or one for the model type."""
-    source = _source("tokenization_auto.py")
+    source = transformers_source("tokenization_auto.py")
     table = re.search(r"^TOKENIZER_MAPPING_NAMES\b.*?^\)", source, re.M | re.S)
     if table is not None and isinstance(kind, str) and _has_key(table[0], kind):
         return True
     if not isinstance(name, str) or not name.isidentifier():
         return False
     plain = name.removesuffix("Fast")
-    if re.search(rf'"{plain}(?:Fast)?"', source + _source("__init__.py", auto=False)):
+    if re.search(rf'"{plain}(?:Fast)?"', source + transformers_source("__init__.py", auto=False)):
         return True
     pattern = re.compile(rf"^class {plain}(?:Fast)?\b", re.M)
     folder = _folder()
@@ -143,7 +145,7 @@ def _folder() -> Path | None:
 
 
 @cache
-def _source(name: str, *, auto: bool = True) -> str:
+def transformers_source(name: str, *, auto: bool = True) -> str:
     """A file of transformers, of its auto classes or at its top; '' where this version has none of that name."""
     folder = _folder()
     file = folder / "models" / "auto" / name if folder and auto else (folder or Path()) / name

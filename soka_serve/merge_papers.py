@@ -20,6 +20,7 @@ from soka_serve.leftovers import final_name
 from soka_serve.lock import write_lock
 from soka_serve.outputs import Output
 from soka_serve.provenance import versions
+from soka_serve.tokenizer_class import hub_settings
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +70,13 @@ MERGED = Output(
 )
 
 
-def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> list[str]:
+def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None, base_name: str | None = None) -> list[str]:
     """Config, tokenizer, generation config and licence of the base; returns the names of what was written.
 
     Args:
         dtype: what config.json shall say the weights are; None leaves it as it is.
+        base_name: what adapters call the base. For some hub ids transformers takes another tokenizer class than the
+            files name; the merged model has no hub id, so its tokenizer_config.json names that class.
     """
     base = checkpoint.directory
     copied = []
@@ -83,6 +86,8 @@ def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None) -> lis
             target.parent.mkdir(exist_ok=True)
             _copy(file, target)
             copied.append(str(file.relative_to(base)))
+    if (settings := hub_settings(base, base_name)) is not None:
+        (new / "tokenizer_config.json").write_bytes(settings)
     if dtype is not None:
         text = json.dumps(_with_dtype(checkpoint.config, dtype), indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")

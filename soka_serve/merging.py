@@ -133,7 +133,8 @@ def merge(
         base_sha256 = layout.write(new, finished, hashed=hashed, progress=progress)
         if base_sha256 is not None:
             _check_base_hash(checkpoint, expected, base_sha256)
-        copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None)
+        named = adapters[0][0].base_model
+        copied = copy_side_files(checkpoint, new, dtype if layout.changes_dtype else None, named)
         log.debug("copied beside the weights: %s", ", ".join(copied))
         write_papers(new, checkpoint, sources, dtype, base_sha256)
         verified: tuple[str, ...] = ()

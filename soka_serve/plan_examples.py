@@ -22,6 +22,9 @@ from soka_serve.data import (
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.rows import resolve
 from soka_serve.schema import Manifest, Train
+from soka_serve.served_tokenizer import check_reading, read_served, reading_note
+from soka_serve.tokenizer import read_backend
+from soka_serve.tokenizer_class import reads_plainly, tokenizer_directory
 
 SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
 SHOWN = 3
@@ -53,6 +56,7 @@ class DataPlan:
 
     `examples` is the whole number (after `limit` and `eval_frac`), `problem` says what could not be read, and `rows`
     how many rows the model sees per epoch (fewer than examples when packing or dropping); scaled up when sampled.
+    `reading` says where transformers, and so the counts, read text otherwise than tokenizer.json alone would.
     """
 
     source: str
@@ -69,6 +73,7 @@ class DataPlan:
     steps: int | None
     shown: tuple[RenderedExample, ...]
     problem: str | None
+    reading: str | None = None
 
     @property
     def exact(self) -> bool:
@@ -98,14 +103,15 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
     is not asked again: its client's retries take half a minute.
 
     Raises:
-        CheckpointError: the tokenizer is there, but broken.
+        CheckpointError: the tokenizer is there, but broken, or servers cannot read the text with it.
         DataError: the data is there, but malformed, lacks a column, or all of it is too long.
     """
     train, data = manifest.train, manifest.train.data
     problems: list[str] = []
     tokenizer: TextTokenizer | None = None
     try:
-        tokenizer = TextTokenizer.from_directory(base_directory)
+        place = tokenizer_directory(base_directory, manifest.base.hub)
+        tokenizer = _open_tokenizer(place)
     except CheckpointError:
         if (base_directory / "tokenizer.json").is_file():
             raise
@@ -122,7 +128,10 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
         except UnreachableDataError as error:
             problems.append(f"examples cannot be shown: {error.message}")
     encoded: EncodedSet | None = None
+    reading = None
     if tokenizer is not None and examples:
+        if differing := check_reading(tokenizer, examples, place):
+            reading = reading_note(tokenizer.reader, differing, len(examples))
         try:
             encoded = encode_examples(
                 examples,
@@ -151,7 +160,15 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
         steps=_steps(train, rows),
         shown=_show(examples, encoded, tokenizer, train.completion_only),
         problem="; ".join(problems) or None,
+        reading=reading,
     )
+
+
+def _open_tokenizer(directory: Path) -> TextTokenizer:
+    """The tokenizer as a build opens it: tokenizer.json where that is sure to be the same, which is far quicker."""
+    if reads_plainly(directory, read_backend(directory)):
+        return TextTokenizer.from_directory(directory)
+    return read_served(directory)
 
 
 def _sample(

@@ -193,6 +193,8 @@ def _data(data: DataPlan) -> str:
             f"  {data.tokens:,} tokens, {data.trained_tokens:,} of them trained on; longest {data.longest:,}{sample}"
         )
         lines.append(f"  {', '.join(cut) if cut else 'none dropped or truncated'}")
+    if data.reading:
+        lines.append(f"  {printable_lines(data.reading)}")
     about = "" if data.exact else "about "
     if data.rows is not None:
         lines.append(f"  {about}{data.rows:,} rows an epoch")

@@ -10,6 +10,7 @@ from typing import Any
 
 from soka_serve.errors import CheckpointError
 from soka_serve.foreign_code import check_no_adapter, check_no_code
+from soka_serve.tokenizer_class import check_tokenizer_files
 
 
 def open_model(directory: Path, **options: Any) -> Any:
@@ -34,19 +35,25 @@ def open_model(directory: Path, **options: Any) -> Any:
 
 
 def open_tokenizer(directory: Path) -> Any:
-    """A checkpoint's tokenizer, by transformers' own class for it.
+    """A checkpoint's tokenizer, by transformers' own class for it, as vLLM opens it.
 
     Raises:
-        CheckpointError: it can be loaded by code of its own only, or its settings make no tokenizer.
-        OSError, ValueError: what transformers raises of files that it cannot read.
+        CheckpointError: it can be loaded by code of its own only, a file is none or far too large, or transformers
+            cannot make a tokenizer of its files.
     """
     from transformers import AutoTokenizer
 
     check_no_code(directory)
+    check_tokenizer_files(directory)
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (AttributeError, KeyError, TypeError) as error:  # of values that are not what it expects there
+        return AutoTokenizer.from_pretrained(
+            str(directory),
+            trust_remote_code=False,
+            local_files_only=True,
+            mistral_format=False,  # files of Mistral's own format, which vLLM leaves aside as well
+        )
+    except Exception as error:
         raise CheckpointError(
-            f"{directory}: transformers cannot build this tokenizer: {error}",
+            f"{directory}: transformers cannot build this tokenizer: {type(error).__name__}: {error!s:.1000}",
             hint="look for a wrong value in tokenizer_config.json, config.json and tokenizer.json",
         ) from error

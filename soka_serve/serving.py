@@ -13,7 +13,8 @@ from pathlib import Path
 from soka_serve.doctor import quick_checks
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.files import disk_errors
-from soka_serve.serving_base import ServedBase, find_base, own_folder
+from soka_serve.own_cache import own_folder
+from soka_serve.serving_base import ServedBase, find_base
 from soka_serve.serving_command import Launch, Settings, list_builds, make_launch
 from soka_serve.serving_probe import examples, probe
 from soka_serve.serving_process import Server, Stopped, check_port, signals_stop

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +12,16 @@ from pathlib import Path
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.files import is_own, is_own_file
+from soka_serve.own_cache import HASHES_FILE, own_hashes
 from soka_serve.packed_shapes import check_packed
 from soka_serve.quantisation import Quantisation, read_quantisation
 from soka_serve.schema import Base
 from soka_serve.serving_targets import Target
 from soka_serve.sources import open_base
+from soka_serve.tokenizer_class import tokenizer_directory
 from soka_serve.workspace import HashCache
 
 logger = logging.getLogger(__name__)
-
-HASHES_FILE = "hashes.json"
 
 # In the names of tensors: routed experts, one by one or stacked. Granite's have no "experts" in them. "shared_experts"
 # alone are layers like others.
@@ -36,6 +34,7 @@ class ServedBase:
 
     Args:
         directory, name: where it is, and its name in the API.
+        tokenizer: where its tokenizer is opened, see `tokenizer_class.tokenizer_directory`; None: in `directory`.
         context: length of its context; None: not known.
         kv_heads: number of its key/value heads; None: not known.
         has_experts: whether it is a mixture of experts.
@@ -46,48 +45,7 @@ class ServedBase:
     context: int | None
     kv_heads: int | None = None
     has_experts: bool = False
-
-
-def cache_directory() -> Path:
-    """Where hashes of bases and logs of servers are kept: $XDG_CACHE_HOME/soka-serve, or ~/.cache/soka-serve."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "soka-serve"
-
-
-def own_folder() -> Path:
-    """`cache_directory()`, made if need be (mode 0700), with nothing in it that another user may have written.
-
-    Where it was open to others it is closed, and the hashes in it are dropped, which costs reading files again. Where
-    it belongs to another user, a temporary folder takes its place in this process. Both are logged. A folder that
-    cannot be made is returned all the same; whoever writes to it says so.
-    """
-    folder = cache_directory()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid not in (os.geteuid(), 0):
-            return _instead_of(folder)
-        hashes = folder / HASHES_FILE
-        if not is_own(status) or (os.path.lexists(hashes) and not is_own_file(hashes)):
-            logger.warning("%s: other users may write there; its hashes are dropped, and it is closed to them", folder)
-            hashes.unlink(missing_ok=True)
-            folder.chmod(0o700)
-    except OSError as error:
-        logger.warning("%s: no cache: %s", folder, error.strerror)
-    return folder
-
-
-@functools.cache
-def _instead_of(folder: Path) -> Path:
-    other = Path(tempfile.mkdtemp(prefix="soka-serve-"))
-    logger.warning("%s belongs to another user and is left alone; hashes and logs go to %s", folder, other)
-    return other
-
-
-def own_hashes() -> HashCache:
-    """Hashes that earlier servers and evaluations of this user have remembered, and nobody else."""
-    return HashCache(own_folder() / HASHES_FILE)
+    tokenizer: Path | None = None
 
 
 def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase:
@@ -113,7 +71,11 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
     said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
     context, kv_heads = (value if isinstance(value, int) else None for value in said)
     has_experts = any(_EXPERTS.search(tensor) for tensor in checkpoint.tensors)
-    return ServedBase(directory.resolve(), name, context, kv_heads, has_experts)
+    directory = directory.resolve()
+    # An adapter was trained on what its base's hub id stands for, also where a directory is given in its place.
+    hubs = [name, *(t.base.hub for t in targets if t.base is not None and t.base.hub is not None)]
+    tokenizers = [place for hub in hubs if (place := tokenizer_directory(directory, hub)) != directory]
+    return ServedBase(directory, name, context, kv_heads, has_experts, tokenizers[0] if tokenizers else None)
 
 
 def _shared(targets: Sequence[Target]) -> Base:

@@ -206,6 +206,7 @@ def _ours(
     """The options that targets, manifests and command line give."""
     options: dict[str, list[str]] = {
         "--served-model-name": [base.name if base else targets[0].name],
+        **_tokenizer_mode(base.directory if base else targets[0].path),
     }
     given = {"--host": settings.host, "--port": settings.port, "--dtype": None, "--max-model-len": None}
     defaults = {"--host": DEFAULT_HOST, "--port": DEFAULT_PORT}
@@ -215,6 +216,8 @@ def _ours(
             options |= {option: [str(value)]} if value else {}
     if base is None:
         return options
+    if base.tokenizer is not None:
+        options["--tokenizer"] = [str(base.tokenizer)]
     later = _loads_later(settings)
     adapters = {t.path for t in targets}
     if settings.builds is not None:
@@ -237,6 +240,14 @@ def _ours(
     if targets:
         options["--lora-modules"] = [_lora_module(t) for t in targets]
     return options
+
+
+def _tokenizer_mode(model: Path) -> dict[str, list[str]]:
+    """For a model with files of Mistral's own format beside those of transformers: the latter's tokenizer, which
+    training and evaluation use. vLLM would take the former's."""
+    own = any(model.glob("consolidated*.safetensors"))
+    files = (model / "tekken.json").exists() or any(model.glob("tokenizer.model.v*"))
+    return {"--tokenizer-mode": ["hf"]} if own and files else {}
 
 
 def list_builds(folder: Path) -> list[Path]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soka_serve.budget import ReadingBudget
-from soka_serve.context import previous_keys
+from soka_serve.context import prepare, previous_keys
 from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.schema import LLAMA_PROJECTIONS, MODEL_NAME_RULE, Base, Serve, is_model_name
+from soka_serve.schema import LLAMA_PROJECTIONS, MODEL_NAME_RULE, Base, Manifest, Serve, is_model_name
 from soka_serve.shapes import FactorShape
 from soka_serve.status import stage_statuses
 from soka_serve.workspace import Workspace
@@ -163,17 +163,51 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
         raise SokaError(f"{loaded.path}: not built{where}", hint=f"Build it first: {line}")
     directory = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
     statuses = stage_statuses(loaded, directory, root)
-    if isinstance(statuses, str):  # its keys cannot be known here; an unchanged manifest is good enough then
-        lock = read_lock(target / "soka.lock")
-        changed = lock.get("manifest", {}).get("sha256") != loaded.sha256
+    if isinstance(statuses, str):  # its keys cannot be known here; a manifest that asks the same is good enough then
+        changed = _asks_otherwise(loaded, target)
         logger.warning("%s: whether the build is up to date cannot be told: %s", loaded.path, statuses)
     else:
         stage = "export" if kind == "adapter" else "merge"
         changed = built.get(stage) != next((s.key for s in statuses if s.name == stage), None)
     if changed:
-        raise SokaError(
-            f"{loaded.path}: the build in {target} is of an earlier manifest, base or data", hint=f"Build again: {line}"
-        )
+        what = " and of ".join(_what_changed(loaded, target, root))
+        raise SokaError(f"{loaded.path}: the build in {target} is of {what}", hint=f"Build again: {line}")
+
+
+def _asks_otherwise(loaded: LoadedManifest, target: Path) -> bool:
+    """Whether a build's copy of its manifest asks for something else, but for where things lie and how it is served."""
+    lock = read_lock(target / "soka.lock")
+    if lock.get("manifest", {}).get("sha256") == loaded.sha256:
+        return False
+    try:
+        before = read_manifest(target / "manifest.toml").manifest
+    except SokaError:
+        return True
+    return _asked(before) != _asked(loaded.manifest)
+
+
+def _asked(manifest: Manifest) -> dict[str, Any]:
+    places: dict[str, Any] = {"base": {"path"}, "train": {"data": {"jsonl", "eval_jsonl"}}, "output": {"dir", "report"}}
+    return manifest.model_dump(mode="json", exclude={"name": True, "description": True, "serve": True, **places})
+
+
+def _what_changed(loaded: LoadedManifest, target: Path, root: Path) -> list[str]:
+    """In words, what a build was made from that is not there any more."""
+    lock = read_lock(target / "soka.lock")
+    found = ["an earlier manifest"] if _asks_otherwise(loaded, target) else []
+    try:
+        now = prepare(loaded, Workspace(root, str(loaded.manifest.name)), save_hashes=False).inputs
+    except SokaError:
+        return found or ["an earlier manifest, base or data"]
+    base = lock.get("base", {})
+    if base.get("sha256") != now.base:
+        moved = "" if base.get("name") == now.base_name else f" (it was {base.get('name')}, and is {now.base_name})"
+        found.append(f"other weights of the base{moved}")
+    if lock.get("data", {}).get("sha256") != now.data:
+        found.append("other data")
+    if sorted(lock.get("finetuned", {}).values()) != sorted(now.finetuned.values()):
+        found.append("another fine-tuned checkpoint")
+    return found or ["another config or tokenizer of the base, or an earlier soka-serve"]
 
 
 def _from_adapter(text: str, name: str, path: Path) -> Target:

@@ -28,7 +28,8 @@ class Inputs:
     `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
     the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has one
     hash per `[[adapt]] finetuned`. `base_name` is what the adapter calls its base, and `manifest` the hash of the
-    manifest's text, a copy of which the artefact holds.
+    manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints lie counts for
+    these two only: what was moved is the same.
     """
 
     base: str
@@ -63,15 +64,18 @@ def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> di
     keys: dict[str, str] = {}
     examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
     if soka:
-        rules = [rule.model_dump(mode="json") for rule in manifest.adapt]
+        rules = [
+            {**rule.model_dump(mode="json"), "finetuned": inputs.finetuned.get(str(rule.finetuned))}
+            for rule in manifest.adapt
+        ]
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
-        keys["init"] = _hash("init", inputs.base, dict(inputs.finetuned), rules, list(modules), train.seed, batches)
+        keys["init"] = _hash("init", inputs.base, rules, list(modules), train.seed, batches)
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
-    keys["export"] = _hash("export", keys["tune"], inputs.base_name, output.adapter_dtype if soka else None)
+    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if soka else None)
     if "merged" in output.write or train.method == "full":
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
     keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
-    keys["report"] = _hash("report", *keys.values(), inputs.manifest)
+    keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)
     return keys

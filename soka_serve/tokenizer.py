@@ -1,6 +1,8 @@
-"""Text to token ids and back, without transformers: `tokenizer.json` read by the tokenizers library. No torch.
+"""Text to token ids and back. No torch.
 
-transformers takes a second or more to import, which planning cannot afford; the ids are the same (tests compare).
+A `TextTokenizer` works on a tokenizer of the tokenizers library: the one in `tokenizer.json` as it stands
+(`from_directory`), or the one that transformers makes of a checkpoint's files (`soka_serve.served_tokenizer`), which is
+what servers read prompts with.
 """
 
 from __future__ import annotations
@@ -8,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Encoding, Tokenizer
 
 from soka_serve.budget import read_limited
 from soka_serve.errors import CheckpointError, DataError
@@ -18,9 +20,9 @@ from soka_serve.headers import read_json
 from soka_serve.templates import render_chats
 
 # The largest tokenizer.json in use have some 40 MB.
-_MAX_TOKENIZER_BYTES = 512 << 20
+MAX_TOKENIZER_BYTES = 512 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class TextTokenizer:
         pad_id: id that fills rows up; the EOS id where the tokenizer has no pad token (the fill is masked anyway).
         special_tokens: 'bos_token', 'eos_token', … as text, by name.
         chat_template: Jinja2 source, or None.
+        directory: of the files; None for a tokenizer that was not read from any.
+        reader: whose reading it is: 'tokenizer.json', or the name of transformers' class.
+        backend: of the tokenizers library.
+        suffix: ids that are put behind every text that gets special tokens, such as an EOS. Prompts never have them.
     """
 
     def __init__(
@@ -55,49 +61,55 @@ class TextTokenizer:
         pad_id: int,
         chat_template: str | None = None,
         directory: Path | None = None,
+        reader: str = "tokenizer.json",
     ) -> None:
         # tokenizer.json may carry padding or truncation of the run that saved it.
         backend.no_padding()
         backend.no_truncation()
-        self._backend = backend
+        self.backend = backend
+        self.reader = reader
         self.special_tokens = dict(special_tokens)
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.chat_template = chat_template
         self.directory = directory
-        probe = backend.encode("a", add_special_tokens=True)
+        (probe,) = read_texts(backend, ["a"], reader, directory, special=True)
         leading = next((i for i, special in enumerate(probe.special_tokens_mask) if not special), len(probe.ids))
+        trailing = next((i for i, special in enumerate(probe.special_tokens_mask[::-1]) if not special), 0)
         self._prefix: list[int] = list(probe.ids[:leading])
-        plain = backend.encode("a", add_special_tokens=False)
+        self.suffix: list[int] = list(probe.ids[len(probe.ids) - trailing :])
+        (plain,) = read_texts(backend, ["a"], reader, directory)
         # SentencePiece-like tokenizers write a space before the text; a completion must not get one of its own.
-        self._adds_space = bool(plain.tokens) and plain.tokens[0][:1] in ("▁", "Ġ")
+        self._adds_space = bool(plain.ids) and str(backend.id_to_token(plain.ids[0]))[:1] in ("▁", "Ġ")
 
     @classmethod
     def from_directory(cls, directory: Path) -> TextTokenizer:
-        """Read the tokenizer of a checkpoint directory.
+        """Read tokenizer.json as it stands, with the special tokens that the files beside it name.
 
         Raises:
             CheckpointError: no tokenizer.json (with a hint where there is only tokenizer.model), broken files, or no
                 EOS token anywhere.
         """
-        file = directory / "tokenizer.json"
-        if not file.is_file():
-            if (directory / "tokenizer.model").is_file():
-                raise CheckpointError(
-                    f"{directory}: only tokenizer.model; expected tokenizer.json",
-                    hint='Convert it once: python -c "from transformers import AutoTokenizer as T; '
-                    f"T.from_pretrained('{directory}').save_pretrained('{directory}')\"",
-                )
-            raise CheckpointError(f"{directory}: no tokenizer.json", hint="Put the base's tokenizer files next to it.")
-        if (size := file.stat().st_size) > _MAX_TOKENIZER_BYTES:
-            raise CheckpointError(f"{file}: {size:,} bytes; at most {_MAX_TOKENIZER_BYTES:,} are read")
-        try:
-            backend = Tokenizer.from_file(str(file))
-        except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for every malformed file)
-            raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
         settings = _read_optional(directory / "tokenizer_config.json")
-        _follow_llama_class(backend, settings)
         special = _special_tokens(_read_optional(directory / "special_tokens_map.json"), settings)
+        return cls.of(read_backend(directory), special, directory)
+
+    @classmethod
+    def of(
+        cls, backend: Tokenizer, special_tokens: Mapping[str, str], directory: Path, reader: str = "tokenizer.json"
+    ) -> TextTokenizer:
+        """A checkpoint's tokenizer, where its backend and special tokens have been read.
+
+        Args:
+            backend: of the tokenizers library; its padding and truncation are switched off.
+            special_tokens: as text, by name.
+            directory: of the checkpoint, for the EOS token of its config, its chat template, and messages.
+            reader: whose reading it is.
+
+        Raises:
+            CheckpointError: a special token that the backend does not have, or no EOS token anywhere.
+        """
+        special = dict(special_tokens)
         eos_id = _token_id(backend, special.get("eos_token"), "eos_token", directory)
         if eos_id is None:
             eos_id = _config_eos(directory)
@@ -113,21 +125,22 @@ class TextTokenizer:
             special_tokens=special,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            chat_template=_chat_template(directory, settings),
+            chat_template=_chat_template(directory, _read_optional(directory / "tokenizer_config.json")),
             directory=directory,
+            reader=reader,
         )
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt, as a server tokenises it: BOS first where the tokenizer adds one, no EOS at the end.
 
         `add_special_tokens=False` is for text that carries its own, such as a rendered chat.
         """
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = self.encode_texts([text])[0]
         return self._prefix + ids if add_special_tokens else ids
 
     def encode_pair(self, prompt: str, completion: str, *, add_special_tokens: bool = True) -> tuple[list[int], int]:
@@ -140,8 +153,8 @@ class TextTokenizer:
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[Pair]:
         """`encode_pair` for many pairs at once (tokenised in parallel)."""
-        prompts = self._batch([prompt for prompt, _ in pairs])
-        joined = self._batch([prompt + completion for prompt, completion in pairs])
+        prompts = self.encode_texts([prompt for prompt, _ in pairs])
+        joined = self.encode_texts([prompt + completion for prompt, completion in pairs])
         prefix = self._prefix if add_special_tokens else []
         encoded = []
         for (_, completion), prompt_ids, joint_ids in zip(pairs, prompts, joined, strict=True):
@@ -153,8 +166,9 @@ class TextTokenizer:
             encoded.append(Pair(ids, len(prefix) + len(prompt_ids), boundary))
         return encoded
 
-    def _batch(self, texts: list[str]) -> list[list[int]]:
-        return [list(e.ids) for e in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text alone, without special tokens put before or behind it."""
+        return [list(e.ids) for e in read_texts(self.backend, texts, self.reader, self.directory)]
 
     def _ends(self, completion: str, ids: Sequence[int]) -> bool:
         """Whether a completion brings its own EOS: as its last id, or, in chats, followed by white space only."""
@@ -167,15 +181,15 @@ class TextTokenizer:
         """Ids of a text in the middle of a line: without the space that some tokenizers put before every text."""
         if self._adds_space:
             # After a line feed there is no such space; the line feed's own ids are then cut off.
-            lead = list(self._backend.encode("\n", add_special_tokens=False).ids)
-            ids = list(self._backend.encode("\n" + text, add_special_tokens=False).ids)
+            lead = self.encode_texts(["\n"])[0]
+            ids = self.encode_texts(["\n" + text])[0]
             if ids[: len(lead)] == lead:
                 return ids[len(lead) :]
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self.encode_texts([text])[0]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def render_messages(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
         """Render chat messages by the tokenizer's chat template; the text carries its own special tokens.
@@ -207,30 +221,62 @@ class TextTokenizer:
         )
 
 
+def read_texts(
+    backend: Tokenizer, texts: Sequence[str], reader: str, directory: Path | None, *, special: bool = False
+) -> list[Encoding]:
+    """Texts as encodings of the tokenizers library.
+
+    Args:
+        backend: the tokenizer.
+        texts: each is read alone.
+        reader, directory: whose reading it is, and of which files, for messages.
+        special: whether tokens are put before and behind each text.
+
+    Raises:
+        CheckpointError: the tokenizer's parts do not fit each other, as where it has no token for what is unknown.
+    """
+    try:
+        return list(backend.encode_batch_fast(list(texts), add_special_tokens=special))
+    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception)
+        raise CheckpointError(
+            f"{directory or 'the tokenizer'}: {reader} cannot read text: {error}",
+            hint="tokenizer_config.json may name a tokenizer_class that does not fit tokenizer.json; "
+            "PreTrainedTokenizerFast takes it as it stands",
+        ) from None
+
+
+def read_backend(directory: Path) -> Tokenizer:
+    """tokenizer.json, read by the tokenizers library.
+
+    Raises:
+        CheckpointError: there is none, it is too large, or no tokenizer.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        if (directory / "tokenizer.model").is_file():
+            raise CheckpointError(
+                f"{directory}: only tokenizer.model; expected tokenizer.json",
+                hint='Convert it once: python -c "from transformers import AutoTokenizer as T; '
+                f"T.from_pretrained('{directory}').save_pretrained('{directory}')\"",
+            )
+        raise CheckpointError(f"{directory}: no tokenizer.json", hint="Put the base's tokenizer files next to it.")
+    if (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
+        raise CheckpointError(f"{file}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for every malformed file)
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
+
+
 def _read_optional(file: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
-
-
-def _follow_llama_class(backend: Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Cut text as transformers 5 does for LLaMA 2: its `LlamaTokenizer` replaces the file's normaliser.
-
-    The two differ only for text that begins with a space, or follows a special token; a server tokenises prompts with
-    transformers, and training shall see the same ids.
-    """
-    if str(settings.get("tokenizer_class")) not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return
-    if "▁" not in str(backend.normalizer) or settings.get("add_prefix_space") is False:
-        return  # not the SentencePiece layout that the class rebuilds
-    scheme: Literal["always", "first"] = "always" if settings.get("legacy") else "first"
-    backend.normalizer = None
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
 
 
 def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     """Named special tokens as text; later sources win. A token is a string or {"content": …}."""
     tokens: dict[str, str] = {}
     for source in sources:
-        for name in _SPECIAL_NAMES:
+        for name in SPECIAL_NAMES:
             value = source.get(name)
             if isinstance(value, Mapping):
                 value = value.get("content")

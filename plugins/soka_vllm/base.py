@@ -12,8 +12,8 @@ from soka_serve.adapter_source import base_sha256_of, find_lock
 from soka_serve.budget import ReadingBudget
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError, printable
+from soka_serve.own_cache import own_hashes
 from soka_serve.quantisation import read_quantisation
-from soka_serve.serving_base import own_hashes
 from soka_vllm.opened import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")

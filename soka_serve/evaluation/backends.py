@@ -139,6 +139,8 @@ class VllmBackend:
         for option, value in (("--dtype", dtype), ("--max-model-len", serve.max_model_len)):
             if value is not None and option not in options:
                 options += [option, str(value)]
+        if model == self._subject.base != self._subject.tokenizer and "--tokenizer" not in options:
+            options += ["--tokenizer", str(self._subject.tokenizer)]
         settings = Settings(host=host, port=port, runtime_loading=False, vllm=tuple(options))
         base = None if self._subject.target.kind == "merged" else str(self._subject.base)
         _, launch = plan_launch([given], settings, base=base)

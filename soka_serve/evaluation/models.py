@@ -12,6 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from soka_serve.errors import EvalError, ServeError
+from soka_serve.pretrained import open_tokenizer
 from soka_serve.progress import track
 
 if TYPE_CHECKING:
@@ -93,16 +94,16 @@ class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-i
         super().__init__(
             base_url=f"{launch.url}/v1/completions",
             model=name,
-            tokenizer=str(tokenizer),
-            tokenizer_backend="huggingface",
-            trust_remote_code=False,
-            tokenized_requests=True,
+            tokenizer_backend="none",  # lm-eval would open it its own way
             num_concurrent=max(concurrency, 2),  # at 1 lm-eval takes another way, which stores nothing in between
             max_retries=_RETRIES,
             max_length=context,
             timeout=_TIMEOUT_S,
             verify_certificate=False,
         )
+        self.tokenizer = open_tokenizer(tokenizer)
+        self.tokenizer_backend = "huggingface"
+        self.tokenized_requests = True
         self._url = launch.url
         self.context = context
 

@@ -22,7 +22,9 @@ from soka_serve.data import render_prompt
 from soka_serve.errors import DataError, EvalError
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.schema import Data
+from soka_serve.served_tokenizer import open_served
 from soka_serve.tokenizer import TextTokenizer
+from soka_serve.tokenizer_class import tokenizer_directory
 
 logger = logging.getLogger(__name__)
 
@@ -106,5 +108,6 @@ def _trained_on(place: str) -> tuple[Data, TextTokenizer | None]:
 
 
 def _tokenizer(loaded: LoadedManifest) -> TextTokenizer:
-    directory = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
-    return TextTokenizer.from_directory(directory)
+    base = loaded.manifest.base
+    directory = resolve_base(base, manifest_dir=loaded.directory, weights=False)
+    return open_served(tokenizer_directory(directory, base.hub))

@@ -37,9 +37,10 @@ from soka_serve.files import disk_errors, sha256_text, write_text_atomic
 from soka_serve.foreign_code import check_no_code
 from soka_serve.manifest import LoadedManifest, read_manifest
 from soka_serve.outputs import check_results
+from soka_serve.own_cache import own_hashes
 from soka_serve.places import given_path
-from soka_serve.serving_base import own_hashes
 from soka_serve.serving_targets import read_targets
+from soka_serve.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
 from soka_serve.told import one_command
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
     context = longest if longest is not None else context
     if not isinstance(context, int):
         raise EvalError(f"{base}: its config.json names no max_position_embeddings", hint="Set [serve] max_model_len.")
-    return Subject(loaded.manifest, target, base, base, context)
+    tokenizer = tokenizer_directory(base, loaded.manifest.base.hub)
+    return Subject(loaded.manifest, target, base, tokenizer, context)
 
 
 @contextmanager
@@ -176,7 +178,7 @@ def _run(
     allow_code_execution: bool,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Every part's record: those of earlier runs as they are, the others made now."""
-    common = _identity(loaded, runner, limit)
+    common = {**_identity(loaded, runner, limit), "tokenizer": _tokenizer_sha256(subject.tokenizer)}
     places = {
         (role, task): folder / _PARTS / f"{role}-{sha256_text(json.dumps([common, weights[role], task]))[:16]}"
         for role in ROLES
@@ -230,6 +232,12 @@ def _identity(loaded: LoadedManifest, runner: VllmBackend | TransformersBackend,
         "template": loaded.manifest.train.data.model_dump(mode="json"),
         "generation": _generation(loaded),
     }
+
+
+def _tokenizer_sha256(directory: Path) -> str:
+    hashes = own_hashes()
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    return sha256_text("".join(f"{file.name} {hashes.file(file)}\n" for file in files))
 
 
 def _generation(loaded: LoadedManifest) -> dict[str, int]:

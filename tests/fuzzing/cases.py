@@ -16,6 +16,7 @@ from tests.fuzzing.lokr import check_lokr, spoil_lokr, write_good_lokr
 from tests.fuzzing.manifests import check_plan, check_planned, hostile_manifests, lay_out, spoilt_manifests
 from tests.fuzzing.outputs import check_output, fill, write_outputs
 from tests.fuzzing.spoil import copy_of
+from tests.fuzzing.tokenizers import check_tokenizer, spoil_tokenizer
 
 Check = Callable[[st.DrawFn, Path], bool]
 
@@ -63,6 +64,12 @@ def _launch(draw: st.DrawFn, good: Path) -> bool:
     return check_launch(draw) if draw(st.booleans()) else check_log(draw)
 
 
+def _tokenizer(draw: st.DrawFn, good: Path) -> bool:
+    with tempfile.TemporaryDirectory() as place:
+        spoil_tokenizer(draw, Path(place))
+        return check_tokenizer(Path(place))
+
+
 def _nothing(folder: Path) -> None:
     """What needs no preparation."""
 
@@ -75,6 +82,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Check]] = {
     "caches": (_nothing, _cache),
     "frames": (_nothing, _frame),
     "launches": (_nothing, _launch),
+    "tokenizers": (_nothing, _tokenizer),
 }
 """By name: a function that prepares an empty folder, and one that draws and checks a case with what was prepared;
 it returns whether what was drawn was still good."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -346,6 +347,20 @@ def test_hash_follows_what_the_examples_are_made_from(tmp_path: Path) -> None:
     assert digest(jsonl="d.jsonl") != first
     with pytest.raises(DataError, match="cannot be read"):
         digest(jsonl="none.jsonl")
+
+
+def test_hash_does_not_follow_the_place(tmp_path: Path, dataset: Path) -> None:
+    write_rows(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
+    (tmp_path / "moved").mkdir()
+    for one, other in (
+        (Data(jsonl="d.jsonl"), Data(jsonl="moved/e.jsonl")),
+        (Data(jsonl="d.jsonl", eval_jsonl="d.jsonl"), Data(jsonl="d.jsonl", eval_jsonl="moved/e.jsonl")),
+        (Data(hub=dataset.name), Data(hub=f"moved/{dataset.name}")),
+    ):
+        before = data_sha256(one, manifest_dir=tmp_path)
+        shutil.copy(tmp_path / "d.jsonl", tmp_path / "moved/e.jsonl")
+        shutil.copytree(dataset, tmp_path / "moved" / dataset.name, dirs_exist_ok=True)
+        assert data_sha256(other, manifest_dir=tmp_path) == before
 
 
 def test_hash_of_a_local_dataset_directory(tmp_path: Path, dataset: Path) -> None:

@@ -16,6 +16,7 @@ from soka_serve.builtin import base_directory, generate
 from soka_serve.data import MASKED, Example, TextTokenizer, encode_examples, load_examples
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.schema import Data
+from soka_serve.served_tokenizer import check_reading, open_served
 from soka_serve.templates import render_chat
 
 # Written for this test in the manner of the public ones: Llama 2's brackets, ChatML, and one with every feature we use.
@@ -167,7 +168,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def both(directory: Path) -> tuple[TextTokenizer, Any]:
     from transformers import AutoTokenizer
 
-    return TextTokenizer.from_directory(directory), AutoTokenizer.from_pretrained(directory)
+    return open_served(directory), AutoTokenizer.from_pretrained(directory)
 
 
 # ---------------------------------------------------------------------------------------- parity with transformers
@@ -185,6 +186,13 @@ def test_special_tokens_are_transformers(both: tuple[TextTokenizer, Any]) -> Non
     assert ours.eos_id == theirs.eos_token_id
     assert ours.pad_id == (theirs.eos_token_id if theirs.pad_token_id is None else theirs.pad_token_id)
     assert ours.vocab_size == len(theirs)
+
+
+def test_a_faithful_class_that_differs_is_no_fault(directory: Path) -> None:
+    """LLaMA 2's class puts no space before a text that begins with one; it loses nothing else."""
+    examples = [Example(text, " 3") for text in TEXTS]
+    differing = check_reading(open_served(directory), examples, directory)
+    assert (differing > 0) == ("LlamaTokenizer" in (directory / "tokenizer_config.json").read_text())
 
 
 @pytest.mark.parametrize("text", TEXTS[:5])

@@ -14,7 +14,7 @@ import pytest
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.lock import write_lock
-from soka_serve.serving_base import cache_directory
+from soka_serve.own_cache import cache_directory
 from soka_serve.workspace import HashCache
 from soka_vllm import base
 from soka_vllm.base import check_base

@@ -468,6 +468,42 @@ def test_what_is_not_built_or_out_of_date(tmp_path: Path, built: Path) -> None:
     assert "--force" in done.output
 
 
+def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build, move the base, serve: the build is up to date; building again relabels it and trains nothing."""
+    base = shutil.copytree(base_directory(), tmp_path / "base")
+    manifest = write_manifest(tmp_path, steps=1, replace=('builtin = "tiny"', 'path = "base"'))
+    soka_serve.build(manifest, out=tmp_path / "build", progress=False)
+    base.rename(tmp_path / "moved")
+    manifest.write_text(manifest.read_text().replace('path = "base"', 'path = "moved"'))
+    done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert f"--model {(tmp_path / 'moved').resolve()}" in done.output
+    with monkeypatch.context() as patch:  # a base too large to be hashed for a look
+        patch.setattr("soka_serve.status._QUICK_BYTES", 0)
+        patch.setattr("soka_serve.workspace.HashCache.knows", lambda *a: False)
+        assert _serve(manifest, "--out", tmp_path / "build", "--dry-run").exit_code == 0
+
+    weights = sha256_file(tmp_path / "build/small/adapter/adapter_model.safetensors")
+    again = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
+    assert again.ran == ("report",)
+    adapter = tmp_path / "build/small/adapter"
+    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == str((tmp_path / "moved").resolve())
+    assert sha256_file(adapter / "adapter_model.safetensors") == weights
+
+    other = Checkpoint.open(tmp_path / "moved").files[0]
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    (tmp_path / "moved").rename(tmp_path / "third")
+    manifest.write_text(manifest.read_text().replace('path = "moved"', 'path = "third"'))
+    done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "is of other weights of the base" in done.output
+    assert "earlier manifest" not in done.output
+    for place in ("moved", "third"):
+        assert str((tmp_path / place).resolve()) in done.output
+
+
 def test_everything_that_is_wrong_is_said_at_once(built: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "ia3").mkdir()

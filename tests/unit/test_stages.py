@@ -68,9 +68,18 @@ def test_the_bases_config_and_tokenizer_count(changed: str) -> None:
         assert {stage for stage in before if before[stage] == after[stage]} == spared
 
 
-def test_a_base_that_was_moved_is_not_trained_on_again() -> None:
+def test_a_base_that_was_moved_reruns_only_the_papers_that_name_it() -> None:
     before, after = (stage_keys(_manifest(), i, MODULES) for i in (INPUTS, replace(INPUTS, base_name="moved")))
-    assert {stage for stage in before if before[stage] == after[stage]} == {"init", "tune"}
+    assert [stage for stage in before if before[stage] != after[stage]] == ["report"]
+
+
+def test_a_finetuned_checkpoint_that_was_moved_is_the_same() -> None:
+    def keys(place: str, digest: str) -> dict[str, str]:
+        manifest = _manifest(adapt__init="delta", adapt__finetuned=place)
+        return stage_keys(manifest, replace(INPUTS, finetuned={place: digest}), MODULES)
+
+    assert keys("a", "x") == keys("b", "x")
+    assert keys("a", "x")["init"] != keys("a", "y")["init"]
 
 
 def test_a_comment_in_the_manifest_reruns_only_the_papers_that_copy_it() -> None:
@@ -83,7 +92,6 @@ def test_other_weights_or_modules_rerun_everything() -> None:
     for others in (
         stage_keys(_manifest(), replace(INPUTS, base="b2"), MODULES),
         stage_keys(_manifest(), INPUTS, [*MODULES, "model.layers.1.self_attn.q_proj"]),
-        stage_keys(_manifest(), replace(INPUTS, finetuned={"tuned": "x"}), MODULES),
     ):
         assert all(keys[stage] != others[stage] for stage in keys)
 
