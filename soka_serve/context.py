@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base_modules import read_modules
 from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
 from soka_serve.errors import CheckpointError
@@ -17,12 +18,13 @@ from soka_serve.files import sha256_text
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
+from soka_serve.modules import BaseModules
 from soka_serve.outputs import Lock, Output
 from soka_serve.processes import Processes
 from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
-from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.targets import Target, describe_not_adapted, resolve_targets
 from soka_serve.workspace import HashCache, Workspace
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Context:
     workspace: Workspace
     base_dir: Path
     checkpoint: Checkpoint
+    base: BaseModules
     finetuned: dict[str, Checkpoint]
     targets: list[Target]
     inputs: Inputs
@@ -119,7 +122,8 @@ def prepare(
     check_loadable(base_dir)
     check_no_code(base_dir)
     check_no_adapter(base_dir)
-    targets = resolve_targets(manifest, list_modules(base_dir))
+    base = read_modules(base_dir)
+    targets = resolve_targets(manifest, base.modules, base.left_out)
     finetuned = {
         source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
@@ -139,8 +143,17 @@ def prepare(
         hashes.save()
     keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
     return Context(
-        loaded, workspace, base_dir, checkpoint, finetuned, targets, inputs, keys, processes, progress, hashes
+        loaded, workspace, base_dir, checkpoint, base, finetuned, targets, inputs, keys, processes, progress, hashes
     )
+
+
+def tell_left_out(context: Context) -> None:
+    """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
+    if (unused := context.base.describe_unused()) is not None:
+        logger.warning("%s: %s", context.base_dir, unused)
+    if context.loaded.manifest.train.method != "full":
+        for entry in describe_not_adapted(context.base, ()):
+            logger.warning("not adapted: %s", entry)
 
 
 def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:

@@ -16,6 +16,7 @@ from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.headers import DTYPES, TensorInfo, read_header, read_json
 from soka_serve.lock import read_lock
+from soka_serve.modules import text_config
 
 Kind = Literal["adapter", "training checkpoint", "build", "merged model", "model", "config", "safetensors file"]
 Array = NDArray[np.float64]
@@ -143,6 +144,7 @@ def _model(path: Path) -> Inspection:
     lock = _lock(path)
     kind: Kind = "merged model" if lock.get("kind") == "merged" else "model"
     config = read_json(path / "config.json")
+    said = text_config(config)
     facts: dict[str, str | int | float] = {}
     for label, key in (
         ("architecture", "architectures"),
@@ -152,7 +154,7 @@ def _model(path: Path) -> Inspection:
         ("kv heads", "num_key_value_heads"),
         ("vocabulary", "vocab_size"),
     ):
-        value = config.get(key)
+        value = said.get(key)
         if value is not None:
             facts[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     facts["tied embeddings"] = "yes" if config.get("tie_word_embeddings") else "no"

@@ -18,6 +18,7 @@ from typing import Literal
 
 from soka_serve.adapter import Adapter, check_against
 from soka_serve.adapter_source import read_source
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
 from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
@@ -31,6 +32,7 @@ from soka_serve.merge_resume import Finished, merge_key
 from soka_serve.merge_stream import keeps_order, plan_file, single_threaded_torch, write_file
 from soka_serve.progress import track
 from soka_serve.unchanged import Unchanged
+from soka_serve.weight_map import WeightMap
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +121,9 @@ def merge(
     checkpoint = Checkpoint.open(base)
     sources = [(read_source(path), weight) for path, weight in chosen]
     adapters = [(source.adapter, weight) for source, weight in sources]
-    _check_fit(checkpoint, adapters)
-    layout = _Layout(checkpoint, adapters, dtype)
+    weights = weights_of(checkpoint)
+    _check_fit(checkpoint, weights, adapters)
+    layout = _Layout(checkpoint, weights, adapters, dtype)
     layout.check_space(out)
     reason = _no_logits(verify, layout, chosen) if verify is not False else None
     expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
@@ -138,7 +141,7 @@ def merge(
         if verify is not False:
             from soka_serve.merge_verify import verify_logits, verify_tensors
 
-            ulp, verified = verify_tensors(new, checkpoint, adapters), ("tensors",)
+            ulp, verified = verify_tensors(new, checkpoint, weights, adapters), ("tensors",)
             if reason is None:
                 nats = verify_logits(new, checkpoint.directory, chosen[0][0])
                 verified = ("tensors", "logits") if nats is not None else verified
@@ -160,13 +163,16 @@ def merge(
 class _Layout:
     """What goes into which file, worked out before anything is written."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.adapted: dict[str, list[tuple[Factors, float]]] = {}
         for adapter, weight in adapters:
             for module in adapter.factors:
-                self.adapted.setdefault(f"{module}.weight", []).append((adapter.delta_factors(module), weight))
+                tensor = weights.get(module).name
+                self.adapted.setdefault(tensor, []).append((adapter.delta_factors(module), weight))
         by_file: dict[Path, list[TensorInfo]] = {file: [] for file in checkpoint.files}
         for info in checkpoint.tensors.values():
             by_file[info.file].append(info)
@@ -261,7 +267,7 @@ def _fits_memory(size: int) -> bool:
     return size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def _check_fit(checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
     problems: list[str] = []
     hints: list[str] = []
@@ -269,12 +275,12 @@ def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]
         if not math.isfinite(weight):
             problems.append(f"{adapter.directory}: weight {weight} is not a finite number")
         try:
-            check_against(adapter, checkpoint.tensors)
+            check_against(adapter, weights)
         except CheckpointError as error:
             problems.append(error.message)
             hints.append(error.hint or "")
         for module in adapter.factors:
-            info = checkpoint.tensors.get(f"{module}.weight")
+            info = weights.find(module)
             if info is not None and info.dtype not in FLOAT_DTYPES:
                 problems.append(f"{info.name} is {info.dtype}; a delta can only be added to {sorted(FLOAT_DTYPES)}")
             if module.rpartition(".")[2] == "lm_head" and checkpoint.config.get("tie_word_embeddings"):

@@ -10,25 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from soka_serve.checkpoint import Checkpoint, resolve_base
-from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.estimate import (
-    Memory,
-    ModelSize,
-    dtype_bytes,
-    estimate_memory,
-    lokr_parameters,
-    lora_parameters,
-    size_from_config,
-)
+from soka_serve.base_modules import read_modules
+from soka_serve.checkpoint import resolve_base
+from soka_serve.errors import PlanError
+from soka_serve.estimate import Memory, estimate_memory, lokr_parameters, lora_parameters
 from soka_serve.foreign_code import check_no_adapter, check_no_code
-from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
+from soka_serve.modules import ModelSize, Module, dtype_bytes
 from soka_serve.plan_examples import DataPlan, plan_data
 from soka_serve.policies import PolicyRow, policies_for
 from soka_serve.schema import Manifest, Prune, Train
 from soka_serve.shapes import FactorShape, balanced_shape, parallel_of
-from soka_serve.targets import Module, Target, budget_groups, list_modules, resolve_targets
+from soka_serve.targets import Target, budget_groups, describe_not_adapted, resolve_targets
 
 _CONFIGS = Path(__file__).parent / "builtin" / "configs"
 
@@ -87,7 +80,8 @@ class Comparison:
 @dataclass(frozen=True)
 class Plan:
     """Everything `soka-serve plan` shows. `bundled_config` is True when the hub's config was replaced by ours;
-    `stages_problem` says why `stages` is None, where somebody asked."""
+    `stages_problem` says why `stages` is None, where somebody asked. `not_adapted` names the modules of the base that
+    stay as they are, each entry with its reason."""
 
     name: str
     manifest: str
@@ -110,6 +104,7 @@ class Plan:
     stages_problem: str | None
     policies: tuple[PolicyRow, ...]
     notes: tuple[str, ...]
+    not_adapted: tuple[str, ...]
 
     @property
     def memory(self) -> Memory:
@@ -152,9 +147,10 @@ def make_plan(
     directory = base_directory or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
     check_no_code(directory)
     check_no_adapter(directory)
-    modules = list_modules(directory)
-    targets = resolve_targets(manifest, modules)
-    size = model_size(directory, modules)
+    base = read_modules(directory)
+    modules = base.modules
+    targets = resolve_targets(manifest, modules, base.left_out)
+    size = base.size
     notes: list[str] = []
     if train.method == "soka":
         planned = plan_modules(manifest, targets, notes)
@@ -162,6 +158,8 @@ def make_plan(
     else:
         planned = _plan_baseline(train, targets)
         low = high = size.parameters if train.method == "full" else sum(m.parameters_max for m in planned)
+    if (unused := base.describe_unused()) is not None:
+        notes.append(unused)
     bundled = directory.parent == _CONFIGS
     if bundled:
         notes.append("the hub could not be reached: shapes come from the config inside the package")
@@ -189,32 +187,7 @@ def make_plan(
         stages_problem=stages if isinstance(stages, str) else None,
         policies=() if policies is None else tuple(policies_for(modules, policies)),
         notes=tuple(notes),
-    )
-
-
-def model_size(directory: Path, modules: Sequence[Module]) -> ModelSize:
-    """Count the base's parameters: from the headers where there are weights, else from its config.
-
-    Raises:
-        CheckpointError: the config lacks what is needed.
-    """
-    config = read_json(directory / "config.json")
-    missing = [
-        key for key in ("hidden_size", "vocab_size", "num_hidden_layers") if not isinstance(config.get(key), int)
-    ]
-    if missing:
-        raise CheckpointError(f"{directory / 'config.json'}: expected whole numbers for {', '.join(missing)}")
-    if not any(directory.glob("*.safetensors")):
-        return size_from_config(config, modules)
-    tensors = Checkpoint.open(directory).tensors.values()
-    return ModelSize(
-        parameters=sum(t.numel for t in tensors),
-        linear=sum(m.out_features * m.in_features for m in modules),
-        weight_bytes=sum(t.nbytes for t in tensors),
-        dtype=modules[0].dtype,
-        hidden=config["hidden_size"],
-        vocabulary=config["vocab_size"],
-        layers=config["num_hidden_layers"],
+        not_adapted=() if train.method == "full" else tuple(describe_not_adapted(base, targets)),
     )
 
 

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.files import is_own, is_own_file
+from soka_serve.modules import text_config
 from soka_serve.schema import Base
 from soka_serve.serving_targets import Target
 from soka_serve.sources import open_base
@@ -101,7 +103,8 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
     checkpoint = Checkpoint.open(directory)
     _check_hashes(targets, checkpoint)
     _check_shapes(targets, checkpoint)
-    said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
+    config = text_config(checkpoint.config)
+    said = [config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
     context, kv_heads = (value if isinstance(value, int) else None for value in said)
     return ServedBase(directory.resolve(), name, context, kv_heads)
 
@@ -199,13 +202,15 @@ def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
 
 
 def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint) -> None:
-    problems = []
+    if not any(target.peft_type == "SOKA" for target in targets):
+        return
+    from soka_serve.adapter import check_against, read_adapter
+
+    problems, weights = [], weights_of(checkpoint)
     for target in targets:
         if target.peft_type == "SOKA":
-            from soka_serve.adapter import check_against, read_adapter
-
             try:
-                check_against(read_adapter(target.path), checkpoint.tensors)
+                check_against(read_adapter(target.path), weights)
             except CheckpointError as error:
                 problems.append(error.message)
     if problems:

@@ -28,13 +28,13 @@ from soka_serve.errors import SokaError
 from soka_serve.files import sha256_file
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
+from soka_serve.modules import modules_from_config
 from soka_serve.serving import plan_launch
 from soka_serve.serving_command import Settings, make_launch, parse_options
 from soka_serve.serving_process import check_port
 from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target
 from soka_serve.shapes import FactorShape, balanced_shape
-from soka_serve.targets import modules_from_config
 from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
 from tests.e2e.builds import write_manifest
 

@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 
+from soka_serve.base_modules import list_modules
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.modules import Module, modules_from_config
 from soka_serve.schema import Manifest, RankEnergy, RankFixed
-from soka_serve.targets import (
-    Module,
-    budget_groups,
-    list_modules,
-    modules_from_config,
-    parse_layers,
-    resolve_targets,
-)
+from soka_serve.targets import budget_groups, parse_layers, resolve_targets
 
 LLAMA2 = {
     "model_type": "llama",
