@@ -45,7 +45,7 @@ def read_meta(checkpoint: Checkpoint) -> BaseModules:
     """
     model, weights, unused = _open(checkpoint)
     config = model.config.get_text_config(decoder=True)
-    layers = [re.compile(rf"{re.escape(name)}\.(\d+)\.") for name in _find_layers(model, config)]
+    layers = [re.compile(rf"{re.escape(name)}\.(\d+)\.") for name in _find_layers(model, config, checkpoint.directory)]
     kept: list[tuple[str, int, Any]] = []
     left_out: dict[str, list[str]] = {}
     shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
@@ -67,7 +67,10 @@ def read_meta(checkpoint: Checkpoint) -> BaseModules:
                 kept.append((name, layer, module))
         if reason is not None:
             left_out.setdefault(reason, []).append(name)
-    outside = [LeftOut(tuple(names), reason) for reason, names in left_out.items()]
+    outside = [
+        LeftOut(tuple(names), reason, _towers(names, _decoder_name(model)) if reason == ELSEWHERE else ())
+        for reason, names in left_out.items()
+    ]
     if not kept:
         raise CheckpointError(
             f"{checkpoint.directory}: no linear projection in the layers of {type(model).__name__} can be adapted"
@@ -110,10 +113,9 @@ def _open(checkpoint: Checkpoint) -> tuple[Any, WeightMap, tuple[str, ...]]:
     return known[1:]
 
 
-def _find_layers(model: Any, config: Any) -> list[str]:
+def _find_layers(model: Any, config: Any, directory: Path) -> list[str]:
     """Names of the lists of the language model's layers: the outermost in it of as many as the config says."""
-    decoder = model.get_decoder()
-    start = next(name for name, module in model.named_modules() if module is decoder)
+    start = _decoder_name(model)
     found: list[str] = []
     for name, module in model.named_modules():
         inside = not start or name.startswith(f"{start}.")
@@ -122,10 +124,33 @@ def _find_layers(model: Any, config: Any) -> list[str]:
             found.append(name)
     if not found:
         raise CheckpointError(
-            f"{type(model).__name__}: no list of {config.num_hidden_layers} layers in {start or 'the model'}",
+            f"{directory}: {type(model).__name__} has no list of {config.num_hidden_layers} layers, the number in its "
+            "config.json",
             hint="the architecture is not supported",
         )
     return found
+
+
+def _decoder_name(model: Any) -> str:
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def _towers(names: Iterable[str], decoder: str) -> tuple[str, ...]:
+    """The largest parts of a model that hold the named modules and do not hold the decoder.
+
+    >>> _towers(["model.vision.layers.0.fc", "model.vision.layers.1.fc", "head"], "model.language")
+    ('model.vision', 'head')
+    """
+    found = []
+    for name in names:
+        parts, shared = name.split("."), 0
+        for mine, others in zip(parts, decoder.split("."), strict=False):
+            if mine != others:
+                break
+            shared += 1
+        found.append(".".join(parts[: shared + 1]))
+    return tuple(dict.fromkeys(found))
 
 
 def _reason(name: str, module: Any, modules: Mapping[str, Any]) -> str | None:

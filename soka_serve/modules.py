@@ -60,10 +60,11 @@ class Module:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Modules of the base that no rule can adapt, and why."""
+    """Modules of the base that are not adapted, and why; `shown` stands for them where there are many of them."""
 
     names: tuple[str, ...]
     reason: str
+    shown: tuple[str, ...] = ()
 
     def to_text(self) -> str:
         """One line: names that differ in numbers only are one.
@@ -71,7 +72,7 @@ class LeftOut:
         >>> LeftOut(("model.layers.0.mlp.gate", "model.layers.1.mlp.gate"), "a router").to_text()
         'model.layers.*.mlp.gate (a router)'
         """
-        return f"{name_patterns(self.names)} ({self.reason})"
+        return f"{name_patterns(self.shown or self.names)} ({self.reason})"
 
 
 @dataclass(frozen=True)

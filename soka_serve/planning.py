@@ -16,10 +16,10 @@ from soka_serve.errors import PlanError
 from soka_serve.estimate import Memory, estimate_memory, lokr_parameters, lora_parameters
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.manifest import LoadedManifest
-from soka_serve.modules import ModelSize, Module, dtype_bytes
+from soka_serve.modules import ModelSize, Module, dtype_bytes, name_patterns
 from soka_serve.plan_examples import DataPlan, plan_data
 from soka_serve.policies import PolicyRow, policies_for
-from soka_serve.schema import Manifest, Prune, Train
+from soka_serve.schema import SERVED_PROJECTIONS, Manifest, Prune, Train
 from soka_serve.shapes import FactorShape, balanced_shape, parallel_of
 from soka_serve.targets import Target, budget_groups, describe_not_adapted, resolve_targets
 
@@ -158,6 +158,12 @@ def make_plan(
     else:
         planned = _plan_baseline(train, targets)
         low = high = size.parameters if train.method == "full" else sum(m.parameters_max for m in planned)
+    others = [t.module.name for t in targets if t.module.projection not in SERVED_PROJECTIONS]
+    if others and train.method != "full":
+        notes.append(
+            f"{len(others)} modules ({name_patterns(others)}) can be merged, but `soka-serve serve` does not serve "
+            f"adapters on them; it serves {', '.join(SERVED_PROJECTIONS)}"
+        )
     if (unused := base.describe_unused()) is not None:
         notes.append(unused)
     bundled = directory.parent == _CONFIGS

@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 
 EVERY_MODULE = ("*",)
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# LLaMA's, and the fused ones of Phi-3, which vLLM computes in the same layers.
+SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 
 DEFAULT_CALIBRATION_BATCHES = 8
 

@@ -18,7 +18,7 @@ from soka_serve.errors import CheckpointError, SokaError, printable
 from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.schema import LLAMA_PROJECTIONS, MODEL_NAME_RULE, Base, Serve, is_model_name
+from soka_serve.schema import MODEL_NAME_RULE, SERVED_PROJECTIONS, Base, Serve, is_model_name
 from soka_serve.shapes import FactorShape
 from soka_serve.status import stage_statuses
 from soka_serve.workspace import Workspace
@@ -193,11 +193,11 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
             factors[module] = (delta.rank, delta.shape)
     else:
         modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS, budget)})
-    foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
+    foreign = sorted(module for module in modules if module.rpartition(".")[2] not in SERVED_PROJECTIONS)
     if foreign:
         raise CheckpointError(
             f"{path}: {len(foreign)} of its modules cannot be served, {foreign[0]} for one",
-            hint=f"Served are {', '.join(LLAMA_PROJECTIONS)}; train without the others, or serve the merged model.",
+            hint=f"Served are {', '.join(SERVED_PROJECTIONS)}; train without the others, or serve the merged model.",
         )
     lock = _lock_of(path)
     return Target(
