@@ -108,7 +108,7 @@ def write_manifest(directory: Path, base: str, text: str = "", train: str = "") 
     path = directory / "m.toml"
     path.write_text(
         f'schema = 1\n[base]\npath = "{base}"\n{text}\n[output]\nwrite = ["adapter", "merged"]\n'
-        f"[train]\nsteps = 1\nbatch_size = 2\n{train}\n"
+        f"[train]\nsteps = 3\nlearning_rate = 0.05\nbatch_size = 2\n{train}\n"
         'data = { builtin = "math", limit = 4 }\n[eval]\nlimit = 0\n'
     )
     return path
@@ -178,7 +178,8 @@ def test_layers_that_the_model_leaves_out(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copytree(base_directory(), base)
     whole = soka_serve.plan(write_manifest(tmp_path, "base"))
     tensors = load_file(base / "model.safetensors")
-    extra = dict.fromkeys(("mtp.layers.0.self_attn.q_proj.weight", "model.layers.4.self_attn.q_proj.weight"), tensors["model.layers.0.self_attn.q_proj.weight"] + 1)  # fmt: skip
+    query = tensors["model.layers.0.self_attn.q_proj.weight"] + 1
+    extra = {f"{layer}.self_attn.q_proj.weight": query.clone() for layer in ("mtp.layers.0", "model.layers.4")}
     save_file({**tensors, **extra}, base / "model.safetensors", metadata={"format": "pt"})
 
     plan = soka_serve.plan(tmp_path / "m.toml")
@@ -254,7 +255,7 @@ def test_a_multimodal_base(tmp_path: Path, method: str) -> None:
         file,
         metadata={"format": "pt"},
     )
-    result = build(tmp_path, QUICK if method == "soka" else "", f'method = "{method}"\nlearning_rate = 0.05')
+    result = build(tmp_path, QUICK if method == "soka" else "", f'method = "{method}"')
     assert result.adapter is not None
     assert result.merged is not None
     if method == "soka":
@@ -266,9 +267,8 @@ def test_a_multimodal_base(tmp_path: Path, method: str) -> None:
 
 
 def test_a_base_without_a_causal_language_model(tmp_path: Path) -> None:
-    config = T.LlavaConfig(
-        text_config=T.LlamaConfig(**SMALL), vision_config={**VISION, "model_type": "clip_vision_model"}
-    )
+    vision = {**VISION, "model_type": "clip_vision_model"}
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**SMALL), vision_config=vision)
     T.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(base_directory() / name, tmp_path / "base" / name)
