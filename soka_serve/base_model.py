@@ -145,7 +145,8 @@ def _check_loading(directory: Path, info: dict[str, Any]) -> None:
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}", hint="the checkpoint is not whole; copy it again")
     if unexpected := sorted(map(str, info.get("unexpected_keys") or ())):
-        logger.warning("%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
+        # A build says so once, at its start (`context.tell_left_out`), and loads the base several times.
+        logger.debug("%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
 
 
 def _first_line(error: BaseException) -> str:

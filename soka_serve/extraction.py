@@ -80,7 +80,7 @@ def extract(
         energy: or the share of each delta's own energy to keep.
         parameters: or a total, spread by captured energy per parameter. Exactly one of the three.
         max_rank: most terms per module for `energy` and `parameters`.
-        modules: projection names or patterns; default: all seven of LLaMA.
+        modules: projection names or patterns; default: all in the language model's layers.
         shape: 'balanced', 'auto', 'm,n,p,q' or four numbers.
         progress: show progress.
 

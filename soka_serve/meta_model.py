@@ -133,7 +133,7 @@ def _find_layers(model: Any, config: Any, directory: Path) -> list[str]:
 
 def _decoder_name(model: Any) -> str:
     decoder = model.get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder)
+    return next(str(name) for name, module in model.named_modules() if module is decoder)
 
 
 def _towers(names: Iterable[str], decoder: str) -> tuple[str, ...]:

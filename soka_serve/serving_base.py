@@ -16,7 +16,7 @@ from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.files import is_own, is_own_file
 from soka_serve.modules import text_config
 from soka_serve.schema import Base
-from soka_serve.serving_targets import Target
+from soka_serve.serving_targets import Target, check_served_layout
 from soka_serve.sources import open_base
 from soka_serve.workspace import HashCache
 
@@ -33,12 +33,14 @@ class ServedBase:
         directory, name: where it is, and its name in the API.
         context: length of its context; None: not known.
         kv_heads: number of its key/value heads; None: not known.
+        heads: number of its query heads; None: not known.
     """
 
     directory: Path
     name: str
     context: int | None
     kv_heads: int | None = None
+    heads: int | None = None
 
 
 def cache_directory() -> Path:
@@ -101,12 +103,13 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
         base = _shared(targets)
         directory, name = resolve_base(base, manifest_dir=Path.cwd()), _short(base)
     checkpoint = Checkpoint.open(directory)
+    check_served_layout(checkpoint)
     _check_hashes(targets, checkpoint)
     _check_shapes(targets, checkpoint)
     config = text_config(checkpoint.config)
-    said = [config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
-    context, kv_heads = (value if isinstance(value, int) else None for value in said)
-    return ServedBase(directory.resolve(), name, context, kv_heads)
+    said = [config.get(key) for key in ("max_position_embeddings", "num_key_value_heads", "num_attention_heads")]
+    context, kv_heads, heads = (value if isinstance(value, int) else None for value in said)
+    return ServedBase(directory.resolve(), name, context, kv_heads, heads)
 
 
 def _shared(targets: Sequence[Target]) -> Base:
