@@ -5,6 +5,7 @@ python eval/fuzz.py --out eval/results/fuzz.json
     adapters    SoKA adapters through the reader, `inspect` and `merge`
     lokr        LoKr adapters, of PEFT and of LyCORIS, through the plugin's readers
     manifests   manifests, their data and bases through `plan`
+    bases       bases whose tensors and config do not agree, through the list of modules
     outputs     `merge` and `export` onto folders that hold a user's files
     caches      caches of hashes
     frames      what a judged program sends to the process of its tests
@@ -45,7 +46,15 @@ from soka_serve.provenance import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
-EXAMPLES = {"manifests": 450, "adapters": 450, "outputs": 700, "frames": 2600, "lokr": 3000, "caches": 3000}
+EXAMPLES = {
+    "manifests": 450,
+    "bases": 1500,
+    "adapters": 450,
+    "outputs": 700,
+    "frames": 2600,
+    "lokr": 3000,
+    "caches": 3000,
+}
 
 
 def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path], bool], good: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tests.fuzzing import cases, limits
 from tests.fuzzing.adapters import check_adapter, write_good_adapter
 from tests.fuzzing.limits import OverLimitError, bounded, run
 
-EXAMPLES = {"adapters": 40, "lokr": 60, "manifests": 30, "outputs": 30, "caches": 60, "frames": 60}
+EXAMPLES = {"adapters": 40, "lokr": 60, "manifests": 30, "bases": 60, "outputs": 30, "caches": 60, "frames": 60}
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)
