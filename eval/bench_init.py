@@ -27,11 +27,12 @@ from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from safetensors.torch import save_file
 
 from soka_serve.base_model import load_base
+from soka_serve.base_modules import list_modules
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.initialise import initialise
 from soka_serve.probe import gather
 from soka_serve.schema import Manifest
-from soka_serve.targets import budget_groups, list_modules, resolve_targets
+from soka_serve.targets import budget_groups, resolve_targets
 
 VOCABULARY = 64
 TOKENS = 32  # per batch of the rules with a pass over data

@@ -47,8 +47,8 @@ from soka_serve.builtin import base_directory
 from soka_serve.estimate import lora_parameters
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
+from soka_serve.modules import Module, modules_from_config
 from soka_serve.shapes import FactorShape, balanced_shape
-from soka_serve.targets import Module, modules_from_config
 from soka_vllm import compat
 from soka_vllm.arena import SLOT_DEFAULT, SLOT_VARIABLE
 from soka_vllm.engine import keep_limit

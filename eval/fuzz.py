@@ -5,6 +5,7 @@ python eval/fuzz.py --out eval/results/fuzz.json
     adapters    SoKA adapters through the reader, `inspect` and `merge`
     lokr        LoKr adapters, of PEFT and of LyCORIS, through the plugin's readers
     manifests   manifests, their data and bases through `plan`
+    bases       bases whose tensors and config do not agree, through the list of modules
     outputs     `merge` and `export` onto folders that hold a user's files
     caches      caches of hashes
     frames      what a judged program sends to the process of its tests
@@ -48,6 +49,7 @@ from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
 EXAMPLES = {
     "manifests": 450,
+    "bases": 1500,
     "adapters": 450,
     "outputs": 700,
     "frames": 2600,

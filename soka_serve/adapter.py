@@ -28,6 +28,7 @@ from soka_serve.files import write_bytes_atomic, write_text_atomic
 from soka_serve.headers import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_json, read_tensors
 from soka_serve.kron import Factors, stack_terms
 from soka_serve.lock import read_lock, write_lock
+from soka_serve.weight_map import WeightMap
 
 log = logging.getLogger(__name__)
 
@@ -283,22 +284,22 @@ def write_adapter(
         write_text_atomic(folder / CARD_FILE, card)
 
 
-def check_against(adapter: Adapter, tensors: Mapping[str, TensorInfo]) -> None:
+def check_against(adapter: Adapter, weights: WeightMap) -> None:
     """Check that a base checkpoint has every weight that the adapter changes, in the right shape.
 
     Args:
-        tensors: the base's headers by tensor name (`Checkpoint.tensors`).
+        adapter: the adapter.
+        weights: of the base.
 
     Raises:
         CheckpointError: all modules that do not fit.
     """
     problems: list[str] = []
-    weights = {name.removesuffix(".weight"): info for name, info in tensors.items() if name.endswith(".weight")}
     for module, factors in adapter.factors.items():
-        info, shape = weights.get(module), factors.shape
+        info, shape = weights.find(module), factors.shape
         if info is None:
-            close = difflib.get_close_matches(module, weights, n=1) if is_shown(problems) else []
-            problems.append(f"{module}: the base has no such weight" + (f"; it has {close[0]}" if close else ""))
+            close = difflib.get_close_matches(module, list(weights.modules()), n=1) if is_shown(problems) else []
+            problems.append(weights.problem(module) + (f"; it has {close[0]}" if close else ""))
         elif tuple(info.shape) != (shape.out_features, shape.in_features):
             problems.append(
                 f"{module}: the adapter's factors {list(shape)} make a {(shape.out_features, shape.in_features)} "

@@ -174,7 +174,7 @@ def _report_data(
         accuracy_before=accuracy(check and check.before),
         accuracy_after=accuracy(check and check.after),
         trainable_parameters=trained.trainable_parameters,
-        base_parameters=sum(info.numel for info in context.checkpoint.tensors.values()),
+        base_parameters=context.base.size.parameters,
         comparison=lock["comparison"],
         adapter_bytes=adapter.stat().st_size if adapter.exists() else 0,
         dropped_energy_frac=context.dropped_energy_frac,

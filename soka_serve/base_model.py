@@ -16,8 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.pretrained import open_model
-from soka_serve.told import warn
+from soka_serve.pretrained import open_model, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +37,6 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Without transformers' table of tensors that do not fit: we raise, naming them, or log a line."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
 
 
 def load_base(
@@ -86,7 +74,7 @@ def load_base(
         options["quantization_config"] = _quantization(quantize, dtype)
         options["device_map"] = {"": device or _default_device()}
     try:
-        with quiet_bars(), _without_load_report():
+        with quiet_bars(), quiet():  # its table of tensors that do not fit is raised or logged below
             model, info = open_model(
                 directory,
                 dtype=dtype,
@@ -157,7 +145,8 @@ def _check_loading(directory: Path, info: dict[str, Any]) -> None:
     if problems:
         raise CheckpointError(f"{directory}: {'; '.join(problems)}", hint="the checkpoint is not whole; copy it again")
     if unexpected := sorted(map(str, info.get("unexpected_keys") or ())):
-        warn(logger, "%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
+        # A build says so once, at its start (`context.tell_left_out`), and loads the base several times.
+        logger.debug("%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from soka_serve.base_model import load_base
+from soka_serve.base_modules import weights_of
 from soka_serve.baselines import load_adapter
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.headers import FLOAT_DTYPES
@@ -52,6 +53,8 @@ def _restore_dtypes(model: Any, base: Checkpoint) -> None:
         if info.dtype in FLOAT_DTYPES:
             sizes[info.torch_dtype] += info.numel
     common = sizes.most_common(1)[0][0]
+    weights = weights_of(base)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point():
-            value.data = value.data.to(base.tensors[name].torch_dtype if name in base.tensors else common)
+            stored = weights.find_parameter(name)
+            value.data = value.data.to(common if stored is None else stored.torch_dtype)

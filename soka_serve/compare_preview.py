@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from soka_serve.base_modules import read_modules
 from soka_serve.checkpoint import resolve_base
 from soka_serve.compare_plan import count_runs
 from soka_serve.estimate import lokr_parameters, lora_parameters
 from soka_serve.foreign_code import check_no_adapter, check_no_code
+from soka_serve.modules import Module
 from soka_serve.plain_weights import check_plain_weights
-from soka_serve.planning import model_size, plan_modules, total_parameters
+from soka_serve.planning import plan_modules, total_parameters
 from soka_serve.suite import Contender, LoadedSuite, manifest_of, read_suite
-from soka_serve.targets import Module, list_modules, resolve_targets
+from soka_serve.targets import resolve_targets
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
     check_no_code(directory)
     check_no_adapter(directory)
     check_plain_weights(directory)
-    modules = list_modules(directory)
-    size = model_size(directory, modules)
+    base = read_modules(directory)
+    modules, size = base.modules, base.size
     counts = {m.name: _count(loaded, m, modules, size.parameters) for m in loaded.suite.method}
     return Preview(loaded, size.parameters, counts)
 

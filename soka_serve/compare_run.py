@@ -94,7 +94,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         prepared = _Prepared(context, contender, workspace.cache, tokenizer.pad_id)
         model = prepared.model
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        record["base_parameters"] = sum(t.numel for t in context.checkpoint.tensors.values())
+        record["base_parameters"] = context.base.size.parameters
         evaluations = suite.protocol.evaluations if spec.stage == "final" else 1
         answers = _Answering(problems, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory)
         prepared_s = time.monotonic() - started
@@ -205,7 +205,7 @@ class _Prepared:
     def size_on_disk(self) -> int:
         """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""
         if self.contender.method == "full":
-            return sum(t.nbytes for t in self.context.checkpoint.tensors.values())
+            return self.context.base.size.weight_bytes
         saved, out = self.folder / "saved", self.folder / "out"
         self.model.save_pretrained(str(saved))
         if self.contender.method == "soka":

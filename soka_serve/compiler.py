@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.context import BUILD, Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.context import BUILD, Context, check_target, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.files import replace_directory
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
@@ -92,7 +92,9 @@ def build(
             logger.info("%s is up to date: nothing to do", workspace.target)
             return _result(context)
         check_target(context)
-        if processes.is_main:  # some seconds in which nothing else would be said
+        if processes.is_main:
+            tell_left_out(context)
+            # Some seconds in which nothing else would be said.
             logger.info("%s: loading torch, transformers and PEFT", workspace.target)
         return _run(context, previous)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base_modules import read_modules
 from soka_serve.checkpoint import Checkpoint, check_loadable, resolve_base
 from soka_serve.data import data_sha256
 from soka_serve.errors import CheckpointError
@@ -17,13 +18,14 @@ from soka_serve.files import sha256_text
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest
+from soka_serve.modules import BaseModules
 from soka_serve.outputs import Lock, Output
 from soka_serve.plain_weights import check_plain_weights
 from soka_serve.processes import Processes
 from soka_serve.rows import resolve
 from soka_serve.schema import Base
 from soka_serve.stages import Inputs, stage_keys
-from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.targets import Target, describe_not_adapted, resolve_targets
 from soka_serve.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
 from soka_serve.told import warn
 from soka_serve.workspace import HashCache, Workspace
@@ -70,6 +72,7 @@ class Context:
     base_dir: Path
     tokenizer_dir: Path
     checkpoint: Checkpoint
+    base: BaseModules
     finetuned: dict[str, Checkpoint]
     targets: list[Target]
     inputs: Inputs
@@ -116,7 +119,8 @@ def prepare(
     check_no_code(base_dir)
     check_no_adapter(base_dir)
     check_plain_weights(base_dir, checkpoint.tensors)
-    targets = resolve_targets(manifest, list_modules(base_dir))
+    base = read_modules(base_dir)
+    targets = resolve_targets(manifest, base.modules, base.left_out)
     check_tokenizer_files(base_dir)  # before they are hashed
     tokenizer_dir = tokenizer_directory(base_dir, manifest.base.hub)
     finetuned = {
@@ -145,6 +149,7 @@ def prepare(
         base_dir=base_dir,
         tokenizer_dir=tokenizer_dir,
         checkpoint=checkpoint,
+        base=base,
         finetuned=finetuned,
         targets=targets,
         inputs=inputs,
@@ -153,6 +158,15 @@ def prepare(
         progress=progress,
         hashes=hashes,
     )
+
+
+def tell_left_out(context: Context) -> None:
+    """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
+    if (unused := context.base.describe_unused()) is not None:
+        logger.warning("%s: %s", context.base_dir, unused)
+    if context.loaded.manifest.train.method != "full":
+        for entry in describe_not_adapted(context.base, ()):
+            logger.warning("not adapted: %s", entry)
 
 
 def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:

@@ -17,41 +17,17 @@ never held against a real run on a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from soka_serve.targets import Module
+from soka_serve.modules import ModelSize, Module, dtype_bytes
 
 Method = Literal["soka", "lora", "pissa", "lokr", "full"]
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
-}
 
 OVERHEAD_BYTES = 800 * 1024**2  # CUDA context, libraries' workspaces
 
 _TRAINED_BYTES = 16  # float32 weight, gradient, two AdamW moments
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """What a base is made of. Parameters are counts; `linear` are those of the projections inside the layers."""
-
-    parameters: int
-    linear: int
-    weight_bytes: int
-    dtype: str
-    hidden: int
-    vocabulary: int
-    layers: int
 
 
 @dataclass(frozen=True)
@@ -68,33 +44,6 @@ class Memory:
     def total(self) -> int:
         """Everything together."""
         return self.base + self.trained + self.activations + self.logits + self.overhead
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of an element; 2 for a dtype we do not know."""
-    return DTYPE_BYTES.get(dtype, 2)
-
-
-def size_from_config(config: Mapping[str, Any], modules: Sequence[Module]) -> ModelSize:
-    """Count a LLaMA-like model's parameters from its config and its projections."""
-    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
-    layers = int(config["num_hidden_layers"])
-    linear = sum(m.out_features * m.in_features for m in modules)
-    kind = config.get("model_type")
-    biased: tuple[str, ...] = ()
-    if kind == "qwen2":
-        biased = ("q_proj", "k_proj", "v_proj")
-    elif config.get("attention_bias"):
-        biased = ("q_proj", "k_proj", "v_proj", "o_proj")
-    if config.get("mlp_bias"):
-        biased += ("gate_proj", "up_proj", "down_proj")
-    biases = sum(m.out_features for m in modules if m.projection in biased)
-    head_dim = int(config.get("head_dim") or hidden // int(config["num_attention_heads"]))
-    norms = (2 * layers + 1) * hidden + (2 * head_dim * layers if kind == "qwen3" else 0)
-    tied = bool(config.get("tie_word_embeddings", kind == "gemma"))
-    total = linear + biases + norms + vocabulary * hidden * (1 if tied else 2)
-    dtype = modules[0].dtype if modules else "float32"
-    return ModelSize(total, linear, total * dtype_bytes(dtype), dtype, hidden, vocabulary, layers)
 
 
 def lora_parameters(module: Module, rank: int) -> int:

@@ -83,7 +83,7 @@ def extract(
         energy: or the share of each delta's own energy to keep.
         parameters: or a total, spread by captured energy per parameter. Exactly one of the three.
         max_rank: most terms per module for `energy` and `parameters`.
-        modules: projection names or patterns; default: all seven of LLaMA.
+        modules: projection names or patterns; default: all in the language model's layers.
         shape: 'balanced', 'auto', 'm,n,p,q' or four numbers.
         progress: show progress.
 
@@ -91,13 +91,14 @@ def extract(
         SokaError: a checkpoint that is missing or of another shape; a delta that is zero everywhere.
     """
     from soka_serve.adapter import write_adapter
+    from soka_serve.base_modules import read_modules
     from soka_serve.card import extracted_card
     from soka_serve.files import replace_directory, scratch_directory
     from soka_serve.initialise import initialise
     from soka_serve.places import given_path
     from soka_serve.provenance import versions
     from soka_serve.schema import Manifest
-    from soka_serve.targets import list_modules, resolve_targets
+    from soka_serve.targets import resolve_targets
 
     given = {"rank": rank, "energy": energy, "parameters": parameters}
     chosen = [name for name, value in given.items() if value is not None]
@@ -133,7 +134,8 @@ def extract(
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
-    targets = resolve_targets(manifest, list_modules(base_dir))
+    described = read_modules(base_dir)
+    targets = resolve_targets(manifest, described.modules, described.left_out)
     with scratch_directory(target) as scratch:
         started = initialise(targets, checkpoint, finetuned={"tuned": other}, scratch=scratch, progress=progress)
     total = sum(m.total_energy for m in started.modules)

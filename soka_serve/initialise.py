@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import Checkpoint, check_finite
 from soka_serve.decompose import energy_of
 from soka_serve.errors import CheckpointError, PlanError
@@ -38,6 +39,7 @@ from soka_serve.shapes import FactorShape, candidate_shapes, parallel_of
 
 if TYPE_CHECKING:
     from soka_serve.targets import Target
+    from soka_serve.weight_map import WeightMap
     from soka_serve.weighting import InputMoments
 
 logger = logging.getLogger(__name__)
@@ -154,10 +156,10 @@ def _most_terms(target: Target) -> int:
 
 def decompose(
     target: Target,
-    checkpoint: Checkpoint,
+    weights: WeightMap,
     file: Path,
     *,
-    finetuned: Checkpoint | None = None,
+    finetuned: WeightMap | None = None,
     gradient: torch.Tensor | None = None,
     moments: InputMoments | None = None,
     seed: int = 0,
@@ -167,9 +169,9 @@ def decompose(
 
     Args:
         target: the module, its rule and its factor shape (None: `shape = "auto"` is searched here).
-        checkpoint: the base; the weight (out, in) is read from it and let go of.
+        weights: of the base; the weight (out, in) is read and let go of.
         file: where the terms are written (safetensors: left, right, sigma, in float32).
-        finetuned: the checkpoint whose delta is decomposed; needed for `init = "delta"`.
+        finetuned: of the checkpoint whose delta is decomposed; needed for `init = "delta"`.
         gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
         moments: second moments of the module's inputs, which weigh the decomposition.
         seed: of the randomised range finder, and of the `zero` and `random` initialisations.
@@ -182,15 +184,15 @@ def decompose(
     from soka_serve.weighting import OutputError, refine_terms, weighted_kpsvd
 
     name, rule = target.module.name, target.rule
-    weight = check_finite(checkpoint.read(f"{name}.weight"), f"{name}.weight").to(device)
+    weight = check_finite(weights.read(name), f"{name}.weight").to(device)
     # Root mean square of all the terms of the weight, but for their number: the size that its terms typically have.
     norm = energy_of(weight) ** 0.5
     if rule.init == "delta":
         assert finetuned is not None
-        other = check_finite(finetuned.read(f"{name}.weight"), f"{name}.weight").to(device)
+        other = check_finite(finetuned.read(name), f"{name}.weight").to(device)
         if other.shape != weight.shape:
             raise CheckpointError(
-                f"{finetuned.directory}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
+                f"{finetuned.source}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
                 hint="`finetuned` must be a fine-tuned version of the same base.",
             )
         matrix = other.float().sub_(weight)
@@ -363,18 +365,19 @@ def initialise(
     seeds = {t.module.name: seed * 1_000_003 + i for i, t in enumerate(targets)}
     mine = share_of(targets, process, processes)
     needs_data = [t for t in mine if t.rule.batches]
+    weights = weights_of(checkpoint)
+    tuned = {name: weights_of(other) for name, other in (finetuned or {}).items()}
     candidates: list[_Candidate] = []
     with track(len(mine), "KPSVD", unit="module", enabled=progress and process == 0) as step:
 
         def add(target: Target, gradient: torch.Tensor | None = None, moments: InputMoments | None = None) -> None:
-            other = (finetuned or {}).get(target.rule.finetuned or "")
             name = target.module.name
             candidates.append(
                 decompose(
                     target,
-                    checkpoint,
+                    weights,
                     scratch / f"{len(candidates)}.safetensors",
-                    finetuned=other,
+                    finetuned=tuned.get(target.rule.finetuned or ""),
                     gradient=gradient,
                     moments=moments,
                     seed=seeds[name],

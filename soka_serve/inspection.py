@@ -16,6 +16,7 @@ from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.headers import TensorInfo, read_header, read_json, stored_bytes
 from soka_serve.lock import read_lock
+from soka_serve.modules import text_config
 from soka_serve.quantisation import read_quantisation
 
 Kind = Literal["adapter", "training checkpoint", "build", "merged model", "model", "config", "safetensors file"]
@@ -144,6 +145,7 @@ def _model(path: Path) -> Inspection:
     lock = _lock(path)
     kind: Kind = "merged model" if lock.get("kind") == "merged" else "model"
     config = read_json(path / "config.json")
+    said = text_config(config)
     facts: dict[str, str | int | float] = {}
     for label, key in (
         ("architecture", "architectures"),
@@ -153,7 +155,7 @@ def _model(path: Path) -> Inspection:
         ("kv heads", "num_key_value_heads"),
         ("vocabulary", "vocab_size"),
     ):
-        value = config.get(key)
+        value = said.get(key)
         if value is not None:
             facts[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     facts["tied embeddings"] = "yes" if config.get("tie_word_embeddings") else "no"

@@ -26,7 +26,9 @@ do, `soka-serve build NAME.toml` does it. This is version {SCHEMA_VERSION} of th
 - Types are strict: `8` is not `"8"`; a whole number may stand where a number is expected.
 - Relative paths start at the manifest's directory; `[output] dir` starts where the command runs.
 - Rules (`[[adapt]]`) are read in order. A module that several rules match takes each key from the last rule that
-  sets it. Without a rule, all projections are adapted with one term each.
+  sets it. Without a rule, every linear projection in the language model's layers is
+  adapted with one term. `plan` and `build` name what stays as it is: routers and experts, vision towers, convolutions,
+  layers that the checkpoint has and the model has not.
 
 ## In an editor
 

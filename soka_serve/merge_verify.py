@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soka_serve.adapter import Adapter
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, CheckpointError, name_some
-from soka_serve.headers import DTYPES, TensorInfo, read_header, read_tensor
+from soka_serve.headers import TensorInfo, read_header, read_tensor
+from soka_serve.weight_map import WeightMap
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,9 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> float:
+def verify_tensors(
+    directory: Path, checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]]
+) -> float:
     """Read a sample of the written weights back and hold it against base + delta in float64.
 
     Up to 8 adapted tensors, 16 rows of each; 8 others, whose rows must not have changed. The safetensors library must
@@ -50,7 +54,7 @@ def verify_tensors(directory: Path, checkpoint: Checkpoint, adapters: Sequence[t
     deltas: dict[str, list[tuple[Adapter, str, float]]] = {}
     for adapter, weight in adapters:
         for module in adapter.factors:
-            deltas.setdefault(f"{module}.weight", []).append((adapter, module, weight))
+            deltas.setdefault(weights.get(module).name, []).append((adapter, module, weight))
     others = [n for n, t in checkpoint.tensors.items() if n not in deltas and t.shape]
     worst = 0.0
     names = list(deltas)
@@ -146,7 +150,9 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
             return open_model(path, dtype=torch.float32).eval()
 
     def answer(model: Any) -> Tensor:
-        ids = torch.randint(model.config.vocab_size, _PROBE, generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            model.config.get_text_config().vocab_size, _PROBE, generator=torch.Generator().manual_seed(0)
+        )
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
 
     try:
@@ -165,11 +171,12 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
     tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
     adapted = answer(tuned)
     # The same model with its weights rounded as the merged ones are: what is left is no rounding.
-    kinds = {name: info.dtype for name, info in Checkpoint.open(directory).tensors.items()}
+    written = weights_of(Checkpoint.open(directory))
     rounded = tuned.merge_and_unload()
     widest = "float32"
     for name, parameter in rounded.named_parameters():
-        dtype = getattr(torch, DTYPES[kinds.get(name, "F32")][1])
+        info = written.find_parameter(name)
+        dtype = torch.float32 if info is None else info.torch_dtype
         parameter.copy_(parameter.to(dtype))
         widest = max(widest, str(dtype).removeprefix("torch."), key=lambda d: _MAX_NATS.get(d, 0.0))
     expected = answer(rounded)

@@ -18,6 +18,7 @@ from typing import Literal
 
 from soka_serve.adapter import Adapter, check_against
 from soka_serve.adapter_source import read_source
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import INDEX_FILE, Checkpoint, index_problem
 from soka_serve.errors import BuildError, CheckpointError, SokaError, joined
 from soka_serve.files import flush, replace_directory, sha256_file, write_text_atomic
@@ -33,6 +34,7 @@ from soka_serve.optional_tensors import ties_embeddings
 from soka_serve.plain_weights import check_plain_weights
 from soka_serve.progress import track
 from soka_serve.unchanged import Unchanged
+from soka_serve.weight_map import WeightMap
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +124,9 @@ def merge(
     check_plain_weights(base, checkpoint.tensors)
     sources = [(read_source(path), weight) for path, weight in chosen]
     adapters = [(source.adapter, weight) for source, weight in sources]
-    _check_fit(checkpoint, adapters)
-    layout = _Layout(checkpoint, adapters, dtype)
+    weights = weights_of(checkpoint)
+    _check_fit(checkpoint, weights, adapters)
+    layout = _Layout(checkpoint, weights, adapters, dtype)
     layout.check_space(out)
     reason = _no_logits(verify, layout, chosen) if verify is not False else None
     expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
@@ -142,7 +145,7 @@ def merge(
         if verify is not False:
             from soka_serve.merge_verify import verify_logits, verify_tensors
 
-            ulp, verified = verify_tensors(new, checkpoint, adapters), ("tensors",)
+            ulp, verified = verify_tensors(new, checkpoint, weights, adapters), ("tensors",)
             if reason is None:
                 nats = verify_logits(new, checkpoint.directory, chosen[0][0])
                 verified = ("tensors", "logits") if nats is not None else verified
@@ -164,13 +167,16 @@ def merge(
 class _Layout:
     """What goes into which file, worked out before anything is written."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype
+    ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
         self.adapted: dict[str, list[tuple[Factors, float]]] = {}
         for adapter, weight in adapters:
             for module in adapter.factors:
-                self.adapted.setdefault(f"{module}.weight", []).append((adapter.delta_factors(module), weight))
+                tensor = weights.get(module).name
+                self.adapted.setdefault(tensor, []).append((adapter.delta_factors(module), weight))
         by_file: dict[Path, list[TensorInfo]] = {file: [] for file in checkpoint.files}
         for info in checkpoint.tensors.values():
             by_file[info.file].append(info)
@@ -270,14 +276,14 @@ def _fits_memory(size: int) -> bool:
     return size < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _check_fit(checkpoint: Checkpoint, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Refuse adapters that do not belong to this base."""
+def _check_fit(checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
     problems: list[SokaError] = []
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             problems.append(CheckpointError(f"{adapter.directory}: weight {weight} is not a finite number"))
         try:
-            check_against(adapter, checkpoint.tensors)
+            check_against(adapter, weights)
         except CheckpointError as error:
             problems.append(error)
         for module in adapter.factors:

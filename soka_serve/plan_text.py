@@ -56,6 +56,7 @@ def _head(plan: Plan) -> str:
         f"  base    {size.parameters:,} parameters in {size.layers} layers, stored as {size.dtype} "
         f"({_bytes(size.weight_bytes)}), held as {held}; read from its {source}",
         *(f"  note    {printable(note, _MAX_CHARS)}" for note in plan.notes),
+        *(f"  not adapted: {printable(entry, _MAX_CHARS)}" for entry in plan.not_adapted),
     ]
     return "\n".join(lines)
 
@@ -239,7 +240,9 @@ def _policies(policies: Sequence[PolicyRow], plan: Plan) -> str:
     names = tuple(dict.fromkeys(name for row in policies for name in row.projections))
     rows = [("projections", "layers", "policy", "parameters", "of the base")]
     for row in policies:
-        projections = "all" if len(row.projections) == len(names) else ",".join(p[:-5] for p in row.projections)
+        projections = (
+            "all" if len(row.projections) == len(names) else ",".join(p.removesuffix("_proj") for p in row.projections)
+        )
         layers = "all" if row.layers == "all" else f"last {row.layers.strip('-')}"
         policy = "budget" if row.rank is None else f"fixed, rank {row.rank}"
         bound = "<= " if row.rank is None else ""

@@ -10,26 +10,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from soka_serve.checkpoint import Checkpoint, resolve_base
-from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.estimate import (
-    Memory,
-    ModelSize,
-    dtype_bytes,
-    estimate_memory,
-    lokr_parameters,
-    lora_parameters,
-    size_from_config,
-)
+from soka_serve.base_modules import read_modules
+from soka_serve.checkpoint import resolve_base
+from soka_serve.errors import PlanError
+from soka_serve.estimate import Memory, estimate_memory, lokr_parameters, lora_parameters
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.headers import read_json
 from soka_serve.manifest import LoadedManifest
+from soka_serve.modules import ModelSize, Module, dtype_bytes, name_patterns
 from soka_serve.plain_weights import check_plain_weights
 from soka_serve.plan_examples import DataPlan, mixes_rows, plan_data
 from soka_serve.policies import PolicyRow, policies_for
-from soka_serve.schema import Manifest, Prune, Train
+from soka_serve.schema import SERVED_PROJECTIONS, Manifest, Prune, Train
 from soka_serve.shapes import FactorShape, balanced_shape, parallel_of
-from soka_serve.targets import Module, Target, budget_groups, list_modules, resolve_targets
+from soka_serve.targets import Target, budget_groups, describe_not_adapted, resolve_targets
 
 _CONFIGS = Path(__file__).parent / "builtin" / "configs"
 
@@ -88,7 +82,8 @@ class Comparison:
 @dataclass(frozen=True)
 class Plan:
     """Everything `soka-serve plan` shows. `bundled_config` is True when the hub's config was replaced by ours;
-    `stages_problem` says why `stages` is None, where somebody asked."""
+    `stages_problem` says why `stages` is None, where somebody asked. `not_adapted` names the modules of the base that
+    stay as they are, each entry with its reason."""
 
     name: str
     manifest: str
@@ -111,6 +106,7 @@ class Plan:
     stages_problem: str | None
     policies: tuple[PolicyRow, ...]
     notes: tuple[str, ...]
+    not_adapted: tuple[str, ...]
 
     @property
     def memory(self) -> Memory:
@@ -154,9 +150,10 @@ def make_plan(
     check_no_code(directory)
     check_no_adapter(directory)
     check_plain_weights(directory)
-    modules = list_modules(directory)
-    targets = resolve_targets(manifest, modules)
-    size = model_size(directory, modules)
+    base = read_modules(directory)
+    modules = base.modules
+    targets = resolve_targets(manifest, modules, base.left_out)
+    size = base.size
     notes: list[str] = []
     if train.method == "soka":
         planned = plan_modules(manifest, targets, notes)
@@ -164,6 +161,14 @@ def make_plan(
     else:
         planned = _plan_baseline(train, targets)
         low = high = size.parameters if train.method == "full" else sum(m.parameters_max for m in planned)
+    others = [t.module.name for t in targets if t.module.projection not in SERVED_PROJECTIONS]
+    if others and train.method != "full":
+        notes.append(
+            f"{len(others)} modules ({name_patterns(others)}) can be merged, but `soka-serve serve` does not serve "
+            f"adapters on them; it serves {', '.join(SERVED_PROJECTIONS)}"
+        )
+    if (unused := base.describe_unused()) is not None:
+        notes.append(unused)
     bundled = directory.parent == _CONFIGS
     if bundled:
         notes.append("the hub could not be reached: shapes come from the config inside the package")
@@ -196,32 +201,7 @@ def make_plan(
         stages_problem=stages if isinstance(stages, str) else None,
         policies=() if policies is None else tuple(policies_for(modules, policies)),
         notes=tuple(notes),
-    )
-
-
-def model_size(directory: Path, modules: Sequence[Module]) -> ModelSize:
-    """Count the base's parameters: from the headers where there are weights, else from its config.
-
-    Raises:
-        CheckpointError: the config lacks what is needed.
-    """
-    config = read_json(directory / "config.json")
-    missing = [
-        key for key in ("hidden_size", "vocab_size", "num_hidden_layers") if not isinstance(config.get(key), int)
-    ]
-    if missing:
-        raise CheckpointError(f"{directory / 'config.json'}: expected whole numbers for {', '.join(missing)}")
-    if not any(directory.glob("*.safetensors")):
-        return size_from_config(config, modules)
-    tensors = Checkpoint.open(directory).tensors.values()
-    return ModelSize(
-        parameters=sum(t.numel for t in tensors),
-        linear=sum(m.out_features * m.in_features for m in modules),
-        weight_bytes=sum(t.nbytes for t in tensors),
-        dtype=modules[0].dtype,
-        hidden=config["hidden_size"],
-        vocabulary=config["vocab_size"],
-        layers=config["num_hidden_layers"],
+        not_adapted=() if train.method == "full" else tuple(describe_not_adapted(base, targets)),
     )
 
 

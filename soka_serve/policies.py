@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from soka_serve.errors import PlanError
+from soka_serve.modules import Module
 from soka_serve.shapes import balanced_shape
-from soka_serve.targets import Module
 
 # Shown even when others come closer: what people usually adapt.
 USUAL_SETS = (
@@ -43,9 +43,10 @@ def policies_for(modules: Sequence[Module], parameters: int = 990_000, *, closes
     """
     layers = sorted({m.layer for m in modules if m.layer is not None})
     names = tuple(dict.fromkeys(m.projection for m in modules))
-    cost: dict[tuple[str, int | None], int] = {
-        (m.projection, m.layer): balanced_shape(m.out_features, m.in_features).parameters(1) for m in modules
-    }
+    cost: dict[tuple[str, int | None], int] = {}
+    for m in modules:  # a layer may have several of one name, as in self- and cross-attention
+        key = (m.projection, m.layer)
+        cost[key] = cost.get(key, 0) + balanced_shape(m.out_features, m.in_features).parameters(1)
     if parameters < min(cost.values()):
         raise PlanError(f"{parameters} parameters are less than the cheapest term has ({min(cost.values())})")
     rows = []
@@ -57,7 +58,7 @@ def policies_for(modules: Sequence[Module], parameters: int = 990_000, *, closes
                 rows.append(_fixed(chosen, "all", rank, rank * sum(per_layer)))
                 continue
             fitting = next(n for n in range(len(layers) - 1, -1, -1) if sum(per_layer[len(layers) - n :]) <= parameters)
-            if fitting:
+            if fitting and sum(per_layer[-fitting:]):
                 rows.append(_fixed(chosen, f"-{fitting}-", 1, sum(per_layer[len(layers) - fitting :])))
     rows.sort(key=lambda row: (-row.parameters, len(row.projections)))
     usual = [row for row in rows if row.projections in {*USUAL_SETS, names}]

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,48 @@ def open_model(directory: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(
         directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
     )
+
+
+def build_meta_model(directory: Path) -> Any:
+    """The model that `open_model` would load, on the meta device: modules and shapes, no weights read.
+
+    A `quantization_config` is not looked at: layers are those of the unquantised model.
+
+    Raises:
+        CheckpointError: it can be loaded by code of its own only, or transformers has no causal language model for it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_no_code(directory)
+    try:
+        with quiet(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                raise CheckpointError(
+                    f"{directory}: transformers has no causal language model for model_type {config.model_type!r}",
+                    hint="give the checkpoint of its language model alone",
+                )
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{directory}: transformers cannot build this model: {reason}",
+            hint="a causal language model that the installed transformers knows is needed; remote code is never run",
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own warnings: what matters here raises."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def open_tokenizer(directory: Path) -> Any:

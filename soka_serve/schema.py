@@ -18,7 +18,10 @@ from soka_serve.table import Key, Seen, Table
 
 SCHEMA_VERSION = 1
 
+EVERY_MODULE = ("*",)
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# LLaMA's, and the fused ones of Phi-3, which vLLM computes in the same layers.
+SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 
 DEFAULT_CALIBRATION_BATCHES = 8
 
@@ -177,10 +180,11 @@ class Adapt(Table):
     """
 
     modules: tuple[Text, ...] = Field(
-        LLAMA_PROJECTIONS,
+        EVERY_MODULE,
         strict=False,
         min_length=1,
-        description="Projection names ('q_proj') or shell patterns on full names ('model.layers.*.mlp.*').",
+        description="Projection names ('q_proj') or shell patterns on full names ('model.layers.*.mlp.*'). '*' is "
+        "every linear projection in the language model's layers, but for routers and experts.",
     )
     layers: Annotated[str, Field(pattern=LAYER_RANGE)] | tuple[int, ...] = Field(
         "all",

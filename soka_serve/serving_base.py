@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from soka_serve.base_modules import weights_of
 from soka_serve.checkpoint import Checkpoint, resolve_base
 from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.files import is_own, is_own_file
+from soka_serve.modules import text_config
 from soka_serve.own_cache import HASHES_FILE, own_hashes
 from soka_serve.packed_shapes import check_packed
 from soka_serve.quantisation import Quantisation, read_quantisation
 from soka_serve.schema import Base
-from soka_serve.serving_targets import Target
+from soka_serve.serving_targets import Target, check_served_layout
 from soka_serve.sources import open_base
 from soka_serve.tokenizer_class import tokenizer_directory
 from soka_serve.workspace import HashCache
@@ -38,6 +40,7 @@ class ServedBase:
         context: length of its context; None: not known.
         kv_heads: number of its key/value heads; None: not known.
         has_experts: whether it is a mixture of experts.
+        heads: number of its query heads; None: not known.
     """
 
     directory: Path
@@ -46,6 +49,7 @@ class ServedBase:
     kv_heads: int | None = None
     has_experts: bool = False
     tokenizer: Path | None = None
+    heads: int | None = None
 
 
 def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase:
@@ -66,16 +70,19 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
         base = _shared(targets)
         directory, name = resolve_base(base, manifest_dir=Path.cwd()), _short(base)
     checkpoint, quantised = Checkpoint.open(directory), read_quantisation(directory)
+    check_served_layout(checkpoint)
     _check_hashes(targets, checkpoint, quantised)
     _check_shapes(targets, checkpoint, quantised)
-    said = [checkpoint.config.get(key) for key in ("max_position_embeddings", "num_key_value_heads")]
-    context, kv_heads = (value if isinstance(value, int) else None for value in said)
+    config = text_config(checkpoint.config)
+    said = [config.get(key) for key in ("max_position_embeddings", "num_key_value_heads", "num_attention_heads")]
+    context, kv_heads, heads = (value if isinstance(value, int) else None for value in said)
     has_experts = any(_EXPERTS.search(tensor) for tensor in checkpoint.tensors)
     directory = directory.resolve()
     # An adapter was trained on what its base's hub id stands for, also where a directory is given in its place.
     hubs = [name, *(t.base.hub for t in targets if t.base is not None and t.base.hub is not None)]
     tokenizers = [place for hub in hubs if (place := tokenizer_directory(directory, hub)) != directory]
-    return ServedBase(directory, name, context, kv_heads, has_experts, tokenizers[0] if tokenizers else None)
+    tokenizer = tokenizers[0] if tokenizers else None
+    return ServedBase(directory, name, context, kv_heads, has_experts, tokenizer, heads)
 
 
 def _shared(targets: Sequence[Target]) -> Base:
@@ -175,15 +182,19 @@ def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
 
 
 def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint, quantised: Quantisation | None) -> None:
+    if not any(target.peft_type == "SOKA" for target in targets):
+        return
+    from soka_serve.adapter import check_against, read_adapter, refusal
+
     problems: list[SokaError] = []
+    weights = weights_of(checkpoint) if quantised is None else None
     for target in targets:
         if target.peft_type == "SOKA":
-            from soka_serve.adapter import check_against, read_adapter, refusal
-
             try:
-                if quantised is None:
-                    check_against(read_adapter(target.path), checkpoint.tensors)
+                if weights is not None:
+                    check_against(read_adapter(target.path), weights)
                     continue
+                assert quantised is not None
                 shapes = {module: shape for module, (_, shape) in target.factors.items()}
                 if wrong := check_packed(shapes, checkpoint.tensors, quantised):
                     raise refusal(target.path, wrong, "it was made for another base")

@@ -327,7 +327,9 @@ def _environment(
     if engine is not None and not engine.is_cpu and sizes_known and "SOKA_SLOT_PARAMETERS" not in os.environ:
         # On a GPU slots are reserved before the first adapter comes.
         ranks = _tensor_parallel(theirs)
-        added["SOKA_SLOT_PARAMETERS"] = str(max(slot_values(t.factors, ranks, base.kv_heads) for t in targets))
+        added["SOKA_SLOT_PARAMETERS"] = str(
+            max(slot_values(t.factors, ranks, base.kv_heads, base.heads) for t in targets)
+        )
     return added
 
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from soka_serve.budget import ReadingBudget
 from soka_serve.context import prepare, previous_keys
@@ -18,10 +18,13 @@ from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.headers import read_header, read_json
 from soka_serve.lock import read_lock
 from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.schema import LLAMA_PROJECTIONS, MODEL_NAME_RULE, Base, Manifest, Serve, is_model_name
+from soka_serve.schema import MODEL_NAME_RULE, SERVED_PROJECTIONS, Base, Manifest, Serve, is_model_name
 from soka_serve.shapes import FactorShape
 from soka_serve.status import stage_statuses
 from soka_serve.workspace import Workspace
+
+if TYPE_CHECKING:
+    from soka_serve.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -227,11 +230,11 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
             factors[module] = (delta.rank, delta.shape)
     else:
         modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS, budget)})
-    foreign = sorted(module for module in modules if module.rpartition(".")[2] not in LLAMA_PROJECTIONS)
+    foreign = sorted(module for module in modules if module.rpartition(".")[2] not in SERVED_PROJECTIONS)
     if foreign:
         raise CheckpointError(
             f"{path}: {len(foreign)} of its modules cannot be served, {foreign[0]} for one",
-            hint=f"Served are {', '.join(LLAMA_PROJECTIONS)}; train without the others, or serve the merged model.",
+            hint=f"Served are {', '.join(SERVED_PROJECTIONS)}; train without the others, or serve the merged model.",
         )
     lock = _lock_of(path)
     return Target(
@@ -251,8 +254,27 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
 def _from_merged(text: str, name: str, path: Path) -> Target:
     from soka_serve.checkpoint import Checkpoint
 
-    Checkpoint.open(path)
+    check_served_layout(Checkpoint.open(path))
     return Target(given=text, name=name, kind="merged", path=path.resolve(), prompt=_prompt(path.parent))
+
+
+def check_served_layout(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of a bare model, which transformers loads as a causal language model and vLLM does not.
+
+    Raises:
+        CheckpointError: its tensors have no 'model.' in front, or its config names the bare model's class.
+    """
+    said = checkpoint.config.get("architectures")
+    bare = next((name for name in checkpoint.tensors if name.startswith("layers.")), None)
+    reason = f"with tensors such as {bare!r}" if bare is not None else None
+    if isinstance(said, list) and said and all(str(name).endswith("Model") for name in said):
+        reason = f"architectures = {said!r:.80} in its config.json"
+    if reason is not None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: a bare model ({reason}), which vLLM takes for an embedder",
+            hint="Save it once as a causal language model: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW_DIR), and build on that.",
+        )
 
 
 def _lora_rank(path: Path, config: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soka_serve.schema import Manifest
+from soka_serve.schema import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt, Manifest
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 1, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
@@ -51,6 +51,14 @@ def needs_data(manifest: Manifest) -> bool:
     return any(rule.batches for rule in manifest.adapt)
 
 
+def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
+    """A rule as the key takes it. On a LLaMA-like base '*' and the list of its projections are the same rule."""
+    values = rule.model_dump(mode="json")
+    if rule.modules == EVERY_MODULE and all(name.rpartition(".")[2] in LLAMA_PROJECTIONS for name in modules):
+        values["modules"] = list(LLAMA_PROJECTIONS)
+    return values
+
+
 def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> dict[str, str]:
     """The key of every stage that this manifest has, in the order in which they run.
 
@@ -65,11 +73,10 @@ def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> di
     examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
     if soka:
         rules = [
-            {**rule.model_dump(mode="json"), "finetuned": inputs.finetuned.get(str(rule.finetuned))}
-            for rule in manifest.adapt
+            {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))} for rule in manifest.adapt
         ]
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
-        keys["init"] = _hash("init", inputs.base, rules, list(modules), train.seed, batches)
+        keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)

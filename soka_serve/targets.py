@@ -1,8 +1,8 @@
 """Which modules of the base a manifest adapts, and by which rule. No torch.
 
-`list_modules` reads a checkpoint's linear projections from its safetensors headers, or, when there are no weights at
-hand, from config.json. `resolve_targets` lays the manifest's `[[adapt]]` rules over them. A module that several rules
-match takes each key from the last rule that sets it, so that a later rule changes only what it names.
+`resolve_targets` lays the manifest's `[[adapt]]` rules over the modules that `soka_serve.base_modules` lists. A module
+that several rules match takes each key from the last rule that sets it, so that a later rule changes only what it
+names.
 """
 
 from __future__ import annotations
@@ -13,57 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.headers import read_json
+from soka_serve.errors import PlanError
+from soka_serve.modules import BaseModules, LeftOut, Module
 from soka_serve.schema import Adapt, Manifest
 from soka_serve.shapes import FactorShape, balanced_shape, check_shape, parallel_of
 from soka_serve.told import warn
 
 logger = logging.getLogger(__name__)
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "I8": "int8",
-    "U8": "uint8",
-}
-
-# Architectures whose layers hold exactly these seven projections as plain nn.Linear, under these names.
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-
 _NOT_A_PROJECTION = {
     "lm_head": "the output head is not adapted: its vocabulary dimension is split by every serving engine",
     "embed_tokens": "the embedding is a table, not a linear projection",
 }
-
-
-@dataclass(frozen=True)
-class Module:
-    """A linear projection of the base.
-
-    `name` is the full module name ('model.layers.0.self_attn.q_proj'), `layer` its layer number, and `dtype` the
-    weight's dtype in torch's spelling ('bfloat16').
-    """
-
-    name: str
-    out_features: int
-    in_features: int
-    layer: int | None
-    dtype: str
-
-    @property
-    def projection(self) -> str:
-        """The name's last component: 'q_proj'."""
-        return self.name.rsplit(".", 1)[-1]
 
 
 @dataclass(frozen=True)
@@ -78,91 +40,6 @@ class Target:
     rule: Adapt
     rules: tuple[int, ...]
     shape: FactorShape | None
-
-
-# ---------------------------------------------------------------------------------------------- modules of a base
-
-
-def list_modules(directory: Path) -> list[Module]:
-    """List the linear projections inside the layers of the base in `directory`, in layer order.
-
-    Reads safetensors headers where there are any (exact for every architecture), else config.json (llama, mistral,
-    qwen2, qwen3, gemma).
-
-    Raises:
-        CheckpointError: the checkpoint is broken, or there are only a config and an architecture we cannot derive
-            shapes for.
-    """
-    if any(directory.glob("*.safetensors")):
-        modules = _modules_from_headers(directory)
-        if not modules:
-            raise CheckpointError(f"{directory}: no linear projection in the checkpoint (no 2-D '…layers.N….weight')")
-        return modules
-    return modules_from_config(read_json(directory / "config.json"), source=directory / "config.json")
-
-
-def _modules_from_headers(directory: Path) -> list[Module]:
-    modules = []
-    for name, info in Checkpoint.open(directory).tensors.items():
-        layer = _LAYER.search(name)
-        if not layer or not name.endswith(".weight") or len(info.shape) != 2:
-            continue
-        module = name.removesuffix(".weight")
-        # Experts and their router run through fused kernels, never through nn.Linear.forward: an adapter would not act.
-        if ".experts." in module or module.endswith((".router", ".block_sparse_moe.gate", ".mlp.gate")):
-            continue
-        if any(part.endswith("norm") or part.startswith("embed") for part in module.split(".")):
-            continue
-        out_features, in_features = info.shape
-        dtype = _DTYPES.get(info.dtype, info.dtype.lower())
-        modules.append(Module(module, out_features, in_features, int(layer.group(1)), dtype))
-    order = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"))}
-    return sorted(modules, key=lambda m: (m.layer or 0, order.get(m.projection, len(order)), m.name))
-
-
-def modules_from_config(config: dict[str, Any], *, source: Path | str = "config.json") -> list[Module]:
-    """Derive the projections of a LLaMA-like model from its config.
-
-    Raises:
-        CheckpointError: an architecture we cannot derive, or dimensions that are missing or impossible.
-    """
-    kind = config.get("model_type")
-    if kind not in LLAMA_LIKE:
-        raise CheckpointError(
-            f"{source}: model_type {kind!r}: the projections cannot be derived from the config alone; expected one of "
-            f"{', '.join(LLAMA_LIKE)}",
-            hint="With the weights on disk (base.path) any architecture is read from the safetensors headers.",
-        )
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    wrong = [f"{key} = {config.get(key)!r}" for key in required if not _positive(config.get(key))]
-    optional = [key for key in ("num_key_value_heads", "head_dim") if config.get(key) is not None]
-    wrong += [f"{key} = {config[key]!r}" for key in optional if not _positive(config[key])]
-    if wrong:
-        raise CheckpointError(f"{source}: expected positive whole numbers; got {', '.join(wrong)}")
-    hidden, inner, layers, heads = (int(config[key]) for key in required)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    if config.get("head_dim") is None and hidden % heads:
-        raise CheckpointError(f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    shapes = {
-        "self_attn.q_proj": (heads * head_dim, hidden),
-        "self_attn.k_proj": (kv_heads * head_dim, hidden),
-        "self_attn.v_proj": (kv_heads * head_dim, hidden),
-        "self_attn.o_proj": (hidden, heads * head_dim),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    return [
-        Module(f"model.layers.{layer}.{name}", out_features, in_features, layer, dtype)
-        for layer in range(layers)
-        for name, (out_features, in_features) in shapes.items()
-    ]
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 # ---------------------------------------------------------------------------------------------- rules over modules
@@ -208,14 +85,21 @@ def parse_layers(layers: str | Sequence[int], count: int) -> frozenset[int]:
 
 def matches(pattern: str, module: Module) -> bool:
     """Whether a rule's pattern matches: a plain name the last component, one with '.', '*', '?', '[' the full name."""
+    return _matches_name(pattern, module.name)
+
+
+def _matches_name(pattern: str, name: str) -> bool:
     if any(char in pattern for char in ".*?["):
-        return fnmatchcase(module.name, pattern)
-    return module.projection == pattern
+        return fnmatchcase(name, pattern)
+    return name.rpartition(".")[2] == pattern
 
 
-def _explain_no_match(pattern: str, modules: Sequence[Module]) -> str:
+def _explain_no_match(pattern: str, modules: Sequence[Module], left_out: Sequence[LeftOut]) -> str:
     """Say why a pattern matches nothing, with the nearest names."""
     word = pattern.rsplit(".", 1)[-1]
+    for entry in left_out:
+        if names := [name for name in entry.names if _matches_name(pattern, name)]:
+            return f"'{pattern}' cannot be adapted: {LeftOut(tuple(names), entry.reason).to_text()}"
     for name, reason in _NOT_A_PROJECTION.items():
         if name in pattern:
             return f"'{pattern}' cannot be adapted: {reason}"
@@ -235,10 +119,16 @@ def _explain_no_match(pattern: str, modules: Sequence[Module]) -> str:
     return f"'{pattern}' matches no module{tip} (the base has {', '.join(projections)})"
 
 
-def resolve_targets(manifest: Manifest, modules: Sequence[Module]) -> list[Target]:
+def resolve_targets(manifest: Manifest, modules: Sequence[Module], left_out: Sequence[LeftOut] = ()) -> list[Target]:
     """Lay the manifest's rules over the base's modules.
 
-    Returns one `Target` per adapted module, in the order of `modules`.
+    Args:
+        manifest: the manifest.
+        modules: what can be adapted of the base.
+        left_out: what cannot, to say why a pattern matches nothing.
+
+    Returns:
+        One `Target` per adapted module, in the order of `modules`.
 
     Raises:
         PlanError: everything that does not fit, in one error: patterns that match nothing, layers that are not there,
@@ -254,11 +144,9 @@ def resolve_targets(manifest: Manifest, modules: Sequence[Module]) -> list[Targe
             problems.append(f"adapt[{index}].layers: {error.message}")
             layers = frozenset(range(count))
         chosen = {m.name for pattern in rule.modules for m in modules if matches(pattern, m)}
-        if "modules" in rule.model_fields_set or not chosen:
-            # The default list of projections may name some that an architecture lacks; a written one may not.
-            for pattern in rule.modules:
-                if not any(matches(pattern, m) for m in modules):
-                    problems.append(f"adapt[{index}].modules: {_explain_no_match(pattern, modules)}")
+        for pattern in rule.modules:
+            if not any(matches(pattern, m) for m in modules):
+                problems.append(f"adapt[{index}].modules: {_explain_no_match(pattern, modules, left_out)}")
         hits = [m for m in modules if m.name in chosen and m.layer in layers]
         if chosen and not hits:
             problems.append(f"adapt[{index}]: matches no module in layers {rule.layers!r}")
@@ -289,6 +177,23 @@ def resolve_targets(manifest: Manifest, modules: Sequence[Module]) -> list[Targe
         raise PlanError("\n".join(problems), hint="`soka-serve inspect BASE` lists a base's modules and shapes.")
     _warn_unused(manifest, targets)
     return targets
+
+
+def describe_not_adapted(base: BaseModules, targets: Sequence[Target]) -> list[str]:
+    """What of a base stays as it is: modules that no rule can adapt, and those that no rule of the manifest does.
+
+    Args:
+        base: the base.
+        targets: what is adapted; empty to hear of what cannot be only.
+
+    Returns:
+        A line per reason: names, with '*' for layers, and the reason.
+    """
+    lines = [entry.to_text() for entry in base.left_out]
+    adapted = {target.module.name for target in targets}
+    if targets and (others := tuple(m.name for m in base.modules if m.name not in adapted)):
+        lines.insert(0, LeftOut(others, "no rule adapts them").to_text())
+    return lines
 
 
 def cascade(rules: Sequence[Adapt]) -> Adapt:

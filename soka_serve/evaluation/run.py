@@ -134,12 +134,13 @@ def _check_installed() -> None:
 
 def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
     from soka_serve.checkpoint import Checkpoint, resolve_base
+    from soka_serve.modules import text_config
 
     target = read_targets([str(loaded.path)], out=out)[0]
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)
     for place in (base, target.path):
         check_no_code(place)
-    context = Checkpoint.open(base).config.get("max_position_embeddings")
+    context = text_config(Checkpoint.open(base).config).get("max_position_embeddings")
     longest = loaded.manifest.serve.max_model_len
     context = longest if longest is not None else context
     if not isinstance(context, int):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve.base_modules import list_modules
 from soka_serve.builtin import base_directory
 from soka_serve.callbacks import read_history
 from soka_serve.checkpoint import Checkpoint
@@ -13,7 +14,7 @@ from soka_serve.data import TextTokenizer, encode_examples, load_examples
 from soka_serve.kron import kpsvd
 from soka_serve.schema import Manifest
 from soka_serve.shapes import balanced_shape
-from soka_serve.targets import list_modules, resolve_targets
+from soka_serve.targets import resolve_targets
 from soka_serve.train import train
 
 

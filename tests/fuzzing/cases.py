@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from tests.fuzzing.adapters import check_adapter, spoil_adapter, write_good_adapter
+from tests.fuzzing.bases import check_base, spoil_base, write_shapes
 from tests.fuzzing.caches import check_cache, spoil_cache
 from tests.fuzzing.frames import check_frame, frames
 from tests.fuzzing.launches import check_launch, check_log
@@ -42,6 +43,12 @@ def _manifest(draw: st.DrawFn, good: Path) -> bool:
             lay_out(draw, folder)
             return check_planned(folder)
         return check_plan(draw(spoilt_manifests() if kind == "spoilt" else hostile_manifests()), folder)
+
+
+def _base(draw: st.DrawFn, good: Path) -> bool:
+    with copy_of(good / "base") as folder:
+        spoil_base(draw, folder)
+        return check_base(folder)
 
 
 def _output(draw: st.DrawFn, good: Path) -> bool:
@@ -78,6 +85,7 @@ CASES: dict[str, tuple[Callable[[Path], None], Check]] = {
     "adapters": (lambda place: write_good_adapter(place / "adapter"), _adapter),
     "lokr": (write_good_lokr, _lokr),
     "manifests": (_nothing, _manifest),
+    "bases": (lambda place: write_shapes(place / "base"), _base),
     "outputs": (write_outputs, _output),
     "caches": (_nothing, _cache),
     "frames": (_nothing, _frame),

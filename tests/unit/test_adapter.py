@@ -24,6 +24,7 @@ from soka_serve.errors import CheckpointError
 from soka_serve.headers import TensorInfo, read_header
 from soka_serve.kron import Factors, dense_delta
 from soka_serve.lock import read_lock, write_lock
+from soka_serve.weight_map import WeightMap
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -290,10 +291,10 @@ def test_a_missing_directory_and_a_resume_point(tmp_path: Path) -> None:
 def test_check_against_a_base(tmp_path: Path) -> None:
     adapter = read_adapter(write(tmp_path))
     base = {f"{Q}.weight": info(f"{Q}.weight", 6, 8), f"{DOWN}.weight": info(f"{DOWN}.weight", 10, 6)}
-    check_against(adapter, base)
+    check_against(adapter, WeightMap(base))
     other = {f"{Q}.weight": info(f"{Q}.weight", 8, 6), f"{DOWN}s.weight": info(f"{DOWN}s.weight", 10, 6)}
     with pytest.raises(CheckpointError) as caught:
-        check_against(adapter, other)
+        check_against(adapter, WeightMap(other))
     assert "q_proj: the adapter's factors [2, 4, 3, 2] make a (6, 8) delta, the base's weight is (8, 6)" in str(
         caught.value
     )

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from soka_serve.base_model import load_base
+from soka_serve.base_modules import list_modules
 from soka_serve.baselines import build_baseline
 from soka_serve.builtin import base_directory
 from soka_serve.compare_methods import AdaLoraSteps, build_extra
 from soka_serve.compare_preview import adapter_parameters
+from soka_serve.modules import Module
 from soka_serve.suite import MANIFEST_METHODS, METHODS
-from soka_serve.targets import Module, list_modules
 
 EXTRA = [m for m in METHODS if m not in MANIFEST_METHODS]
 RANK = 2

@@ -17,6 +17,7 @@ EXAMPLES = {
     "adapters": 40,
     "lokr": 60,
     "manifests": 30,
+    "bases": 60,
     "outputs": 30,
     "caches": 60,
     "frames": 60,

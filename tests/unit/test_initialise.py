@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import soka_serve
+from soka_serve.base_modules import list_modules
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, CheckpointError, PlanError, SokaError
 from soka_serve.initialise import Initialisation, initialise, share_of
 from soka_serve.kron import dense_delta, kpsvd, stack_terms
 from soka_serve.schema import Manifest
-from soka_serve.targets import Target, list_modules, resolve_targets
+from soka_serve.targets import Target, resolve_targets
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 
+from soka_serve.base_modules import list_modules
 from soka_serve.builtin import base_directory
 from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import DataError, PlanError
-from soka_serve.estimate import ModelSize, estimate_memory, lokr_parameters, lora_parameters, size_from_config
+from soka_serve.estimate import estimate_memory, lokr_parameters, lora_parameters
 from soka_serve.manifest import LoadedManifest, read_manifest
+from soka_serve.modules import ModelSize, Module, modules_from_config, size_from_config
 from soka_serve.plan_text import render_plan
 from soka_serve.planning import Plan, StageStatus, make_plan
 from soka_serve.policies import policies_for
-from soka_serve.targets import Module, list_modules, modules_from_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "soka_serve" / "builtin" / "configs"

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2Moe
 from soka_serve.collate import IGNORED, PadCollator
 from soka_serve.data import Encoded
 from soka_serve.errors import CheckpointError
+from soka_serve.modules import Module
 from soka_serve.probe import Batch, batches_needed, gather, split_targets
 from soka_serve.schema import Adapt
-from soka_serve.targets import Module, Target
+from soka_serve.targets import Target
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve
@@ -29,6 +29,7 @@ from soka_serve.errors import ServeError, SokaError
 from soka_serve.files import sha256_file
 from soka_serve.headers import read_json
 from soka_serve.kron import Factors
+from soka_serve.modules import modules_from_config
 from soka_serve.serving import plan_launch
 from soka_serve.serving_command import Launch, Settings, make_launch, parse_options
 from soka_serve.serving_log import failure_lines
@@ -37,7 +38,6 @@ from soka_serve.serving_process import Server, check_port
 from soka_serve.serving_slots import slot_values
 from soka_serve.serving_targets import Target
 from soka_serve.shapes import FactorShape, balanced_shape
-from soka_serve.targets import modules_from_config
 from soka_vllm.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
 from tests.e2e.builds import write_manifest
 from tests.served_models import EXPERTS, Architecture, write_checkpoint, write_random_adapter
@@ -230,6 +230,22 @@ def test_what_may_not_be_cut_counts_as_whole() -> None:
     assert slot_values(key, 4, None) == slot_values(key, 4, 1) == whole
     assert slot_values(key, 4, 2) == 2 * (4 * 8 + 64)
     assert slot_values(key, 4, 8) == 2 * (2 * 8 + 64)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fused_projections_take_a_slot_for_each_part(ranks: int) -> None:
+    """As the plugin cuts them: the parts of Left's rows, each with a Right of its own."""
+    shape = FactorShape(16, 8, 8, 8)  # 128 rows: 8 heads and 4 key/value heads of 8, or gate and up of 64
+    qkv = {"model.layers.0.self_attn.qkv_proj": (2, shape)}
+    both = {"model.layers.0.mlp.gate_up_proj": (2, shape)}
+    for factors, layer in (
+        (qkv, qkv_parallel(8, 4, 8, 64, 0, ranks, fused=True)),
+        (both, column_parallel([64, 64], 64, 0, ranks, fused=True)),
+    ):
+        left, right = torch.zeros(2, 16, 8), torch.zeros(2, 8, 8)
+        cuts = [cut(left, right, part.rows, part.columns) for part in layer.slices]
+        assert slot_values(factors, ranks, 4, 8) == sum(c.left.numel() + c.right.numel() for c in cuts)
+    assert slot_values(qkv, ranks, 4) == 3 * 2 * (16 * 8 + 64)
 
 
 def test_commands_are_put_together_without_torch() -> None:
@@ -621,3 +637,27 @@ def test_paths_that_vllm_would_split(tmp_path: Path) -> None:
     base = serving_command.ServedBase(tmp_path, "base", None)
     launch = make_launch([target], base, Settings())
     assert json.loads(_options(launch)["--lora-modules"][0]) == {"name": "sums", "path": str(target.path)}
+
+
+@pytest.mark.parametrize("module", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_fused_projections_can_be_served(tmp_path: Path, module: str) -> None:
+    (target,) = serving_targets.read_targets([str(_adapter(tmp_path / "a", module=f"model.layers.0.{module}"))])
+    assert list(target.factors) == [f"model.layers.0.{module}"]
+
+
+def test_a_bare_model_is_no_base_to_serve(tmp_path: Path) -> None:
+    """Transformers adds the names' 'model.' and ties the head; vLLM would serve an embedder, or stop while loading."""
+    base = tmp_path / "base"
+    shutil.copytree(base_directory(), base)
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    adapter = _adapter(tmp_path / "adapter", base=str(base))
+    for target in (adapter, base):
+        done = _serve(target, "--dry-run")
+        assert done.exit_code == 2
+        assert "a bare model (architectures = ['LlamaModel'] in its config.json)" in done.output
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, base / "model.safetensors")
+    for target in (adapter, base):
+        assert "a bare model (with tensors such as 'layers.0." in _serve(target, "--dry-run").output

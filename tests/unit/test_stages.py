@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from soka_serve.schema import Manifest
+from soka_serve.schema import LLAMA_PROJECTIONS, Manifest
 from soka_serve.stages import Inputs, stage_keys
 
 INPUTS = Inputs(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
@@ -100,3 +100,11 @@ def test_baselines_have_no_initialisation_and_full_has_a_merge() -> None:
     assert "init" not in stage_keys(_manifest(train__method="lora"), INPUTS, MODULES)
     only_adapter = _manifest(train__method="full", output__write=["adapter"])
     assert "merge" in stage_keys(only_adapter, INPUTS, MODULES)
+
+
+def test_every_module_of_a_llama_is_the_list_of_its_projections() -> None:
+    """Caches of builds that had the list as the default stay good; elsewhere '*' is a rule of its own."""
+    written = _manifest(adapt__modules=list(LLAMA_PROJECTIONS))
+    other = [*MODULES, "model.layers.0.self_attn.qkv_proj"]
+    assert stage_keys(_manifest(), INPUTS, MODULES) == stage_keys(written, INPUTS, MODULES)
+    assert stage_keys(_manifest(), INPUTS, other)["init"] != stage_keys(written, INPUTS, other)["init"]

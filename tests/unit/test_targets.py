@@ -10,16 +10,11 @@ from typing import Any
 
 import pytest
 
+from soka_serve.base_modules import list_modules, read_modules
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.modules import Module, llama_parameters, modules_from_config
 from soka_serve.schema import Manifest, RankEnergy, RankFixed
-from soka_serve.targets import (
-    Module,
-    budget_groups,
-    list_modules,
-    modules_from_config,
-    parse_layers,
-    resolve_targets,
-)
+from soka_serve.targets import budget_groups, parse_layers, resolve_targets
 
 LLAMA2 = {
     "model_type": "llama",
@@ -96,31 +91,49 @@ def test_config_that_cannot_be(change: dict[str, Any], message: str) -> None:
         modules_from_config(LLAMA2 | change)
 
 
-def test_headers_win_over_config(tmp_path: Path) -> None:
-    write_headers(
-        tmp_path,
-        {
-            "model.embed_tokens.weight": ("F32", [10, 8]),
-            "lm_head.weight": ("F32", [10, 8]),
-            "model.layers.0.mlp.odd_proj.weight": ("BF16", [6, 8]),
-            "model.layers.0.self_attn.q_proj.weight": ("F32", [8, 8]),
-            "model.layers.0.self_attn.q_proj.bias": ("F32", [8]),
-            "model.layers.0.input_layernorm.weight": ("F32", [8]),
-            "model.layers.0.mlp.experts.0.up_proj.weight": ("F32", [6, 8]),
-            "model.layers.0.mlp.gate.weight": ("F32", [2, 8]),
-        },
-        {"model_type": "strange"},
+def write_llama(directory: Path, changes: dict[str, tuple[str, list[int]] | None], **config: Any) -> None:
+    """Headers of a LLaMA of one layer, hidden 8, where `changes` does not say otherwise (None takes a tensor out)."""
+    values = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 10,
+    } | config
+    shapes = llama_parameters(values, modules_from_config(values))
+    tensors: dict[str, tuple[str, list[int]] | None] = {n: ("F32", list(shape)) for n, shape in shapes.items()}
+    write_headers(directory, {n: t for n, t in (tensors | changes).items() if t is not None}, values)
+
+
+def test_headers_give_dtypes_and_what_the_model_does_not_use(tmp_path: Path) -> None:
+    down = "model.layers.0.mlp.down_proj.weight"
+    rope = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    mtp = {f"model.layers.1.{name}.weight": ("F32", [8, 8]) for name in ("self_attn.q_proj", "eh_proj")}
+    write_llama(tmp_path, {down: ("BF16", [8, 6]), rope: ("F32", [4]), **mtp})
+    base = read_modules(tmp_path)
+    assert [m.projection for m in base.modules] == list(PROJECTIONS)
+    assert base.modules[-1] == Module("model.layers.0.mlp.down_proj", 8, 6, 0, "bfloat16")
+    assert base.unused == tuple(mtp)
+    assert "2 tensors of 2 modules that the model does not use, such as model.layers.1.self_attn.q_proj.weight" in str(
+        base.describe_unused()
     )
-    assert list_modules(tmp_path) == [
-        Module("model.layers.0.self_attn.q_proj", 8, 8, 0, "float32"),
-        Module("model.layers.0.mlp.odd_proj", 6, 8, 0, "bfloat16"),
-    ]
+    assert base.size.parameters == 2 * 80 + 4 * 64 + 3 * 48 + 3 * 8
+    assert base.size.weight_bytes == 4 * base.size.parameters - 2 * 48
 
 
-def test_headers_without_projections(tmp_path: Path) -> None:
-    write_headers(tmp_path, {"lm_head.weight": ("F32", [4, 4])}, {})
-    with pytest.raises(CheckpointError, match="no linear projection"):
-        list_modules(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", None, "model.layers.0.mlp.up_proj.weight is missing"),
+        ("lm_head.weight", None, "lm_head.weight is missing"),
+        ("model.norm.weight", ("F32", [9]), r"model.norm.weight is \(9,\), config.json makes it \(8,\)"),
+    ],
+)
+def test_headers_that_do_not_fit_the_config(tmp_path: Path, name: str, tensor: Any, message: str) -> None:
+    write_llama(tmp_path, {name: tensor})
+    with pytest.raises(CheckpointError, match=message):
+        read_modules(tmp_path)
 
 
 def test_directory_without_anything(tmp_path: Path) -> None:
