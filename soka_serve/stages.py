@@ -76,6 +76,7 @@ def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> di
             {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))} for rule in manifest.adapt
         ]
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
+        # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
     start = keys.get("init", [inputs.base, list(modules)])
