@@ -96,7 +96,10 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         record["base_parameters"] = context.base.size.parameters
         evaluations = suite.protocol.evaluations if spec.stage == "final" else 1
-        answers = _Answering(problems, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory)
+        chats = dataset.data.messages is not None
+        answers = _Answering(
+            problems, chats, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory
+        )
         prepared_s = time.monotonic() - started
         trainer = prepared.trainer([_Recorder(trace), answers])
         try:
@@ -286,13 +289,14 @@ class _Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(
         self,
         problems: Sequence[Problem],
+        chats: bool,
         tokenizer: Path,
         longest: int,
         evaluations: int,
         trace: Trace,
         memory: _Memory,
     ) -> None:
-        self.problems, self.longest, self.evaluations = problems, longest, evaluations
+        self.problems, self.chats, self.longest, self.evaluations = problems, chats, longest, evaluations
         self.trace, self.memory = trace, memory
         self.tokenizer = load_tokenizer(tokenizer)
 
@@ -303,7 +307,9 @@ class _Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if not self.trace.correct:
             self.trace.peak_bytes = self.memory.peak_bytes()  # of training, not of answering
         model = kwargs["model"]
-        texts = generate_answers(model, self.tokenizer, [p.prompt for p in self.problems], self.longest)
+        texts = generate_answers(
+            model, self.tokenizer, [p.prompt for p in self.problems], self.longest, templated=self.chats
+        )
         right = sum(is_right(problem, text) for problem, text in zip(self.problems, texts, strict=True))
         self.trace.correct[state.global_step] = right
 

@@ -63,12 +63,14 @@ class QuickCheck:
 
 @dataclass(frozen=True)
 class Questions:
-    """Held-out prompts, and how answers are marked (`family` None: they are not)."""
+    """Held-out prompts, and how answers are marked (`family` None: they are not). `templated`: they are rendered chats,
+    which bring their own special tokens."""
 
     family: str | None
     limit: int
     prompts: tuple[str, ...]
     expected: tuple[str, ...]
+    templated: bool = False
 
 
 def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) -> Questions | None:
@@ -92,7 +94,8 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
     )
     if not examples:
         return None
-    return Questions(None, len(examples), tuple(e.prompt for e in examples), tuple(e.completion for e in examples))
+    prompts, expected = tuple(e.prompt for e in examples), tuple(e.completion for e in examples)
+    return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 
 
 def answer(model: nn.Module, tokenizer_dir: Path, questions: Questions, max_new_tokens: int) -> Answers:
@@ -100,7 +103,8 @@ def answer(model: nn.Module, tokenizer_dir: Path, questions: Questions, max_new_
     from soka_serve.builtin.answers import generate_answers, measure
 
     if questions.family is None:
-        texts = generate_answers(model, tokenizer_dir, list(questions.prompts), max_new_tokens, batch_size=8)
+        prompts, chats = list(questions.prompts), questions.templated
+        texts = generate_answers(model, tokenizer_dir, prompts, max_new_tokens, batch_size=8, templated=chats)
         return Answers(None, None, tuple(texts), None)
     marked = measure(model, questions.family, "test", questions.limit, max_new_tokens, tokenizer=tokenizer_dir)
     first = marked.samples[:SAMPLES]

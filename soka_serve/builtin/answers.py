@@ -44,6 +44,8 @@ def generate_answers(
     prompts: Sequence[str],
     max_new_tokens: int = 128,
     batch_size: int = 64,
+    *,
+    templated: bool = False,
 ) -> list[str]:
     """What the model writes after each prompt: greedy, up to the end-of-sequence token or `max_new_tokens`.
 
@@ -56,10 +58,11 @@ def generate_answers(
         prompts: each at least one token long.
         max_new_tokens: longest answer, tokens.
         batch_size: prompts per forward.
+        templated: the prompts are rendered chats, which bring their own special tokens.
     """
     tokenizer = load_tokenizer(tokenizer)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    encoded: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded: list[list[int]] = [tokenizer(prompt, add_special_tokens=not templated)["input_ids"] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda at: len(encoded[at]))
     answers = [""] * len(prompts)
     was_training = model.training

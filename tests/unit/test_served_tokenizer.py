@@ -252,6 +252,27 @@ def test_mistrals_own_files_are_left_aside(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- evaluation
 
 
+def test_the_quick_check_asks_chats_with_one_bos(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from soka_serve.base_model import load_base
+    from soka_serve.quickcheck import answer, choose_questions
+
+    chat = [{"role": "user", "content": "Max has 30 pens."}, {"role": "assistant", "content": "30"}]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (folder / "small.toml").write_text(MANIFEST + 'messages = "messages"\n')
+    loaded = read_manifest(folder / "small.toml")
+    tokenizer = open_served(folder / "base")
+    questions = choose_questions(loaded.manifest, folder, tokenizer)
+    assert questions is not None
+    model = load_base(folder / "base")
+    asked: list[int] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **o: asked.extend(o["input_ids"][0].tolist()) or generate(**o))
+    answer(model, folder / "base", questions, 2)
+    trained = _trained(folder)[0]
+    assert asked == trained[: len(asked)]
+    assert asked.count(1) == 1
+
+
 def test_evaluation_sends_the_tokens_of_training(folder: Path) -> None:
     from soka_serve.evaluation.models import ServedModel
     from soka_serve.serving_command import Launch

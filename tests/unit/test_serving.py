@@ -484,6 +484,23 @@ def test_what_is_not_built_or_out_of_date(tmp_path: Path, built: Path) -> None:
     assert "--force" in done.output
 
 
+def test_a_base_whose_hub_id_stands_for_another_tokenizer_class(tmp_path: Path) -> None:
+    """vLLM is told where the tokenizer is that the adapter was trained with, also where --base gives a directory."""
+    base = shutil.copytree(base_directory(), tmp_path / "base")
+    settings = read_json(base / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for hub, told in (("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", True), ("someone/else", False)):
+        adapter = _adapter(tmp_path / hub / "adapter", base=hub)
+        options = _options(plan_launch([str(adapter)], Settings(), base=str(base))[1])
+        assert options["--model"] == [str(base.resolve())]
+        assert ("--tokenizer" in options) == told
+        if told:
+            made = read_json(Path(options["--tokenizer"][0]) / "tokenizer_config.json")
+            assert made == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            own = Settings(vllm=("--tokenizer", "x"))
+            assert _options(plan_launch([str(adapter)], own, base=str(base))[1])["--tokenizer"] == ["x"]
+
+
 def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Build, move the base, serve: the build is up to date; building again relabels it and trains nothing."""
     base = shutil.copytree(base_directory(), tmp_path / "base")
