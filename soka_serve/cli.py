@@ -406,8 +406,8 @@ def serve(
     """Serve adapters on their base, or one merged model, through vLLM's OpenAI-compatible API.
 
     A TARGET is a manifest whose build is up to date, an adapter or build directory, or a merged model. Each is the
-    model NAME in the API. What follows -- goes to `vllm serve`, and wins over what is worked out here; options that would make untrue what
-    was checked are refused.
+    model NAME in the API. What follows -- goes to `vllm serve`, and wins over what is worked out here; options that
+    would make untrue what was checked are refused.
     """
     from soka_serve.serving import plan_launch
     from soka_serve.serving import serve as run
