@@ -13,10 +13,10 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from soka_serve.doctor import find_engine
 from soka_serve.errors import SokaError
+from soka_serve.provenance import versions
 from tests.served_models import (
     ARCHITECTURES,
     EXPERTS,
@@ -69,11 +70,14 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="soka-served-") as folder:
                 rows.append(measure(architecture, Path(folder)))
             print(json.dumps(rows[-1]), flush=True)
-    versions = {name: metadata.version(name) for name in ("transformers", "torch", "peft")}
-    versions[engine.distribution if engine else "vllm"] = engine.version if engine else "none"
-    result = {"command": " ".join(["python", *sys.argv]), "versions": versions, "machine": platform.machine()}
+    result = {
+        "command": shlex.join(["python", "eval/served_models.py", *(f"--only={name}" for name in given.only or ())]),
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "versions": {**versions(), **({engine.distribution: engine.version} if engine else {})},
+        "rows": rows,
+    }
     if given.out is not None:
-        given.out.write_text(json.dumps({**result, "rows": rows}, indent=1) + "\n")
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
