@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from soka_serve.errors import BuildError, CheckpointError
-from soka_serve.pretrained import open_model, quiet
+from soka_serve.pretrained import BUILD_ERRORS, open_model, quiet
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def load_base(
             f"{directory}: the base model cannot be read: {_first_line(error)}",
             hint="the files may be incomplete; download or copy the checkpoint again (safetensors files are needed)",
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except BUILD_ERRORS as error:
         raise CheckpointError(
             f"{directory}: transformers cannot build this model: {_first_line(error)}",
             hint="a causal language model that the installed transformers knows is needed; remote code is never run",

@@ -14,6 +14,11 @@ from soka_serve.errors import CheckpointError
 from soka_serve.foreign_code import check_no_adapter, check_no_code
 from soka_serve.tokenizer_class import check_tokenizer_files
 
+# What transformers raises, beside OSError, of configs that it cannot build a model from.
+BUILD_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError, ImportError,
+)  # fmt: skip
+
 
 def open_model(directory: Path, **options: Any) -> Any:
     """A causal language model from a checkpoint's safetensors, by transformers' own class for it.
@@ -31,9 +36,10 @@ def open_model(directory: Path, **options: Any) -> Any:
 
     check_no_code(directory)
     check_no_adapter(directory)
-    return AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
-    )
+    with _strict_config(directory):
+        return AutoModelForCausalLM.from_pretrained(
+            directory, trust_remote_code=False, use_safetensors=True, local_files_only=True, **options
+        )
 
 
 def build_meta_model(directory: Path) -> Any:
@@ -49,7 +55,7 @@ def build_meta_model(directory: Path) -> Any:
 
     check_no_code(directory)
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), _strict_config(directory), torch.device("meta"):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise CheckpointError(
@@ -57,11 +63,25 @@ def build_meta_model(directory: Path) -> Any:
                     hint="give the checkpoint of its language model alone",
                 )
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+    except (OSError, *BUILD_ERRORS) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{directory}: transformers cannot build this model: {reason}",
             hint="a causal language model that the installed transformers knows is needed; remote code is never run",
+        ) from error
+
+
+@contextmanager
+def _strict_config(directory: Path) -> Iterator[None]:
+    """A value of a wrong type in config.json raises CheckpointError: transformers' own error is of no common kind."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except StrictDataclassError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise CheckpointError(
+            f"{directory / 'config.json'}: {' '.join(lines)}", hint="correct the value, or copy config.json again"
         ) from error
 
 

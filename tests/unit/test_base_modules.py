@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 
 import soka_serve
+from soka_serve.base_modules import list_modules
 from soka_serve.builtin import base_directory
 from soka_serve.errors import CheckpointError, PlanError
 
@@ -276,6 +278,19 @@ def test_a_base_without_a_causal_language_model(tmp_path: Path) -> None:
     for refuse in (soka_serve.plan, soka_serve.build):
         with pytest.raises(CheckpointError, match="no causal language model for model_type 'llava'"):
             refuse(manifest)
+
+
+@pytest.mark.parametrize("kind", ["granite", "llama"])
+def test_a_value_of_a_wrong_type_in_the_config(tmp_path: Path, kind: str) -> None:
+    """Both of the plan's ways, and what loads the model."""
+    from soka_serve.base_model import load_base
+
+    write(tmp_path / "base", CASES[kind][0]())
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": None}))
+    for read in (load_base, list_modules):
+        with pytest.raises(CheckpointError, match=r"config\.json: .*num_hidden_layers"):
+            read(tmp_path / "base")
 
 
 def test_conv1d_is_named(tmp_path: Path) -> None:
