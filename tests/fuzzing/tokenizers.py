@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from soka_serve.builtin import base_directory
 from soka_serve.data import Example
@@ -49,9 +51,34 @@ def _own_end(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(value))
 
 
+def _change_weights(folder: Path, tensors: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    """Add or replace tensors, where the weights are there too."""
+    file = folder / "model.safetensors"
+    if file.exists():
+        weights = load_file(file)
+        save_file({**weights, **tensors(weights)}, file, metadata={"format": "pt"})
+
+
 def _room(folder: Path) -> None:
     """Embeddings for more tokens than tokenizer.json has, as padded vocabularies have them."""
     change(folder, "config.json", vocab_size=1024)
+    name = "model.embed_tokens.weight"
+
+    def enlarged(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        old = weights[name]
+        return {name: torch.cat([old, old.new_zeros(1024 - len(old), old.shape[1])])}
+
+    _change_weights(folder, enlarged)
+
+
+def _qwen2(folder: Path) -> None:
+    """The same model as a Qwen2, which has biases."""
+    change(folder, "config.json", model_type="qwen2")
+    ends = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    _change_weights(
+        folder,
+        lambda w: {n.removesuffix("weight") + "bias": v.new_zeros(len(v)) for n, v in w.items() if n.endswith(ends)},
+    )
 
 
 SETTINGS = "tokenizer_config.json"
@@ -62,8 +89,8 @@ KINDS: Mapping[str, Callable[[Path], object]] = {
         change(f, "config.json", tokenizer_class="LlamaTokenizerFast"),
     ),
     "another class": lambda f: change(f, SETTINGS, tokenizer_class="GemmaTokenizer"),
-    "model type": lambda f: change(f, "config.json", model_type="qwen2"),
-    "no class": lambda f: (change(f, SETTINGS, tokenizer_class=None), change(f, "config.json", model_type="qwen2")),
+    "model type": _qwen2,
+    "no class": lambda f: (change(f, SETTINGS, tokenizer_class=None), _qwen2(f)),
     "no BOS": lambda f: change(f, SETTINGS, add_bos_token=False),
     "EOS behind": lambda f: change(f, SETTINGS, add_bos_token=True, add_eos_token=True),
     "EOS behind, by tokenizer.json": _own_end,

@@ -241,7 +241,7 @@ def test_mistrals_own_files_are_left_aside(tmp_path: Path) -> None:
     target = Target(given="m", name="m", kind="merged", path=tmp_path / "m")
 
     def options() -> dict[str, list[str]]:
-        return parse_options(make_launch([target], None, Settings()).command[3:])
+        return parse_options(make_launch([target], None, Settings()).command[4:])
 
     assert "--tokenizer-mode" not in options()
     (tmp_path / "m" / "tekken.json").write_text("{}")

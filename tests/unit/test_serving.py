@@ -491,8 +491,9 @@ def test_a_base_whose_hub_id_stands_for_another_tokenizer_class(tmp_path: Path) 
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     for hub, told in (("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", True), ("someone/else", False)):
         adapter = _adapter(tmp_path / hub / "adapter", base=hub)
-        options = _options(plan_launch([str(adapter)], Settings(), base=str(base))[1])
-        assert options["--model"] == [str(base.resolve())]
+        launch = plan_launch([str(adapter)], Settings(), base=str(base))[1]
+        options = _options(launch)
+        assert launch.command[3] == str(base.resolve())
         assert ("--tokenizer" in options) == told
         if told:
             made = read_json(Path(options["--tokenizer"][0]) / "tokenizer_config.json")
@@ -510,7 +511,7 @@ def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     manifest.write_text(manifest.read_text().replace('path = "base"', 'path = "moved"'))
     done = _serve(manifest, "--out", tmp_path / "build", "--dry-run")
     assert done.exit_code == 0, done.output
-    assert f"--model {(tmp_path / 'moved').resolve()}" in done.output
+    assert f"vllm_command {(tmp_path / 'moved').resolve()}" in done.output
     with monkeypatch.context() as patch:  # a base too large to be hashed for a look
         patch.setattr("soka_serve.status._QUICK_BYTES", 0)
         patch.setattr("soka_serve.workspace.HashCache.knows", lambda *a: False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from soka_serve import child_signals
 from soka_serve.errors import SandboxError
 from soka_serve.sandbox import Program, Verdict, check_sandbox, lock, require_consent, run_programs, runner, wire
 from tests.hostile import TRICKS
@@ -146,6 +148,7 @@ def test_a_missing_protection_is_named_and_nothing_runs(
             assert "version = landlock_version()" in text
             text = text.replace("version = landlock_version()", "version = 0")
         (folder / file.name).write_text(text)
+    shutil.copy(child_signals.__file__, tmp_path)
     monkeypatch.setattr(runner, "__file__", str(folder / "runner.py"))
     with pytest.raises(SandboxError, match="Landlock: this kernel does not have it") as caught:
         run(f"open({str(outside / 'mark')!r}, 'w')")
