@@ -67,10 +67,11 @@ bench-7b: venv ## KPSVD, merge and training step at LLaMA-2-7B's size (60 GB of 
 	for tokens in 512 2048; do $(BIN)/python eval/bench_step.py --llama 4096 11008 1 --ranks 1 --rows 1 --length $$tokens \
 		--repeats 2 --threads 2 --out build/bench/step_7b_$$tokens.json || exit; done
 
-lint: venv ## ruff and mypy
+lint: venv ## ruff, mypy and the directions of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: venv ## Format and fix what ruff can
 	$(BIN)/ruff format .

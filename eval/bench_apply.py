@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from soka_serve.kron import apply_kron, linear_with_delta
-from soka_serve.kron_apply import choose_order
-from soka_serve.shapes import FactorShape
+from soka_serve.kron.apply import choose_order
+from soka_serve.kron.shapes import FactorShape
 
 CASES = [
     (FactorShape(16, 8, 8, 16), (1, 2, 4, 16)),

@@ -27,7 +27,7 @@ from bench_kpsvd import cpu_name
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soka_serve.shapes import balanced_shape
+from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
 
 LAYERS = [(4096, 4096), (11008, 4096), (4096, 11008)]

@@ -58,8 +58,8 @@ from growth_measures import (
 )
 from growth_page import Line, Panel, Point, render
 
-from soka_serve.provenance import versions
-from soka_serve.report_text import count, size
+from soka_serve.io.text import count, size
+from soka_serve.io.versions import versions
 
 
 class Study(NamedTuple):

@@ -26,13 +26,13 @@ import torch
 from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from safetensors.torch import save_file
 
-from soka_serve.base_model import load_base
-from soka_serve.base_modules import list_modules
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.initialise import initialise
-from soka_serve.probe import gather
-from soka_serve.schema import Manifest
-from soka_serve.targets import budget_groups, resolve_targets
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.model import load_base
+from soka_serve.base.read_modules import list_modules
+from soka_serve.base.targets import budget_groups, resolve_targets
+from soka_serve.compiler.init.initialise import initialise
+from soka_serve.compiler.init.probe import gather
+from soka_serve.manifest.schema import Manifest
 
 VOCABULARY = 64
 TOKENS = 32  # per batch of the rules with a pass over data

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soka_serve.shapes import balanced_shape
+from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.kron import kpsvd
-from soka_serve.shapes import FactorShape, balanced_shape
+from soka_serve.kron.shapes import FactorShape, balanced_shape
 
 CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096)]
 

@@ -34,13 +34,13 @@ from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from soka_serve.base_modules import list_modules
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.initialise import initialise
-from soka_serve.progress import track
-from soka_serve.schema import Manifest
-from soka_serve.shapes import balanced_shape
-from soka_serve.targets import resolve_targets
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.read_modules import list_modules
+from soka_serve.base.targets import resolve_targets
+from soka_serve.compiler.init.initialise import initialise
+from soka_serve.io.progress import track
+from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.schema import Manifest
 
 RANK = 64
 LARGE = "mlp.up_proj"

@@ -38,12 +38,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from soka_serve.adapter import write_adapter
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.adapter.format import write_adapter
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.compiler.merge.merge import merge
+from soka_serve.io.versions import versions
 from soka_serve.kron import Factors
-from soka_serve.merging import merge
-from soka_serve.provenance import versions
-from soka_serve.shapes import balanced_shape
+from soka_serve.kron.shapes import balanced_shape
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KEY_VALUE = 4096, 11008, 32000, 1024
 SHARD_BYTES = 10**9
@@ -150,7 +150,7 @@ def merge_with_peft(base: Path, rank: int, out: Path) -> None:
     """What PEFT's users do, with a LoRA of the same rank on the same modules."""
     from peft import LoraConfig, get_peft_model
 
-    from soka_serve.pretrained import open_model
+    from soka_serve.base.pretrained import open_model
 
     model = open_model(base, dtype="auto")
     names = sorted({name.rsplit(".", 1)[1] for name in layer_shapes(0)})

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import soka_serve
-from soka_serve.provenance import versions
+from soka_serve.io.versions import versions
 
 MANIFEST = Path(__file__).resolve().parent.parent / "manifests" / "math.toml"
 DATA, SEED = 'builtin = "math"', "[train]\n"

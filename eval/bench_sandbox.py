@@ -1,4 +1,4 @@
-"""The sandbox against bubblewrap: what each contains of `tests/hostile_effects.py`, and what a start costs.
+"""The sandbox against bubblewrap: what each contains of `tests/support/hostile_effects.py`, and what a start costs.
 
     apt-get install bubblewrap util-linux e2fsprogs
     python eval/bench_sandbox.py --out eval/results/sandbox.json  # as root
@@ -8,7 +8,7 @@ Every program is run by one ordinary user with the same limits (memory, CPU time
 - `limits`: nothing but those, which shows that the attack works;
 - `bubblewrap`: its namespaces, Python's folders read-only, a scratch folder of 16 MiB in memory;
 - `bubblewrap and filter`: the same with this sandbox's list of refused system calls (`--seccomp`);
-- `ours`: `soka_serve.sandbox`, which also runs the tests and a second program after it.
+- `ours`: `soka_serve.evaluation.sandbox`, which also runs the tests and a second program after it.
 
 - `ours in bubblewrap`: both, one within the other.
 
@@ -44,10 +44,10 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from soka_serve.provenance import versions  # noqa: E402
-from soka_serve.sandbox import lock  # noqa: E402
-from tests.hostile_effects import ATTACKS, Attack  # noqa: E402
-from tests.hostile_world import CLAIM, use_of, world  # noqa: E402
+from soka_serve.evaluation.sandbox import lock  # noqa: E402
+from soka_serve.io.versions import versions  # noqa: E402
+from tests.support.hostile_effects import ATTACKS, Attack  # noqa: E402
+from tests.support.hostile_world import CLAIM, use_of, world  # noqa: E402
 
 USER = 65533
 IDENTITY: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []}
@@ -77,8 +77,8 @@ BUBBLEWRAP = (
 # The whole sandbox in a jail: the verdict is the program's word.
 WITHIN = """
 import sys, tempfile
-from soka_serve.sandbox import Program, run_programs
-from tests.hostile_world import older_kernel
+from soka_serve.evaluation.sandbox import Program, run_programs
+from tests.support.hostile_world import older_kernel
 tempfile.tempdir = "/scratch"
 with older_kernel(int(sys.argv[1]) or None):
     programs = [Program(sys.stdin.read(), ("assert f()",)), Program("def f():\\n    return 1", ("assert f() == 1",))]
@@ -101,7 +101,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 """
 RUN = """
 import json, statistics, sys, time
-from soka_serve.sandbox import Program, run_programs
+from soka_serve.evaluation.sandbox import Program, run_programs
 program = Program("def f():\\n    return 1", ("assert f() == 1",))
 def run(count):
     started = time.perf_counter()
@@ -212,7 +212,7 @@ def ours(disk: str) -> dict[str, dict[str, Any]]:
     """All attacks in this sandbox, by the user."""
     lines: list[tuple[str, list[str]]] = []
     for options in ([], ["--scratch", disk]):
-        done = as_user([PYTHON, "-m", "tests.hostile_world", *options])
+        done = as_user([PYTHON, "-m", "tests.support.hostile_world", *options])
         assert done.returncode == 0, done.stderr
         lines += [json.loads(line) for line in done.stdout.splitlines()]
     assert {name for name, _ in lines} == set(ATTACKS)
@@ -249,7 +249,7 @@ def wall(command: Sequence[str]) -> float:
 
 def needs() -> dict[str, Any]:
     """Whether each starts as the user, and as the user where there are no user namespaces (as in most containers)."""
-    probe = "import sys; from soka_serve.sandbox import check_sandbox; check_sandbox()"
+    probe = "import sys; from soka_serve.evaluation.sandbox import check_sandbox; check_sandbox()"
     ways = {"ours": [PYTHON, "-c", probe], "bubblewrap": [*BUBBLEWRAP, *BARE, "pass"]}
     found = {}
     for name, command in ways.items():

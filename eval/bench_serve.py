@@ -43,11 +43,11 @@ import torch
 from bench_kpsvd import cpu_name
 from safetensors.torch import save_file
 
-from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from soka_serve.builtin import base_directory
+from soka_serve.io.versions import versions
 from soka_serve.kron import Factors
-from soka_serve.provenance import versions
-from soka_serve.shapes import balanced_shape
+from soka_serve.kron.shapes import balanced_shape
 
 # Else vLLM gives lm_head slots too, and on CPUs computes them for every token.
 LAYERS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -71,7 +71,7 @@ def make_models(folder: Path) -> dict[str, Model]:
     """The embedded base, and a random LLaMA written to `folder`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from soka_serve.pretrained import open_model
+    from soka_serve.base.pretrained import open_model
 
     torch.manual_seed(0)
     config = LlamaConfig(

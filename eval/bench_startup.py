@@ -34,7 +34,7 @@ from typing import Any
 
 import psutil
 
-from soka_serve.provenance import versions
+from soka_serve.io.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -60,7 +60,7 @@ jsonl = "data.jsonl"
 write = ["adapter"]
 """
 EXAMPLE = {"prompt": "Q: 1 + 1?\nA:", "completion": " 2"}  # no marker of an answer, so that nothing is asked at the end
-BUILD_IMPORTS = "import soka_serve.build_stages, soka_serve.train_run, soka_serve.train, soka_serve.artefact"
+BUILD_IMPORTS = "from soka_serve.compiler import papers, stages; from soka_serve.compiler.train import run, train"
 
 
 def run(command: list[str], cwd: Path = ROOT) -> str:

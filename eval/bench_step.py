@@ -33,10 +33,10 @@ from bench_kpsvd import cpu_name, resident_bytes
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soka_serve.base_model import load_base
+from soka_serve.base.model import load_base
 from soka_serve.builtin import base_directory
+from soka_serve.kron.shapes import balanced_shape
 from soka_serve.peft import SokaConfig
-from soka_serve.shapes import balanced_shape
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)

@@ -27,7 +27,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from soka_serve.provenance import versions
+from soka_serve.io.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {
@@ -41,9 +41,9 @@ TESTS = {
     ],
     "peft": [
         *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "parity").glob("test_peft*.py")),
-        "tests/unit/test_peft_config.py",
-        "tests/unit/test_adapter.py",
-        "tests/unit/test_train.py",
+        "tests/unit/peft/test_config.py",
+        "tests/unit/adapter/test_format.py",
+        "tests/unit/compiler/test_train.py",
         "tests/e2e/test_peft_trainers.py",
         "tests/e2e/test_train_builtin.py",
         "tests/e2e/test_build.py",

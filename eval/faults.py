@@ -30,8 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from soka_serve.provenance import versions  # noqa: E402
-from tests.e2e.builds import same_tensors, write_manifest  # noqa: E402
+from soka_serve.io.versions import versions  # noqa: E402
+from tests.support.builds import same_tensors, write_manifest  # noqa: E402
 
 SIZES_MB = (0.1, 0.3, 1.0, 3.0, 5.0, 7.0)
 JUMPING_CLOCK = """\

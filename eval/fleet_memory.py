@@ -42,13 +42,13 @@ from safetensors.torch import save_file
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
-from soka_serve.adapter import KEY_PREFIX, PEFT_TYPE, write_adapter
+from soka_serve.adapter.format import KEY_PREFIX, PEFT_TYPE, write_adapter
+from soka_serve.base.modules import Module, modules_from_config
 from soka_serve.builtin import base_directory
-from soka_serve.estimate import lora_parameters
-from soka_serve.headers import read_json
+from soka_serve.compiler.plan.estimate import lora_parameters
+from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
-from soka_serve.modules import Module, modules_from_config
-from soka_serve.shapes import FactorShape, balanced_shape
+from soka_serve.kron.shapes import FactorShape, balanced_shape
 from soka_vllm import compat
 from soka_vllm.arena import SLOT_DEFAULT, SLOT_VARIABLE
 from soka_vllm.engine import keep_limit

@@ -10,9 +10,10 @@ from fleet_caches import CONCURRENT, EXPONENTS, HOST_COUNTS, SLOT_COUNTS
 from fleet_memory import PARALLEL, TIMED
 from markupsafe import Markup
 
-from soka_serve.report import environment
-from soka_serve.report_charts import Axis, Mark, Series, chart, linear_axis, log_axis
-from soka_serve.report_text import percent, size
+from soka_serve.comparison.page import FOLDER
+from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis
+from soka_serve.compiler.report.page import environment
+from soka_serve.io.text import percent, size
 from soka_vllm.arena import SLOT_DEFAULT
 
 LINES = ("soka_1", "soka_1_weights", "soka_4", "soka_16", "lora_1", "lora_8", "lora_16", "lora_16_sharded")
@@ -218,7 +219,7 @@ def page(record: Mapping[str, Any]) -> str:
     caches = record["caches"]
     parts = [memory_part(record["memory"]), hits_part(caches["hit_rates"]), loading_part(caches)]
     parts += [waiting_part(record["waiting"]), fleet_part(record["fleet"])]
-    templates = environment(autoescape=True)
+    templates = environment(FOLDER, autoescape=True)
     assert templates.loader is not None
     source = templates.loader.get_source(templates, "compare.html.jinja")[0]
     style = source[source.index("<style>") : source.index("</style>")]

@@ -42,8 +42,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from soka_serve.progress import track  # noqa: E402
-from soka_serve.provenance import versions  # noqa: E402
+from soka_serve.io.progress import track  # noqa: E402
+from soka_serve.io.versions import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 

@@ -20,15 +20,16 @@ from growth_page import Point
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from soka_serve import estimate, targets
-from soka_serve.adapter import write_adapter
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.initialise import initialise
+from soka_serve.adapter.format import write_adapter
+from soka_serve.base import targets
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.compiler.init.initialise import initialise
+from soka_serve.compiler.plan import estimate
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
-from soka_serve.kron_apply import choose_order
+from soka_serve.kron.apply import choose_order
+from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.schema import Manifest
 from soka_serve.peft import SokaConfig, SokaLinear
-from soka_serve.schema import Manifest
-from soka_serve.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
 
 SEED = 0

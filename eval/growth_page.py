@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from soka_serve.report import environment
-from soka_serve.report_charts import Axis, Mark, Series, chart, log_axis
-from soka_serve.report_text import count
+from soka_serve.comparison.page import FOLDER
+from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, log_axis
+from soka_serve.compiler.report.page import environment
+from soka_serve.io.text import count
 
 Point = dict[str, Any]
 
@@ -142,7 +143,7 @@ def render(record: dict[str, Any], panels_of: Mapping[str, Sequence[Panel]], lea
             for panel, fits in panels
         ]
         studies.append((name, found, drawn))
-    jinja = environment(autoescape=True)
+    jinja = environment(FOLDER, autoescape=True)
     jinja.filters["pairs"] = lambda mapping: ", ".join(f"{key} {value}" for key, value in mapping.items())
     return jinja.from_string(PAGE).render(record=record, studies=studies, least=least_calls)
 

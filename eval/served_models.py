@@ -26,10 +26,10 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes to start
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from soka_serve.doctor import find_engine
 from soka_serve.errors import SokaError
-from soka_serve.provenance import versions
-from tests.served_models import (
+from soka_serve.io.versions import versions
+from soka_serve.serving.doctor import find_engine
+from tests.support.served_models import (
     ARCHITECTURES,
     EXPERTS,
     Architecture,

@@ -57,8 +57,8 @@ from fleet_memory import (
 )
 from fleet_page import page
 
-from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
-from soka_serve.provenance import versions
+from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
 from soka_vllm.engine import KEEP_VARIABLE
 from soka_vllm.layers import LORA_VARIABLE

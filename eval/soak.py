@@ -46,10 +46,10 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
-from soka_serve.adapter import WEIGHTS_FILE  # noqa: E402
-from soka_serve.provenance import versions  # noqa: E402
-from tests.e2e.serve_adapters import ALPHA, TARGET_OPTIONS, clear_jobs, write_many, write_soka  # noqa: E402
-from tests.e2e.serving import Server, random_factors, serve  # noqa: E402
+from soka_serve.adapter.format import WEIGHTS_FILE  # noqa: E402
+from soka_serve.io.versions import versions  # noqa: E402
+from tests.support.serve_adapters import ALPHA, TARGET_OPTIONS, clear_jobs, write_many, write_soka  # noqa: E402
+from tests.support.serving import Server, random_factors, serve  # noqa: E402
 
 ADAPTERS = 16
 REPLACED, UNLOADED = "a0", "a1"
@@ -280,7 +280,7 @@ def shared_jobs(models: dict[str, Any]) -> tuple[list[Job], list[Job]]:
     """Prompts that both models answer clearly and differently, with the answers of the first and of the second."""
     import torch
 
-    from tests.e2e.serve_adapters import ATOL_NATS, expected_answers
+    from tests.support.serve_adapters import ATOL_NATS, expected_answers
 
     prompts = torch.randint(3, 600, (40, 20), generator=torch.Generator().manual_seed(7))
     (one, lead_one), (two, lead_two) = (expected_answers(model, prompts, TOKENS) for model in models.values())

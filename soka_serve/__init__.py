@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.errors import SokaError
 
 if TYPE_CHECKING:
-    from soka_serve.api import export, merge, plan
-    from soka_serve.comparing import compare
-    from soka_serve.compiler import build
+    from soka_serve.adapter.inspect import inspect
+    from soka_serve.comparison.compare import compare
+    from soka_serve.compiler.api import export, merge, plan
+    from soka_serve.compiler.build import build
+    from soka_serve.compiler.extract import extract
     from soka_serve.evaluation.run import evaluate
-    from soka_serve.extraction import extract
-    from soka_serve.inspection import inspect
 
 __version__ = "0.1.0"
 
@@ -45,14 +45,14 @@ __all__ = [
 # Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
 # would put the module in the function's place.
 _HOMES = {
-    "build": "soka_serve.compiler",
-    "compare": "soka_serve.comparing",
+    "build": "soka_serve.compiler.build",
+    "compare": "soka_serve.comparison.compare",
     "evaluate": "soka_serve.evaluation.run",
-    "export": "soka_serve.api",
-    "extract": "soka_serve.extraction",
-    "inspect": "soka_serve.inspection",
-    "merge": "soka_serve.api",
-    "plan": "soka_serve.api",
+    "export": "soka_serve.compiler.api",
+    "extract": "soka_serve.compiler.extract",
+    "inspect": "soka_serve.adapter.inspect",
+    "merge": "soka_serve.compiler.api",
+    "plan": "soka_serve.compiler.api",
 }
 
 

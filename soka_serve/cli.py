@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from soka_serve.errors import SokaError, printable_lines
-from soka_serve.told import one_command
+from soka_serve.io.warn_once import one_command
 
 if TYPE_CHECKING:
-    from soka_serve.compiler import BuildResult
+    from soka_serve.compiler.build import BuildResult
 
 
 class _PathType(click.Path):
@@ -54,7 +54,7 @@ class _Group(click.Group):
         except Exception as error:
             if debug:
                 raise
-            from soka_serve.files import explain_disk_error
+            from soka_serve.io.files import explain_disk_error
 
             known = explain_disk_error(error)
             if known is None:
@@ -123,8 +123,8 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
 @click.option("--force", is_flag=True, help="Overwrite the file if it is there.")
 def init(name: str, force: bool) -> None:
     """Write a commented starter manifest to NAME.toml."""
-    from soka_serve.files import write_text_atomic
-    from soka_serve.manifest import starter_manifest
+    from soka_serve.io.files import write_text_atomic
+    from soka_serve.manifest.read import starter_manifest
 
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     if path.exists() and not force:
@@ -136,7 +136,7 @@ def init(name: str, force: bool) -> None:
 @main.command(epilog="Example:  soka-serve schema > soka.schema.json")
 def schema() -> None:
     """Print the manifest's JSON Schema, for editors."""
-    from soka_serve.manifest import json_schema
+    from soka_serve.manifest.read import json_schema
 
     click.echo(json.dumps(json_schema(), indent=2))
 
@@ -149,8 +149,8 @@ def schema() -> None:
 @click.option("--policies", type=click.IntRange(min=1), help="Also list rank policies near this many parameters.")
 def plan(manifest: Path, as_json: bool, every: bool, out: Path | None, policies: int | None) -> None:
     """Show what a build would do: modules, ranks, parameters, memory, examples. Loads no weights."""
-    from soka_serve.api import plan as make
-    from soka_serve.plan_text import render_plan
+    from soka_serve.compiler.api import plan as make
+    from soka_serve.compiler.plan.text import render_plan
 
     made = make(manifest, out=out, policies=policies)
     click.echo(json.dumps(made.to_json(), indent=2) if as_json else render_plan(made, every=every))
@@ -166,7 +166,7 @@ def plan(manifest: Path, as_json: bool, every: bool, out: Path | None, policies:
 @click.option("--json", "as_json", is_flag=True, help="Print the result for machines.")
 def build(manifest: Path, out: Path | None, force: bool, as_json: bool) -> None:
     """Compile MANIFEST: initialise, fine-tune, export, merge, check, report."""
-    from soka_serve.compiler import build as run
+    from soka_serve.compiler.build import build as run
 
     result = run(manifest, out=out, force=force)
     if not result.is_main_process:
@@ -216,8 +216,8 @@ def merge(
     allow_other_base: bool,
 ) -> None:
     """Add adapters to a base model's weights; write a dense model that any engine loads."""
-    from soka_serve.api import merge as run
-    from soka_serve.api import parse_weighted
+    from soka_serve.compiler.api import merge as run
+    from soka_serve.compiler.api import parse_weighted
 
     result = run(
         [parse_weighted(a) for a in adapters],
@@ -255,7 +255,7 @@ def extract(
     shape: str,
 ) -> None:
     """Extract a Kronecker adapter from a fully fine-tuned checkpoint."""
-    from soka_serve.extraction import extract as run
+    from soka_serve.compiler.extract import extract as run
 
     result = run(
         finetuned,
@@ -279,7 +279,7 @@ def extract(
 @click.option("--out", type=_FILE, required=True, help="Directory of the export; an earlier one is replaced.")
 def export(source: Path, to: str, rank: int | None, dtype: str, out: Path) -> None:
     """Write an adapter or a training checkpoint in another form, and say what is lost."""
-    from soka_serve.api import export as run
+    from soka_serve.compiler.api import export as run
 
     _say(run(source, out, to=to, rank=rank, dtype=dtype).to_text())
 
@@ -289,7 +289,7 @@ def export(source: Path, to: str, rank: int | None, dtype: str, out: Path) -> No
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def inspect(path: Path, as_json: bool) -> None:
     """Show what an adapter, a build or a checkpoint holds: shapes, ranks, sigma, norms, provenance."""
-    from soka_serve.inspection import inspect as run
+    from soka_serve.adapter.inspect import inspect as run
 
     found = run(path)
     _say(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())
@@ -316,11 +316,11 @@ def compare(
 ) -> None:
     """Compare methods over learning rates and seeds, as SUITE says; go on where an earlier call stopped."""
     if dry_run:
-        from soka_serve.compare_preview import preview
+        from soka_serve.comparison.preview import preview
 
         _say(preview(suite).to_text())
         return
-    from soka_serve.comparing import compare as run
+    from soka_serve.comparison.compare import compare as run
 
     command = f"soka-serve compare {suite} --jobs {jobs}" + (f" --out {out}" if out else "")
     result = run(
@@ -344,7 +344,7 @@ def doctor(ctx: click.Context, as_json: bool, quick: bool) -> None:
     """Check what serving needs: Python, torch, vLLM and its version, the plugin, PEFT, GPU or CPU."""
     from dataclasses import asdict
 
-    from soka_serve.doctor import all_checks, quick_checks
+    from soka_serve.serving.doctor import all_checks, quick_checks
 
     found = []
     for check in quick_checks() if quick else all_checks():
@@ -417,9 +417,9 @@ def serve(
     model NAME in the API. What follows -- goes to `vllm serve`, and wins over what is worked out here; options that
     would make untrue what was checked are refused.
     """
-    from soka_serve.serving import plan_launch
-    from soka_serve.serving import serve as run
-    from soka_serve.serving_command import Settings
+    from soka_serve.serving.command import Settings
+    from soka_serve.serving.serve import plan_launch
+    from soka_serve.serving.serve import serve as run
 
     passed_on = ctx.meta["soka_serve.passed_on"]
     settings = Settings(host=host, port=port, runtime_loading=runtime_loading, builds=builds, vllm=passed_on)

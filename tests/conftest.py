@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.child_signals import default_signals
+from soka_serve.io.child_signals import default_signals
 
 # Before any library reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

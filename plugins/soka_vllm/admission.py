@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from soka_serve.adapter import LOCK_FILE
-from soka_serve.budget import ReadingBudget, read_limited
+from soka_serve.adapter.format import LOCK_FILE
 from soka_serve.errors import CheckpointError
+from soka_serve.io.budget import ReadingBudget, read_limited
 from soka_vllm import compat
 from soka_vllm.engine import KEEP_VARIABLE, keep_limit
 from soka_vllm.layers import KroneckerMixin

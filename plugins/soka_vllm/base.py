@@ -1,4 +1,4 @@
-"""Whether an adapter was made for the weights that are served: its soka.lock against the base's files. No vLLM."""
+"""Whether an adapter was made for the weights that are served: its soka.lock against the base's files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from soka_serve.adapter_source import base_sha256_of, find_lock
-from soka_serve.budget import ReadingBudget
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.adapter.source import base_sha256_of, find_lock
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.quantisation import read_quantisation
 from soka_serve.errors import SokaError, printable
-from soka_serve.own_cache import own_hashes
-from soka_serve.quantisation import read_quantisation
+from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.own_cache import own_hashes
 from soka_vllm.opened import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")

@@ -52,7 +52,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from soka_vllm.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
+from soka_serve.kron.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
 from soka_vllm.versions import is_supported, supported_text
 
 if current_platform.is_cpu():

@@ -1,4 +1,4 @@
-"""What an API process counts of requests and loads, by adapter; series end with their adapter. No vLLM."""
+"""What an API process counts of requests and loads, by adapter; series end with their adapter."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from soka_serve.kron.sharding import Cut, LayerShards, cut
 from soka_vllm import compat
-from soka_vllm.sharding import Cut, LayerShards, cut
 from soka_vllm.slots import SlotStore
 
 LORA_VARIABLE = "SOKA_LORA"

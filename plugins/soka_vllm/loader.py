@@ -11,12 +11,13 @@ from typing import Any, Protocol
 
 import torch
 
-from soka_serve.adapter import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
-from soka_serve.budget import ReadingBudget
+from soka_serve.adapter.format import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
 from soka_serve.errors import SokaError, first_ten, is_shown, printable
-from soka_serve.headers import find_not_finite, read_json
+from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.json_files import read_json
+from soka_serve.io.safetensors import find_not_finite
 from soka_serve.kron import Factors
-from soka_serve.shapes import FactorShape
+from soka_serve.kron.shapes import FactorShape
 from soka_vllm import compat
 from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, refusal
-from soka_serve.budget import ReadingBudget
+from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, refusal
 from soka_serve.errors import CheckpointError, name_some
-from soka_serve.headers import FLOAT_DTYPES, TensorInfo, read_header, read_json, read_tensor
+from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.json_files import read_json
+from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
-from soka_serve.shapes import FactorShape
+from soka_serve.kron.shapes import FactorShape
 from soka_vllm.patterns import Matcher
 
 

@@ -1,4 +1,4 @@
-"""LoKr in the LyCORIS library's own files, for linear layers of language models. No vLLM.
+"""LoKr in the LyCORIS library's own files, for linear layers of language models.
 
 `LycorisNetwork.save_weights` writes one safetensors file and no config. Its keys name a module by its path with "_" for
 "." (`lycoris_model_layers_0_self_attn_q_proj.lokr_w1`), so it takes the served model's modules to read them.
@@ -19,12 +19,12 @@ from typing import TypeVar
 
 from torch import tensor
 
-from soka_serve.adapter import CONFIG_FILE, refusal
-from soka_serve.budget import ReadingBudget
+from soka_serve.adapter.format import CONFIG_FILE, refusal
 from soka_serve.errors import CheckpointError, SokaError, name_some
-from soka_serve.headers import TensorInfo, read_header, read_tensor
+from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
-from soka_serve.shapes import FactorShape
+from soka_serve.kron.shapes import FactorShape
 from soka_vllm.lokr import Matrix, find_matrix
 
 PREFIX = "lycoris_"

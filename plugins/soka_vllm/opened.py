@@ -1,4 +1,4 @@
-"""An adapter's files, each opened once: what was checked is what is read. No vLLM, no torch.
+"""An adapter's files, each opened once: what was checked is what is read.
 
 A path can lead elsewhere a moment after it was looked at. Here the directory and its files are opened first, and the
 kernel is asked where the things lie that are open. Readers get a private directory of links to the open descriptors
@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from soka_serve.adapter import CONFIG_FILE, LOCK_FILE
-from soka_serve.checkpoint import PICKLE_SUFFIXES
+from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE
 from soka_serve.errors import printable
-from soka_serve.files import is_own
+from soka_serve.io.files import is_own
+from soka_serve.io.safetensors import PICKLE_SUFFIXES
 
 _logger = logging.getLogger("vllm.soka")
 

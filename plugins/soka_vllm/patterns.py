@@ -1,4 +1,4 @@
-"""PEFT's rank_pattern and alpha_pattern: which module names each of their regular expressions matches. No vLLM.
+"""PEFT's rank_pattern and alpha_pattern: which module names each of their regular expressions matches.
 
 PEFT and vLLM match them by engines that backtrack, where a pattern of 20 characters can take years. Here RE2 does it
 (through pyarrow, which `datasets` needs anyway), in time linear in the name. What RE2 has no form for (lookarounds,
@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from soka_serve.budget import ReadingBudget
+from soka_serve.io.budget import ReadingBudget
 
 # What bounds the time of one call: RE2 unrolls repeats, and each pass over a name goes through what it unrolled.
 _MAX_CHARACTERS = 500

@@ -1,4 +1,4 @@
-"""Where adapters may come from: names in a folder of builds, and the folders of runtime loads. No vLLM, no torch.
+"""Where adapters may come from: names in a folder of builds, and the folders of runtime loads.
 
 Names and paths are what any client sends: nothing but an adapter inside the folders may be reached by them.
 """

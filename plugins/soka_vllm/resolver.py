@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import is_printable, printable
-from soka_serve.schema import MODEL_NAME_RULE, is_model_name
+from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_vllm import compat
 from soka_vllm.opened import OutsideError, opened, renamed
 from soka_vllm.places import BUILDS_VARIABLE, Locks, allowed_roots, find_build, is_inside, limited, roots_of

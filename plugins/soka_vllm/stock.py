@@ -1,14 +1,15 @@
-"""An ordinary LoRA adapter's files, held against the budget before vLLM's own reader opens them. No vLLM."""
+"""An ordinary LoRA adapter's files, held against the budget before vLLM's own reader opens them."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
 
-from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
-from soka_serve.budget import ReadingBudget, open_regular, refuse_hole
+from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.errors import CheckpointError
-from soka_serve.headers import read_header, read_json
+from soka_serve.io.budget import ReadingBudget, open_regular, refuse_hole
+from soka_serve.io.json_files import read_json
+from soka_serve.io.safetensors import read_header
 from soka_vllm.patterns import Matcher
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")  # in the order in which vLLM looks for them

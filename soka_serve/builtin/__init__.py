@@ -1,4 +1,4 @@
-"""The embedded base model and the task families that go with it. Importing this loads no torch."""
+"""The embedded base model and the task families that go with it."""
 
 from __future__ import annotations
 

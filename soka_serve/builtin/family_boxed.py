@@ -1,4 +1,4 @@
-r"""Short algebra and arithmetic in TeX, answered in `\boxed{}`, after MATH. No torch."""
+r"""Short algebra and arithmetic in TeX, answered in `\boxed{}`, after MATH."""
 
 from __future__ import annotations
 

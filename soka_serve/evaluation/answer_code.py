@@ -1,4 +1,4 @@
-"""The program in a model's answer: out of Markdown fences, or out of bare text. No torch."""
+"""The program in a model's answer: out of Markdown fences, or out of bare text."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import EvalError, ServeError
-from soka_serve.headers import read_json
-from soka_serve.schema import Manifest
-from soka_serve.serving_command import Launch, Settings
-from soka_serve.serving_targets import Target
+from soka_serve.io.json_files import read_json
+from soka_serve.manifest.schema import Manifest
+from soka_serve.serving.command import Launch, Settings
+from soka_serve.serving.targets import Target
 
 if TYPE_CHECKING:
     from soka_serve.evaluation.models import LocalModel, ServedModel
@@ -129,8 +129,8 @@ class VllmBackend:
 
     @contextmanager
     def _started(self, given: str, model: Path) -> Iterator[Launch]:
-        from soka_serve.serving import plan_launch
-        from soka_serve.serving_process import Server, Stopped, signals_stop
+        from soka_serve.serving.process import Server, Stopped, signals_stop
+        from soka_serve.serving.serve import plan_launch
 
         host, port = "127.0.0.1", _free_port()
         serve = self._subject.manifest.serve
@@ -162,7 +162,7 @@ class VllmBackend:
 
     def _running(self, url: str) -> Launch:
         """A server that somebody else started: it must serve the build's adapter under its name."""
-        from soka_serve.serving_probe import served_models
+        from soka_serve.serving.probe import served_models
 
         host, port, scheme = parse_address(url)
         key = os.environ.get("VLLM_API_KEY", "").split()
@@ -189,7 +189,7 @@ class VllmBackend:
     @contextmanager
     def _ask(self, role: str, launch: Launch) -> Iterator[Asked]:
         from soka_serve.evaluation.models import ServedModel
-        from soka_serve.serving_probe import measure_effects, served_context
+        from soka_serve.serving.probe import measure_effects, served_context
 
         name = launch.base_model if role == "base" else self._subject.target.name
         context = served_context(launch) or self._subject.context
@@ -234,9 +234,9 @@ class TransformersBackend:
 
     @contextmanager
     def _load(self, role: str) -> Iterator[Asked]:
-        from soka_serve.base_model import load_base, quiet_bars
+        from soka_serve.base.model import load_base, quiet_bars
+        from soka_serve.base.pretrained import open_tokenizer
         from soka_serve.evaluation.models import LocalModel
-        from soka_serve.pretrained import open_tokenizer
 
         subject = self._subject
         merged = role != "base" and subject.target.kind == "merged"
@@ -299,7 +299,7 @@ def _logprobs(model: Any, tokenizer: Path) -> Any:
     """(tokens,) float64 on the CPU: log-probability of each token of a text, from the second on."""
     import torch
 
-    from soka_serve.pretrained import open_tokenizer
+    from soka_serve.base.pretrained import open_tokenizer
 
     ids = open_tokenizer(tokenizer)(_TEXT, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():

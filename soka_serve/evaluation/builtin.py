@@ -1,4 +1,4 @@
-"""The embedded families as lm-eval tasks: the problems and the judgement of `soka_serve.builtin`. No torch."""
+"""The embedded families as lm-eval tasks: the problems and the judgement of `soka_serve.builtin`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ def prompt(doc: Mapping[str, Any]) -> str:
 
 
 def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is right, as `soka_serve.builtin.answers.measure` counts it."""
+    """Whether the answer is right, as `soka_serve.compiler.answers.measure` counts it."""
     problem = Problem(doc["family"], doc["prompt"], doc["completion"], doc["answer"], tuple(doc["tests"]))
     return {"accuracy": float(check_answer(problem, results[0]))}

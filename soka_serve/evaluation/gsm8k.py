@@ -1,4 +1,4 @@
-"""GSM8K: `#### 18` read strictly, or the last number of the answer read flexibly; compared as numbers. No torch."""
+"""GSM8K: `#### 18` read strictly, or the last number of the answer read flexibly; compared as numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""MATH: the answer in the last `\boxed{}`, compared with the gold one by math-verify. No torch.
+r"""MATH: the answer in the last `\boxed{}`, compared with the gold one by math-verify.
 
 Answers that math-verify cannot read (words, mostly) are right when they are the same text after cleaning.
 """

@@ -1,4 +1,4 @@
-"""MBPP: programs that the model writes, run against the problem's asserts in the sandbox. No torch.
+"""MBPP: programs that the model writes, run against the problem's asserts in the sandbox.
 
 Loading a task asks for consent and tries the sandbox: without either nothing is generated.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from soka_serve.evaluation.answer_code import defined_names, extract_code, parse
 from soka_serve.evaluation.prompts import zero_shot_prompt
+from soka_serve.evaluation.sandbox import Program, check_sandbox, require_consent, run_programs
 from soka_serve.evaluation.sources import as_dataset, read_rows
-from soka_serve.sandbox import Program, check_sandbox, require_consent, run_programs
 
 _TEST_IDS = range(11, 511)
 """MBPP's test split: 1-10 are for prompts, 511 and up for validation and training."""

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.errors import EvalError, ServeError
-from soka_serve.pretrained import open_tokenizer
-from soka_serve.progress import track
+from soka_serve.io.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from soka_serve.serving_command import Launch
+    from soka_serve.serving.command import Launch
 
 logger = logging.getLogger(__name__)
 

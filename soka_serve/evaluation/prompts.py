@@ -1,4 +1,4 @@
-"""Zero-shot prompts: rendered from the manifest's own template, by the code that renders training examples. No torch.
+"""Zero-shot prompts: rendered from the manifest's own template, by the code that renders training examples.
 
 `SOKA_EVAL_MANIFEST` names the manifest that the adapter was trained by. Without it each benchmark is asked as the
 manifest that ships for it (`manifests/gsm8k.toml`, `manifests/llama2-7b/{math,mbpp}.toml`) would train it.
@@ -17,14 +17,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from soka_serve.checkpoint import resolve_base
-from soka_serve.data import render_prompt
+from soka_serve.base.resolve import resolve_base
+from soka_serve.base.served_tokenizer import open_served
+from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer_class import tokenizer_directory
+from soka_serve.data.examples import render_prompt
 from soka_serve.errors import DataError, EvalError
-from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.schema import Data
-from soka_serve.served_tokenizer import open_served
-from soka_serve.tokenizer import TextTokenizer
-from soka_serve.tokenizer_class import tokenizer_directory
+from soka_serve.manifest.read import LoadedManifest, read_manifest
+from soka_serve.manifest.schema import Data
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
+from soka_serve.base.resolve import base_name
 from soka_serve.evaluation.backends import Subject, TransformersBackend, VllmBackend
 from soka_serve.evaluation.results import Score
-from soka_serve.manifest import LoadedManifest
-from soka_serve.provenance import versions
-from soka_serve.sources import base_name
+from soka_serve.io.versions import versions
+from soka_serve.manifest.read import LoadedManifest
 
 
 def make_record(

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from soka_serve.base.foreign_code import check_no_code
+from soka_serve.base.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
 from soka_serve.errors import EvalError, SokaError
 from soka_serve.evaluation.backends import Asked, Subject, TransformersBackend, VllmBackend, wait_counted
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
@@ -33,15 +35,13 @@ from soka_serve.evaluation.results import (
 )
 from soka_serve.evaluation.sources import DATA_VARIABLE
 from soka_serve.evaluation.tasks import default_tasks, needs_code_execution
-from soka_serve.files import disk_errors, sha256_text, write_text_atomic
-from soka_serve.foreign_code import check_no_code
-from soka_serve.manifest import LoadedManifest, read_manifest
-from soka_serve.outputs import check_results
-from soka_serve.own_cache import own_hashes
-from soka_serve.places import given_path
-from soka_serve.serving_targets import read_targets
-from soka_serve.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
-from soka_serve.told import one_command
+from soka_serve.io.files import disk_errors, sha256_text, write_text_atomic
+from soka_serve.io.outputs import check_results
+from soka_serve.io.own_cache import own_hashes
+from soka_serve.io.places import given_path
+from soka_serve.io.warn_once import one_command
+from soka_serve.manifest.read import LoadedManifest, read_manifest
+from soka_serve.serving.targets import read_targets
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,9 @@ def _check_installed() -> None:
 
 
 def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
-    from soka_serve.checkpoint import Checkpoint, resolve_base
-    from soka_serve.modules import text_config
+    from soka_serve.base.checkpoint import Checkpoint
+    from soka_serve.base.modules import text_config
+    from soka_serve.base.resolve import resolve_base
 
     target = read_targets([str(loaded.path)], out=out)[0]
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks: from the hub, or from JSON Lines files in the folder `SOKA_EVAL_DATA`. No torch."""
+"""Rows of the benchmarks: from the hub, or from JSON Lines files in the folder `SOKA_EVAL_DATA`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soka_serve.data.hub_rows import hub_rows
+from soka_serve.data.rows import Row, jsonl_rows
 from soka_serve.errors import DataError, EvalError
-from soka_serve.hub_rows import hub_rows
-from soka_serve.rows import Row, jsonl_rows
-from soka_serve.schema import Data
+from soka_serve.manifest.schema import Data
 
 DATA_VARIABLE = "SOKA_EVAL_DATA"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from soka_serve.builtin import TARGET_FAMILIES
 from soka_serve.errors import EvalError
-from soka_serve.schema import Manifest
+from soka_serve.manifest.schema import Manifest
 
 
 def tasks_directory() -> Path:

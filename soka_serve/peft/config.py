@@ -10,7 +10,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from soka_serve.adapter import keys_with_meaning
+from soka_serve.adapter.format import keys_with_meaning
 from soka_serve.errors import CheckpointError
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.registration import NAME, add_peft_type

@@ -6,14 +6,14 @@ from typing import Any
 
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
-from soka_serve.adapter import KEY_PREFIX
+from soka_serve.adapter.format import KEY_PREFIX
 from soka_serve.errors import CheckpointError, first_ten, name_some
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.factors import soka_layers
 from soka_serve.peft.loading import check_values, modules_of
 from soka_serve.peft.parts import PARTS, PREFIX
-from soka_serve.shapes import FactorShape
 
 
 def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", **download: Any) -> None:

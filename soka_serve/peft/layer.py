@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.kron import Factors, apply_kron, dense_delta, kpsvd, linear_with_delta
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.merging import MergingLayer
 from soka_serve.peft.parts import PARTS, Parts
-from soka_serve.shapes import FactorShape
 
 if TYPE_CHECKING:
     from soka_serve.peft.config import SokaConfig

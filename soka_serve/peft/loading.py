@@ -15,14 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from soka_serve.adapter import KEY_PREFIX
+from soka_serve.adapter.format import KEY_PREFIX
 from soka_serve.errors import CheckpointError, PlanError, first_ten, name_some
+from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.merging import KBIT_BACKENDS, find_backend, weight_size
 from soka_serve.peft.parts import PARTS, PREFIX
-from soka_serve.shapes import FactorShape, balanced_shape, check_shape
 
 log = logging.getLogger(__name__)
 

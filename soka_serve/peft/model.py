@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, _maybe_include_
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from soka_serve.adapter import KEY_PREFIX
+from soka_serve.adapter.format import KEY_PREFIX
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.layer import SokaLayer, SokaLinear
 from soka_serve.peft.loading import clean, fit_tensors, modules_of, plan_modules, rank_and_shape

@@ -16,11 +16,11 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
 from soka_serve.cli import main
-from tests.e2e.builds import adapter_bytes, run_cli, write_manifest
-from tests.tiny_models import random_factors, write_test_adapter
+from tests.support.builds import adapter_bytes, run_cli, write_manifest
+from tests.support.tiny_models import random_factors, write_test_adapter
 
 BASE = 'builtin = "tiny"'
 DATA = 'data = { builtin = "math", limit = 64 }'

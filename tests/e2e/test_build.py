@@ -16,22 +16,22 @@ import pytest
 
 import soka_serve
 import soka_serve.builtin
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, SokaError
-from soka_serve.lock import read_lock
-from tests.e2e.builds import adapter_bytes, run_cli, same_tensors, write_manifest
+from soka_serve.io.lockfile import read_lock
+from tests.support.builds import adapter_bytes, run_cli, same_tensors, write_manifest
 
 ACCEPT = Path(__file__).resolve().parents[3] / "shared" / "accept" / "check_adapter.py"
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> soka_serve.compiler.BuildResult:
+def built(tmp_path_factory: pytest.TempPathFactory) -> soka_serve.compiler.build.BuildResult:
     """One build that the reading tests share."""
     folder = tmp_path_factory.mktemp("built")
     return soka_serve.build(write_manifest(folder), out=folder / "build", progress=False)
 
 
-def test_a_build_writes_every_artefact(built: soka_serve.compiler.BuildResult) -> None:
+def test_a_build_writes_every_artefact(built: soka_serve.compiler.build.BuildResult) -> None:
     assert built.ran == ("init", "tune", "export", "merge", "check", "report")
     for name in (
         "adapter/adapter_config.json",
@@ -55,7 +55,7 @@ def test_a_build_writes_every_artefact(built: soka_serve.compiler.BuildResult) -
     assert read_lock(built.directory / "merged" / "soka.lock")["adapters"]["adapter0"]["name"] == "small"
 
 
-def test_the_artefacts_pass_the_independent_check(built: soka_serve.compiler.BuildResult) -> None:
+def test_the_artefacts_pass_the_independent_check(built: soka_serve.compiler.build.BuildResult) -> None:
     if not ACCEPT.exists():
         pytest.skip(f"no {ACCEPT}: the independent check runs where the shared folder is")
     base = soka_serve.builtin.base_directory()
@@ -65,13 +65,13 @@ def test_the_artefacts_pass_the_independent_check(built: soka_serve.compiler.Bui
     assert json.loads(done.stdout.splitlines()[-1])["modules"] == 12
 
 
-def test_adapter_and_merged_model_agree_and_differ_from_the_base(built: soka_serve.compiler.BuildResult) -> None:
+def test_adapter_and_merged_model_agree_and_differ_from_the_base(built: soka_serve.compiler.build.BuildResult) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     import soka_serve.peft  # registers SOKA
-    from tests.tolerances import TOLERANCE
+    from tests.support.tolerances import TOLERANCE
 
     base = AutoModelForCausalLM.from_pretrained(soka_serve.builtin.base_directory())
     tokens = torch.arange(3, 40).view(1, -1)
@@ -122,7 +122,7 @@ def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["soka", "lora"])
 def test_a_base_that_was_moved(tmp_path: Path, method: str) -> None:
-    def named(result: soka_serve.compiler.BuildResult) -> str:
+    def named(result: soka_serve.compiler.build.BuildResult) -> str:
         config: dict[str, str] = json.loads((result.directory / "adapter" / "adapter_config.json").read_text())
         return config["base_model_name_or_path"]
 
@@ -163,7 +163,7 @@ def test_every_initialisation_builds(tmp_path: Path, init: str, calibration: int
     manifest = write_manifest(tmp_path, steps=3, replace=("calibration_batches = 0", rule))
     result = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     assert result.adapter is not None
-    from soka_serve.adapter import read_adapter
+    from soka_serve.adapter.format import read_adapter
 
     adapter = read_adapter(result.adapter)
     assert all(float(f.sigma.abs().max()) > 0 for f in adapter.factors.values())
@@ -296,7 +296,7 @@ limit = 2
 max_new_tokens = 16
 """)
     result = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
-    from soka_serve.adapter import read_adapter
+    from soka_serve.adapter.format import read_adapter
 
     assert result.adapter is not None
     adapter = read_adapter(result.adapter)
@@ -307,7 +307,7 @@ max_new_tokens = 16
 
 
 def test_a_build_in_progress_is_not_disturbed(tmp_path: Path) -> None:
-    from soka_serve.workspace import Workspace
+    from soka_serve.io.workspace import Workspace
 
     manifest = write_manifest(tmp_path)
     with Workspace(tmp_path / "build", "small").locked(), pytest.raises(SokaError, match="another build"):

@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from soka_serve.adapter import read_adapter, write_adapter
+from soka_serve.adapter.format import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.cli import main
+from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
-from soka_serve.lock import read_lock
-from tests.e2e.builds import run_cli
-from tests.e2e.serving import ONE_PROCESS
 from tests.e2e.test_serve_command import Command
+from tests.support.builds import run_cli
+from tests.support.serving import ONE_PROCESS
 
 pytestmark = [
     pytest.mark.slow,

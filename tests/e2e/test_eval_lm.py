@@ -19,16 +19,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 
-from soka_serve.adapter import write_adapter
+from soka_serve.adapter.format import write_adapter
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory, generate
-from soka_serve.builtin.answers import generate_answers, measure
-from soka_serve.data import MASKED, encode_examples, load_examples
+from soka_serve.compiler.answers import generate_answers, measure
+from soka_serve.data.examples import MASKED, encode_examples, load_examples
 from soka_serve.evaluation import prompts
 from soka_serve.evaluation.tasks import own_task_names, tasks_directory
-from soka_serve.manifest import read_manifest
-from soka_serve.tokenizer import TextTokenizer
-from tests.e2e.scripted import evaluate, metrics
-from tests.e2e.serving import ONE_PROCESS, base_model, random_factors, with_delta
+from soka_serve.manifest.read import read_manifest
+from tests.support.scripted import evaluate, metrics
+from tests.support.serving import ONE_PROCESS, base_model, random_factors, with_delta
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ from soka_serve.builtin import generate
 from soka_serve.evaluation import prompts
 from soka_serve.evaluation.sources import SUBJECTS
 from soka_serve.evaluation.tasks import tasks_directory
-from tests.e2e.scripted import Scripted, changed_digit, evaluate, metrics
+from tests.support.scripted import Scripted, changed_digit, evaluate, metrics
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -248,7 +248,7 @@ def test_every_gold_program_of_mbpp_passes_and_none_passes_changed_tests(shared_
     Changed: every test negated. A program that passes its tests passes none of their opposites.
     """
     from soka_serve.evaluation.mbpp import program_of
-    from soka_serve.sandbox import Program, run_programs
+    from soka_serve.evaluation.sandbox import Program, run_programs
 
     for file, total in (("mbpp.jsonl", 974), ("sanitized-mbpp.jsonl", 427)):
         docs = [json.loads(line) for line in (shared_data / file).read_text().splitlines()]

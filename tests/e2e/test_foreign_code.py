@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.planted import plant
-from tests.tiny_models import random_factors, write_test_adapter
+from tests.support.planted import plant
+from tests.support.tiny_models import random_factors, write_test_adapter
 
 MANIFEST = """\
 schema = 1
@@ -41,20 +41,20 @@ method = [{ name = "a", method = "lora", rates = [1e-3] }]
 """
 # Everything that opens a model or tokenizer, called as the commands call it.
 OPENERS = {
-    "answers": "from soka_serve.builtin.answers import load_tokenizer\nload_tokenizer(base)",
-    "training": "from soka_serve.base_model import load_base\nload_base(base)",
-    "verify": "from soka_serve.merge_verify import verify_logits\nverify_logits(base, base, Path('adapter'))",
+    "answers": "from soka_serve.compiler.answers import load_tokenizer\nload_tokenizer(base)",
+    "training": "from soka_serve.base.model import load_base\nload_base(base)",
+    "verify": "from soka_serve.compiler.merge.verify import verify_logits\nverify_logits(base, base, Path('adapter'))",
     "eval, transformers": """\
 from soka_serve.evaluation.backends import Subject, TransformersBackend
-from soka_serve.manifest import read_manifest
-from soka_serve.serving_targets import Target
+from soka_serve.manifest.read import read_manifest
+from soka_serve.serving.targets import Target
 target = Target(given='m', name='m', kind='merged', path=base)
 subject = Subject(read_manifest('m.toml').manifest, target, base, base, 64)
 with TransformersBackend(subject, batch_size=1).roles() as ask, ask('merged'):
     pass""",
     "eval, vllm": """\
 from soka_serve.evaluation.models import ServedModel
-from soka_serve.serving_command import Launch
+from soka_serve.serving.command import Launch
 ServedModel(Launch(()), 'm', base, 64, 1)""",
 }
 
@@ -123,7 +123,7 @@ def test_merge_does_not_load_what_needs_its_own_code(folder: Path) -> None:
     assert done.returncode == 0, done.stderr  # tensors are added, and verified, without any code
     assert "ulp of base + delta" in done.stdout
     assert "nats" not in done.stdout
-    logits = "from soka_serve.merging import merge\nfrom pathlib import Path\n"
+    logits = "from soka_serve.compiler.merge.merge import merge\nfrom pathlib import Path\n"
     logits += "merge(Path('adapter'), base=Path('base'), out=Path('other'), verify='logits')"
     done = run(folder, "-c", logits)
     assert "CheckpointError" in done.stderr

@@ -15,8 +15,8 @@ import torch
 import soka_serve
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
-from tests.e2e.builds import write_manifest
-from tests.e2e.serving import ONE_PROCESS
+from tests.support.builds import write_manifest
+from tests.support.serving import ONE_PROCESS
 
 ASK = """
 import json, sys

@@ -17,10 +17,10 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
-from soka_serve.adapter import read_adapter
+from soka_serve.adapter.format import read_adapter
 from soka_serve.kron import dense_delta
 from soka_serve.peft import SokaConfig, get_factors
-from tests.peft_models import logits, perturb, spread, tiny_llama, tokens
+from tests.support.peft_models import logits, perturb, spread, tiny_llama, tokens
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),

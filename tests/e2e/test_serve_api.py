@@ -22,7 +22,7 @@ from openai import OpenAI
 from transformers import AutoTokenizer
 
 from soka_serve.builtin import base_directory, generate
-from tests.e2e.serve_adapters import (
+from tests.support.serve_adapters import (
     ALPHA,
     ATOL_NATS,
     TARGET_OPTIONS,
@@ -31,7 +31,7 @@ from tests.e2e.serve_adapters import (
     write_many,
     write_soka,
 )
-from tests.e2e.serving import Server, greedy_logprobs, random_factors, serve
+from tests.support.serving import Server, greedy_logprobs, random_factors, serve
 
 pytestmark = pytest.mark.slow
 

@@ -25,13 +25,13 @@ from typing import Any
 import openai
 import pytest
 
-from soka_serve.adapter import read_adapter, write_adapter
+from soka_serve.adapter.format import read_adapter, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import check_answer, generate
+from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
-from soka_serve.lock import read_lock
-from tests.e2e.builds import run_cli, write_manifest
-from tests.e2e.serving import ONE_PROCESS, Server
+from tests.support.builds import run_cli, write_manifest
+from tests.support.serving import ONE_PROCESS, Server
 
 pytestmark = [
     pytest.mark.slow,

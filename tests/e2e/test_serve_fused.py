@@ -11,12 +11,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Phi3Config
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
-from soka_serve.adapter import write_adapter
-from soka_serve.base_modules import list_modules
+from soka_serve.adapter.format import write_adapter
+from soka_serve.base.read_modules import list_modules
 from soka_serve.builtin import base_directory
-from tests.e2e.serve_adapters import TARGET_OPTIONS
-from tests.e2e.serving import ONE_PROCESS, serve
-from tests.tiny_models import random_factors
+from tests.support.serve_adapters import TARGET_OPTIONS
+from tests.support.serving import ONE_PROCESS, serve
+from tests.support.tiny_models import random_factors
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.malformed import HOSTILE
-from tests.e2e.serve_adapters import BETA, LOKR, LORA, TARGET_OPTIONS, write_peft, write_soka
-from tests.e2e.serving import ONE_PROCESS, Server, random_factors, serve
+from tests.support.malformed import HOSTILE
+from tests.support.serve_adapters import BETA, LOKR, LORA, TARGET_OPTIONS, write_peft, write_soka
+from tests.support.serving import ONE_PROCESS, Server, random_factors, serve
 
 pytestmark = pytest.mark.slow
 

@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
+from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.lock import write_lock
-from tests.e2e.serve_adapters import BETA, LORA, TARGET_OPTIONS, write_peft, write_soka
-from tests.e2e.serving import ONE_PROCESS, Server, random_factors, serve
+from soka_serve.io.lockfile import write_lock
+from tests.support.serve_adapters import BETA, LORA, TARGET_OPTIONS, write_peft, write_soka
+from tests.support.serving import ONE_PROCESS, Server, random_factors, serve
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ def said() -> dict[str, str]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (make venv installs it)")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.serve_layers", *CASES],
+        [sys.executable, "-m", "tests.support.serve_layers", *CASES],
         capture_output=True,
         text=True,
         check=False,

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from soka_serve.adapter import CONFIG_FILE, WEIGHTS_FILE
-from tests.e2e.malformed import HOSTILE, MALFORMED
-from tests.e2e.serve_adapters import (
+from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from tests.support.hostile_adapters import hole
+from tests.support.malformed import HOSTILE, MALFORMED
+from tests.support.serve_adapters import (
     BETA,
     LOKR,
     LORA,
@@ -24,8 +25,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import ONE_PROCESS, Server, base_model, random_factors, serve
-from tests.hostile_adapters import hole
+from tests.support.serving import ONE_PROCESS, Server, base_model, random_factors, serve
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from soka_serve.adapter import write_adapter
+from soka_serve.adapter.format import write_adapter
 from soka_serve.kron import Factors
 from soka_vllm.ops.torch_ops import ROW_FIELDS
 from soka_vllm.slots import SlotStore
-from tests.e2e.serve_adapters import ATOL_NATS, TARGET_OPTIONS, expected_answers, module
-from tests.e2e.serving import ONE_PROCESS, Server, base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.support.serve_adapters import ATOL_NATS, TARGET_OPTIONS, expected_answers, module
+from tests.support.serving import ONE_PROCESS, Server, base_model, greedy_logprobs, random_factors, serve, with_delta
 
 MANY = 256
 TOKENS = 6

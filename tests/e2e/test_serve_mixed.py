@@ -19,7 +19,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.kron import stack_terms
 from soka_serve.peft import build_soka_model, get_factors
 from tests.conftest import ROOT
-from tests.e2e.serve_adapters import (
+from tests.support.serve_adapters import (
     ALPHA,
     BETA,
     LOKR,
@@ -30,7 +30,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import ONE_PROCESS, base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.support.serving import ONE_PROCESS, base_model, greedy_logprobs, random_factors, serve, with_delta
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.io.lockfile import write_lock
 from soka_serve.kron import Factors
-from soka_serve.lock import write_lock
-from tests.e2e.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
-from tests.e2e.serving import ONE_PROCESS, Server, greedy_logprobs, random_factors, serve
+from tests.support.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
+from tests.support.serving import ONE_PROCESS, Server, greedy_logprobs, random_factors, serve
 
 pytestmark = [
     pytest.mark.slow,

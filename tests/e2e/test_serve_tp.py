@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from soka_serve.adapter import WEIGHTS_FILE, write_adapter
+from soka_serve.adapter.format import WEIGHTS_FILE, write_adapter
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
+from soka_serve.io.lockfile import write_lock
 from soka_serve.kron import Factors
-from soka_serve.lock import write_lock
-from tests.e2e.serve_adapters import (
+from tests.support.serve_adapters import (
     ALPHA,
     BETA,
     LOKR,
@@ -28,7 +28,7 @@ from tests.e2e.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.e2e.serving import base_model, random_factors, serve, with_delta
+from tests.support.serving import base_model, random_factors, serve, with_delta
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.serving import ONE_PROCESS
-from tests.served_models import (
+from tests.support.served_models import (
     ARCHITECTURES,
     Architecture,
     difference,
@@ -21,6 +20,7 @@ from tests.served_models import (
     write_checkpoint,
     write_random_adapter,
 )
+from tests.support.serving import ONE_PROCESS
 
 CHOSEN = [a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")]
 

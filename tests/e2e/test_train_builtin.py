@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.base_modules import list_modules
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.read_modules import list_modules
+from soka_serve.base.targets import resolve_targets
 from soka_serve.builtin import base_directory
-from soka_serve.callbacks import read_history
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.data import TextTokenizer, encode_examples, load_examples
+from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.compiler.train.train import train
+from soka_serve.data.examples import TextTokenizer, encode_examples, load_examples
 from soka_serve.kron import kpsvd
-from soka_serve.schema import Manifest
-from soka_serve.shapes import balanced_shape
-from soka_serve.targets import resolve_targets
-from soka_serve.train import train
+from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.schema import Manifest
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from soka_serve.callbacks import read_history
-from soka_serve.resume import mark_complete, newest_point, remove_incomplete
-from soka_serve.train import TrainResult
-from tests.e2e.train_runs import train_once
-from tests.training import make_base
+from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.compiler.train.resume import mark_complete, newest_point, remove_incomplete
+from soka_serve.compiler.train.train import TrainResult
+from tests.support.train_runs import train_once
+from tests.support.training import make_base
 
 STEPS = 16
 OPTIONS: dict[str, Any] = {"steps": STEPS, "save_every": 4, "log_every": 2}
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def processes() -> Any:
     """Processes forked from a server that has imported everything: cheap to start, and free of our threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.e2e.train_runs"])
+    context.set_forkserver_preload(["tests.support.train_runs"])
     first = context.Process(target=int)  # starts the server, so that no test times the imports
     first.start()
     first.join()

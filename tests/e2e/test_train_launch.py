@@ -14,9 +14,9 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from safetensors.torch import load_file
 
-from soka_serve.callbacks import read_history
-from soka_serve.train import TrainResult
-from tests.training import make_base, run_training
+from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.compiler.train.train import TrainResult
+from tests.support.training import make_base, run_training
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def launch(
     """Train in two processes with a shipped config."""
     config = root / "eval" / "configs" / f"{name}.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", "-m", "tests.e2e.train_launched"]
+    command += ["--main_process_port", "0", "-m", "tests.support.train_launched"]
     command += [str(base), str(work_dir), json.dumps(options)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)

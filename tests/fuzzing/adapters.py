@@ -11,15 +11,15 @@ import torch
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from soka_serve.adapter import read_adapter, write_adapter
+from soka_serve.adapter.format import read_adapter, write_adapter
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError
 from soka_serve.kron import Factors
-from soka_serve.shapes import FactorShape
-from tests import hostile_adapters as hostile
+from soka_serve.kron.shapes import FactorShape
 from tests.fuzzing.limits import bounded, run
 from tests.fuzzing.spoil import spoil_files
+from tests.support import hostile_adapters as hostile
 
 KINDS = hostile.WEIGHTS | hostile.CONFIG | hostile.LOCK | hostile.SOKA
 SLOW = ("300,000 tensors", "SoKA with 20,000 modules")  # read as a large model's: seconds each

@@ -11,12 +11,12 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-import soka_serve.meta_model  # noqa: F401 - transformers is imported before the clock runs
-from soka_serve.base_modules import read_modules, weights_of
+import soka_serve.base.meta_model  # noqa: F401 - transformers is imported before the clock runs
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.read_modules import read_modules, weights_of
 from soka_serve.builtin import base_directory
-from soka_serve.checkpoint import Checkpoint
 from soka_serve.errors import SokaError, is_printable
-from soka_serve.headers import read_header
+from soka_serve.io.safetensors import read_header
 from tests.fuzzing.limits import bounded
 
 _KINDS = ("llama", "qwen2", "qwen3", "granite", "phi3", "gemma3_text", "gpt2", "mixtral", "clip", "new")

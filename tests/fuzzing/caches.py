@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from soka_serve.files import sha256_file
-from soka_serve.workspace import HashCache
+from soka_serve.io.files import sha256_file
+from soka_serve.io.workspace import HashCache
 from tests.fuzzing.limits import bounded, is_plain
 from tests.fuzzing.spoil import JSON, JSON_TEXTS, NODES
 

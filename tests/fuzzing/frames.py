@@ -9,10 +9,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from soka_serve.sandbox.wire import WireError, decode, encode, encode_frame, read_frame
+from soka_serve.evaluation.sandbox.wire import WireError, decode, encode, encode_frame, read_frame
 from tests.fuzzing.limits import bounded
 from tests.fuzzing.spoil import JSON, JSON_TEXTS
-from tests.hostile_answers import FRAMES
+from tests.support.hostile_answers import FRAMES
 
 _TAGS = st.sampled_from([*"icbyltszdrqDFTekmh", "x", ""])
 _BODIES = JSON | st.sampled_from(

@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError
-from soka_serve.serving_base import ServedBase
-from soka_serve.serving_command import Settings, make_launch
-from soka_serve.serving_log import failure_lines, last_stage, root_causes
-from soka_serve.serving_targets import Target
+from soka_serve.serving.base import ServedBase
+from soka_serve.serving.command import Settings, make_launch
+from soka_serve.serving.log import failure_lines, last_stage, root_causes
+from soka_serve.serving.targets import Target
 from tests.fuzzing.limits import bounded
 
 # Served options, those that would make untrue what was checked, and those that vLLM's other entry point leaves out.
@@ -40,7 +40,7 @@ def check_launch(draw: st.DrawFn) -> bool:
             launch = make_launch([target], ServedBase(base, "tiny", None), settings)
         except SokaError:
             return False
-    assert launch.command[1:4] == ("-m", "soka_serve.vllm_command", str(base))
+    assert launch.command[1:4] == ("-m", "soka_serve.serving.vllm_command", str(base))
     given = [word.partition("=")[0].replace("_", "-") for word in settings.vllm if word.startswith("-")]
     assert not set(given) & set(_TAKEN)
     assert not later or not any(

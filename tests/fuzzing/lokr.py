@@ -10,14 +10,14 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from soka_serve.adapter import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
-from soka_serve.budget import ReadingBudget
+from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.errors import SokaError, is_printable
+from soka_serve.io.budget import ReadingBudget
 from soka_vllm.lokr import read_lokr
 from soka_vllm.lycoris import read_lycoris
-from tests import hostile_adapters as hostile
 from tests.fuzzing.limits import bounded
 from tests.fuzzing.spoil import spoil_files
+from tests.support import hostile_adapters as hostile
 
 KINDS = hostile.WEIGHTS | hostile.CONFIG | hostile.LOKR
 _MODULES = ("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj", "layers.1.mlp.down_proj")

@@ -11,10 +11,10 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from soka_serve.builtin import base_directory
-from soka_serve.starter import starter_manifest
+from soka_serve.manifest.starter import starter_manifest
 from tests.fuzzing.limits import run, snapshot
 from tests.fuzzing.spoil import JSON_TEXTS, NODES, TOML_TEXTS
-from tests.hostile_templates import ENDLESS
+from tests.support.hostile_templates import ENDLESS
 
 ROOT = Path(__file__).resolve().parents[2]
 

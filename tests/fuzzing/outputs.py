@@ -10,7 +10,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from soka_serve.builtin import base_directory
-from soka_serve.toml_text import parse_toml
+from soka_serve.io.toml_text import parse_toml
 from tests.fuzzing.adapters import write_good_adapter
 from tests.fuzzing.limits import is_plain, run, snapshot
 from tests.fuzzing.spoil import NODES

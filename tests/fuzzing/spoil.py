@@ -15,9 +15,9 @@ from typing import Any
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from soka_serve.adapter import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
+from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from tests.fuzzing.limits import is_plain
-from tests.hostile_adapters import CATASTROPHE, GIB, Kinds
+from tests.support.hostile_adapters import CATASTROPHE, GIB, Kinds
 
 _DTYPES = st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "X", "", None, 3])
 JSON = st.recursive(

@@ -12,10 +12,10 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from soka_serve.base.served_tokenizer import check_reading, open_served
 from soka_serve.builtin import base_directory
-from soka_serve.data import Example
+from soka_serve.data.examples import Example
 from soka_serve.errors import SokaError
-from soka_serve.served_tokenizer import check_reading, open_served
 from tests.fuzzing.limits import bounded, is_plain
 from tests.fuzzing.spoil import JSON, NODES
 

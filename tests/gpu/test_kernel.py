@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.parity.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
+from tests.support.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -11,11 +11,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
-from soka_serve.adapter import read_adapter
-from soka_serve.exporting import export
+from soka_serve.adapter.export import export
+from soka_serve.adapter.format import read_adapter
 from soka_serve.kron import Factors
 from soka_serve.peft import build_soka_model
-from tests.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
+from tests.support.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
 
 IDS = torch.arange(24).reshape(2, 12)
 

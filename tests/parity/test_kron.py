@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soka_serve import kron_apply
 from soka_serve.kron import (
     Factors,
     add_delta_,
@@ -23,10 +22,11 @@ from soka_serve.kron import (
     stack_terms,
     unrearrange,
 )
-from soka_serve.kron_apply import Order, choose_order
-from soka_serve.shapes import FactorShape
-from tests.parity import kron_oracle as oracle
-from tests.tolerances import RELATIVE_ERROR, relative_error
+from soka_serve.kron import apply as kron_apply
+from soka_serve.kron.apply import Order, choose_order
+from soka_serve.kron.shapes import FactorShape
+from tests.support import kron_oracle as oracle
+from tests.support.tolerances import RELATIVE_ERROR, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 ORDERS: list[Order] = ["auto", "left", "right", "dense"]
@@ -65,7 +65,7 @@ def test_dense_delta_in_another_dtype_and_without_terms() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_add_delta_in_place(dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("soka_serve.factors._BLOCK_VALUES", block)
+    monkeypatch.setattr("soka_serve.kron.factors._BLOCK_VALUES", block)
     for shape in oracle.SHAPES:
         factors = oracle.draw_factors(shape, 3, dtype=torch.float32)
         weight = oracle.draw(shape.out_features, shape.in_features, seed=8, dtype=dtype)

@@ -12,13 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from soka_serve import decompose
-from soka_serve.checkpoint import Checkpoint
-from soka_serve.decompose import Method
-from soka_serve.kron import Factors, dense_delta, kpsvd, rearrange, unrearrange
-from soka_serve.shapes import FactorShape, balanced_shape
-from tests.parity import kron_oracle as oracle
-from tests.tolerances import RELATIVE_ERROR, relative_error
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.kron import Factors, decompose, dense_delta, kpsvd, rearrange, unrearrange
+from soka_serve.kron.decompose import Method
+from soka_serve.kron.shapes import FactorShape, balanced_shape
+from tests.support import kron_oracle as oracle
+from tests.support.tolerances import RELATIVE_ERROR, relative_error
 
 METHODS: list[Method] = ["exact", "truncated", "auto"]
 
@@ -225,7 +224,7 @@ _MEMORY_PROBE = """
 import re, sys, torch
 from pathlib import Path
 from soka_serve.kron import kpsvd
-from soka_serve.shapes import balanced_shape
+from soka_serve.kron.shapes import balanced_shape
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

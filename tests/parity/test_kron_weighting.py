@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from soka_serve.kron import Factors, dense_delta, kpsvd
-from soka_serve.shapes import FactorShape, balanced_shape
-from soka_serve.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
-from tests.parity import kron_oracle as oracle
-from tests.tolerances import relative_error
+from soka_serve.kron.shapes import FactorShape, balanced_shape
+from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
+from tests.support import kron_oracle as oracle
+from tests.support.tolerances import relative_error
 
 SIZES = [(96, 64), (64, 96), (128, 128)]
 

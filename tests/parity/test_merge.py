@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
-from soka_serve.headers import read_header
+from soka_serve.compiler.merge.merge import merge
+from soka_serve.io.lockfile import read_lock
+from soka_serve.io.safetensors import read_header
 from soka_serve.kron import Factors
-from soka_serve.lock import read_lock
-from soka_serve.merging import merge
-from tests.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
+from tests.support.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
 
 ULP = 0.51  # one rounding, in every dtype
 IDS = torch.arange(24).reshape(2, 12)
@@ -175,18 +175,18 @@ def test_blocks_of_any_size(
         return written(descriptor, data, offset)
 
     written = os.pwrite
-    monkeypatch.setattr("soka_serve.merge_files.os.pwrite", refusing)
+    monkeypatch.setattr("soka_serve.compiler.merge.files.os.pwrite", refusing)
     if way != "page cache":  # as with little memory; 8 KiB are less than the file, and no multiple of anything in it
-        monkeypatch.setattr("soka_serve.merging._fits_memory", lambda size: False)
-        monkeypatch.setattr("soka_serve.merge_files._DIRECT_BYTES", 8192)
-    monkeypatch.setattr("soka_serve.merge_files.os.open", watched)
+        monkeypatch.setattr("soka_serve.compiler.merge.merge._fits_memory", lambda size: False)
+        monkeypatch.setattr("soka_serve.compiler.merge.files._DIRECT_BYTES", 8192)
+    monkeypatch.setattr("soka_serve.compiler.merge.files.os.open", watched)
     base = write_base(tmp_path / "base", dtype=torch.float32, shard="10GB")
     adapter = write_test_adapter(tmp_path / "adapter", base=base)
     deltas = {n: oracle_delta(f) for n, f in all_factors().items()}
     caplog.set_level(logging.INFO)
     for values in (1, 64 * 3, 64 * 8, 64 * 27, 1 << 20):
-        monkeypatch.setattr("soka_serve.merge_stream._BLOCK_VALUES", values)
-        monkeypatch.setattr("soka_serve.merge_stream._COPY_BYTES", values * 5 + 1)
+        monkeypatch.setattr("soka_serve.compiler.merge.stream._BLOCK_VALUES", values)
+        monkeypatch.setattr("soka_serve.compiler.merge.stream._COPY_BYTES", values * 5 + 1)
         for hashed in (True, False):
             merge(
                 adapter, base=base, out=tmp_path / "merged", verify=False, allow_other_base=not hashed, progress=False

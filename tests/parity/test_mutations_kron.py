@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from soka_serve.kron import Factors, dense_delta, kpsvd, rearrange, stack_terms
-from soka_serve.shapes import FactorShape
-from tests.parity import kron_oracle as oracle
+from soka_serve.kron.shapes import FactorShape
+from tests.support import kron_oracle as oracle
 
 
 def plain_reshape(weight: Tensor, shape: FactorShape) -> Tensor:

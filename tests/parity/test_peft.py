@@ -19,8 +19,8 @@ from soka_serve.errors import CheckpointError, PlanError, SokaError
 from soka_serve.kron import Factors
 from soka_serve.peft import SokaConfig, SokaLinear, build_soka_model, get_factors, soka_layers
 from soka_serve.peft.layer import stack_difference
-from tests.peft_models import logits, oracle_logits, perturb, spread, tiny_llama, tokens
-from tests.tolerances import TOLERANCE
+from tests.support.peft_models import logits, oracle_logits, perturb, spread, tiny_llama, tokens
+from tests.support.tolerances import TOLERANCE
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -301,7 +301,7 @@ def merge_one_by_one(model: PeftModel) -> None:
 
 def oracle_sum(base: nn.Module, adapters: list[dict[str, Tensor]]) -> Any:
     """Logits of the float64 base with several dense deltas."""
-    from tests.peft_models import oracle_weights
+    from tests.support.peft_models import oracle_weights
 
     model = tiny_llama(torch.float64)
     start = {name: value.double() for name, value in base.state_dict().items()}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from soka_serve.adapter import read_adapter
+from soka_serve.adapter.format import read_adapter
 from soka_serve.errors import PlanError, SokaError
 from soka_serve.peft import SokaConfig, drop_terms, soka_layers
-from tests.peft_models import (
+from tests.support.peft_models import (
     INITS,
     all_projections,
     close,

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from soka_serve.adapter import check_against, read_adapter, write_adapter
-from soka_serve.headers import read_header
+from soka_serve.adapter.format import check_against, read_adapter, write_adapter
+from soka_serve.base.weight_map import WeightMap
+from soka_serve.io.safetensors import read_header
 from soka_serve.kron import Factors, linear_with_delta, recompress, stack_terms
 from soka_serve.peft import SokaConfig, get_factors, soka_layers
-from soka_serve.weight_map import WeightMap
-from tests.peft_models import logits, oracle_logits, perturb, spread, tiny_llama, tokens
-from tests.tolerances import TOLERANCE
+from tests.support.peft_models import logits, oracle_logits, perturb, spread, tiny_llama, tokens
+from tests.support.tolerances import TOLERANCE
 
 
 def trained(folder: Path, target: str = "all-linear") -> tuple[PeftModel, Path]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from soka_serve.kron import dense_delta, kpsvd
 from soka_serve.peft import SokaConfig, get_factors, soka_layers
-from tests.peft_models import logits, perturb, tiny_llama, tokens
+from tests.support.peft_models import logits, perturb, tiny_llama, tokens
 
 pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
 

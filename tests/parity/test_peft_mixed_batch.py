@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 
 from soka_serve.peft import soka_layers
-from tests.peft_models import (
+from tests.support.peft_models import (
     close,
     logits,
     oracle_logits,

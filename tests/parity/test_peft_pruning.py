@@ -12,7 +12,7 @@ from torch import Tensor
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import Factors
 from soka_serve.peft import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
-from tests.peft_models import logits, oracle_logits, perturb, tiny_llama, tokens
+from tests.support.peft_models import logits, oracle_logits, perturb, tiny_llama, tokens
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError
 from soka_serve.peft import SokaConfig
-from tests.peft_models import (
+from tests.support.peft_models import (
     INITS,
     close,
     logits,

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from soka_serve.adapter import read_adapter
+from soka_serve.adapter.format import read_adapter
 from soka_serve.errors import CheckpointError
 from soka_serve.peft import SokaConfig, hotswap_adapter, soka_layers
-from tests.peft_models import (
+from tests.support.peft_models import (
     INITS,
     all_projections,
     close,

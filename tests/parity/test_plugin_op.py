@@ -7,8 +7,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from soka_serve.kron import dense_delta
-from soka_serve.shapes import FactorShape
-from tests.parity.plugin_layers import Layer, equal_slices_layer, kron_sum, qkv_layer, random_factors, sharded_layer
+from soka_serve.kron.shapes import FactorShape
+from tests.support.plugin_layers import Layer, equal_slices_layer, kron_sum, qkv_layer, random_factors, sharded_layer
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.parity.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
+from tests.support.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from soka_serve import api
 from soka_serve.cli import main
-from soka_serve.compiler import build
+from soka_serve.compiler import api
+from soka_serve.compiler.build import build
+from soka_serve.compiler.extract import extract
 from soka_serve.errors import SokaError
-from soka_serve.extraction import extract
 
 
 def _run(*arguments: str | Path) -> Result:
@@ -95,7 +95,7 @@ def test_a_bug_of_ours_exits_with_1_and_says_so(monkeypatch: pytest.MonkeyPatch)
     def broken() -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("soka_serve.manifest.json_schema", broken)
+    monkeypatch.setattr("soka_serve.manifest.read.json_schema", broken)
     done = _run("schema")
     assert done.exit_code == 1
     assert "This is a bug" in done.output
@@ -107,7 +107,7 @@ def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
 
-    monkeypatch.setattr("soka_serve.manifest.json_schema", full)
+    monkeypatch.setattr("soka_serve.manifest.read.json_schema", full)
     done = _run("schema")
     assert done.exit_code == 2
     assert "/somewhere/file" in done.output

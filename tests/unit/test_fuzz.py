@@ -51,7 +51,7 @@ def test_a_crash_would_be_seen(good: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def crash(*arguments: object, **options: object) -> None:
         raise RuntimeError("crashed")
 
-    monkeypatch.setattr("soka_serve.inspection.inspect", crash, raising=True)
+    monkeypatch.setattr("soka_serve.adapter.inspect.inspect", crash, raising=True)
     with pytest.raises((RuntimeError, AssertionError)):
         run("inspect", str(good))
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from soka_serve.kron_apply import cheaper_order
-from soka_serve.shapes import FactorShape
+from soka_serve.kron.apply import cheaper_order
+from soka_serve.kron.shapes import FactorShape
 
 ROW_FIELDS = 12
 LEFT_FIRST, RIGHT_FIRST = 0, 1

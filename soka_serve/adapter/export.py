@@ -1,0 +1,261 @@
+"""`soka-serve export`: a finished adapter, or a training checkpoint, in another form, and what is lost by it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from soka_serve.adapter.format import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    KEY_PREFIX,
+    LOCK_FILE,
+    Adapter,
+    write_adapter,
+)
+from soka_serve.adapter.source import AdapterSource, read_source
+from soka_serve.errors import SokaError, printable, printable_lines
+from soka_serve.io.files import replace_directory, write_text_atomic
+from soka_serve.io.lockfile import write_lock
+from soka_serve.io.outputs import Output
+from soka_serve.io.progress import track
+from soka_serve.io.versions import versions
+from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
+from soka_serve.kron.shapes import FactorShape
+
+log = logging.getLogger(__name__)
+
+Form = Literal["soka", "lora"]
+EXPORTED = Output(
+    what="an exported adapter",
+    is_marked=lambda lock: lock is not None and isinstance(lock.get("export"), Mapping),
+    files=lambda *_: ADAPTER_FILES,
+)
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export wrote and what it dropped.
+
+    `dropped_energy_frac` is the share of the deltas' squared Frobenius norm, over all modules, that the written
+    adapter does not hold; `by_module` gives it per module. Both include what the dtype rounds away, and are 0 (to
+    float32's rounding, about 1e-14) for an exact export. `ranks` are terms, or LoRA ranks.
+    """
+
+    out: Path
+    form: Form
+    modules: int
+    parameters: int
+    ranks: tuple[int, int]
+    dropped_energy_frac: float
+    by_module: dict[str, float] = field(repr=False)
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        low, high = self.ranks
+        lines = [
+            f"{'adapter' if self.form == 'soka' else 'LoRA':<11} {self.out}",
+            f"modules     {self.modules}, rank {low if low == high else f'{low} to {high}'}, "
+            f"{self.parameters:,} parameters",
+            f"lost        {percent(self.dropped_energy_frac)} of the deltas' energy",
+        ]
+        worst = sorted(self.by_module.items(), key=lambda item: -item[1])[:3]
+        if self.dropped_energy_frac >= 1e-9:
+            lines += [f"            {percent(frac):>8}  {name}" for name, frac in worst]
+        return "\n".join(lines)
+
+
+def percent(frac: float) -> str:
+    """A share for people: what is zero to rounding is 0%, and what is not zero never looks like it.
+
+    >>> percent(3e-15), percent(2e-6), percent(0.123456)
+    ('0%', '0.0002%', '12.35%')
+    """
+    if frac < 1e-12:
+        return "0%"
+    return f"{frac:.2%}" if frac >= 1e-4 else f"{frac * 100:.1g}%"
+
+
+def export(
+    source: Path,
+    out: Path,
+    *,
+    to: Form = "soka",
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> ExportResult:
+    """Write an adapter, or a training checkpoint, as a finished SoKA adapter or as a LoRA.
+
+    "soka": trained minus initial terms, recompressed exactly (QR of the stacked factors and a small SVD; the dense
+    delta is never built), so that nothing is lost unless `rank` cuts terms or `dtype` rounds. "lora": the best
+    rank-`rank` approximation of every delta, for engines that only know LoRA; the energy it loses is reported per
+    module and in all. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
+
+    Args:
+        source: directory of a finished adapter or of a training checkpoint.
+        out: directory of the export; an earlier export in it is replaced as a whole, anything else refused.
+        to: "soka" or "lora".
+        rank: most terms per module, or the LoRA rank (then required; modules with fewer dimensions are padded).
+        dtype: of the written tensors.
+        progress: show progress.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        SokaError: no rank for a LoRA, or one below 1.
+        BuildError: disk full and the like, or `out` holds something else.
+    """
+    if to not in ("soka", "lora"):
+        raise SokaError(f"to: expected 'soka' or 'lora'; got {to!r}")
+    if to == "lora" and rank is None:
+        raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
+    if rank is not None and rank < 1:
+        raise SokaError(f"rank: expected at least 1; got {rank}")
+    EXPORTED.check(out, keep=[source])
+    read = read_source(source)
+    adapter = read.adapter
+    with replace_directory(out, foreign=EXPORTED.foreign) as new:
+        with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
+            if to == "soka":
+                written, energies = _to_soka(adapter, rank, dtype, advance)
+                ranks = [f.rank for f in written.values()]
+                parameters = sum(f.parameters for f in written.values())
+            else:
+                tensors, energies = _to_lora(adapter, rank or 1, dtype, advance)
+                ranks, parameters = [rank or 1], sum(t.numel() for t in tensors.values())
+        total = math.fsum(e for e, _ in energies.values())
+        result = ExportResult(
+            out=out,
+            form=to,
+            modules=len(energies),
+            parameters=parameters,
+            ranks=(min(ranks), max(ranks)),
+            dropped_energy_frac=math.fsum(d for _, d in energies.values()) / total if total else 0.0,
+            by_module={name: d / e if e else 0.0 for name, (e, d) in energies.items()},
+        )
+        lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
+        if to == "soka":
+            base = adapter.base_model or "unknown"
+            write_adapter(new, written, base_model=base, dtype=dtype, lock=lock, card=_card(read, result))
+        else:
+            _write_lora(new, adapter, tensors, rank or 1)
+            write_lock(new / LOCK_FILE, lock)
+            write_text_atomic(new / CARD_FILE, _card(read, result))
+    return result
+
+
+_Energies = dict[str, tuple[float, float]]  # by module: the delta's energy, and what is lost of it
+
+
+def _to_soka(
+    adapter: Adapter, rank: int | None, dtype: torch.dtype, advance: Any
+) -> tuple[dict[str, Factors], _Energies]:
+    written: dict[str, Factors] = {}
+    energies: _Energies = {}
+    for name in adapter.factors:
+        delta = adapter.delta_factors(name)
+        # Orthonormal terms in float64: their energies add up, and the first ones are the best.
+        exact, _ = recompress(delta.to(torch.float64))
+        kept, _ = recompress(delta, rank=rank)
+        energy = _energy(exact)
+        written[name] = kept.to(dtype)
+        rest, _ = recompress(stack_terms(exact, written[name].to(torch.float64), signs=(1, -1)))
+        energies[name] = (energy, min(_energy(rest), energy))
+        advance(name)
+    return written, energies
+
+
+def _energy(orthonormal: Factors) -> float:
+    return float(orthonormal.sigma.double().square().sum())
+
+
+def _to_lora(adapter: Adapter, rank: int, dtype: torch.dtype, advance: Any) -> tuple[dict[str, Tensor], _Energies]:
+    """The truncated SVD of every delta as lora_A (rank, in) and lora_B (out, rank), scaling 1.
+
+    An outer product is the Kronecker product of a column and a row, so the KPSVD of factor shape (out, 1, 1, in) is
+    the SVD, exact or randomised as `kpsvd` chooses.
+    """
+    tensors: dict[str, Tensor] = {}
+    energies: _Energies = {}
+    for name in adapter.factors:
+        delta = adapter.delta_factors(name)
+        rows, columns = delta.shape.out_features, delta.shape.in_features
+        dense = dense_delta(delta.to(torch.float64), torch.float32)
+        found = kpsvd(dense, FactorShape(rows, 1, 1, columns), rank)
+        root = found.factors.sigma.sqrt()
+        a, b = torch.zeros(rank, columns), torch.zeros(rows, rank)
+        a[: root.numel()] = found.factors.right[:, 0] * root[:, None]
+        b[:, : root.numel()] = (found.factors.left[:, :, 0] * root[:, None]).t()
+        a, b = a.to(dtype), b.to(dtype)
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = b
+        lost = float((dense.sub_(b.float() @ a.float())).double().square().sum())
+        energies[name] = (found.total_energy, min(lost, found.total_energy))
+        advance(name)
+    return tensors, energies
+
+
+def _write_lora(new: Path, adapter: Adapter, tensors: Mapping[str, Tensor], rank: int) -> None:
+    from peft import LoraConfig
+
+    save_file(dict(sorted(tensors.items())), new / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(adapter.factors),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=adapter.base_model,
+        revision=adapter.config.get("revision"),
+        inference_mode=True,
+    )
+    values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    write_text_atomic(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _source_lock(source: AdapterSource) -> dict[str, Any]:
+    """The provenance of the source: its own lock, or that of the build it lies in."""
+    # What another file says about itself is not true of this one.
+    lock = source.lock if source.lock is not None else {"soka": 1}
+    return {key: value for key, value in lock.items() if key not in ("files", "adapter", "export")}
+
+
+def _export_lock(source: AdapterSource, result: ExportResult, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "form": result.form,
+        "dtype": str(dtype).removeprefix("torch."),
+        "source_sha256": source.sha256,
+        "source_is_checkpoint": bool(source.adapter.initial),
+        "dropped_energy_frac": result.dropped_energy_frac,
+        "versions": versions(),
+    }
+
+
+def _card(source: AdapterSource, result: ExportResult) -> str:
+    """The source's own card for an exact export; a short one that states the loss for anything else."""
+    if result.form == "soka" and result.dropped_energy_frac < 1e-9 and source.card is not None:
+        return printable_lines(source.card)
+    base = printable(Path(source.adapter.base_model or "its base").name)
+    method = "SoKA (Kronecker) adapter" if result.form == "soka" else f"LoRA of rank {result.ranks[1]}"
+    use = (
+        "Load with `import soka_serve.peft` and `PeftModel.from_pretrained`."
+        if result.form == "soka"
+        else "An ordinary LoRA: load it with PEFT, vLLM or any engine that knows LoRA."
+    )
+    lost = percent(result.dropped_energy_frac)
+    return (
+        f"---\nlibrary_name: peft\ntags: [{'soka' if result.form == 'soka' else 'lora'}]\n---\n\n"
+        f"# {method} for {base}\n\n"
+        f"{result.modules} modules, {result.parameters:,} parameters. Made by `soka-serve export` from a Kronecker "
+        f"adapter; {lost} of the delta's energy (squared Frobenius norm) is lost.\n\n{use}\n"
+    )

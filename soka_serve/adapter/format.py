@@ -1,0 +1,405 @@
+"""The adapter on disk, format 1: a directory that PEFT loads, with safetensors and text in it and nothing else.
+
+- `adapter_config.json`: PEFT's fields, peft_type "SOKA", soka_format 1, and per full module name its rank and shape.
+- `adapter_model.safetensors`: `base_model.model.<module>.soka_left` (r, m, n), `.soka_right` (r, p, q), `.soka_sigma`
+  (r,). The delta is relative to the untouched base: sum over k of sigma[k] * kron(left[k], right[k]). No other scale.
+- `soka.lock` (TOML, provenance) and `README.md` (model card).
+
+A checkpoint of a running training has the frozen initial factors too (`soka_left_initial` and so on, and soka_initial
+in the config); its delta is trained minus initial. Needs torch and safetensors, not PEFT.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from soka_serve.base.weight_map import WeightMap
+from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
+from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.files import write_bytes_atomic, write_text_atomic
+from soka_serve.io.json_files import read_json
+from soka_serve.io.lockfile import read_lock, write_lock
+from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_tensors
+from soka_serve.kron import Factors, stack_terms
+
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "ADAPTER_FILES",
+    "CARD_FILE",
+    "CONFIG_FILE",
+    "KEY_PREFIX",
+    "LOCK_FILE",
+    "PARTS",
+    "PEFT_TYPE",
+    "SOKA_FORMAT",
+    "WEIGHTS_FILE",
+    "Adapter",
+    "AdapterFiles",
+    "check_against",
+    "keys_with_meaning",
+    "look_at_adapter",
+    "read_adapter",
+    "read_lock",
+    "refusal",
+    "write_adapter",
+    "write_lock",
+]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+LOCK_FILE = "soka.lock"
+CARD_FILE = "README.md"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE, CARD_FILE)
+
+PEFT_TYPE = "SOKA"
+SOKA_FORMAT = 1
+KEY_PREFIX = "base_model.model."
+PARTS = ("left", "right", "sigma")
+_KINDS = ("", "_initial")  # trained, and what the training began with
+
+_SAVE_AGAIN = "save or download the adapter again"
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+
+# The fields of soka_serve.peft.SokaConfig (a test holds the two together), with what a finished adapter has there.
+_CONFIG: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_soka_weights": False,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "modules_to_save": None,
+    "peft_type": PEFT_TYPE,
+    "peft_version": None,
+    "r": 1,
+    "revision": None,
+    "seed": 0,
+    "shape": "balanced",
+    "soka_format": SOKA_FORMAT,
+    "soka_initial": False,
+    "soka_modules": {},
+    "target_modules": None,
+    "task_type": "CAUSAL_LM",
+}
+# Fields of a config that PEFT wrote, which are about training, and those that format 1 has no place for.
+_ONLY_TRAINING = frozenset({"rank_pattern", "soka_dropout"})
+_NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
+_MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
+_WRITTEN_HERE = frozenset(
+    {"base_model_name_or_path", "peft_type", "soka_format", "soka_initial", "soka_modules", "target_modules"}
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter read from disk and checked.
+
+    Args:
+        directory: where it was read.
+        config: adapter_config.json.
+        factors: theta by full module name, float32 on the CPU whatever the file's dtype.
+        initial: the frozen initial factors of a training checkpoint; empty for a finished adapter.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    factors: dict[str, Factors]
+    initial: dict[str, Factors]
+
+    @property
+    def base_model(self) -> str | None:
+        """The base that the config names."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def parameters(self) -> int:
+        """Trained values, without the initial factors."""
+        return sum(f.parameters for f in self.factors.values())
+
+    def delta_factors(self, module: str) -> Factors:
+        """The terms of one module's delta: theta, with minus the initial factors stacked on where there are any."""
+        theta = self.factors[module]
+        return theta if module not in self.initial else stack_terms(theta, self.initial[module], signs=(1, -1))
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter whose files were looked at: its config and what the weights' header names, all of it well formed.
+
+    Args:
+        directory: where it is.
+        config: adapter_config.json.
+        tensors: of adapter_model.safetensors, by name.
+        problems: where tensors and config do not agree.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    problems: list[str]
+
+    def read(self) -> Adapter:
+        """See `read_adapter`."""
+        expected, problems = _expected(self.config), list(self.problems)
+        fitting = {
+            name: info
+            for name, info in self.tensors.items()
+            if info.dtype in FLOAT_DTYPES and info.shape == expected.get(name)
+        }
+        values = {name: value.float() for name, value in read_tensors(fitting).items()}
+        problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
+        if problems:
+            raise refusal(self.directory, problems, _SAVE_AGAIN)
+        factors, initial = (
+            {
+                name: Factors(*(values[key] for key in keys))
+                for name in self.config["soka_modules"]
+                if (keys := _keys(name, kind))[0] in values
+            }
+            for kind in _KINDS
+        )
+        return Adapter(self.directory, self.config, factors, initial)
+
+
+def read_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> Adapter:
+    """Read and check an adapter directory, finished or a checkpoint of a training.
+
+    Args:
+        directory: the adapter.
+        budget: what reading it may take.
+
+    Raises:
+        CheckpointError: what is wrong, one line each: files missing, truncated, malformed or too large, another
+            peft_type or soka_format, settings that format 1 cannot hold, tensors missing or unknown, shapes or ranks
+            that disagree with the config, values that are not finite, pickles.
+    """
+    return look_at_adapter(directory, budget).read()
+
+
+def look_at_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> AdapterFiles:
+    """Check all of an adapter directory but the values of its tensors, which are not read.
+
+    Args:
+        directory: the adapter.
+        budget: what reading it may take; the values of all its tensors are taken from it.
+
+    Raises:
+        CheckpointError: what is wrong with the files themselves, one line each.
+    """
+    folder, budget = Path(directory), budget or ReadingBudget()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such directory", hint=f"give the folder that holds {CONFIG_FILE}")
+    problems = _check_files(folder)
+    config: dict[str, Any] = {}
+    tensors: dict[str, TensorInfo] = {}
+    try:
+        config = read_json(folder / CONFIG_FILE, budget)
+        problems += [f"{CONFIG_FILE}: {line}" for line in _check_config(config)]
+    except CheckpointError as error:
+        problems.append(error.message)
+    try:
+        tensors = read_header(folder / WEIGHTS_FILE, budget)
+        budget.take_values(folder / WEIGHTS_FILE, sum(info.numel for info in tensors.values()))
+    except CheckpointError as error:
+        problems.append(error.message)
+    if problems:
+        raise refusal(folder, problems, _SAVE_AGAIN)
+    return AdapterFiles(folder, config, tensors, _check_tensors(config, tensors))
+
+
+def refusal(folder: Path, problems: Sequence[str], hint: str | None = None) -> CheckpointError:
+    """The error that names the first of an adapter's problems, and how many more there are."""
+    return CheckpointError("\n".join(f"{folder}: {p}" for p in first_ten(problems)), hint=hint)
+
+
+def write_adapter(
+    directory: str | Path,
+    factors: Mapping[str, Factors],
+    *,
+    base_model: str,
+    dtype: torch.dtype = torch.float32,
+    lock: Mapping[str, Any] | None = None,
+    card: str | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a finished adapter: each file on its own atomically, the folder made if need be.
+
+    Args:
+        factors: the delta relative to the untouched base, by full module name; at least one term each.
+        base_model: name or path of the base, recorded in the config.
+        dtype: dtype of the factors in the file.
+        lock: contents of soka.lock; not written when None.
+        card: text of README.md; not written when None.
+        extra: further fields of adapter_config.json, such as revision; only fields that PEFT reads.
+
+    Raises:
+        CheckpointError: nothing to write, a module without terms, or values that are not finite in `dtype`.
+        ValueError: an unknown field in `extra`, or one that is not for the caller to set; no base_model.
+        BuildError: disk full, no permission.
+    """
+    unknown = sorted(key for key in extra or {} if key not in _CONFIG or key in _WRITTEN_HERE)
+    if unknown or not base_model:
+        raise ValueError(f"extra cannot set {unknown}" if unknown else "base_model is empty")
+    tensors: dict[str, torch.Tensor] = {}
+    problems = [] if factors else ["an adapter needs at least one module"]
+    for name in sorted(factors):
+        if factors[name].rank == 0:
+            problems.append(f"{name}: no terms")
+        for part in PARTS:
+            # A copy: safetensors refuses tensors that share memory, as modules with the same factors do.
+            value = getattr(factors[name], part).detach().to("cpu", dtype, copy=True).contiguous()
+            tensors[f"{KEY_PREFIX}{name}.soka_{part}"] = value
+    problems += [
+        f"{name.removeprefix(KEY_PREFIX)}: values are not finite in {dtype}" for name in find_not_finite(tensors)
+    ]
+    if problems:
+        raise CheckpointError("\n".join(problems), hint="training diverged, or the dtype is too narrow")
+    config = {
+        **_CONFIG,
+        **(extra or {}),
+        "base_model_name_or_path": base_model,
+        "r": max(f.rank for f in factors.values()),
+        "soka_modules": {
+            name: {"rank": factors[name].rank, "shape": list(factors[name].shape)} for name in sorted(factors)
+        },
+        "target_modules": sorted(factors),
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata={"format": "pt"}))
+    write_text_atomic(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if lock is not None:
+        write_lock(folder / LOCK_FILE, lock)
+    if card is not None:
+        write_text_atomic(folder / CARD_FILE, card)
+
+
+def check_against(adapter: Adapter, weights: WeightMap) -> None:
+    """Check that a base checkpoint has every weight that the adapter changes, in the right shape.
+
+    Args:
+        adapter: the adapter.
+        weights: of the base.
+
+    Raises:
+        CheckpointError: all modules that do not fit.
+    """
+    problems: list[str] = []
+    for module, factors in adapter.factors.items():
+        info, shape = weights.find(module), factors.shape
+        if info is None:
+            close = difflib.get_close_matches(module, list(weights.modules()), n=1) if is_shown(problems) else []
+            problems.append(weights.problem(module) + (f"; it has {close[0]}" if close else ""))
+        elif tuple(info.shape) != (shape.out_features, shape.in_features):
+            problems.append(
+                f"{module}: the adapter's factors {list(shape)} make a {(shape.out_features, shape.in_features)} "
+                f"delta, the base's weight is {tuple(info.shape)}"
+            )
+    if problems:
+        raise refusal(adapter.directory, problems, f"the adapter was made for {adapter.base_model}")
+
+
+def _check_files(folder: Path) -> list[str]:
+    """Pickles are refused; the folder of a resume point has the Trainer's own, which nothing here opens."""
+    if (folder / "trainer_state.json").exists():
+        return []
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    if not pickles:
+        return []
+    return [f"pickles, which can run code when loaded, have no place in an adapter: {name_some(pickles)}"]
+
+
+def _check_config(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with adapter_config.json itself."""
+    if config.get("peft_type") != PEFT_TYPE:
+        other = f"peft_type is {config.get('peft_type')!r:.80}, expected {PEFT_TYPE!r}"
+        return [f"{other}; adapters of other methods are merged by PEFT's own merge_and_unload()"]
+    if config.get("soka_format") != SOKA_FORMAT:
+        return [f"soka_format is {config.get('soka_format')!r:.80}; this version reads {SOKA_FORMAT}"]
+    problems = []
+    unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE)
+    refused = keys_with_meaning(unknown) if len(unknown) <= _MOST_UNKNOWN_KEYS else sorted(unknown)
+    if refused:
+        problems.append(f"unknown keys [{name_some([repr(key) for key in refused])}]")
+    ignored = sorted(unknown - set(refused))
+    if ignored:  # a newer PEFT writes its own
+        log.warning("%s: unknown keys [%s] are ignored", CONFIG_FILE, name_some([f"{key!r:.80}" for key in ignored]))
+    problems += [f"{key}: {reason}" for key, reason in _NOT_HERE.items() if config.get(key)]
+    if config.get("modules_to_save"):
+        problems.append(
+            f"modules_to_save {config['modules_to_save']!r:.200}: whole modules cannot be part of the delta"
+        )
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
+            problems.append(f"{name} must be a string or null, not {config[name]!r:.80}")
+    if not isinstance(config.get("soka_initial"), bool):
+        problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r:.80}")
+    modules = config.get("soka_modules")
+    if not isinstance(modules, dict) or not modules:
+        return [*problems, f"soka_modules must map at least one module to its rank and shape, not {modules!r:.80}"]
+    for name, spec in modules.items():
+        if not is_printable(name):
+            problems.append(f"soka_modules: {printable(name)}: a name with control characters")
+        elif not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+            problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r:.80}")
+        elif not _is_count(spec["rank"]):
+            problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r:.80}")
+        elif not (isinstance(spec["shape"], list) and len(spec["shape"]) == 4 and all(map(_is_count, spec["shape"]))):
+            problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r:.80}")
+    return problems
+
+
+def keys_with_meaning(unknown: Iterable[str]) -> list[str]:
+    """Of keys that are not known here, those that would change what the factors mean: our own, and scales of others.
+
+    >>> keys_with_meaning(["new_in_peft", "alpha", "soka_new"])
+    ['alpha', 'soka_new']
+    """
+    return sorted(key for key in unknown if key.startswith("soka_") or "alpha" in key or "scal" in key)
+
+
+def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Tensors that the config does not name, or that it names and the file lacks or has otherwise."""
+    expected = _expected(config)
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    problems = [f"missing {name}" for name in missing]
+    if unknown:
+        problems.append(f"tensors that {CONFIG_FILE} does not name: {name_some(unknown)}")
+    for key, shape in expected.items():
+        info = tensors.get(key)
+        if info is not None and info.dtype not in FLOAT_DTYPES:
+            problems.append(f"{key} is {info.dtype}, expected a floating-point dtype")
+        elif info is not None and info.shape != shape:
+            problems.append(f"{key} is {info.shape}, {CONFIG_FILE} makes it {shape!s:.200}")
+    return [f"{WEIGHTS_FILE}: {problem}" for problem in problems]
+
+
+def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor that the config makes."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, spec in config["soka_modules"].items():
+        rank, (m, n, p, q) = spec["rank"], spec["shape"]
+        shapes = ((rank, m, n), (rank, p, q), (rank,))
+        for kind in _KINDS if config["soka_initial"] else _KINDS[:1]:
+            expected |= dict(zip(_keys(name, kind), shapes, strict=True))
+    return expected
+
+
+def _keys(module: str, kind: str) -> list[str]:
+    """Names of a module's tensors, in the order of PARTS."""
+    return [f"{KEY_PREFIX}{module}.soka_{part}{kind}" for part in PARTS]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,1 @@
+"""The base model: its files, its modules, and how it is opened."""

@@ -1,0 +1,118 @@
+"""The modules of the base in a directory: from config.json where that is enough, else from transformers.
+
+LLaMA-like architectures need no torch. For the others `soka_serve.base.meta_model` is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.modules import (
+    LLAMA_LIKE,
+    BaseModules,
+    Module,
+    in_layer_order,
+    is_tied,
+    llama_parameters,
+    modules_from_config,
+    size_from_config,
+)
+from soka_serve.base.weight_map import WeightMap
+from soka_serve.errors import CheckpointError, first_ten
+from soka_serve.io.json_files import read_json
+from soka_serve.io.safetensors import DTYPES
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "lm_head.weight"
+_SLOW_S = 2.0
+
+
+def read_modules(directory: Path) -> BaseModules:
+    """The modules of the base in `directory`, as the model that transformers loads has them.
+
+    Where there are no weights, only LLaMA-like architectures (llama, mistral, qwen2, qwen3, gemma) can be derived.
+
+    Raises:
+        CheckpointError: the checkpoint is broken, is not the one that its config describes, or is of an architecture
+            that we cannot derive and transformers does not know.
+    """
+    if not any(directory.glob("*.safetensors")):
+        config, source = read_json(directory / "config.json"), directory / "config.json"
+        modules = tuple(modules_from_config(config, source=source))
+        return BaseModules(modules, size_from_config(config, modules, source=source))
+    checkpoint = Checkpoint.open(directory)
+    if checkpoint.config.get("model_type") in LLAMA_LIKE:
+        return _read_llama(checkpoint)
+    started = time.monotonic()
+    from soka_serve.base.meta_model import read_meta
+
+    found = read_meta(checkpoint)
+    if (seconds := time.monotonic() - started) > _SLOW_S:
+        logger.info("%s: transformers took %.1f s to list the model's modules", directory, seconds)
+    return found
+
+
+def list_modules(directory: Path) -> list[Module]:
+    """The linear projections inside the layers of the base in `directory`, in layer order; see `read_modules`."""
+    return list(read_modules(directory).modules)
+
+
+def weights_of(checkpoint: Checkpoint) -> WeightMap:
+    """Where a checkpoint keeps the weights of its model's modules.
+
+    Where transformers cannot build the model, tensors are taken to be called as its modules are, with a warning.
+    """
+    if checkpoint.config.get("model_type") in LLAMA_LIKE:
+        return _llama_weights(checkpoint)
+    from soka_serve.base.meta_model import read_weights
+
+    try:
+        return read_weights(checkpoint)
+    except CheckpointError as error:
+        logger.warning("%s; its tensors are taken to be named as the adapter's modules are", error.message)
+        return WeightMap(checkpoint.tensors, source=checkpoint.directory)
+
+
+def _llama_weights(checkpoint: Checkpoint) -> WeightMap:
+    """Names as they are, or without 'model.' in front where the bare model was saved."""
+    names = {
+        name if name.startswith(("model.", "lm_head.")) else f"model.{name}": name
+        for name in checkpoint.tensors
+        if f"model.{name}" not in checkpoint.tensors
+    }
+    return WeightMap(checkpoint.tensors, names, source=checkpoint.directory)
+
+
+def _read_llama(checkpoint: Checkpoint) -> BaseModules:
+    """Derived from the config and held against the headers."""
+    config, source = checkpoint.config, checkpoint.directory / "config.json"
+    derived = modules_from_config(config, source=source)
+    expected = size_from_config(config, derived, source=source)
+    weights = _llama_weights(checkpoint)
+    shapes = llama_parameters(config, derived)
+    used = {name: info for name in shapes if (info := weights.find_parameter(name)) is not None}
+    problems = [f"{name} is missing" for name in shapes if name not in used]
+    problems += [
+        f"{info.name} is {info.shape}, config.json makes it {shapes[name]}"
+        for name, info in used.items()
+        if info.shape != shapes[name]
+    ]
+    if problems:
+        raise CheckpointError(
+            "\n".join(f"{checkpoint.directory}: {line}" for line in first_ten(problems)),
+            hint="the checkpoint is not whole, or of another model than its config.json; copy it again",
+        )
+    dtypes = {module.name: DTYPES[used[f"{module.name}.weight"].dtype][1] for module in derived}
+    modules = in_layer_order([Module(m.name, m.out_features, m.in_features, m.layer, dtypes[m.name]) for m in derived])
+    taken = {info.name for info in used.values()}
+    unused = [name for name in checkpoint.tensors if name not in taken and not name.endswith("rotary_emb.inv_freq")]
+    if is_tied(config):
+        unused = [name for name in unused if name != _HEAD]
+    stored = sum(info.nbytes for info in used.values())
+    size = replace(expected, weight_bytes=stored, dtype=modules[0].dtype)
+    return BaseModules(modules, size, unused=tuple(unused), weights=weights)

@@ -1,0 +1,1 @@
+"""`soka-serve compare`: methods x learning rates x seeds."""

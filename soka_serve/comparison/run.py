@@ -1,0 +1,328 @@
+"""One run of a comparison: one method, dataset, learning rate and seed, trained and measured, as a record.
+
+It goes through what `soka-serve build` goes through: the same encoding, initialisation, Trainer and data order. It
+leaves out what only a build needs (resume points, export), and answers problems with the model in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from soka_serve.adapter.export import export
+from soka_serve.base.model import load_base, quiet_bars
+from soka_serve.base.served_tokenizer import open_served
+from soka_serve.builtin.problem import Problem
+from soka_serve.comparison.methods import AdaLoraSteps, build_extra
+from soka_serve.comparison.plan import RunSpec
+from soka_serve.comparison.problems import is_right, test_problems, validation_problems
+from soka_serve.comparison.suite import CALIBRATED, MANIFEST_METHODS, Contender, LoadedSuite, manifest_of
+from soka_serve.compiler.answers import generate_answers, load_tokenizer
+from soka_serve.compiler.context import Context, prepare
+from soka_serve.compiler.stages import encode, init_stage
+from soka_serve.compiler.train.baselines import ADAPTER_WEIGHTS, convert_pissa, write_initial
+from soka_serve.compiler.train.run import Run
+from soka_serve.compiler.train.train import build_model, make_rows
+from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
+from soka_serve.data.collate import PadCollator
+from soka_serve.errors import DivergedError
+from soka_serve.io.workspace import Workspace
+from soka_serve.kron import Factors
+from soka_serve.manifest.read import LoadedManifest
+
+logger = logging.getLogger(__name__)
+
+_BATCHES_HASHED = 50
+
+
+@dataclass
+class Trace:
+    """What a training run showed step by step."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    correct: dict[int, int] = field(default_factory=dict)
+    """Right answers after so many steps."""
+    peak_bytes: int = 0
+
+
+def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any]:
+    """Train and measure; a run that diverges gives a record that says so.
+
+    Args:
+        loaded: the suite.
+        spec: which run.
+        work: folder for what lies on disk meanwhile, and for hashes of the base that all runs share.
+
+    Raises:
+        SokaError: anything that the user can mend, but a loss that is not finite.
+    """
+    started = time.monotonic()
+    memory = _Memory()
+    suite, dataset, contender = loaded.suite, spec.dataset_of(loaded.suite), loaded.suite.contender(spec.method)
+    manifest = manifest_of(suite, contender, dataset, rate=spec.rate, seed=spec.seed)
+    as_manifest = LoadedManifest(manifest, loaded.path, loaded.directory, "", loaded.sha256)
+    record: dict[str, Any] = {"status": "done", "error": None}
+    trace = Trace()
+    with tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder, quiet_bars(), warnings.catch_warnings():
+        # Of libraries, about their own insides; a comparison of eleven methods would drown in them.
+        warnings.simplefilter("ignore")
+        workspace = Workspace(Path(folder), spec.key)
+        workspace.cache.mkdir(parents=True)
+        context = prepare(as_manifest, workspace, progress=False)
+        tokenizer = open_served(context.tokenizer_dir)
+        choose = validation_problems if spec.stage == "sweep" else test_problems
+        problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
+        prepared = _Prepared(context, contender, workspace.cache, tokenizer.pad_id)
+        model = prepared.model
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        record["base_parameters"] = context.base.size.parameters
+        evaluations = suite.protocol.evaluations if spec.stage == "final" else 1
+        chats = dataset.data.messages is not None
+        answers = _Answering(
+            problems, chats, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory
+        )
+        prepared_s = time.monotonic() - started
+        trainer = prepared.trainer([_Recorder(trace), answers])
+        try:
+            trainer.train()
+        except DivergedError as error:
+            record.update(status="diverged", error=error.message)
+        record["trainable_parameters"] = sum(p.numel() for p in trainable.values() if p.requires_grad)
+        if spec.stage == "final":
+            record["adapter_bytes"] = prepared.size_on_disk()
+        record["batches_sha256"] = prepared.collator.digest()
+    total = len(problems)
+    final = trace.correct.get(trainer.state.max_steps, 0)
+    if record["status"] == "diverged":
+        final = 0
+    return record | {
+        "correct": final,
+        "best_correct": max([final, *trace.correct.values()]),
+        "correct_at": {str(step): right for step, right in trace.correct.items()},
+        "problems": total,
+        "loss": [round(value, 5) for value in trace.loss],
+        "grad_norm": [float(f"{value:.5g}") for value in trace.grad_norm],
+        "step_cpu_s": _mean(trace.cpu_s[1:] or trace.cpu_s),
+        "step_wall_s": _mean(trace.wall_s[1:] or trace.wall_s),
+        "peak_bytes": trace.peak_bytes,
+        "prepare_s": round(prepared_s, 2),
+        "run_s": round(time.monotonic() - started, 2),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(f"{sum(values) / len(values):.5g}") if values else None
+
+
+class _Prepared:
+    """The model of one run with its data, ready to train."""
+
+    def __init__(self, context: Context, contender: Contender, folder: Path, pad_id: int) -> None:
+        self.context, self.contender, self.folder = context, contender, folder
+        manifest = context.loaded.manifest
+        training, _ = encode(context)
+        start = init_stage(context, training) if contender.method == "soka" else None
+        factors = {n: _fold(f, contender.fold_sigma) for n, f in start.factors.items()} if start else {}
+        targets = [t.module.name for t in context.targets]
+        self.run = Run(
+            context.base_dir, manifest, factors, start.initial_modules if start else frozenset(), targets, folder
+        )
+        self.arguments = make_arguments(manifest.train, folder, name=contender.name, evaluate=False)
+        self.arguments.save_strategy = SaveStrategy.NO
+        self.rows, _ = make_rows(self.run, training, None)
+        self.collator = _HashingCollator(PadCollator(pad_id, 1 if self.arguments.use_cpu else 8))
+        PartialState()
+        set_seed(manifest.train.seed)  # as train() does: the random factors of LoRA and others
+        self.model = self._build()
+
+    def _build(self) -> Any:
+        manifest, method = self.run.manifest, self.contender.method
+        if method in MANIFEST_METHODS:
+            model = build_model(self.run, None, self.arguments.device)
+        else:
+            base = load_base(self.run.model_dir, manifest.base.dtype, manifest.base.quantize)
+            base = base.to(self.arguments.device)
+            base.config.use_cache = False
+            model = build_extra(
+                base,
+                method,
+                self.contender.rank,
+                self.run.targets,
+                steps=int(manifest.train.steps or 1),
+                batches=self._calibration() if method in CALIBRATED else (),
+            )
+        if method == "corda":  # like PiSSA it rewrites the base: what is stored is relative to its first factors
+            (self.folder / "initial").mkdir()
+            write_initial(model, self.folder / "initial")
+        return model
+
+    def _calibration(self) -> list[dict[str, torch.Tensor]]:
+        """The first batches of a seeded shuffle, as for the calibration of SoKA."""
+        train = self.run.manifest.train
+        generator = torch.Generator().manual_seed(train.seed)
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        wanted = order[: self.contender.calibration_batches * train.batch_size]
+        collate = self.collator.collator
+        return [
+            {
+                name: tensor.to(self.arguments.device)
+                for name, tensor in collate([self.rows[i] for i in wanted[at : at + train.batch_size]]).items()
+            }
+            for at in range(0, len(wanted), train.batch_size)
+        ]
+
+    def trainer(self, callbacks: list[Any]) -> SokaTrainer:
+        """The Trainer of builds, without resume points."""
+        if self.contender.method == "adalora":
+            callbacks = [AdaLoraSteps(), *callbacks]
+        trainer = SokaTrainer(
+            self.run.manifest.train,
+            model=self.model,
+            args=self.arguments,
+            train_dataset=self.rows,
+            data_collator=self.collator,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def size_on_disk(self) -> int:
+        """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""
+        if self.contender.method == "full":
+            return self.context.base.size.weight_bytes
+        saved, out = self.folder / "saved", self.folder / "out"
+        self.model.save_pretrained(str(saved))
+        if self.contender.method == "soka":
+            export(saved, out)
+        elif self.contender.method in ("pissa", "corda"):
+            out.mkdir()
+            convert_pissa(saved, self.folder / "initial", out)
+        else:
+            out = saved
+        return (out / ADAPTER_WEIGHTS).stat().st_size
+
+
+def _fold(factors: Factors, how: str) -> Factors:
+    """Take sigma into the factors, and leave 1 in its place."""
+    if how == "no":
+        return factors
+    left_power = 1.0 if how == "left" else 0.5
+    sigma = factors.sigma[:, None, None]
+    ones = torch.ones_like(factors.sigma)
+    return Factors(factors.left * sigma**left_power, factors.right * sigma ** (1 - left_power), ones)
+
+
+class _HashingCollator:
+    """Collates, and hashes the first batches, so that equal data order is a fact of the records."""
+
+    def __init__(self, collator: PadCollator) -> None:
+        self.collator = collator
+        self._hash, self._seen = hashlib.sha256(), 0
+
+    def __call__(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        batch = self.collator(rows)
+        if self._seen < _BATCHES_HASHED:
+            self._seen += 1
+            self._hash.update(batch["input_ids"].numpy().tobytes())
+        return batch
+
+    def digest(self) -> str:
+        """Of the batches so far."""
+        return self._hash.hexdigest()[:16]
+
+
+class _Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Loss, gradient norm before clipping, and time of every step."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._cpu = self._wall = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _synchronise()
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _synchronise()
+        self.trace.cpu_s.append(time.process_time() - self._cpu)
+        self.trace.wall_s.append(time.perf_counter() - self._wall)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            sys.exit(1)  # the suite was killed: nobody waits for this run
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.trace.loss.append(float(logs["loss"]))
+            self.trace.grad_norm.append(float(logs["grad_norm"]))
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class _Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Answer the problems after equal shares of the steps."""
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        chats: bool,
+        tokenizer: Path,
+        longest: int,
+        evaluations: int,
+        trace: Trace,
+        memory: _Memory,
+    ) -> None:
+        self.problems, self.chats, self.longest, self.evaluations = problems, chats, longest, evaluations
+        self.trace, self.memory = trace, memory
+        self.tokenizer = load_tokenizer(tokenizer)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}
+        if state.global_step not in steps:
+            return
+        if not self.trace.correct:
+            self.trace.peak_bytes = self.memory.peak_bytes()  # of training, not of answering
+        model = kwargs["model"]
+        texts = generate_answers(
+            model, self.tokenizer, [p.prompt for p in self.problems], self.longest, templated=self.chats
+        )
+        right = sum(is_right(problem, text) for problem, text in zip(self.problems, texts, strict=True))
+        self.trace.correct[state.global_step] = right
+
+
+class _Memory:
+    """Memory that a run needs beyond the process as it began; on a GPU, what torch allocates there."""
+
+    def __init__(self) -> None:
+        self._began = psutil.Process().memory_info().rss
+
+    def peak_bytes(self) -> int:
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began
+        return max(peak, 0)

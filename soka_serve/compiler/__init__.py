@@ -1,0 +1,1 @@
+"""From a manifest to an adapter, a merged model and a report."""

@@ -1,0 +1,115 @@
+"""Greedy answers from a causal language model in batches, and their accuracy on a task family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from soka_serve.base.pretrained import open_tokenizer
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.problem import Problem
+from soka_serve.builtin.tasks import Split, check_answer, generate
+
+
+class Sample(NamedTuple):
+    """One answered problem."""
+
+    problem: Problem
+    text: str
+    correct: bool
+
+
+class Measurement(NamedTuple):
+    """How many of `total` problems were answered right, and every answer in the order of the problems."""
+
+    correct: int
+    total: int
+    samples: list[Sample]
+
+
+def load_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer of transformers as it is; a directory, loaded."""
+    if not isinstance(tokenizer, str | Path):
+        return tokenizer
+    return open_tokenizer(Path(tokenizer))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int = 128,
+    batch_size: int = 64,
+    *,
+    templated: bool = False,
+) -> list[str]:
+    """What the model writes after each prompt: greedy, up to the end-of-sequence token or `max_new_tokens`.
+
+    Prompts are padded on the left with their attention masked, sorted by length so that little is padded; the answers
+    come in the order of the prompts. The model is put in evaluation mode meanwhile.
+
+    Args:
+        model: a causal language model of transformers, or one wrapped by PEFT.
+        tokenizer: a tokenizer of transformers, or the directory of one.
+        prompts: each at least one token long.
+        max_new_tokens: longest answer, tokens.
+        batch_size: prompts per forward.
+        templated: the prompts are rendered chats, which bring their own special tokens.
+    """
+    tokenizer = load_tokenizer(tokenizer)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    encoded: list[list[int]] = [tokenizer(prompt, add_special_tokens=not templated)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda at: len(encoded[at]))
+    answers = [""] * len(prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            width = max(len(encoded[at]) for at in chosen)
+            ids = torch.full((len(chosen), width), pad_id)
+            for row, at in enumerate(chosen):
+                ids[row, width - len(encoded[at]) :] = torch.tensor(encoded[at])
+            mask = torch.zeros_like(ids)
+            for row, at in enumerate(chosen):
+                mask[row, width - len(encoded[at]) :] = 1
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                # Sampling options of a checkpoint's generation config mean nothing in a greedy run, and are warned of.
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=pad_id,
+            )
+            texts = tokenizer.batch_decode(output[:, width:].tolist(), skip_special_tokens=True)
+            for at, text in zip(chosen, texts, strict=True):
+                answers[at] = text
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def measure(
+    model: Any,
+    family: str,
+    split: Split = "test",
+    limit: int = 200,
+    max_new_tokens: int = 128,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 64,
+) -> Measurement:
+    """Accuracy on the first `limit` problems of a family's split; the embedded base's tokenizer unless one is given."""
+    tokenizer = load_tokenizer(base_directory() if tokenizer is None else tokenizer)
+    problems = generate(family, split, limit)
+    texts = generate_answers(model, tokenizer, [problem.prompt for problem in problems], max_new_tokens, batch_size)
+    samples = [Sample(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]
+    return Measurement(sum(sample.correct for sample in samples), len(samples), samples)

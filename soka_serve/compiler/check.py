@@ -1,0 +1,111 @@
+"""The quick accuracy check of a build: a few held-out problems before and after training.
+
+For the built-in task families every answer is marked; for other data a few answers are generated to look at, and
+nothing is scored (that is `soka-serve eval`'s job).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.data.examples import TextTokenizer, load_examples
+from soka_serve.manifest.schema import Manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Answers shown when nothing is scored, and kept as samples for the report.
+SAMPLES = 6
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one model answered.
+
+    `correct` and `total` are None when the data has no marker; `texts` and `marks` hold the first few answers.
+    """
+
+    correct: int | None
+    total: int | None
+    texts: tuple[str, ...]
+    marks: tuple[bool, ...] | None
+
+
+@dataclass(frozen=True)
+class QuickCheck:
+    """The same prompts answered by the base and by the result."""
+
+    prompts: tuple[str, ...]
+    expected: tuple[str, ...]
+    before: Answers
+    after: Answers
+
+    def write(self, path: Path) -> None:
+        """Write as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> QuickCheck:
+        """Read what `write` wrote."""
+        value = json.loads(path.read_text())
+
+        def answers(part: dict[str, Any]) -> Answers:
+            marks = part["marks"]
+            return Answers(
+                part["correct"], part["total"], tuple(part["texts"]), None if marks is None else tuple(marks)
+            )
+
+        return cls(tuple(value["prompts"]), tuple(value["expected"]), answers(value["before"]), answers(value["after"]))
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Held-out prompts, and how answers are marked (`family` None: they are not). `templated`: they are rendered chats,
+    which bring their own special tokens."""
+
+    family: str | None
+    limit: int
+    prompts: tuple[str, ...]
+    expected: tuple[str, ...]
+    templated: bool = False
+
+
+def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) -> Questions | None:
+    """Held-out problems of the manifest's data; None when `[eval] limit` is 0 or there are none."""
+    limit = manifest.eval.limit
+    if limit == 0:
+        return None
+    data = manifest.train.data
+    if data.builtin is not None:
+        from soka_serve.builtin.tasks import generate
+
+        problems = generate(data.builtin, "test", min(limit, SAMPLES))
+        return Questions(data.builtin, limit, tuple(p.prompt for p in problems), tuple(p.completion for p in problems))
+    examples = load_examples(
+        data,
+        manifest_dir=manifest_dir,
+        part="eval",
+        seed=manifest.train.seed,
+        limit=min(limit, SAMPLES),
+        tokenizer=tokenizer,
+    )
+    if not examples:
+        return None
+    prompts, expected = tuple(e.prompt for e in examples), tuple(e.completion for e in examples)
+    return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
+
+
+def answer(model: nn.Module, tokenizer_dir: Path, questions: Questions, max_new_tokens: int) -> Answers:
+    """Let a model answer greedily, and mark the answers where the data has a marker."""
+    from soka_serve.compiler.answers import generate_answers, measure
+
+    if questions.family is None:
+        prompts, chats = list(questions.prompts), questions.templated
+        texts = generate_answers(model, tokenizer_dir, prompts, max_new_tokens, batch_size=8, templated=chats)
+        return Answers(None, None, tuple(texts), None)
+    marked = measure(model, questions.family, "test", questions.limit, max_new_tokens, tokenizer=tokenizer_dir)
+    first = marked.samples[:SAMPLES]
+    return Answers(marked.correct, marked.total, tuple(s.text for s in first), tuple(s.correct for s in first))

@@ -1,0 +1,234 @@
+"""What the stages of one build share: the manifest, the base, the targets, and the key of every stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soka_serve.base.checkpoint import Checkpoint, check_loadable
+from soka_serve.base.foreign_code import check_no_adapter, check_no_code
+from soka_serve.base.modules import BaseModules
+from soka_serve.base.plain_weights import check_plain_weights
+from soka_serve.base.read_modules import read_modules
+from soka_serve.base.resolve import resolve_base
+from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
+from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
+from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.compiler.processes import Processes
+from soka_serve.data.examples import data_sha256
+from soka_serve.data.rows import resolve
+from soka_serve.errors import CheckpointError
+from soka_serve.io.files import sha256_text
+from soka_serve.io.lockfile import read_lock
+from soka_serve.io.outputs import Lock, Output
+from soka_serve.io.warn_once import warn
+from soka_serve.io.workspace import HashCache, Workspace
+from soka_serve.manifest.read import LoadedManifest
+from soka_serve.manifest.schema import Base
+
+logger = logging.getLogger(__name__)
+
+# Files of the base, beside its weights and its tokenizer's, that a result depends on.
+CONFIG_FILES = ("config.json", "generation_config.json")
+
+_PAPERS = (
+    "manifest.toml",
+    "history.jsonl",
+    "init.json",
+    "check.json",
+    "README.md",
+    "report.html",
+)
+
+
+def _build_files(target: Path, lock: Lock | None) -> list[str]:
+    """What a build's lock says that it wrote; where the lock is damaged, every name that a build may have written."""
+    if lock is not None:
+        return list(lock["files"])
+    from soka_serve.adapter.format import ADAPTER_FILES
+    from soka_serve.compiler.merge.papers import model_files
+
+    adapter = [f"adapter/{name}" for name in ADAPTER_FILES]
+    return [*_PAPERS, *adapter, *(f"merged/{name}" for name in model_files(target / "merged"))]
+
+
+BUILD = Output(
+    what="a build",
+    is_marked=lambda lock: lock is None or (isinstance(lock.get("files"), dict) and "stages" in lock),
+    files=_build_files,
+)
+
+
+@dataclass
+class Context:
+    """Everything the stages of one build share; `tokenizer_dir` is where the base's tokenizer is opened."""
+
+    loaded: LoadedManifest
+    workspace: Workspace
+    base_dir: Path
+    tokenizer_dir: Path
+    checkpoint: Checkpoint
+    base: BaseModules
+    finetuned: dict[str, Checkpoint]
+    targets: list[Target]
+    inputs: Inputs
+    keys: dict[str, str]
+    processes: Processes
+    progress: bool
+    hashes: HashCache
+    timings_s: dict[str, float] = field(default_factory=dict)
+    ran: list[str] = field(default_factory=list)
+    dropped_energy_frac: float = 0.0
+    _started: float = 0.0
+
+    def seconds_so_far(self) -> float:
+        """Seconds since the running stage began."""
+        return time.monotonic() - self._started
+
+    @contextmanager
+    def stage(self, name: str, why: str) -> Iterator[None]:
+        """Log a stage's start and end, and time it."""
+        if self.processes.is_main:
+            logger.info("%s: %s", name, why)
+        self._started = time.monotonic()
+        yield
+        self.timings_s[name] = self.seconds_so_far()
+        self.ran.append(name)
+
+
+def prepare(
+    loaded: LoadedManifest,
+    workspace: Workspace,
+    *,
+    processes: Processes | None = None,
+    progress: bool = True,
+    save_hashes: bool = True,
+) -> Context:
+    """Read and check everything that a build needs, and work out its stages.
+
+    Nothing is written but what was learned about file hashes, and not even that with `save_hashes=False`.
+    """
+    manifest = loaded.manifest
+    base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
+    checkpoint = Checkpoint.open(base_dir)
+    check_loadable(base_dir)
+    check_no_code(base_dir)
+    check_no_adapter(base_dir)
+    check_plain_weights(base_dir, checkpoint.tensors)
+    base = read_modules(base_dir)
+    targets = resolve_targets(manifest, base.modules, base.left_out)
+    check_tokenizer_files(base_dir)  # before they are hashed
+    tokenizer_dir = tokenizer_directory(base_dir, manifest.base.hub)
+    finetuned = {
+        source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
+        for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
+    }
+    for other in finetuned.values():
+        check_plain_weights(other.directory, other.tensors)
+    hashes = HashCache(workspace.hashes)
+    inputs = Inputs(
+        base=checkpoint.sha256(hashes.file),
+        config=_sha256_of(base_dir, CONFIG_FILES, hashes),
+        tokenizer=_sha256_of(tokenizer_dir, TOKENIZER_FILES, hashes),
+        data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
+        finetuned={name: other.sha256(hashes.file) for name, other in finetuned.items()},
+        base_name=manifest.base.hub or str(base_dir.resolve()),
+        manifest=loaded.sha256,
+    )
+    processes = processes or Processes()
+    if processes.is_main and save_hashes:
+        hashes.save()
+    keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
+    return Context(
+        loaded=loaded,
+        workspace=workspace,
+        base_dir=base_dir,
+        tokenizer_dir=tokenizer_dir,
+        checkpoint=checkpoint,
+        base=base,
+        finetuned=finetuned,
+        targets=targets,
+        inputs=inputs,
+        keys=keys,
+        processes=processes,
+        progress=progress,
+        hashes=hashes,
+    )
+
+
+def tell_left_out(context: Context) -> None:
+    """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
+    if (unused := context.base.describe_unused()) is not None:
+        logger.warning("%s: %s", context.base_dir, unused)
+    if context.loaded.manifest.train.method != "full":
+        for entry in describe_not_adapted(context.base, ()):
+            logger.warning("not adapted: %s", entry)
+
+
+def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
+    """One hash over those of the named files that are there."""
+    found = [(name, directory / name) for name in names if (directory / name).is_file()]
+    return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))
+
+
+def _resolve_finetuned(source: str, manifest_dir: Path) -> Path:
+    """A fine-tuned checkpoint is a directory when there is one of that name, else a hub id."""
+    local = manifest_dir / Path(source).expanduser()
+    if local.exists() or source.startswith((".", "/", "~")):
+        return resolve_base(Base(path=source), manifest_dir=manifest_dir)
+    return resolve_base(Base(hub=source), manifest_dir=manifest_dir)
+
+
+def previous_keys(target: Path) -> dict[str, str]:
+    """Stage keys of the artefact that is there; empty when there is none, or it was not made by a build."""
+    return dict(_previous_lock(target).get("stages", {}))
+
+
+def _previous_lock(target: Path) -> dict[str, Any]:
+    """The lock of the artefact that is there; empty when there is none, or it cannot be read."""
+    if not (target / "soka.lock").exists():
+        return {}
+    try:
+        lock = read_lock(target / "soka.lock")
+    except CheckpointError as error:
+        warn(logger, "%s; everything runs again", error.message)
+        return {}
+    wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
+    if wrong:
+        warn(logger, "%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
+        return {}
+    return lock
+
+
+def is_whole(target: Path) -> bool:
+    """Whether every file that the lock lists is there with its size; False where there is no build."""
+    lock = _previous_lock(target)
+    for name, size in lock.get("files", {}).items():
+        path = target / name
+        if not path.exists() or path.stat().st_size != size:
+            warn(logger, "%s is missing or was changed; building again", path)
+            return False
+    return bool(lock)
+
+
+def check_target(context: Context) -> None:
+    """Refuse to replace a folder that is no build, or one that holds what the build reads or did not write.
+
+    Raises:
+        BuildError: names what would be lost.
+    """
+    target, loaded = context.workspace.target, context.loaded
+    data = loaded.manifest.train.data
+    named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
+    BUILD.check(
+        target, keep=[loaded.path, context.base_dir, *(c.directory for c in context.finetuned.values()), *named]
+    )
+    if lock := _previous_lock(target):
+        maker = lock.get("manifest", {}).get("file")
+        if maker not in (None, loaded.path.name):
+            warn(logger, "%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)

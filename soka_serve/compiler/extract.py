@@ -1,0 +1,187 @@
+"""`soka-serve extract`: a Kronecker adapter from a fully fine-tuned checkpoint minus its base, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.plain_weights import check_plain_weights
+from soka_serve.base.resolve import open_base
+from soka_serve.errors import SokaError
+from soka_serve.io.outputs import Lock, Output
+from soka_serve.io.unchanged import Unchanged
+from soka_serve.io.warn_once import one_command
+
+
+def _is_extracted(lock: Lock | None) -> bool:
+    result = lock.get("result") if lock is not None and "export" not in lock else None
+    return isinstance(result, Mapping) and "kept_energy_frac" in result
+
+
+def _adapter_files(directory: Path, lock: Lock | None) -> Iterable[str]:
+    from soka_serve.adapter.format import ADAPTER_FILES
+
+    del directory, lock
+    return ADAPTER_FILES
+
+
+EXTRACTED = Output(what="an extracted adapter", is_marked=_is_extracted, files=_adapter_files)
+
+
+@dataclass(frozen=True)
+class ExtractResult:
+    """What an extraction kept.
+
+    `kept_energy_frac` is the share of the deltas' squared Frobenius norm that the adapter holds, over all modules;
+    `fell_short` how many modules hold less than the `energy` that was asked for, since they have `max_rank` terms.
+    """
+
+    out: Path
+    modules: int
+    parameters: int
+    ranks: tuple[int, int]
+    kept_energy_frac: float
+    fell_short: int = 0
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        low, high = self.ranks
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        text = (
+            f"adapter     {self.out}\n"
+            f"modules     {self.modules}, {ranks}, {self.parameters:,} parameters\n"
+            f"energy      {self.kept_energy_frac:.2%} of the fine-tuning delta is kept"
+        )
+        if self.fell_short:
+            text += f"\n            {self.fell_short} modules stopped at max_rank = {high} with less than was asked for"
+        return text
+
+
+@one_command()
+def extract(
+    finetuned: str | Path,
+    *,
+    base: str | Path,
+    out: str | Path,
+    rank: int | None = None,
+    energy: float | None = None,
+    parameters: int | None = None,
+    max_rank: int = 64,
+    modules: Sequence[str] = (),
+    shape: str | Sequence[int] = "balanced",
+    progress: bool = True,
+) -> ExtractResult:
+    """Decompose (fine-tuned - base) into Kronecker terms and write them as an adapter of the base.
+
+    Args:
+        finetuned: directory or hub id of the fine-tuned checkpoint.
+        base: directory or hub id of its base, or 'tiny'.
+        out: the adapter's directory; an earlier extraction in it is replaced as a whole, anything else refused.
+        rank: terms per module.
+        energy: or the share of each delta's own energy to keep.
+        parameters: or a total, spread by captured energy per parameter. Exactly one of the three.
+        max_rank: most terms per module for `energy` and `parameters`.
+        modules: projection names or patterns; default: all in the language model's layers.
+        shape: 'balanced', 'auto', 'm,n,p,q' or four numbers.
+        progress: show progress.
+
+    Raises:
+        SokaError: a checkpoint that is missing or of another shape; a delta that is zero everywhere.
+    """
+    from soka_serve.adapter.format import write_adapter
+    from soka_serve.base.read_modules import read_modules
+    from soka_serve.base.targets import resolve_targets
+    from soka_serve.compiler.init.initialise import initialise
+    from soka_serve.compiler.report.card import extracted_card
+    from soka_serve.io.files import replace_directory, scratch_directory
+    from soka_serve.io.places import given_path
+    from soka_serve.io.versions import versions
+    from soka_serve.manifest.schema import Manifest
+
+    given = {"rank": rank, "energy": energy, "parameters": parameters}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise SokaError(
+            f"extract takes exactly one of rank, energy and parameters; got {', '.join(chosen) or 'none'}",
+            hint="For example: --rank 4, or --energy 0.9.",
+        )
+    target = given_path(out, "out")
+    EXTRACTED.check(target, keep=[Path(base), Path(finetuned)])  # before anything is fetched
+    base_dir, base_name = open_base(str(base))
+    tuned_dir, tuned_name = open_base(str(finetuned))
+    EXTRACTED.check(target, keep=[base_dir, tuned_dir])
+    checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
+    for opened in (checkpoint, other):
+        check_plain_weights(opened.directory, opened.tensors)
+    unchanged = Unchanged([*checkpoint.files, *other.files])
+    policy: dict[str, object]
+    if rank is not None:
+        policy = {"policy": "fixed", "rank": rank}
+    elif energy is not None:
+        policy = {"policy": "energy", "threshold": energy, "of": "total", "max": max_rank, "pool": max_rank}
+    else:
+        policy = {"policy": "budget", "parameters": parameters, "max": max_rank, "pool": max_rank}
+    rule: dict[str, object] = {"init": "delta", "finetuned": "tuned", "rank": policy, "shape": parse_shape(shape)}
+    if modules:
+        rule["modules"] = list(modules)
+    manifest = Manifest.model_validate(
+        {
+            "schema": 1,
+            "base": {"path": str(base_dir)},
+            "adapt": [rule],
+            "train": {"steps": 0, "data": {"builtin": "math"}},
+        }
+    )
+    described = read_modules(base_dir)
+    targets = resolve_targets(manifest, described.modules, described.left_out)
+    with scratch_directory(target) as scratch:
+        started = initialise(targets, checkpoint, finetuned={"tuned": other}, scratch=scratch, progress=progress)
+    total = sum(m.total_energy for m in started.modules)
+    if total == 0:
+        raise SokaError(
+            f"{tuned_name} equals {base_name} on every adapted module: there is nothing to extract",
+            hint="Check that the first argument is the fine-tuned checkpoint, and --modules names what was tuned.",
+        )
+    captured = {m.module: sum(s * s for s in m.sigma[: m.rank]) for m in started.modules}
+    kept = sum(captured.values())
+    # In float32 the terms of a whole spectrum add up to the total to rounding only.
+    short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
+    ranks = [m.rank for m in started.modules if m.rank]
+    result = ExtractResult(
+        out=target,
+        modules=len(started.factors),
+        parameters=sum(f.parameters for f in started.factors.values()),
+        ranks=(min(ranks), max(ranks)),
+        kept_energy_frac=kept / total,
+        fell_short=len(short),
+    )
+    lock = {
+        "soka": 1,
+        "base": {"name": base_name, "sha256": checkpoint.sha256()},
+        "finetuned": {"name": tuned_name, "sha256": other.sha256()},
+        "versions": versions(),
+        "result": {"kept_energy_frac": result.kept_energy_frac, "trainable_parameters": result.parameters},
+        "ranks": {m.module: m.rank for m in started.modules},
+    }
+    unchanged.check()  # the hashes were taken after the weights were read
+    with replace_directory(target, foreign=EXTRACTED.foreign) as new:
+        card = extracted_card(base_name, tuned_name, result.modules, result.parameters, result.kept_energy_frac)
+        write_adapter(new, started.factors, base_model=base_name, lock=lock, card=card)
+    return result
+
+
+def parse_shape(shape: str | Sequence[int]) -> object:
+    """'balanced', 'auto', 'm,n,p,q' or four numbers, as the manifest takes it."""
+    if not isinstance(shape, str):
+        return list(shape)
+    if shape in ("balanced", "auto"):
+        return shape
+    try:
+        numbers = [int(part) for part in shape.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 4 or min(numbers) < 1:
+        raise SokaError(f"--shape: expected 'balanced', 'auto' or m,n,p,q; got {shape!r}", hint="Such as 64,64,64,64.")
+    return numbers

@@ -1,0 +1,89 @@
+"""What each stage of a build depends on, as hashes.
+
+A stage runs again when its key changes, and its key holds what the result depends on and nothing else: changing
+`merged_dtype` reruns only the merge, and a comment only the report, which goes with the copies of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from soka_serve.manifest.schema import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt, Manifest
+
+# Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
+STAGE_VERSIONS = {"init": 1, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
+
+# Keys of [train] that do not change what is learned.
+_TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Hashes of what a build reads.
+
+    `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
+    the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has one
+    hash per `[[adapt]] finetuned`. `base_name` is what the adapter calls its base, and `manifest` the hash of the
+    manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints lie counts for
+    these two only: what was moved is the same.
+    """
+
+    base: str
+    config: str
+    tokenizer: str
+    data: str
+    finetuned: Mapping[str, str]
+    base_name: str
+    manifest: str
+
+
+def _hash(stage: str, *parts: Any) -> str:
+    text = json.dumps([stage, STAGE_VERSIONS[stage], *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def needs_data(manifest: Manifest) -> bool:
+    """Whether the initialisation looks at training batches."""
+    return any(rule.batches for rule in manifest.adapt)
+
+
+def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
+    """A rule as the key takes it. On a LLaMA-like base '*' and the list of its projections are the same rule."""
+    values = rule.model_dump(mode="json")
+    if rule.modules == EVERY_MODULE and all(name.rpartition(".")[2] in LLAMA_PROJECTIONS for name in modules):
+        values["modules"] = list(LLAMA_PROJECTIONS)
+    return values
+
+
+def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> dict[str, str]:
+    """The key of every stage that this manifest has, in the order in which they run.
+
+    Args:
+        manifest: the manifest.
+        inputs: hashes of the files that it names.
+        modules: full names of the targets, in order.
+    """
+    train, output = manifest.train, manifest.output
+    soka = train.method == "soka"
+    keys: dict[str, str] = {}
+    examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
+    if soka:
+        rules = [
+            {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))} for rule in manifest.adapt
+        ]
+        batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
+        # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
+        keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
+    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
+    start = keys.get("init", [inputs.base, list(modules)])
+    keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
+    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if soka else None)
+    if "merged" in output.write or train.method == "full":
+        keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
+    keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
+    keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)
+    return keys

@@ -1,0 +1,1 @@
+"""Adapters added to a base's weights, shard by shard."""

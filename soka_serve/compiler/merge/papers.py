@@ -1,0 +1,186 @@
+"""What lies beside the weights of a merged model: config, tokenizer, licence, soka.lock and a model card."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from glob import escape
+from pathlib import Path
+from typing import Any
+
+from soka_serve.adapter.format import CARD_FILE, LOCK_FILE
+from soka_serve.adapter.source import AdapterSource
+from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from soka_serve.base.tokenizer_class import hub_settings
+from soka_serve.errors import CheckpointError, printable
+from soka_serve.io.files import read_errors, require_regular, write_text_atomic
+from soka_serve.io.json_files import read_json
+from soka_serve.io.leftovers import final_name
+from soka_serve.io.lockfile import write_lock
+from soka_serve.io.outputs import Output
+from soka_serve.io.versions import versions
+
+log = logging.getLogger(__name__)
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+# What belongs to a model beside its weights and config. Everything else in the base's directory stays there.
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    *LICENCES,
+)
+
+
+def model_files(directory: Path) -> list[str]:
+    """Every file that a merged model in a directory may consist of: those that its index names, and fixed names."""
+    shards: list[str] = []
+    try:
+        named = read_json(directory / INDEX_FILE).get("weight_map") if (directory / INDEX_FILE).is_file() else None
+        shards = [escape(str(name)) for name in named.values() if _is_shard(name)] if isinstance(named, dict) else []
+    except CheckpointError:  # a damaged index names nothing: what it named is then in the way, and stays
+        pass
+    return [*shards, SINGLE_FILE, INDEX_FILE, "config.json", CARD_FILE, LOCK_FILE, *_COPIED]
+
+
+def _is_shard(name: object) -> bool:
+    """Whether a merge can have written a file that an index names: it also names what somebody put into it."""
+    return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name
+
+
+MERGED = Output(
+    what="a merged model",
+    is_marked=lambda lock: lock is not None and lock.get("kind") == "merged",
+    files=lambda directory, _: model_files(directory),
+)
+
+
+def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None, base_name: str | None = None) -> list[str]:
+    """Config, tokenizer, generation config and licence of the base; returns the names of what was written.
+
+    Args:
+        dtype: what config.json shall say the weights are; None leaves it as it is.
+        base_name: what adapters call the base. For some hub ids transformers takes another tokenizer class than the
+            files name; the merged model has no hub id, so its tokenizer_config.json names that class.
+    """
+    base = checkpoint.directory
+    copied = []
+    for pattern in _COPIED:
+        for file in sorted(base.glob(pattern)):
+            target = new / file.relative_to(base)
+            target.parent.mkdir(exist_ok=True)
+            _copy(file, target)
+            copied.append(str(file.relative_to(base)))
+    if (settings := hub_settings(base, base_name)) is not None:
+        (new / "tokenizer_config.json").write_bytes(settings)
+    if dtype is not None:
+        text = json.dumps(_with_dtype(checkpoint.config, dtype), indent=2) + "\n"
+        (new / "config.json").write_text(text, encoding="utf-8")
+    else:
+        _copy(base / "config.json", new / "config.json")
+    weights = {f.name for f in checkpoint.files}
+    left = [
+        f.name for f in sorted(base.iterdir()) if f.is_file() and f.name not in weights and not (new / f.name).exists()
+    ]
+    if left:
+        log.info("merge: not copied from the base: %s", ", ".join(left))
+    return [*copied, "config.json"]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a small file of the base; an error says which of the two could not be read or written."""
+    with read_errors(source):
+        content = require_regular(source).read_bytes()
+    target.write_bytes(content)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with every dtype key set, in nested configs too; one is added where there is none."""
+
+    def change(part: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: change(value)
+            if isinstance(value, dict)
+            else dtype
+            if key in _DTYPE_KEYS and value is not None
+            else value
+            for key, value in part.items()
+        }
+
+    changed = change(config)
+    return changed if any(key in changed for key in _DTYPE_KEYS) else {**changed, "dtype": dtype}
+
+
+def write_papers(
+    new: Path,
+    checkpoint: Checkpoint,
+    sources: Sequence[tuple[AdapterSource, float]],
+    dtype: str,
+    base_sha256: str | None,
+) -> None:
+    """soka.lock and a short model card, without paths of this machine."""
+    adapters = [(source.adapter, weight) for source, weight in sources]
+    base = adapters[0][0].base_model or ""
+    if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
+        base = Path(base or checkpoint.directory).name
+    base = printable(base)
+    lock = {
+        "soka": 1,
+        "kind": "merged",
+        "dtype": dtype,
+        "base": {"name": base, **({"sha256": base_sha256} if base_sha256 else {})},
+        "adapters": {
+            f"adapter{i}": {
+                "name": _name_of(source.adapter.directory),
+                "weight": weight,
+                "sha256": source.sha256,
+                "modules": len(source.adapter.factors),
+            }
+            for i, (source, weight) in enumerate(sources)
+        },
+        "versions": versions(),
+    }
+    write_lock(new / LOCK_FILE, lock)
+    named = [(_name_of(adapter.directory).replace("|", "/"), adapter, weight) for adapter, weight in adapters]
+    rows = [f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named]
+    card = "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [soka, merged]",
+            "---",
+            "",
+            f"# {base} with {len(adapters)} SoKA adapter{'s' * (len(adapters) > 1)} merged in",
+            "",
+            "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.",
+            "",
+            "| adapter | weight | modules | parameters |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "`soka.lock` holds the hashes and versions.",
+            "",
+        ]
+    )
+    write_text_atomic(new / CARD_FILE, card)
+
+
+def _name_of(directory: Path) -> str:
+    """A build's adapter is called after the build."""
+    real = Path(os.path.realpath(directory))
+    return printable(final_name(real.parent) if real.name == "adapter" else final_name(real))

@@ -1,0 +1,1 @@
+"""What a build would do, from the manifest and the headers alone."""

@@ -1,0 +1,240 @@
+"""The data part of a plan: examples as the model will see them, and how many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from soka_serve.base.served_tokenizer import check_reading, read_served, reading_note
+from soka_serve.base.tokenizer import read_backend
+from soka_serve.base.tokenizer_class import reads_plainly, tokenizer_directory
+from soka_serve.data.examples import (
+    MASKED,
+    EncodedSet,
+    Example,
+    TextTokenizer,
+    UnreachableDataError,
+    count_examples,
+    encode_examples,
+    load_examples,
+    pack_examples,
+)
+from soka_serve.data.rows import resolve
+from soka_serve.errors import CheckpointError, DataError
+from soka_serve.manifest.schema import Manifest, Train
+
+SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
+SHOWN = 3
+
+_MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
+_MIXING_KEYS = {"linear_conv_kernel_dim", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"}
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of an example's text, and whether the loss is taken over it."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class RenderedExample:
+    """An example as the model sees it, special tokens included; `tokens` is None when no tokenizer was at hand."""
+
+    segments: tuple[Segment, ...]
+    tokens: int | None
+    trained_tokens: int | None
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The training data. Counts are those of `sampled` examples; None where something could not be read.
+
+    `examples` is the whole number (after `limit` and `eval_frac`), `problem` says what could not be read, and `rows`
+    how many rows the model sees per epoch (fewer than examples when packing or dropping); scaled up when sampled.
+    `reading` says where transformers, and so the counts, read text otherwise than tokenizer.json alone would.
+    """
+
+    source: str
+    examples: int | None
+    sampled: int
+    encoded: bool
+    tokens: int | None
+    trained_tokens: int | None
+    dropped: int | None
+    truncated: int | None
+    boundary: int | None
+    longest: int | None
+    rows: int | None
+    steps: int | None
+    shown: tuple[RenderedExample, ...]
+    problem: str | None
+    reading: str | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether every example was counted."""
+        return self.examples is not None and self.sampled == self.examples
+
+
+def mixes_rows(config: Mapping[str, Any]) -> bool:
+    """Whether a base's config.json tells of convolutions or recurrent layers, which mix the examples of a packed row.
+
+    Only told ahead: what a model really does is measured before training (`soka_serve.compiler.train.packing`).
+
+    >>> mixes_rows({"layer_types": ["full_attention", "linear_attention"]}), mixes_rows({"head_dim": 64})
+    (True, False)
+    """
+    inner = config.get("text_config")
+    keys = {**config, **(inner if isinstance(inner, dict) else {})}
+    types = keys.get("layer_types")
+    kinds = {kind for kind in types if isinstance(kind, str)} if isinstance(types, list) else set()
+    return bool(kinds & _MIXING_LAYERS or keys.keys() & _MIXING_KEYS)
+
+
+def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, hub_down: bool = False) -> DataPlan:
+    """Render and tokenise the data, or the first `SAMPLE` examples of it.
+
+    Data or a tokenizer that is not there is said in `problem`. With `hub_down` the hub was just found out of reach, and
+    is not asked again: its client's retries take half a minute.
+
+    Raises:
+        CheckpointError: the tokenizer is there, but broken, or servers cannot read the text with it.
+        DataError: the data is there, but malformed, lacks a column, or all of it is too long.
+    """
+    train, data = manifest.train, manifest.train.data
+    problems: list[str] = []
+    tokenizer: TextTokenizer | None = None
+    try:
+        place = tokenizer_directory(base_directory, manifest.base.hub)
+        tokenizer = _open_tokenizer(place)
+    except CheckpointError:
+        if (base_directory / "tokenizer.json").is_file():
+            raise
+        problems.append(f"tokens cannot be counted: the base's tokenizer is not at hand ({base_directory.name})")
+    examples: list[Example] = []
+    total: int | None = None
+    if data.messages is not None and tokenizer is None:
+        problems.append("chat messages cannot be shown without the tokenizer's chat template")
+    elif hub_down and data.hub is not None and not resolve(manifest_dir, data.hub).is_dir():
+        problems.append(f"examples cannot be shown: hub dataset '{data.hub}': the hub cannot be reached")
+    else:
+        try:
+            examples, total = _sample(manifest, manifest_dir, tokenizer)
+        except UnreachableDataError as error:
+            problems.append(f"examples cannot be shown: {error.message}")
+    encoded: EncodedSet | None = None
+    reading = None
+    if tokenizer is not None and examples:
+        if differing := check_reading(tokenizer, examples, place):
+            reading = reading_note(tokenizer.reader, differing, len(examples))
+        try:
+            encoded = encode_examples(
+                examples,
+                tokenizer,
+                max_length=train.max_length,
+                overlong=train.overlong,
+                completion_only=train.completion_only,
+            )
+        except DataError as error:
+            if len(examples) == total:
+                raise
+            problems.append(error.message)
+    rows = _rows(train, encoded, total, len(examples))
+    return DataPlan(
+        source=_describe(manifest),
+        examples=total,
+        sampled=len(examples),
+        encoded=encoded is not None,
+        tokens=encoded.tokens if encoded else None,
+        trained_tokens=encoded.trained_tokens if encoded else None,
+        dropped=encoded.dropped if encoded else None,
+        truncated=encoded.truncated if encoded else None,
+        boundary=encoded.boundary if encoded else None,
+        longest=encoded.longest if encoded else None,
+        rows=rows,
+        steps=_steps(train, rows),
+        shown=_show(examples, encoded, tokenizer, train.completion_only),
+        problem="; ".join(problems) or None,
+        reading=reading,
+    )
+
+
+def _open_tokenizer(directory: Path) -> TextTokenizer:
+    """The tokenizer as a build opens it: tokenizer.json where that is sure to be the same, which is far quicker."""
+    if reads_plainly(directory, read_backend(directory)):
+        return TextTokenizer.from_directory(directory)
+    return read_served(directory)
+
+
+def _sample(
+    manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer | None
+) -> tuple[list[Example], int | None]:
+    """The first `SAMPLE` training examples, and how many there are (None: only loading all of them would tell)."""
+    data = manifest.train.data
+    total = count_examples(data, manifest_dir=manifest_dir)
+    # With a held-out share, which examples are for training is only known after reading all of them.
+    limit = None if data.eval_frac else SAMPLE
+    examples = load_examples(
+        data,
+        manifest_dir=manifest_dir,
+        part="train",
+        seed=manifest.train.seed,
+        limit=limit,
+        tokenizer=tokenizer,
+        stream=data.hub is not None and limit is not None,
+    )
+    if data.eval_frac or (total is None and len(examples) < SAMPLE):
+        total = len(examples)
+    return examples[:SAMPLE], total
+
+
+def _describe(manifest: Manifest) -> str:
+    data = manifest.train.data
+    if data.builtin is not None:
+        return f"builtin '{data.builtin}'"
+    if data.jsonl is not None:
+        return data.jsonl
+    parts = [f"hub {data.hub}", *([f"config {data.config}"] if data.config else []), f"split {data.split}"]
+    return ", ".join([*parts, *([f"revision {data.revision}"] if data.revision else [])])
+
+
+def _rows(train: Train, encoded: EncodedSet | None, total: int | None, sampled: int) -> int | None:
+    """Rows of an epoch, scaled up from the sample."""
+    if encoded is None or total is None or not sampled:
+        return None
+    rows = len(pack_examples(encoded.examples, train.max_length)) if train.packing else len(encoded.examples)
+    return rows if sampled == total else round(rows * total / sampled)
+
+
+def _steps(train: Train, rows: int | None) -> int | None:
+    """Optimiser steps, counted as transformers' Trainer counts them on one device."""
+    if train.steps is not None:
+        return train.steps
+    if rows is None:
+        return None
+    batches = math.ceil(rows / train.batch_size)
+    return math.ceil((train.epochs or 1.0) * max(1, math.ceil(batches / train.accumulate)))
+
+
+def _show(
+    examples: Sequence[Example], encoded: EncodedSet | None, tokenizer: TextTokenizer | None, completion_only: bool
+) -> tuple[RenderedExample, ...]:
+    """The first examples: as tokens where there is a tokenizer, else as text."""
+    if encoded is None or tokenizer is None:
+        return tuple(
+            RenderedExample((Segment(e.prompt, not completion_only), Segment(e.completion, True)), None, None)
+            for e in examples[:SHOWN]
+        )
+    shown = []
+    for example in encoded.examples[:SHOWN]:
+        masked = next((i for i, label in enumerate(example.labels) if label != MASKED), len(example.labels))
+        whole, head = tokenizer.decode(example.input_ids), tokenizer.decode(example.input_ids[:masked])
+        tail = whole[len(head) :] if whole.startswith(head) else tokenizer.decode(example.input_ids[masked:])
+        segments = [Segment(text, trained) for text, trained in ((head, False), (tail, True)) if text]
+        shown.append(RenderedExample(tuple(segments), len(example.input_ids), len(example.input_ids) - masked))
+    return tuple(shown)

@@ -1,0 +1,1 @@
+"""The pages that a build writes: report.html and the model card."""

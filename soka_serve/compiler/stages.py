@@ -1,0 +1,298 @@
+"""The stages of a build that make things: encode, init, tune, export, merge, check.
+
+Each looks whether its result is there already, runs its function if not, and hands the result on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.base.served_tokenizer import check_reading, open_served, reading_note
+from soka_serve.base.targets import budget_groups
+from soka_serve.compiler.check import QuickCheck, answer, choose_questions
+from soka_serve.data.examples import encode_examples, load_examples
+from soka_serve.errors import BuildError
+from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
+from soka_serve.io.lockfile import read_lock
+from soka_serve.io.workspace import link_tree
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from soka_serve.base.targets import Target
+    from soka_serve.base.tokenizer import TextTokenizer
+    from soka_serve.compiler.context import Context
+    from soka_serve.compiler.init.initialise import Initialisation
+    from soka_serve.compiler.train.train import TrainResult
+    from soka_serve.data.examples import EncodedSet, Example
+
+logger = logging.getLogger(__name__)
+
+
+def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
+    """Training and evaluation examples as tokens (the latter None when nothing evaluates the loss)."""
+    manifest, directory = context.loaded.manifest, context.loaded.directory
+    train = manifest.train
+    tokenizer = open_served(context.tokenizer_dir)
+    options: dict[str, Any] = {
+        "max_length": train.max_length,
+        "overlong": train.overlong,
+        "completion_only": train.completion_only,
+    }
+    examples = load_examples(train.data, manifest_dir=directory, part="train", seed=train.seed, tokenizer=tokenizer)
+    _check_reading(context, tokenizer, examples)
+    training = encode_examples(examples, tokenizer, **options)
+    if training.dropped or training.truncated:
+        logger.warning(
+            "%d of %d examples are longer than max_length = %d tokens: %d dropped, %d truncated",
+            training.dropped + training.truncated,
+            training.total,
+            train.max_length,
+            training.dropped,
+            training.truncated,
+        )
+    if train.eval_every is None:
+        return training, None
+    held_out = load_examples(train.data, manifest_dir=directory, part="eval", seed=train.seed, tokenizer=tokenizer)
+    if not held_out:
+        raise BuildError(
+            "eval_every is set, but there is no evaluation data",
+            hint="Set eval_split, eval_jsonl or eval_frac in [train.data], or take eval_every out.",
+        )
+    check_reading(tokenizer, held_out, context.tokenizer_dir)
+    return training, encode_examples(held_out, tokenizer, **options)
+
+
+def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequence[Example]) -> None:
+    differing = check_reading(tokenizer, examples, context.tokenizer_dir)
+    if differing and context.processes.is_main:
+        logger.info(reading_note(tokenizer.reader, differing, len(examples)))
+
+
+def init_stage(context: Context, training: EncodedSet) -> Initialisation:
+    """Factors at step 0: from the cache, or decomposed now (by all processes together)."""
+    from soka_serve.compiler.init.initialise import Initialisation, initialise
+
+    key = context.keys["init"]
+    directory = context.workspace.stage("init", key)
+    if context.workspace.is_cached("init", key):
+        logger.info("init: unchanged, taken from the cache")
+        context.timings_s["init"] = _seconds_of(directory)
+        return Initialisation.read(directory)
+    train = context.loaded.manifest.train
+    with context.stage("init", f"decomposing {len(context.targets)} weights"):
+        device = _device()
+        groups = budget_groups(context.loaded.manifest, context.targets)
+        with scratch_directory(directory) as scratch:
+            started = initialise(
+                context.targets,
+                context.checkpoint,
+                finetuned=context.finetuned,
+                statistics=lambda targets: _statistics(context, training, targets, scratch),
+                budgets={t.module.name: i for i, group in groups.items() for t in group},
+                seed=train.seed,
+                device=device,
+                exchange=context.processes.gather if context.processes.count > 1 else None,
+                process=context.processes.index,
+                processes=context.processes.count,
+                scratch=scratch,
+                progress=context.progress,
+            )
+        if context.processes.is_main:
+            with replace_directory(directory) as new:
+                started.write(new)
+                _mark_done(new, context.seconds_so_far())
+        context.processes.wait()
+    return started
+
+
+def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target], scratch: Path) -> Iterable[Any]:
+    """Gradients and input moments of the base over the first batches of a seeded shuffle of the training data."""
+    import torch
+
+    from soka_serve.base.model import load_base
+    from soka_serve.compiler.init.probe import batches_needed, gather
+    from soka_serve.data.collate import PadCollator
+
+    manifest = context.loaded.manifest
+    model = load_base(context.base_dir, manifest.base.dtype).to(_device() or "cpu")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(manifest.train.seed)
+    order = torch.randperm(len(training.examples), generator=generator).tolist()
+    size = manifest.train.batch_size
+    collate = PadCollator(open_served(context.tokenizer_dir).pad_id)
+    batches = []
+    for start in range(0, batches_needed(targets) * size, size):
+        chosen = [training.examples[i] for i in order[start : start + size]]
+        if chosen:
+            batches.append({k: v.to(model.device) for k, v in collate(chosen).items()})
+    yield from gather(model, batches, targets, scratch)
+    del model
+    gc.collect()
+
+
+def tune_stage(
+    context: Context, encoded: tuple[EncodedSet, EncodedSet | None], start: Initialisation | None
+) -> TrainResult:
+    """The trained weights: from the cache, or trained now, going on from the last resume point."""
+    from soka_serve.compiler.train.train import TrainResult, train
+
+    key = context.keys["tune"]
+    directory = context.workspace.stage("tune", key)
+    if context.workspace.is_cached("tune", key):
+        logger.info("tune: unchanged, taken from the cache")
+        context.timings_s["tune"] = _seconds_of(directory)
+        return TrainResult.read(directory)
+    manifest = context.loaded.manifest
+    with context.stage("tune", f"training ({manifest.train.method})"):
+        directory.mkdir(parents=True, exist_ok=True)
+        result = train(
+            context.base_dir,
+            manifest,
+            train_set=encoded[0],
+            eval_set=encoded[1],
+            pad_id=open_served(context.tokenizer_dir).pad_id,
+            factors=start.factors if start else None,
+            initial=start.initial_modules if start else frozenset(),
+            targets=[t.module.name for t in context.targets],
+            work_dir=directory,
+            progress=context.progress,
+        )
+        if context.processes.is_main:
+            _mark_done(directory, result.seconds)
+    return result
+
+
+def export_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:
+    """Finished adapter into `new/adapter` (nothing for method = 'full')."""
+    old = context.workspace.target / "adapter"
+    if previous.get("export") == context.keys["export"] and old.exists():
+        logger.info("export: unchanged, taken from the last build")
+        link_tree(old, new / "adapter")
+        _name_base(new / "adapter", context.inputs.base_name)
+        result = read_lock(context.workspace.target / "soka.lock")["result"]
+        context.dropped_energy_frac = result["dropped_energy_frac"]
+        return
+    manifest = context.loaded.manifest
+    if manifest.train.method == "full":
+        if "adapter" in manifest.output.write:
+            logger.info("export: method = 'full' makes no adapter; the trained model goes to merged/")
+        return
+    with context.stage("export", "writing the adapter"):
+        if manifest.train.method != "soka":
+            shutil.copytree(trained.adapter, new / "adapter")
+            _name_base(new / "adapter", context.inputs.base_name)
+            return
+        import torch
+
+        from soka_serve.adapter.export import export
+
+        written = export(trained.adapter, new / "adapter", dtype=getattr(torch, manifest.output.adapter_dtype))
+        context.dropped_energy_frac = written.dropped_energy_frac
+        _name_base(new / "adapter", context.inputs.base_name)
+
+
+def _name_base(adapter: Path, name: str) -> None:
+    """Have an adapter name the base as it is called now: what is cached may have been made before it was moved."""
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if config.get("base_model_name_or_path") != name:
+        config["base_model_name_or_path"] = name
+        write_text_atomic(file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:
+    """Merged dense model into `new/merged`, where the manifest asks for one."""
+    key = context.keys.get("merge")
+    if key is None:
+        return
+    old = context.workspace.target / "merged"
+    if previous.get("merge") == key and old.exists():
+        logger.info("merge: unchanged, taken from the last build")
+        link_tree(old, new / "merged")
+        return
+    manifest = context.loaded.manifest
+    with context.stage("merge", "adding the adapter to the base weights"):
+        if manifest.train.method == "soka":
+            from soka_serve.compiler.merge.merge import merge
+
+            merge(
+                new / "adapter",
+                base=context.base_dir,
+                out=new / "merged",
+                dtype=manifest.output.merged_dtype,
+                progress=context.progress,
+            )
+        else:
+            from soka_serve.compiler.train.baseline_merge import merge_baseline
+
+            merge_baseline(
+                manifest.train.method,
+                trained.directory,
+                context.base_dir,
+                new / "merged",
+                manifest.output.merged_dtype,
+                context.inputs.base_name,
+            )
+
+
+def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickCheck | None:
+    """Answer a few held-out problems with the base and with the artefact as it was written."""
+    old = context.workspace.target / "check.json"
+    if previous.get("check") == context.keys["check"] and old.exists():
+        logger.info("check: unchanged, taken from the last build")
+        shutil.copy2(old, new / "check.json")
+        return QuickCheck.read(old)
+    manifest = context.loaded.manifest
+    questions = choose_questions(manifest, context.loaded.directory, open_served(context.tokenizer_dir))
+    if questions is None:
+        return None
+    with context.stage("check", f"answering {questions.limit} held-out problems before and after"):
+        from soka_serve.base.model import load_base
+
+        limit = manifest.eval.max_new_tokens
+        model = load_base(context.base_dir, manifest.base.dtype, manifest.base.quantize)
+        if _device() is not None and manifest.base.quantize == "none":
+            model = model.to(_device())
+        before = answer(model, context.tokenizer_dir, questions, limit)
+        after = answer(_load_result(model, new), context.tokenizer_dir, questions, limit)
+        check = QuickCheck(questions.prompts, questions.expected, before, after)
+        check.write(new / "check.json")
+    return check
+
+
+def _load_result(base: nn.Module, new: Path) -> nn.Module:
+    """The artefact as a user would load it: the adapter on the base, or the dense model."""
+    from soka_serve.base.model import load_base
+
+    if not (new / "adapter").exists():
+        full: nn.Module = load_base(new / "merged").to(next(base.parameters()).device)
+        return full
+    from peft import PeftModel
+
+    import soka_serve.peft  # registers SOKA
+
+    del soka_serve
+    model: nn.Module = PeftModel.from_pretrained(base, str(new / "adapter")).eval()
+    return model
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+def _mark_done(directory: Path, seconds: float) -> None:
+    """Written last: a cached stage without it did not run to its end."""
+    write_text_atomic(directory / "done.json", json.dumps({"seconds": seconds}))
+
+
+def _seconds_of(directory: Path) -> float:
+    return float(json.loads((directory / "done.json").read_text())["seconds"])

@@ -1,0 +1,223 @@
+"""The work directory of a training run: what it belongs to, what it can go on from, and what is kept in the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from soka_serve.compiler.train import resume as resume_points
+from soka_serve.compiler.train.baselines import ADAPTER_CONFIG, ADAPTER_WEIGHTS, convert_pissa
+from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.errors import BuildError, name_some
+from soka_serve.io.files import replace_directory, write_text_atomic
+from soka_serve.manifest.schema import Manifest
+
+if TYPE_CHECKING:
+    from soka_serve.data.examples import EncodedSet
+    from soka_serve.kron import Factors
+
+logger = logging.getLogger(__name__)
+
+# Keys of [train] that change neither the weights nor when they are looked at.
+_COSMETIC = {"log_every", "save_every", "report_to", "data"}
+_FOLDERS = ("adapter", "model", "initial")  # of a run, beside its checkpoints
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one call of `train` works on; see its arguments."""
+
+    model_dir: Path
+    manifest: Manifest
+    factors: Mapping[str, Factors]
+    initial: Collection[str]
+    targets: Sequence[str]
+    work_dir: Path
+
+    @property
+    def method(self) -> str:
+        return self.manifest.train.method
+
+    @property
+    def base_name(self) -> str:
+        """What adapter_config.json names as the base."""
+        return self.manifest.base.hub or str(self.model_dir.resolve())
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run made.
+
+    Args:
+        method: soka, lora, pissa, lokr or full.
+        directory: the trained adapter as PEFT loads it (theta and, where there are any, the initial factors; PiSSA as
+            a plain LoRA), or the whole model for "full".
+        history: JSON lines, see `callbacks.History`.
+        steps: optimiser steps of the weights that were kept; with early stopping the best evaluation's.
+        steps_run: optimiser steps in all.
+        steps_planned: optimiser steps that were asked for.
+        final_loss: mean training loss of the last logged steps; None for 0 steps.
+        eval_loss: evaluation loss of the weights that were kept; None where nothing was evaluated.
+        trainable_parameters: trained values, after pruning.
+        seconds: training time, without what was lost to kills.
+        pruned: terms dropped, by module.
+        stopped_early: early stopping ended the run.
+    """
+
+    method: str
+    directory: Path
+    history: Path
+    steps: int
+    steps_run: int
+    steps_planned: int
+    final_loss: float | None
+    eval_loss: float | None
+    trainable_parameters: int
+    seconds: float
+    pruned: dict[str, int]
+    stopped_early: bool
+
+    @property
+    def adapter(self) -> Path:
+        """`directory`, for methods that make an adapter."""
+        return self.directory
+
+    @classmethod
+    def read(cls, work_dir: Path) -> TrainResult:
+        """The result of a finished run.
+
+        Raises:
+            BuildError: there is none, or its files are gone.
+        """
+        file = work_dir / "result.json"
+        try:
+            values = json.loads(file.read_text())
+            result = cls(directory=work_dir / values.pop("directory"), history=work_dir / "history.jsonl", **values)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BuildError(f"{file}: no finished training run: {error}", hint="train again") from error
+        if not result.directory.is_dir():
+            raise BuildError(f"{result.directory}: the trained weights are gone", hint="train again")
+        return result
+
+    def write(self, work_dir: Path) -> None:
+        """Write `result.json`, which `read` reads."""
+        values = asdict(self)
+        del values["history"]
+        write_text_atomic(work_dir / "result.json", json.dumps(values | {"directory": self.directory.name}, indent=1))
+
+
+def fingerprint(run: Run, train_set: EncodedSet, processes: int) -> str:
+    """What a resume point belongs to: recipe, base, starting factors, amount of data, number of processes."""
+    manifest = run.manifest
+    digest = hashlib.sha256()
+    recipe = {
+        "base": manifest.base.model_dump(mode="json"),
+        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC),
+        "targets": list(run.targets),
+        "initial": sorted(run.initial),
+        "examples": len(train_set.examples),
+        "tokens": sum(len(example.input_ids) for example in train_set.examples),
+        "processes": processes,
+    }
+    digest.update(json.dumps(recipe, sort_keys=True).encode())
+    for name in sorted(run.factors):
+        f = run.factors[name]
+        digest.update(name.encode())
+        for tensor in (f.left, f.right, f.sigma):
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def prepare_directory(run: Run, identity: str, resume: bool) -> None:
+    """Leave in the work directory what this run can go on from, and nothing else of ours."""
+    file = run.work_dir / "run.json"
+    try:
+        found = json.loads(file.read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+        _refuse_strangers(run.work_dir)
+    same = found == identity
+    if not (same and resume):
+        if file.exists() and resume:
+            logger.warning("%s holds a run of another recipe; starting afresh", run.work_dir)
+        (run.work_dir / "result.json").unlink(missing_ok=True)
+        for name in _FOLDERS:
+            shutil.rmtree(run.work_dir / name, ignore_errors=True)
+        resume_points.remove_all(run.work_dir)
+        (run.work_dir / "history.jsonl").unlink(missing_ok=True)
+        write_text_atomic(file, json.dumps({"fingerprint": identity}))
+    if (run.work_dir / "result.json").exists():
+        resume_points.remove_all(run.work_dir)  # a kill may have come between the result and this
+    resume_points.remove_incomplete(run.work_dir)
+
+
+def _refuse_strangers(work_dir: Path) -> None:
+    """Raise BuildError where files that a run would remove are there, and no run.json says that a run wrote them."""
+    names = (*_FOLDERS, "result.json", "history.jsonl")
+    there = [path.name for path in resume_points.checkpoints(work_dir)]
+    there += [name for name in names if (work_dir / name).exists()]
+    if there:
+        raise BuildError(
+            f"{work_dir}: holds {name_some(there)}, and no run.json of a training run that wrote them",
+            hint="give a work_dir of its own, or move them away",
+        )
+
+
+def finish(run: Run) -> None:
+    """Copy the weights that are kept out of their checkpoint, write the result, and remove the checkpoints."""
+    last = resume_points.newest_point(run.work_dir)
+    if last is None or not last.final:
+        raise BuildError(f"{run.work_dir}: training ended without a final checkpoint", hint="report this as a bug")
+    kept = last
+    best_step = last.facts.get("best_step")
+    if run.manifest.train.early_stopping is not None and best_step and best_step != last.step:
+        best = resume_points.read_point(resume_points.checkpoint_directory(run.work_dir, best_step))
+        if best is None:
+            raise BuildError(f"{run.work_dir}: the best checkpoint (step {best_step}) is gone", hint="train again")
+        kept = best
+    directory = run.work_dir / ("model" if run.method == "full" else "adapter")
+    with replace_directory(directory) as new:
+        _export(run, kept.directory, new)
+    history = read_history(run.work_dir / "history.jsonl")
+    losses = [line["loss"] for line in history if "loss" in line]
+    evaluated = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    prune = kept.facts.get("prune", {})
+    TrainResult(
+        method=run.method,
+        directory=directory,
+        history=run.work_dir / "history.jsonl",
+        steps=kept.step,
+        steps_run=last.step,
+        steps_planned=int(last.facts["max_steps"]),
+        final_loss=losses[-1] if losses else None,
+        eval_loss=evaluated.get(kept.step),
+        trainable_parameters=int(kept.facts["trainable_parameters"]),
+        seconds=float(last.facts["elapsed_s"]),
+        pruned=dict(prune.get("dropped", {})),
+        stopped_early=last.step < int(last.facts["max_steps"]),
+    ).write(run.work_dir)
+    resume_points.remove_all(run.work_dir)
+
+
+def _export(run: Run, checkpoint: Path, out_dir: Path) -> None:
+    """The model's own files of a checkpoint, without what only resuming needs."""
+    if run.method == "pissa":
+        convert_pissa(checkpoint, run.work_dir / "initial", out_dir)
+        return
+    if run.method != "full":
+        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            shutil.copy2(checkpoint / name, out_dir / name)
+        return
+    for file in checkpoint.iterdir():
+        if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json"):
+            shutil.copy2(file, out_dir / file.name)
+    config = json.loads((checkpoint / "config.json").read_text())
+    original = json.loads((run.model_dir / "config.json").read_text())
+    config["use_cache"] = original.get("use_cache", True)
+    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,296 @@
+"""Stage `tune`: fine-tuning with the transformers Trainer, from factors to a trained adapter.
+
+`work_dir` holds everything of a run: `run.json` (what the run is), `checkpoint-N/` (resume points), `history.jsonl`,
+and in the end `adapter/` (`model/` for method = "full") and, written last, `result.json`. A run that was killed at any
+point goes on from its newest whole resume point, and on the same CPU and number of processes ends with the same
+weights, bit for bit, as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from accelerate import PartialState
+from peft import prepare_model_for_kbit_training
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+
+from soka_serve.base.model import load_base, quiet_bars
+from soka_serve.compiler.train import resume as resume_points
+from soka_serve.compiler.train.baselines import (
+    ADAPTER_WEIGHTS,
+    build_baseline,
+    check_initial,
+    load_adapter,
+    load_adapter_weights,
+    write_initial,
+)
+from soka_serve.compiler.train.callbacks import ADAPTER, EarlyStopping, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.resume import ResumePoint
+from soka_serve.compiler.train.run import Run, TrainResult, fingerprint, finish, prepare_directory
+from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
+from soka_serve.data.collate import PadCollator, Rows, has_target
+from soka_serve.data.examples import pack_examples
+from soka_serve.errors import BuildError, DataError, PlanError
+from soka_serve.io.files import disk_errors, replace_directory
+from soka_serve.manifest.schema import Manifest
+from soka_serve.peft import build_soka_model, soka_layers
+
+__all__ = ["TrainResult", "load_trained", "train"]
+
+if TYPE_CHECKING:
+    from soka_serve.data.examples import Encoded, EncodedSet
+    from soka_serve.kron import Factors
+
+logger = logging.getLogger(__name__)
+
+Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types
+
+# How torch.save says that a file could not be written: it goes through C++ streams, which lose the reason.
+_WRITING_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
+
+
+def train(
+    model_dir: Path,
+    manifest: Manifest,
+    *,
+    train_set: EncodedSet,
+    eval_set: EncodedSet | None,
+    pad_id: int,
+    factors: Mapping[str, Factors] | None,
+    initial: bool | Collection[str],
+    targets: Sequence[str],
+    work_dir: Path,
+    progress: bool,
+    resume: bool = True,
+) -> TrainResult:
+    """Fine-tune as the manifest says, resuming an interrupted run of the same recipe in `work_dir`.
+
+    Args:
+        model_dir: the base checkpoint.
+        manifest: [base] and [train] are read.
+        train_set: encoded training examples.
+        eval_set: encoded evaluation examples; needed for eval_every.
+        pad_id: token id of the padding.
+        factors: theta at the start by module name, for method = "soka".
+        initial: the modules whose starting factors are subtracted (theta - theta0); True means all, False none.
+        targets: module names that the baselines adapt.
+        work_dir: everything that the run writes, see the module's docstring.
+        progress: show a bar, or plain lines where there is no terminal.
+        resume: False starts afresh.
+
+    Every process of an `accelerate launch` calls it; the main one writes.
+
+    Raises:
+        SokaError: anything that the user can mend. Ctrl-C passes through and leaves whole resume points only.
+    """
+    recipe = manifest.train
+    named = set(initial) if not isinstance(initial, bool) else set(factors or {}) if initial else set()
+    run = Run(model_dir, manifest, factors or {}, named, targets, work_dir)
+    _check(run, eval_set)
+    with disk_errors(work_dir), _torch_errors(work_dir, recipe.batch_size), quiet_bars(), ExitStack() as stack:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        arguments = make_arguments(
+            recipe, work_dir, name=manifest.name or "soka", evaluate=recipe.eval_every is not None
+        )
+        device = arguments.device  # joins the other processes, if there are any
+        if recipe.prune is not None and arguments.world_size > 1:
+            raise PlanError(
+                f"train.prune needs a single process; there are {arguments.world_size}",
+                hint="leave [train.prune] out, or launch one process",
+            )
+        state = PartialState()
+        if state.is_main_process:
+            prepare_directory(run, fingerprint(run, train_set, arguments.world_size), resume)
+        state.wait_for_everyone()
+        if (work_dir / "result.json").exists():
+            logger.info("%s: training has finished already", work_dir)
+            return TrainResult.read(work_dir)
+        point = resume_points.newest_point(work_dir)
+        if point is None or not point.final:
+            set_seed(recipe.seed)  # LoRA's and LoKr's random factors
+            model = build_model(run, point.directory if point else None, device)
+            if recipe.steps == 0:
+                _save_untrained(run, model, state)
+            else:
+                rows, eval_rows = make_rows(run, train_set, eval_set)
+                _fit(run, model, arguments, rows, eval_rows, pad_id, point, stack if progress else None)
+        if state.is_main_process:
+            finish(run)
+        state.wait_for_everyone()
+        return TrainResult.read(work_dir)
+
+
+def load_trained(model_dir: Path, manifest: Manifest, result: TrainResult) -> Trainable:
+    """The trained model in evaluation mode: the adapter on its base, or the fully trained model."""
+    if result.method == "full":
+        return load_base(result.directory).eval()
+    base = load_base(model_dir, manifest.base.dtype, manifest.base.quantize)
+    return load_adapter(base, result.directory).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------- before
+
+
+def _check(run: Run, eval_set: EncodedSet | None) -> None:
+    recipe = run.manifest.train
+    if recipe.method == "soka" and not run.factors:
+        raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
+    if unknown := sorted(set(run.initial) - set(run.factors)):
+        raise PlanError(f"initial factors of modules that have none: {', '.join(unknown[:3])}")
+    if recipe.eval_every is not None and (eval_set is None or not eval_set.examples):
+        raise DataError(
+            "train.eval_every is set, but there are no evaluation examples",
+            hint="set eval_jsonl, eval_split or eval_frac in [train.data], or take eval_every out",
+        )
+
+
+def make_rows(run: Run, train_set: EncodedSet, eval_set: EncodedSet | None) -> tuple[Rows, Rows | None]:
+    """Datasets of both parts; examples without a token for the loss are left out, loudly."""
+    recipe = run.manifest.train
+    kept = _with_targets(train_set.examples, "training")
+    if not kept:
+        raise DataError(
+            f"no training examples: {train_set.total} were read, {train_set.dropped} dropped as too long",
+            hint='check [train.data], raise train.max_length, or set train.overlong = "truncate"',
+        )
+    rows = Rows(pack_examples(kept, recipe.max_length)) if recipe.packing else Rows(kept)
+    if recipe.eval_every is None or eval_set is None:
+        return rows, None
+    return rows, Rows(_with_targets(eval_set.examples, "evaluation"))
+
+
+def _with_targets(examples: Sequence[Encoded], what: str) -> list[Encoded]:
+    kept = [example for example in examples if has_target(example.labels)]
+    if len(kept) < len(examples):
+        logger.warning(
+            "%d %s examples have no token that counts in the loss; left out", len(examples) - len(kept), what
+        )
+    return kept
+
+
+def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trainable:
+    """The model to train: from the start, or as a checkpoint left it (whose ranks may be smaller)."""
+    manifest = run.manifest
+    if run.method == "full":
+        model = load_base(checkpoint or run.model_dir, "float32")
+    else:
+        model = load_base(run.model_dir, manifest.base.dtype, manifest.base.quantize, device=device)
+    model.config.use_cache = False  # a cache would keep packed examples from being told apart
+    if manifest.base.quantize != "none":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if run.method != "soka":
+        return _build_baseline(run, model, checkpoint)
+    if checkpoint is not None:
+        return load_adapter(model, checkpoint)
+    adapted = build_soka_model(model, run.factors, initial=bool(run.initial), base_model=run.base_name)
+    for name, layer in soka_layers(adapted).items():
+        if run.initial and name not in run.initial:
+            # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
+            layer.soka_sigma_initial[ADAPTER].data.zero_()
+    return adapted
+
+
+def _build_baseline(run: Run, model: PreTrainedModel, checkpoint: Path | None) -> Trainable:
+    method = run.manifest.train.method
+    adapted = build_baseline(model, method, run.manifest.train.method_rank, run.targets, run.base_name)
+    if method == "full":
+        return adapted
+    initial = run.work_dir / "initial"
+    if method == "pissa":
+        if (initial / ADAPTER_WEIGHTS).exists():
+            check_initial(adapted, initial)
+        elif PartialState().is_main_process:
+            with replace_directory(initial) as new:
+                write_initial(adapted, new)
+    if checkpoint is not None:
+        load_adapter_weights(adapted, checkpoint)
+    return adapted
+
+
+# ---------------------------------------------------------------------------------------------------------- during
+
+
+def _fit(
+    run: Run,
+    model: Trainable,
+    arguments: TrainingArguments,
+    rows: Rows,
+    eval_rows: Rows | None,
+    pad_id: int,
+    point: ResumePoint | None,
+    bar: ExitStack | None,
+) -> None:
+    """Run the Trainer to its end; the last checkpoint in `work_dir` is then the final one."""
+    recipe = run.manifest.train
+    pruning = Pruning(recipe.prune) if recipe.prune is not None else None
+    if pruning and point:
+        pruning.restore(point.facts["prune"])
+    callbacks: list[Any] = [History(run.work_dir / "history.jsonl")]
+    if pruning:
+        callbacks.append(pruning)
+    if recipe.early_stopping is not None:
+        callbacks.append(EarlyStopping(recipe.early_stopping))
+    callbacks.append(
+        ResumePoints(
+            run.work_dir,
+            facts=lambda: {"prune": pruning.facts()} if pruning else {},
+            elapsed_s=point.facts["elapsed_s"] if point else 0.0,
+        )
+    )
+    if bar is not None:
+        callbacks.append(Progress(bar))
+    trainer = SokaTrainer(
+        recipe,
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=PadCollator(pad_id, multiple_of=1 if arguments.use_cpu else 8),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    if point is not None:
+        logger.info("going on from step %d", point.step)
+    with warnings.catch_warnings():
+        # torch renames the switch that keeps DDP from sending the constant initial factors around at every step.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        trainer.train(resume_from_checkpoint=str(point.directory) if point else None)
+    if not arguments.use_cpu:
+        trainer.accelerator.free_memory()
+
+
+@contextmanager
+def _torch_errors(work_dir: Path, batch_size: int) -> Iterator[None]:
+    """Failures that torch reports in words of its own."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise BuildError(
+            "out of GPU memory while training",
+            hint=f"lower train.batch_size (now {batch_size}) and raise train.accumulate, set "
+            'train.gradient_checkpointing = true, or base.quantize = "4bit"',
+        ) from error
+    except RuntimeError as error:
+        if not any(word in str(error) for word in _WRITING_FAILED):
+            raise
+        raise BuildError(
+            f"cannot write a resume point in {work_dir}: {str(error).splitlines()[0]}",
+            hint="the disk, a quota or a limit on file sizes (ulimit -f) may have been reached: free some space",
+        ) from error
+
+
+def _save_untrained(run: Run, model: Trainable, state: PartialState) -> None:
+    """A checkpoint of step 0, final: the initialisation itself."""
+    if not state.is_main_process:
+        return
+    directory = resume_points.checkpoint_directory(run.work_dir, 0)
+    model.save_pretrained(str(directory))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {"elapsed_s": 0.0, "trainable_parameters": trainable, "max_steps": 0}
+    resume_points.mark_complete(directory, step=0, final=True, facts=facts)

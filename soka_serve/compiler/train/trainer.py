@@ -1,0 +1,234 @@
+"""The transformers Trainer, set up from a manifest: arguments, optimiser groups, and what a bad loss means."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
+from soka_serve.compiler.train.packing import check_packing
+from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
+from soka_serve.manifest.schema import Train
+
+_DEFAULT_EPOCHS = 1.0
+_CHECKPOINTS_KEPT = 2
+
+
+def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -> TrainingArguments:
+    """The manifest's [train] table as TrainingArguments; checkpoints go to `work_dir`.
+
+    Neither `steps` nor `epochs` means one epoch. Without an accelerator (or under `accelerate launch --cpu`) it trains
+    on the CPU.
+
+    Raises:
+        PlanError: float16 without a GPU.
+        BuildError: a tracker in `report_to` is not installed.
+    """
+    use_cpu = not torch.accelerator.is_available()
+    if train.precision == "float16" and use_cpu:
+        raise PlanError(
+            'train.precision = "float16" needs a GPU, and there is none',
+            hint='"bfloat16" works on CPUs too; "float32" is the most exact',
+        )
+    for tracker in train.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise BuildError(
+                f"train.report_to names {tracker!r}, which is not installed",
+                hint=f"pip install {tracker}, or take it out of report_to",
+            )
+    warm_constant = train.schedule == "constant" and train.warmup_frac > 0
+    return TrainingArguments(
+        output_dir=str(work_dir),
+        run_name=name,
+        max_steps=train.steps if train.steps is not None else -1,
+        num_train_epochs=train.epochs if train.epochs is not None else _DEFAULT_EPOCHS,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        optim="adamw_torch_fused",
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        lr_scheduler_type="constant_with_warmup" if warm_constant else train.schedule,
+        warmup_steps=train.warmup_frac,  # below 1 it is a share of the steps, rounded up
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.precision == "bfloat16",
+        fp16=train.precision == "float16",
+        use_cpu=use_cpu,
+        **_checkpointing(train.gradient_checkpointing),
+        seed=train.seed,
+        data_seed=train.seed,
+        logging_strategy="steps",
+        logging_steps=train.log_every,
+        logging_nan_inf_filter=False,  # a loss that is not finite shall be seen, not averaged away
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=train.eval_every if evaluate else None,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=_CHECKPOINTS_KEPT,
+        metric_for_best_model="loss" if train.early_stopping is not None else None,
+        greater_is_better=False if train.early_stopping is not None else None,
+        restore_callback_states_from_checkpoint=train.early_stopping is not None,
+        report_to=list(train.report_to) or "none",
+        disable_tqdm=True,  # we have our own bar
+        dataloader_pin_memory=not use_cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        # Every trained parameter is used at every step, and buffers never change.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """The arguments for recomputing activations, as the installed transformers calls them."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
+
+
+class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+    """The Trainer with learning-rate multipliers per factor, a loss that must be finite, and our resume points.
+
+    Args:
+        recipe: the manifest's [train] table.
+        others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
+    """
+
+    def __init__(self, recipe: Train, **others: Any) -> None:
+        self.recipe = recipe
+        self.optimizer: Any
+        self.control: Any
+        self._packing_checked = False
+        super().__init__(**others)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """AdamW with one parameter group per (multiplier, weight decay); a multiplier of 0 freezes the parameters.
+
+        Weight decay spares biases and norms, as the Trainer's own groups do. For SoKA it pulls the trained factors to
+        zero, hence with `init = "weights"` the model towards W - K(theta0), not towards the base.
+        """
+        if self.optimizer is not None:  # given to the constructor
+            return self.optimizer
+        target = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(target))
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in target.named_parameters():
+            multiplier = learning_rate_multiplier(name, self.recipe)
+            if multiplier == 0:
+                parameter.requires_grad_(False)
+            if parameter.requires_grad:
+                key = (multiplier, self.args.weight_decay if name in decayed else 0.0)
+                groups.setdefault(key, []).append(parameter)
+        if not groups:
+            raise PlanError(
+                "nothing is left to train: left_lr, right_lr and sigma_lr are all 0",
+                hint="raise one of them, or set steps = 0 to export the initialisation",
+            )
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+        self.optimizer = optimizer_class(
+            [
+                {"params": parameters, "lr": self.args.learning_rate * multiplier, "weight_decay": decay}
+                for (multiplier, decay), parameters in groups.items()
+            ],
+            **options,
+        )
+        self._first_multiplier = next(iter(groups))[0]
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            PlanError: before the first: packed examples see each other.
+            DivergedError: the loss is not finite.
+            CheckpointError: since the base's weights are not.
+        """
+        if self.recipe.packing and not self._packing_checked:
+            self._check_packing(args[0] if args else kwargs["model"])
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            self._check_base()
+            step = self.state.global_step + 1
+            raise DivergedError(
+                f"training diverged: the loss is {loss.item()} at step {step} of {self.state.max_steps}",
+                hint=f"lower train.learning_rate (now {self.args.learning_rate:g}), or raise train.warmup_frac "
+                f"(now {self.recipe.warmup_frac:g})"
+                + ('; "bfloat16" overflows later than "float16"' if self.args.fp16 else ""),
+            )
+        return loss
+
+    def _check_packing(self, wrapped: nn.Module) -> None:
+        """`check_packing`, with the forward pass that training has (wrappers, autocast, devices), but for dropout."""
+        model = self.accelerator.unwrap_model(wrapped)
+        training = wrapped.training
+
+        def forward(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            inputs = self._prepare_inputs({k: v for k, v in batch.items() if k != "labels"})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits: torch.Tensor = wrapped(**inputs).logits
+            return logits
+
+        wrapped.eval()
+        try:
+            check_packing(
+                model,
+                self.train_dataset.rows,
+                self.data_collator,
+                forward,
+                half=self.args.bf16 or self.args.fp16 or any(p.element_size() < 4 for p in model.parameters()),
+                together=self.args.per_device_train_batch_size > 1,
+            )
+        finally:
+            wrapped.train(training)
+        self._packing_checked = True
+
+    def _check_base(self) -> None:
+        """A loss that is not finite has another reason than the learning rate where the base's own weights are not.
+
+        Raises:
+            CheckpointError: names the weights.
+        """
+        untouched = self.state.global_step == 0
+        broken = [
+            name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            for name, p in self.model.named_parameters()
+            if (untouched or not p.requires_grad) and p.is_floating_point() and not bool(p.detach().isfinite().all())
+        ]
+        if broken:
+            more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise CheckpointError(
+                f"the base's weights hold NaN or infinity: {broken[0]}{more}",
+                hint="the checkpoint is damaged: fetch or save the checkpoint again",
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the base learning rate; send each module's sigma and effective rank to the trackers."""
+        if "learning_rate" in logs:
+            logs["learning_rate"] /= self._first_multiplier
+        super().log(logs, start_time)
+        if self.recipe.report_to and "loss" in logs:
+            # Not through super().log: that keeps everything in the state, which each checkpoint holds.
+            metrics = tracker_metrics(read_spectra(self.model))
+            if metrics:
+                self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing without FSDP: the model was built from the checkpoint, whose ranks may differ from the start's."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def learning_rate_multiplier(parameter: str, train: Train) -> float:
+    """The manifest's multiplier for a parameter, by its name; 1 for all but SoKA's factors."""
+    for part, multiplier in (("left", train.left_lr), ("right", train.right_lr), ("sigma", train.sigma_lr)):
+        if f".soka_{part}." in parameter:
+            return multiplier
+    return 1.0

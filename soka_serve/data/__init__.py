@@ -1,0 +1,1 @@
+"""Training data: rows, templates, tokens, batches."""

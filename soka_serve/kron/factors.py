@@ -1,0 +1,264 @@
+"""Kronecker factors, and what needs nothing but them: rearrangement, dense delta, stacking, recompression.
+
+Kronecker order is numpy's: kron(left, right)[i*p + a, j*q + b] = left[i, j] * right[a, b].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from soka_serve.kron.shapes import FactorShape
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The terms of one module: delta = sum over k of sigma[k] * kron(left[k], right[k]).
+
+    Args:
+        left: (r, m, n), floating point.
+        right: (r, p, q), floating point.
+        sigma: (r,), floating point; any sign (subtracting a term negates its sigma).
+
+    Raises:
+        ValueError: the three tensors do not fit together.
+    """
+
+    left: Tensor
+    right: Tensor
+    sigma: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)}, sigma {tuple(self.sigma.shape)}"
+        if self.left.ndim != 3 or self.right.ndim != 3 or self.sigma.ndim != 1:
+            raise ValueError(f"expected left (r, m, n), right (r, p, q), sigma (r,); got {shapes}")
+        if not self.left.shape[0] == self.right.shape[0] == self.sigma.shape[0]:
+            raise ValueError(f"left, right and sigma must have the same number of terms; got {shapes}")
+        if not all(t.is_floating_point() for t in (self.left, self.right, self.sigma)):
+            raise ValueError(f"factors must be floating point; got {self.left.dtype}, {self.right.dtype}")
+
+    @property
+    def rank(self) -> int:
+        """Number of terms."""
+        return self.sigma.shape[0]
+
+    @property
+    def shape(self) -> FactorShape:
+        """The factor shape (m, n, p, q)."""
+        return FactorShape(*self.left.shape[1:], *self.right.shape[1:])
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in the three tensors, r * (m*n + p*q + 1)."""
+        return self.left.numel() + self.right.numel() + self.sigma.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the three tensors."""
+        return sum(t.numel() * t.element_size() for t in (self.left, self.right, self.sigma))
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Factors:
+        """The same terms in another dtype or on another device."""
+        return Factors(*(t.to(device=device, dtype=dtype) for t in (self.left, self.right, self.sigma)))
+
+    def terms(self, index: int | slice | Sequence[int] | Tensor) -> Factors:
+        """The chosen terms, in the order of `index`; one number gives a single term."""
+        if isinstance(index, int):
+            index = [index]
+        elif not isinstance(index, slice | Tensor):
+            index = list(index)
+        return Factors(self.left[index], self.right[index], self.sigma[index])
+
+
+def rearrange(weight: Tensor, shape: FactorShape) -> Tensor:
+    """The Van Loan-Pitsianis rearrangement: Kronecker products become outer products.
+
+    Semantics: R[i*n + j, a*q + b] = weight[i*p + a, j*q + b], so that for weight = kron(left, right),
+    R = vec(left) vec(right)^T with row-major vec. It is a permutation, hence keeps the Frobenius norm.
+
+    Args:
+        weight: (out, in) = (m*p, n*q), any dtype.
+        shape: the factor shape.
+
+    Returns:
+        (m*n, p*q), contiguous copy, dtype of `weight`.
+
+    Raises:
+        ValueError: `weight` is not (m*p, n*q).
+
+    Reference: Van Loan and Pitsianis, Approximation with Kronecker products, 1993. A plain reshape of the weight to
+    (m*n, p*q) is something else and recovers nothing.
+    """
+    m, n, p, q = shape
+    _check_matrix(weight, (m * p, n * q), "weight")
+    return weight.reshape(m, p, n, q).permute(0, 2, 1, 3).reshape(m * n, p * q)
+
+
+def unrearrange(matrix: Tensor, shape: FactorShape) -> Tensor:
+    """The inverse of `rearrange`: (m*n, p*q) back to (out, in).
+
+    Raises:
+        ValueError: `matrix` is not (m*n, p*q).
+    """
+    m, n, p, q = shape
+    _check_matrix(matrix, (m * n, p * q), "matrix")
+    return matrix.reshape(m, n, p, q).permute(0, 2, 1, 3).reshape(m * p, n * q)
+
+
+def dense_delta(factors: Factors, dtype: torch.dtype | None = None) -> Tensor:
+    """The sum of the terms as a dense matrix; differentiable.
+
+    Semantics: delta = sum over k of sigma[k] * kron(left[k], right[k]).
+
+    Args:
+        factors: the terms; half precision is computed in float32.
+        dtype: dtype of the result; default: that of `factors.left`.
+
+    Returns:
+        (out, in). No terms give zeros. Peak memory is twice the result; `add_delta_` needs none.
+    """
+    work = _work_dtype(factors)
+    left = (factors.left.to(work) * factors.sigma.to(work)[:, None, None]).flatten(1)
+    matrix = left.t() @ factors.right.to(work).flatten(1)
+    return unrearrange(matrix, factors.shape).to(dtype or factors.left.dtype)
+
+
+@torch.no_grad()
+def add_delta_(weight: Tensor, factors: Factors, scale: float = 1.0) -> Tensor:
+    """Add scale * delta to `weight` in place, some rows of Left at a time, without the dense delta.
+
+    Args:
+        weight: (out, in), any floating dtype; each block is summed in float32 (float64 when one of the two is) and
+            rounded once.
+        factors: the terms.
+        scale: multiplies the delta; -1 takes it out again.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: `weight` is not (m*p, n*q).
+    """
+    m, n, p, q = factors.shape
+    _check_matrix(weight, (m * p, n * q), "weight")
+    work = torch.promote_types(_work_dtype(factors), weight.dtype)
+    left = factors.left.to(work) * (factors.sigma.to(work) * scale)[:, None, None]
+    right = factors.right.to(work).flatten(1)
+    rows = max(1, _BLOCK_VALUES // (p * n * q))
+    for start in range(0, m, rows):
+        part = left[:, start : start + rows]
+        block = (part.flatten(1).t() @ right).view(part.shape[1], n, p, q).transpose(1, 2).reshape(-1, n * q)
+        target = weight[start * p : start * p + block.shape[0]]
+        target.copy_(block.add_(target))
+    return weight
+
+
+_BLOCK_VALUES = 1 << 20  # values of a block in `add_delta_`: 4 MiB in float32, still one efficient GEMM
+
+
+def stack_terms(*factors: Factors, signs: Sequence[float] | None = None) -> Factors:
+    """All terms of several deltas of the same module: the sum of the deltas, each times its sign.
+
+    >>> f = Factors(torch.ones(1, 2, 2), torch.ones(1, 3, 3), torch.ones(1))
+    >>> dense_delta(stack_terms(f, f, signs=(1, -1))).abs().max().item()
+    0.0
+
+    Args:
+        factors: at least one; all of one factor shape.
+        signs: one multiplier per argument; default: all 1.
+
+    Raises:
+        ValueError: nothing to stack, different factor shapes, or another number of signs.
+    """
+    if not factors:
+        raise ValueError("expected at least one set of factors; got none")
+    shapes = {f.shape for f in factors}
+    if len(shapes) > 1:
+        raise ValueError(f"expected factors of one shape; got {sorted(map(tuple, shapes))}")
+    signs = (1.0,) * len(factors) if signs is None else tuple(signs)
+    if len(signs) != len(factors):
+        raise ValueError(f"expected {len(factors)} signs; got {len(signs)}")
+    return Factors(
+        torch.cat([f.left for f in factors]),
+        torch.cat([f.right for f in factors]),
+        torch.cat([f.sigma * sign for f, sign in zip(factors, signs, strict=True)]),
+    )
+
+
+@torch.no_grad()
+def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None = None) -> tuple[Factors, float]:
+    """The same delta with the fewest terms: orthogonal factors, sigma descending; or the best `rank` of them.
+
+    QR of the two factor stacks (m*n x r and p*q x r), then an SVD of the r x r core, all in float64; the dense delta
+    is never built. With `rank` None only terms that are zero to rounding are dropped: sigma at most `rtol` times the
+    largest one, or lost in the cancellation of the terms that went in. At least one term is kept (with sigma 0 when
+    the delta is zero), so that an adapter never holds empty tensors; no terms in gives no terms out.
+
+    Args:
+        factors: the terms, for instance `stack_terms(trained, initial, signs=(1, -1))`.
+        rank: most terms to keep; None keeps all that are not numerically zero.
+        rtol: relative size of a numerically zero term; default 1e-7 (1e-14 for float64 factors).
+
+    Returns:
+        The factors (unit Frobenius norm, sigma >= 0 descending, dtype of `factors.left`, at most min(r, m*n, p*q)
+        terms), and the share of the delta's energy that was dropped, in [0, 1].
+
+    Raises:
+        ValueError: `rank` is negative, or a factor is not finite.
+    """
+    if rank is not None and rank < 0:
+        raise ValueError(f"expected a rank from 0; got {rank}")
+    if rtol is None:
+        rtol = 1e-14 if factors.left.dtype == torch.float64 else 1e-7
+    shape = factors.shape
+    left = factors.left.double().flatten(1).t()
+    right = factors.right.double().flatten(1).t()
+    sigma = factors.sigma.double()
+    if not all(bool(t.isfinite().all()) for t in (left, right, sigma)):
+        raise ValueError("expected finite factors; got NaN or infinity")
+    left_basis, left_core = torch.linalg.qr(left * sigma)
+    right_basis, right_core = torch.linalg.qr(right)
+    core_left, core_sigma, core_right = torch.linalg.svd(left_core @ right_core.t(), full_matrices=False)
+    if core_sigma.numel() == 0:
+        return factors, 0.0
+    # What cancelled: below the float64 rounding of the terms that went in there is only noise.
+    noise = 1e-13 * (sigma.abs() * left.norm(dim=0) * right.norm(dim=0)).norm()
+    core_sigma = torch.where(core_sigma > noise, core_sigma, 0.0)
+    keep = max(1, int((core_sigma > core_sigma[0] * rtol).sum()))
+    keep = keep if rank is None else min(keep, rank)
+    energy = core_sigma.square()
+    dropped = float(energy[keep:].sum() / energy.sum()) if core_sigma[0] > 0 else 0.0
+    result = from_vectors(
+        left_basis @ core_left[:, :keep], right_basis @ core_right[:keep].t(), core_sigma[:keep], shape
+    )
+    return result.to(dtype=factors.left.dtype), dropped
+
+
+def from_vectors(left: Tensor, right: Tensor, sigma: Tensor, shape: FactorShape) -> Factors:
+    """Singular vectors in columns, (m*n, r) and (p*q, r), as factors with the sign fixed.
+
+    The sign of a singular pair is arbitrary; the entry of largest magnitude in left[k] is made positive.
+    """
+    m, n, p, q = shape
+    rank = sigma.shape[0]
+    if rank:
+        sign = left.gather(0, left.abs().argmax(dim=0, keepdim=True)).sign()
+        sign = torch.where(sign == 0, torch.ones_like(sign), sign)
+        left, right = left * sign, right * sign
+    return Factors(
+        left.t().reshape(rank, m, n).contiguous(), right.t().reshape(rank, p, q).contiguous(), sigma.contiguous()
+    )
+
+
+def _work_dtype(factors: Factors) -> torch.dtype:
+    """Float32 for half precision, else the widest of the three."""
+    widest = torch.promote_types(torch.promote_types(factors.left.dtype, factors.right.dtype), factors.sigma.dtype)
+    return torch.promote_types(widest, torch.float32)
+
+
+def _check_matrix(matrix: Tensor, expected: tuple[int, int], name: str) -> None:
+    if tuple(matrix.shape) != expected:
+        raise ValueError(f"expected {name} of shape {expected}; got {tuple(matrix.shape)}")

@@ -1,0 +1,72 @@
+"""`shape = "auto"`: the factor shape that captures most of a weight's energy at equal parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from soka_serve.kron.decompose import captured_energy
+from soka_serve.kron.shapes import FactorShape
+
+_FINALISTS = 4
+_MARGIN = 1e-3  # shapes whose energy differs by less are equal: the accuracy of the truncated decomposition
+
+
+def search_shape(
+    weight: Tensor,
+    candidates: Sequence[FactorShape],
+    rank: int,
+    *,
+    parameters: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> FactorShape:
+    """The candidate with the most captured energy when all get the same number of parameters.
+
+    Every shape may spend the same budget: as many terms as fit into it. Shapes of which not even one term fits are
+    left out. All others are screened with a rough decomposition (a few passes over the weight each), then the best
+    few, and the first candidate with them, are decomposed properly. Of shapes that are equal within 0.1% the earlier
+    candidate wins, so a weight without structure gets the balanced shape. Deterministic.
+
+    Args:
+        weight: (out, in), any floating dtype, CPU or GPU.
+        candidates: as from `candidate_shapes`, the preferred (balanced) one first.
+        rank: the terms that the first candidate would get; sets the budget unless `parameters` does.
+        parameters: the budget, in trainable parameters.
+        seed: seed of the randomised decompositions.
+        progress: called with (shapes done, shapes in all) after each decomposition.
+
+    Raises:
+        ValueError: no candidates, the budget does not pay for one term of any, or the weight is not finite.
+    """
+    if not candidates:
+        raise ValueError("expected at least one candidate shape; got none")
+    budget = candidates[0].parameters(max(1, rank)) if parameters is None else parameters
+    ranks = {shape: min(budget // shape.parameters(1), shape.max_rank) for shape in candidates}
+    entrants = [shape for shape in candidates if ranks[shape] > 0]
+    if not entrants:
+        raise ValueError(f"a budget of {budget} parameters does not pay for one term of any candidate shape")
+    finals = min(len(entrants), _FINALISTS + 1)
+    steps = len(entrants) + finals if len(entrants) > finals else len(entrants)
+    done = 0
+
+    def measure(shape: FactorShape, *, rough: bool) -> float:
+        nonlocal done
+        energy = captured_energy(weight, shape, ranks[shape], rough=rough, seed=seed)
+        done += 1
+        if progress is not None:
+            progress(min(done, steps), steps)
+        return energy
+
+    finalists = entrants
+    if len(entrants) > finals:
+        rough = {shape: measure(shape, rough=True) for shape in entrants}
+        best = sorted(entrants[1:], key=lambda shape: -rough[shape])[:_FINALISTS]  # stable: ties keep their order
+        finalists = [shape for shape in entrants if shape == entrants[0] or shape in best]
+    chosen, most = finalists[0], -1.0
+    for shape in finalists:
+        energy = measure(shape, rough=False)
+        if most < 0 or energy > most * (1 + _MARGIN):
+            chosen, most = shape, energy
+    return chosen

@@ -1,0 +1,140 @@
+"""The manifest that `soka-serve init NAME` writes, rendered from the schema."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from soka_serve.errors import ManifestError, Problem
+from soka_serve.manifest.nodes import Node, below, expected, policies_of, resolve, root
+from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION
+
+_WIDTH = 100
+
+# Per table, the keys that a first manifest meets; a value is written out, None leaves the key commented, at its
+# default or, where there is none, at an example.
+_KEYS: dict[str, dict[str, Any]] = {
+    "[base]": {"builtin": "tiny", "path": None, "hub": None, "revision": None, "dtype": None, "quantize": None},
+    "[[adapt]]": {"modules": ..., "layers": None, "shape": None, "init": ..., "calibration_batches": None, "rank": ...},
+    "[train]": {
+        "method": None,
+        "steps": 300,
+        "epochs": None,
+        "batch_size": 32,
+        "learning_rate": ...,
+        "max_length": None,
+        "precision": None,
+        "gradient_checkpointing": None,
+        "seed": None,
+    },
+    "[train.data]": {
+        "builtin": "math",
+        "jsonl": None,
+        "hub": None,
+        "config": None,
+        "prompt": None,
+        "completion": None,
+        "messages": None,
+        "eval_jsonl": None,
+        "eval_split": None,
+        "eval_frac": None,
+    },
+    "[output]": {"write": ["adapter", "merged"], "dir": None},
+    "[serve]": {"name": None, "port": None},
+    "[eval]": {"limit": None, "tasks": None},
+}
+
+
+def starter_manifest(name: str) -> str:
+    """Write a commented manifest that builds as it is: the embedded base on its word problems.
+
+    Args:
+        name: the build's name.
+
+    Raises:
+        ManifestError: the name cannot name a build.
+    """
+    if not re.fullmatch(NAME_PATTERN, name) or len(name) > 100:
+        wanted = expected(below(root(), "name") or {})
+        raise ManifestError(name, [Problem("name", f"expected {wanted}; got {name!r}")])
+    return "\n".join(_lines(name)) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """Write a value as TOML.
+
+    >>> toml_value({"policy": "fixed", "rank": 1}), toml_value([True, 0.5, "a"])
+    ('{ policy = "fixed", rank = 1 }', '[true, 0.5, "a"]')
+    """
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml_value(item) for item in value)}]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are the same in both
+
+
+def default_or_example(raw: Node) -> Any:
+    """What a key is when it is not set; for a key that has no default, an example of it."""
+    default = raw.get("default")
+    return raw.get("examples", [None])[0] if default is None else default
+
+
+def _lines(name: str) -> Iterator[str]:
+    yield f"# {name}: a soka-serve manifest."
+    yield "#"
+    yield f"#   soka-serve plan {name}.toml     what would run; loads no weights"
+    yield f"#   soka-serve build {name}.toml    choose ranks, initialise, fine-tune, write the artefacts"
+    yield "#"
+    yield "# Lines that are commented out show a key's default or, where it has none, an example."
+    yield "# Every key: docs/manifest.md; for editors: `soka-serve schema`."
+    yield ""
+    top = root()["properties"]
+    yield from _comment(top["schema"]["description"])
+    yield f"schema = {SCHEMA_VERSION}"
+    yield from _comment(top["name"]["description"])
+    yield f"name = {toml_value(name)}"
+    for header, keys in _KEYS.items():
+        table = _table(header)
+        yield ""
+        yield from _comment(table["description"])
+        yield header
+        for key, value in keys.items():
+            yield from _key(key, table["properties"][key], value)
+
+
+def _key(key: str, raw: Node, value: Any) -> Iterator[str]:
+    yield from _comment(raw["description"])
+    policies = policies_of(resolve(raw))
+    if policies:
+        yield from _policies(key, policies)
+        return
+    shown = default_or_example(raw) if value is None or value is ... else value
+    yield f"{'# ' if value is None else ''}{key} = {toml_value(shown)}"
+
+
+def _policies(key: str, policies: dict[str, Node]) -> Iterator[str]:
+    for i, (policy, table) in enumerate(policies.items()):
+        given = {"policy": policy}
+        given |= {
+            name: default_or_example(raw)
+            for name, raw in table["properties"].items()
+            if name != "policy" and ("default" in raw or "examples" in raw)
+        }
+        if i:
+            yield from _comment(table["description"])
+        yield f"{'# ' if i else ''}{key} = {toml_value(given)}"
+
+
+def _table(header: str) -> Node:
+    node = root()
+    for part in header.strip("[]").split("."):
+        child = resolve(node["properties"][part])
+        node = resolve(child["items"]) if "items" in child else child
+    return node
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), _WIDTH, initial_indent="# ", subsequent_indent="# ")

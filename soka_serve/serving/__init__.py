@@ -1,0 +1,1 @@
+"""Adapters behind vLLM's OpenAI API: `soka-serve serve` and `doctor`."""

@@ -1,0 +1,142 @@
+"""`soka-serve serve`: targets -> one vLLM server on their base, watched, probed and ended in order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from soka_serve.errors import BuildError, SokaError
+from soka_serve.io.files import disk_errors
+from soka_serve.io.own_cache import own_folder
+from soka_serve.serving.base import ServedBase, find_base
+from soka_serve.serving.command import Launch, Settings, list_builds, make_launch
+from soka_serve.serving.doctor import quick_checks
+from soka_serve.serving.probe import examples, probe
+from soka_serve.serving.process import Server, Stopped, check_port, signals_stop
+from soka_serve.serving.targets import Target, read_targets
+
+logger = logging.getLogger(__name__)
+
+
+def plan_launch(
+    given: Sequence[str], settings: Settings, *, base: str | None = None, out: Path | None = None
+) -> tuple[list[Target], Launch]:
+    """Everything that can be checked before vLLM is started, and how it would be started.
+
+    Args:
+        given: '[NAME=]TARGET' each: manifests, adapter or build directories, or one merged model.
+        settings: options of the command line.
+        base: replaces the base that the adapters name.
+        out: folder of builds of the manifests.
+
+    Raises:
+        SokaError: everything that is wrong with the targets; else the first thing that is wrong with the rest.
+    """
+    targets = read_targets(given, out=out)
+    if not targets and settings.builds is None:
+        raise SokaError("nothing to serve", hint="Give TARGETs, or a folder of builds: --builds build")
+    merged = bool(targets) and targets[0].kind == "merged"
+    if merged and (settings.builds is not None or settings.runtime_loading):
+        raise SokaError("a merged model is served without adapters: --builds and --runtime-loading have no place there")
+    _check_installation(merged=merged)
+    served: ServedBase | None = None
+    if not merged:
+        served = find_base(targets or _some_build(settings.builds), base)
+    return targets, make_launch(targets, served, settings)
+
+
+def serve(
+    targets: Sequence[Target], launch: Launch, *, verbose: bool, timeout_s: float, say: Callable[[str], None]
+) -> int:
+    """Run the server until it is told to stop.
+
+    Args:
+        targets: what `plan_launch` returned.
+        launch: likewise.
+        verbose: vLLM writes to the terminal instead of a file.
+        timeout_s: how long it may take to start.
+        say: prints a line.
+
+    Returns:
+        Exit code: 0 when a signal ended it while it served; 128 + the signal's number before that.
+
+    Raises:
+        SokaError: the port is taken, vLLM does not start or dies, an adapter has no effect.
+    """
+    check_port(launch.host, launch.port)
+    log = None if verbose else _log_file(launch.port)
+    logger.info("starting vLLM on %s%s", launch.url, f"; its log is {log}" if log else "")
+    ready = False
+    with signals_stop() as ignore_signals:
+        server = None
+        try:
+            server = Server(launch, log)
+            seconds = server.wait_healthy(timeout_s)
+            with server.explaining():
+                effects = probe(launch, targets) if targets and targets[0].kind == "adapter" else {}
+            for target in targets:
+                effect = f"; moves log-probabilities by up to {effects[target.name]:.3g}" if effects else ""
+                logger.info("serving %s%s", target.to_text(), effect)
+            ready = True
+            for line in _ready_lines(targets, launch, seconds):
+                say(line)
+            server.wait()
+        except Stopped as stopped:
+            logger.info("%s: ending vLLM", signal.Signals(stopped.number).name)
+            return 0 if ready else 128 + stopped.number
+        finally:
+            ignore_signals()
+            if server is not None:
+                server.stop()
+    raise AssertionError("Server.wait returns by raising")
+
+
+def _ready_lines(targets: Sequence[Target], launch: Launch, seconds: float) -> list[str]:
+    lines = [f"ready after {seconds:.0f} s: {launch.url}/v1, base model {launch.base_model!r}; Ctrl-C ends it"]
+    for target in targets:
+        curl, python = examples(launch, target)
+        lines += ["", f"# {target.name}", curl, f"python -c {shlex.quote(python)}"]
+    return lines
+
+
+def _check_installation(*, merged: bool) -> None:
+    """What `soka-serve doctor` can tell at once; a merged model needs vLLM only."""
+    needed = {"python", "torch", "device"} if merged else {check.name for check in quick_checks()}
+    problems = [check for check in quick_checks() if check.state == "problem" and check.name in needed]
+    if merged:
+        problems += [c for c in quick_checks() if c.name == "vllm" and c.state == "problem" and "installed" in c.detail]
+    if problems:
+        raise SokaError(
+            "\n".join(f"{check.name}: {check.detail}; {check.remedy}" for check in problems),
+            hint="`soka-serve doctor` looks at everything.",
+        )
+
+
+def _some_build(folder: Path | None) -> list[Target]:
+    """The adapters of a folder of builds, whose base is the one to serve."""
+    assert folder is not None
+    adapters = list_builds(folder)
+    if not adapters:
+        raise SokaError(f"--builds {folder}: no adapter in it", hint="Build one, or give --base and TARGETs.")
+    # Each under a name of its own: they are asked for their base only.
+    return [target for i, path in enumerate(adapters) for target in read_targets([f"build{i}={path}"])]
+
+
+def _log_file(port: int) -> Path:
+    """A fresh log in the user's cache, one per port; not in a build, whose folder is replaced as a whole."""
+    folder = own_folder() / "logs"
+    try:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(folder)
+    except (BuildError, OSError):
+        folder = Path(tempfile.mkdtemp(prefix="soka-serve-"))
+    path = folder / f"vllm-{port}.log"
+    path.unlink(missing_ok=True)
+    return path

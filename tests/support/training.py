@@ -1,0 +1,121 @@
+"""What the training tests share: a small random LLaMA, a task that it learns in a few steps, and a manifest."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from soka_serve.compiler.train.train import TrainResult, train
+from soka_serve.data.examples import Encoded, EncodedSet
+from soka_serve.kron import Factors, kpsvd
+from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.schema import Manifest
+
+# The Trainer collects garbage in every run; walking the libraries' objects would take most of these tests' time.
+gc.freeze()
+atexit.register(gc.unfreeze)
+
+VOCABULARY = 48
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_base(directory: Path, *, dtype: torch.dtype = torch.float32, layers: int = 2, **config: Any) -> Path:
+    """Write a random LLaMA (hidden 64, grouped-query attention) to `directory`."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**(options | config))).to(dtype)
+    model.save_pretrained(directory)
+    return directory
+
+
+def target_names(layers: int = 2) -> list[str]:
+    """Full names of all projections."""
+    return [
+        f"model.layers.{i}.{'self_attn' if p in PROJECTIONS[:4] else 'mlp'}.{p}"
+        for i in range(layers)
+        for p in PROJECTIONS
+    ]
+
+
+def make_examples(count: int = 64, seed: int = 0) -> EncodedSet:
+    """Two random tokens, a marker, and the two tokens again; the loss is over the second half."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        a, b = torch.randint(4, 12, (2,), generator=generator).tolist()
+        prompt = [1, a, b, 3] if index % 2 else [1, a, 3]
+        answer = [a, b, 2] if index % 2 else [a, 2]
+        examples.append(Encoded(prompt + answer, [-100] * len(prompt) + answer))
+    return EncodedSet(examples, total=count, dropped=0, truncated=0)
+
+
+def make_factors(base: Path, rank: int = 2, modules: list[str] | None = None) -> dict[str, Factors]:
+    """Principal Kronecker components of every projection."""
+    weights = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    factors = {}
+    for name in modules or target_names():
+        weight = weights[f"{name}.weight"]
+        factors[name] = kpsvd(weight, balanced_shape(*weight.shape), rank).factors
+    return factors
+
+
+def make_manifest(**options: Any) -> Manifest:
+    """A manifest with the given [train] keys; `quantize` and `dtype` go to [base]."""
+    base: dict[str, Any] = {"path": "base"} | {k: options.pop(k) for k in ("quantize", "dtype") if k in options}
+    recipe = {
+        "data": {"jsonl": "unused.jsonl"} | ({"eval_jsonl": "unused.jsonl"} if "eval_every" in options else {}),
+        "steps": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_length": 16,
+        "log_every": 1,
+    } | options
+    return Manifest.model_validate({"schema": 1, "name": "test", "base": base, "train": recipe})
+
+
+def run_training(
+    base: Path,
+    work_dir: Path,
+    *,
+    factors: dict[str, Factors] | None = None,
+    initial: Any = True,
+    rank: int = 2,
+    train_set: EncodedSet | None = None,
+    eval_set: EncodedSet | None = None,
+    resume: bool = True,
+    **options: Any,
+) -> TrainResult:
+    """`train` on the tiny base with everything that is not given filled in."""
+    manifest = make_manifest(**options)
+    if factors is None and manifest.train.method == "soka":
+        factors = make_factors(base, rank)
+    return train(
+        base,
+        manifest,
+        train_set=train_set or make_examples(),
+        eval_set=eval_set,
+        pad_id=0,
+        factors=factors,
+        initial=initial if factors else False,
+        targets=target_names(),
+        work_dir=work_dir,
+        progress=False,
+        resume=resume,
+    )

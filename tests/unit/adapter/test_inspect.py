@@ -1,0 +1,168 @@
+"""Inspect: every kind of directory, and numbers that agree with torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from soka_serve.adapter.export import export
+from soka_serve.adapter.inspect import inspect
+from soka_serve.compiler.merge.merge import merge
+from soka_serve.errors import CheckpointError
+from tests.support.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
+
+NAME = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adapter(tmp_path: Path, dtype: torch.dtype) -> None:
+    factors = all_factors()
+    adapter = write_test_adapter(tmp_path / "adapter", factors, dtype=dtype)
+    found = inspect(adapter)
+    assert found.kind == "adapter"
+    assert [m.module for m in found.modules] == sorted(factors)
+    for module in found.modules:
+        kept = factors[module.module].to(dtype).to(torch.float32)
+        assert module.delta_norm == pytest.approx(float(oracle_delta(kept).norm()), rel=1e-6)
+        assert module.sigma == pytest.approx(kept.sigma.tolist())
+        assert (module.rank, module.factor_shape) == (kept.rank, tuple(kept.shape))
+        assert module.parameters == kept.parameters
+    assert found.facts["parameters"] == sum(f.parameters for f in factors.values())
+    assert found.facts["bytes"] == int(str(found.facts["parameters"])) * dtype.itemsize
+    text = found.to_text()
+    assert f"{NAME} " in text
+    assert "64x96" in text
+    assert "seed  0" in text
+    assert json.loads(json.dumps(found.to_json()))["modules"][0]["module"] == min(factors)
+
+
+def test_layers_are_counted_not_spelt(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2, 10)]
+    adapter = write_test_adapter(tmp_path / "a", {n: random_factors(64, 64, 1, 0) for n in names})
+    assert [m.module for m in inspect(adapter).modules] == names
+
+
+def test_exported_terms_have_unit_factors(tmp_path: Path) -> None:
+    export(write_test_adapter(tmp_path / "a"), tmp_path / "out")
+    for module in inspect(tmp_path / "out").modules:
+        assert module.term_norms == pytest.approx(module.sigma, rel=1e-5)
+
+
+def test_training_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from soka_serve.adapter.format import read_adapter
+    from soka_serve.peft import build_soka_model
+
+    base = write_base(tmp_path / "base", dtype=torch.float32)
+    model = build_soka_model(
+        AutoModelForCausalLM.from_pretrained(base), {NAME: random_factors(64, 96, 2, 0)}, initial=True
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01
+    model.save_pretrained(tmp_path / "checkpoint")
+    found = inspect(tmp_path / "checkpoint")
+    assert found.kind == "training checkpoint"
+    assert "frozen" in str(found.facts["initial factors"])
+    checkpoint = read_adapter(tmp_path / "checkpoint")
+    delta = oracle_delta(checkpoint.factors[NAME]) - oracle_delta(checkpoint.initial[NAME])
+    assert found.modules[0].delta_norm == pytest.approx(float(delta.norm()), rel=1e-6)
+
+
+def test_lora(tmp_path: Path) -> None:
+    source = write_test_adapter(tmp_path / "a", {NAME: random_factors(64, 96, 2, 0)})
+    export(source, tmp_path / "lora", to="lora", rank=64)
+    (module,) = inspect(tmp_path / "lora").modules
+    assert (module.rank, module.weight_shape, module.parameters) == (64, (64, 96), 64 * 160)
+    assert module.delta_norm == pytest.approx(inspect(source).modules[0].delta_norm, rel=1e-4)
+    assert "sigma" not in inspect(tmp_path / "lora").to_text()
+
+
+@pytest.mark.parametrize("shard", ["60KB", "1GB"])
+def test_models(tmp_path: Path, shard: str) -> None:
+    base = write_base(tmp_path / "base", shard=shard)
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    found = inspect(base)
+    assert found.kind == "model"
+    assert found.facts["layers"] == 2
+    assert found.facts["kv heads"] == 1
+    groups = {g.name: g for g in found.groups}
+    up = groups["model.layers.*.mlp.up_proj.weight"]
+    assert (up.count, up.shape, up.dtype, up.size_bytes) == (2, (96, 64), "BF16", 2 * 96 * 64 * 2)
+    assert sum(g.parameters for g in found.groups) == found.facts["parameters"]
+    assert "model.norm.weight" in groups
+    merge(adapter, base=base, out=tmp_path / "merged", verify=False, progress=False)
+    merged = inspect(tmp_path / "merged")
+    assert merged.kind == "merged model"
+    assert merged.groups == found.groups
+    assert "adapters.adapter0.weight" in merged.to_text()
+
+
+def test_build(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_test_adapter(tmp_path / "math" / "adapter", base=base)
+    merge(adapter, base=base, out=tmp_path / "math" / "merged", verify=False, progress=False)
+    (adapter / "soka.lock").rename(tmp_path / "math" / "soka.lock")
+    (tmp_path / "math" / "report.html").touch()
+    found = inspect(tmp_path / "math")
+    assert found.kind == "build"
+    assert [p.kind for p in found.parts] == ["adapter", "merged model"]
+    assert "report.html" in str(found.facts["files"])
+    text = found.to_text()
+    assert text.count("Provenance") == 1
+    assert "base.sha256" in text
+    assert json.dumps(found.to_json())
+
+
+def test_config_only_and_single_files(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.json").write_text('{"num_hidden_layers": 32}')
+    assert inspect(tmp_path / "c").kind == "config"
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.tensor(1.0), "b.0.w": torch.zeros(2, 3), "b.1.w": torch.zeros(2, 3)}, file)
+    found = inspect(file)
+    assert found.facts["parameters"] == 13
+    assert [(g.name, g.count) for g in found.groups] == [("a", 1), ("b.*.w", 2)]
+    assert "scalar" in found.to_text()
+
+
+def test_what_is_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file or directory"):
+        inspect(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="neither an adapter") as caught:
+        inspect(tmp_path)
+    assert "build/math" in str(caught.value.hint)
+
+
+def test_damaged_adapter(tmp_path: Path) -> None:
+    adapter = write_test_adapter(tmp_path / "a", {NAME: random_factors(64, 96, 2, 0)})
+    file = adapter / "adapter_model.safetensors"
+    key = f"base_model.model.{NAME}.soka_"
+    good = {f"{key}left": torch.ones(2, 8, 8), f"{key}right": torch.ones(2, 8, 12), f"{key}sigma": torch.ones(2)}
+    save_file({**good, f"{key}sigma": torch.ones(3)}, file)
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        inspect(adapter)
+    del good[f"{key}right"]
+    save_file(good, file)
+    with pytest.raises(CheckpointError, match=f"{NAME}: soka_right is missing"):
+        inspect(adapter)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        inspect(adapter)
+
+
+def test_no_torch(tmp_path: Path) -> None:
+    adapter = write_test_adapter(tmp_path / "a")
+    code = (
+        "import sys; from pathlib import Path; from soka_serve.adapter.inspect import inspect\n"
+        f"inspect(Path({str(adapter)!r})).to_text(); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

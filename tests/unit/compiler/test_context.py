@@ -1,0 +1,162 @@
+"""What a build looks at before it starts: which files count, and which folders it may replace."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from soka_serve.builtin import base_directory
+from soka_serve.compiler.context import Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.errors import BuildError
+from soka_serve.io.lockfile import write_lock
+from soka_serve.io.workspace import Workspace
+from soka_serve.manifest.read import read_manifest
+
+MANIFEST = """\
+schema = 1
+name = "small"
+{comment}
+[base]
+path = "{base}"
+[train]
+steps = 1
+[train.data]
+{data}
+"""
+
+
+def _context(directory: Path, *, base: str = "base", data: str = 'builtin = "math"', comment: str = "") -> Context:
+    if not (directory / base).exists():
+        shutil.copytree(base_directory(), directory / base)
+    path = directory / "small.toml"
+    path.write_text(MANIFEST.format(base=base, data=data, comment=comment))
+    return prepare(read_manifest(path), Workspace(directory / "build", "small"), progress=False)
+
+
+def _artefact(directory: Path) -> Path:
+    """A finished build, as far as the lock tells."""
+    target = directory / "build" / "small"
+    target.mkdir(parents=True)
+    (target / "report.html").write_text("report")
+    lock = {"stages": {"init": "1"}, "files": {"report.html": 6}, "manifest": {"file": "first.toml"}}
+    write_lock(target / "soka.lock", lock)
+    return target
+
+
+def test_every_file_of_the_base_that_changes_the_result_changes_a_key(tmp_path: Path) -> None:
+    before = _context(tmp_path).keys
+    for name, old, new in (
+        ("config.json", '"rope_theta": 10000.0', '"rope_theta": 20000.0'),
+        ("tokenizer_config.json", '"model_max_length"', '"chat_template": "x", "model_max_length"'),
+    ):
+        text = (tmp_path / "base" / name).read_text()
+        assert old in text
+        (tmp_path / "base" / name).write_text(text.replace(old, new))
+        after = _context(tmp_path).keys
+        assert after["tune"] != before["tune"], name
+        before = after
+    (tmp_path / "base" / "chat_template.jinja").write_text("{{ messages }}")
+    assert _context(tmp_path).keys["tune"] != before["tune"]
+
+
+def test_a_comment_changes_the_report_and_no_other_stage(tmp_path: Path) -> None:
+    plain, commented = _context(tmp_path).keys, _context(tmp_path, comment="# why").keys
+    assert [stage for stage in plain if plain[stage] != commented[stage]] == ["report"]
+
+
+def test_a_build_may_be_replaced(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    check_target(context)
+    context.workspace.target.mkdir(parents=True)
+    check_target(context)  # an empty folder
+    context.workspace.target.rmdir()
+    (_artefact(tmp_path) / ".DS_Store").write_text("a file manager was here")
+    check_target(context)
+
+
+def test_somebody_elses_folder_is_not_replaced(tmp_path: Path) -> None:
+    context = _context(tmp_path)
+    context.workspace.target.mkdir(parents=True)
+    (context.workspace.target / "thesis.tex").write_text("years of work")
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build.* thesis\.tex"):
+        check_target(context)
+
+
+def test_replacing_another_manifests_build_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)
+    _artefact(tmp_path)
+    check_target(_context(tmp_path))
+    assert "was built from first.toml; this build of small.toml replaces it" in caplog.text
+
+
+def test_files_put_into_a_build_are_not_lost(tmp_path: Path) -> None:
+    target = _artefact(tmp_path)
+    (target / "lora").mkdir()
+    (target / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(BuildError, match=r"not part of a build: lora/"):
+        check_target(_context(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["base", "data"])
+def test_a_build_does_not_replace_what_it_reads(tmp_path: Path, what: str) -> None:
+    inside = tmp_path / "build" / "small"
+    if what == "base":
+        context = _context(tmp_path, base="build/small/merged")
+    else:
+        inside.mkdir(parents=True)
+        (inside / "train.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
+        context = _context(tmp_path, data='jsonl = "build/small/train.jsonl"')
+    with pytest.raises(BuildError, match=r"would destroy .*, which is read for it"):
+        check_target(context)
+
+
+def test_a_damaged_lock_is_built_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = _artefact(tmp_path)
+    assert is_whole(target)
+    assert previous_keys(target) == {"init": "1"}
+    (target / "soka.lock").write_text("= not TOML")
+    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)  # the command line turns it off
+    assert not is_whole(target)
+    assert previous_keys(target) == {}
+    check_target(_context(tmp_path))
+    assert "everything runs again" in caplog.text
+    for name in ("notes.md", "adapter/notes.md", "checkpoints/README.md"):
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("mine")
+        with pytest.raises(BuildError, match=f"not part of a build: {name if 'checkpoints' not in name else 'check'}"):
+            check_target(_context(tmp_path))
+        (target / name).unlink()
+
+
+@pytest.mark.parametrize("lock", [{"kind": "merged"}, {"export": {}, "stages": {}}, {"stages": {}, "files": 1}])
+def test_a_lock_of_something_else_is_no_mark_of_a_build(tmp_path: Path, lock: dict[str, object]) -> None:
+    target = tmp_path / "build" / "small"
+    target.mkdir(parents=True)
+    write_lock(target / "soka.lock", lock)
+    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build"):
+        check_target(_context(tmp_path))
+
+
+def test_an_empty_folder_in_a_build_is_somebodys_too(tmp_path: Path) -> None:
+    (_artefact(tmp_path) / "mine").mkdir()
+    with pytest.raises(BuildError, match="not part of a build: mine/"):
+        check_target(_context(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["files = 5\nstages = 1\n", "stages = 1\n[files]\n", "manifest = 1\n[files]\n[stages]\n"]
+)
+def test_a_lock_of_another_form_is_no_build_of_ours(tmp_path: Path, text: str) -> None:
+    target = _artefact(tmp_path)
+    (target / "soka.lock").write_text(text)
+    assert not is_whole(target)
+    assert previous_keys(target) == {}
+    with pytest.raises(BuildError, match=r"report.html"):
+        check_target(_context(tmp_path))

@@ -1,0 +1,110 @@
+"""Which change reruns which stage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.manifest.schema import LLAMA_PROJECTIONS, Manifest
+
+INPUTS = Inputs(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
+MODULES = ["model.layers.0.self_attn.q_proj"]
+
+
+def _manifest(**change: Any) -> Manifest:
+    tables: dict[str, Any] = {
+        "schema": 1,
+        "base": {"builtin": "tiny"},
+        "adapt": [{"calibration_batches": 0}],
+        "train": {"steps": 3, "data": {"builtin": "math"}},
+        "output": {"write": ["adapter", "merged"]},
+    }
+    for dotted, value in change.items():
+        table, key = dotted.split("__")
+        place = tables[table][0] if table == "adapt" else tables.setdefault(table, {})
+        place[key] = value
+    return Manifest.model_validate(tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "reruns"),
+    [
+        ({"train__log_every": 3}, {"report"}),
+        ({"train__save_every": 7}, {"report"}),
+        ({"serve__port": 9000}, {"report"}),
+        ({"output__report": False}, {"report"}),
+        ({"output__merged_dtype": "bfloat16"}, {"merge", "report"}),
+        ({"output__adapter_dtype": "bfloat16"}, {"export", "merge", "check", "report"}),
+        ({"eval__limit": 5}, {"check", "report"}),
+        ({"train__learning_rate": 1.0}, {"tune", "export", "merge", "check", "report"}),
+        ({"train__max_length": 64}, {"tune", "export", "merge", "check", "report"}),
+        ({"train__seed": 1}, {"init", "tune", "export", "merge", "check", "report"}),
+        ({"adapt__rank": {"policy": "fixed", "rank": 2}}, {"init", "tune", "export", "merge", "check", "report"}),
+    ],
+)
+def test_a_change_reruns_what_depends_on_it(change: dict[str, Any], reruns: set[str]) -> None:
+    before = stage_keys(_manifest(), INPUTS, MODULES)
+    after = stage_keys(_manifest(**change), replace(INPUTS, manifest="changed"), MODULES)
+    assert {stage for stage in before if before[stage] != after[stage]} == reruns
+
+
+def test_data_counts_for_the_initialisation_only_where_it_is_looked_at() -> None:
+    other = replace(INPUTS, data="other")
+    plain, gradient = _manifest(), _manifest(adapt__init="gradient")
+    default = _manifest(adapt__calibration_batches=None)
+    assert stage_keys(default, INPUTS, MODULES)["init"] != stage_keys(default, other, MODULES)["init"]
+    assert stage_keys(plain, INPUTS, MODULES)["init"] == stage_keys(plain, other, MODULES)["init"]
+    assert stage_keys(plain, INPUTS, MODULES)["tune"] != stage_keys(plain, other, MODULES)["tune"]
+    assert stage_keys(gradient, INPUTS, MODULES)["init"] != stage_keys(gradient, other, MODULES)["init"]
+
+
+@pytest.mark.parametrize("changed", ["config", "tokenizer"])
+def test_the_bases_config_and_tokenizer_count(changed: str) -> None:
+    for manifest, spared in ((_manifest(), {"init"}), (_manifest(adapt__init="gradient"), set())):
+        before, after = (stage_keys(manifest, i, MODULES) for i in (INPUTS, replace(INPUTS, **{changed: "other"})))
+        assert {stage for stage in before if before[stage] == after[stage]} == spared
+
+
+def test_a_base_that_was_moved_reruns_only_the_papers_that_name_it() -> None:
+    before, after = (stage_keys(_manifest(), i, MODULES) for i in (INPUTS, replace(INPUTS, base_name="moved")))
+    assert [stage for stage in before if before[stage] != after[stage]] == ["report"]
+
+
+def test_a_finetuned_checkpoint_that_was_moved_is_the_same() -> None:
+    def keys(place: str, digest: str) -> dict[str, str]:
+        manifest = _manifest(adapt__init="delta", adapt__finetuned=place)
+        return stage_keys(manifest, replace(INPUTS, finetuned={place: digest}), MODULES)
+
+    assert keys("a", "x") == keys("b", "x")
+    assert keys("a", "x")["init"] != keys("a", "y")["init"]
+
+
+def test_a_comment_in_the_manifest_reruns_only_the_papers_that_copy_it() -> None:
+    before, after = (stage_keys(_manifest(), i, MODULES) for i in (INPUTS, replace(INPUTS, manifest="commented")))
+    assert [stage for stage in before if before[stage] != after[stage]] == ["report"]
+
+
+def test_other_weights_or_modules_rerun_everything() -> None:
+    keys = stage_keys(_manifest(), INPUTS, MODULES)
+    for others in (
+        stage_keys(_manifest(), replace(INPUTS, base="b2"), MODULES),
+        stage_keys(_manifest(), INPUTS, [*MODULES, "model.layers.1.self_attn.q_proj"]),
+    ):
+        assert all(keys[stage] != others[stage] for stage in keys)
+
+
+def test_baselines_have_no_initialisation_and_full_has_a_merge() -> None:
+    assert "init" not in stage_keys(_manifest(train__method="lora"), INPUTS, MODULES)
+    only_adapter = _manifest(train__method="full", output__write=["adapter"])
+    assert "merge" in stage_keys(only_adapter, INPUTS, MODULES)
+
+
+def test_every_module_of_a_llama_is_the_list_of_its_projections() -> None:
+    """Caches of builds that had the list as the default stay good; elsewhere '*' is a rule of its own."""
+    written = _manifest(adapt__modules=list(LLAMA_PROJECTIONS))
+    other = [*MODULES, "model.layers.0.self_attn.qkv_proj"]
+    assert stage_keys(_manifest(), INPUTS, MODULES) == stage_keys(written, INPUTS, MODULES)
+    assert stage_keys(_manifest(), INPUTS, other)["init"] != stage_keys(written, INPUTS, other)["init"]

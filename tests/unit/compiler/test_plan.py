@@ -1,0 +1,489 @@
+"""Plans: numbers checked by hand, every shipped manifest, and what happens when things cannot be reached."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.modules import ModelSize, Module, modules_from_config, size_from_config
+from soka_serve.base.read_modules import list_modules
+from soka_serve.builtin import base_directory
+from soka_serve.compiler.plan.estimate import estimate_memory, lokr_parameters, lora_parameters
+from soka_serve.compiler.plan.plan import Plan, StageStatus, make_plan
+from soka_serve.compiler.plan.policies import policies_for
+from soka_serve.compiler.plan.text import render_plan
+from soka_serve.errors import DataError, PlanError
+from soka_serve.manifest.read import LoadedManifest, read_manifest
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / "soka_serve" / "builtin" / "configs"
+LLAMA2_7B = CONFIGS / "meta-llama--Llama-2-7b-hf"
+ATTENTION = 'modules = ["q_proj", "k_proj", "v_proj", "o_proj"]'
+
+
+def load(tmp_path: Path, text: str) -> LoadedManifest:
+    path = tmp_path / "m.toml"
+    path.write_text("schema = 1\n" + text)
+    return read_manifest(path)
+
+
+def llama2(tmp_path: Path, rules: str = "[[adapt]]\n" + ATTENTION, train: str = "", **options: Any) -> Plan:
+    base = '[base]\nhub = "meta-llama/Llama-2-7b-hf"'
+    text = f'{base}\n{rules}\n[train]\n{train}\n[train.data]\nbuiltin = "math"\nlimit = 9'
+    return make_plan(load(tmp_path, text), base_directory=LLAMA2_7B, **options)
+
+
+def tiny(tmp_path: Path, rest: str = "", data: str = 'builtin = "math"\nlimit = 50', **options: Any) -> Plan:
+    return make_plan(load(tmp_path, f'[base]\nbuiltin = "tiny"\n{rest}\n[train.data]\n{data}'), **options)
+
+
+# ------------------------------------------------------------------------------------------------- LLaMA-2-7B by hand
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Llama-2-7b-hf", 6_738_415_616),
+        ("Llama-2-7b-chat-hf", 6_738_415_616),
+        ("Llama-2-13b-hf", 13_015_864_320),
+        ("Llama-2-70b-hf", 68_976_648_192),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.2-3B", 3_212_749_824),
+    ],
+)
+def test_bundled_configs_have_the_published_sizes(name: str, parameters: int) -> None:
+    directory = CONFIGS / f"meta-llama--{name}"
+    config = json.loads((directory / "config.json").read_text())
+    assert size_from_config(config, list_modules(directory)).parameters == parameters
+
+
+def test_llama2_attention_rank_1(tmp_path: Path) -> None:
+    plan = llama2(tmp_path)
+    assert {m.parameters_max for m in plan.modules} == {64 * 64 + 64 * 64 + 1}
+    assert plan.parameters_min == plan.parameters_max == 4 * 32 * 8193 == 1_048_704
+    rows = {c.name: c for c in plan.comparisons}
+    assert rows["LoRA r=8"].parameters_max == 4 * 32 * 8 * (4096 + 4096) == 8_388_608
+    assert rows["LoRA r=16"].parameters_max == rows["PiSSA r=16"].parameters_max == 16_777_216
+    assert rows["full fine-tuning"].parameters_max == 6_738_415_616
+    # Trained minus initial terms, float32; PiSSA's delta is a LoRA of twice the rank.
+    assert plan.adapter_bytes == 2 * 4 * 1_048_704
+    assert rows["PiSSA r=8"].adapter_bytes == 2 * rows["LoRA r=8"].adapter_bytes
+    assert rows["full fine-tuning"].adapter_bytes == 2 * 6_738_415_616
+
+
+def test_llama2_every_projection(tmp_path: Path) -> None:
+    plan = llama2(tmp_path, "")
+    # 11008 x 4096 splits as (128 x 64) ⊗ (86 x 64): 8192 + 5504 + 1.
+    assert {m.name.rsplit(".")[-1]: m.parameters_max for m in plan.modules} == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 8193),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 13697),
+    }
+    assert plan.parameters_max == 32 * (4 * 8193 + 3 * 13697) == 2_363_616
+
+
+def test_llama2_memory_by_hand(tmp_path: Path) -> None:
+    train = 'batch_size = 1\nmax_length = 1000\nprecision = "bfloat16"'
+    memory = llama2(tmp_path, train=train).memory
+    assert memory.base == 2 * 6_738_415_616
+    assert memory.trained == 16 * 1_048_704 + 4 * 1_048_704
+    per_layer = 1000 * 2 * (6 * 4096 + 4 * 4096 + 4 * 11008)
+    assert memory.activations == 32 * per_layer
+    assert memory.logits == 1000 * 32000 * 10
+    recomputed = llama2(tmp_path, train=train + "\ngradient_checkpointing = true").memory
+    assert recomputed.activations == 32 * 1000 * 4096 * 2 + per_layer
+    quantised = llama2(tmp_path, f'quantize = "4bit"\n[[adapt]]\n{ATTENTION}', train).memory
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert quantised.base == int(linear * 0.5625) + 2 * (6_738_415_616 - linear)
+    full = llama2(tmp_path, train=train + '\nmethod = "full"')
+    assert full.memory.base + full.memory.trained == 16 * 6_738_415_616
+    assert full.parameters_max == 6_738_415_616
+
+
+def test_policies_for_a_million_parameters() -> None:
+    rows = policies_for(list_modules(LLAMA2_7B), 990_000)
+    assert all(0 < row.parameters <= 990_000 for row in rows)
+    found = {(row.projections, row.layers, row.rank): row.parameters for row in rows}
+    assert found[("q_proj", "k_proj", "v_proj", "o_proj"), "-30-", 1] == 30 * 4 * 8193 == 983_160
+    assert found[("q_proj", "v_proj"), "all", 1] == 2 * 32 * 8193
+    assert found[("q_proj", "k_proj", "gate_proj"), "all", 1] == 32 * (2 * 8193 + 13697)
+    assert rows[-1].policy == "budget"
+    # Nothing on all layers comes closer than what is listed.
+    best = max(row.parameters for row in rows if row.layers == "all" and row.rank)
+    costs = {"a": 8193 * 32, "m": 13697 * 32}
+    sums = {rank * (a * costs["a"] + m * costs["m"]) for rank in range(1, 5) for a in range(5) for m in range(4)}
+    assert best == max(s for s in sums if s <= 990_000)
+
+
+def test_listed_policies_plan_to_their_totals(tmp_path: Path) -> None:
+    for row in policies_for(list_modules(LLAMA2_7B), 990_000):
+        plan = llama2(tmp_path, row.toml)
+        assert plan.parameters_max == row.parameters, row
+
+
+def test_policies_below_one_term() -> None:
+    with pytest.raises(PlanError, match="cheapest term"):
+        policies_for(list_modules(LLAMA2_7B), 8192)
+
+
+# ---------------------------------------------------------------------------------------------------- ranks, bounds
+
+
+def test_rank_bounds(tmp_path: Path) -> None:
+    rules = """
+[[adapt]]
+modules = ["q_proj"]
+rank = { policy = "energy", min = 2, max = 5 }
+[[adapt]]
+modules = ["v_proj"]
+rank = { policy = "budget", parameters = 500000, max = 10 }
+[[adapt]]
+modules = ["o_proj"]
+shape = "auto"
+init = "zero"
+rank = { policy = "fixed", rank = 4 }
+"""
+    plan = llama2(tmp_path, rules)
+    kinds = {m.name.rsplit(".")[-1]: m for m in plan.modules}
+    q, v, o = kinds["q_proj"], kinds["v_proj"], kinds["o_proj"]
+    assert (q.rank_min, q.rank_max, q.parameters_min, q.parameters_max) == (2, 5, 2 * 8193, 5 * 8193)
+    assert (v.rank_min, v.rank_max) == (0, 10)
+    assert (o.factor_shape, o.shape_rule, o.parameters_max) == (None, "auto", 4 * 8193)
+    assert plan.parameters_max == 32 * 5 * 8193 + 500_000 + 32 * 4 * 8193
+    # A budget is spent to within one term.
+    assert plan.parameters_min == 32 * 2 * 8193 + (500_000 - 8193 + 1) + 32 * 2 * 8193
+    text = render_plan(plan, color=False)
+    assert "2-5 (energy)" in text
+    assert "0-10 (budget)" in text
+
+
+def test_budget_that_max_does_not_let_it_spend(tmp_path: Path) -> None:
+    plan = llama2(tmp_path, '[[adapt]]\nrank = { policy = "budget", parameters = 99000000, max = 1 }')
+    assert plan.parameters_min == plan.parameters_max == 2_363_616
+
+
+def test_budget_too_small_for_its_minimum(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"adapt\[0\]\.rank: 224 modules with min = 1 need 2,363,616 parameters"):
+        llama2(tmp_path, '[[adapt]]\nrank = { policy = "budget", parameters = 990000, min = 1 }')
+
+
+def test_budget_that_buys_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="100 parameters does not buy one term; the cheapest has 193"):
+        tiny(tmp_path, '[[adapt]]\nrank = { policy = "budget", parameters = 100 }')
+
+
+@pytest.mark.parametrize("policy", ['{ policy = "fixed", rank = 4 }', '{ policy = "budget", parameters = 9000 }'])
+def test_pruning_makes_ranks_a_maximum(tmp_path: Path, policy: str) -> None:
+    rule = f"[[adapt]]\nrank = {policy}\n[train]"
+    kept = tiny(tmp_path, rule)
+    pruned = tiny(tmp_path, f"{rule}\nprune = {{ threshold = 0.1, min = 2 }}")
+    assert [m.rank_min for m in pruned.modules] == [min(m.rank_min, 2) for m in kept.modules]
+    assert pruned.parameters_max == kept.parameters_max
+    assert pruned.parameters_min == sum(m.parameters_min for m in pruned.modules) < kept.parameters_min
+    assert any("train.prune" in note for note in pruned.notes)
+
+
+def test_what_training_leaves_alone_is_said(tmp_path: Path) -> None:
+    assert any("left_lr and sigma_lr = 0" in n for n in tiny(tmp_path, "[train]\nleft_lr = 0\nsigma_lr = 0").notes)
+    assert any("steps = 0: 28 modules" in n for n in tiny(tmp_path, "[train]\nsteps = 0").notes)
+    assert not tiny(tmp_path).notes
+
+
+def test_rank_beyond_the_shape(tmp_path: Path) -> None:
+    plan = llama2(
+        tmp_path, '[[adapt]]\nmodules = ["q_proj"]\nshape = [2, 2, 2048, 2048]\nrank = { policy = "fixed", rank = 9 }'
+    )
+    assert {m.rank_max for m in plan.modules} == {4}
+    assert any("32 modules ask for more terms" in note for note in plan.notes)
+
+
+# -------------------------------------------------------------------------------------------------------- baselines
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lokr"])
+def test_baseline_parameters_are_peft_s(tmp_path: Path, method: str) -> None:
+    import torch
+    from peft import LoKrConfig, LoraConfig, get_peft_model
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj = torch.nn.Linear(48, 30, bias=False)
+            self.o_proj = torch.nn.Linear(31, 64, bias=False)
+
+    for rank in (1, 2, 6):
+        names = ["q_proj", "o_proj"]
+        config = (
+            LoKrConfig(r=rank, alpha=rank, target_modules=names)
+            if method == "lokr"
+            else LoraConfig(r=rank, target_modules=names)
+        )
+        model = get_peft_model(Layer(), config)  # type: ignore[arg-type]
+        expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        modules = [Module("q_proj", 30, 48, 0, "float32"), Module("o_proj", 64, 31, 0, "float32")]
+        count = lokr_parameters if method == "lokr" else lora_parameters
+        assert sum(count(m, rank) for m in modules) == expected
+    train = f'method = "{method}"\nmethod_rank = 2'
+    plan = llama2(tmp_path, train=train)
+    assert plan.method == method
+    assert {(m.rank_max, m.init, m.factor_shape) for m in plan.modules} == {(2, method, None)}
+    assert plan.comparisons[0].name == f"this manifest ({method})"
+
+
+def test_qwen2_biases_and_tied_embeddings() -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    assert size_from_config(config, modules_from_config(config)).parameters == 494_032_768  # Qwen2-0.5B
+
+
+# --------------------------------------------------------------------------------------------------- the tiny base
+
+
+def test_tiny_counts_come_from_its_headers(tmp_path: Path) -> None:
+    plan = tiny(tmp_path)
+    tensors = Checkpoint.open(base_directory()).tensors.values()
+    assert plan.size.parameters == sum(t.numel for t in tensors)
+    config = json.loads((base_directory() / "config.json").read_text())
+    derived = size_from_config(config, modules_from_config(config))
+    assert (derived.parameters, derived.linear) == (plan.size.parameters, plan.size.linear)
+    assert plan.has_weights
+    assert not plan.bundled_config
+
+
+def test_examples_show_the_mask(tmp_path: Path) -> None:
+    plan = tiny(tmp_path)
+    assert len(plan.data.shown) == 3
+    for example in plan.data.shown:
+        masked, trained = example.segments
+        assert (masked.trained, trained.trained) == (False, True)
+        assert masked.text.startswith("<s>Question:")
+        assert masked.text.endswith("Answer:")
+        assert trained.text.endswith("</s>")
+    text = render_plan(plan, color=False)
+    assert f"⟦{plan.data.shown[0].segments[1].text}⟧".split("\n")[0] in text
+    assert "\033" not in text
+    painted = render_plan(plan, color=True)
+    assert "\033[2m" in painted
+    assert "\033[32m" in painted
+
+
+def test_whole_text_loss_is_shown(tmp_path: Path) -> None:
+    plan = tiny(tmp_path, "[train]\ncompletion_only = false")
+    assert [s.trained for s in plan.data.shown[0].segments] == [True]
+
+
+def test_data_counts_and_steps(tmp_path: Path) -> None:
+    data = tiny(tmp_path, "[train]\nbatch_size = 8\naccumulate = 2\nepochs = 3").data
+    assert (data.examples, data.sampled, data.exact, data.dropped, data.rows) == (50, 50, True, 0, 50)
+    assert data.steps == 3 * 4  # 7 batches, two to a step
+    assert tiny(tmp_path, "[train]\nsteps = 17").data.steps == 17
+    packed = tiny(tmp_path, "[train]\npacking = true\nmax_length = 200").data
+    assert packed.rows is not None
+    assert packed.tokens is not None
+    assert packed.tokens / 200 <= packed.rows < 50
+
+
+@pytest.mark.parametrize(
+    ("packing", "config", "noted"),
+    [
+        ("true", {"layer_types": ["conv", "full_attention"]}, True),
+        ("true", {"text_config": {"linear_conv_kernel_dim": 4}}, True),
+        ("true", {"layer_types": None}, False),
+        ("false", {"layer_types": ["conv", "full_attention"]}, False),
+    ],
+)
+def test_packing_on_layers_that_mix_examples_is_noted(
+    tmp_path: Path, packing: str, config: dict[str, Any], noted: bool
+) -> None:
+    shutil.copytree(base_directory(), tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    text = f'[base]\npath = "base"\n[train]\npacking = {packing}\n[train.data]\nbuiltin = "math"\nlimit = 4'
+    notes = make_plan(load(tmp_path, text)).notes
+    assert any(note.startswith("train.packing: ") for note in notes) == noted
+
+
+def test_large_data_is_sampled_and_says_so(tmp_path: Path) -> None:
+    rows = [{"prompt": "a" * (1 + i % 2 * 40), "completion": "b"} for i in range(3000)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plan = tiny(tmp_path, "[train]\nmax_length = 20", 'jsonl = "d.jsonl"')
+    assert (plan.data.examples, plan.data.sampled, plan.data.exact) == (3000, 1000, False)
+    assert plan.data.dropped == 500
+    assert plan.data.rows == 1500
+    text = render_plan(plan, color=False)
+    assert "of the first 1,000" in text
+    assert "500 dropped as too long" in text
+    assert "about 1,500 rows" in text
+
+
+def test_held_out_examples_are_not_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}] * 10
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert tiny(tmp_path, "", 'jsonl = "d.jsonl"\neval_frac = 0.2').data.examples == 8
+
+
+def test_gsm8k(tmp_path: Path, shared_data: Path) -> None:
+    data = f"""jsonl = "{shared_data / "gsm8k_train.jsonl"}"
+prompt = "Question: {{{{ question }}}}\\nAnswer:"
+completion = " {{{{ answer }}}}"
+"""
+    plan = tiny(tmp_path, "[train]\nmax_length = 300", data)
+    assert plan.data.examples == 7473
+    assert "#### 72" in plan.data.shown[0].segments[1].text or plan.data.dropped
+
+
+def test_stages_and_policies_are_shown(tmp_path: Path) -> None:
+    stages = [
+        StageStatus("init", "abcdef0123456789", True),
+        StageStatus("tune", "1234", False, "learning_rate changed"),
+    ]
+    plan = tiny(tmp_path, stages=stages, policies=40_000)
+    text = render_plan(plan, color=False)
+    assert "abcdef012345" in text
+    assert "learning_rate changed" in text
+    assert "Rules near the budget" in text
+    assert "Stages" not in render_plan(tiny(tmp_path), color=False)
+
+
+def test_identical_layers_are_one_line(tmp_path: Path) -> None:
+    text = render_plan(llama2(tmp_path), color=False)
+    assert "model.layers.0-31.self_attn.q_proj ×32" in text
+    assert "262,176 (8,193 each)" in text
+    rule = '[[adapt]]\nmodules = ["q_proj"]\nlayers = [0, 1, 2, 5, 7, 8]'
+    assert "model.layers.0-2,5,7-8.self_attn.q_proj ×6" in render_plan(llama2(tmp_path, rule), color=False)
+    every = render_plan(llama2(tmp_path), every=True, color=False)
+    assert "model.layers.17.self_attn.q_proj" in every
+    assert "×" not in every
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    plan = tiny(tmp_path, stages=[StageStatus("init", "k", False)])
+    value = json.loads(json.dumps(plan.to_json()))
+    assert value["parameters_max"] == plan.parameters_max
+    assert len(value["modules"]) == len(plan.modules)
+    assert value["comparisons"][0]["memory"]["total"] == plan.memory.total
+    assert value["stages"][0]["name"] == "init"
+    assert value["data"]["exact"] is True
+
+
+# ------------------------------------------------------------------------------------------- what cannot be reached
+
+
+def test_without_the_hub_the_bundled_config_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = '[base]\nhub = "meta-llama/Llama-2-7b-hf"\n[train.data]\nhub = "meta-math/MetaMathQA"'
+    plan = make_plan(load(tmp_path, text))
+    assert plan.bundled_config
+    assert plan.size.parameters == 6_738_415_616
+    assert plan.data.shown == ()
+    assert plan.data.problem is not None
+    assert "tokens cannot be counted" in plan.data.problem
+    assert "examples cannot be shown: hub dataset 'meta-math/MetaMathQA'" in plan.data.problem
+    assert "config inside the package" in render_plan(plan, color=False)
+    assert any(record.levelname == "WARNING" for record in caplog.records)
+
+
+def test_without_a_tokenizer_examples_are_text(tmp_path: Path) -> None:
+    plan = llama2(tmp_path)
+    assert plan.data.shown[0].tokens is None
+    assert plan.data.shown[0].segments[0].text.startswith("Question:")
+    assert plan.data.steps is None
+
+
+def test_missing_file_does_not_stop_a_plan(tmp_path: Path) -> None:
+    plan = tiny(tmp_path, "", 'jsonl = "none.jsonl"')
+    assert plan.data.problem is not None
+    assert "none.jsonl: not found" in plan.data.problem
+
+
+def test_chats_without_a_tokenizer(tmp_path: Path) -> None:
+    text = '[base]\nhub = "meta-llama/Llama-2-7b-hf"\n[train.data]\njsonl = "x.jsonl"\nmessages = "m"'
+    plan = make_plan(load(tmp_path, text), base_directory=LLAMA2_7B)
+    assert "chat template" in str(plan.data.problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"q": 1}\n', "names column 'prompt'"), ("{\n", "malformed JSON"), ("", "empty")],
+)
+def test_data_that_is_there_but_wrong_stops_a_plan(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        tiny(tmp_path, "", 'jsonl = "d.jsonl"')
+
+
+def test_everything_too_long_stops_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="longer than max_length = 3"):
+        tiny(tmp_path, "[train]\nmax_length = 3")
+
+
+# ------------------------------------------------------------------------------------------------ shipped manifests
+
+MANIFESTS = sorted((ROOT / "manifests").rglob("*.toml"))
+
+
+def test_manifests_ship() -> None:
+    names = {str(path.relative_to(ROOT / "manifests")) for path in MANIFESTS}
+    assert {"math.toml", "gsm8k.toml", "code.toml"} <= names
+    assert {f"llama2-7b/{name}.toml" for name in ("gsm8k", "math", "mbpp")} <= names
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=[str(p.relative_to(ROOT)) for p in MANIFESTS])
+def test_every_shipped_manifest_plans(path: Path) -> None:
+    plan = make_plan(read_manifest(path))
+    assert plan.modules
+    assert 0 < plan.parameters_min <= plan.parameters_max
+    text = render_plan(plan, color=False)
+    assert plan.name in text
+    json.dumps(plan.to_json())
+
+
+def test_default_plan_is_quick_and_without_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from soka_serve.manifest.read import read_manifest\n"
+        "from soka_serve.compiler.plan.plan import make_plan\n"
+        "from soka_serve.compiler.plan.text import render_plan\n"
+        "render_plan(make_plan(read_manifest(Path(sys.argv[1]))))\n"
+        "bad = {'torch', 'transformers', 'datasets', 'numpy', 'peft'} & set(sys.modules)\n"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+
+    def seconds() -> float:
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", code, str(ROOT / "manifests" / "math.toml")], check=True, cwd=ROOT)
+        return time.monotonic() - started
+
+    # The best of three: a busy machine shall not fail the test.
+    assert min(seconds() for _ in range(3)) < 2
+
+
+def test_memory_without_modules_is_finite() -> None:
+    size = ModelSize(100, 0, 400, "float32", 8, 10, 1)
+    memory = estimate_memory(
+        size,
+        [],
+        method="soka",
+        trained=0,
+        initial=0,
+        tokens=4,
+        base_dtype="float32",
+        quantize="none",
+        precision="float32",
+        gradient_checkpointing=False,
+    )
+    assert memory.total > memory.overhead

@@ -1,0 +1,259 @@
+"""Statistics of the base on training batches: gradients and input moments, against autograd and plain sums."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from soka_serve.base.modules import Module
+from soka_serve.base.targets import Target
+from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_targets
+from soka_serve.data.collate import IGNORED, PadCollator
+from soka_serve.data.examples import Encoded
+from soka_serve.errors import CheckpointError
+from soka_serve.manifest.schema import Adapt
+
+QUERY = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config).double().eval().requires_grad_(False)
+
+
+def _examples() -> list[Encoded]:
+    """Six examples whose lengths, and shares of trained tokens, differ."""
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for length, masked in ((5, 1), (9, 8), (4, 2), (12, 3), (7, 6), (6, 1)):
+        ids = torch.randint(3, 32, (length,), generator=generator).tolist()
+        examples.append(Encoded(ids, [IGNORED] * masked + ids[masked:]))
+    return examples
+
+
+def _batches() -> list[Batch]:
+    examples, collate = _examples(), PadCollator(pad_id=0)
+    return [collate(examples[i : i + 2]) for i in range(0, 6, 2)]
+
+
+def _target(model: Any, name: str, **rule: Any) -> Target:
+    weight = model.get_submodule(name).weight
+    module = Module(name, weight.shape[0], weight.shape[1], int(name.split(".")[2]), "float64")
+    return Target(module, Adapt(**rule), (0,), None)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_gradients_are_those_of_the_asked_batches_together(model: Any, tmp_path: Path, on_disk: bool) -> None:
+    scratch = tmp_path if on_disk else None
+    targets = [
+        _target(model, QUERY, init="gradient", calibration_batches=2),
+        _target(model, DOWN, init="gradient", calibration_batches=3),
+    ]
+    found = {target.module.name: gradient for target, gradient, _ in gather(model, _batches(), targets, scratch)}
+    assert not list(tmp_path.iterdir())
+    for name, asked in ((QUERY, 4), (DOWN, 6)):
+        weight = model.get_submodule(name).weight.requires_grad_(True)
+        whole = PadCollator(pad_id=0)(_examples()[:asked])
+        model(**whole).loss.backward()
+        gradient = found[name]
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient.double(), weight.grad, rtol=1e-5, atol=1e-7)
+        weight.grad = None
+        weight.requires_grad_(False)
+
+
+def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
+    targets = [_target(model, name, calibration_batches=asked) for name, asked in ((QUERY, 1), (DOWN, 2))]
+    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    seen: dict[str, list[torch.Tensor]] = {QUERY: [], DOWN: []}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0][0]))
+        for name in seen
+    ]
+    for example in _examples()[:4]:
+        model(input_ids=torch.tensor([example.input_ids]))  # one by one: there is no padding to leave out
+    for handle in handles:
+        handle.remove()
+    for name, asked in ((QUERY, 2), (DOWN, 4)):
+        x = torch.cat(seen[name][:asked]).double()
+        moments = found[name]
+        assert moments is not None
+        assert moments.tokens == len(x)
+        torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+class Experts(nn.Module):
+    """Tokens, flattened and in another order, go to one of two experts; `again` is called twice, `idle` never."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 2, bias=False)
+        self.shared = nn.Linear(16, 16, bias=False)
+        self.experts = nn.ModuleList([nn.Linear(16, 16, bias=False) for _ in range(2)])
+        self.again = nn.Linear(16, 16, bias=False)
+        self.idle = nn.Linear(16, 16, bias=False)
+        self.heads = nn.Linear(4, 4, bias=False)
+        self.mixed = nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 16)
+        chosen = self.gate(flat).argmax(-1)
+        out = self.shared(input=flat)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0].flip(0)
+            out = out.index_add(0, rows, expert(flat[rows]))
+            if index:
+                out = out.index_add(0, rows, self.mixed(flat[rows]))
+        out = self.again(self.again(out).relu()) + self.mixed(flat)
+        return self.heads(out.view(*x.shape[:2], 4, 4)).view_as(x)
+
+
+@pytest.fixture(scope="module")
+def routed() -> Any:
+    """A model whose second layer has experts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
+    routed = LlamaForCausalLM(config)
+    routed.model.layers[1].mlp = Experts()
+    return routed.double().eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    """A model of transformers' with experts, of which the shared one sees (batch * tokens, features)."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        shared_expert_intermediate_size=24,
+    )  # fmt: skip
+    made = Qwen2MoeForCausalLM(config)
+    made.set_experts_implementation("eager")  # the others are not for float64
+    return made.double().eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("which", "modules"),
+    [
+        ("routed", ("gate", "shared", "experts.0", "experts.1", "again", "heads", "mixed")),
+        ("shared", ("shared_expert.gate_proj", "shared_expert.down_proj", "shared_expert_gate")),
+    ],
+)
+def test_moments_of_inputs_of_other_shapes(
+    which: str, modules: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    """Flattened, parts of the batch, several calls: as without padding, in float64."""
+    model = request.getfixturevalue(which)
+    names = [f"model.layers.1.mlp.{module}" for module in modules]
+    targets = [_target(model, name, calibration_batches=2 + index % 2) for index, name in enumerate(names)]
+    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    for target in targets:
+        name, width = target.module.name, target.module.in_features
+        seen: list[torch.Tensor] = []
+        handle = model.get_submodule(name).register_forward_pre_hook(
+            lambda _, x, named, seen=seen, width=width: seen.append([*x, *named.values()][0].reshape(-1, width)),
+            with_kwargs=True,
+        )
+        for example in _examples()[: 2 * target.rule.batches]:
+            model(input_ids=torch.tensor([example.input_ids]))
+        handle.remove()
+        x = torch.cat(seen)
+        moments = found[name]
+        assert moments is not None, name
+        assert moments.tokens == len(x), name
+        torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+def test_a_module_that_no_token_reaches(routed: Any, caplog: pytest.LogCaptureFixture) -> None:
+    idle, query = "model.layers.1.mlp.idle", QUERY.replace("layers.0", "layers.1")
+    targets = [_target(routed, name, calibration_batches=1) for name in (idle, query)]
+    found = {target.module.name: moments for target, _, moments in gather(routed, _batches(), targets)}
+    assert found[idle] is None
+    assert found[query] is not None
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [idle]
+    targets = [_target(routed, name, init="gradient") for name in (idle, query)]
+    gradients = {target.module.name: gradient for target, gradient, _ in gather(routed, _batches(), targets)}
+    assert not gradients[idle].any()  # type: ignore[union-attr]
+    assert gradients[query].any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_the_model_is_left_as_it_was_found(model: Any, stop_early: bool) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = [_target(model, QUERY, init="gradient"), _target(model, DOWN, calibration_batches=1)]
+    results = gather(model, _batches(), targets)
+    if stop_early:
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    else:
+        assert len(list(results)) == 2
+    assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [{"init": "gradient"}, {"calibration_batches": 1}])
+def test_a_base_that_is_not_finite_is_named(model: Any, rule: dict[str, Any]) -> None:
+    broken = copy.deepcopy(model)
+    broken.get_submodule(QUERY).weight.data[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=rf"{QUERY}.weight: 1 of \d+ values are NaN"):
+        list(gather(broken, _batches(), [_target(broken, DOWN, **rule)]))
+
+
+def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
+    assert batches_needed([]) == 0
+    assert batches_needed([_target(model, QUERY)]) == 8
+    assert batches_needed([_target(model, QUERY, calibration_batches=0), _target(model, DOWN, init="zero")]) == 0
+    assert batches_needed([_target(model, QUERY, init="gradient", calibration_batches=0)]) == 8
+    assert batches_needed([_target(model, QUERY, init="gradient")]) == 8
+    assert batches_needed([_target(model, QUERY, init="gradient", calibration_batches=2)]) == 2
+    assert batches_needed([_target(model, QUERY, calibration_batches=3), _target(model, DOWN, init="random")]) == 3
+
+
+def test_few_statistics_lie_in_memory_together() -> None:
+    sizes = {
+        "q": (64, 64),
+        "k": (64, 64),
+        "v": (64, 64),
+        "o": (64, 64),
+        "gate": (172, 64),
+        "up": (172, 64),
+        "down": (64, 172),
+    }
+
+    def targets(**rule: Any) -> list[Target]:
+        return [
+            Target(Module(f"model.layers.{layer}.{name}", *size, layer, "float32"), Adapt(**rule), (0,), None)
+            for layer in (0, 1)
+            for name, size in sizes.items()
+        ]
+
+    for rule, passes, limit in (({"init": "gradient"}, 3, 2 * 172 * 64), ({"calibration_batches": 1}, 2, 172 * 172)):
+        groups = split_targets(targets(**rule))
+        assert len(groups) == 2 * passes
+        assert sorted(t.module.name for g in groups for t in g) == sorted(t.module.name for t in targets(**rule))
+        for group in groups:
+            assert len({t.module.layer for t in group}) == 1
+            values = [t.module.out_features if "init" in rule else t.module.in_features for t in group]
+            assert sum(v * t.module.in_features for v, t in zip(values, group, strict=True)) <= limit
+    mixed = split_targets([*targets(init="gradient")[:2], *targets(calibration_batches=2)[2:4]])
+    assert [len({t.rule.init for t in group}) for group in mixed] == [1] * len(mixed)

@@ -1,0 +1,498 @@
+"""The training stage on a tiny random LLaMA: every method learns, and every switch does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from soka_serve.adapter.format import read_adapter
+from soka_serve.base.model import load_base
+from soka_serve.compiler.train.baseline_merge import merge_baseline
+from soka_serve.compiler.train.callbacks import Pruning, Spectrum, read_history, tracker_metrics
+from soka_serve.compiler.train.resume import newest_point
+from soka_serve.compiler.train.train import TrainResult, load_trained
+from soka_serve.data.examples import Encoded, EncodedSet
+from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
+from soka_serve.kron import dense_delta
+from soka_serve.manifest.schema import Prune
+from tests.support.training import make_base, make_examples, make_factors, make_manifest, run_training, target_names
+
+METHODS = ("soka", "lora", "pissa", "lokr", "full")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("train") / "base")
+
+
+def tensors_of(result: TrainResult) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(result.directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([[1, 5, 6, 3, 5]])).logits
+    return logits
+
+
+# ----------------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(base: Path, tmp_path: Path, method: str) -> None:
+    """20 steps lower the loss, and what is on disk changes the untouched base's answers."""
+    rate = 3e-3 if method == "full" else 1e-2
+    result = run_training(base, tmp_path, method=method, steps=20, learning_rate=rate)
+    losses = [line["loss"] for line in read_history(result.history)]
+    assert len(losses) == result.steps == result.steps_run == result.steps_planned == 20
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert result.final_loss == losses[-1]
+    assert not result.stopped_early
+    assert not list(tmp_path.glob("checkpoint-*"))
+    before = logits_of(load_base(base).eval())
+    trained = logits_of(load_trained(base, make_manifest(method=method), result))
+    assert (trained - before).abs().max() > 0.1
+    if method == "full":
+        again = AutoModelForCausalLM.from_pretrained(result.directory)
+        assert again.config.use_cache
+    else:
+        again = PeftModel.from_pretrained(load_base(base), str(result.directory)).eval()
+    torch.testing.assert_close(logits_of(again.eval()), trained)
+
+
+def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path: Path) -> None:
+    result = run_training(base, tmp_path, steps=3)
+    adapter = read_adapter(result.adapter)
+    assert set(adapter.factors) == set(adapter.initial) == set(target_names())
+    for name, start in make_factors(base).items():
+        assert torch.equal(adapter.initial[name].left, start.left)
+        assert not torch.equal(adapter.factors[name].left, start.left)
+        assert adapter.factors[name].left.dtype == torch.float32
+    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
+
+
+def test_zero_steps_export_the_initialisation(base: Path, tmp_path: Path) -> None:
+    result = run_training(base, tmp_path, steps=0)
+    assert (result.steps, result.final_loss) == (0, None)
+    adapter = read_adapter(result.adapter)
+    for name, start in make_factors(base).items():
+        assert torch.equal(adapter.factors[name].sigma, start.sigma)
+    trained = load_trained(base, make_manifest(), result)
+    assert torch.equal(logits_of(trained), logits_of(load_base(base).eval()))
+
+
+def test_modules_without_initial_factors_start_from_their_own_delta(base: Path, tmp_path: Path) -> None:
+    factors = make_factors(base)
+    first, *others = factors
+    result = run_training(base, tmp_path, steps=0, factors=factors, initial=frozenset(others))
+    delta = {name: dense_delta(read_adapter(result.adapter).delta_factors(name)) for name in factors}
+    torch.testing.assert_close(delta[first], dense_delta(factors[first]))
+    assert all(delta[name].abs().max() < 1e-5 for name in others)
+
+
+def test_pissa_leaves_a_plain_lora_of_the_untouched_base(base: Path, tmp_path: Path) -> None:
+    """W - B0 A0 + B A as trained equals W + [B, -B0] [A; A0] as written; before training it is the base."""
+    result = run_training(base, tmp_path, method="pissa", steps=0)
+    config = json.loads((result.directory / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 4, True)
+    trained = load_trained(base, make_manifest(method="pissa"), result)
+    torch.testing.assert_close(logits_of(trained), logits_of(load_base(base).eval()), rtol=1e-4, atol=1e-4)
+
+
+def test_pissa_trains_what_it_says(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The live model's last logits, on the rewritten base, are the written adapter's on the untouched one."""
+    from soka_serve.compiler.train import train as stage
+
+    models = []
+    build = stage.build_baseline
+    monkeypatch.setattr(stage, "build_baseline", lambda *a: models.append(build(*a)) or models[-1])
+    result = run_training(base, tmp_path, method="pissa", steps=5)
+    live = models[0].eval()
+    name = "model.layers.0.self_attn.q_proj"
+    rewritten = live.get_submodule(f"base_model.model.{name}").base_layer.weight
+    original = load_base(base).get_submodule(name).weight
+    assert (rewritten - original).abs().max() > 0.05
+    written = load_trained(base, make_manifest(method="pissa"), result)
+    torch.testing.assert_close(logits_of(written), logits_of(live), rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- switches
+
+
+@pytest.mark.parametrize("part", ["left", "right", "sigma"])
+def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part: str) -> None:
+    result = run_training(base, tmp_path, **{f"{part}_lr": 0.0})
+    adapter = read_adapter(result.adapter)
+    for name, start in make_factors(base).items():
+        for other in ("left", "right", "sigma"):
+            unchanged = torch.equal(getattr(adapter.factors[name], other), getattr(start, other))
+            assert unchanged == (other == part), (name, other)
+    frozen = sum(getattr(f, part).numel() for f in adapter.factors.values())
+    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values()) - frozen
+
+
+def test_a_multiplier_scales_the_first_step(base: Path, tmp_path: Path) -> None:
+    """AdamW's first step moves each value by the learning rate, so by multiplier times learning rate."""
+    result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, schedule="constant")
+    adapter = read_adapter(result.adapter)
+    start = make_factors(base)
+    moved = {
+        part: torch.cat(
+            [(getattr(adapter.factors[n], part) - getattr(f, part)).abs().flatten() for n, f in start.items()]
+        )
+        for part in ("left", "right")
+    }
+    assert moved["left"].median().item() == pytest.approx(4e-2, rel=1e-3)
+    assert moved["right"].median().item() == pytest.approx(1e-2, rel=1e-3)
+    assert read_history(result.history)[0]["learning_rate"] == pytest.approx(1e-2)
+
+
+def test_nothing_to_train(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="nothing is left to train"):
+        run_training(base, tmp_path, left_lr=0.0, right_lr=0.0, sigma_lr=0.0)
+
+
+def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
+    plain = tensors_of(run_training(base, tmp_path / "plain"))
+    saved = tensors_of(run_training(base, tmp_path / "saved", gradient_checkpointing=True))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulation_equals_a_larger_batch(base: Path, tmp_path: Path) -> None:
+    """The loss is the mean over all tokens of a step, however they are split."""
+    large = tensors_of(run_training(base, tmp_path / "large", batch_size=8))
+    small = tensors_of(run_training(base, tmp_path / "small", batch_size=2, accumulate=4))
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["soka", "lora"])
+def test_bfloat16_trains_float32_factors(base: Path, tmp_path: Path, method: str) -> None:
+    exact = tensors_of(run_training(base, tmp_path / "exact", method=method))
+    rounded = tensors_of(
+        run_training(base, tmp_path / "rounded", method=method, precision="bfloat16", dtype="bfloat16")
+    )
+    assert {t.dtype for t in rounded.values()} == {torch.float32}
+    trained = [n for n in exact if "initial" not in n]
+    assert any(not torch.equal(exact[n], rounded[n]) for n in trained)
+    assert max((exact[n] - rounded[n]).abs().max().item() for n in trained) < 0.1
+
+
+def test_float16_needs_a_gpu(base: Path, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    with pytest.raises(PlanError, match="needs a GPU"):
+        run_training(base, tmp_path, precision="float16")
+
+
+def test_packing_trains(base: Path, tmp_path: Path) -> None:
+    result = run_training(base, tmp_path, packing=True, epochs=2, steps=None)
+    assert result.steps == result.steps_planned < 2 * 64 / 4
+    assert result.final_loss is not None
+    assert result.final_loss < read_history(result.history)[0]["loss"]
+
+
+def test_packing_trains_on_the_same_loss(base: Path, tmp_path: Path) -> None:
+    """All examples in one step, padded or packed: one loss, one update. Fails if packed examples see each other."""
+    examples = make_examples(8)
+    options: dict[str, Any] = {"train_set": examples, "batch_size": 8, "steps": 2, "warmup_frac": 0.0}
+    padded = run_training(base, tmp_path / "padded", **options)
+    packed = run_training(base, tmp_path / "packed", packing=True, **options)
+    losses = [[line["loss"] for line in read_history(r.history)] for r in (padded, packed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    expected = tensors_of(padded)
+    for name, tensor in tensors_of(packed).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "quantize"), [("soka", "8bit"), ("soka", "4bit"), ("lora", "4bit")])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt:UserWarning")
+def test_quantised_base_trains(base: Path, tmp_path: Path, method: str, quantize: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    result = run_training(base, tmp_path, method=method, quantize=quantize, steps=5)
+    losses = [line["loss"] for line in read_history(result.history)]
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    assert {t.dtype for t in tensors_of(result).values()} == {torch.float32}
+
+
+def test_quantised_base_cannot_be_rewritten(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(PlanError, match=r"base\.quantize holds them in a few bits"):
+        run_training(base, tmp_path, method="pissa", quantize="8bit")
+
+
+# -------------------------------------------------------------------------------------------- evaluation, stopping
+
+
+def test_early_stopping_keeps_the_best(base: Path, tmp_path: Path) -> None:
+    """A rate that overfits: training stops before its end, and the weights kept are the best evaluation's."""
+    result = run_training(
+        base,
+        tmp_path,
+        method="full",
+        steps=40,
+        learning_rate=2e-2,
+        schedule="constant",
+        train_set=EncodedSet(make_examples(4).examples, 4, 0, 0),
+        eval_set=make_examples(16, seed=7),
+        eval_every=2,
+        early_stopping=3,
+        save_every=100,
+    )
+    evaluated = {line["step"]: line["eval_loss"] for line in read_history(result.history) if "eval_loss" in line}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert result.stopped_early
+    assert result.steps == best
+    assert result.steps_run == best + 3 * 2 < result.steps_planned
+    assert result.eval_loss == evaluated[best]
+    model = load_trained(base, make_manifest(method="full"), result)
+    examples = make_examples(16, seed=7).examples
+    with torch.no_grad():
+        per_batch = []
+        from soka_serve.data.collate import PadCollator
+
+        for start in range(0, 16, 4):
+            per_batch.append(model(**PadCollator(0)(examples[start : start + 4])).loss.item())
+    assert sum(per_batch) / 4 == pytest.approx(evaluated[best], rel=1e-4)
+
+
+def test_evaluation_needs_examples(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no evaluation examples"):
+        run_training(base, tmp_path, eval_every=2)
+
+
+def test_no_training_examples(base: Path, tmp_path: Path) -> None:
+    masked = EncodedSet([Encoded([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)
+    with pytest.raises(DataError, match="no training examples: 3 were read, 2 dropped"):
+        run_training(base, tmp_path, train_set=masked)
+
+
+def test_divergence_stops_with_a_mend(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"training diverged: the loss is (nan|inf) at step \d+ of 30") as raised:
+        run_training(base, tmp_path, method="full", steps=30, learning_rate=1e30, warmup_frac=0.0)
+    assert "lower train.learning_rate" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("method", ["soka", "full"])
+def test_a_base_that_is_not_finite_is_blamed(base: Path, tmp_path: Path, method: str) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")  # nothing adapts it, so that initialisation never reads it
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"hold NaN or infinity: model\.norm\.weight$"):
+        run_training(broken, tmp_path, method=method, steps=2)
+
+
+def test_missing_tracker(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="'mlflow', which is not installed"):
+        run_training(base, tmp_path, report_to=["mlflow"])
+
+
+# ---------------------------------------------------------------------------------------------------------- pruning
+
+
+def test_pruning_drops_terms_and_goes_on(base: Path, tmp_path: Path) -> None:
+    factors = make_factors(base, rank=3)
+    result = run_training(
+        base, tmp_path, factors=factors, steps=12, prune={"threshold": 0.3, "every": 2, "patience": 2, "min": 1}
+    )
+    adapter = read_adapter(result.adapter)
+    assert result.pruned
+    assert all(adapter.factors[name].rank == 3 - result.pruned.get(name, 0) for name in factors)
+    assert all(adapter.initial[name].rank == adapter.factors[name].rank for name in factors)
+    history = read_history(result.history)
+    ranks = [sum(m["rank"] for m in line["modules"].values()) for line in history]
+    assert ranks[0] == 3 * len(factors)
+    assert ranks[-1] == 3 * len(factors) - sum(result.pruned.values())
+    assert ranks == sorted(ranks, reverse=True)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
+
+
+def test_pruning_needs_one_process(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(PlanError, match=r"train\.prune needs a single process; there are 2"):
+        run_training(base, tmp_path, prune={"threshold": 0.3})
+
+
+def test_a_term_is_dropped_after_failing_in_a_row() -> None:
+    pruning = Pruning(Prune(threshold=0.1, every=1, patience=2, min=1))
+    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 1, 2]
+    assert pruning.check("m", [10.0, 5.0, 9.0]) == [0, 1, 2]  # recovered: counted from the start
+    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 1, 2]
+    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 2]
+    assert pruning.failures == {"m": [0, 0]}
+
+
+def test_pruning_keeps_the_strongest_up_to_min() -> None:
+    pruning = Pruning(Prune(threshold=0.9, every=1, patience=1, min=2))
+    assert pruning.check("m", [1.0, 3.0, 2.0]) == [1, 2]
+
+
+def test_pruning_leaves_a_zero_start_alone() -> None:
+    assert Pruning(Prune(threshold=0.5, every=1, patience=1)).check("m", [0.0, 0.0]) == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------- history
+
+
+def test_history_has_every_module(base: Path, tmp_path: Path) -> None:
+    result = run_training(base, tmp_path, steps=5, log_every=2, eval_every=2, eval_set=make_examples(8, seed=3))
+    history = read_history(result.history)
+    trained = [line for line in history if "loss" in line]
+    assert [line["step"] for line in trained] == [2, 4, 5]
+    assert [line["step"] for line in history if "eval_loss" in line] == [2, 4, 5]
+    for line in trained:
+        assert all(math.isfinite(line[key]) for key in ("loss", "grad_norm", "learning_rate"))
+        assert set(line["modules"]) == set(target_names())
+    last = trained[-1]["modules"]
+    adapter = read_adapter(result.adapter)
+    for name, state in last.items():
+        assert state["rank"] == 2
+        assert state["sigma"] == pytest.approx(adapter.factors[name].sigma.tolist())
+        assert 1 <= state["effective_rank"] <= 2 + 1e-9
+
+
+def test_effective_rank_is_of_what_training_added(base: Path, tmp_path: Path) -> None:
+    """Against dense deltas: shares of ||sigma L (x) R - sigma0 L0 (x) R0||^2 per term."""
+    result = run_training(base, tmp_path, steps=3)
+    adapter = read_adapter(result.adapter)
+    modules = read_history(result.history)[-1]["modules"]
+    for name in target_names()[:3]:
+        theta, initial = adapter.factors[name], adapter.initial[name]
+        energy = torch.stack(
+            [(dense_delta(theta.terms(k)) - dense_delta(initial.terms(k))).double().square().sum() for k in range(2)]
+        )
+        share = energy / energy.sum()
+        assert modules[name]["effective_rank"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
+
+
+def test_tracker_metrics() -> None:
+    metrics = tracker_metrics({"a": Spectrum((2.0, 1.0), (1.0, 1.0)), "b": Spectrum((3.0,), (9.0,))})
+    assert metrics["effective_rank"] == pytest.approx(1.5)
+    assert metrics["effective_rank/a"] == pytest.approx(2.0)
+    assert metrics["sigma/a/1"] == 1.0
+    assert metrics["rank/b"] == 1
+    assert tracker_metrics({}) == {}
+
+
+def test_a_finished_run_is_not_repeated(base: Path, tmp_path: Path) -> None:
+    first = run_training(base, tmp_path)
+    stamp = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert run_training(base, tmp_path) == first == TrainResult.read(tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_another_recipe_starts_afresh(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_training(base, tmp_path)
+    other = run_training(base, tmp_path, steps=6)
+    assert other.steps == 6
+    assert "another recipe; starting afresh" in caplog.text
+
+
+def test_no_result(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="no finished training run"):
+        TrainResult.read(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes through; the half-written resume point is not taken for a whole one."""
+    whole = tensors_of(run_training(base, tmp_path / "whole", steps=6, save_every=2))
+    save = torch.save
+
+    def interrupted(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(value, path, *args, **kwargs)
+        if "checkpoint-4" in str(path):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(base, tmp_path / "cut", steps=6, save_every=2)
+    assert (tmp_path / "cut" / "checkpoint-4").exists()
+    point = newest_point(tmp_path / "cut")
+    assert point is not None
+    assert point.step == 2
+    resumed = tensors_of(run_training(base, tmp_path / "cut", steps=6, save_every=2))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("limit", [8_000, 50_000, 60_000])
+def test_files_that_cannot_grow(base: Path, tmp_path: Path, limit: int) -> None:
+    """The kernel refuses to write the adapter (8 kB), or the optimiser's state, as on a full disk."""
+    factors = make_factors(base)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(BuildError, match="cannot write") as raised:
+            run_training(base, tmp_path, factors=factors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.hint
+    assert run_training(base, tmp_path, factors=factors).steps == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- other
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
+def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
+    result = run_training(base, tmp_path / "run", method=method)
+    merge_baseline(method, result.directory, base, tmp_path / "merged", "auto")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.dtype == torch.float32
+    trained = logits_of(load_trained(base, make_manifest(method=method), result))
+    torch.testing.assert_close(logits_of(merged), trained, rtol=1e-4, atol=1e-4)
+    assert (logits_of(merged) - logits_of(load_base(base).eval())).abs().max() > 1e-2
+
+
+def test_tensorboard_gets_every_module(base: Path, tmp_path: Path) -> None:
+    """The real tracker, read back from its event files; the state that each checkpoint holds keeps none of it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_training(base, tmp_path, report_to=["tensorboard"], steps=4)
+    (events,) = tmp_path.glob("runs/*/events.*")
+    read = EventAccumulator(str(events.parent))
+    read.Reload()
+    tags = set(read.Tags()["scalars"])
+    name = target_names()[0]
+    modules = {f"train/effective_rank/{name}", f"train/rank/{name}", f"train/sigma/{name}/0", f"train/sigma/{name}/1"}
+    assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/effective_rank"} | modules <= tags
+    history = read_history(TrainResult.read(tmp_path).history)
+    losses = {line["step"]: line["loss"] for line in history if "loss" in line}
+    assert {s.step: s.value for s in read.Scalars("train/loss")} == pytest.approx(losses)
+    assert len(losses) == 4
+    sigma = {line["step"]: line["modules"][name]["sigma"][0] for line in history if "loss" in line}
+    assert {s.step: s.value for s in read.Scalars(f"train/sigma/{name}/0")} == pytest.approx(sigma)
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.bin", "adapter/adapter_model.safetensors", "history.jsonl"])
+@pytest.mark.parametrize("text", [None, "{}", "[]", "{"])
+def test_a_folder_of_somebody_elses_training_is_left_alone(
+    base: Path, tmp_path: Path, name: str, text: str | None
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    with pytest.raises(BuildError, match=f"holds {name.split('/')[0]}, and no run.json"):
+        run_training(base, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"

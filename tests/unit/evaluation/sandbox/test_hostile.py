@@ -1,0 +1,160 @@
+"""Programs that attack the machine, and what must not have happened: `tests/support/hostile_effects.py` has them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from soka_serve.evaluation.sandbox import Program, Verdict, run_programs
+from tests.support.hostile import SPIES
+from tests.support.hostile_answers import ANSWERS, FRAMES, SLOW, sending
+from tests.support.hostile_effects import ATTACKS
+from tests.support.hostile_world import harms
+from tests.support.sandboxed import RIGHT, TESTS, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
+]
+
+if platform.machine() != "x86_64":
+    ATTACKS = {}  # they name system calls by x86-64's numbers
+
+
+PARTS = 8
+"""Into how many tests the attacks are divided where one process makes several."""
+
+
+@pytest.fixture
+def own_disk(scratches: str, tmp_path: Path) -> Iterator[str | None]:
+    """The folder for scratch directories as a file system of its own; None where none can be mounted."""
+    if shutil.which("mkfs.ext4") is None or shutil.which("mount") is None:
+        yield None
+        return
+    image = tmp_path / "disk"
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    made = subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=1", image], check=False)
+    mounted = subprocess.run(["mount", "-o", "loop", image, scratches], capture_output=True, check=False)
+    if made.returncode or mounted.returncode:
+        yield None
+        return
+    Path(scratches).chmod(0o755)
+    yield scratches
+    subprocess.run(["umount", "--lazy", scratches], check=True)
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if not attack.scratch])
+def test_nothing_happens(name: str) -> None:
+    assert harms(ATTACKS[name]) == []
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.scratch])
+def test_the_disk_is_not_taken(name: str, own_disk: str | None) -> None:
+    assert harms(ATTACKS[name], scratch=own_disk) == []
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_nothing_happens_to_a_user_without_privileges(root: Path, part: int) -> None:
+    """The same, run by a user whose programs run as that user."""
+    if os.geteuid() != 0:
+        pytest.skip("the other tests are run by such a user already")
+    python = "/usr/bin/python3"
+    if not Path(python).exists() or sys.version_info[:2] != (3, 11):
+        pytest.skip("no Python that another user can run")
+    done = subprocess.run(
+        [python, "-m", "tests.support.hostile_world", "--part", str(part), str(PARTS)],
+        user=65533,
+        group=65533,
+        extra_groups=[],
+        env={"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    found = dict(json.loads(line) for line in done.stdout.splitlines())
+    wanted = [name for name, attack in list(ATTACKS.items())[part::PARTS] if not attack.scratch]
+    assert list(found) == wanted, done.stderr
+    assert {name: harm for name, harm in found.items() if harm} == {}
+
+
+# ----------------------------------------------------------------------------------------------------- the pipe
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_no_frame_of_a_program_changes_how_anything_is_run(name: str) -> None:
+    """Neither its own verdict nor those of programs before and after it."""
+    programs = [Program(RIGHT, TESTS), Program(sending(FRAMES[name]), TESTS), Program(RIGHT, TESTS)]
+    verdicts = run_programs(programs, allow_code_execution=True, timeout_s=5, workers=1)
+    assert [v.passed for v in verdicts] == [True, False, True]
+
+
+def test_a_forged_refusal_does_not_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOKA_ALLOW_WEAK_SANDBOX", "1")
+    with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        mark = f"try:\n    open({folder + '/mark'!r}, 'w')\nexcept OSError:\n    pass\n"
+        programs = [Program(code, TESTS) for code in (sending(FRAMES["refused"]) + mark, mark + RIGHT)]
+        verdicts = run_programs(programs, allow_code_execution=True, timeout_s=5, workers=1)
+        assert list(Path(folder).iterdir()) == []
+    assert [v.passed for v in verdicts] == [False, True]
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_no_answer_passes(name: str) -> None:
+    code, test = ANSWERS[name]
+    started = time.monotonic()
+    verdicts = run_programs(
+        [Program(code, (test,)), Program(RIGHT, TESTS)], allow_code_execution=True, timeout_s=1.5, workers=1
+    )
+    assert [v.passed for v in verdicts] == [False, True]
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_time_ends_for_who_does_not_answer(name: str) -> None:
+    started = time.monotonic()
+    code, test = SLOW[name]
+    programs = [Program(code, (test,)), Program(RIGHT, TESTS)]
+    verdicts = run_programs(programs, allow_code_execution=True, timeout_s=1, workers=1)
+    assert [v.passed for v in verdicts] == [False, True]
+    assert time.monotonic() - started < 4
+
+
+def test_a_reason_is_one_printable_line() -> None:
+    r"""It reaches terminals, logs and files in UTF-8."""
+    for text in ("\x1b[2J\x1b]0;title\x07", "a\nERROR a forged line", "\r\x08\x00", "\u202e\u2028", "\ud800"):
+        reason = run(f"raise ValueError({text!r})").reason
+        assert "ValueError" in reason
+        assert reason.isprintable(), ascii(reason)
+        reason.encode()
+
+
+# ------------------------------------------------------------------------------------------------- the tests' text
+
+
+@pytest.mark.parametrize("name", SPIES)
+def test_earlier_programs_and_tests_are_not_found(name: str) -> None:
+    """Several samples of one problem, which is what pass@k runs: the last one looks for the others' tests and text."""
+    draw = random.SystemRandom()
+    secret = draw.randrange(10**8, 10**9)
+    inputs = [draw.randrange(10**8, 10**9) for _ in range(3)]
+    # As long as tests of data sets are: short texts are soon overwritten.
+    tests = tuple(f"assert f({x}) == {x * 3 + secret}, {'what f makes of a number ' * 8!r}" for x in inputs)
+    right = f"def f(x):\n    return x * 3 + {secret}\n# {'as long as answers of models are ' * 20}"
+    programs = [*[Program(right, tests)] * 4, Program(SPIES[name], tests)]
+    verdicts = run_programs(programs, allow_code_execution=True, timeout_s=4, workers=1)
+    assert verdicts[:4] == [Verdict(True)] * 4
+    assert not verdicts[4].passed
