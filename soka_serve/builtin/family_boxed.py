@@ -1,4 +1,4 @@
-r"""Short algebra and arithmetic in TeX, answered in `\boxed{}`, after MATH."""
+r"""Short algebra and arithmetic in TeX, answered in `\boxed{}`, after MATH. No torch."""
 
 from __future__ import annotations
 

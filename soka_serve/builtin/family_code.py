@@ -1,4 +1,4 @@
-"""Small Python functions described in words, with asserts, after MBPP.
+"""Small Python functions described in words, with asserts, after MBPP. No torch.
 
 The easy variety does one thing to its argument, the target one two things in a row. The prompt shows one assert; two
 more are kept for checking, so that a function which only fits the shown one fails.

@@ -1,4 +1,4 @@
-"""Word problems with worked steps that end in `#### n`, after GSM8K.
+"""Word problems with worked steps that end in `#### n`, after GSM8K. No torch.
 
 The easy variety is one change ("Tom has 23 apples. Tom buys 14 more."), the target one is two in a row. Both are put
 together from the same clauses, so that the words are known and only the composition is new.

@@ -1,4 +1,4 @@
-"""A small interpreter for functions that a model wrote.
+"""A small interpreter for functions that a model wrote. No torch.
 
 Only whitelisted syntax is walked; nothing reaches exec, eval or an attribute. Work is bounded: characters, steps,
 call depth, the size of numbers and of lists. Whatever is outside of that makes the answer wrong, never an exception

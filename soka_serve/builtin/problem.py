@@ -1,4 +1,4 @@
-"""What a generated problem is, and the draws that the families share."""
+"""What a generated problem is, and the draws that the families share. No torch."""
 
 from __future__ import annotations
 

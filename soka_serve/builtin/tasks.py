@@ -1,4 +1,4 @@
-r"""Task families generated from code: seeded, endless, with splits that cannot overlap.
+r"""Task families generated from code: seeded, endless, with splits that cannot overlap. No torch.
 
 Three families mirror benchmarks: `math` (GSM8K: worked steps, `#### n`), `boxed` (MATH: `\boxed{}`), `code` (MBPP: a
 function, checked by asserts). Each is a two-step problem made of parts that its easy variety (`math-easy`, ...) asks
