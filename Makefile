@@ -45,26 +45,26 @@ test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
 	$(PYTEST) tests/unit tests/parity -m "not slow"
 
 compat: venv ## The tests with every vLLM and PEFT release claimed, and PEFT's own (an environment each; an hour or more)
-	$(BIN)/python eval/compat.py --engine $(ENGINE) --out build/compat.json
+	$(BIN)/python -m eval.checks.compat --engine $(ENGINE) --out build/compat.json
 
 bench: venv ## Benchmarks at small size; results under build/bench (about an hour; run nothing else meanwhile)
 	mkdir -p build/bench
-	$(BIN)/python eval/bench_startup.py --out build/bench/startup.json
-	$(BIN)/python eval/bench_kpsvd.py --out build/bench/kpsvd.json
-	$(BIN)/python eval/bench_init.py --kind random --out build/bench/init.json
-	$(BIN)/python eval/bench_apply.py --out build/bench/apply.json
-	$(BIN)/python eval/bench_step.py --out build/bench/step.json
-	$(BIN)/python eval/bench_kernel.py --out build/bench/kernel.json
-	$(BIN)/python eval/bench_growth.py --out build/bench/growth.json
-	$(BIN)/python eval/bench_merge.py --repeats 2 --peft --out build/bench/merge.json
-	$(BIN)/python eval/bench_serve.py --out build/bench/serve.json
-	$(BIN)/python eval/simulate_fleet.py --out build/bench/fleet.json --html build/bench/fleet.html
+	$(BIN)/python -m eval.bench.startup --out build/bench/startup.json
+	$(BIN)/python -m eval.bench.kpsvd --out build/bench/kpsvd.json
+	$(BIN)/python -m eval.bench.init --kind random --out build/bench/init.json
+	$(BIN)/python -m eval.bench.apply --out build/bench/apply.json
+	$(BIN)/python -m eval.bench.step --out build/bench/step.json
+	$(BIN)/python -m eval.bench.kernel --out build/bench/kernel.json
+	$(BIN)/python -m eval.growth.bench --out build/bench/growth.json
+	$(BIN)/python -m eval.bench.merge --repeats 2 --peft --out build/bench/merge.json
+	$(BIN)/python -m eval.bench.serve --out build/bench/serve.json
+	$(BIN)/python -m eval.fleet.simulate --out build/bench/fleet.json --html build/bench/fleet.html
 
 bench-7b: venv ## KPSVD, merge and training step at LLaMA-2-7B's size (60 GB of disk, an hour)
 	mkdir -p build/bench
-	$(BIN)/python eval/bench_kpsvd_7b.py --model build/bench/llama-2-7b --out build/bench/kpsvd_7b.json
-	$(BIN)/python eval/bench_merge.py --gib 13.5 --repeats 3 --folder build/bench --out build/bench/merge_7b.json
-	for tokens in 512 2048; do $(BIN)/python eval/bench_step.py --llama 4096 11008 1 --ranks 1 --rows 1 --length $$tokens \
+	$(BIN)/python -m eval.bench.kpsvd_7b --model build/bench/llama-2-7b --out build/bench/kpsvd_7b.json
+	$(BIN)/python -m eval.bench.merge --gib 13.5 --repeats 3 --folder build/bench --out build/bench/merge_7b.json
+	for tokens in 512 2048; do $(BIN)/python -m eval.bench.step --llama 4096 11008 1 --ranks 1 --rows 1 --length $$tokens \
 		--repeats 2 --threads 2 --out build/bench/step_7b_$$tokens.json || exit; done
 
 lint: venv ## ruff, mypy and the directions of imports

@@ -8,7 +8,7 @@ which copies the activations or keeps anything but the inputs for the backward (
 - dense: the delta is built for the moment, and multiplied by all tokens at once.
 
 Both orders take all terms at once, so the sum over terms happens in the accumulator of the second product, and long
-inputs go through in pieces, so that Z stays small. `eval/bench_apply.py` measures the three against each other.
+inputs go through in pieces, so that Z stays small. `eval/bench/apply.py` measures the three against each other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from soka_serve.kron.shapes import FactorShape
 Order = Literal["auto", "left", "right", "dense"]
 
 # Work is counted in multiply-adds of a large matrix product, forward and backward together, fitted to what
-# eval/bench_apply.py measured on a CPU from 128 to 4096 features: the factors' two products with their gradients and
+# eval/bench/apply.py measured on a CPU from 128 to 4096 features: the factors' two products with their gradients and
 # the recomputed intermediate cost 5 for each multiply-add, and every value that moves through memory costs 200.
 _FACTOR_PRODUCTS = 5
 _MOVED_VALUE = 200

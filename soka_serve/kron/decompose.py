@@ -6,7 +6,7 @@ shorter side d of the rearranged weight:
 - the full SVD, for small d and for almost all terms;
 - exact through the Gram matrix and `eigh`, about half the time and memory of the full SVD at d = 4096;
 - truncated, a randomised block Krylov method with full reorthogonalisation: several times faster at d = 4096, and
-  within 0.1% of the exact one's captured energy (eval/bench_kpsvd.py).
+  within 0.1% of the exact one's captured energy (eval/bench/kpsvd.py).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
         Factors in float32 (float64 for a float64 weight) on the weight's device, and the total energy. The same
         weight, arguments, device and torch give the same bits.
 
-    Memory: beyond `weight`, below 6 times its size in float32, as eval/bench_kpsvd.py measures it: about 2 for the
+    Memory: beyond `weight`, below 6 times its size in float32, as eval/bench/kpsvd.py measures it: about 2 for the
     truncated method (64 terms of 4096 x 4096), 5 for the exact one. Not so where the full SVD is taken, about 8
     times: for rearrangements with a side of up to 512, where that is a few MiB, and for more than half of all terms.
 

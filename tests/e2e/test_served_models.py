@@ -1,7 +1,7 @@
 """Served log-probabilities of other architectures than LLaMA, against transformers with our PEFT layers.
 
 Two of them, for the time that a server takes to start: capped scores and a sliding window, and normed queries and keys.
-All of docs/serving.md's table: `python eval/served_models.py`.
+All of docs/serving.md's table: `python -m eval.checks.served_models`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Tiny random checkpoints of the architectures that docs/serving.md lists, each with an adapter on all its projections,
-and what a server and transformers say of them. For tests/e2e/test_served_models.py and eval/served_models.py."""
+and what a server and transformers say of them. For tests/e2e/test_served_models.py and eval/checks/served_models.py."""
 
 from __future__ import annotations
 

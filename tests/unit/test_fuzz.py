@@ -1,4 +1,4 @@
-"""A few spoilt adapters, manifests, folders, caches and frames, the same every time; eval/fuzz.py does thousands."""
+"""A few spoilt adapters, manifests, folders, caches and frames, always the same; `eval.checks.fuzz` does thousands."""
 
 from __future__ import annotations
 

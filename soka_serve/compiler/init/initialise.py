@@ -353,7 +353,7 @@ def initialise(
         PlanError: a budget cannot be met.
 
     Memory: above the base, less than 6 times the largest weight in float32, at LLaMA-2-7B's shapes and rank 8 also
-    with `calibration_batches`, whose moments have in_features^2 values; eval/bench_init.py measures it.
+    with `calibration_batches`, whose moments have in_features^2 values; eval/bench/init.py measures it.
     """
     if scratch is None:
         with tempfile.TemporaryDirectory(prefix="soka-init-") as folder:

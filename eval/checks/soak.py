@@ -1,6 +1,6 @@
 """Mixed load on a real server for an hour, adapters loaded, unloaded and replaced meanwhile, and what goes wrong.
 
-python eval/soak.py --minutes 60 --out eval/results/soak.json
+python -m eval.checks.soak --minutes 60 --out eval/results/soak.json
 
 The embedded base in vLLM on the CPU, float32: four slots, a cache of eight, and sixteen adapters of all kinds (SoKA,
 LoRA, LoKr). Clients ask random adapters one after the other, with `--pause` seconds between; every answer is held
@@ -29,7 +29,6 @@ import random
 import shutil
 import signal
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -41,8 +40,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 import psutil  # noqa: E402
 
@@ -261,7 +259,7 @@ def main() -> None:
             again = [server.ask(name, prompt, TOKENS)[0] == answer for name in found for prompt, answer in found[name]]
         taken = sorted(books.seconds)
         report = {
-            "command": f"python eval/soak.py --minutes {arguments.minutes:g} --clients {arguments.clients} "
+            "command": f"python -m eval.checks.soak --minutes {arguments.minutes:g} --clients {arguments.clients} "
             f"--pause {arguments.pause:g}",
             "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
             "versions": versions(),

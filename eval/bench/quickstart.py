@@ -1,6 +1,6 @@
 """Accuracy before and after on the three task families of the embedded base, over several seeds.
 
-    python eval/bench_quickstart.py --out eval/results/quickstart.json
+    python -m eval.bench.quickstart --out eval/results/quickstart.json
 
 Runs manifests/math.toml (and the same manifest with the other two families' data) through `soka_serve.build`, in a
 temporary folder, and writes every run's figures with versions and hardware. About a minute a run on two cores.
@@ -21,7 +21,7 @@ import torch
 import soka_serve
 from soka_serve.io.versions import versions
 
-MANIFEST = Path(__file__).resolve().parent.parent / "manifests" / "math.toml"
+MANIFEST = Path(__file__).resolve().parents[2] / "manifests" / "math.toml"
 DATA, SEED = 'builtin = "math"', "[train]\n"
 
 
@@ -64,7 +64,7 @@ def main() -> None:
                 runs.append(run(family, seed, Path(folder)))
                 print(json.dumps(runs[-1]), flush=True)
     report = {
-        "command": f"python eval/bench_quickstart.py --seeds {' '.join(map(str, arguments.seeds))} "
+        "command": f"python -m eval.bench.quickstart --seeds {' '.join(map(str, arguments.seeds))} "
         f"--families {' '.join(arguments.families)}",
         "manifest": "manifests/math.toml",
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},

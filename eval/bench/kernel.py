@@ -1,7 +1,7 @@
 """Times the Kronecker operator against vLLM's LoRA on the projections of one transformer layer.
 
-    python eval/bench_kernel.py --out eval/results/kernel_cpu.json
-    python eval/bench_kernel.py --device cuda --out eval/results/kernel_cuda.json
+    python -m eval.bench.kernel --out eval/results/kernel_cpu.json
+    python -m eval.bench.kernel --device cuda --out eval/results/kernel_cuda.json
 
 A case is a number of tokens, dealt in turn to a number of adapters. Its ways run in turn in one process, so that only
 ratios within a case should be compared; a figure is in microseconds, for the four modules of a layer (qkv, o, gate_up,
@@ -17,7 +17,7 @@ down) together:
 
 On a CPU the figure is the best of many rounds. On CUDA every way is recorded in a graph and the figure is the median of
 replays, before each of which 256 MiB are written so that nothing is left in the L2 cache. `--dry-run` lists the cases.
-`TRITON_INTERPRET=1 python eval/bench_kernel.py --device interpreter --tokens 1 --adapters 1` runs the CUDA kernel
+`TRITON_INTERPRET=1 python -m eval.bench.kernel --device interpreter --tokens 1 --adapters 1` runs the CUDA kernel
 without a GPU, to see that it runs; its times mean nothing.
 """
 
@@ -338,7 +338,7 @@ def main() -> None:
         sys.stdout.flush()
     if options.out is not None:
         result = {
-            "command": " ".join(["python", "eval/bench_kernel.py", *sys.argv[1:]]),
+            "command": " ".join(["python", "-m", "eval.bench.kernel", *sys.argv[1:]]),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": version("triton"),

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fleet_caches import CONCURRENT, EXPONENTS, HOST_COUNTS, SLOT_COUNTS
-from fleet_memory import PARALLEL, TIMED
 from markupsafe import Markup
 
+from eval.fleet.caches import CONCURRENT, EXPONENTS, HOST_COUNTS, SLOT_COUNTS
+from eval.fleet.memory import PARALLEL, TIMED
 from soka_serve.comparison.page import FOLDER
 from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis
 from soka_serve.compiler.report.page import environment
@@ -30,7 +30,7 @@ tr :not(:first-child) { text-align: right; } .scroll { margin-top: 16px; }
 </style></head><body>
 <header><p class="quiet">soka-serve</p><h1>10,000 adapters, and 70B over 8 GPUs</h1>
 <p><b>Calculated and simulated: nothing here ran on a GPU or in a server.</b> Load times were measured on the 100M model
-on a CPU (eval/results/serve_cpu.json); what is scaled from them says so. eval/simulate_fleet.py tells what is
+on a CPU (eval/results/serve_cpu.json); what is scaled from them says so. eval/fleet/simulate.py tells what is
 simplified, and fleet.json has all figures and the checks.</p></header>
 <main>{% for part in parts %}
 <section><h2>{{ part.title }}</h2>

@@ -1,7 +1,7 @@
 """A whole training step: SoKA against PEFT's LoRA, PiSSA, DoRA and LoKr at (nearly) equal parameters.
 
-    python eval/bench_step.py --out eval/results/step.json
-    python eval/bench_step.py --llama 4096 11008 1 --ranks 1 4 --rows 1 --length 512 --repeats 3 --out ...
+    python -m eval.bench.step --out eval/results/step.json
+    python -m eval.bench.step --llama 4096 11008 1 --ranks 1 4 --rows 1 --length 512 --repeats 3 --out ...
 
 On the embedded base, or with `--llama` on a LLaMA of the given hidden size, intermediate size and number of layers with
 random weights (4096 11008 1: one decoder layer of LLaMA-2-7B's, 32 heads). A step is forward, backward and AdamW on the
@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers
-from bench_kpsvd import cpu_name, resident_bytes
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from eval.bench.kpsvd import cpu_name, resident_bytes
 from soka_serve.base.model import load_base
 from soka_serve.builtin import base_directory
 from soka_serve.kron.shapes import balanced_shape
@@ -202,7 +202,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
     record = {
-        "command": f"python eval/bench_step.py --ranks {' '.join(map(str, options.ranks))} --rows {options.rows} "
+        "command": f"python -m eval.bench.step --ranks {' '.join(map(str, options.ranks))} --rows {options.rows} "
         f"--length {options.length} --repeats {options.repeats} --threads {options.threads} --dtype {options.dtype} "
         f"--device {options.device}" + (f" --llama {' '.join(map(str, llama))}" if llama else ""),
         "versions": {

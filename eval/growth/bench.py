@@ -1,6 +1,6 @@
 """How cost grows with rank, tokens, adapters, layers and model size, on a CPU.
 
-    python eval/bench_growth.py --out eval/results/growth.json
+    python -m eval.growth.bench --out eval/results/growth.json
 
 Measures series of points, one size changing in each, and fits cost = a * x^b to every series by least squares over the
 logarithms, with the standard error of b. Writes a JSON record, and beside it an HTML page with a log-log chart of each
@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_kpsvd import cpu_name
-from growth_measures import (
+
+from eval.bench.kpsvd import cpu_name
+from eval.growth.measures import (
     LEAST_CALLS,
     LORA_RANK,
     SEED,
@@ -56,8 +57,7 @@ from growth_measures import (
     operator_work,
     per_layer,
 )
-from growth_page import Line, Panel, Point, render
-
+from eval.growth.page import Line, Panel, Point, render
 from soka_serve.io.text import count, size
 from soka_serve.io.versions import versions
 
@@ -293,7 +293,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     names = [name for name in STUDIES if name in (options.only or STUDIES)]
     record: dict[str, Any] = {
-        "command": f"python eval/bench_growth.py --threads {options.threads} --seconds {options.seconds:g}"
+        "command": f"python -m eval.growth.bench --threads {options.threads} --seconds {options.seconds:g}"
         + " --small" * options.small
         + "".join(f" --only {name}" for name in names if options.only),
         "versions": versions(),

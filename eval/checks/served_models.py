@@ -1,6 +1,6 @@
 """Which architectures vLLM serves with our adapters as transformers computes them: one tiny random checkpoint of each.
 
-    python eval/served_models.py --out eval/results/served_models.json
+    python -m eval.checks.served_models --out eval/results/served_models.json
 
 Each has a SoKA adapter on all of its projections. A server, started as `soka-serve serve` starts it, and transformers
 with our PEFT layers give the log-probabilities of one prompt in float32; the file has their largest difference for base
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes to start
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from soka_serve.errors import SokaError
 from soka_serve.io.versions import versions
@@ -71,7 +69,9 @@ def main() -> None:
                 rows.append(measure(architecture, Path(folder)))
             print(json.dumps(rows[-1]), flush=True)
     result = {
-        "command": shlex.join(["python", "eval/served_models.py", *(f"--only={name}" for name in given.only or ())]),
+        "command": shlex.join(
+            ["python", "-m", "eval.checks.served_models", *(f"--only={name}" for name in given.only or ())]
+        ),
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
         "versions": {**versions(), **({engine.distribution: engine.version} if engine else {})},
         "rows": rows,

@@ -1,6 +1,6 @@
 """Times the ways of multiplying a Kronecker delta with activations, against the dense layer and a LoRA.
 
-    python eval/bench_apply.py --out eval/results/apply.json
+    python -m eval.bench.apply --out eval/results/apply.json
 
 Forward, and forward with backward, in milliseconds (best of several), on the CPU or `--device cuda`; all ways of one
 case in one process, one after the other, so that only their ratios should be compared. "left", "right" and "dense"
@@ -99,7 +99,7 @@ def main() -> None:
     ]
     text = json.dumps(
         {
-            "command": f"python eval/bench_apply.py --device {options.device} --threads {options.threads}",
+            "command": f"python -m eval.bench.apply --device {options.device} --threads {options.threads}",
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": f"{platform.machine()}, {options.threads} thread(s)",

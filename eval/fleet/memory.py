@@ -37,11 +37,11 @@ os.environ |= {"VLLM_PLUGINS": "", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLIN
 
 import numpy as np
 import torch
-from bench_serve import SLOTS, slot_bytes
 from safetensors.torch import save_file
 from vllm.config.lora import LoRAConfig
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
+from eval.bench.serve import SLOTS, slot_bytes
 from soka_serve.adapter.format import KEY_PREFIX, PEFT_TYPE, write_adapter
 from soka_serve.base.modules import Module, modules_from_config
 from soka_serve.builtin import base_directory
@@ -107,7 +107,7 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 def models() -> dict[str, Model]:
-    """The bases; "100M" and "embedded" are those of `eval/bench_serve.py`."""
+    """The bases; "100M" and "embedded" are those of `eval/bench/serve.py`."""
     small = {
         "model_type": "llama",
         "hidden_size": 768,

@@ -1,6 +1,6 @@
 """Stage `init` at real layer shapes, rule by rule: time and peak memory.
 
-    python eval/bench_init.py --out eval/results/init.json
+    python -m eval.bench.init --out eval/results/init.json
 
 Generates a LLaMA checkpoint of a few decoder layers (bf16; `--kind` as in bench_kpsvd.py), then runs
 `initialise` under each rule in a fresh process. `peak_memory_ratio` is the peak of resident memory above what the
@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from safetensors.torch import save_file
 
+from eval.bench.kpsvd import cpu_name, draw_weight, resident_bytes
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.model import load_base
 from soka_serve.base.read_modules import list_modules
@@ -147,7 +147,7 @@ def main() -> None:
         k: getattr(arguments, k) for k in ("hidden", "intermediate", "layers", "kind", "threads")
     }
     record: dict[str, Any] = {
-        "command": "python eval/bench_init.py "
+        "command": "python -m eval.bench.init "
         + " ".join(f"--{key} {value}" for key, value in options.items())
         + "".join(f' --rule "{rule}"' for rule in arguments.rule or ()),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

@@ -1,6 +1,6 @@
 """Times whole models in vLLM on the CPU: without adapters, with the plugin, and with vLLM's own LoRA.
 
-    python eval/bench_serve.py --out eval/results/serve_cpu.json
+    python -m eval.bench.serve --out eval/results/serve_cpu.json
 
 For each model (the embedded base in float32; a random LLaMA of 100M parameters in bfloat16) these engines live at
 once, each in a process of its own and with one thread:
@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_kpsvd import cpu_name
 from safetensors.torch import save_file
 
+from eval.bench.kpsvd import cpu_name
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.io.versions import versions
@@ -328,7 +328,7 @@ def main() -> None:
         results = {name: bench(name, models[name], Path(folder) / name, options) for name in options.models}
     text = json.dumps(
         {
-            "command": f"python eval/bench_serve.py --models {' '.join(options.models)} "
+            "command": f"python -m eval.bench.serve --models {' '.join(options.models)} "
             f"--ranks {' '.join(map(str, options.ranks))} --threads {options.threads} --rounds {options.rounds} "
             f"--idle-rounds {options.idle_rounds}" + " --loads" * options.loads,
             "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},

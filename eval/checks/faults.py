@@ -1,6 +1,6 @@
 """Builds on a disk that is full, and under a clock that jumps.
 
-python eval/faults.py --out eval/results/faults.json
+python -m eval.checks.faults --out eval/results/faults.json
 
 - Disk full: a small build whose output, temporary files and caches are on a file system of so many MB (a tmpfs: needs
   root, for mount). It must end with exit code 1 or 2 and a message that says so, without a traceback, and leave either
@@ -10,7 +10,7 @@ python eval/faults.py --out eval/results/faults.json
   finish with the same tensors.
 
 Other faults have tests of their own: builds and merges killed at random points (tests/e2e), files cut short or spoilt
-(eval/fuzz.py), a server whose engine is killed and adapters spoilt while it serves (eval/soak.py).
+(eval/checks/fuzz.py), a server whose engine is killed and adapters spoilt while it serves (eval/checks/soak.py).
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.builds import same_tensors, write_manifest  # noqa: E402
@@ -113,7 +112,7 @@ def main() -> None:
         clock = {"exit_code": jumping.returncode, "same_tensors": same, "ok": same}
         print(json.dumps(clock), jumping.stderr[-2000:] if not same else "", flush=True)
     report = {
-        "command": "python eval/faults.py",
+        "command": "python -m eval.checks.faults",
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
         "versions": versions(),
         "disk_full": rows,

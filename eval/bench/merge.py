@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time and memory of `soka-serve merge` against copying the same files, on a generated checkpoint.
 
-    python eval/bench_merge.py [--gib 2] [--rank 8] [--repeats 5] [--peft] [--out eval/results/merge.json]
+    python -m eval.bench.merge [--gib 2] [--rank 8] [--repeats 5] [--peft] [--out eval/results/merge.json]
 
 A LLaMA-shaped bfloat16 checkpoint of at least --gib GiB in shards of 1 GB, random weights, and an adapter on all
 seven projections of every layer, with a soka.lock, so that the merge also hashes the base. Copy and merge alternate;
@@ -15,7 +15,7 @@ With --peft also what PEFT does: `from_pretrained` in the checkpoint's dtype, Lo
 A copy mostly waits for the disk, a merge needs both cores: on a machine that is busy with other things the ratio grows.
 There, run it in a session of its own whose scheduling group goes first (as root):
 
-    setsid -w sh -c 'echo -15 > /proc/self/autogroup; exec python eval/bench_merge.py'
+    setsid -w sh -c 'echo -15 > /proc/self/autogroup; exec python -m eval.bench.merge'
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def main() -> int:
             line = f"copy {copied:.2f} s"
             copies += [copied] if repeat else []
             for kind, runs in merges.items():
-                command = [sys.executable, __file__, "--one", str(base), str(adapter), str(out), kind]
+                command = [sys.executable, "-m", "eval.bench.merge", "--one", str(base), str(adapter), str(out), kind]
                 command += ["--peft", "--rank", str(a.rank)] if kind == "PEFT" else []
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 run = json.loads(done.stdout.splitlines()[-1])
@@ -262,7 +262,7 @@ def main() -> int:
         "load_average": os.getloadavg()[0],
         "nice_of_session": int(group.read_text().split()[-1]) if group.exists() else None,
     }
-    command = f"python eval/bench_merge.py --gib {a.gib:g} --rank {a.rank} --repeats {a.repeats}" + " --peft" * a.peft
+    command = f"python -m eval.bench.merge --gib {a.gib:g} --rank {a.rank} --repeats {a.repeats}" + " --peft" * a.peft
     result |= {"command": command, "versions": versions(), "hardware": hardware(), "machine_at_the_end": load}
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(result, indent=2) + "\n")

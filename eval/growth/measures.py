@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_kernel import MODELS, Case, Layer, Module
-from bench_kpsvd import draw_weight
-from bench_kpsvd_7b import Peak, alone, sizes, write_model
-from bench_merge import merge_here
-from growth_page import Point
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from eval.bench.kernel import MODELS, Case, Layer, Module
+from eval.bench.kpsvd import draw_weight
+from eval.bench.kpsvd_7b import Peak, alone, sizes, write_model
+from eval.bench.merge import merge_here
+from eval.growth.page import Point
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint

@@ -1,6 +1,6 @@
 """Exact against truncated KPSVD: time, captured energy, peak memory.
 
-    python eval/bench_kpsvd.py --out eval/results/kpsvd.json
+    python -m eval.bench.kpsvd --out eval/results/kpsvd.json
 
 For each weight and method a fresh process draws the weight (seeded), decomposes it at the balanced shape, and reports
 the time (on the wall and of the processor; ratios take the latter, which other load does not
@@ -127,7 +127,7 @@ def main() -> None:
         rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
     text = json.dumps(
         {
-            "command": f"python eval/bench_kpsvd.py --rank {arguments.rank} --device {arguments.device} "
+            "command": f"python -m eval.bench.kpsvd --rank {arguments.rank} --device {arguments.device} "
             f"--threads {arguments.threads}",
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "hardware": {

@@ -2,7 +2,7 @@
 
 With PEFT, its own tests too, with SOKA among its methods: see eval/peft_suite/run.py.
 
-python eval/compat.py --out eval/results/compat.json          (`make compat` writes build/compat.json)
+python -m eval.checks.compat --out eval/results/compat.json          (`make compat` writes build/compat.json)
 
 Makes a virtual environment per release under build/compat (about 3 GB each for vLLM; kept, so that a second run only
 tests), installs this checkout and the release there, and runs the tests in it. What is claimed is read from
@@ -29,7 +29,7 @@ from packaging.version import Version
 
 from soka_serve.io.versions import versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
     "vllm": [
         "tests/e2e/test_serve_mixed.py",
@@ -164,7 +164,7 @@ def main() -> None:
             beside = {"beside": chosen(folder), "tests": TESTS[kind]}
             results.append({"package": requirement.name, "release": release, **beside, **found})
             report = {
-                "command": "python eval/compat.py" + "".join(f" --only {name}" for name in arguments.only),
+                "command": "python -m eval.checks.compat" + "".join(f" --only {name}" for name in arguments.only),
                 "claimed": {name: str(value) for name, value in claimed(arguments.engine).items()},
                 "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
                 "versions": {"python": versions()["python"]},

@@ -1,6 +1,6 @@
 """What a user waits for before anything useful happens, each in fresh processes.
 
-    python eval/bench_startup.py --out eval/results/startup.json
+    python -m eval.bench.startup --out eval/results/startup.json
 
 - commands that must answer at once: their wall time;
 - `build`: wall time of the shortest one (four steps, no calibration, adapter only) and of the same build again, with
@@ -36,7 +36,7 @@ import psutil
 
 from soka_serve.io.versions import versions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 COMMANDS = (["--help"], ["schema"], ["plan", "manifests/math.toml"], ["plan", "manifests/llama2-7b/gsm8k.toml"])
 MANIFEST = """\
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="commands only, no build and no server")
     arguments = parser.parse_args()
-    command = f"python eval/bench_startup.py --repeats {arguments.repeats}" + " --quick" * arguments.quick
+    command = f"python -m eval.bench.startup --repeats {arguments.repeats}" + " --quick" * arguments.quick
     soka = str(BIN / "soka-serve")
     report: dict[str, Any] = {
         "command": command,

@@ -1,6 +1,6 @@
 """Thousands of spoilt adapters, manifests, folders, caches and frames through what reads them.
 
-python eval/fuzz.py --out eval/results/fuzz.json
+python -m eval.checks.fuzz --out eval/results/fuzz.json
 
     adapters    SoKA adapters through the reader, `inspect` and `merge`
     lokr        LoKr adapters, of PEFT and of LyCORIS, through the plugin's readers
@@ -36,8 +36,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
+ROOT = Path(__file__).resolve().parents[2]
 
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -95,7 +94,17 @@ def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path
 
 def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
     """`fuzz` in a process of its own, whose memory is then its cases' alone, and which a crash ends."""
-    command = [sys.executable, __file__, "--only", kind, "--examples", str(examples), "--seed", str(number)]
+    command = [
+        sys.executable,
+        "-m",
+        "eval.checks.fuzz",
+        "--only",
+        kind,
+        "--examples",
+        str(examples),
+        "--seed",
+        str(number),
+    ]
     with tempfile.TemporaryDirectory() as place:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": place}, text=True, check=False
@@ -134,7 +143,7 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         raise SystemExit(f"{', '.join(failed)}: failed, see above; {arguments.out} is not written")
     report = {
-        "command": f"python eval/fuzz.py {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
+        "command": f"python -m eval.checks.fuzz {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
         "versions": versions(),
         "seed": arguments.seed,

@@ -48,10 +48,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fleet_memory import METHODS, TIMED, Model, host_bytes  # before vLLM: it sets the environment
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 
+from eval.fleet.memory import METHODS, TIMED, Model, host_bytes  # before vLLM: it sets the environment
 from soka_vllm import compat
 from soka_vllm.engine import Adapters
 

@@ -1,7 +1,7 @@
 """The plugin's CPU operator against FastKron, one adapter at a time: float32, LLaMA-2-7B's layer shapes.
 
     pip install pyfastkron
-    python eval/bench_fastkron.py --out eval/results/fastkron_cpu.json
+    python -m eval.bench.fastkron --out eval/results/fastkron_cpu.json
 
 FastKron (`pyfastkron`, arXiv:2401.10187) multiplies with a Kronecker product of any number of factors; a delta of r
 terms takes r calls and r - 1 sums there. It knows float32 and float64, and one product for all tokens. "dense" is the
@@ -23,10 +23,10 @@ from typing import Any
 
 import pyfastkron.fastkrontorch as fastkron
 import torch
-from bench_kpsvd import cpu_name
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eval.bench.kpsvd import cpu_name
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
 
@@ -98,7 +98,7 @@ def main() -> None:
                     rows.append(measure(*layer, rank, tokens, options.seconds))
                     print(json.dumps(rows[-1]), flush=True)
     record = {
-        "command": f"OMP_NUM_THREADS={options.threads} python eval/bench_fastkron.py --threads {options.threads} "
+        "command": f"OMP_NUM_THREADS={options.threads} python -m eval.bench.fastkron --threads {options.threads} "
         f"--seconds {options.seconds:g}",
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__,

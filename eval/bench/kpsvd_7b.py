@@ -1,6 +1,6 @@
 """KPSVD of a whole LLaMA-2-7B: all 224 projections, from safetensors on disk, against exact SVDs and PiSSA.
 
-python eval/bench_kpsvd_7b.py --model DIR --out eval/results/kpsvd_7b.json
+python -m eval.bench.kpsvd_7b --model DIR --out eval/results/kpsvd_7b.json
 
 Generates the checkpoint in DIR where there is none (13 GB, bf16, with the "decaying" spectrum of bench_kpsvd.py,
 another draw for every projection), then, each in a fresh process with `--threads` threads:
@@ -30,10 +30,10 @@ from typing import Any
 
 import peft
 import torch
-from bench_kpsvd import cpu_name, draw_weight, resident_bytes
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from eval.bench.kpsvd import cpu_name, draw_weight, resident_bytes
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.read_modules import list_modules
 from soka_serve.base.targets import resolve_targets
@@ -178,7 +178,7 @@ def main() -> None:
         found[how] = {"seconds": seconds, "scaled_s": round(scaled), "over_init": ratio}
         print(how, json.dumps(found[how]), flush=True)
     record = {
-        "command": f"python eval/bench_kpsvd_7b.py --model DIR --hidden {options.hidden} --intermediate "
+        "command": f"python -m eval.bench.kpsvd_7b --model DIR --hidden {options.hidden} --intermediate "
         f"{options.intermediate} --layers {options.layers} --threads {options.threads} --device {options.device}",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__},
         "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count(), "device": options.device},

@@ -1,7 +1,7 @@
 """The sandbox against bubblewrap: what each contains of `tests/support/hostile_effects.py`, and what a start costs.
 
     apt-get install bubblewrap util-linux e2fsprogs
-    python eval/bench_sandbox.py --out eval/results/sandbox.json  # as root
+    python -m eval.bench.sandbox --out eval/results/sandbox.json  # as root
 
 Every program is run by one ordinary user with the same limits (memory, CPU time, file size, open files), in
 
@@ -41,8 +41,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 
 from soka_serve.evaluation.sandbox import lock  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
