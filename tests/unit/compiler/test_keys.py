@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from soka_serve.compiler.context import prepare
 from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.io.workspace import Workspace
+from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.schema import LLAMA_PROJECTIONS, Manifest
 
 INPUTS = Inputs(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
@@ -108,3 +112,17 @@ def test_every_module_of_a_llama_is_the_list_of_its_projections() -> None:
     other = [*MODULES, "model.layers.0.self_attn.qkv_proj"]
     assert stage_keys(_manifest(), INPUTS, MODULES) == stage_keys(written, INPUTS, MODULES)
     assert stage_keys(_manifest(), INPUTS, other)["init"] != stage_keys(written, INPUTS, other)["init"]
+
+
+# What builds of the shipped manifests have in their soka.lock: another key here throws away every user's caches.
+KEYS = {
+    "math": {"init": "35fec90262401731", "tune": "2f01a9b162364c97", "export": "75e2852465909ac9"},
+    "code": {"init": "e30ea14ce26e72b0", "tune": "0c3cd52933a8f63b", "export": "e884e5a4c0bae547"},
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_builds_of_before_are_taken(root: Path, tmp_path: Path, name: str) -> None:
+    """The data's hash holds the files that generate it, so those count, too."""
+    context = prepare(read_manifest(root / "manifests" / f"{name}.toml"), Workspace(tmp_path, name), progress=False)
+    assert {stage: context.keys[stage] for stage in KEYS[name]} == KEYS[name]
