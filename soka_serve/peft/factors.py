@@ -181,12 +181,6 @@ def _pairs(peft_model: nn.Module, adapter_name: str) -> dict[str, tuple[Factors,
     return {name: (factors, initial.get(name)) for name, factors in theta.items()}
 
 
-def _world_size() -> int:
-    """Processes that train together."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
 def _copy(factors: Factors) -> Factors:
     return Factors(
         left=factors.left.detach().to("cpu", torch.float32, copy=True),
