@@ -134,7 +134,7 @@ def test_a_base_that_was_moved(tmp_path: Path, method: str) -> None:
     (tmp_path / "one").rename(tmp_path / "two")
     manifest.write_text(text.replace('builtin = "tiny"', 'path = "two"'))
     again = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
-    assert again.ran == ("export", "merge", "check", "report")
+    assert again.ran == ("report",)  # the adapter names its base anew; nothing else depends on the place
     assert named(again) == str(tmp_path / "two")
 
 

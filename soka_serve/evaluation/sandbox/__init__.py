@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 CONSENT_VARIABLE = "SOKA_ALLOW_CODE_EXECUTION"
 WEAK_VARIABLE = "SOKA_ALLOW_WEAK_SANDBOX"
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 20.0
 """Wall-clock seconds that a program and its tests have together; each of the two has half as many of CPU time."""
 
 
