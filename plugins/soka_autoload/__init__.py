@@ -39,7 +39,7 @@ def install() -> None:
 
 
 class _Finder:
-    """Finds `peft` as the other finders do, and has its loader register the type afterwards.
+    """Import finder for `peft` whose loader registers the adapter type after the module has run.
 
     It stays until the program ends: libraries look for PEFT without importing it, and taking it away would disturb
     other threads that go through the list of finders.

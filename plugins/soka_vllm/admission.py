@@ -1,4 +1,4 @@
-"""What reading an adapter may take in this server, from the served model's own shapes; held before the engine hears.
+"""Reading limits of adapters, computed from the served model's shapes and checked before the engine is called.
 
 Adapters come from clients. The engine's loop reads them between two steps, so what costs much more than an adapter of
 this model can is refused in the API process, in a thread of its own. The engine's workers hold the same limits again:
@@ -76,7 +76,7 @@ class Limits(NamedTuple):
 
 
 def _values_kept() -> int:
-    """As float32 values, what a worker keeps of all adapters: one alone takes no more, whatever the model."""
+    """Number of float32 values that a worker's adapter cache holds; an upper bound for a single adapter."""
     return max(keep_limit(), _LEAST_BYTES) // 4
 
 
@@ -136,7 +136,7 @@ def of_engine(core: Any) -> list[int]:
 
 
 async def check(front: Any, lora_request: Any) -> None:
-    """In the API process, before the engine hears of an adapter: look at its files, within the budget.
+    """Check an adapter's files within the budget, in the API process, before the engine is called.
 
     Args:
         front: vLLM's AsyncLLM.

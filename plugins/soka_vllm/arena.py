@@ -26,7 +26,7 @@ class Memory(Protocol):
     values: Tensor
 
     def take(self, slot: int, size: int) -> int:
-        """Reserve `size` values for a slot; where they start."""
+        """Reserve `size` values for a slot and return their offset."""
 
     def give_back(self, slot: int, start: int) -> None:
         """Free what `take` returned."""
@@ -44,7 +44,7 @@ class Buffer:
         self._room = _Room(0)
 
     def take(self, slot: int, size: int) -> int:
-        """Reserve `size` values; where they start. `slot` makes no difference."""
+        """Reserve `size` values and return their offset; `slot` is ignored."""
         start = self._room.find(size)
         if start + size > self.values.numel():
             self._grow(start + size)
@@ -100,7 +100,7 @@ class Arena:
         return arena
 
     def take(self, slot: int, size: int) -> int:
-        """Reserve `size` values in a slot's part; where they start.
+        """Reserve `size` values in a slot's part and return their offset.
 
         Raises:
             ValueError: there is no room.
@@ -118,7 +118,7 @@ class Arena:
 
 
 def too_large(values: int, slot_values: int) -> str:
-    """What to tell whose adapter needs more than a slot's part of the arena."""
+    """Error text for an adapter larger than its slot."""
     return (
         f"the adapter's factors need {values} values on this GPU; a slot has room for {slot_values}. "
         f"Start the server with {SLOT_VARIABLE}={values} or more (it is reserved for every slot)."
@@ -126,7 +126,7 @@ def too_large(values: int, slot_values: int) -> str:
 
 
 class _Room:
-    """Which stretches of a memory are taken, from `begin` on.
+    """Free-list of a memory's stretches from offset `begin` on.
 
     An adapter mostly takes the place of one with the same shapes, so what was given back is remembered by its size:
     searching among a thousand adapters' stretches takes longer than filling one.

@@ -35,13 +35,13 @@ class Names:
         self._loaded.add(name)
 
     def unload(self, name: str) -> bool:
-        """Whether its series can and should go."""
+        """Note that an adapter is unloaded; True when its series can be removed."""
         self._is_told = True
         self._loaded.discard(name)
         return self._ever is None
 
     def label(self, name: str | None) -> str:
-        """What counts for a request to the adapter of this name, or to the base."""
+        """The metrics label of a request to the adapter of this name, or to the base."""
         if name is None:
             return BASE
         if self._is_told and name not in self._loaded:

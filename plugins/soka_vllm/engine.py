@@ -31,7 +31,7 @@ _fingerprints: dict[int, str] = {}
 
 @dataclass
 class Adapters:
-    """Of one engine: what its workers keep in memory, by adapter id, least recently used first."""
+    """Adapters that an engine's workers keep in memory, by adapter id, least recently used first."""
 
     limit: int
     nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
@@ -39,7 +39,7 @@ class Adapters:
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
 
     def to_drop(self, nbytes: int, needed: set[int]) -> list[int]:
-        """Which adapters make room for another of `nbytes`: the oldest that no request needs."""
+        """Adapters to evict for another of `nbytes`: the least recently used that no request needs."""
         dropped = []
         free = self.limit - sum(self.nbytes.values()) - nbytes
         for number, size in self.nbytes.items():
@@ -80,7 +80,7 @@ def add_lora(core: Any, lora_request: Any) -> bool:
 
 
 def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
-    """Let a request in: in place of EngineCore.add_request, which is `stock`.
+    """Replacement for EngineCore.add_request (`stock`): load the request's adapter first.
 
     Its adapter is brought back into memory if need be; if that fails, this request alone is refused.
     """
@@ -116,7 +116,7 @@ def check_served_base(lora_request: Any, model_config: Any) -> None:
 
 
 def prefix_keys(request: Any) -> list[tuple[str, ...]]:
-    """What sets the blocks of a request's prefix apart: in place of vLLM's, which leaves out what the adapter holds."""
+    """Extra keys of a request's prefix-cache blocks; vLLM's own leave out the adapter's contents."""
     lora_request = request.lora_request
     if lora_request is None:
         return []

@@ -49,13 +49,13 @@ def install() -> None:
 
 
 def _one_line(record: logging.LogRecord) -> bool:
-    """Names, paths and contents of files that others made can be in any message: none begins a line of its own."""
+    """Make log messages one line: they can contain names, paths and contents of files that others made."""
     record.msg, record.args = printable(record.getMessage(), _LONGEST_MESSAGE), None
     return True
 
 
 def _wrap_load_adapter() -> None:
-    """Kronecker adapters are ours to read, LoRA and what has no readable config vLLM's; what is kept is not read."""
+    """Read Kronecker adapters with the plugin, everything else with vLLM's reader, and cached adapters not at all."""
     stock = compat.WorkerLoRAManager._load_adapter
 
     def read_files(self: Any, directory: Path, lora_request: Any) -> Any:

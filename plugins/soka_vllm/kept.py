@@ -1,4 +1,4 @@
-"""What a worker does with adapters when the engine says so: read, take over, give up. Runs in the worker's process.
+"""A worker's part of loading an adapter, called by the engine: read it, activate it, or roll back.
 
 vLLM lets each worker read an adapter's files on its own, at a load and again in the middle of a step when the adapter
 was evicted meanwhile: one that fails there ends the engine, and one that fails on some workers only leaves them apart.
@@ -38,7 +38,7 @@ class Reading(NamedTuple):
 
 @dataclass
 class Kept:
-    """Of one worker: adapters in use by their integer id, and the one that a load is about."""
+    """A worker's adapters in use by integer id, and the one that is being loaded."""
 
     adapters: dict[int, tuple[Any, Reading]] = field(default_factory=dict)
     read: tuple[Any, Reading] | None = None
@@ -50,14 +50,14 @@ class Kept:
 
 
 def kept_by(manager: Any) -> Kept:
-    """What belongs to a WorkerLoRAManager."""
+    """The `Kept` of a WorkerLoRAManager, made at the first call."""
     kept = manager.__dict__.setdefault("_soka_kept", Kept())
     assert isinstance(kept, Kept)
     return kept
 
 
 def loaded_already(lora_request: Any) -> Any:
-    """A request for an adapter, without the wish to read its files anew: vLLM keeps it for all later requests too."""
+    """The request with `load_inplace` cleared: vLLM stores the request and would reload the adapter at every step."""
     return msgspec.structs.replace(lora_request, load_inplace=False) if lora_request.load_inplace else lora_request
 
 

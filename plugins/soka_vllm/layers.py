@@ -19,7 +19,7 @@ ADAPTERS_IN_STEP = "soka_adapters_in_step"
 
 
 class KroneckerMixin:
-    """Goes before one of `compat.LORA_LAYERS` among the bases of a class (`kronecker_class`).
+    """Mixin for a subclass of one of `compat.LORA_LAYERS` (see `kronecker_class`); comes first among its bases.
 
     A slot holds a LoRA adapter, a Kronecker adapter or nothing.
 

@@ -1,4 +1,4 @@
-"""From an adapter directory to what vLLM's managers keep: checked against the model's layers as a whole, or refused."""
+"""Loads an adapter directory into vLLM's LoRAModel, after checking all of it against the model's layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LORA = "LORA"
 
 
 class Files(Protocol):
-    """A Kronecker adapter of which all but the values was checked; what disagrees in it is told when it is read."""
+    """A Kronecker adapter whose config and header were checked and whose values were not read yet."""
 
     @property
     def problems(self) -> Sequence[str]: ...
@@ -183,7 +183,7 @@ def load_adapter(
 
 
 def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], manager: Any) -> dict[str, str]:
-    """By the name that the served model has for a module, the adapter's own."""
+    """Map from the served model's module names to the adapter's."""
     if kind == LYCORIS:
         return unflatten({name: name for name in own}, places, compat.modules_elsewhere(manager.model))
     return {compat.served_name(manager.model, name): name for name in own}
@@ -237,7 +237,7 @@ def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
 
 
 def _places(manager: Any) -> dict[str, tuple[Any, int]]:
-    """By module name as in a checkpoint, the layer that takes its adapters and which of the layer's modules it is."""
+    """Map from a checkpoint's module name to the vLLM layer that takes its adapters and the index within that layer."""
     places = {}
     for name, layer in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
@@ -246,7 +246,7 @@ def _places(manager: Any) -> dict[str, tuple[Any, int]]:
 
 
 def _check_layers(shapes: Mapping[str, FactorShape], places: Mapping[str, tuple[Any, int]], manager: Any) -> int:
-    """Each module of the adapter must be a layer, or a slice of one, that takes Kronecker factors of its shape.
+    """Check that each adapted module is a layer, or a slice of one, that takes Kronecker factors of its shape.
 
     A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
     that rank.

@@ -127,7 +127,7 @@ def _wrap_loads() -> None:
 
 
 class _Worker:
-    """What one worker has to tell; belongs to a WorkerLoRAManager."""
+    """Metrics of one worker; belongs to a WorkerLoRAManager."""
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
@@ -137,7 +137,7 @@ class _Worker:
         self.slots: list[int | None] = []
 
     def write(self, manager: Any) -> None:
-        """Tell it: whole files only, so that who reads meanwhile sees the last one."""
+        """Write this worker's metrics file atomically."""
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return
@@ -201,7 +201,7 @@ def _wrap_workers() -> None:
 
 
 class WorkerCollector:
-    """Shows what the workers have told, when Prometheus asks."""
+    """Prometheus collector of the workers' metrics files."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

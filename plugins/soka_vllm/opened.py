@@ -108,7 +108,7 @@ def lies_in(directory: Path, roots: Sequence[Path]) -> bool:
 
 
 def location(descriptor: int) -> Path:
-    """Where an open file or directory lies now, by the kernel's word; OSError where it cannot tell."""
+    """Current path of an open file or directory, from /proc; OSError where the kernel does not tell."""
     return (_DESCRIPTORS / str(descriptor)).readlink()
 
 

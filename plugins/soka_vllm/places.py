@@ -77,7 +77,7 @@ def limited(lora_request: Any, roots: Sequence[Path] | None) -> Any:
 
 
 def roots_of(lora_request: Any) -> list[Path] | None:
-    """What `limited` has put into a request."""
+    """The folders that `limited` put into a request."""
     told = getattr(lora_request, "base_model_name", None) or ""
     return [Path(root) for root in json.loads(told.removeprefix(_LIMITED))] if told.startswith(_LIMITED) else None
 

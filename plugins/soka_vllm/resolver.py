@@ -49,7 +49,7 @@ class BuildsResolver(compat.LoRAResolver):  # type: ignore[misc]  # vLLM has no 
         self.folder = folder
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-        """vLLM's question: a request for the adapter of this name, or None. Whether it fits is for the load to say."""
+        """Return a LoRARequest for the adapter of this name, or None; the load checks whether it fits."""
         found = await asyncio.to_thread(find_build, self.folder, lora_name)
         if found is None:
             return None
@@ -180,7 +180,7 @@ def _refusal(name: str, path: str) -> str:
 
 
 def _wrap_locks() -> None:
-    """vLLM keeps a lock for every name that it was ever asked for: let those go that nobody holds."""
+    """Drop locks that nobody holds: vLLM keeps one for every name that it was ever asked for."""
     stock = compat.OpenAIServingModels.__init__
 
     @functools.wraps(stock)

@@ -135,7 +135,7 @@ def _default_device() -> torch.device:
 
 
 def _check_loading(directory: Path, info: dict[str, Any]) -> None:
-    """Transformers fills what a checkpoint lacks with random numbers and a warning: refuse that instead."""
+    """Refuse a checkpoint that lacks tensors; transformers would fill them with random numbers and a warning."""
     problems = []
     for key, what in (("missing_keys", "missing"), ("mismatched_keys", "not of the shape that config.json asks for")):
         found = sorted(str(name[0] if isinstance(name, tuple) else name) for name in info.get(key) or ())

@@ -155,7 +155,7 @@ def _add_slice(target: Tensor, inputs: Tensor, values: Tensor, chosen: _Ints | N
 
 
 def _embedded(inputs: Tensor, kind: Kind) -> Tensor:
-    """The inputs, (tokens, in), in zero vectors of the n*q features that the factors take."""
+    """The inputs, (tokens, in), padded with zeros to the n*q features that the factors take."""
     features = kind.n * kind.q
     if inputs.shape[1] == features:
         return inputs
