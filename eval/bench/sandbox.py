@@ -274,7 +274,7 @@ def needs() -> dict[str, Any]:
 def lines_of_ours() -> dict[str, int]:
     """Lines of the sandbox's files that are neither empty nor comments."""
     count = {}
-    for file in sorted((ROOT / "soka_serve" / "sandbox").glob("*.py")):
+    for file in sorted((ROOT / "soka_serve" / "evaluation" / "sandbox").glob("*.py")):
         lines = (line.strip() for line in file.read_text().splitlines())
         count[file.name] = sum(1 for line in lines if line and not line.startswith("#"))
     return count

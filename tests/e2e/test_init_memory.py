@@ -17,11 +17,11 @@ RULES = ("weights, budget, max 64", "delta, budget, max 64", "gradient, budget, 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_under_six_times_the_largest_weight(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "init.json"
-    command = [sys.executable, str(root / "eval" / "bench_init.py"), "--hidden", "2048", "--intermediate", "5504"]
+    command = [sys.executable, "-m", "eval.bench.init", "--hidden", "2048", "--intermediate", "5504"]
     command += [part for rule in RULES for part in ("--rule", rule)]
     # The allocator keeps freed blocks of up to 32 MiB, which is most tensors at this width and none at a 7B model's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    subprocess.run([*command, "--threads", "1", "--out", str(out)], check=True, cwd=tmp_path, env=environment)
+    subprocess.run([*command, "--threads", "1", "--out", str(out)], check=True, cwd=root, env=environment)
     rows = {row["rule"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == set(RULES)
     for row in rows.values():

@@ -126,8 +126,9 @@ else:
         pytest.importorskip("triton")
         out = tmp_path / "out.json"
         options = ["--device", "interpreter", "--ranks", "2", "--tokens", "1", "--seconds", "0", "--out", str(out)]
-        command = [sys.executable, str(root / "eval" / "bench_kernel.py"), *options]
-        subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, check=True)
+        command = [sys.executable, "-m", "eval.bench.kernel", *options]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        subprocess.run(command, cwd=root, env=environment, capture_output=True, check=True)
         rows = json.loads(out.read_text())["rows"]
         assert [(row["dtype"], row["tokens"], row["adapters"]) for row in rows] == [
             ("float32", 1, 1),

@@ -91,7 +91,7 @@ def test_a_comparison_and_a_delta_need_plain_weights(quantised: Path, tmp_path: 
     assert "quantization_config: " in refused(run("build", manifest))
     assert "a build would stop: " in (said := run("plan", manifest).output)
     assert "quantization_config: " in said
-    suite = (Path(__file__).resolve().parents[2] / "eval" / "suites" / "quick.toml").read_text()
+    suite = (Path(__file__).resolve().parents[3] / "eval" / "suites" / "quick.toml").read_text()
     Path("s.toml").write_text(suite.replace('builtin = "tiny"', f"path = '{base}'"))
     for more in (["--dry-run"], ["--out", "r.json"]):
         assert "quantization_config: " in refused(run("compare", "s.toml", *more))
