@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -17,8 +18,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import soka_serve.evaluation.sandbox as sandbox
-from soka_serve.evaluation.sandbox import Program, Verdict, run_programs
+from soka_serve.evaluation.sandbox import Program, Verdict, run_programs, runner
+from soka_serve.io import child_signals
 from tests.support.hostile_effects import Attack
 
 USER = 65534
@@ -109,19 +110,24 @@ def older_kernel(abi: int | None) -> Iterator[None]:
     if abi is None:
         yield
         return
-    own = sandbox.__file__
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
+    own = runner.__file__
+    with tempfile.TemporaryDirectory() as place:
+        folder, beside = Path(place, "evaluation", "sandbox"), Path(place, "io")
+        for made in (folder, beside):
+            made.mkdir(parents=True)
+        for made in (Path(place), folder.parent, folder, beside):
+            made.chmod(0o755)
+        shutil.copy(child_signals.__file__, beside)
         for file in Path(own).parent.glob("*.py"):
             text = file.read_text()
-            if file.name == "lock.py":
+            if file.name == "confine.py":
                 text += f"\n_newest = landlock_version\n\n\ndef landlock_version():\n    return min(_newest(), {abi})\n"
-            Path(folder, file.name).write_text(text)
-        sandbox.__file__ = str(Path(folder, "__init__.py"))
+            (folder / file.name).write_text(text)
+        runner.__file__ = str(folder / "runner.py")
         try:
             yield
         finally:
-            sandbox.__file__ = own
+            runner.__file__ = own
 
 
 @contextlib.contextmanager

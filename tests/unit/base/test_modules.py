@@ -157,7 +157,7 @@ def test_weights_are_found(tmp_path: Path, kind: str) -> None:
         assert torch.equal(base.weights.read(module.name), state[f"{module.name}.weight"])
 
 
-def build(directory: Path, text: str = "", train: str = "") -> soka_serve.BuildResult:
+def build(directory: Path, text: str = "", train: str = "") -> soka_serve.compiler.build.BuildResult:
     manifest = write_manifest(directory, "base", text, train)
     return soka_serve.build(manifest, out=directory / "build", progress=False)
 

@@ -220,7 +220,7 @@ def test_a_build_of_such_a_base_has_other_keys_than_one_of_its_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = _snapshot(tmp_path)
-    monkeypatch.setattr("soka_serve.base.checkpoint.fetch_snapshot", lambda *a, **o: snapshot)
+    monkeypatch.setattr("soka_serve.base.resolve.fetch_snapshot", lambda *a, **o: snapshot)
     keys, tokens = [], []
     for base in (f'hub = "{HUB}"', f'path = "{snapshot}"'):
         (tmp_path / "small.toml").write_text(MANIFEST.replace('path = "base"', base))

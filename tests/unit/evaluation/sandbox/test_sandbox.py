@@ -145,7 +145,7 @@ def test_a_missing_protection_is_named_and_nothing_runs(
     folder.mkdir(parents=True)
     for file in Path(runner.__file__).parent.glob("*.py"):
         text = file.read_text()
-        if file.name == "lock.py":
+        if file.name == "confine.py":
             assert "version = landlock_version()" in text
             text = text.replace("version = landlock_version()", "version = 0")
         (folder / file.name).write_text(text)
