@@ -2,7 +2,7 @@
 
     python -m eval.bench.init --out eval/results/init.json
 
-Generates a LLaMA checkpoint of a few decoder layers (bf16; `--kind` as in bench_kpsvd.py), then runs
+Generates a LLaMA checkpoint of a few decoder layers (bf16; `--kind` as in eval/bench/kpsvd.py), then runs
 `initialise` under each rule in a fresh process. `peak_memory_ratio` is the peak of resident memory above what the
 process held just before (the kernel's high-water mark; for rules with a pass over data that is with the base model
 loaded), in multiples of the largest weight in float32. The bound is 6 for every rule without activation weighting.

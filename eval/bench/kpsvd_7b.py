@@ -2,7 +2,7 @@
 
 python -m eval.bench.kpsvd_7b --model DIR --out eval/results/kpsvd_7b.json
 
-Generates the checkpoint in DIR where there is none (13 GB, bf16, with the "decaying" spectrum of bench_kpsvd.py,
+Generates the checkpoint in DIR where there is none (13 GB, bf16, with the "decaying" spectrum of eval/bench/kpsvd.py,
 another draw for every projection), then, each in a fresh process with `--threads` threads:
 
 - stage `init` over all of it, rank 64 at the balanced factor shapes: wall time, and the peak of the process's own

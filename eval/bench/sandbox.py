@@ -43,7 +43,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from soka_serve.evaluation.sandbox import lock  # noqa: E402
+from soka_serve.evaluation.sandbox import confine  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.hostile_effects import ATTACKS, Attack  # noqa: E402
 from tests.support.hostile_world import CLAIM, use_of, world  # noqa: E402
@@ -64,8 +64,8 @@ exec(compile(sys.stdin.read(), "<program>", "exec"), names)
 print("\\nGOT", bool(names["f"]()), flush=True)
 """
 LIMITS = (
-    *("prlimit", f"--as={lock.MAX_MEMORY_BYTES}", f"--cpu={CPU_S}", f"--fsize={lock.MAX_FILE_BYTES}"),
-    *(f"--nofile={lock.MAX_OPEN_FILES}", "--core=0", "--memlock=0", "--msgqueue=0"),
+    *("prlimit", f"--as={confine.MAX_MEMORY_BYTES}", f"--cpu={CPU_S}", f"--fsize={confine.MAX_FILE_BYTES}"),
+    *(f"--nofile={confine.MAX_OPEN_FILES}", "--core=0", "--memlock=0", "--msgqueue=0"),
 )
 BUBBLEWRAP = (
     *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"),
@@ -132,9 +132,9 @@ def killed_in_time(command: Sequence[str], text: str, **more: Any) -> str:
 
 def seccomp_filter() -> bytes:
     """The sandbox's list of refused calls, without those by which bubblewrap starts the program."""
-    kept = {name: numbers for name, numbers in lock._REFUSED.items() if name not in ("execve", "execveat")}
-    with mock.patch.object(lock, "_REFUSED", kept):
-        code = lock._program(platform.machine())
+    kept = {name: numbers for name, numbers in confine._REFUSED.items() if name not in ("execve", "execveat")}
+    with mock.patch.object(confine, "_REFUSED", kept):
+        code = confine._program(platform.machine())
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
 
@@ -319,7 +319,7 @@ def main() -> None:
         "command": "python " + " ".join(sys.argv),
         "versions": versions() | {"bubblewrap": as_user(["bwrap", "--version"]).stdout.split()[-1]},
         "kernel": platform.release(),
-        "landlock": lock.landlock_version(),
+        "landlock": confine.landlock_version(),
         "cpus": os.cpu_count(),
         "needs": needs(),
         "start": starts(arguments.rounds),

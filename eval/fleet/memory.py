@@ -20,7 +20,7 @@ All decoder layers are alike: one is made, and multiplied. Values have 2 bytes, 
 - Files: adapter_model.safetensors, and SoKA's adapter_config.json, which names every module. soka.lock and the card
   (some KB) and LoRA's config (1 KB) are left out.
 
-Checked: slot bytes against those that `bench_serve.py` measured, on layers filled as it does and read with its
+Checked: slot bytes against those that `eval/bench/serve.py` measured, on layers filled as it does and read with its
 function; files against ones written; host bytes, and what is refused, against the plugin's loader.
 """
 
@@ -337,7 +337,7 @@ def unset_slot(model: Model, ranks: int) -> int:
 
 
 def check_measured_slots(bases: Mapping[str, Model], measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill every slot on a CPU as `bench_serve.py` did, and read them with its own function."""
+    """Fill every slot on a CPU as `eval/bench/serve.py` did, and read them with its own function."""
     checked = {}
     for name, dtype in (("embedded", torch.float32), ("100M", torch.bfloat16)):
         model = bases[name]

@@ -8,7 +8,7 @@ it is done:
 
 - "memory", calculated (`fleet_memory.py`): bytes of one adapter's slot on each GPU, and of an adapter that is kept on
   the host, for the projections of LLaMA-2-7B, Llama-3-8B and LLaMA-2-70B (Llama-3-70B's are the same) and of the 100M
-  model of `bench_serve.py`;
+  model of `eval/bench/serve.py`;
 - "caches", simulated (`fleet_caches.py`): how many requests find their adapter in a slot or on the host, and what
   loading costs the others;
 - "waiting", simulated (`fleet_caches.py`): how long requests wait because a step has at most max_loras adapters;

@@ -9,7 +9,7 @@ series. `--only` takes some of the series, `--small` tiny sizes, to see that eve
 A time is processor time of one call, all threads together: the best of at least three calls after a warm-up, and of as
 many as take about `--seconds`. What is measured:
 
-- kpsvd-*: the truncated KPSVD of one n x n weight (float32, the "decaying" spectrum of bench_kpsvd.py);
+- kpsvd-*: the truncated KPSVD of one n x n weight (float32, the "decaying" spectrum of eval/bench/kpsvd.py);
 - init-layers: stage `init` over a generated LLaMA checkpoint, without calibration; time and its own (anonymous) memory;
 - merge-layers: `merge` of an adapter into such a checkpoint, base hash included, with and without verification; time
   and its own memory. Points of these two run in fresh processes, so that one does not inherit another's memory;

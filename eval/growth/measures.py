@@ -1,4 +1,4 @@
-"""What `bench_growth.py` measures: one point of a series each, and what arithmetic says it should cost."""
+"""What `eval/growth/bench.py` measures: one point of a series each, and what arithmetic says it should cost."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from eval.growth.page import Point
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.modules import Module as Projection
+from soka_serve.base.read_modules import list_modules
 from soka_serve.compiler.init.initialise import initialise
 from soka_serve.compiler.plan import estimate
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
@@ -97,7 +99,7 @@ def run_init(case: dict[str, Any]) -> Point:
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
-    adapted, checkpoint = targets.resolve_targets(manifest, targets.list_modules(base)), Checkpoint.open(base)
+    adapted, checkpoint = targets.resolve_targets(manifest, list_modules(base)), Checkpoint.open(base)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
     with Peak() as peak:
         times = timed("init", lambda: initialise(adapted, checkpoint, seed=SEED, progress=False), case["seconds"])
@@ -111,7 +113,7 @@ def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Poi
         base = Path(folder) / "base"
         write_model(base, hidden, intermediate(hidden), layers)
         generator, factors = torch.Generator().manual_seed(SEED), {}
-        for module in targets.list_modules(base):
+        for module in list_modules(base):
             m, n, p, q = balanced_shape(module.out_features, module.in_features)
             left, right = (torch.randn(rank, a, b, generator=generator) for a, b in ((m, n), (p, q)))
             factors[module.name] = Factors(left, right, torch.full((rank,), 1e-3))
@@ -237,6 +239,6 @@ def compute_size(_: Effort, *, width: int) -> Point:
         parameters = sum(balanced_shape(*shape).parameters(rank) for shape in projections.values())
         # What `init = "weights"` exports has up to twice the terms: trained ones and minus the initial ones.
         found |= {f"soka{rank}_parameters": parameters, f"soka{rank}_bytes": 2 * parameters * VALUE_BYTES}
-    modules = [targets.Module(name, *shape, layer=0, dtype="float32") for name, shape in projections.items()]
+    modules = [Projection(name, *shape, layer=0, dtype="float32") for name, shape in projections.items()]
     parameters = sum(estimate.lora_parameters(module, LORA_RANK) for module in modules)
     return {**found, "lora_parameters": parameters, "lora_bytes": parameters * VALUE_BYTES}

@@ -1,4 +1,4 @@
-"""The page of what `bench_growth.py` has found: a chart with the fitted exponents for every series."""
+"""The page of what `eval/growth/bench.py` has found: a chart with the fitted exponents for every series."""
 
 from __future__ import annotations
 
