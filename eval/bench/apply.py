@@ -10,9 +10,7 @@ are the orders of `apply_kron`; "fused" is `linear_with_delta` with the delta bu
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eval.record import hardware, make_parser, write_record
+from soka_serve.io.versions import versions
 from soka_serve.kron import apply_kron, linear_with_delta
 from soka_serve.kron.apply import choose_order
 from soka_serve.kron.shapes import FactorShape
@@ -83,7 +83,7 @@ def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: in
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 512, 2048])
@@ -97,19 +97,14 @@ def main() -> None:
         for rank in ranks
         for tokens in options.tokens
     ]
-    text = json.dumps(
-        {
-            "command": f"python -m eval.bench.apply --device {options.device} --threads {options.threads}",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {options.threads} thread(s)",
-            "rows": rows,
-        },
-        indent=1,
-    )
-    print(text)
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    record = {
+        "command": f"python -m eval.bench.apply --device {options.device} --threads {options.threads}",
+        "versions": versions(),
+        "hardware": hardware(threads=options.threads),
+        "rows": rows,
+    }
+    print(json.dumps(record, indent=1))
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

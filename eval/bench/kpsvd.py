@@ -12,11 +12,8 @@ weight's; `--checkpoint DIR` adds the largest projection of a local checkpoint.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eval.memory import reset_peak, resident_bytes
+from eval.record import hardware, make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.io.versions import versions
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 
@@ -51,14 +51,6 @@ def read_weight(directory: str) -> Tensor:
     return base.read(max(names, key=lambda name: (base.tensors[name].end - base.tensors[name].start, name))).float()
 
 
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def run_case(options: dict[str, Any]) -> dict[str, Any]:
     """One weight and method, in a process of its own."""
     torch.set_num_threads(options["threads"])
@@ -75,8 +67,7 @@ def run_case(options: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = resident_bytes("VmRSS")
+        before = reset_peak()
     start, start_cpu = time.perf_counter(), time.process_time()
     result = kpsvd(weight, shape, options["rank"], method=options["method"])
     if device == "cuda":
@@ -108,7 +99,7 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -125,30 +116,15 @@ def main() -> None:
         rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
         case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
         rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
-    text = json.dumps(
-        {
-            "command": f"python -m eval.bench.kpsvd --rank {arguments.rank} --device {arguments.device} "
-            f"--threads {arguments.threads}",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "hardware": {
-                "cpu": cpu_name(),
-                "cpus": os.cpu_count(),
-                "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-            },
-            "rows": rows,
-        },
-        indent=1,
-    )
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
-
-
-def cpu_name() -> str:
-    """What the processor calls itself."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    record = {
+        "command": f"python -m eval.bench.kpsvd --rank {arguments.rank} --device {arguments.device} "
+        f"--threads {arguments.threads}",
+        "versions": versions(),
+        "hardware": hardware(device=torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"),
+        "rows": rows,
+    }
+    print(json.dumps(record, indent=1))
+    write_record(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -16,29 +16,28 @@ another draw for every projection), then, each in a fresh process with `--thread
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from eval.bench.kpsvd import cpu_name, draw_weight, resident_bytes
+from eval.bench.kpsvd import draw_weight
+from eval.memory import AnonymousPeak
+from eval.record import hardware, make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.read_modules import list_modules
 from soka_serve.base.targets import resolve_targets
 from soka_serve.compiler.init.initialise import initialise
 from soka_serve.io.progress import track
+from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
 
@@ -82,25 +81,6 @@ def write_model(folder: Path, hidden: int, inner: int, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-class Peak:
-    """The most anonymous memory while it is open, looked at every 10 ms."""
-
-    def __enter__(self) -> Peak:
-        self.before = self.most = resident_bytes("RssAnon")
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.most = max(self.most, resident_bytes("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def timed(device: str, work: Callable[[], object]) -> float:
     """Wall seconds."""
     started = time.perf_counter()
@@ -125,11 +105,11 @@ def run_init(case: dict[str, Any]) -> dict[str, Any]:
     targets = resolve_targets(manifest, list_modules(Path(case["model"])))
     checkpoint = Checkpoint.open(Path(case["model"]))
     device = torch.device(case["device"])
-    with tempfile.TemporaryDirectory() as scratch, Peak() as peak:
+    with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
         seconds = timed(
             case["device"], lambda: initialise(targets, checkpoint, scratch=Path(scratch), device=device, progress=True)
         )
-    return {"modules": len(targets), "seconds": seconds, "peak_mb": round((peak.most - peak.before) / 1e6)}
+    return {"modules": len(targets), "seconds": seconds, "peak_mb": round(peak.added_bytes / 1e6)}
 
 
 def run_other(case: dict[str, Any]) -> float:
@@ -142,7 +122,7 @@ def run_other(case: dict[str, Any]) -> float:
         m, n, p, q = balanced_shape(*weight.shape)
         rearranged = weight.view(m, p, n, q).permute(0, 2, 1, 3).reshape(m * n, p * q)
         return timed(device, lambda: torch.linalg.svd(rearranged, full_matrices=False))
-    holder = torch.nn.Sequential(torch.nn.Linear(*weight.shape[::-1], bias=False, device=device))
+    holder = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=device))
     holder[0].weight.data = weight
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"], init_lora_weights=case["how"])
     return timed(device, lambda: get_peft_model(holder, config))
@@ -156,7 +136,7 @@ def alone(function: Callable[[dict[str, Any]], Any], case: dict[str, Any]) -> An
 
 def main() -> None:
     """Run everything and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint; made where it is missing")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
@@ -180,12 +160,12 @@ def main() -> None:
     record = {
         "command": f"python -m eval.bench.kpsvd_7b --model DIR --hidden {options.hidden} --intermediate "
         f"{options.intermediate} --layers {options.layers} --threads {options.threads} --device {options.device}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__},
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count(), "device": options.device},
+        "versions": versions(),
+        "hardware": hardware(device=options.device),
         "rank": RANK,
         **found,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

@@ -24,20 +24,21 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
+from eval.memory import AnonymousPeak
+from eval.record import hardware, write_record
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.compiler.merge.merge import merge
@@ -138,14 +139,6 @@ def flush(file: Path) -> None:
     os.close(descriptor)
 
 
-def anonymous_bytes() -> int:
-    """Anonymous memory of this process now."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: this benchmark needs Linux")
-
-
 def merge_with_peft(base: Path, rank: int, out: Path) -> None:
     """What PEFT's users do, with a LoRA of the same rank on the same modules."""
     from peft import LoraConfig, get_peft_model
@@ -166,38 +159,34 @@ def merge_here(base: Path, adapter: Path, out: Path, verify: bool, *, peft_rank:
     if peft_rank is not None:  # imported, as what the other way needs is
         importlib.import_module("peft")
         importlib.import_module("transformers.models.llama.modeling_llama")
-    baseline = anonymous_bytes()
-    peak, stop = [baseline], threading.Event()
-
-    def sample() -> None:
-        while not stop.wait(0.005):
-            peak[0] = max(peak[0], anonymous_bytes())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    forget(base)
-    cpu = time.process_time()
-    started = time.monotonic()
     error = None
-    if peft_rank is None:
-        error = merge(adapter, base=base, out=out, verify="tensors" if verify else False, progress=False).max_error_ulp
-    else:
-        merge_with_peft(base, peft_rank, out)
-    seconds = time.monotonic() - started
-    cpu = time.process_time() - cpu
-    stop.set()
-    sampler.join()
-    return {"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak[0] - baseline, "max_error_ulp": error}
+    with AnonymousPeak() as peak:
+        forget(base)
+        cpu, started = time.process_time(), time.monotonic()
+        if peft_rank is None:
+            merged = merge(adapter, base=base, out=out, verify="tensors" if verify else False, progress=False)
+            error = merged.max_error_ulp
+        else:
+            merge_with_peft(base, peft_rank, out)
+        seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_s": cpu, "peak_bytes": peak.added_bytes, "max_error_ulp": error}
 
 
-def hardware() -> dict[str, Any]:
-    """Processor, cores and memory."""
-    model = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
-        "",
-    )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": model, "cores": os.cpu_count(), "memory_bytes": memory, "system": platform.platform(terse=True)}
+def run_round(base: Path, adapter: Path, kinds: list[str], rank: int) -> tuple[float, dict[str, Any]]:
+    """Seconds of a copy, and what `merge_here` says of each kind of merge, each in a process of its own."""
+    out = base.parent / "out"
+    copied = copy_files(base, out)
+    shutil.rmtree(out)
+    line, merged = f"copy {copied:.2f} s", {}
+    for kind in kinds:
+        command = [sys.executable, "-m", "eval.bench.merge", "--one", str(base), str(adapter), str(out), kind]
+        command += ["--peft", "--rank", str(rank)] if kind == "PEFT" else []
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        merged[kind] = run = json.loads(done.stdout.splitlines()[-1])
+        shutil.rmtree(out)
+        line += f", merge ({kind}) {run['seconds']:.2f} s, {run['peak_bytes'] / 2**20:.0f} MiB"
+    print(line, file=sys.stderr)
+    return copied, merged
 
 
 def main() -> int:
@@ -215,29 +204,16 @@ def main() -> int:
         one, two, three = map(Path, a.one[:3])
         print(json.dumps(merge_here(one, two, three, a.one[3] == "verify", peft_rank=a.rank if a.peft else None)))
         return 0
-    copies: list[float] = []
-    merges: dict[str, list[dict[str, Any]]] = {"verify": [], "no verify": []} | ({"PEFT": []} if a.peft else {})
+    kinds = ["verify", "no verify", *(["PEFT"] if a.peft else [])]
     with tempfile.TemporaryDirectory(dir=a.folder) as name:
         folder = Path(name)
         base, adapter = generate(folder, size_bytes=int(a.gib * 2**30), rank=a.rank)
         tensors = Checkpoint.open(base).tensors.values()
         size, largest = sum(t.nbytes for t in tensors), max(t.numel for t in tensors) * 4
         print(f"{size / 2**30:.2f} GiB, largest tensor {largest / 2**20:.0f} MiB in float32", file=sys.stderr)
-        out = folder / "out"
-        for repeat in range(a.repeats + 1):  # the first round reads the programs from the disk and does not count
-            copied = copy_files(base, out)
-            shutil.rmtree(out)
-            line = f"copy {copied:.2f} s"
-            copies += [copied] if repeat else []
-            for kind, runs in merges.items():
-                command = [sys.executable, "-m", "eval.bench.merge", "--one", str(base), str(adapter), str(out), kind]
-                command += ["--peft", "--rank", str(a.rank)] if kind == "PEFT" else []
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                run = json.loads(done.stdout.splitlines()[-1])
-                shutil.rmtree(out)
-                runs += [run] if repeat else []
-                line += f", merge ({kind}) {run['seconds']:.2f} s, {run['peak_bytes'] / 2**20:.0f} MiB"
-            print(line, file=sys.stderr)
+        rounds = [run_round(base, adapter, kinds, a.rank) for _ in range(a.repeats + 1)]
+    counted = rounds[1:]  # the first round reads the programs from the disk
+    copies = [copied for copied, _ in counted]
     copy_s = statistics.median(copies)
     result: dict[str, Any] = {
         "what": "soka-serve merge against copying the same files, both from and to the disk",
@@ -247,7 +223,8 @@ def main() -> int:
         "repeats": a.repeats,
         "copy_s": {"median": copy_s, "all": copies},
     }
-    for kind, runs in merges.items():
+    for kind in kinds:
+        runs = [merged[kind] for _, merged in counted]
         seconds = [r["seconds"] for r in runs]
         result[f"merge ({kind})"] = {
             "seconds": {"median": statistics.median(seconds), "all": seconds},
@@ -263,9 +240,13 @@ def main() -> int:
         "nice_of_session": int(group.read_text().split()[-1]) if group.exists() else None,
     }
     command = f"python -m eval.bench.merge --gib {a.gib:g} --rank {a.rank} --repeats {a.repeats}" + " --peft" * a.peft
-    result |= {"command": command, "versions": versions(), "hardware": hardware(), "machine_at_the_end": load}
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(result, indent=2) + "\n")
+    result |= {
+        "command": command,
+        "versions": versions(),
+        "hardware": hardware(memory_bytes=psutil.virtual_memory().total),
+        "machine_at_the_end": load,
+    }
+    write_record(a.out, result)
     print(json.dumps(result, indent=2))
     return 0
 

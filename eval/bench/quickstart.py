@@ -8,10 +8,7 @@ temporary folder, and writes every run's figures with versions and hardware. Abo
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +16,7 @@ from pathlib import Path
 import torch
 
 import soka_serve
+from eval.record import hardware, make_parser, write_record
 from soka_serve.io.versions import versions
 
 MANIFEST = Path(__file__).resolve().parents[2] / "manifests" / "math.toml"
@@ -52,7 +50,7 @@ def run(family: str, seed: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", nargs="+", default=["math", "boxed", "code"])
@@ -67,11 +65,11 @@ def main() -> None:
         "command": f"python -m eval.bench.quickstart --seeds {' '.join(map(str, arguments.seeds))} "
         f"--families {' '.join(arguments.families)}",
         "manifest": "manifests/math.toml",
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "hardware": hardware(threads=torch.get_num_threads()),
         "versions": versions(),
         "runs": runs,
     }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_record(arguments.out, report)
 
 
 if __name__ == "__main__":

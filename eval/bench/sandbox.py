@@ -21,7 +21,6 @@ of fifty in a row (what a benchmark of many programs sees).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -43,6 +42,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from eval.record import hardware, make_parser, write_record  # noqa: E402
 from soka_serve.evaluation.sandbox import confine  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.hostile_effects import ATTACKS, Attack  # noqa: E402
@@ -120,9 +120,11 @@ def as_user(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[
 
 def killed_in_time(command: Sequence[str], text: str, **more: Any) -> str:
     """What a command of the user's prints; it and its children are ended after `TIMEOUT_S`."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    more |= {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     environment = {"PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, **IDENTITY, **pipes, **more)
+    process: subprocess.Popen[str] = subprocess.Popen(
+        command, env=environment, start_new_session=True, **IDENTITY, **more
+    )
     try:
         return str(process.communicate(text, timeout=TIMEOUT_S)[0])
     except subprocess.TimeoutExpired:
@@ -299,7 +301,7 @@ def table(attacks: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=50, help="starts of each way")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -320,15 +322,14 @@ def main() -> None:
         "versions": versions() | {"bubblewrap": as_user(["bwrap", "--version"]).stdout.split()[-1]},
         "kernel": platform.release(),
         "landlock": confine.landlock_version(),
-        "cpus": os.cpu_count(),
+        "hardware": hardware(),
         "needs": needs(),
         "start": starts(arguments.rounds),
         "lines": lines_of_ours(),
         "attacks": attacks,
     }
     print(json.dumps({key: result[key] for key in ("needs", "start", "lines")}, indent=2))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    write_record(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from eval.bench.kpsvd import cpu_name
+from eval.record import cpu_name
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.io.versions import versions
@@ -134,7 +134,7 @@ def slot_bytes(model: torch.nn.Module) -> float:
         if stores and not stores[0].empty:
             total += sum(store.nbytes for store in stores)
         elif "lora_a_stacked" in vars(layer):
-            total += sum(t.nbytes for t in (*layer.lora_a_stacked, *layer.lora_b_stacked))  # type: ignore[union-attr, misc]
+            total += sum(t.nbytes for t in (*layer.lora_a_stacked, *layer.lora_b_stacked))  # type: ignore[misc]
     return total / SLOTS
 
 
@@ -276,8 +276,13 @@ def run_cases(engines: Mapping[str, tuple[Remote, str]], size: tuple[int, int], 
 
 def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """One model: start the engines, run them idle, load the adapters, run all cases."""
-    common = {"threads": options.threads}
-    lora = {"enable_lora": True, "max_loras": SLOTS, "lora_target_modules": LAYERS, "enforce_eager": True}
+    common: dict[str, Any] = {"threads": options.threads}
+    lora: dict[str, Any] = {
+        "enable_lora": True,
+        "max_loras": SLOTS,
+        "lora_target_modules": LAYERS,
+        "enforce_eager": True,
+    }
     soka = {**lora, "max_cpu_loras": len(options.ranks) * (SLOTS + EXTRA), "max_lora_rank": 8}
     remotes = {"soka": Remote(model, plugin=True, **common, **soka)}
     if not options.loads:

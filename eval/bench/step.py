@@ -18,23 +18,21 @@ import argparse
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import torch
-import transformers
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.bench.kpsvd import cpu_name, resident_bytes
+from eval.memory import reset_peak, resident_bytes
+from eval.record import hardware, make_parser, write_record
 from soka_serve.base.model import load_base
 from soka_serve.builtin import base_directory
+from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.peft import SokaConfig
 
@@ -57,7 +55,7 @@ class Size(NamedTuple):
 
 def make_config(method: str, setting: Any) -> PeftConfig:
     """PEFT config of one method: a rank, for LoKr (decompose_factor, rank), for SoKA (init, rank)."""
-    common = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if method == "soka":
         return SokaConfig(r=setting[1], init_soka_weights=setting[0], **common)
     if method == "lokr":
@@ -68,7 +66,7 @@ def make_config(method: str, setting: Any) -> PeftConfig:
     return LoraConfig(r=setting, lora_alpha=setting, **extra, **common)
 
 
-def make_base(llama: Sequence[int] | None, dtype: str) -> Any:
+def make_base(llama: Sequence[int] | None, dtype: Any) -> Any:
     """The embedded base, or a LLaMA with random weights."""
     if llama is None:
         return load_base(base_directory(), dtype)
@@ -139,8 +137,7 @@ def measure_peak(case: tuple[str, Any, Size, int]) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        before = resident_bytes("VmRSS")
+        before = reset_peak()
     for _ in range(3):
         step()
     return (torch.cuda.max_memory_allocated() if size.device == "cuda" else resident_bytes("VmHWM")) - before
@@ -182,7 +179,7 @@ def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="SoKA terms per module")
     parser.add_argument("--rows", type=int, default=32, help="sequences in the batch (the quickstart's)")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
@@ -205,16 +202,12 @@ def main() -> None:
         "command": f"python -m eval.bench.step --ranks {' '.join(map(str, options.ranks))} --rows {options.rows} "
         f"--length {options.length} --repeats {options.repeats} --threads {options.threads} --dtype {options.dtype} "
         f"--device {options.device}" + (f" --llama {' '.join(map(str, llama))}" if llama else ""),
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "peft": peft.__version__,
-            "transformers": transformers.__version__,
-        },
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "versions": versions(),
+        "hardware": hardware(),
         "seed": 0,
         "rows": rows,
-    }  # fmt: skip
-    if options.out is not None:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    }
+    write_record(options.out, record)
 
 
 if __name__ == "__main__":

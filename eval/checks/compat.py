@@ -12,10 +12,8 @@ that pip finds to go with them, which the results name. CPU builds of vLLM, unle
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from eval.record import hardware, make_parser, write_record
 from soka_serve.io.versions import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +36,7 @@ TESTS = {
         "tests/e2e/test_serve_tp.py",
         "tests/parity/test_plugin_op.py",
         "tests/parity/test_plugin_triton.py",
-        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "unit").glob("test_plugin_*.py")),
+        "tests/unit/soka_vllm",
     ],
     "peft": [
         *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "parity").glob("test_peft*.py")),
@@ -140,7 +139,7 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--engine", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -166,11 +165,11 @@ def main() -> None:
             report = {
                 "command": "python -m eval.checks.compat" + "".join(f" --only {name}" for name in arguments.only),
                 "claimed": {name: str(value) for name, value in claimed(arguments.engine).items()},
-                "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+                "hardware": hardware(),
                 "versions": {"python": versions()["python"]},
                 "results": results,
             }
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            write_record(arguments.out, report)
     sys.exit(any(not result["ok"] for result in results))
 
 

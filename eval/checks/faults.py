@@ -15,10 +15,8 @@ Other faults have tests of their own: builds and merges killed at random points 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+from eval.record import hardware, make_parser, write_record  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.builds import same_tensors, write_manifest  # noqa: E402
 
@@ -92,7 +91,7 @@ def fill(manifest: Path, place: Path, size_mb: float, whole: Path) -> dict[str, 
 
 def main() -> None:
     """Run everything and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -113,12 +112,12 @@ def main() -> None:
         print(json.dumps(clock), jumping.stderr[-2000:] if not same else "", flush=True)
     report = {
         "command": "python -m eval.checks.faults",
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "hardware": hardware(),
         "versions": versions(),
         "disk_full": rows,
         "clock_jumps": clock,
     }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_record(arguments.out, report)
     sys.exit(not all(part["ok"] for part in [*rows, clock]))
 
 

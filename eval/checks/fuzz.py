@@ -18,12 +18,10 @@ The first that does ends the run, shrunk by hypothesis. tests/fuzzing has the ch
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import logging
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -41,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
+from eval.record import hardware, make_parser, write_record  # noqa: E402
 from soka_serve.io.progress import track  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
@@ -116,7 +115,7 @@ def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for kind, examples in EXAMPLES.items():
         parser.add_argument(f"--{kind}", type=int, default=examples)
     parser.add_argument("--seed", type=int, default=1)
@@ -144,7 +143,7 @@ def main() -> None:
         raise SystemExit(f"{', '.join(failed)}: failed, see above; {arguments.out} is not written")
     report = {
         "command": f"python -m eval.checks.fuzz {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "hardware": hardware(),
         "versions": versions(),
         "seed": arguments.seed,
         "limits": {"processor_s": HANG_S, "clock_s": WAIT_S, "memory_mib": MEMORY >> 20},
@@ -155,7 +154,7 @@ def main() -> None:
             "peak_mib": max((part["peak_mib"] for part in found.values()), default=0),
         },
     }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_record(arguments.out, report)
     print(json.dumps(report, indent=1))
 
 

@@ -9,10 +9,8 @@ and adapter, and by how much the adapter moves them. Mixtures of experts are ref
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shlex
 import tempfile
 import time
@@ -24,6 +22,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes to start
 
+from eval.record import hardware, make_parser, write_record
 from soka_serve.errors import SokaError
 from soka_serve.io.versions import versions
 from soka_serve.serving.doctor import find_engine
@@ -57,7 +56,7 @@ def measure(architecture: Architecture, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", action="append", help="name of an architecture; may be given several times")
     parser.add_argument("--out", type=Path, help="default: print only")
     given = parser.parse_args()
@@ -72,12 +71,11 @@ def main() -> None:
         "command": shlex.join(
             ["python", "-m", "eval.checks.served_models", *(f"--only={name}" for name in given.only or ())]
         ),
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "hardware": hardware(),
         "versions": {**versions(), **({engine.distribution: engine.version} if engine else {})},
         "rows": rows,
     }
-    if given.out is not None:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_record(given.out, result)
 
 
 if __name__ == "__main__":

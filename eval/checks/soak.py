@@ -21,10 +21,8 @@ adapters must answer rightly.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -44,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 import psutil  # noqa: E402
 
+from eval.record import hardware, make_parser, write_record  # noqa: E402
 from soka_serve.adapter.format import WEIGHTS_FILE  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.serve_adapters import ALPHA, TARGET_OPTIONS, clear_jobs, write_many, write_soka  # noqa: E402
@@ -117,8 +116,8 @@ def ask_for_ever(server: Server, books: Books, stop: threading.Event, seed: int,
         end = time.monotonic()
         allowed = books.allowed(name, at, start, end)
         right = got in allowed and status in (200, 404)
-        half_way = not right and name == REPLACED and got is not None and len(allowed) == 2
-        right = right or (half_way and got[:1] in [answer[:1] for answer in allowed if answer])
+        half_way = not right and name == REPLACED and len(allowed) == 2
+        right = right or (half_way and got is not None and got[:1] in [answer[:1] for answer in allowed if answer])
         with books.lock:
             books.counts["requests"] += 1
             books.counts["changed half way"] += half_way and right
@@ -197,6 +196,7 @@ def kill_engine(server: Server, books: Books) -> dict[str, Any]:
     first = psutil.Process(server.pid)
     started = time.monotonic()
     engine.send_signal(signal.SIGKILL)
+    status: int | str
     try:
         status = server.post("/v1/completions", {"model": name, "prompt": books.jobs[name][0][0], "max_tokens": 4})[0]
     except OSError as error:
@@ -212,7 +212,7 @@ def kill_engine(server: Server, books: Books) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--pause", type=float, default=0, help="seconds between a client's requests")
@@ -226,12 +226,11 @@ def main() -> None:
             found[name].append((prompt, answer))
         # The same prompts have to be clear for both versions: those of the other one are asked of the first one too.
         other = write_soka(folder / "other", random_factors(ALPHA, 2, seed=999, scale=0.04))
-        both = {REPLACED: references[REPLACED], "other": other}
-        found[REPLACED], others = shared_jobs(both)
+        found[REPLACED], others = shared_jobs({REPLACED: references[REPLACED], "other": other})
         shutil.copytree(folder / "a2", folder / "corrupted")
         weights = folder / "corrupted" / WEIGHTS_FILE
         weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)  # not a number
-        del references, other, both
+        del references, other
         books = Books(found, others)
         options = [*TARGET_OPTIONS, "--max-loras", "4", "--max-cpu-loras", "8", "--max-lora-rank", "8"]
         options += ["--lora-modules", *(f"a{i}={folder / f'a{i}'}" for i in range(ADAPTERS))]
@@ -261,7 +260,7 @@ def main() -> None:
         report = {
             "command": f"python -m eval.checks.soak --minutes {arguments.minutes:g} --clients {arguments.clients} "
             f"--pause {arguments.pause:g}",
-            "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+            "hardware": hardware(),
             "versions": versions(),
             **{what: books.counts[what] for what in ("requests", "errors", "wrong answers")},
             **dict(books.counts),
@@ -270,7 +269,7 @@ def main() -> None:
             "memory": {**slope(samples), "mb_every_10_s": [mb for _, mb in samples]},
             "engine_killed": {**killed, "right_after_restart": sum(again), "of": len(again)},
         }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_record(arguments.out, report)
     print(json.dumps({k: v for k, v in report.items() if k != "memory"} | {"memory": slope(samples)}, indent=1))
 
 

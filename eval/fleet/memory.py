@@ -10,8 +10,7 @@ All decoder layers are alike: one is made, and multiplied. Values have 2 bytes, 
   with R terms and is served with 2R: what starts from the weights (the default) ends as trained minus initial terms; so
   do init "gradient" and "random". `slot_bytes` is with SOKA_SLOT_PARAMETERS as small as it may be (`slot_values`) and
   SOKA_LORA=0. With neither set, a slot on a GPU takes the model's `unset_slot_bytes` whatever it holds, and adapters of
-  more `slot_values` than the default are refused.
-  Under tensor parallelism Left is cut, and every GPU holds all of Right.
+  more `slot_values` than the default are refused. Under tensor parallelism Left is cut, Right whole on every GPU.
 - LoRA: max_lora_rank is the adapter's rank (an adapter of a smaller one would be padded). Layers whose rows are shared
   out (qkv, gate_up) hold all of A and a part of B, those whose columns are (o, down) a part of A and all of B.
   "lora_R_sharded" is with --fully-sharded-loras, which cuts the other one too (qkv's and gate_up's A by its rank).
@@ -75,6 +74,13 @@ class Model(NamedTuple):
         return {module.projection: module for module in self.modules if module.layer == 0}
 
 
+class Shard(NamedTuple):
+    """One rank of a tensor-parallel group."""
+
+    rank: int = 0
+    ranks: int = 1
+
+
 class Method(NamedTuple):
     """A kind of adapter on all projections. `served` is what a slot must hold, where that is not the trained rank."""
 
@@ -86,11 +92,7 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    *(
-        m
-        for r in (1, 4, 16)
-        for m in (Method(f"soka_{r}", "soka", r, r), Method(f"soka_{r}_weights", "soka", r, 2 * r))
-    ),
+    *(Method(f"soka_{r}{kind}", "soka", r, k * r) for r in (1, 4, 16) for kind, k in (("", 1), ("_weights", 2))),
     *(Method(f"lora_{r}", "lora", r, r) for r in (1, 8, 16)),
     *(Method(f"lora_{r}_sharded", "lora", r, r, sharded=True) for r in (8, 16)),
 )
@@ -139,9 +141,10 @@ def bare(cls: type[Any], device: str, **attributes: Any) -> Any:
     return layer
 
 
-def base_layers(model: Model, rank: int, ranks: int, device: str) -> dict[str, Any]:
+def base_layers(model: Model, shard: Shard, device: str) -> dict[str, Any]:
     """The four linear layers of a decoder layer on one rank, by the names that vLLM gives them."""
     q, k, gate, down, o = (model.first[f"{name}_proj"] for name in ("q", "k", "gate", "down", "o"))
+    rank, ranks = shard
     assert ranks <= model.kv_heads  # else key/value heads are held twice, which is for the plugin's tests
     head = q.out_features // model.heads
     common = {"tp_rank": rank, "tp_size": ranks}
@@ -157,13 +160,9 @@ def base_layers(model: Model, rank: int, ranks: int, device: str) -> dict[str, A
         return bare(RowParallelLinear, device, **inputs, **outputs, **common)
 
     heads = {
-        "total_num_heads": model.heads,
-        "total_num_kv_heads": model.kv_heads,
-        "num_heads": model.heads // ranks,
-        "num_kv_heads": model.kv_heads // ranks,
-        "num_kv_head_replicas": 1,
-        "head_size": head,
-    }
+        "total_num_heads": model.heads, "num_heads": model.heads // ranks, "head_size": head,
+        "total_num_kv_heads": model.kv_heads, "num_kv_heads": model.kv_heads // ranks, "num_kv_head_replicas": 1,
+    }  # fmt: skip
     return {
         "qkv_proj": column(QKVParallelLinear, qkv_sizes, q.in_features, **heads),
         "o_proj": row(o),
@@ -184,9 +183,7 @@ WRAPPERS = {
 def slot_layers(
     model: Model,
     method: Method,
-    *,
-    rank: int = 0,
-    ranks: int = 1,
+    shard: Shard,
     slots: int = 1,
     device: str = "meta",
     dtype: torch.dtype = torch.bfloat16,
@@ -199,7 +196,7 @@ def slot_layers(
         fully_sharded_loras=method.sharded,
     )
     layers = {}
-    for name, base in base_layers(model, rank, ranks, device).items():
+    for name, base in base_layers(model, shard, device).items():
         cls = getattr(compat, WRAPPERS[name].format("Sharded" if method.sharded else ""))
         layers[name] = (kronecker_class(cls) if method.kind == "soka" else cls)(base)
         layers[name].create_lora_weights(slots, config, None)
@@ -237,7 +234,7 @@ def gpu_slot(model: Model, method: Method, ranks: int) -> dict[str, int]:
     """One slot on the GPU that has most to hold: its bytes, and for SoKA how many of them are factors' values."""
     found = []
     for rank in range(ranks):
-        layers = slot_layers(model, method, rank=rank, ranks=ranks)
+        layers = slot_layers(model, method, Shard(rank, ranks))
         if method.kind == "lora":
             found.append({"slot_bytes": model.layers * stacked_bytes(layers)})
             continue
@@ -324,7 +321,7 @@ def memory_of(model: Model, config_bytes: int) -> dict[str, Any]:
 def unset_slot(model: Model, ranks: int) -> int:
     """A GPU's slot with the plugin's variables unset: its part of the arena, tables, LoRA's buffers of rank 16."""
     saved = {name: os.environ.pop(name) for name in (SLOT_VARIABLE, LORA_VARIABLE)}
-    layers = slot_layers(model, METHODS[0], ranks=ranks)
+    layers = slot_layers(model, METHODS[0], Shard(0, ranks))
     os.environ |= saved
     stores = [layer._kronecker for layer in layers.values()]
     assert all(store.values is stores[0].values for store in stores)  # one arena, for all decoder layers too
@@ -344,7 +341,7 @@ def check_measured_slots(bases: Mapping[str, Model], measured: Mapping[str, Any]
         for method in (m for m in METHODS if m.name in TIMED):
             layers: list[Any] = []
             for _ in range(model.layers):
-                here = slot_layers(model, method, slots=SLOTS, device="cpu", dtype=dtype)
+                here = slot_layers(model, method, Shard(), slots=SLOTS, device="cpu", dtype=dtype)
                 for slot in range(SLOTS if method.kind == "soka" else 0):
                     fill(model, here, slot, method.served)
                 layers += here.values()
@@ -369,7 +366,7 @@ def check_files(model: Model, folder: Path) -> list[int]:
 
 def load(model: Model, adapter: Path, ranks: int) -> Any:
     """What the plugin's loader keeps of an adapter, on a rank of a server that is made of nothing but its layers."""
-    layers = [slot_layers(model, METHODS[0], ranks=ranks) for _ in range(model.layers)]
+    layers = [slot_layers(model, METHODS[0], Shard(0, ranks)) for _ in range(model.layers)]
     modules, packed = {}, {}
     parent = {"qkv_proj": "self_attn", "o_proj": "self_attn", "gate_up_proj": "mlp", "down_proj": "mlp"}
     for i, here in enumerate(layers):

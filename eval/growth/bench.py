@@ -25,8 +25,6 @@ proportional to the cost. Fits share the points' systematic errors: the standard
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import statistics
@@ -36,7 +34,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eval.bench.kpsvd import cpu_name
 from eval.growth.measures import (
     LEAST_CALLS,
     LORA_RANK,
@@ -58,6 +55,7 @@ from eval.growth.measures import (
     per_layer,
 )
 from eval.growth.page import Line, Panel, Point, render
+from eval.record import hardware, make_parser, write_record
 from soka_serve.io.text import count, size
 from soka_serve.io.versions import versions
 
@@ -283,7 +281,7 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Run the studies; the results are written after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="per point and curve (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
@@ -297,7 +295,7 @@ def main() -> None:
         + " --small" * options.small
         + "".join(f" --only {name}" for name in names if options.only),
         "versions": versions(),
-        "hardware": {"cpu": cpu_name(), "cpus": os.cpu_count()},
+        "hardware": hardware(),
         "threads": options.threads,
         "small": options.small,
         "seed": SEED,
@@ -308,7 +306,7 @@ def main() -> None:
     panels = {name: study.panels for name, study in STUDIES.items()}
     for name in names:
         record["series"][name] = run_study(name, STUDIES[name], effort, options.small)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(options.out, record)
         options.out.with_suffix(".html").write_text(render(record, panels, LEAST_CALLS))
 
 

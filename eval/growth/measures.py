@@ -17,9 +17,10 @@ from torch.nn.functional import linear
 
 from eval.bench.kernel import MODELS, Case, Layer, Module
 from eval.bench.kpsvd import draw_weight
-from eval.bench.kpsvd_7b import Peak, alone, sizes, write_model
+from eval.bench.kpsvd_7b import alone, sizes, write_model
 from eval.bench.merge import merge_here
 from eval.growth.page import Point
+from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint
@@ -101,9 +102,9 @@ def run_init(case: dict[str, Any]) -> Point:
     )
     adapted, checkpoint = targets.resolve_targets(manifest, list_modules(base)), Checkpoint.open(base)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
-    with Peak() as peak:
+    with AnonymousPeak() as peak:
         times = timed("init", lambda: initialise(adapted, checkpoint, seed=SEED, progress=False), case["seconds"])
-    return {**times, "init_peak_bytes": peak.most - peak.before}
+    return {**times, "init_peak_bytes": peak.added_bytes}
 
 
 def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:

@@ -110,7 +110,8 @@ def _outcome(case: ElementTree.Element) -> dict[str, str]:
 
 def summary(cases: list[dict[str, str]]) -> dict[str, Any]:
     """Counts, failures by name, and the reasons of what does not count."""
-    failed, aside = [], Counter()
+    failed: list[str] = []
+    aside: Counter[str] = Counter()
     for case in cases:
         if case["outcome"] not in ("failure", "error"):
             continue

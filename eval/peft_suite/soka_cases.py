@@ -52,14 +52,14 @@ NO_LINEAR = ("conv", "emb", "mha")  # parts of target names in PEFT's small mode
 
 def translate(settings: dict[str, Any]) -> dict[str, Any] | None:
     """SOKA's settings for another method's; None where it has no counterpart."""
-    made = {}
+    made: dict[str, Any] = {}
     for name, value in settings.items():
         if name == "bias" and value == "none":
             continue
         if name not in SETTINGS:
             return None
-        if SETTINGS[name] is not None:
-            made[SETTINGS[name]] = value
+        if (own := SETTINGS[name]) is not None:
+            made[own] = value
     targets = made.get("target_modules") or ()
     if any(part in str(target).lower() for target in targets for part in NO_LINEAR):
         return None
@@ -71,7 +71,7 @@ def mirrored(case: Any, source: type) -> Any:
     values = case if isinstance(case, tuple | list) else [case]
     if source not in values:
         return None
-    made = []
+    made: list[Any] = []
     for value in values:
         if value is source:
             made.append(SokaConfig)
@@ -153,7 +153,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out the tests that have no case of SOKA's."""
     if IN_PLACE_OF_LOKR:
         return
-    kept, dropped = [], []
+    kept: list[pytest.Item] = []
+    dropped: list[pytest.Item] = []
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
         (kept if any(map(_has_soka, params.values())) else dropped).append(item)
@@ -164,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """PEFT's tests skip a method that is not on their lists; SOKA stands in the place of one that is."""
-    from tests import testing_common
+    from tests import testing_common  # type: ignore[attr-defined]  # of PEFT
 
     modules = [testing_common, getattr(item, "module", testing_common)]
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +188,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> None:
     """PEFT's helper that makes a method start with an effect knows PEFT's methods only."""
-    from tests import testing_utils
+    from tests import testing_utils  # type: ignore[attr-defined]  # of PEFT
 
     plain = testing_utils.set_init_weights_false
     if getattr(plain, "_knows_soka", False):

@@ -1,0 +1,39 @@
+"""Every benchmark and check says what it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# One process: most of them import torch, and some vLLM.
+_CODE = """\
+import contextlib, io, runpy, sys
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        except SystemExit as ended:
+            if ended.code:
+                sys.exit(f"{name}: {ended.code}")
+    if "usage: " not in said.getvalue():
+        sys.exit(f"{name}: no help")
+"""
+
+
+@pytest.mark.slow
+def test_each_command_of_eval_has_a_help(root: Path) -> None:
+    commands = [
+        ".".join(file.relative_to(root).with_suffix("").parts)
+        for file in sorted((root / "eval").rglob("*.py"))
+        if "make_parser(" in (text := file.read_text()) or "ArgumentParser(" in text
+        if '__name__ == "__main__"' in text
+    ]
+    assert len(commands) > 15
+    command = [sys.executable, "-W", "ignore", "-c", _CODE, *commands]
+    done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
