@@ -44,7 +44,7 @@ from eval.bench.serve import SLOTS, slot_bytes
 from soka_serve.adapter.format import KEY_PREFIX, PEFT_TYPE, write_adapter
 from soka_serve.base.modules import Module, modules_from_config
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.plan.estimate import lora_parameters
+from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape

@@ -27,7 +27,7 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import Module as Projection
 from soka_serve.base.read_modules import list_modules
 from soka_serve.compiler.init.initialise import initialise
-from soka_serve.compiler.plan import estimate
+from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
 from soka_serve.kron.apply import choose_order
 from soka_serve.kron.shapes import balanced_shape
@@ -241,5 +241,5 @@ def compute_size(_: Effort, *, width: int) -> Point:
         # What `init = "weights"` exports has up to twice the terms: trained ones and minus the initial ones.
         found |= {f"soka{rank}_parameters": parameters, f"soka{rank}_bytes": 2 * parameters * VALUE_BYTES}
     modules = [Projection(name, *shape, layer=0, dtype="float32") for name, shape in projections.items()]
-    parameters = sum(estimate.lora_parameters(module, LORA_RANK) for module in modules)
+    parameters = sum(lora_parameters(module, LORA_RANK) for module in modules)
     return {**found, "lora_parameters": parameters, "lora_bytes": parameters * VALUE_BYTES}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from soka_serve.base.foreign_code import check_no_adapter, check_no_code
-from soka_serve.base.modules import Module
+from soka_serve.base.modules import BaseModules
 from soka_serve.base.plain_weights import check_plain_weights
 from soka_serve.base.read_modules import read_modules
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import resolve_targets
 from soka_serve.comparison.plan import count_runs
 from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of, read_suite
-from soka_serve.compiler.plan.estimate import lokr_parameters, lora_parameters
-from soka_serve.compiler.plan.plan import plan_modules, total_parameters
+from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.plan.modules import plan_training
 
 
 @dataclass(frozen=True)
@@ -60,47 +58,18 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
     check_no_adapter(directory)
     check_plain_weights(directory)
     base = read_modules(directory)
-    modules, size = base.modules, base.size
-    counts = {m.name: _count(loaded, m, modules, size.parameters) for m in loaded.suite.method}
-    return Preview(loaded, size.parameters, counts)
+    counts = {m.name: _count(loaded, m, base) for m in loaded.suite.method}
+    return Preview(loaded, base.size.parameters, counts)
 
 
-def _count(loaded: LoadedSuite, contender: Contender, modules: Sequence[Module], whole: int) -> tuple[int, int]:
+def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tuple[int, int]:
+    """Fewest and most trained parameters of a method."""
     suite = loaded.suite
-    if contender.method == "full":
-        return whole, whole
     manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], rate=contender.rates[0], seed=0)
-    targets = resolve_targets(manifest, modules)
-    if contender.method != "soka":
-        count = adapter_parameters(contender.method, contender.rank, [t.module for t in targets])
-        return count, count
-    low, high = total_parameters(manifest, targets, plan_modules(manifest, targets, []))
+    targets = resolve_targets(manifest, base.modules)
+    planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
+    low, high = planned.parameters_min, planned.parameters_max
     if manifest.train.sigma_lr == 0:
         # One scale per term is frozen; the fewest terms are not known exactly, so the lower bound stays loose.
-        planned = plan_modules(manifest, targets, [])
-        return low - sum(m.rank_max for m in planned), high - sum(m.rank_min for m in planned)
+        return low - sum(m.rank_max for m in planned.modules), high - sum(m.rank_min for m in planned.modules)
     return low, high
-
-
-def adalora_start(rank: int) -> int:
-    """The rank that AdaLoRA begins with.
-
-    >>> adalora_start(1), adalora_start(2), adalora_start(8)
-    (2, 3, 12)
-    """
-    return math.ceil(1.5 * rank)
-
-
-def adapter_parameters(method: str, rank: int, modules: Sequence[Module]) -> int:
-    """Trainable parameters of a PEFT method over these modules, as PEFT counts them when training begins."""
-    lora = sum(lora_parameters(m, rank) for m in modules)
-    if method == "lokr":
-        return sum(lokr_parameters(m, rank) for m in modules)
-    if method == "adalora":
-        return sum(lora_parameters(m, adalora_start(rank)) + adalora_start(rank) for m in modules)
-    if method == "dora":
-        return lora + sum(m.out_features for m in modules)
-    if method == "osf":
-        halves = [(m, min(m.in_features, m.out_features)) for m in modules]
-        return sum((size - size // 2) * (m.in_features + m.out_features + 1) for m, size in halves)
-    return lora

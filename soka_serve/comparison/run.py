@@ -25,18 +25,17 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from soka_serve.adapter.export import export
-from soka_serve.base.model import load_base, quiet_bars
+from soka_serve.adapter.format import WEIGHTS_FILE
+from soka_serve.base.model import quiet_bars
 from soka_serve.base.served_tokenizer import open_served
 from soka_serve.builtin.problem import Problem
-from soka_serve.comparison.methods import AdaLoraSteps, build_extra
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.problems import is_right, test_problems, validation_problems
-from soka_serve.comparison.suite import CALIBRATED, MANIFEST_METHODS, Contender, LoadedSuite, manifest_of
+from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of
 from soka_serve.compiler.answers import generate_answers, load_tokenizer
 from soka_serve.compiler.context import Context, prepare
+from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
-from soka_serve.compiler.train.baselines import ADAPTER_WEIGHTS, convert_pissa, write_initial
 from soka_serve.compiler.train.run import Run
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -138,13 +137,18 @@ class _Prepared:
 
     def __init__(self, context: Context, contender: Contender, folder: Path, pad_id: int) -> None:
         self.context, self.contender, self.folder = context, contender, folder
-        manifest = context.loaded.manifest
+        manifest, method = context.loaded.manifest, METHODS[contender.method]
         training, _ = encode(context)
-        start = init_stage(context, training) if contender.method == "soka" else None
-        factors = {n: _fold(f, contender.fold_sigma) for n, f in start.factors.items()} if start else {}
-        targets = [t.module.name for t in context.targets]
+        start = init_stage(context, training) if method.kronecker else None
         self.run = Run(
-            context.base_dir, manifest, factors, start.initial_modules if start else frozenset(), targets, folder
+            model_dir=context.base_dir,
+            manifest=manifest,
+            method=method,
+            targets=[t.module.name for t in context.targets],
+            work_dir=folder,
+            factors={n: _fold(f, contender.fold_sigma) for n, f in start.factors.items()} if start else {},
+            initial=start.initial_modules if start else frozenset(),
+            batches=self._calibration,
         )
         self.arguments = make_arguments(manifest.train, folder, name=contender.name, evaluate=False)
         self.arguments.save_strategy = SaveStrategy.NO
@@ -152,28 +156,7 @@ class _Prepared:
         self.collator = _HashingCollator(PadCollator(pad_id, 1 if self.arguments.use_cpu else 8))
         PartialState()
         set_seed(manifest.train.seed)  # as train() does: the random factors of LoRA and others
-        self.model = self._build()
-
-    def _build(self) -> Any:
-        manifest, method = self.run.manifest, self.contender.method
-        if method in MANIFEST_METHODS:
-            model = build_model(self.run, None, self.arguments.device)
-        else:
-            base = load_base(self.run.model_dir, manifest.base.dtype, manifest.base.quantize)
-            base = base.to(self.arguments.device)
-            base.config.use_cache = False
-            model = build_extra(
-                base,
-                method,
-                self.contender.rank,
-                self.run.targets,
-                steps=int(manifest.train.steps or 1),
-                batches=self._calibration() if method in CALIBRATED else (),
-            )
-        if method == "corda":  # like PiSSA it rewrites the base: what is stored is relative to its first factors
-            (self.folder / "initial").mkdir()
-            write_initial(model, self.folder / "initial")
-        return model
+        self.model = build_model(self.run, None, self.arguments.device)
 
     def _calibration(self) -> list[dict[str, torch.Tensor]]:
         """The first batches of a seeded shuffle, as for the calibration of SoKA."""
@@ -192,33 +175,27 @@ class _Prepared:
 
     def trainer(self, callbacks: list[Any]) -> SokaTrainer:
         """The Trainer of builds, without resume points."""
-        if self.contender.method == "adalora":
-            callbacks = [AdaLoraSteps(), *callbacks]
         trainer = SokaTrainer(
             self.run.manifest.train,
             model=self.model,
             args=self.arguments,
             train_dataset=self.rows,
             data_collator=self.collator,
-            callbacks=callbacks,
+            callbacks=[*self.run.method.callbacks(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
     def size_on_disk(self) -> int:
         """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""
-        if self.contender.method == "full":
+        method, trained = self.run.method, self.folder / "trained"
+        if method.whole_model:
             return self.context.base.size.weight_bytes
-        saved, out = self.folder / "saved", self.folder / "out"
-        self.model.save_pretrained(str(saved))
-        if self.contender.method == "soka":
-            export(saved, out)
-        elif self.contender.method in ("pissa", "corda"):
-            out.mkdir()
-            convert_pissa(saved, self.folder / "initial", out)
-        else:
-            out = saved
-        return (out / ADAPTER_WEIGHTS).stat().st_size
+        self.model.save_pretrained(str(self.folder / "saved"))
+        trained.mkdir()
+        method.collect(self.folder / "saved", trained, initial_dir=self.run.initial_dir, base_dir=self.context.base_dir)
+        method.export(trained, self.folder / "out", "float32")
+        return (self.folder / "out" / WEIGHTS_FILE).stat().st_size
 
 
 def _fold(factors: Factors, how: str) -> Factors:

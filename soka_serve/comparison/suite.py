@@ -11,14 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, Field, ValidationError, create_model, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError
 from soka_serve.io.files import sha256_text
 from soka_serve.manifest.locate import Places, locate
+from soka_serve.manifest.nodes import one_of
 from soka_serve.manifest.problems import explain, show
 from soka_serve.manifest.read import parse_toml, read_text
 from soka_serve.manifest.schema import NAME_PATTERN, Adapt, Base, Data, Manifest, PositiveInt, Text, Train
@@ -26,18 +36,21 @@ from soka_serve.manifest.table import Key, Seen, Table
 
 SUITE_VERSION = 1
 
-Method = Literal["soka", "full", "lora", "pissa", "rslora", "dora", "lokr", "adalora", "corda", "eva", "osf"]
-METHODS: tuple[Method, ...] = get_args(Method)
-
-# What build_baseline and manifests know; the others exist in comparisons only, on the recipe of `lora`.
-MANIFEST_METHODS = ("soka", "full", "lora", "pissa", "lokr")
-CALIBRATED = ("corda", "eva")
-
 SHARED_KEYS = (
     "max_length", "overlong", "packing", "completion_only", "steps", "batch_size", "accumulate", "schedule",
     "warmup_frac", "weight_decay", "max_grad_norm", "gradient_checkpointing", "precision",
 )  # fmt: skip
 
+
+def _known_method(value: object) -> object:
+    """Look a method up in the registry as it is now, so that one added to it can be compared."""
+    if not isinstance(value, str) or value not in METHODS:
+        words = list(METHODS)
+        raise PydanticCustomError("expected", "{expected}", {"expected": one_of(words), "words": words})
+    return value
+
+
+MethodName = Annotated[str, BeforeValidator(_known_method), WithJsonSchema({"type": "string", "enum": list(METHODS)})]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
 Rate = Annotated[float, Field(gt=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -122,7 +135,7 @@ class Contender(Table):
     """One method with everything but its learning rate."""
 
     name: Name = Field(description="What results call it.", examples=["soka-r1"])
-    method: Method = Field(description="What is trained.")
+    method: MethodName = Field(description="What is trained.")
     rank: PositiveInt = Field(
         1,
         description="Rank of lora, pissa, rslora, dora, lokr, corda and eva; adalora begins with half as much more and "
@@ -154,20 +167,17 @@ class Contender(Table):
     def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
         if not seen.knows("method"):
             return
-        method = seen.values["method"]
-        if method != "soka":
+        method = METHODS[seen.values["method"]]
+        if not method.kronecker:
             for name in seen.has("fold_sigma", "left_lr", "right_lr", "sigma_lr"):
-                yield (name,), f"{name} belongs to method = 'soka'; the method is {method!r}"
-        if method in ("soka", "full", "osf"):
+                yield (name,), f"{name} belongs to method = 'soka'; the method is {method.name!r}"
+        if not method.ranked:
+            instead = "; write adapt = { rank = { ... } }" if method.kronecker else ""
             for name in seen.has("rank"):
-                yield (
-                    (name,),
-                    f"rank does not go with method = {method!r}"
-                    + ("; write adapt = { rank = { ... } }" if method == "soka" else ""),
-                )
-        if method not in CALIBRATED:
+                yield (name,), f"rank does not go with method = {method.name!r}{instead}"
+        if not method.reads_batches:
             for name in seen.has("calibration_batches"):
-                yield (name,), f"calibration_batches belongs to corda and eva; the method is {method!r}"
+                yield (name,), f"calibration_batches belongs to corda and eva; the method is {method.name!r}"
         if seen.has("fold_sigma") and seen.has("sigma_lr"):
             yield ("sigma_lr",), "sigma_lr does not go with fold_sigma, which keeps sigma fixed"
 
@@ -211,8 +221,8 @@ class Suite(Table):
             for i, name in enumerate(names[table]):
                 if name in names[table][:i]:
                     yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
-        for i, method in enumerate(seen.values["method"]):
-            for name in _value(method, "datasets") or ():
+        for i, contender in enumerate(seen.values["method"]):
+            for name in _value(contender, "datasets") or ():
                 if name not in names["dataset"]:
                     yield (
                         ("method", i, "datasets"),
@@ -297,7 +307,7 @@ def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, rate: f
     """The manifest of one run. A method that manifests do not know has the recipe of `lora`."""
     shared: Any = suite.train
     train = Train(
-        method=contender.method if contender.method in MANIFEST_METHODS else "lora",  # type: ignore[arg-type]
+        method=cast(Any, contender.method if METHODS[contender.method].in_manifests else "lora"),
         method_rank=contender.rank,
         data=dataset.data,
         learning_rate=rate,

@@ -112,7 +112,7 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
     manifest = context.loaded.manifest
     main = context.processes.is_main
     encoded = encode(context)
-    start = init_stage(context, encoded[0]) if manifest.train.method == "soka" else None
+    start = init_stage(context, encoded[0]) if context.method.kronecker else None
     trained = tune_stage(context, encoded, start)
     if main:
         with replace_directory(context.workspace.target, foreign=BUILD.foreign) as new:

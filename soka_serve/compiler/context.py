@@ -19,6 +19,7 @@ from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
 from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.processes import Processes
 from soka_serve.data.examples import data_sha256
 from soka_serve.data.rows import resolve
@@ -85,6 +86,11 @@ class Context:
     ran: list[str] = field(default_factory=list)
     dropped_energy_frac: float = 0.0
     _started: float = 0.0
+
+    @property
+    def method(self) -> Method:
+        """What the manifest trains."""
+        return METHODS[self.loaded.manifest.train.method]
 
     def seconds_so_far(self) -> float:
         """Seconds since the running stage began."""
@@ -165,7 +171,7 @@ def tell_left_out(context: Context) -> None:
     """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
     if (unused := context.base.describe_unused()) is not None:
         logger.warning("%s: %s", context.base_dir, unused)
-    if context.loaded.manifest.train.method != "full":
+    if not context.method.whole_model:
         for entry in describe_not_adapted(context.base, ()):
             logger.warning("not adapted: %s", entry)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from soka_serve.compiler.methods import METHODS
 from soka_serve.manifest.schema import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt, Manifest
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
@@ -68,10 +69,10 @@ def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> di
         modules: full names of the targets, in order.
     """
     train, output = manifest.train, manifest.output
-    soka = train.method == "soka"
+    method = METHODS[train.method]
     keys: dict[str, str] = {}
     examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
-    if soka:
+    if method.kronecker:
         rules = [
             {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))} for rule in manifest.adapt
         ]
@@ -81,8 +82,8 @@ def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> di
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
-    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if soka else None)
-    if "merged" in output.write or train.method == "full":
+    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None)
+    if "merged" in output.write or method.whole_model:
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
     keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
     keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)

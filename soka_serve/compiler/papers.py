@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.initialise import Initialisation
     from soka_serve.compiler.report.page import ReportData
-    from soka_serve.compiler.train.train import TrainResult
+    from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.examples import EncodedSet
 
 # What the report compares with, on the same modules.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.base.served_tokenizer import check_reading, open_served, reading_note
 from soka_serve.base.targets import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
+from soka_serve.compiler.methods import Merging
 from soka_serve.data.examples import encode_examples, load_examples
 from soka_serve.errors import BuildError
 from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.initialise import Initialisation
-    from soka_serve.compiler.train.train import TrainResult
+    from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.examples import EncodedSet, Example
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ def tune_stage(
     context: Context, encoded: tuple[EncodedSet, EncodedSet | None], start: Initialisation | None
 ) -> TrainResult:
     """The trained weights: from the cache, or trained now, going on from the last resume point."""
-    from soka_serve.compiler.train.train import TrainResult, train
+    from soka_serve.compiler.train.run import Run, TrainResult
+    from soka_serve.compiler.train.train import TrainingData, train
 
     key = context.keys["tune"]
     directory = context.workspace.stage("tune", key)
@@ -152,18 +154,17 @@ def tune_stage(
     manifest = context.loaded.manifest
     with context.stage("tune", f"training ({manifest.train.method})"):
         directory.mkdir(parents=True, exist_ok=True)
-        result = train(
-            context.base_dir,
-            manifest,
-            train_set=encoded[0],
-            eval_set=encoded[1],
-            pad_id=open_served(context.tokenizer_dir).pad_id,
-            factors=start.factors if start else None,
-            initial=start.initial_modules if start else frozenset(),
+        run = Run(
+            model_dir=context.base_dir,
+            manifest=manifest,
+            method=context.method,
             targets=[t.module.name for t in context.targets],
             work_dir=directory,
-            progress=context.progress,
+            factors=start.factors if start else {},
+            initial=start.initial_modules if start else frozenset(),
         )
+        data = TrainingData(*encoded, open_served(context.tokenizer_dir).pad_id)
+        result = train(run, data, progress=context.progress)
         if context.processes.is_main:
             _mark_done(directory, result.seconds)
     return result
@@ -179,22 +180,13 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
         result = read_lock(context.workspace.target / "soka.lock")["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
-    manifest = context.loaded.manifest
-    if manifest.train.method == "full":
-        if "adapter" in manifest.output.write:
-            logger.info("export: method = 'full' makes no adapter; the trained model goes to merged/")
+    output = context.loaded.manifest.output
+    if context.method.whole_model:
+        if "adapter" in output.write:
+            logger.info("export: method = %r makes no adapter; the trained model goes to merged/", context.method.name)
         return
     with context.stage("export", "writing the adapter"):
-        if manifest.train.method != "soka":
-            shutil.copytree(trained.adapter, new / "adapter")
-            _name_base(new / "adapter", context.inputs.base_name)
-            return
-        import torch
-
-        from soka_serve.adapter.export import export
-
-        written = export(trained.adapter, new / "adapter", dtype=getattr(torch, manifest.output.adapter_dtype))
-        context.dropped_energy_frac = written.dropped_energy_frac
+        context.dropped_energy_frac = context.method.export(trained.directory, new / "adapter", output.adapter_dtype)
         _name_base(new / "adapter", context.inputs.base_name)
 
 
@@ -217,29 +209,18 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
         logger.info("merge: unchanged, taken from the last build")
         link_tree(old, new / "merged")
         return
-    manifest = context.loaded.manifest
     with context.stage("merge", "adding the adapter to the base weights"):
-        if manifest.train.method == "soka":
-            from soka_serve.compiler.merge.merge import merge
-
-            merge(
-                new / "adapter",
-                base=context.base_dir,
+        source = trained.directory if context.method.whole_model else new / "adapter"
+        context.method.merge(
+            source,
+            Merging(
+                base_dir=context.base_dir,
                 out=new / "merged",
-                dtype=manifest.output.merged_dtype,
+                dtype=context.loaded.manifest.output.merged_dtype,
+                base_name=context.inputs.base_name,
                 progress=context.progress,
-            )
-        else:
-            from soka_serve.compiler.train.baseline_merge import merge_baseline
-
-            merge_baseline(
-                manifest.train.method,
-                trained.directory,
-                context.base_dir,
-                new / "merged",
-                manifest.output.merged_dtype,
-                context.inputs.base_name,
-            )
+            ),
+        )
 
 
 def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickCheck | None:

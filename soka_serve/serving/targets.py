@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from soka_serve.compiler.context import prepare, previous_keys
+from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.status import stage_statuses
 from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.io.budget import ReadingBudget
@@ -142,7 +143,8 @@ def _from_manifest(text: str, name: str | None, loaded: LoadedManifest, out: Pat
     manifest = loaded.manifest
     root = out if out is not None else Path(manifest.output.dir)
     target = Workspace(root, str(manifest.name)).target
-    kind: Kind = "adapter" if "adapter" in manifest.output.write and manifest.train.method != "full" else "merged"
+    method = METHODS[manifest.train.method]
+    kind: Kind = "adapter" if "adapter" in manifest.output.write and not method.whole_model else "merged"
     line = f"soka-serve build {loaded.path}" + (f" --out {out}" if out is not None else "")
     _check_built(loaded, root, target, kind, line)
     name = name or manifest.serve.name or str(manifest.name)

@@ -10,8 +10,10 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.read_modules import list_modules
 from soka_serve.base.targets import resolve_targets
 from soka_serve.builtin import base_directory
+from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.train.callbacks import read_history
-from soka_serve.compiler.train.train import train
+from soka_serve.compiler.train.run import Run
+from soka_serve.compiler.train.train import TrainingData, train
 from soka_serve.data.examples import TextTokenizer, encode_examples, load_examples
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import balanced_shape
@@ -33,18 +35,16 @@ def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
         module = target.module
         shape = balanced_shape(module.out_features, module.in_features)
         factors[module.name] = kpsvd(checkpoint.read(f"{module.name}.weight"), shape, 1).factors
-    result = train(
-        directory,
-        manifest,
-        train_set=encoded,
-        eval_set=None,
-        pad_id=tokenizer.pad_id,
-        factors=factors,
-        initial=True,
+    run = Run(
+        model_dir=directory,
+        manifest=manifest,
+        method=METHODS["soka"],
         targets=[],
         work_dir=tmp_path / "run",
-        progress=False,
+        factors=factors,
+        initial=frozenset(factors),
     )
+    result = train(run, TrainingData(encoded, None, tokenizer.pad_id), progress=False)
     losses = [line["loss"] for line in read_history(result.history)]
     assert len(losses) == 5
     assert losses[-1] < 0.75 * losses[0]

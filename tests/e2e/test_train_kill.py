@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from soka_serve.compiler.train.callbacks import read_history
 from soka_serve.compiler.train.resume import mark_complete, newest_point, remove_incomplete
-from soka_serve.compiler.train.train import TrainResult
+from soka_serve.compiler.train.run import TrainResult
 from tests.support.train_runs import train_once
 from tests.support.training import make_base
 

@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from safetensors.torch import load_file
 
 from soka_serve.compiler.train.callbacks import read_history
-from soka_serve.compiler.train.train import TrainResult
+from soka_serve.compiler.train.run import TrainResult
 from tests.support.training import make_base, run_training
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import atexit
 import gc
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from soka_serve.compiler.train.train import TrainResult, train
+from soka_serve.base.model import load_base
+from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.methods.adapter_files import load_adapter
+from soka_serve.compiler.train.run import Run, TrainResult
+from soka_serve.compiler.train.train import TrainingData, train
 from soka_serve.data.examples import Encoded, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
@@ -95,27 +100,40 @@ def run_training(
     work_dir: Path,
     *,
     factors: dict[str, Factors] | None = None,
-    initial: Any = True,
-    rank: int = 2,
+    initial: Collection[str] | None = None,
     train_set: EncodedSet | None = None,
     eval_set: EncodedSet | None = None,
-    resume: bool = True,
     **options: Any,
 ) -> TrainResult:
-    """`train` on the tiny base with everything that is not given filled in."""
+    """`train` on the tiny base with everything that is not given filled in.
+
+    Args:
+        base: the base checkpoint.
+        work_dir: of the run.
+        factors: SoKA's starting factors; default: of `rank`, or 2.
+        initial: the modules whose starting factors are subtracted; default: all.
+        train_set, eval_set: the examples; default: 64 for training.
+        options: `rank`, and keys of [train] and [base], see `make_manifest`.
+    """
+    rank = options.pop("rank", 2)
     manifest = make_manifest(**options)
-    if factors is None and manifest.train.method == "soka":
-        factors = make_factors(base, rank)
-    return train(
-        base,
-        manifest,
-        train_set=train_set or make_examples(),
-        eval_set=eval_set,
-        pad_id=0,
-        factors=factors,
-        initial=initial if factors else False,
+    method = METHODS[manifest.train.method]
+    if factors is None:
+        factors = make_factors(base, rank) if method.kronecker else {}
+    run = Run(
+        model_dir=base,
+        manifest=manifest,
+        method=method,
         targets=target_names(),
         work_dir=work_dir,
-        progress=False,
-        resume=resume,
+        factors=factors,
+        initial=frozenset(factors) if initial is None else initial,
     )
+    return train(run, TrainingData(train_set or make_examples(), eval_set, pad_id=0), progress=False)
+
+
+def load_trained(base: Path, result: TrainResult) -> Any:
+    """The trained model in evaluation mode: the adapter on its base, or the fully trained model."""
+    if METHODS[result.method].whole_model:
+        return load_base(result.directory).eval()
+    return load_adapter(load_base(base), result.directory).eval()

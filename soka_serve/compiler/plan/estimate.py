@@ -1,4 +1,4 @@
-"""Parameters and memory, worked out from shapes.
+"""The device memory of a training run, worked out from shapes.
 
 The memory of a training run is an estimate: it counts what must be held at the same time, from the formulas below, and
 leaves out what only a run can tell (fragmentation, kernels' workspaces beyond `OVERHEAD_BYTES`). It was
@@ -23,8 +23,6 @@ from typing import Literal
 
 from soka_serve.base.modules import ModelSize, Module, dtype_bytes
 
-Method = Literal["soka", "lora", "pissa", "lokr", "full"]
-
 OVERHEAD_BYTES = 800 * 1024**2  # CUDA context, libraries' workspaces
 
 _TRAINED_BYTES = 16  # float32 weight, gradient, two AdamW moments
@@ -46,69 +44,54 @@ class Memory:
         return self.base + self.trained + self.activations + self.logits + self.overhead
 
 
-def lora_parameters(module: Module, rank: int) -> int:
-    """Parameters of a LoRA or PiSSA adapter on one module: r(in + out)."""
-    return rank * (module.in_features + module.out_features)
-
-
-def lokr_parameters(module: Module, rank: int) -> int:
-    """Parameters of PEFT's LoKr on one module with its defaults: balanced, and only the larger factor decomposed."""
-    in_small, in_large = _split(module.in_features)
-    out_small, out_large = _split(module.out_features)
-    small = out_small * in_small
-    if rank < max(out_large, in_large) / 2:
-        return small + rank * (out_large + in_large)
-    return small + out_large * in_large
-
-
-def _split(dimension: int) -> tuple[int, int]:
-    """PEFT's balanced factorisation: the divisors nearest to the square root, the smaller first."""
-    small = next(d for d in range(int(dimension**0.5), 0, -1) if dimension % d == 0)
-    return small, dimension // small
-
-
-def estimate_memory(
-    size: ModelSize,
-    modules: Sequence[Module],
-    *,
-    method: Method,
-    trained: int,
-    initial: int,
-    tokens: int,
-    base_dtype: str,
-    quantize: Literal["none", "8bit", "4bit"],
-    precision: str,
-    gradient_checkpointing: bool,
-) -> Memory:
-    """Estimate the device memory of one training process, bytes. The module's docstring has the formulas.
+@dataclass(frozen=True)
+class Setting:
+    """What the memory of a run depends on, but for its method.
 
     Args:
         size: the base.
         modules: its projections (all, not only the adapted ones).
-        method: what is trained.
-        trained: trained parameters, for adapters.
-        initial: parameters of the frozen initial factors.
         tokens: tokens of one batch, batch_size x max_length.
         base_dtype: dtype the base is held in.
         quantize: bits of the base's projections.
         precision: autocast dtype of the computation.
         gradient_checkpointing: recompute activations in the backward.
     """
-    width = dtype_bytes(base_dtype)
-    if method == "full":
+
+    size: ModelSize
+    modules: Sequence[Module]
+    tokens: int
+    base_dtype: str
+    quantize: Literal["none", "8bit", "4bit"]
+    precision: str
+    gradient_checkpointing: bool
+
+
+def estimate_memory(setting: Setting, *, trained: int | None, initial: int = 0) -> Memory:
+    """Estimate the device memory of one training process, bytes. The module's docstring has the formulas.
+
+    Args:
+        setting: base, batch and precision.
+        trained: trained parameters of an adapter; None for full fine-tuning, which trains the base itself.
+        initial: parameters of the frozen initial factors.
+    """
+    size, tokens = setting.size, setting.tokens
+    width = dtype_bytes(setting.base_dtype)
+    if trained is None:
         base, trained_bytes = 0, size.parameters * _TRAINED_BYTES
     else:
-        per_weight = {"none": float(width), "8bit": 1.0, "4bit": 0.5 + 4 / 64}[quantize]
+        per_weight = {"none": float(width), "8bit": 1.0, "4bit": 0.5 + 4 / 64}[setting.quantize]
         base = int(size.linear * per_weight) + (size.parameters - size.linear) * width
         trained_bytes = trained * _TRAINED_BYTES + initial * 4
-    element = dtype_bytes(precision)
+    element = dtype_bytes(setting.precision)
+    modules = setting.modules
     first = [m for m in modules if m.layer == modules[0].layer] if modules else []
     widths = {m.projection: m.out_features for m in first}
     query = widths.get("q_proj", size.hidden)
     key = widths.get("k_proj", query)
     mlp = max(widths.get("up_proj", 0), widths.get("gate_proj", 0), *(m.in_features for m in first), size.hidden)
     per_layer = tokens * element * (6 * size.hidden + 2 * query + 2 * key + 4 * mlp)
-    if gradient_checkpointing:
+    if setting.gradient_checkpointing:
         activations = size.layers * tokens * size.hidden * element + per_layer
     else:
         activations = size.layers * per_layer

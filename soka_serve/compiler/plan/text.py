@@ -6,8 +6,10 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 
+from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.examples import DataPlan, RenderedExample
-from soka_serve.compiler.plan.plan import ModulePlan, Plan
+from soka_serve.compiler.plan.modules import ModulePlan
+from soka_serve.compiler.plan.plan import Plan
 from soka_serve.compiler.plan.policies import PolicyRow
 from soka_serve.errors import printable, printable_lines
 
@@ -77,7 +79,7 @@ def _modules(plan: Plan, every: bool) -> str:
                 _bytes(count * first.weight_bytes),
                 _shape(first),
                 first.init,
-                "-" if plan.method == "full" else _rank(first),
+                "-" if METHODS[plan.method].whole_model else _rank(first),
                 total + each,
                 _bytes(count * first.trained_bytes_max),
             )
@@ -152,7 +154,7 @@ def _parameters(plan: Plan) -> str:
             )
         )
     note = ""
-    if plan.method == "soka" and any(m.init in ("weights", "gradient", "random") for m in plan.modules):
+    if any(m.init in ("weights", "gradient", "random") for m in plan.modules):
         note = (
             "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
             f"({plan.adapter_dtype})."

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from soka_serve.builtin import base_directory
+from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.report.page import ReportData, environment
 from soka_serve.errors import printable
 from soka_serve.io.text import accuracy_interval, flatten, span, visible
@@ -23,10 +24,10 @@ def render_card(data: ReportData) -> str:
     else's business.
     """
     accuracies = (("base model alone", data.accuracy_before), ("this build", data.accuracy_after))
-    dense = data.method == "full" or ("merged" in data.artefacts and "adapter" not in data.artefacts)
+    dense = data.registered.whole_model or ("merged" in data.artefacts and "adapter" not in data.artefacts)
     return _render(
         "card.md.jinja",
-        _use(data.base_name, data.name, data.method, dense=dense),
+        _use(data.base_name, data.name, data.registered, dense=dense),
         data=data,
         accuracies=[(name, accuracy) for name, accuracy in accuracies if accuracy is not None and accuracy[1] > 0],
         rank_span=span([m.rank for m in data.modules]),
@@ -43,7 +44,7 @@ def extracted_card(base_name: str, finetuned_name: str, modules: int, parameters
     name = f"{PurePath(finetuned).name}-soka"
     return _render(
         "card_extracted.md.jinja",
-        _use(base_name, name, "soka"),
+        _use(base_name, name, METHODS["soka"]),
         finetuned=finetuned,
         modules=modules,
         parameters=parameters,
@@ -57,7 +58,7 @@ def _render(template: str, use: Mapping[str, object], **values: object) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _use(base_name: str, name: str, method: str, *, dense: bool = False) -> dict[str, object]:
+def _use(base_name: str, name: str, method: Method, *, dense: bool = False) -> dict[str, object]:
     """What the paragraphs on loading and serving need."""
     base_model = _public(base_name)
     base = _shown(base_model)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.report.view import page_context
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic
@@ -23,7 +24,6 @@ from soka_serve.io.warn_once import warn
 
 log = logging.getLogger(__name__)
 
-METHOD_NAMES = {"soka": "SoKA", "lora": "LoRA", "pissa": "PiSSA", "lokr": "LoKr", "full": "full fine-tuning"}
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
 
 
@@ -129,9 +129,9 @@ class ReportData:
     timings_s: Mapping[str, float]
 
     @property
-    def method_name(self) -> str:
-        """The method as people write it: SoKA, LoRA, full fine-tuning."""
-        return METHOD_NAMES.get(self.method, self.method)
+    def registered(self) -> Method:
+        """The method, as the registry has it."""
+        return METHODS[self.method]
 
 
 def read_history(path: Path) -> list[HistoryPoint]:

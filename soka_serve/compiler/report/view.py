@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
+from soka_serve.compiler.methods import FULL, LORA
 from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis, term_axis, thin
 from soka_serve.io.text import (
     accuracy_interval,
@@ -41,7 +42,6 @@ _STARTS = {
     "random": "random factors. What they are worth at the start is subtracted again, so the untrained adapter changes "
     "nothing",
 }
-_METHOD_WORDS = {"full": "full fine-tuning"}
 _STAGE_WORDS = {"init": "initialisation", "tune": "fine-tuning", "check": "accuracy check"}
 # Parts of soka.lock that the page tells in other places.
 _TOLD = ("versions", "comparison", "seed", "created", "name")
@@ -191,7 +191,7 @@ def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int,
     if data.trainable_parameters:
         notes = []
         rank_two = data.comparison.get("LoRA r=2", 0)
-        if rank_two and data.method != "lora":
+        if rank_two and data.registered is not LORA:
             notes.append(f"{times(data.trainable_parameters / rank_two)} LoRA r=2 ({count(rank_two)})")
         if data.base_parameters:
             notes.append(f"{percent(data.trainable_parameters / data.base_parameters)} of the base")
@@ -210,7 +210,11 @@ def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int,
 def _sizes(data: ReportData) -> list[SizeRow]:
     """This adapter among the other methods, fewest parameters first; empty when there is nothing to compare."""
     own = data.trainable_parameters
-    others = [(_METHOD_WORDS.get(name, name), number, False) for name, number in data.comparison.items() if number > 0]
+    others = [
+        (FULL.label if name == FULL.name else name, number, False)
+        for name, number in data.comparison.items()
+        if number > 0
+    ]
     if own <= 0 or not others:
         return []
     rows = sorted([("this adapter", own, True), *others], key=lambda row: row[1])

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from soka_serve.compiler.methods.adapter_files import ADAPTER
 from soka_serve.compiler.train.resume import checkpoint_directory, mark_complete
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.progress import track
@@ -26,8 +27,6 @@ from soka_serve.peft import drop_terms, soka_layers, term_energies
 from soka_serve.peft.layer import stack_difference
 
 logger = logging.getLogger(__name__)
-
-ADAPTER = "default"
 
 
 # ------------------------------------------------------------------------------------------------------- spectra

@@ -6,19 +6,21 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soka_serve.compiler.methods import Method, Start
 from soka_serve.compiler.train import resume as resume_points
-from soka_serve.compiler.train.baselines import ADAPTER_CONFIG, ADAPTER_WEIGHTS, convert_pissa
 from soka_serve.compiler.train.callbacks import read_history
 from soka_serve.errors import BuildError, name_some
 from soka_serve.io.files import replace_directory, write_text_atomic
 from soka_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
+    import torch
+
     from soka_serve.data.examples import EncodedSet
     from soka_serve.kron import Factors
 
@@ -31,23 +33,47 @@ _FOLDERS = ("adapter", "model", "initial")  # of a run, beside its checkpoints
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of `train` works on; see its arguments."""
+    """One training run: what is trained, how, and where it writes.
+
+    Args:
+        model_dir: the base checkpoint.
+        manifest: [base] and [train] are read, but for the method's name.
+        method: what is trained.
+        targets: full names of the modules to adapt; SoKA adapts those of `factors`.
+        work_dir: directory of everything that the run writes, see `soka_serve.compiler.train.train`.
+        factors: theta at the start by module name, for SoKA.
+        initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
+        batches: makes training batches on the run's device, for methods that read some before they start.
+    """
 
     model_dir: Path
     manifest: Manifest
-    factors: Mapping[str, Factors]
-    initial: Collection[str]
+    method: Method
     targets: Sequence[str]
     work_dir: Path
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    initial: Collection[str] = frozenset()
+    batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]] = tuple
 
     @property
-    def method(self) -> str:
-        return self.manifest.train.method
+    def initial_dir(self) -> Path:
+        """Where a method that rewrites the base keeps its factors of step 0."""
+        return self.work_dir / "initial"
 
-    @property
-    def base_name(self) -> str:
-        """What adapter_config.json names as the base."""
-        return self.manifest.base.hub or str(self.model_dir.resolve())
+    def start(self, device: torch.device) -> Start:
+        """What the method builds its model from."""
+        train = self.manifest.train
+        return Start(
+            targets=self.targets,
+            rank=train.method_rank,
+            base_name=self.manifest.base.hub or str(self.model_dir.resolve()),
+            device=device,
+            steps=train.steps,
+            initial_dir=self.initial_dir,
+            batches=self.batches,
+            factors=self.factors,
+            initial=self.initial,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,9 +81,9 @@ class TrainResult:
     """What a training run made.
 
     Args:
-        method: soka, lora, pissa, lokr or full.
+        method: the method's name.
         directory: the trained adapter as PEFT loads it (theta and, where there are any, the initial factors; PiSSA as
-            a plain LoRA), or the whole model for "full".
+            a plain LoRA), or the whole model.
         history: JSON lines, see `callbacks.History`.
         steps: optimiser steps of the weights that were kept; with early stopping the best evaluation's.
         steps_run: optimiser steps in all.
@@ -82,11 +108,6 @@ class TrainResult:
     seconds: float
     pruned: dict[str, int]
     stopped_early: bool
-
-    @property
-    def adapter(self) -> Path:
-        """`directory`, for methods that make an adapter."""
-        return self.directory
 
     @classmethod
     def read(cls, work_dir: Path) -> TrainResult:
@@ -134,7 +155,7 @@ def fingerprint(run: Run, train_set: EncodedSet, processes: int) -> str:
     return digest.hexdigest()
 
 
-def prepare_directory(run: Run, identity: str, resume: bool) -> None:
+def prepare_directory(run: Run, identity: str) -> None:
     """Leave in the work directory what this run can go on from, and nothing else of ours."""
     file = run.work_dir / "run.json"
     try:
@@ -142,9 +163,8 @@ def prepare_directory(run: Run, identity: str, resume: bool) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         found = None
         _refuse_strangers(run.work_dir)
-    same = found == identity
-    if not (same and resume):
-        if file.exists() and resume:
+    if found != identity:
+        if file.exists():
             logger.warning("%s holds a run of another recipe; starting afresh", run.work_dir)
         (run.work_dir / "result.json").unlink(missing_ok=True)
         for name in _FOLDERS:
@@ -181,15 +201,15 @@ def finish(run: Run) -> None:
         if best is None:
             raise BuildError(f"{run.work_dir}: the best checkpoint (step {best_step}) is gone", hint="train again")
         kept = best
-    directory = run.work_dir / ("model" if run.method == "full" else "adapter")
+    directory = run.work_dir / ("model" if run.method.whole_model else "adapter")
     with replace_directory(directory) as new:
-        _export(run, kept.directory, new)
+        run.method.collect(kept.directory, new, initial_dir=run.initial_dir, base_dir=run.model_dir)
     history = read_history(run.work_dir / "history.jsonl")
     losses = [line["loss"] for line in history if "loss" in line]
     evaluated = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
     prune = kept.facts.get("prune", {})
     TrainResult(
-        method=run.method,
+        method=run.method.name,
         directory=directory,
         history=run.work_dir / "history.jsonl",
         steps=kept.step,
@@ -203,21 +223,3 @@ def finish(run: Run) -> None:
         stopped_early=last.step < int(last.facts["max_steps"]),
     ).write(run.work_dir)
     resume_points.remove_all(run.work_dir)
-
-
-def _export(run: Run, checkpoint: Path, out_dir: Path) -> None:
-    """The model's own files of a checkpoint, without what only resuming needs."""
-    if run.method == "pissa":
-        convert_pissa(checkpoint, run.work_dir / "initial", out_dir)
-        return
-    if run.method != "full":
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copy2(checkpoint / name, out_dir / name)
-        return
-    for file in checkpoint.iterdir():
-        if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json"):
-            shutil.copy2(file, out_dir / file.name)
-    config = json.loads((checkpoint / "config.json").read_text())
-    original = json.loads((run.model_dir / "config.json").read_text())
-    config["use_cache"] = original.get("use_cache", True)
-    (out_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")

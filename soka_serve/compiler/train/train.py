@@ -10,93 +10,66 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from soka_serve.base.model import load_base, quiet_bars
+from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
-from soka_serve.compiler.train.baselines import (
-    ADAPTER_WEIGHTS,
-    build_baseline,
-    check_initial,
-    load_adapter,
-    load_adapter_weights,
-    write_initial,
-)
-from soka_serve.compiler.train.callbacks import ADAPTER, EarlyStopping, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.callbacks import EarlyStopping, History, Progress, Pruning, ResumePoints
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import Run, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
 from soka_serve.data.collate import PadCollator, Rows, has_target
 from soka_serve.data.examples import pack_examples
 from soka_serve.errors import BuildError, DataError, PlanError
-from soka_serve.io.files import disk_errors, replace_directory
-from soka_serve.manifest.schema import Manifest
-from soka_serve.peft import build_soka_model, soka_layers
-
-__all__ = ["TrainResult", "load_trained", "train"]
+from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:
     from soka_serve.data.examples import Encoded, EncodedSet
-    from soka_serve.kron import Factors
 
 logger = logging.getLogger(__name__)
-
-Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types
 
 # How torch.save says that a file could not be written: it goes through C++ streams, which lose the reason.
 _WRITING_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
-def train(
-    model_dir: Path,
-    manifest: Manifest,
-    *,
-    train_set: EncodedSet,
-    eval_set: EncodedSet | None,
-    pad_id: int,
-    factors: Mapping[str, Factors] | None,
-    initial: bool | Collection[str],
-    targets: Sequence[str],
-    work_dir: Path,
-    progress: bool,
-    resume: bool = True,
-) -> TrainResult:
-    """Fine-tune as the manifest says, resuming an interrupted run of the same recipe in `work_dir`.
+@dataclass(frozen=True)
+class TrainingData:
+    """Encoded examples; `evaluation` is needed for eval_every. `pad_id` is the token id of the padding."""
+
+    training: EncodedSet
+    evaluation: EncodedSet | None
+    pad_id: int
+
+
+def train(run: Run, data: TrainingData, *, progress: bool) -> TrainResult:
+    """Fine-tune as the manifest says, going on from an interrupted run of the same recipe in the run's directory.
 
     Args:
-        model_dir: the base checkpoint.
-        manifest: [base] and [train] are read.
-        train_set: encoded training examples.
-        eval_set: encoded evaluation examples; needed for eval_every.
-        pad_id: token id of the padding.
-        factors: theta at the start by module name, for method = "soka".
-        initial: the modules whose starting factors are subtracted (theta - theta0); True means all, False none.
-        targets: module names that the baselines adapt.
-        work_dir: everything that the run writes, see the module's docstring.
+        run: what is trained.
+        data: the examples.
         progress: show a bar, or plain lines where there is no terminal.
-        resume: False starts afresh.
 
     Every process of an `accelerate launch` calls it; the main one writes.
 
     Raises:
         SokaError: anything that the user can mend. Ctrl-C passes through and leaves whole resume points only.
     """
-    recipe = manifest.train
-    named = set(initial) if not isinstance(initial, bool) else set(factors or {}) if initial else set()
-    run = Run(model_dir, manifest, factors or {}, named, targets, work_dir)
-    _check(run, eval_set)
+    recipe, work_dir = run.manifest.train, run.work_dir
+    _check(run, data.evaluation)
     with disk_errors(work_dir), _torch_errors(work_dir, recipe.batch_size), quiet_bars(), ExitStack() as stack:
         work_dir.mkdir(parents=True, exist_ok=True)
         arguments = make_arguments(
-            recipe, work_dir, name=manifest.name or "soka", evaluate=recipe.eval_every is not None
+            recipe, work_dir, name=run.manifest.name or "soka", evaluate=recipe.eval_every is not None
         )
         device = arguments.device  # joins the other processes, if there are any
         if recipe.prune is not None and arguments.world_size > 1:
@@ -106,7 +79,7 @@ def train(
             )
         state = PartialState()
         if state.is_main_process:
-            prepare_directory(run, fingerprint(run, train_set, arguments.world_size), resume)
+            prepare_directory(run, fingerprint(run, data.training, arguments.world_size))
         state.wait_for_everyone()
         if (work_dir / "result.json").exists():
             logger.info("%s: training has finished already", work_dir)
@@ -118,20 +91,11 @@ def train(
             if recipe.steps == 0:
                 _save_untrained(run, model, state)
             else:
-                rows, eval_rows = make_rows(run, train_set, eval_set)
-                _fit(run, model, arguments, rows, eval_rows, pad_id, point, stack if progress else None)
+                _fit(run, model, arguments, data, point, stack if progress else None)
         if state.is_main_process:
             finish(run)
         state.wait_for_everyone()
         return TrainResult.read(work_dir)
-
-
-def load_trained(model_dir: Path, manifest: Manifest, result: TrainResult) -> Trainable:
-    """The trained model in evaluation mode: the adapter on its base, or the fully trained model."""
-    if result.method == "full":
-        return load_base(result.directory).eval()
-    base = load_base(model_dir, manifest.base.dtype, manifest.base.quantize)
-    return load_adapter(base, result.directory).eval()
 
 
 # ---------------------------------------------------------------------------------------------------------- before
@@ -139,7 +103,7 @@ def load_trained(model_dir: Path, manifest: Manifest, result: TrainResult) -> Tr
 
 def _check(run: Run, eval_set: EncodedSet | None) -> None:
     recipe = run.manifest.train
-    if recipe.method == "soka" and not run.factors:
+    if run.method.kronecker and not run.factors:
         raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
     if unknown := sorted(set(run.initial) - set(run.factors)):
         raise PlanError(f"initial factors of modules that have none: {', '.join(unknown[:3])}")
@@ -176,41 +140,16 @@ def _with_targets(examples: Sequence[Encoded], what: str) -> list[Encoded]:
 
 def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trainable:
     """The model to train: from the start, or as a checkpoint left it (whose ranks may be smaller)."""
-    manifest = run.manifest
-    if run.method == "full":
+    base = run.manifest.base
+    if run.method.whole_model:
         model = load_base(checkpoint or run.model_dir, "float32")
     else:
-        model = load_base(run.model_dir, manifest.base.dtype, manifest.base.quantize, device=device)
+        model = load_base(run.model_dir, base.dtype, base.quantize, device=device)
     model.config.use_cache = False  # a cache would keep packed examples from being told apart
-    if manifest.base.quantize != "none":
+    if base.quantize != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if run.method != "soka":
-        return _build_baseline(run, model, checkpoint)
-    if checkpoint is not None:
-        return load_adapter(model, checkpoint)
-    adapted = build_soka_model(model, run.factors, initial=bool(run.initial), base_model=run.base_name)
-    for name, layer in soka_layers(adapted).items():
-        if run.initial and name not in run.initial:
-            # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
-            layer.soka_sigma_initial[ADAPTER].data.zero_()
-    return adapted
-
-
-def _build_baseline(run: Run, model: PreTrainedModel, checkpoint: Path | None) -> Trainable:
-    method = run.manifest.train.method
-    adapted = build_baseline(model, method, run.manifest.train.method_rank, run.targets, run.base_name)
-    if method == "full":
-        return adapted
-    initial = run.work_dir / "initial"
-    if method == "pissa":
-        if (initial / ADAPTER_WEIGHTS).exists():
-            check_initial(adapted, initial)
-        elif PartialState().is_main_process:
-            with replace_directory(initial) as new:
-                write_initial(adapted, new)
-    if checkpoint is not None:
-        load_adapter_weights(adapted, checkpoint)
-    return adapted
+    start = run.start(device)
+    return run.method.build(model, start) if checkpoint is None else run.method.restore(model, start, checkpoint)
 
 
 # ---------------------------------------------------------------------------------------------------------- during
@@ -220,18 +159,17 @@ def _fit(
     run: Run,
     model: Trainable,
     arguments: TrainingArguments,
-    rows: Rows,
-    eval_rows: Rows | None,
-    pad_id: int,
+    data: TrainingData,
     point: ResumePoint | None,
     bar: ExitStack | None,
 ) -> None:
     """Run the Trainer to its end; the last checkpoint in `work_dir` is then the final one."""
     recipe = run.manifest.train
+    rows, eval_rows = make_rows(run, data.training, data.evaluation)
     pruning = Pruning(recipe.prune) if recipe.prune is not None else None
     if pruning and point:
         pruning.restore(point.facts["prune"])
-    callbacks: list[Any] = [History(run.work_dir / "history.jsonl")]
+    callbacks: list[Any] = [*run.method.callbacks(), History(run.work_dir / "history.jsonl")]
     if pruning:
         callbacks.append(pruning)
     if recipe.early_stopping is not None:
@@ -251,7 +189,7 @@ def _fit(
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows,
-        data_collator=PadCollator(pad_id, multiple_of=1 if arguments.use_cpu else 8),
+        data_collator=PadCollator(data.pad_id, multiple_of=1 if arguments.use_cpu else 8),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)

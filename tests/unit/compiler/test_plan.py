@@ -16,7 +16,8 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import ModelSize, Module, modules_from_config, size_from_config
 from soka_serve.base.read_modules import list_modules
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.plan.estimate import estimate_memory, lokr_parameters, lora_parameters
+from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.plan.estimate import Setting, estimate_memory
 from soka_serve.compiler.plan.plan import Plan, StageStatus, make_plan
 from soka_serve.compiler.plan.policies import policies_for
 from soka_serve.compiler.plan.text import render_plan
@@ -228,8 +229,7 @@ def test_baseline_parameters_are_peft_s(tmp_path: Path, method: str) -> None:
         model = get_peft_model(Layer(), config)  # type: ignore[arg-type]
         expected = sum(p.numel() for p in model.parameters() if p.requires_grad)
         modules = [Module("q_proj", 30, 48, 0, "float32"), Module("o_proj", 64, 31, 0, "float32")]
-        count = lokr_parameters if method == "lokr" else lora_parameters
-        assert sum(count(m, rank) for m in modules) == expected
+        assert sum(METHODS[method].parameters(m, rank) for m in modules) == expected
     train = f'method = "{method}"\nmethod_rank = 2'
     plan = llama2(tmp_path, train=train)
     assert plan.method == method
@@ -474,16 +474,14 @@ def test_default_plan_is_quick_and_without_torch() -> None:
 
 def test_memory_without_modules_is_finite() -> None:
     size = ModelSize(100, 0, 400, "float32", 8, 10, 1)
-    memory = estimate_memory(
-        size,
-        [],
-        method="soka",
-        trained=0,
-        initial=0,
+    setting = Setting(
+        size=size,
+        modules=[],
         tokens=4,
         base_dtype="float32",
         quantize="none",
         precision="float32",
         gradient_checkpointing=False,
     )
+    memory = estimate_memory(setting, trained=0)
     assert memory.total > memory.overhead

@@ -198,7 +198,7 @@ def test_loss_takes_the_place_of_accuracy_that_was_not_measured(data: ReportData
     assert "held-out problems correctly" not in text
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full", "something-new"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full", "dora"])
 def test_other_methods_have_no_spectra(data: ReportData, method: str) -> None:
     page = Page(render_report(replace(data, method=method, modules=[], comparison={})))
     assert not {"spectra", "ranks"} & page.ids()

@@ -17,17 +17,23 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
-from soka_serve.compiler.train.baseline_merge import merge_baseline
+from soka_serve.compiler.methods import METHODS, Merging, in_manifests
+from soka_serve.compiler.methods.pissa import Pissa
 from soka_serve.compiler.train.callbacks import Pruning, Spectrum, read_history, tracker_metrics
 from soka_serve.compiler.train.resume import newest_point
-from soka_serve.compiler.train.train import TrainResult, load_trained
+from soka_serve.compiler.train.run import TrainResult
 from soka_serve.data.examples import Encoded, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
 from soka_serve.manifest.schema import Prune
-from tests.support.training import make_base, make_examples, make_factors, make_manifest, run_training, target_names
-
-METHODS = ("soka", "lora", "pissa", "lokr", "full")
+from tests.support.training import (
+    load_trained,
+    make_base,
+    make_examples,
+    make_factors,
+    run_training,
+    target_names,
+)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def logits_of(model: Any) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", in_manifests())
 def test_every_method_learns(base: Path, tmp_path: Path, method: str) -> None:
     """20 steps lower the loss, and what is on disk changes the untouched base's answers."""
     rate = 3e-3 if method == "full" else 1e-2
@@ -60,7 +66,7 @@ def test_every_method_learns(base: Path, tmp_path: Path, method: str) -> None:
     assert not result.stopped_early
     assert not list(tmp_path.glob("checkpoint-*"))
     before = logits_of(load_base(base).eval())
-    trained = logits_of(load_trained(base, make_manifest(method=method), result))
+    trained = logits_of(load_trained(base, result))
     assert (trained - before).abs().max() > 0.1
     if method == "full":
         again = AutoModelForCausalLM.from_pretrained(result.directory)
@@ -72,7 +78,7 @@ def test_every_method_learns(base: Path, tmp_path: Path, method: str) -> None:
 
 def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path: Path) -> None:
     result = run_training(base, tmp_path, steps=3)
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     assert set(adapter.factors) == set(adapter.initial) == set(target_names())
     for name, start in make_factors(base).items():
         assert torch.equal(adapter.initial[name].left, start.left)
@@ -84,10 +90,10 @@ def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path
 def test_zero_steps_export_the_initialisation(base: Path, tmp_path: Path) -> None:
     result = run_training(base, tmp_path, steps=0)
     assert (result.steps, result.final_loss) == (0, None)
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     for name, start in make_factors(base).items():
         assert torch.equal(adapter.factors[name].sigma, start.sigma)
-    trained = load_trained(base, make_manifest(), result)
+    trained = load_trained(base, result)
     assert torch.equal(logits_of(trained), logits_of(load_base(base).eval()))
 
 
@@ -95,7 +101,7 @@ def test_modules_without_initial_factors_start_from_their_own_delta(base: Path, 
     factors = make_factors(base)
     first, *others = factors
     result = run_training(base, tmp_path, steps=0, factors=factors, initial=frozenset(others))
-    delta = {name: dense_delta(read_adapter(result.adapter).delta_factors(name)) for name in factors}
+    delta = {name: dense_delta(read_adapter(result.directory).delta_factors(name)) for name in factors}
     torch.testing.assert_close(delta[first], dense_delta(factors[first]))
     assert all(delta[name].abs().max() < 1e-5 for name in others)
 
@@ -105,24 +111,22 @@ def test_pissa_leaves_a_plain_lora_of_the_untouched_base(base: Path, tmp_path: P
     result = run_training(base, tmp_path, method="pissa", steps=0)
     config = json.loads((result.directory / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (4, 4, True)
-    trained = load_trained(base, make_manifest(method="pissa"), result)
+    trained = load_trained(base, result)
     torch.testing.assert_close(logits_of(trained), logits_of(load_base(base).eval()), rtol=1e-4, atol=1e-4)
 
 
 def test_pissa_trains_what_it_says(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live model's last logits, on the rewritten base, are the written adapter's on the untouched one."""
-    from soka_serve.compiler.train import train as stage
-
     models = []
-    build = stage.build_baseline
-    monkeypatch.setattr(stage, "build_baseline", lambda *a: models.append(build(*a)) or models[-1])
+    build = Pissa.build
+    monkeypatch.setattr(Pissa, "build", lambda *a: models.append(build(*a)) or models[-1])
     result = run_training(base, tmp_path, method="pissa", steps=5)
     live = models[0].eval()
     name = "model.layers.0.self_attn.q_proj"
     rewritten = live.get_submodule(f"base_model.model.{name}").base_layer.weight
     original = load_base(base).get_submodule(name).weight
     assert (rewritten - original).abs().max() > 0.05
-    written = load_trained(base, make_manifest(method="pissa"), result)
+    written = load_trained(base, result)
     torch.testing.assert_close(logits_of(written), logits_of(live), rtol=1e-4, atol=1e-4)
 
 
@@ -132,7 +136,7 @@ def test_pissa_trains_what_it_says(base: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("part", ["left", "right", "sigma"])
 def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part: str) -> None:
     result = run_training(base, tmp_path, **{f"{part}_lr": 0.0})
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     for name, start in make_factors(base).items():
         for other in ("left", "right", "sigma"):
             unchanged = torch.equal(getattr(adapter.factors[name], other), getattr(start, other))
@@ -144,7 +148,7 @@ def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part:
 def test_a_multiplier_scales_the_first_step(base: Path, tmp_path: Path) -> None:
     """AdamW's first step moves each value by the learning rate, so by multiplier times learning rate."""
     result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, schedule="constant")
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     start = make_factors(base)
     moved = {
         part: torch.cat(
@@ -257,7 +261,7 @@ def test_early_stopping_keeps_the_best(base: Path, tmp_path: Path) -> None:
     assert result.steps == best
     assert result.steps_run == best + 3 * 2 < result.steps_planned
     assert result.eval_loss == evaluated[best]
-    model = load_trained(base, make_manifest(method="full"), result)
+    model = load_trained(base, result)
     examples = make_examples(16, seed=7).examples
     with torch.no_grad():
         per_batch = []
@@ -309,7 +313,7 @@ def test_pruning_drops_terms_and_goes_on(base: Path, tmp_path: Path) -> None:
     result = run_training(
         base, tmp_path, factors=factors, steps=12, prune={"threshold": 0.3, "every": 2, "patience": 2, "min": 1}
     )
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     assert result.pruned
     assert all(adapter.factors[name].rank == 3 - result.pruned.get(name, 0) for name in factors)
     assert all(adapter.initial[name].rank == adapter.factors[name].rank for name in factors)
@@ -359,7 +363,7 @@ def test_history_has_every_module(base: Path, tmp_path: Path) -> None:
         assert all(math.isfinite(line[key]) for key in ("loss", "grad_norm", "learning_rate"))
         assert set(line["modules"]) == set(target_names())
     last = trained[-1]["modules"]
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     for name, state in last.items():
         assert state["rank"] == 2
         assert state["sigma"] == pytest.approx(adapter.factors[name].sigma.tolist())
@@ -369,7 +373,7 @@ def test_history_has_every_module(base: Path, tmp_path: Path) -> None:
 def test_effective_rank_is_of_what_training_added(base: Path, tmp_path: Path) -> None:
     """Against dense deltas: shares of ||sigma L (x) R - sigma0 L0 (x) R0||^2 per term."""
     result = run_training(base, tmp_path, steps=3)
-    adapter = read_adapter(result.adapter)
+    adapter = read_adapter(result.directory)
     modules = read_history(result.history)[-1]["modules"]
     for name in target_names()[:3]:
         theta, initial = adapter.factors[name], adapter.initial[name]
@@ -456,10 +460,10 @@ def test_files_that_cannot_grow(base: Path, tmp_path: Path, limit: int) -> None:
 @pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
 def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
     result = run_training(base, tmp_path / "run", method=method)
-    merge_baseline(method, result.directory, base, tmp_path / "merged", "auto")
+    METHODS[method].merge(result.directory, Merging(base, tmp_path / "merged", "auto", "base", progress=False))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.dtype == torch.float32
-    trained = logits_of(load_trained(base, make_manifest(method=method), result))
+    trained = logits_of(load_trained(base, result))
     torch.testing.assert_close(logits_of(merged), trained, rtol=1e-4, atol=1e-4)
     assert (logits_of(merged) - logits_of(load_base(base).eval())).abs().max() > 1e-2
 

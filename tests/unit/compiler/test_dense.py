@@ -1,4 +1,4 @@
-"""Dense models from the baselines keep the dtypes of the base."""
+"""Dense models written from memory keep the dtypes of the base."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from soka_serve.base.model import Dtype
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.train.baseline_merge import merge_baseline
+from soka_serve.compiler.methods import FULL, Merging
 from soka_serve.io.safetensors import read_header
 
 WIDE = "model.layers.0.mlp.down_proj.weight"
@@ -33,8 +34,8 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("dtype", "wide", "others"), [("auto", "F32", "BF16"), ("float16", "F16", "F16")])
-def test_each_weight_keeps_its_own_dtype(tmp_path: Path, base: Path, dtype: str, wide: str, others: str) -> None:
-    merge_baseline("full", base_directory(), base, tmp_path / "out", dtype)
+def test_each_weight_keeps_its_own_dtype(tmp_path: Path, base: Path, dtype: Dtype, wide: str, others: str) -> None:
+    FULL.merge(base_directory(), Merging(base, tmp_path / "out", dtype, "base", progress=False))
     written = read_header(tmp_path / "out" / "model.safetensors")
     assert written[WIDE].dtype == wide
     assert set(Counter(info.dtype for name, info in written.items() if name != WIDE)) == {others}

@@ -1,0 +1,47 @@
+"""LoRA and its variants in PEFT's LoraConfig: rsLoRA, and DoRA with its magnitudes.
+
+alpha = rank, so that the update is B A without a further factor. rsLoRA keeps PEFT's rank-stabilised factor on top of
+that: its update is sqrt(rank) B A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from soka_serve.compiler.methods.method import Start
+from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from soka_serve.base.modules import Module
+
+
+@dataclass(frozen=True)
+class Lora(PeftMethod):
+    """LoRA with further `options` of LoraConfig."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def parameters(self, module: Module, rank: int) -> int:
+        return lora_parameters(module, rank)
+
+    def config(self, start: Start) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(r=start.rank, lora_alpha=start.rank, **common_options(start), **self.options)
+
+
+@dataclass(frozen=True)
+class Dora(Lora):
+    """LoRA with a trained magnitude per output (arXiv:2402.09353)."""
+
+    def parameters(self, module: Module, rank: int) -> int:
+        return lora_parameters(module, rank) + module.out_features
+
+
+def lora_parameters(module: Module, rank: int) -> int:
+    """Parameters of two low-rank factors on one module: r(in + out)."""
+    return rank * (module.in_features + module.out_features)

@@ -1,0 +1,53 @@
+"""SoKA: sums of Kronecker products, sigma * left ⊗ right, on a base that stays as it is (arXiv:2506.15251)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from soka_serve.compiler.methods.method import Merging, Method, Start, Trainable
+from soka_serve.kron.shapes import balanced_shape
+
+if TYPE_CHECKING:
+    from soka_serve.base.modules import Module
+
+
+@dataclass(frozen=True)
+class Soka(Method):
+    """Kronecker adapters; ranks, shapes and starting factors come from [[adapt]] through stage `init`."""
+
+    ranked: ClassVar[bool] = False
+    kronecker: ClassVar[bool] = True
+    needs_plugin: ClassVar[bool] = True
+
+    def parameters(self, module: Module, rank: int) -> int:
+        return balanced_shape(module.out_features, module.in_features).parameters(rank)
+
+    def build(self, model: Any, start: Start) -> Trainable:
+        from soka_serve.compiler.methods.adapter_files import ADAPTER
+        from soka_serve.peft import build_soka_model, soka_layers
+
+        adapted = build_soka_model(model, start.factors, initial=bool(start.initial), base_model=start.base_name)
+        for name, layer in soka_layers(adapted).items():
+            if start.initial and name not in start.initial:
+                # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
+                layer.soka_sigma_initial[ADAPTER].data.zero_()
+        return adapted
+
+    def restore(self, model: Any, start: Start, checkpoint: Path) -> Trainable:
+        from soka_serve.compiler.methods.adapter_files import load_adapter
+
+        return load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
+
+    def export(self, trained: Path, out: Path, dtype: str) -> float:
+        import torch
+
+        from soka_serve.adapter.export import export
+
+        return export(trained, out, dtype=getattr(torch, dtype)).dropped_energy_frac
+
+    def merge(self, source: Path, merging: Merging) -> None:
+        from soka_serve.compiler.merge.merge import merge
+
+        merge(source, base=merging.base_dir, out=merging.out, dtype=merging.dtype, progress=merging.progress)

@@ -1,0 +1,156 @@
+"""Every method of the registry starts at the base, learns, and trains as many parameters as it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from soka_serve.base.model import load_base
+from soka_serve.base.modules import Module
+from soka_serve.base.read_modules import list_modules
+from soka_serve.builtin import base_directory
+from soka_serve.comparison.plan import RunSpec
+from soka_serve.comparison.preview import preview
+from soka_serve.comparison.run import measure_run
+from soka_serve.comparison.suite import LoadedSuite, parse_suite
+from soka_serve.compiler.methods import METHODS, Start, in_manifests
+from soka_serve.compiler.methods.lora import Lora
+from soka_serve.kron import kpsvd
+from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.schema import Train
+
+ADAPTERS = [name for name, method in METHODS.items() if not method.whole_model]
+RANK = 2
+
+
+def modules() -> list[Module]:
+    return [m for m in list_modules(base_directory()) if m.projection in ("q_proj", "v_proj", "down_proj")]
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.randint(4, 200, (3, 12), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def build(method: str, folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = load_base(base_directory(), "float32")
+    factors = {}
+    if METHODS[method].kronecker:
+        weights = model.state_dict()
+        for m in modules():
+            shape = balanced_shape(m.out_features, m.in_features)
+            factors[m.name] = kpsvd(weights[f"{m.name}.weight"], shape, RANK).factors
+    start = Start(
+        targets=[m.name for m in modules()],
+        rank=RANK,
+        base_name=str(base_directory()),
+        device=torch.device("cpu"),
+        steps=10,
+        initial_dir=folder / "initial",
+        batches=lambda: [batch(1), batch(2)],
+        factors=factors,
+        initial=frozenset(factors),
+    )
+    return METHODS[method].build(model, start)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_it_starts_at_the_base_and_a_step_has_an_effect(method: str, tmp_path: Path) -> None:
+    data = batch()
+    with torch.no_grad():
+        base = load_base(base_directory(), "float32")(**data).logits
+    model = build(method, tmp_path).train()
+    with torch.no_grad():
+        start = model(**data).logits
+    assert torch.allclose(start, base, atol=2e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    loss = model(**data).loss
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = model(**data)
+    assert (after.logits - start).abs().max() > 1e-4
+    assert after.loss < loss
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_parameters_are_what_peft_counts(method: str, tmp_path: Path) -> None:
+    count, _ = build(method, tmp_path).get_nb_trainable_parameters()
+    assert sum(METHODS[method].parameters(m, RANK) for m in modules()) == count
+
+
+def test_adalora_reallocates_its_ranks_from_the_callback(tmp_path: Path) -> None:
+    model = build("adalora", tmp_path).train()
+    (callback,) = METHODS["adalora"].callbacks()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def zero_scales() -> int:
+        return sum(int((p == 0).sum()) for n, p in model.named_parameters() if "lora_E" in n)
+
+    for step in range(1, 11):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        callback.on_optimizer_step(Any, SimpleNamespace(global_step=step), Any, model=model)  # type: ignore[arg-type]
+        optimizer.zero_grad()
+    # It began with three ranks a module and keeps two, wherever they are worth most.
+    assert zero_scales() == len(modules())
+
+
+def test_manifests_may_name_the_methods_that_the_registry_says() -> None:
+    assert set(get_args(Train.model_fields["method"].annotation)) == set(in_manifests())
+
+
+SUITE = """
+schema = 1
+name = "toy"
+[base]
+builtin = "tiny"
+[train]
+steps = 2
+batch_size = 2
+[protocol]
+validation = 2
+test = 2
+max_new_tokens = 4
+[[dataset]]
+name = "math"
+data = { builtin = "math", limit = 8 }
+[[method]]
+name = "mine"
+method = "toy"
+rank = 3
+rates = [1e-2]
+adapt = { modules = ["q_proj"] }
+"""
+
+
+class Toy(Lora):
+    """LoRA of rank 1, whatever rank is asked for."""
+
+    def parameters(self, module: Module, rank: int) -> int:
+        return super().parameters(module, 1)
+
+    def config(self, start: Start) -> Any:
+        return super().config(replace(start, rank=1))
+
+
+def test_a_further_method_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "toy", Toy("toy", "Toy"))
+    suite = parse_suite(SUITE, "s.toml")
+    loaded = LoadedSuite(suite, tmp_path / "s.toml", tmp_path, SUITE, "0" * 64)
+    assert preview(loaded).parameters == {"mine": (counted := 4 * 2 * 128, counted)}
+    record = measure_run(loaded, RunSpec("mine", "math", "final", 1e-2, 0, "k"), tmp_path)
+    assert record["status"] == "done"
+    assert record["trainable_parameters"] == counted
+    assert len(record["loss"]) == 2
+    assert record["adapter_bytes"] > 4 * counted
