@@ -61,7 +61,7 @@ def run_case(options: dict[str, Any]) -> dict[str, Any]:
     shape = balanced_shape(*weight.shape)
     # Libraries set up, and their work buffers allocated, outside the measurement.
     warm = torch.randn(600, 600, device=device)
-    kpsvd(warm, balanced_shape(600, 600), 8, method=options["method"])
+    kpsvd(warm, balanced_shape(600, 600), 8, algorithm=options["method"])
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -69,7 +69,7 @@ def run_case(options: dict[str, Any]) -> dict[str, Any]:
     else:
         before = reset_peak()
     start, start_cpu = time.perf_counter(), time.process_time()
-    result = kpsvd(weight, shape, options["rank"], method=options["method"])
+    result = kpsvd(weight, shape, options["rank"], algorithm=options["method"])
     if device == "cuda":
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu

@@ -67,7 +67,7 @@ def timed(key: str, work: Callable[[], object], seconds: float) -> Point:
 def measure_kpsvd(effort: Effort, *, side: int, rank: int) -> Point:
     """One decomposition; "truncated" by name, since small sides would get the exact method."""
     weight, shape = draw_weight("decaying", side, side, SEED), balanced_shape(side, side)
-    return timed("kpsvd", lambda: kpsvd(weight, shape, rank, method="truncated", seed=SEED), effort.seconds)
+    return timed("kpsvd", lambda: kpsvd(weight, shape, rank, algorithm="truncated", seed=SEED), effort.seconds)
 
 
 def kpsvd_work(*, side: int, rank: int) -> float:

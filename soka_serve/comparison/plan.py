@@ -65,7 +65,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RunInputs:
     """What a run depends on beside the suite: hashes of base and data, versions, the kind of device."""
 
     base: str
@@ -86,29 +86,6 @@ class Choice:
     rate: float | None
     at_edge: bool
     failed: bool = False
-
-
-def make_spec(
-    suite: Suite, contender: Contender, dataset: DataSet, around: Surroundings, stage: Stage, rate: float, seed: int
-) -> RunSpec:
-    """A run with its key: a hash of everything that determines the record."""
-    manifest = manifest_of(suite, contender, dataset, rate=rate, seed=seed).model_dump(mode="json", by_alias=True)
-    protocol = suite.protocol
-    facts = {
-        "record": RECORD_VERSION,
-        "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
-        "contender": contender.model_dump(mode="json", exclude={"name", "rates", "datasets", "priority", "adapt"}),
-        "answers": dataset.answers,
-        "stage": stage,
-        "problems": [protocol.test, protocol.validation if stage == "sweep" else None, protocol.max_new_tokens],
-        "evaluations": protocol.evaluations if stage == "final" else 1,
-        "base": around.base,
-        "data": around.data[dataset.name],
-        "versions": dict(around.versions),
-        "device": around.device,
-    }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
-    return RunSpec(contender.name, dataset.name, stage, rate, seed, key)
 
 
 def score_of(record: Record) -> float | None:
@@ -138,15 +115,36 @@ class Cell:
     suite: Suite
     contender: Contender
     dataset: DataSet
-    around: Surroundings
+    inputs: RunInputs
     _specs: dict[tuple[Stage, float, int], RunSpec] = field(default_factory=dict, compare=False, repr=False)
 
     def spec(self, stage: Stage, rate: float, seed: int) -> RunSpec:
         """One of the cell's runs."""
         asked = (stage, rate, seed)
         if asked not in self._specs:
-            self._specs[asked] = make_spec(self.suite, self.contender, self.dataset, self.around, *asked)
+            key = self._key(stage, rate, seed)
+            self._specs[asked] = RunSpec(self.contender.name, self.dataset.name, stage, rate, seed, key)
         return self._specs[asked]
+
+    def _key(self, stage: Stage, rate: float, seed: int) -> str:
+        """A hash of everything that determines the record."""
+        suite, contender, dataset, inputs = self.suite, self.contender, self.dataset, self.inputs
+        manifest = manifest_of(suite, contender, dataset, rate=rate, seed=seed).model_dump(mode="json", by_alias=True)
+        protocol = suite.protocol
+        facts = {
+            "record": RECORD_VERSION,
+            "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
+            "contender": contender.model_dump(mode="json", exclude={"name", "rates", "datasets", "priority", "adapt"}),
+            "answers": dataset.answers,
+            "stage": stage,
+            "problems": [protocol.test, protocol.validation if stage == "sweep" else None, protocol.max_new_tokens],
+            "evaluations": protocol.evaluations if stage == "final" else 1,
+            "base": inputs.base,
+            "data": inputs.data[dataset.name],
+            "versions": dict(inputs.versions),
+            "device": inputs.device,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
     def choose(self, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
         """What the sweep says so far, and the sweep runs that it still needs."""
@@ -189,9 +187,9 @@ def _last_loss(record: Record) -> float:
     return float(sum(tail) / len(tail))
 
 
-def list_cells(suite: Suite, around: Surroundings) -> list[Cell]:
+def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
     """Every method on every one of its datasets."""
-    return [Cell(suite, m, dataset, around) for m in suite.method for dataset in suite.datasets_of(m)]
+    return [Cell(suite, m, dataset, inputs) for m in suite.method for dataset in suite.datasets_of(m)]
 
 
 def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunSpec]:

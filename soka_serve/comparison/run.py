@@ -7,32 +7,26 @@ leaves out what only a build needs (resume points, export), and answers problems
 from __future__ import annotations
 
 import hashlib
-import logging
-import multiprocessing
-import resource
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.adapter.format import WEIGHTS_FILE
 from soka_serve.base.model import quiet_bars
 from soka_serve.base.served_tokenizer import open_served
-from soka_serve.builtin.problem import Problem
+from soka_serve.comparison.callbacks import Answering, Memory, Questions, Recorder, Trace
 from soka_serve.comparison.plan import RunSpec
-from soka_serve.comparison.problems import is_right, test_problems, validation_problems
+from soka_serve.comparison.problems import test_problems, validation_problems
 from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of
-from soka_serve.compiler.answers import generate_answers, load_tokenizer
+from soka_serve.compiler.answers import load_tokenizer
 from soka_serve.compiler.context import Context, prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
@@ -45,22 +39,7 @@ from soka_serve.io.workspace import Workspace
 from soka_serve.kron import Factors
 from soka_serve.manifest.read import LoadedManifest
 
-logger = logging.getLogger(__name__)
-
 _BATCHES_HASHED = 50
-
-
-@dataclass
-class Trace:
-    """What a training run showed step by step."""
-
-    loss: list[float] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    wall_s: list[float] = field(default_factory=list)
-    correct: dict[int, int] = field(default_factory=dict)
-    """Right answers after so many steps."""
-    peak_bytes: int = 0
 
 
 def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any]:
@@ -75,12 +54,12 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         SokaError: anything that the user can mend, but a loss that is not finite.
     """
     started = time.monotonic()
-    memory = _Memory()
+    memory, trace = Memory(), Trace()
     suite, dataset, contender = loaded.suite, spec.dataset_of(loaded.suite), loaded.suite.contender(spec.method)
     manifest = manifest_of(suite, contender, dataset, rate=spec.rate, seed=spec.seed)
     as_manifest = LoadedManifest(manifest, loaded.path, loaded.directory, "", loaded.sha256)
     record: dict[str, Any] = {"status": "done", "error": None}
-    trace = Trace()
+    final = spec.stage == "final"
     with tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder, quiet_bars(), warnings.catch_warnings():
         # Of libraries, about their own insides; a comparison of eleven methods would drown in them.
         warnings.simplefilter("ignore")
@@ -88,52 +67,43 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         workspace.cache.mkdir(parents=True)
         context = prepare(as_manifest, workspace, progress=False)
         tokenizer = open_served(context.tokenizer_dir)
-        choose = validation_problems if spec.stage == "sweep" else test_problems
+        choose = test_problems if final else validation_problems
         problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
-        prepared = _Prepared(context, contender, workspace.cache, tokenizer.pad_id)
-        model = prepared.model
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        record["base_parameters"] = context.base.size.parameters
-        evaluations = suite.protocol.evaluations if spec.stage == "final" else 1
-        chats = dataset.data.messages is not None
-        answers = _Answering(
-            problems, chats, context.tokenizer_dir, suite.protocol.max_new_tokens, evaluations, trace, memory
+        trial = _Trial(context, contender, workspace.cache, tokenizer.pad_id)
+        trainable = [p for p in trial.model.parameters() if p.requires_grad]
+        questions = Questions(
+            problems,
+            load_tokenizer(context.tokenizer_dir),
+            chats=dataset.data.messages is not None,
+            longest=suite.protocol.max_new_tokens,
         )
+        evaluations = suite.protocol.evaluations if final else 1
         prepared_s = time.monotonic() - started
-        trainer = prepared.trainer([_Recorder(trace), answers])
+        trainer = trial.trainer([Recorder(trace), Answering(questions, evaluations, trace, memory)])
         try:
             trainer.train()
         except DivergedError as error:
             record.update(status="diverged", error=error.message)
-        record["trainable_parameters"] = sum(p.numel() for p in trainable.values() if p.requires_grad)
-        if spec.stage == "final":
-            record["adapter_bytes"] = prepared.size_on_disk()
-        record["batches_sha256"] = prepared.collator.digest()
-    total = len(problems)
-    final = trace.correct.get(trainer.state.max_steps, 0)
-    if record["status"] == "diverged":
-        final = 0
-    return record | {
-        "correct": final,
-        "best_correct": max([final, *trace.correct.values()]),
+        record["base_parameters"] = context.base.size.parameters
+        record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
+        if final:
+            record["adapter_bytes"] = trial.size_on_disk()
+        record["batches_sha256"] = trial.collator.digest()
+    correct = 0 if record["status"] == "diverged" else trace.correct.get(trainer.state.max_steps, 0)
+    return {
+        **record,
+        "correct": correct,
+        "best_correct": max([correct, *trace.correct.values()]),
         "correct_at": {str(step): right for step, right in trace.correct.items()},
-        "problems": total,
-        "loss": [round(value, 5) for value in trace.loss],
-        "grad_norm": [float(f"{value:.5g}") for value in trace.grad_norm],
-        "step_cpu_s": _mean(trace.cpu_s[1:] or trace.cpu_s),
-        "step_wall_s": _mean(trace.wall_s[1:] or trace.wall_s),
-        "peak_bytes": trace.peak_bytes,
+        "problems": len(problems),
+        **trace.summary(),
         "prepare_s": round(prepared_s, 2),
         "run_s": round(time.monotonic() - started, 2),
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(f"{sum(values) / len(values):.5g}") if values else None
-
-
-class _Prepared:
-    """The model of one run with its data, ready to train."""
+class _Trial:
+    """The model of one run with its data, to be trained."""
 
     def __init__(self, context: Context, contender: Contender, folder: Path, pad_id: int) -> None:
         self.context, self.contender, self.folder = context, contender, folder
@@ -225,81 +195,3 @@ class _HashingCollator:
     def digest(self) -> str:
         """Of the batches so far."""
         return self._hash.hexdigest()[:16]
-
-
-class _Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Loss, gradient norm before clipping, and time of every step."""
-
-    def __init__(self, trace: Trace) -> None:
-        self.trace = trace
-        self._cpu = self._wall = 0.0
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        _synchronise()
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _synchronise()
-        self.trace.cpu_s.append(time.process_time() - self._cpu)
-        self.trace.wall_s.append(time.perf_counter() - self._wall)
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():
-            sys.exit(1)  # the suite was killed: nobody waits for this run
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self.trace.loss.append(float(logs["loss"]))
-            self.trace.grad_norm.append(float(logs["grad_norm"]))
-
-
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class _Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Answer the problems after equal shares of the steps."""
-
-    def __init__(
-        self,
-        problems: Sequence[Problem],
-        chats: bool,
-        tokenizer: Path,
-        longest: int,
-        evaluations: int,
-        trace: Trace,
-        memory: _Memory,
-    ) -> None:
-        self.problems, self.chats, self.longest, self.evaluations = problems, chats, longest, evaluations
-        self.trace, self.memory = trace, memory
-        self.tokenizer = load_tokenizer(tokenizer)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}
-        if state.global_step not in steps:
-            return
-        if not self.trace.correct:
-            self.trace.peak_bytes = self.memory.peak_bytes()  # of training, not of answering
-        model = kwargs["model"]
-        texts = generate_answers(
-            model, self.tokenizer, [p.prompt for p in self.problems], self.longest, templated=self.chats
-        )
-        right = sum(is_right(problem, text) for problem, text in zip(self.problems, texts, strict=True))
-        self.trace.correct[state.global_step] = right
-
-
-class _Memory:
-    """Memory that a run needs beyond the process as it began; on a GPU, what torch allocates there."""
-
-    def __init__(self) -> None:
-        self._began = psutil.Process().memory_info().rss
-
-    def peak_bytes(self) -> int:
-        if torch.cuda.is_available():
-            return int(torch.cuda.max_memory_allocated())
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began
-        return max(peak, 0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from soka_serve.kron.factors import Factors, from_vectors
 from soka_serve.kron.shapes import FactorShape
 
-Method = Literal["auto", "exact", "truncated", "rough"]
+Algorithm = Literal["auto", "exact", "truncated", "rough"]
 
 _SVD_SIDE = 512  # up to this shorter side the full SVD takes well under a second and a few MiB
 _KRYLOV_BASIS = 12  # most columns of the Krylov basis over rank; decaying spectra need 4 or 5, random weights 9 to 12
@@ -54,7 +54,9 @@ class Decomposition:
 
 
 @torch.no_grad()
-def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "auto", seed: int = 0) -> Decomposition:
+def kpsvd(
+    weight: Tensor, shape: FactorShape, rank: int, *, algorithm: Algorithm = "auto", seed: int = 0
+) -> Decomposition:
     """The leading terms of the Kronecker-product SVD of `weight`.
 
     Semantics: the sum of sigma[k] * kron(left[k], right[k]) nearest to `weight` in Frobenius norm.
@@ -63,7 +65,7 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
         weight: (out, in) = (m*p, n*q); half precision is computed in float32. CPU or GPU; never written to.
         shape: the factor shape (m, n, p, q).
         rank: number of terms, capped at `shape.max_rank`; 0 gives none.
-        method: "exact"; "truncated" (randomised, never more energy than the exact one); "auto" takes the exact one
+        algorithm: "exact"; "truncated" (randomised, never more energy than the exact one); "auto" takes the exact one
             where it is cheap and the truncated one otherwise; "rough" too, but stops after a few passes over the
             weight, for a start that is improved on.
         seed: seed of the truncated method's random start, drawn on the CPU, so that it is the same on every device.
@@ -83,11 +85,11 @@ def kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, method: Method = "au
     """
     matrix, scale, total_energy = _prepare(weight, shape, rank)
     rank = min(rank, shape.max_rank)
-    exact = _exact_is_cheap(min(matrix.shape), rank) if method in ("auto", "rough") else method == "exact"
+    exact = _exact_is_cheap(min(matrix.shape), rank) if algorithm in ("auto", "rough") else algorithm == "exact"
     if exact:
         left, right, sigma = _exact(matrix, rank)
     else:
-        left, right, sigma = _truncated(matrix, rank, total_energy / scale**2, seed, rough=method == "rough")
+        left, right, sigma = _truncated(matrix, rank, total_energy / scale**2, seed, rough=algorithm == "rough")
     return Decomposition(from_vectors(left, right, sigma * scale, shape), total_energy)
 
 

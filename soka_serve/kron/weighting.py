@@ -216,7 +216,7 @@ class OutputError:
         for i in range(m):
             rows = self.weight[i * p : (i + 1) * p].to(self.dtype).view(p, n, q)
             weighted[i * p : (i + 1) * p] = torch.matmul(root1, rows).matmul(root2).view(p, n * q)
-        factors = kpsvd(weighted, self.shape, rank, method="rough", seed=seed).factors
+        factors = kpsvd(weighted, self.shape, rank, algorithm="rough", seed=seed).factors
         return Factors(factors.left @ inverse1, factors.right @ inverse2, factors.sigma)
 
     def cross(self) -> Tensor:

@@ -14,36 +14,36 @@ from torch import Tensor
 
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.kron import Factors, decompose, dense_delta, kpsvd, rearrange, unrearrange
-from soka_serve.kron.decompose import Method
+from soka_serve.kron.decompose import Algorithm
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error
 
-METHODS: list[Method] = ["exact", "truncated", "auto"]
+ALGORITHMS: list[Algorithm] = ["exact", "truncated", "auto"]
 
 
-@pytest.mark.parametrize("method", ["exact", "auto"])
-def test_error_is_the_optimal_one(method: Method) -> None:
-    oracle.check_decomposition(lambda w, s, r: kpsvd(w, s, r, method=method).factors)
+@pytest.mark.parametrize("algorithm", ["exact", "auto"])
+def test_error_is_the_optimal_one(algorithm: Algorithm) -> None:
+    oracle.check_decomposition(lambda w, s, r: kpsvd(w, s, r, algorithm=algorithm).factors)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_sum_of_kronecker_products_is_recovered(method: Method, dtype: torch.dtype) -> None:
+def test_a_sum_of_kronecker_products_is_recovered(algorithm: Algorithm, dtype: torch.dtype) -> None:
     shape = FactorShape(8, 6, 5, 9)
     planted = oracle.draw_factors(shape, 3)
     weight = oracle.oracle_delta(planted).to(dtype)
-    result = kpsvd(weight, shape, 3, method=method)
+    result = kpsvd(weight, shape, 3, algorithm=algorithm)
     assert relative_error(oracle.oracle_delta(result.factors), weight) < 2 * RELATIVE_ERROR[dtype]
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     assert result.factors.left.dtype == result.factors.right.dtype == result.factors.sigma.dtype == expected
     assert result.captured_frac == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_terms_are_normed_orthogonal_descending_and_signed(method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_terms_are_normed_orthogonal_descending_and_signed(algorithm: Algorithm) -> None:
     weight = oracle.draw(72, 60, dtype=torch.float32)
-    factors = kpsvd(weight, FactorShape(9, 10, 8, 6), 7, method=method).factors
+    factors = kpsvd(weight, FactorShape(9, 10, 8, 6), 7, algorithm=algorithm).factors
     for stack in (factors.left, factors.right):
         flat = stack.double().flatten(1)
         torch.testing.assert_close(flat @ flat.t(), torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-5)
@@ -52,19 +52,19 @@ def test_terms_are_normed_orthogonal_descending_and_signed(method: Method) -> No
     for left in factors.left:
         assert float(left.flatten()[left.abs().argmax()]) > 0
     # Whatever the sign of the weight; the right factors carry it.
-    negated = kpsvd(-weight, FactorShape(9, 10, 8, 6), 7, method=method).factors
+    negated = kpsvd(-weight, FactorShape(9, 10, 8, 6), 7, algorithm=algorithm).factors
     torch.testing.assert_close(negated.left, factors.left)
     torch.testing.assert_close(negated.right, -factors.right)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_same_arguments_give_the_same_bits(method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_same_arguments_give_the_same_bits(algorithm: Algorithm) -> None:
     weight = oracle.draw(96, 96, dtype=torch.float32)
     shape = balanced_shape(96, 96)
     torch.manual_seed(1)
-    one = kpsvd(weight, shape, 5, method=method, seed=3)
+    one = kpsvd(weight, shape, 5, algorithm=algorithm, seed=3)
     torch.manual_seed(2)
-    other = kpsvd(weight, shape, 5, method=method, seed=3)
+    other = kpsvd(weight, shape, 5, algorithm=algorithm, seed=3)
     for part in ("left", "right", "sigma"):
         assert torch.equal(getattr(one.factors, part), getattr(other.factors, part))
     assert one.total_energy == other.total_energy
@@ -73,7 +73,7 @@ def test_the_same_arguments_give_the_same_bits(method: Method) -> None:
 def test_the_callers_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    kpsvd(oracle.draw(64, 64), balanced_shape(64, 64), 2, method="truncated")
+    kpsvd(oracle.draw(64, 64), balanced_shape(64, 64), 2, algorithm="truncated")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -86,33 +86,33 @@ def test_total_energy_is_exact() -> None:
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-12, 1e15, 1e36])
-@pytest.mark.parametrize("method", METHODS)
-def test_tiny_and_huge_weights(scale: float, method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_tiny_and_huge_weights(scale: float, algorithm: Algorithm) -> None:
     weight = oracle.draw(48, 48, dtype=torch.float32)
     shape = balanced_shape(48, 48)
-    plain = kpsvd(weight, shape, 4, method=method).factors
-    scaled = kpsvd(weight * scale, shape, 4, method=method).factors
+    plain = kpsvd(weight, shape, 4, algorithm=algorithm).factors
+    scaled = kpsvd(weight * scale, shape, 4, algorithm=algorithm).factors
     torch.testing.assert_close(scaled.sigma.double() / scale, plain.sigma.double(), rtol=1e-4, atol=0)
     assert relative_error(scaled.left, plain.left) < 1e-2
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_weight_and_zero_rank(method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_zero_weight_and_zero_rank(algorithm: Algorithm) -> None:
     shape = FactorShape(4, 3, 3, 4)
-    zero = kpsvd(torch.zeros(12, 12), shape, 2, method=method)
+    zero = kpsvd(torch.zeros(12, 12), shape, 2, algorithm=algorithm)
     assert (zero.total_energy, zero.captured_frac) == (0.0, 0.0)
     assert torch.equal(zero.factors.sigma, torch.zeros(2))
     assert bool(zero.factors.left.isfinite().all() and zero.factors.right.isfinite().all())
-    none = kpsvd(oracle.draw(12, 12), shape, 0, method=method)
+    none = kpsvd(oracle.draw(12, 12), shape, 0, algorithm=algorithm)
     assert none.factors.rank == 0
     assert none.factors.shape == shape
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_rank_is_capped_by_the_shape(method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rank_is_capped_by_the_shape(algorithm: Algorithm) -> None:
     for shape in oracle.SHAPES:
         weight = oracle.draw(shape.out_features, shape.in_features)
-        factors = kpsvd(weight, shape, 10_000, method=method).factors
+        factors = kpsvd(weight, shape, 10_000, algorithm=algorithm).factors
         assert factors.rank == shape.max_rank
         assert relative_error(oracle.oracle_delta(factors), weight) < 1e-10
 
@@ -138,18 +138,18 @@ def test_the_weight_is_not_written_to() -> None:
     weight = oracle.draw(48, 40, dtype=torch.float32) * 100
     before = weight.clone()
     for shape in (FactorShape(1, 40, 48, 1), FactorShape(48, 1, 1, 40), FactorShape(6, 8, 8, 5)):
-        for method in METHODS:
-            kpsvd(weight, shape, 2, method=method)
+        for algorithm in ALGORITHMS:
+            kpsvd(weight, shape, 2, algorithm=algorithm)
     assert torch.equal(weight, before)
 
 
 # --- truncated against exact -----------------------------------------------------------------------------------------
 
 
-def deficit(weight: Tensor, shape: FactorShape, rank: int, method: Method = "truncated") -> float:
+def deficit(weight: Tensor, shape: FactorShape, rank: int, algorithm: Algorithm = "truncated") -> float:
     """Share of the optimal captured energy (float64 SVD) that the terms miss, measured on the terms themselves."""
     spectrum = torch.linalg.svdvals(rearrange(weight.double(), shape))
-    factors = kpsvd(weight, shape, rank, method=method).factors
+    factors = kpsvd(weight, shape, rank, algorithm=algorithm).factors
     total = float(weight.double().square().sum())
     left_over = float((weight.double() - dense_delta(factors.to(torch.float64))).square().sum())
     return 1 - (total - left_over) / float(spectrum[:rank].square().sum())
@@ -209,7 +209,7 @@ def test_exact_through_the_gram_matrix_keeps_small_singular_values(
     weight = unrearrange(matrix, shape)
     for side_up in (weight, weight.t().contiguous()):
         this = shape if side_up is weight else FactorShape(10, 12, 9, 11)
-        factors = kpsvd(side_up, this, rank, method="exact").factors
+        factors = kpsvd(side_up, this, rank, algorithm="exact").factors
         expected = torch.linalg.svdvals(rearrange(side_up.double(), this))[:rank]
         # Relative to the largest, as for any backward-stable SVD in float32.
         assert float((factors.sigma.double() - expected).abs().max()) < 2e-6
@@ -230,31 +230,31 @@ torch.set_num_threads(1)
 torch.manual_seed(0)
 resident = lambda field: int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 weight = torch.randn(1536, 2048).to(getattr(torch, sys.argv[2]))
-kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8, method=sys.argv[1])
+kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8, algorithm=sys.argv[1])
 Path("/proc/self/clear_refs").write_text("5")
 before = resident("VmRSS")
-kpsvd(weight, balanced_shape(1536, 2048), 64, method=sys.argv[1])
+kpsvd(weight, balanced_shape(1536, 2048), 64, algorithm=sys.argv[1])
 print((resident("VmHWM") - before) / (weight.numel() * 4))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resets the memory mark through Linux's /proc")
-@pytest.mark.parametrize(("method", "dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("exact", "float32")])
-def test_peak_memory_stays_below_six_weights(method: str, dtype: str) -> None:
+@pytest.mark.parametrize(("algorithm", "dtype"), [("auto", "float32"), ("auto", "bfloat16"), ("exact", "float32")])
+def test_peak_memory_stays_below_six_weights(algorithm: str, dtype: str) -> None:
     # The allocator keeps freed blocks of up to 32 MiB, which is everything at this size and nothing at a 7B model's.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-c", _MEMORY_PROBE, method, dtype]
+    command = [sys.executable, "-c", _MEMORY_PROBE, algorithm, dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert 0.5 < float(result.stdout) < 6
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
-def test_the_gpu_agrees_with_the_cpu(method: Method) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_gpu_agrees_with_the_cpu(algorithm: Algorithm) -> None:
     weight = oracle.draw(1024, 768, dtype=torch.float32)
     shape = balanced_shape(1024, 768)
-    cpu = kpsvd(weight, shape, 8, method=method)
-    gpu = kpsvd(weight.cuda(), shape, 8, method=method)
+    cpu = kpsvd(weight, shape, 8, algorithm=algorithm)
+    gpu = kpsvd(weight.cuda(), shape, 8, algorithm=algorithm)
     assert gpu.total_energy == pytest.approx(cpu.total_energy, rel=1e-10)
     torch.testing.assert_close(gpu.factors.sigma.cpu(), cpu.factors.sigma, rtol=2e-3, atol=0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from soka_serve.comparison.plan import Cell, RunSpec, Surroundings, extend, list_cells, next_runs
+from soka_serve.comparison.plan import Cell, RunInputs, RunSpec, extend, list_cells, next_runs
 from soka_serve.comparison.suite import Suite, parse_suite
 
 TEXT = """
@@ -36,7 +36,7 @@ rates = [1.0]
 priority = 2
 datasets = ["code"]
 """
-AROUND = Surroundings("base", {"math": "m", "code": "c"}, {"torch": "1"}, "cpu")
+INPUTS = RunInputs("base", {"math": "m", "code": "c"}, {"torch": "1"}, "cpu")
 
 Records = dict[str, dict[str, Any]]
 
@@ -45,8 +45,8 @@ def suite(text: str = TEXT) -> Suite:
     return parse_suite(text, "s.toml")
 
 
-def cell(text: str = TEXT, around: Surroundings = AROUND) -> Cell:
-    return list_cells(suite(text), around)[0]
+def cell(text: str = TEXT, inputs: RunInputs = INPUTS) -> Cell:
+    return list_cells(suite(text), inputs)[0]
 
 
 def record(correct: int, loss: float = 1.0, status: str = "done") -> dict[str, Any]:
@@ -117,13 +117,13 @@ def test_diverged_runs_count_as_zero_and_failed_ones_do_not_count() -> None:
 
 
 def test_a_single_rate_is_taken_as_told() -> None:
-    one = list_cells(suite(), AROUND)[2]
+    one = list_cells(suite(), INPUTS)[2]
     choice, missing = one.choose(sweep(one, {1.0: 10}))
     assert (choice.rate, choice.at_edge, missing) == (1.0, False, [])
 
 
 def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
-    cells = list_cells(suite(), AROUND)
+    cells = list_cells(suite(), INPUTS)
     runs = next_runs(cells, {})
     assert [(r.method, r.dataset) for r in runs] == [("first", "math")] * 3 + [("first", "code")] * 3 + [
         ("second", "code")
@@ -161,13 +161,13 @@ def test_a_run_is_filed_under_everything_that_determines_it() -> None:
         ('method = "lora"', 'method = "lora"\nadapt = { modules = ["q_proj"] }'),
     ):
         assert cell(TEXT.replace(old, new, 1)).spec("final", 2.0, 0).key != key, new
-    for around in (
-        Surroundings("other", AROUND.data, AROUND.versions, "cpu"),
-        Surroundings("base", {"math": "x", "code": "c"}, AROUND.versions, "cpu"),
-        Surroundings("base", AROUND.data, {"torch": "2"}, "cpu"),
-        Surroundings("base", AROUND.data, AROUND.versions, "cuda"),
+    for inputs in (
+        RunInputs("other", INPUTS.data, INPUTS.versions, "cpu"),
+        RunInputs("base", {"math": "x", "code": "c"}, INPUTS.versions, "cpu"),
+        RunInputs("base", INPUTS.data, {"torch": "2"}, "cpu"),
+        RunInputs("base", INPUTS.data, INPUTS.versions, "cuda"),
     ):
-        assert cell(around=around).spec("final", 2.0, 0).key != key
+        assert cell(inputs=inputs).spec("final", 2.0, 0).key != key
 
 
 @pytest.mark.parametrize("validation", [10, 20])

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from soka_serve.comparison.compare import Records
 from soka_serve.comparison.page import accuracy_chart, render_html
-from soka_serve.comparison.plan import Cell, Surroundings, list_cells
+from soka_serve.comparison.plan import Cell, RunInputs, list_cells
+from soka_serve.comparison.records import Records
 from soka_serve.comparison.results import summarise
 from soka_serve.comparison.suite import Suite, parse_suite
 from soka_serve.comparison.tables import percent, render_markdown, verdict
@@ -74,7 +74,7 @@ def suite() -> Suite:
 
 @pytest.fixture
 def cells(suite: Suite) -> list[Cell]:
-    return list_cells(suite, Surroundings("b", {"math": "m"}, {}, "cpu"))
+    return list_cells(suite, RunInputs("b", {"math": "m"}, {}, "cpu"))
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_weights_are_the_principal_terms(base: Checkpoint) -> None:
     assert started.initial_modules == set(started.factors)
     module = started.modules[0]
     weight = base.read(f"{QUERY}.weight")
-    best = kpsvd(weight, module.factor_shape, 3, method="exact")
+    best = kpsvd(weight, module.factor_shape, 3, algorithm="exact")
     torch.testing.assert_close(dense_delta(started.factors[QUERY]), dense_delta(best.factors), rtol=1e-4, atol=1e-5)
     assert module.total_energy == pytest.approx(float(weight.double().square().sum()))
     assert len(module.sigma) > 3, "the report shows what was cut off"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.comparison.compare import Records, compare
+from soka_serve.comparison.compare import compare
+from soka_serve.comparison.records import Records
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io import files
 from soka_serve.io.lockfile import write_lock
@@ -179,7 +180,7 @@ def test_results_replace_results_only(tmp_path: Path, text: str | None) -> None:
 def test_a_comparison_overwrites_nothing_of_the_users(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("soka_serve.comparison.compare.look_around", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr("soka_serve.comparison.compare.read_inputs", lambda *_: pytest.fail("work was begun"))
     for mine in ("README.md", "results.html", "page.html", "notes.md"):
         (tmp_path / mine).write_text("mine")
     with pytest.raises(BuildError, match=r"would overwrite|is the name of the JSON file"):

@@ -44,7 +44,7 @@ def test_no_shape_captures_more_at_equal_parameters() -> None:
 
     def energy(shape: FactorShape) -> float:
         rank = min(budget // shape.parameters(1), shape.max_rank)
-        return float(kpsvd(weight, shape, rank, method="exact").factors.sigma.square().sum())
+        return float(kpsvd(weight, shape, rank, algorithm="exact").factors.sigma.square().sum())
 
     assert energy(chosen) >= max(map(energy, candidates)) * (1 - 1e-3)
     assert chosen.parameters(budget // chosen.parameters(1)) <= budget
@@ -68,6 +68,6 @@ def test_a_budget_below_one_term_is_refused() -> None:
 def test_captured_energy_agrees_with_the_decomposition() -> None:
     weight = planted(FactorShape(8, 8, 6, 6), terms=4, noise=0.3) * 1e-3
     shape = FactorShape(12, 6, 4, 8)
-    expected = float(kpsvd(weight, shape, 5, method="exact").factors.sigma.double().square().sum())
+    expected = float(kpsvd(weight, shape, 5, algorithm="exact").factors.sigma.double().square().sum())
     assert captured_energy(weight, shape, 5) == pytest.approx(expected, rel=1e-4)
     assert captured_energy(weight, shape, 5, rough=True) <= expected * (1 + 1e-4)

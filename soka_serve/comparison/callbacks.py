@@ -1,0 +1,122 @@
+"""What a run of a comparison measures while it trains: loss, gradients, time, memory, and right answers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from soka_serve.builtin.problem import Problem
+from soka_serve.comparison.problems import is_right
+from soka_serve.compiler.answers import generate_answers
+
+
+@dataclass
+class Trace:
+    """What a training run showed step by step."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    correct: dict[int, int] = field(default_factory=dict)
+    """Right answers after so many steps."""
+    peak_bytes: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        """The trace as a record holds it."""
+        return {
+            "loss": [round(value, 5) for value in self.loss],
+            "grad_norm": [float(f"{value:.5g}") for value in self.grad_norm],
+            "step_cpu_s": _mean(self.cpu_s[1:] or self.cpu_s),
+            "step_wall_s": _mean(self.wall_s[1:] or self.wall_s),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(f"{sum(values) / len(values):.5g}") if values else None
+
+
+class Memory:
+    """Memory that a run needs beyond the process as it began; on a GPU, what torch allocates there."""
+
+    def __init__(self) -> None:
+        self._began = psutil.Process().memory_info().rss
+
+    def peak_bytes(self) -> int:
+        if torch.cuda.is_available():
+            return int(torch.cuda.max_memory_allocated())
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began
+        return max(peak, 0)
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Loss, gradient norm before clipping, and time of every step."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self._cpu = self._wall = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _synchronise()
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _synchronise()
+        self.trace.cpu_s.append(time.process_time() - self._cpu)
+        self.trace.wall_s.append(time.perf_counter() - self._wall)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            sys.exit(1)  # the suite was killed: nobody waits for this run
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.trace.loss.append(float(logs["loss"]))
+            self.trace.grad_norm.append(float(logs["grad_norm"]))
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Problems to answer: `chats` says that prompts hold their chat template, `longest` is in tokens."""
+
+    problems: Sequence[Problem]
+    tokenizer: Any
+    chats: bool
+    longest: int
+
+
+class Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Answer the questions `evaluations` times, after equal shares of the steps."""
+
+    def __init__(self, questions: Questions, evaluations: int, trace: Trace, memory: Memory) -> None:
+        self.questions, self.evaluations, self.trace, self.memory = questions, evaluations, trace, memory
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}
+        if state.global_step not in steps:
+            return
+        if not self.trace.correct:
+            self.trace.peak_bytes = self.memory.peak_bytes()  # of training, not of answering
+        asked = self.questions
+        prompts = [problem.prompt for problem in asked.problems]
+        texts = generate_answers(kwargs["model"], asked.tokenizer, prompts, asked.longest, templated=asked.chats)
+        right = sum(is_right(problem, text) for problem, text in zip(asked.problems, texts, strict=True))
+        self.trace.correct[state.global_step] = right

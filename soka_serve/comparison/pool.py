@@ -1,0 +1,128 @@
+"""The runs of a suite as processes, so many at a time, until none is left or a limit is reached."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from soka_serve.comparison.plan import Cell, RunSpec, next_runs
+from soka_serve.comparison.records import Records, progress_of
+from soka_serve.comparison.suite import LoadedSuite
+from soka_serve.io.progress import track
+from soka_serve.io.workspace import Workspace
+
+_STOP_S = 10.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much to do in this call; None is no limit."""
+
+    jobs: int = 1
+    minutes: float | None = None
+    runs: int | None = None
+
+
+def run_all(
+    loaded: LoadedSuite, cells: list[Cell], store: Records, limits: Limits, workspace: Workspace, progress: bool
+) -> None:
+    """Run what is missing of a suite; each run leaves a record, a process that dies too."""
+    if not next_runs(cells, store.read()):
+        return
+    scratch = workspace.cache / "runs"
+    scratch.mkdir(exist_ok=True)
+    for leftover in scratch.glob("run-*"):  # of killed runs; nobody else writes here while the lock is held
+        shutil.rmtree(leftover, ignore_errors=True)
+    deadline = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
+    begun: set[str] = set()
+    total = max(progress_of(cells, store.read())["left"], 1)
+    with _workers(limits.jobs) as pool, track(total, loaded.suite.name, unit="run", enabled=progress) as advance:
+        while True:
+            stop = (deadline is not None and time.monotonic() >= deadline) or (
+                limits.runs is not None and len(begun) >= limits.runs
+            )
+            waiting = [] if stop else [run for run in next_runs(cells, store.read()) if run.key not in begun]
+            for run in waiting:
+                if not pool.has_room or (limits.runs is not None and len(begun) >= limits.runs):
+                    break
+                begun.add(run.key)
+                pool.start(run, loaded, scratch, store.path(run.key))
+            if not pool.busy:
+                return
+            for run in pool.wait():
+                if not store.path(run.key).exists():
+                    store.write(run.key, run.describe() | run.failure("the process died: out of memory, or killed"))
+                record = store.read()[run.key]
+                advance(f"{run.to_text()}: {outcome(record)}")
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """A record in a few words."""
+    if record["status"] != "done":
+        return f"{record['status']}: {str(record['error']).splitlines()[0]}"
+    return f"{record['correct']}/{record['problems']} right, {record['run_s']:.0f} s"
+
+
+class _Pool:
+    """Processes, one per run, so that each has its own memory and may die alone."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["soka_serve.comparison.worker", "soka_serve.comparison.pool"])
+        self._running: dict[Any, RunSpec] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return len(self._running) < self.jobs
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running)
+
+    def start(self, run: RunSpec, loaded: LoadedSuite, scratch: Path, file: Path) -> None:
+        process = self._context.Process(target=_work, args=(loaded, run, scratch, file), daemon=True)
+        process.start()
+        self._running[process] = run
+
+    def wait(self) -> list[RunSpec]:
+        """The runs that have ended, at least one."""
+        ready = wait([process.sentinel for process in self._running])
+        ended = [process for process in self._running if process.sentinel in ready]
+        for process in ended:
+            process.join()
+        return [self._running.pop(process) for process in ended]
+
+    def stop(self) -> None:
+        for process in self._running:
+            process.terminate()
+        for process in self._running:
+            process.join(_STOP_S)
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[_Pool]:
+    """A pool whose processes have one thread each, and end with this one."""
+    pool = _Pool(jobs)
+    kept = os.environ.copy()
+    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # before the workers' libraries are loaded
+    try:
+        yield pool
+    finally:
+        pool.stop()
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def _work(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:
+    from soka_serve.comparison.worker import run_and_record  # only workers import torch
+
+    run_and_record(loaded, spec, work, file)
