@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.errors import SokaError
 
 if TYPE_CHECKING:
+    from soka_serve.adapter.export import export
     from soka_serve.adapter.inspect import inspect
     from soka_serve.comparison.compare import compare
-    from soka_serve.compiler.api import export, merge, plan
     from soka_serve.compiler.build import build
     from soka_serve.compiler.extract import extract
+    from soka_serve.compiler.merge.merge import merge
+    from soka_serve.compiler.status import plan
     from soka_serve.evaluation.run import evaluate
 
 __version__ = "0.1.0"
@@ -48,11 +50,11 @@ _HOMES = {
     "build": "soka_serve.compiler.build",
     "compare": "soka_serve.comparison.compare",
     "evaluate": "soka_serve.evaluation.run",
-    "export": "soka_serve.compiler.api",
+    "export": "soka_serve.adapter.export",
     "extract": "soka_serve.compiler.extract",
     "inspect": "soka_serve.adapter.inspect",
-    "merge": "soka_serve.compiler.api",
-    "plan": "soka_serve.compiler.api",
+    "merge": "soka_serve.compiler.merge.merge",
+    "plan": "soka_serve.compiler.status",
 }
 
 

@@ -3,7 +3,7 @@
     python -m eval.bench.init --out eval/results/init.json
 
 Generates a LLaMA checkpoint of a few decoder layers (bf16; `--kind` as in eval/bench/kpsvd.py), then runs
-`initialise` under each rule in a fresh process. `peak_memory_ratio` is the peak of resident memory above what the
+`InitRun` under each rule in a fresh process. `peak_memory_ratio` is the peak of resident memory above what the
 process held just before (the kernel's high-water mark; for rules with a pass over data that is with the base model
 loaded), in multiples of the largest weight in float32. The bound is 6 for every rule without activation weighting.
 """
@@ -25,11 +25,10 @@ from safetensors.torch import save_file
 from eval.bench.kpsvd import draw_weight
 from eval.memory import reset_peak, resident_bytes
 from eval.record import hardware, make_parser, write_record
-from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.model import load_base
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.base.targets import budget_groups, resolve_targets
-from soka_serve.compiler.init.initialise import initialise
+from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.probe import gather
 from soka_serve.io.versions import versions
 from soka_serve.manifest.schema import Manifest
@@ -84,7 +83,7 @@ def write_checkpoint(directory: Path, options: dict[str, Any], noise: float = 0.
 
 
 def make_statistics(base: Path, scratch: Path) -> Callable[[Sequence[Any]], Iterable[Any]]:
-    """`initialise`'s `statistics` over random batches, with the model loaded into memory of its own."""
+    """`InitRun`'s `statistics` over random batches, with the model loaded into memory of its own."""
     model = load_base(base, "bfloat16").requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # not a view of the mapped file, which would count as it is read
@@ -106,11 +105,12 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
-    targets = resolve_targets(manifest, list_modules(base))
+    opened = Base(base)
+    targets = resolve_targets(manifest, opened.layout.modules)
     needs_data = targets[0].rule.batches > 0
     statistics = make_statistics(base, scratch) if needs_data else None
     arguments: dict[str, Any] = {
-        "finetuned": {"tuned": Checkpoint.open(tuned)},
+        "finetuned": {"tuned": Base(tuned)},
         "statistics": statistics,
         "budgets": {t.module.name: i for i, group in budget_groups(manifest, targets).items() for t in group},
         "scratch": scratch,
@@ -119,7 +119,7 @@ def run_rule(options: dict[str, Any]) -> dict[str, Any]:
     torch.linalg.svd(torch.randn(64, 64))  # libraries set up outside the measurement
     gc.collect()
     before, start = reset_peak(), time.perf_counter()
-    started = initialise(targets, Checkpoint.open(base), **arguments)
+    started = InitRun(targets, opened, **arguments).initialise()
     seconds, peak = time.perf_counter() - start, resident_bytes("VmHWM")
     largest = max(t.module.out_features * t.module.in_features for t in targets)
     return {

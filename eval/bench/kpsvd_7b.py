@@ -33,9 +33,9 @@ from eval.bench.kpsvd import draw_weight
 from eval.memory import AnonymousPeak
 from eval.record import hardware, make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.base.targets import resolve_targets
-from soka_serve.compiler.init.initialise import initialise
+from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.io.progress import track
 from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
@@ -102,13 +102,12 @@ def run_init(case: dict[str, Any]) -> dict[str, Any]:
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
-    targets = resolve_targets(manifest, list_modules(Path(case["model"])))
-    checkpoint = Checkpoint.open(Path(case["model"]))
+    base = Base(Path(case["model"]))
+    targets = resolve_targets(manifest, base.layout.modules)
     device = torch.device(case["device"])
     with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
-        seconds = timed(
-            case["device"], lambda: initialise(targets, checkpoint, scratch=Path(scratch), device=device, progress=True)
-        )
+        run = InitRun(targets, base, device=device, scratch=Path(scratch))
+        seconds = timed(case["device"], run.initialise)
     return {"modules": len(targets), "seconds": seconds, "peak_mb": round(peak.added_bytes / 1e6)}
 
 

@@ -25,8 +25,8 @@ from soka_serve.adapter.format import write_adapter
 from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import Module as Projection
-from soka_serve.base.read_modules import list_modules
-from soka_serve.compiler.init.initialise import initialise
+from soka_serve.base.opened import Base
+from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
 from soka_serve.kron.apply import choose_order
@@ -100,10 +100,11 @@ def run_init(case: dict[str, Any]) -> Point:
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
-    adapted, checkpoint = targets.resolve_targets(manifest, list_modules(base)), Checkpoint.open(base)
+    opened = Base(base)
+    run = InitRun(targets.resolve_targets(manifest, opened.layout.modules), opened, seed=SEED, progress=False)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
     with AnonymousPeak() as peak:
-        times = timed("init", lambda: initialise(adapted, checkpoint, seed=SEED, progress=False), case["seconds"])
+        times = timed("init", run.initialise, case["seconds"])
     return {**times, "init_peak_bytes": peak.added_bytes}
 
 
@@ -114,7 +115,7 @@ def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Poi
         base = Path(folder) / "base"
         write_model(base, hidden, intermediate(hidden), layers)
         generator, factors = torch.Generator().manual_seed(SEED), {}
-        for module in list_modules(base):
+        for module in Base(base).layout.modules:
             m, n, p, q = balanced_shape(module.out_features, module.in_features)
             left, right = (torch.randn(rank, a, b, generator=generator) for a, b in ((m, n), (p, q)))
             factors[module.name] = Factors(left, right, torch.full((rank,), 1e-3))

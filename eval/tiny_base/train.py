@@ -169,7 +169,7 @@ def evaluate(directory: Path, limit: int) -> dict[str, float]:
     model = open_model(directory, dtype=torch.float32)
     accuracy = {}
     for family in FAMILIES:
-        result = measure(model, family, "test", limit, max_new_tokens=64, tokenizer=directory, batch_size=128)
+        result = measure(model, family, limit, max_new_tokens=64, tokenizer=directory, batch_size=128)
         accuracy[family] = result.correct / result.total
         _LOG.info("%s: %d of %d", family, result.correct, result.total)
     return accuracy

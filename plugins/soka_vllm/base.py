@@ -10,6 +10,7 @@ from pathlib import Path
 
 from soka_serve.adapter.source import base_sha256_of, find_lock
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.quantisation import read_quantisation
 from soka_serve.errors import SokaError, printable
 from soka_serve.io.budget import ReadingBudget
@@ -70,7 +71,7 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
 
 def _is_quantised(directory: Path) -> bool:
     try:
-        return read_quantisation(directory) is not None
+        return read_quantisation(ModelFolder(directory)) is not None
     except SokaError:  # malformed, so that vLLM has not taken it for quantised
         return False
 

@@ -27,8 +27,10 @@ from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.io.files import replace_directory, write_text_atomic
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.outputs import Output
+from soka_serve.io.places import given_path
 from soka_serve.io.progress import track
 from soka_serve.io.versions import versions
+from soka_serve.io.warn_once import one_command
 from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.kron.shapes import FactorShape
 
@@ -85,13 +87,14 @@ def percent(frac: float) -> str:
     return f"{frac:.2%}" if frac >= 1e-4 else f"{frac * 100:.1g}%"
 
 
+@one_command()
 def export(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     *,
     to: Form = "soka",
     rank: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "float32",
     progress: bool = False,
 ) -> ExportResult:
     """Write an adapter, or a training checkpoint, as a finished SoKA adapter or as a LoRA.
@@ -120,17 +123,18 @@ def export(
         raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
     if rank is not None and rank < 1:
         raise SokaError(f"rank: expected at least 1; got {rank}")
-    EXPORTED.check(out, keep=[source])
-    read = read_source(source)
+    out, read_from, stored = given_path(out, "out"), Path(source), getattr(torch, dtype)
+    EXPORTED.check(out, keep=[read_from])
+    read = read_source(read_from)
     adapter = read.adapter
     with replace_directory(out, foreign=EXPORTED.foreign) as new:
         with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
             if to == "soka":
-                written, energies = _to_soka(adapter, rank, dtype, advance)
+                written, energies = _to_soka(adapter, rank, stored, advance)
                 ranks = [f.rank for f in written.values()]
                 parameters = sum(f.parameters for f in written.values())
             else:
-                tensors, energies = _to_lora(adapter, rank or 1, dtype, advance)
+                tensors, energies = _to_lora(adapter, rank or 1, stored, advance)
                 ranks, parameters = [rank or 1], sum(t.numel() for t in tensors.values())
         total = math.fsum(e for e, _ in energies.values())
         result = ExportResult(
@@ -145,7 +149,7 @@ def export(
         lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
         if to == "soka":
             base = adapter.base_model or "unknown"
-            write_adapter(new, written, base_model=base, dtype=dtype, lock=lock, card=_card(read, result))
+            write_adapter(new, written, base_model=base, dtype=stored, lock=lock, card=_card(read, result))
         else:
             _write_lora(new, adapter, tensors, rank or 1)
             write_lock(new / LOCK_FILE, lock)
@@ -230,10 +234,10 @@ def _source_lock(source: AdapterSource) -> dict[str, Any]:
     return {key: value for key, value in lock.items() if key not in ("files", "adapter", "export")}
 
 
-def _export_lock(source: AdapterSource, result: ExportResult, dtype: torch.dtype) -> dict[str, Any]:
+def _export_lock(source: AdapterSource, result: ExportResult, dtype: str) -> dict[str, Any]:
     return {
         "form": result.form,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "source_sha256": source.sha256,
         "source_is_checkpoint": bool(source.adapter.initial),
         "dropped_energy_frac": result.dropped_energy_frac,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.modules import text_config
 from soka_serve.base.quantisation import read_quantisation
 from soka_serve.errors import CheckpointError, printable
@@ -145,7 +146,8 @@ def _first_lock(parts: Sequence[Inspection]) -> dict[str, Any]:
 def _model(path: Path) -> Inspection:
     lock = _lock(path)
     kind: Kind = "merged model" if lock.get("kind") == "merged" else "model"
-    config = read_json(path / "config.json")
+    folder = ModelFolder(path)
+    config = folder.config
     said = text_config(config)
     facts: dict[str, str | int | float] = {}
     for label, key in (
@@ -160,11 +162,11 @@ def _model(path: Path) -> Inspection:
         if value is not None:
             facts[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     facts["tied embeddings"] = "yes" if config.get("tie_word_embeddings") else "no"
-    if (quantised := read_quantisation(path)) is not None:
+    if (quantised := read_quantisation(folder)) is not None:
         facts["quantised"] = quantised.to_text()
     if not any(path.glob("*.safetensors*")) and not any(path.glob("*.bin")):
         return Inspection(path, "config", facts, provenance=lock)
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, folder)
     tensors = list(checkpoint.tensors.values())
     totals = _totals(tensors)
     if quantised is not None:  # several packed into one, and scales beside them

@@ -1,4 +1,4 @@
-"""Base checkpoints: config, shards and index, one tensor at a time, content hashes, and where a base comes from.
+"""Checkpoints: config, shards and index, one tensor at a time, and content hashes.
 
 Nothing here imports torch at import time; `Checkpoint.read` does when it is called.
 """
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.optional_tensors import is_optional
 from soka_serve.errors import CheckpointError, first_ten, joined, name_some
 from soka_serve.io.files import read_errors, sha256_file
-from soka_serve.io.json_files import FETCH_AGAIN, read_json
+from soka_serve.io.json_files import FETCH_AGAIN
 from soka_serve.io.safetensors import PICKLE_SUFFIXES, TensorInfo, check_finite, read_header, read_tensor
 from soka_serve.io.warn_once import warn
 
@@ -39,8 +40,8 @@ def check_directory(directory: Path) -> None:
         raise CheckpointError(f"{directory}: not a directory", hint="give the directory that holds config.json")
 
 
-def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The weight files of a checkpoint and, if it is sharded, the index's map from tensor to file.
+def list_shards(folder: ModelFolder) -> tuple[list[Path], dict[str, Any]]:
+    """The weight files of a checkpoint and, if it is sharded, what its index says; else {}.
 
     `model.safetensors` wins over an index, as in transformers.
 
@@ -48,11 +49,12 @@ def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         CheckpointError: no safetensors (with a hint on converting where there are pickles), malformed index, missing
             shards; everything that is wrong at once.
     """
+    directory = folder.directory
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
     if single.exists():
         if index.exists():
             log.info("%s: has %s and an index; the single file is read, as in transformers", directory, SINGLE_FILE)
-        return [single], None
+        return [single], {}
     if not index.exists():
         pickles = sorted(f.name for f in directory.iterdir() if f.suffix in PICKLE_SUFFIXES)
         if pickles:
@@ -66,7 +68,8 @@ def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
             f"{directory}: no weights: expected {SINGLE_FILE} or {INDEX_FILE}",
             hint="give the directory that holds a checkpoint's safetensors files",
         )
-    weight_map = read_json(index).get("weight_map")
+    content = folder.json(INDEX_FILE)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: expected a non-empty object `weight_map`", hint=FETCH_AGAIN)
     wrong = [
@@ -85,57 +88,45 @@ def list_shards(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         raise CheckpointError(
             "\n".join(wrong), hint="fetch the missing files; an interrupted download leaves such gaps"
         )
-    return [directory / name for name in names], weight_map
-
-
-def index_problem(directory: Path) -> str | None:
-    """Why transformers cannot read a checkpoint's index, which everything here can; None where it can, or needs none.
-
-    Raises:
-        CheckpointError: the index cannot be read.
-    """
-    index = directory / INDEX_FILE
-    if (directory / SINGLE_FILE).exists() or not index.exists():
-        return None
-    metadata = read_json(index).get("metadata")
-    if isinstance(metadata, dict):
-        return None
-    return f"{index}: `metadata` is {'missing' if metadata is None else 'no object'}, which transformers needs"
-
-
-def check_loadable(directory: Path) -> None:
-    """Raise CheckpointError where transformers would fail on a checkpoint that is otherwise whole."""
-    if (problem := index_problem(directory)) is not None:
-        raise CheckpointError(problem, hint='write "metadata": {} into it, beside "weight_map"')
+    return [directory / name for name in names], content
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint directory, opened by reading config.json and the headers only."""
+    """A Hugging Face checkpoint directory, opened by reading config.json and the headers only.
+
+    `index` is what the index of a sharded checkpoint says; {} where there is one file.
+    """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     files: list[Path]
+    index: dict[str, Any]
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
+    def open(cls, directory: Path, folder: ModelFolder | None = None) -> Checkpoint:
         """Read config.json and the safetensors headers.
+
+        Args:
+            directory: of the checkpoint.
+            folder: the same with its files; default: they are read here.
 
         Raises:
             CheckpointError: everything that is wrong with the directory, its config, index and shards, in one.
         """
         check_directory(directory)
+        folder = folder or ModelFolder(directory)
         problems: list[CheckpointError] = []
         config: dict[str, Any] = {}
         try:
-            config = read_json(directory / "config.json")
+            config = folder.config
         except CheckpointError as error:
             problems.append(error)
         files: list[Path] = []
-        weight_map: dict[str, str] | None = None
+        index: dict[str, Any] = {}
         try:
-            files, weight_map = list_shards(directory)
+            files, index = list_shards(folder)
         except CheckpointError as error:
             problems.append(error)
         tensors: dict[str, TensorInfo] = {}
@@ -150,12 +141,25 @@ class Checkpoint:
                     CheckpointError(f"{directory}: {name} is in both {tensors[name].file.name} and {file.name}")
                 )
             tensors.update(header)
-        if weight_map is not None and not problems:
-            problems += _compare_with_index(directory, config, weight_map, tensors)
+        if index and not problems:
+            problems += _compare_with_index(directory, config, index["weight_map"], tensors)
         if problems:
             message, hint = joined(problems)
             raise CheckpointError(message, hint=hint or FETCH_AGAIN)
-        return cls(directory, config, tensors, files)
+        return cls(directory, config, tensors, files, index)
+
+    def index_problem(self) -> str | None:
+        """Why transformers cannot read the index, which everything here can; None where it can, or needs none."""
+        metadata = self.index.get("metadata")
+        if not self.index or isinstance(metadata, dict):
+            return None
+        what = "missing" if metadata is None else "no object"
+        return f"{self.directory / INDEX_FILE}: `metadata` is {what}, which transformers needs"
+
+    def check_loadable(self) -> None:
+        """Raise CheckpointError where transformers would fail on a checkpoint that is otherwise whole."""
+        if (problem := self.index_problem()) is not None:
+            raise CheckpointError(problem, hint='write "metadata": {} into it, beside "weight_map"')
 
     def info(self, name: str) -> TensorInfo:
         """The header entry of one tensor; CheckpointError if there is none."""
@@ -189,7 +193,7 @@ class Checkpoint:
         with ThreadPoolExecutor(max_workers=2) as pool:
             digests = list(pool.map(hashed, self.files))
         lines = sorted(f"{digest}  {file.name}\n" for digest, file in zip(digests, self.files, strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()  # what sha256_tree(self.files) gives
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _compare_with_index(

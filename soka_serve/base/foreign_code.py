@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.errors import CheckpointError
-from soka_serve.io.json_files import read_json
 
 _HINT = (
     "soka-serve never runs code that comes with a checkpoint: take a checkpoint whose classes transformers has itself "
@@ -26,7 +26,7 @@ _DEEPEST = 4  # configs within configs
 _LONGEST = 100
 
 
-def check_no_code(directory: Path) -> None:
+def check_no_code(folder: ModelFolder) -> None:
     """Refuse a checkpoint that transformers could only load by running the checkpoint's own code.
 
     Reads config.json and tokenizer_config.json only; what transformers has is read from its source files, since
@@ -35,8 +35,8 @@ def check_no_code(directory: Path) -> None:
     Raises:
         CheckpointError: names the file, the classes in `auto_map` and what transformers lacks; all of it at once.
     """
-    config = _read(directory / "config.json")
-    settings = _read(directory / "tokenizer_config.json")
+    directory = folder.directory
+    config, settings = folder.json("config.json"), folder.json("tokenizer_config.json")
     problems = []
     kind = config.get("model_type")
     models = _map_of(config)
@@ -73,10 +73,6 @@ def check_no_adapter(directory: Path) -> None:
             "the adapter added, instead of the model",
             hint="move the adapter to a folder of its own",
         )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
 
 
 def _kernels(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

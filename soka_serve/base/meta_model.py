@@ -23,9 +23,6 @@ from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, first_ten
 from soka_serve.io.safetensors import DTYPES, TensorInfo
 
-# The last model and what was found of it: a plan and a build ask several times.
-_LAST: dict[Path, tuple[tuple[Any, ...], Any, WeightMap, tuple[str, ...]]] = {}
-
 EXPERTS = "experts run through fused kernels, which no adapter reaches"
 ROUTER = "a router"
 MAMBA = "Mamba's fused kernels read the weight without calling the layer"
@@ -102,15 +99,8 @@ def read_weights(checkpoint: Checkpoint) -> WeightMap:
 
 def _open(checkpoint: Checkpoint) -> tuple[Any, WeightMap, tuple[str, ...]]:
     """The model on the meta device, and what of the checkpoint goes where in it."""
-    stats = [file.stat() for file in (checkpoint.directory / "config.json", *checkpoint.files)]
-    state = tuple((status.st_ino, status.st_size, status.st_mtime_ns) for status in stats)
-    known = _LAST.get(checkpoint.directory)
-    if known is None or known[0] != state:
-        model = build_meta_model(checkpoint.directory)
-        known = (state, model, *map_tensors(model, checkpoint.tensors, checkpoint.directory))
-        _LAST.clear()
-        _LAST[checkpoint.directory] = known
-    return known[1:]
+    model = build_meta_model(checkpoint.directory)
+    return model, *map_tensors(model, checkpoint.tensors, checkpoint.directory)
 
 
 def _find_layers(model: Any, config: Any, directory: Path) -> list[str]:

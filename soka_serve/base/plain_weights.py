@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.quantisation import check_unquantised
+from soka_serve.base.quantisation import Quantisation
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo
 
@@ -15,22 +14,33 @@ _PACKED = (".qweight", ".weight_packed")
 _NARROW = ("F4", "F6", "F8")
 
 
-def check_plain_weights(directory: Path, tensors: Mapping[str, TensorInfo] | None = None) -> None:
-    """Refuse a checkpoint whose weights are quantised, or stored in what training and merging cannot keep.
+def check_unquantised(found: Quantisation | None, directory: Path) -> None:
+    """Refuse a checkpoint that its config calls quantised.
+
+    Raises:
+        CheckpointError: names the place, the method and what to give instead.
+    """
+    if found is not None:
+        raise CheckpointError(
+            f"{found.place}: the weights are quantised ({found.to_text()}); adapters are planned, trained, extracted "
+            "and merged on plain weights only",
+            hint='give the unquantised checkpoint that it was made from, with base.quantize = "4bit" to train on 4 '
+            f"bits of it; an adapter of that is served on this one: soka-serve serve ADAPTER --base {directory}",
+        )
+
+
+def check_plain_weights(tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a checkpoint whose weights are stored in what training and merging cannot keep.
 
     transformers converts any dtype to the model's by value. For integers, and for narrow floats whose scales are not
     named in a config, those are other weights than were meant; and a sum could not be stored in their dtype.
 
     Args:
-        directory: of the checkpoint.
-        tensors: its headers (`Checkpoint.tensors`); default: they are read here, if there are weights.
+        tensors: its headers (`Checkpoint.tensors`).
 
     Raises:
-        CheckpointError: names the config's key or a tensor, and what to give instead.
+        CheckpointError: names a tensor, and what to give instead.
     """
-    check_unquantised(directory)
-    if tensors is None:
-        tensors = Checkpoint.open(directory).tensors if any(directory.glob("*.safetensors")) else {}
     wrong = [info for name, info in tensors.items() if info.dtype not in FLOAT_DTYPES and _is_weight(name, info.dtype)]
     if not wrong:
         return

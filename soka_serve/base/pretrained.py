@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_adapter, check_no_code
 from soka_serve.base.tokenizer_class import check_tokenizer_files
 from soka_serve.errors import CheckpointError
@@ -34,7 +35,7 @@ def open_model(directory: Path, **options: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    check_no_code(directory)
+    check_no_code(ModelFolder(directory))
     check_no_adapter(directory)
     with _strict_config(directory):
         return AutoModelForCausalLM.from_pretrained(
@@ -53,7 +54,7 @@ def build_meta_model(directory: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_no_code(directory)
+    check_no_code(ModelFolder(directory))
     try:
         with quiet(), _strict_config(directory), torch.device("meta"):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -107,8 +108,9 @@ def open_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    check_no_code(directory)
-    check_tokenizer_files(directory)
+    folder = ModelFolder(directory)
+    check_no_code(folder)
+    check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(
             str(directory),

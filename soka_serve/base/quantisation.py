@@ -8,11 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.errors import CheckpointError, printable
-from soka_serve.io.json_files import read_json
 
 # Keys of config.json, or of a config within it; vLLM also reads the file, of ModelOpt's older checkpoints.
 _KEYS = ("quantization_config", "compression_config")
@@ -43,14 +42,14 @@ class Quantisation:
         return self.method if self.bits is None else f"{self.method}, {self.bits} bits"
 
 
-def read_quantisation(directory: Path) -> Quantisation | None:
-    """How the weights of the checkpoint in `directory` are quantised; None where nothing says that they are.
+def read_quantisation(folder: ModelFolder) -> Quantisation | None:
+    """How the weights of a checkpoint are quantised; None where nothing says that they are.
 
     Raises:
         CheckpointError: config.json cannot be read, or what it says of quantisation is malformed.
     """
-    file = directory / "config.json"
-    for key, value in _places(read_json(file)):
+    file = folder.directory / "config.json"
+    for key, value in _places(folder.config):
         place = f"{file}: {key}"
         if not isinstance(value, Mapping):
             shown = printable(repr(value), _SHOWN)
@@ -63,32 +62,15 @@ def read_quantisation(directory: Path) -> Quantisation | None:
                 f"{place}: names no quant_method, so how the weights are quantised cannot be told", hint=_mend(key)
             )
         return Quantisation(place, printable(method, _SHOWN), _bits(value, method))
-    if (other := directory / _FILE).is_file():
-        said = read_json(other)
+    if said := folder.json(_FILE):
         inner = said.get("quantization")
         said = dict(inner) if isinstance(inner, Mapping) else said
-        return Quantisation(f"{other}", "modelopt", _bits(said, str(said.get("quant_algo"))))
+        return Quantisation(f"{folder.directory / _FILE}", "modelopt", _bits(said, str(said.get("quant_algo"))))
     return None
 
 
 def _mend(key: str) -> str:
     return f"fetch config.json again, or take {key} out of it if the weights are not quantised"
-
-
-def check_unquantised(directory: Path) -> None:
-    """Refuse a checkpoint that its config calls quantised, where weights are planned for, trained on or added to.
-
-    Raises:
-        CheckpointError: names the place, the method and what to give instead; or the config is malformed.
-    """
-    found = read_quantisation(directory)
-    if found is not None:
-        raise CheckpointError(
-            f"{found.place}: the weights are quantised ({found.to_text()}); adapters are planned, trained, extracted "
-            "and merged on plain weights only",
-            hint='give the unquantised checkpoint that it was made from, with base.quantize = "4bit" to train on 4 '
-            f"bits of it; an adapter of that is served on this one: soka-serve serve ADAPTER --base {directory}",
-        )
 
 
 def _places(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

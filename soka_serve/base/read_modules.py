@@ -1,4 +1,4 @@
-"""The modules of the base in a directory: from config.json where that is enough, else from transformers.
+"""The modules of a base: from config.json where that is enough, else from transformers.
 
 LLaMA-like architectures need no torch. For the others `soka_serve.base.meta_model` is imported when it is called.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
-from pathlib import Path
 
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.modules import (
     LLAMA_LIKE,
     BaseModules,
@@ -23,7 +23,6 @@ from soka_serve.base.modules import (
 )
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, first_ten
-from soka_serve.io.json_files import read_json
 from soka_serve.io.safetensors import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -32,20 +31,25 @@ _HEAD = "lm_head.weight"
 _SLOW_S = 2.0
 
 
-def read_modules(directory: Path) -> BaseModules:
-    """The modules of the base in `directory`, as the model that transformers loads has them.
-
-    Where there are no weights, only LLaMA-like architectures (llama, mistral, qwen2, qwen3, gemma) can be derived.
+def derive_modules(folder: ModelFolder) -> BaseModules:
+    """The modules of a base whose weights are not here, by its config.json.
 
     Raises:
-        CheckpointError: the checkpoint is broken, is not the one that its config describes, or is of an architecture
-            that we cannot derive and transformers does not know.
+        CheckpointError: its architecture is not LLaMA-like (llama, mistral, qwen2, qwen3, gemma), or its config is
+            malformed.
     """
-    if not any(directory.glob("*.safetensors")):
-        config, source = read_json(directory / "config.json"), directory / "config.json"
-        modules = tuple(modules_from_config(config, source=source))
-        return BaseModules(modules, size_from_config(config, modules, source=source))
-    checkpoint = Checkpoint.open(directory)
+    config, source = folder.config, folder.directory / "config.json"
+    modules = tuple(modules_from_config(config, source=source))
+    return BaseModules(modules, size_from_config(config, modules, source=source))
+
+
+def read_modules(checkpoint: Checkpoint) -> BaseModules:
+    """The modules of a checkpoint, as the model that transformers loads has them.
+
+    Raises:
+        CheckpointError: the checkpoint is not the one that its config describes, or is of an architecture that we
+            cannot derive and transformers does not know.
+    """
     if checkpoint.config.get("model_type") in LLAMA_LIKE:
         return _read_llama(checkpoint)
     started = time.monotonic()
@@ -53,13 +57,8 @@ def read_modules(directory: Path) -> BaseModules:
 
     found = read_meta(checkpoint)
     if (seconds := time.monotonic() - started) > _SLOW_S:
-        logger.info("%s: transformers took %.1f s to list the model's modules", directory, seconds)
+        logger.info("%s: transformers took %.1f s to list the model's modules", checkpoint.directory, seconds)
     return found
-
-
-def list_modules(directory: Path) -> list[Module]:
-    """The linear projections inside the layers of the base in `directory`, in layer order; see `read_modules`."""
-    return list(read_modules(directory).modules)
 
 
 def weights_of(checkpoint: Checkpoint) -> WeightMap:

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-from soka_serve.base.tokenizer import SPECIAL_NAMES, TextTokenizer, read_backend, read_texts
+from soka_serve.base.folder import ModelFolder
+from soka_serve.base.tokenizer import SPECIAL_NAMES, TextTokenizer, read_texts
 from soka_serve.errors import CheckpointError
-from soka_serve.io.json_files import read_json
 
 _CHUNK = 512  # Examples compared per call.
 _SHOWN_TOKENS, _SHOWN_TEXT = 12, 100
@@ -64,28 +64,29 @@ class Opened:
     split: bool
 
 
-def open_served(directory: Path) -> TextTokenizer:
+def open_served(folder: ModelFolder, tokenizer: Any) -> TextTokenizer:
     """The tokenizer as servers open it.
 
     Args:
-        directory: with the tokenizer's files and config.json, see `tokenizer_class.tokenizer_directory`.
+        folder: with the tokenizer's files and config.json, see `tokenizer_class.tokenizer_directory`.
+        tokenizer: what `pretrained.open_tokenizer` made of it.
 
     Raises:
-        CheckpointError: transformers cannot open it, or reads it with a class that has no backend of the tokenizers
-            library, or one that changes what goes in.
+        CheckpointError: transformers reads it with a class that has no backend of the tokenizers library, or one that
+            changes what goes in.
     """
-    read_backend(directory)  # says what is wrong with tokenizer.json; a class may do without it
-    opened, backend = open_backend(directory)
-    return _made(directory, backend, opened)
+    opened, backend = open_backend(folder.directory, tokenizer)
+    return _made(folder, backend, opened)
 
 
-def read_served(directory: Path) -> TextTokenizer:
+def read_served(folder: ModelFolder) -> TextTokenizer:
     """As `open_served`, by a process of its own, which imports transformers without torch.
 
     Raises:
         CheckpointError: as `open_served`, or the process does not end well.
     """
-    read_backend(directory)
+    _ = folder.backend
+    directory = folder.directory
     kept = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", _BOOT, json.dumps([path or str(Path.cwd()) for path in sys.path]), str(directory)]
     try:
@@ -101,23 +102,21 @@ def read_served(directory: Path) -> TextTokenizer:
     if "error" in answer:
         raise CheckpointError(answer["error"], hint=answer["hint"])
     backend = Tokenizer.from_str(answer["backend"])
-    return _made(directory, backend, Opened(answer["reader"], answer["special_tokens"], answer["split"]))
+    return _made(folder, backend, Opened(answer["reader"], answer["special_tokens"], answer["split"]))
 
 
-def open_backend(directory: Path) -> tuple[Opened, Tokenizer]:
-    """Open a tokenizer with transformers.
+def open_backend(directory: Path, tokenizer: Any) -> tuple[Opened, Tokenizer]:
+    """What is known of a tokenizer of transformers, and its backend.
 
-    Returns:
-        What is known of it, and its backend.
+    Args:
+        directory: of its files, for messages.
+        tokenizer: what `pretrained.open_tokenizer` made of them.
 
     Raises:
         CheckpointError: as `open_served`.
     """
     from transformers import PreTrainedTokenizerFast
 
-    from soka_serve.base.pretrained import open_tokenizer
-
-    tokenizer = open_tokenizer(directory)
     reader = type(tokenizer).__name__
     own = [
         name
@@ -139,12 +138,12 @@ def open_backend(directory: Path) -> tuple[Opened, Tokenizer]:
 _SAME_FOR_TEXT = ("CodeLlamaTokenizer",)
 
 
-def _made(directory: Path, backend: Tokenizer, opened: Opened) -> TextTokenizer:
+def _made(folder: ModelFolder, backend: Tokenizer, opened: Opened) -> TextTokenizer:
     backend.encode_special_tokens = opened.split
-    return TextTokenizer.of(backend, opened.special_tokens, directory, opened.reader)
+    return TextTokenizer.of(backend, opened.special_tokens, folder, opened.reader)
 
 
-def check_reading(served: TextTokenizer, examples: Sequence[Text], directory: Path) -> int:
+def check_reading(served: TextTokenizer, examples: Sequence[Text], folder: ModelFolder) -> int:
     """Hold a server's reading of the training text against tokenizer.json's.
 
     They may differ, and the server's counts: LLaMA 2's class, for one, puts no space before a text that has one. What
@@ -153,7 +152,7 @@ def check_reading(served: TextTokenizer, examples: Sequence[Text], directory: Pa
     Args:
         served: the tokenizer as servers open it.
         examples: all that is trained on.
-        directory: the base's, for messages.
+        folder: the tokenizer's.
 
     Returns:
         How many examples tokenizer.json alone would read otherwise.
@@ -161,12 +160,10 @@ def check_reading(served: TextTokenizer, examples: Sequence[Text], directory: Pa
     Raises:
         CheckpointError: what cannot be right in serving; shows text and tokens of both.
     """
+    directory, plain = folder.directory, folder.backend
     _check_suffix(served, examples, directory)
-    plain = read_backend(directory)
-    plain.no_padding()
-    plain.no_truncation()
     differing = 0
-    embedded = _embedded(directory, served)
+    embedded = _embedded(folder.json("config.json"), served)
     if _same(plain, served.backend) and embedded is None:
         return 0
     for start in range(0, len(examples), _CHUNK):
@@ -179,7 +176,7 @@ def check_reading(served: TextTokenizer, examples: Sequence[Text], directory: Pa
             if ids != other:
                 differing += 1
                 if not _keeps(text, ids, served.backend) and _keeps(text, other, plain):
-                    raise _garbled(text, ids, other, served, plain, directory)
+                    raise _garbled(text, ids, other, served, folder)
     return differing
 
 
@@ -206,9 +203,8 @@ def _check_suffix(served: TextTokenizer, examples: Iterable[Text], directory: Pa
     )
 
 
-def _embedded(directory: Path, served: TextTokenizer) -> int | None:
+def _embedded(config: Mapping[str, Any], served: TextTokenizer) -> int | None:
     """For how many tokens the base has embeddings, where that is fewer than there are."""
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
     inner = config.get("text_config")
     sizes = [part.get("vocab_size") for part in (config, inner) if isinstance(part, Mapping)]
     size = next((size for size in sizes if isinstance(size, int)), None)
@@ -246,17 +242,17 @@ def _pieces(text: str, special: Sequence[str]) -> list[str]:
 
 
 def _garbled(
-    text: str, ids: Sequence[int], other: Sequence[int], served: TextTokenizer, plain: Tokenizer, directory: Path
+    text: str, ids: Sequence[int], other: Sequence[int], served: TextTokenizer, folder: ModelFolder
 ) -> CheckpointError:
-    settings = directory / "tokenizer_config.json"
-    named: Any = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+    settings = folder.directory / "tokenizer_config.json"
+    named: Any = folder.json(settings.name).get("tokenizer_class")
     first = next((i for i, pair in enumerate(zip(ids, other, strict=False)) if pair[0] != pair[1]), 0)
     back = str(served.backend.decode(list(ids), skip_special_tokens=False))
     return CheckpointError(
         f"{settings}: tokenizer_class {named!r:.100}: transformers, and so every server, reads text with "
         f"{served.reader}, which does not fit tokenizer.json and loses text that tokenizer.json keeps\n"
         f"  text: {_cut(text)}\n"
-        f"  tokenizer.json: {_show(other, first, plain)}\n"
+        f"  tokenizer.json: {_show(other, first, folder.backend)}\n"
         f"  {served.reader}: {_show(ids, first, served.backend)}\n"
         f"  which reads back as: {_cut(back)}",
         hint=_HINT_CLASS,

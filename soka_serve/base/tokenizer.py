@@ -1,7 +1,7 @@
 """Text to token ids and back.
 
 A `TextTokenizer` works on a tokenizer of the tokenizers library: the one in `tokenizer.json` as it stands
-(`from_directory`), or the one that transformers makes of a checkpoint's files (`soka_serve.base.served_tokenizer`),
+(`from_folder`), or the one that transformers makes of a checkpoint's files (`soka_serve.base.served_tokenizer`),
 which is what servers read prompts with.
 """
 
@@ -14,13 +14,10 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.errors import CheckpointError, DataError
-from soka_serve.io.budget import read_limited
-from soka_serve.io.json_files import read_json
 from soka_serve.manifest.templates import render_chats
 
-# The largest tokenizer.json in use have some 40 MB.
-MAX_TOKENIZER_BYTES = 512 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -83,36 +80,36 @@ class TextTokenizer:
         self._adds_space = bool(plain.ids) and str(backend.id_to_token(plain.ids[0]))[:1] in ("▁", "Ġ")
 
     @classmethod
-    def from_directory(cls, directory: Path) -> TextTokenizer:
-        """Read tokenizer.json as it stands, with the special tokens that the files beside it name.
+    def from_folder(cls, folder: ModelFolder) -> TextTokenizer:
+        """tokenizer.json as it stands, with the special tokens that the files beside it name.
 
         Raises:
             CheckpointError: no tokenizer.json (with a hint where there is only tokenizer.model), broken files, or no
                 EOS token anywhere.
         """
-        settings = _read_optional(directory / "tokenizer_config.json")
-        special = _special_tokens(_read_optional(directory / "special_tokens_map.json"), settings)
-        return cls.of(read_backend(directory), special, directory)
+        special = _special_tokens(folder.json("special_tokens_map.json"), folder.json("tokenizer_config.json"))
+        return cls.of(folder.backend, special, folder)
 
     @classmethod
     def of(
-        cls, backend: Tokenizer, special_tokens: Mapping[str, str], directory: Path, reader: str = "tokenizer.json"
+        cls, backend: Tokenizer, special_tokens: Mapping[str, str], folder: ModelFolder, reader: str = "tokenizer.json"
     ) -> TextTokenizer:
         """A checkpoint's tokenizer, where its backend and special tokens have been read.
 
         Args:
             backend: of the tokenizers library; its padding and truncation are switched off.
             special_tokens: as text, by name.
-            directory: of the checkpoint, for the EOS token of its config, its chat template, and messages.
+            folder: of the checkpoint, for the EOS token of its config, its chat template, and messages.
             reader: whose reading it is.
 
         Raises:
             CheckpointError: a special token that the backend does not have, or no EOS token anywhere.
         """
+        directory = folder.directory
         special = dict(special_tokens)
         eos_id = _token_id(backend, special.get("eos_token"), "eos_token", directory)
         if eos_id is None:
-            eos_id = _config_eos(directory)
+            eos_id = _config_eos(folder)
             if eos_id is None:
                 raise CheckpointError(
                     f"{directory}: no EOS token in tokenizer_config.json, special_tokens_map.json or config.json",
@@ -125,7 +122,7 @@ class TextTokenizer:
             special_tokens=special,
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            chat_template=_chat_template(directory, _read_optional(directory / "tokenizer_config.json")),
+            chat_template=_chat_template(folder),
             directory=directory,
             reader=reader,
         )
@@ -245,33 +242,6 @@ def read_texts(
         ) from None
 
 
-def read_backend(directory: Path) -> Tokenizer:
-    """tokenizer.json, read by the tokenizers library.
-
-    Raises:
-        CheckpointError: there is none, it is too large, or no tokenizer.
-    """
-    file = directory / "tokenizer.json"
-    if not file.is_file():
-        if (directory / "tokenizer.model").is_file():
-            raise CheckpointError(
-                f"{directory}: only tokenizer.model; expected tokenizer.json",
-                hint='Convert it once: python -c "from transformers import AutoTokenizer as T; '
-                f"T.from_pretrained('{directory}').save_pretrained('{directory}')\"",
-            )
-        raise CheckpointError(f"{directory}: no tokenizer.json", hint="Put the base's tokenizer files next to it.")
-    if (size := file.stat().st_size) > MAX_TOKENIZER_BYTES:
-        raise CheckpointError(f"{file}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001  (tokenizers raises bare Exception for every malformed file)
-        raise CheckpointError(f"{file}: not a tokenizer: {error}") from None
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
-
-
 def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     """Named special tokens as text; later sources win. A token is a string or {"content": …}."""
     tokens: dict[str, str] = {}
@@ -294,9 +264,9 @@ def _token_id(backend: Tokenizer, token: str | None, name: str, directory: Path)
     return int(found)
 
 
-def _config_eos(directory: Path) -> int | None:
+def _config_eos(folder: ModelFolder) -> int | None:
     for name in ("generation_config.json", "config.json"):
-        value = _read_optional(directory / name).get("eos_token_id")
+        value = folder.json(name).get("eos_token_id")
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, int):
@@ -304,14 +274,17 @@ def _config_eos(directory: Path) -> int | None:
     return None
 
 
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
+def _chat_template(folder: ModelFolder) -> str | None:
+    file = folder.directory / "chat_template.jinja"
     if file.is_file():
+        content = folder.content(file.name)
+        if len(content) > _MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"{file}: {len(content)} bytes, too large: at most {_MAX_TEMPLATE_BYTES} are read")
         try:
-            return read_limited(file, _MAX_TEMPLATE_BYTES)
-        except (OSError, UnicodeDecodeError) as error:
+            return content.decode()
+        except UnicodeDecodeError as error:
             raise CheckpointError(f"{file}: cannot be read: {error}") from None
-    template = settings.get("chat_template")
+    template = folder.json("tokenizer_config.json").get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, Mapping)}
         template = named.get("default")

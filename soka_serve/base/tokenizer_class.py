@@ -14,18 +14,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import transformers_source
-from soka_serve.base.tokenizer import MAX_TOKENIZER_BYTES, SPECIAL_NAMES
+from soka_serve.base.tokenizer import SPECIAL_NAMES
 from soka_serve.errors import CheckpointError
-from soka_serve.io.budget import open_regular, refuse_hole
 from soka_serve.io.files import read_errors, replace_directory, require_regular
-from soka_serve.io.json_files import read_json
 from soka_serve.io.own_cache import own_folder
 
-# The class that takes tokenizer.json as it stands, under its two names.
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+# Files that are not only checked, but read here later.
+_READ_HERE = ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+# The class that takes tokenizer.json as it stands, under its two names.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # Settings that do not change a token.
 _HARMLESS = {
@@ -56,22 +57,23 @@ TOKENIZER_FILES = (
 )
 
 
-def check_tokenizer_files(directory: Path) -> None:
+def check_tokenizer_files(folder: ModelFolder) -> None:
     """Refuse files that a class may read and that are none, or of a size that nothing good has, before they are read.
 
     Raises:
         CheckpointError: names the file.
     """
+    directory = folder.directory
     for file in sorted(directory.iterdir()) + sorted(directory.glob("additional_chat_templates/*")):
+        name = str(file.relative_to(directory))
         if file.suffix not in _SUFFIXES or file.is_dir():
             continue
-        with read_errors(file), open_regular(file) as stream:
-            size = file.stat().st_size
-            if size > MAX_TOKENIZER_BYTES:
-                raise CheckpointError(f"{file}: {size:,} bytes; at most {MAX_TOKENIZER_BYTES:,} are read")
-            refuse_hole(file, stream)
+        if name in _READ_HERE:
+            folder.content(name)
+        else:
+            folder.check(name)
     settings = directory / "tokenizer_config.json"
-    named = read_json(settings).get("fast_tokenizer_files") if settings.is_file() else None
+    named = folder.json(settings.name).get("fast_tokenizer_files")
     if named is not None and named != ["tokenizer.json"]:
         raise CheckpointError(
             f"{settings}: fast_tokenizer_files {named!r:.200}: transformers would read one of these instead of "
@@ -80,23 +82,18 @@ def check_tokenizer_files(directory: Path) -> None:
         )
 
 
-def reads_plainly(directory: Path, backend: Tokenizer) -> bool:
-    """Whether transformers is sure to take tokenizer.json as it stands; False where only opening it can tell.
-
-    Args:
-        directory: of the checkpoint.
-        backend: its tokenizer.json.
-    """
-    settings = _read(directory / "tokenizer_config.json")
+def reads_plainly(folder: ModelFolder) -> bool:
+    """Whether transformers is sure to take tokenizer.json as it stands; False where only opening it can tell."""
+    settings = folder.json("tokenizer_config.json")
     if settings.get("tokenizer_class") not in _GENERIC or not settings.keys() <= _HARMLESS:
         return False
-    config = _read(directory / "config.json")
+    config = folder.json("config.json")
     replaced = _listed("MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     if replaced is None or {str(config.get("model_type")), str(config.get("model_name"))} & replaced:
         return False
-    if any((directory / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
+    if any((folder.directory / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
         return False
-    added = backend.get_added_tokens_decoder()
+    added = folder.backend.get_added_tokens_decoder()
     special = {token.content for token in added.values() if token.special}
     named = [settings[name] for name in SPECIAL_NAMES if settings.get(name) is not None]
     if any(not isinstance(token, str) or token not in special for token in named):
@@ -108,7 +105,7 @@ def reads_plainly(directory: Path, backend: Tokenizer) -> bool:
     return isinstance(said, dict) and said == known
 
 
-def tokenizer_directory(directory: Path, hub: str | None) -> Path:
+def tokenizer_directory(folder: ModelFolder, hub: str | None) -> Path:
     """Where a base's tokenizer is opened, so that training, evaluation and servers all get the same one.
 
     transformers takes another class for some hub ids than their files name, and only when it is given the id: a server
@@ -116,14 +113,14 @@ def tokenizer_directory(directory: Path, hub: str | None) -> Path:
     tokenizer_config.json names that class; for all others it is the base's own directory.
 
     Args:
-        directory: of the base.
+        folder: of the base.
         hub: its hub id; None for a base that is not from the hub.
 
     Raises:
         CheckpointError: a file of the base that cannot be read.
         BuildError: the folder cannot be written.
     """
-    settings = hub_settings(directory, hub)
+    directory, settings = folder.directory, hub_settings(folder, hub)
     if settings is None:
         return directory
     contents = {name: _content(directory / name) for name in ("config.json", *TOKENIZER_FILES)}
@@ -137,17 +134,17 @@ def tokenizer_directory(directory: Path, hub: str | None) -> Path:
     return made
 
 
-def hub_settings(directory: Path, hub: str | None) -> bytes | None:
+def hub_settings(folder: ModelFolder, hub: str | None) -> bytes | None:
     """What tokenizer_config.json must say for a base to be opened as by its hub id; None: what it says.
 
     Args:
-        directory: of the base.
+        folder: of the base.
         hub: its hub id, if it has one.
     """
     patterns = _listed("MODEL_IDS_TO_TOKENIZERS_BACKEND") or ()
     if hub is None or not any(fnmatch(hub.lower(), pattern) for pattern in patterns):
         return None
-    settings = _read(directory / "tokenizer_config.json")
+    settings = folder.json("tokenizer_config.json")
     if "auto_map" in settings or settings.get("tokenizer_class") in _GENERIC:
         return None
     return (json.dumps({**settings, "tokenizer_class": _GENERIC[0]}, indent=2) + "\n").encode()
@@ -170,7 +167,3 @@ def _listed(name: str) -> set[str] | None:
     source = transformers_source("tokenization_auto.py")
     found = re.search(rf"^{name}\b[^=\n]*= ([\[{{].*?^[\]}}])", source, re.M | re.S)
     return None if found is None else set(ast.literal_eval(found[1]))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.foreign_code import check_no_adapter, check_no_code
-from soka_serve.base.plain_weights import check_plain_weights
 from soka_serve.base.resolve import resolve_base
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells, next_runs
 from soka_serve.comparison.pool import Limits, run_all
@@ -134,12 +131,9 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
         CheckpointError, DataError: base or data that cannot be read.
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
-    check_no_code(base)
-    check_no_adapter(base)
-    checkpoint = Checkpoint.open(base)
-    check_plain_weights(base, checkpoint.tensors)
+    base.check_adaptable()
     hashes = HashCache(workspace.hashes)
-    digest = checkpoint.sha256(hashes.file)
+    digest = base.checkpoint.sha256(hashes.file)
     hashes.save()
     data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
     return RunInputs(digest, data, versions(), _device())

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from soka_serve.base.foreign_code import check_no_adapter, check_no_code
 from soka_serve.base.modules import BaseModules
-from soka_serve.base.plain_weights import check_plain_weights
-from soka_serve.base.read_modules import read_modules
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import resolve_targets
 from soka_serve.comparison.plan import count_runs
@@ -53,13 +50,10 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
         SokaError: a suite that is wrong, or does not fit its base.
     """
     loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
-    directory = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False)
-    check_no_code(directory)
-    check_no_adapter(directory)
-    check_plain_weights(directory)
-    base = read_modules(directory)
-    counts = {m.name: _count(loaded, m, base) for m in loaded.suite.method}
-    return Preview(loaded, base.size.parameters, counts)
+    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False)
+    base.check_adaptable()
+    counts = {m.name: _count(loaded, m, base.layout) for m in loaded.suite.method}
+    return Preview(loaded, base.layout.size.parameters, counts)
 
 
 def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tuple[int, int]:

@@ -21,12 +21,10 @@ from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.adapter.format import WEIGHTS_FILE
 from soka_serve.base.model import quiet_bars
-from soka_serve.base.served_tokenizer import open_served
 from soka_serve.comparison.callbacks import Answering, Memory, Questions, Recorder, Trace
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.problems import test_problems, validation_problems
 from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of
-from soka_serve.compiler.answers import load_tokenizer
 from soka_serve.compiler.context import Context, prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
@@ -66,14 +64,14 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         workspace = Workspace(Path(folder), spec.key)
         workspace.cache.mkdir(parents=True)
         context = prepare(as_manifest, workspace, progress=False)
-        tokenizer = open_served(context.tokenizer_dir)
+        tokenizer = context.base.tokenizer
         choose = test_problems if final else validation_problems
         problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
         trial = _Trial(context, contender, workspace.cache, tokenizer.pad_id)
         trainable = [p for p in trial.model.parameters() if p.requires_grad]
         questions = Questions(
             problems,
-            load_tokenizer(context.tokenizer_dir),
+            context.base.transformers_tokenizer,
             chats=dataset.data.messages is not None,
             longest=suite.protocol.max_new_tokens,
         )
@@ -84,7 +82,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
             trainer.train()
         except DivergedError as error:
             record.update(status="diverged", error=error.message)
-        record["base_parameters"] = context.base.size.parameters
+        record["base_parameters"] = context.base.layout.size.parameters
         record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
         if final:
             record["adapter_bytes"] = trial.size_on_disk()
@@ -111,7 +109,7 @@ class _Trial:
         training, _ = encode(context)
         start = init_stage(context, training) if method.kronecker else None
         self.run = Run(
-            model_dir=context.base_dir,
+            model_dir=context.base.directory,
             manifest=manifest,
             method=method,
             targets=[t.module.name for t in context.targets],
@@ -160,10 +158,12 @@ class _Trial:
         """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""
         method, trained = self.run.method, self.folder / "trained"
         if method.whole_model:
-            return self.context.base.size.weight_bytes
+            return self.context.base.layout.size.weight_bytes
         self.model.save_pretrained(str(self.folder / "saved"))
         trained.mkdir()
-        method.collect(self.folder / "saved", trained, initial_dir=self.run.initial_dir, base_dir=self.context.base_dir)
+        method.collect(
+            self.folder / "saved", trained, initial_dir=self.run.initial_dir, base_dir=self.context.base.directory
+        )
         method.export(trained, self.folder / "out", "float32")
         return (self.folder / "out" / WEIGHTS_FILE).stat().st_size
 

@@ -11,7 +11,7 @@ import torch
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.problem import Problem
-from soka_serve.builtin.tasks import Split, check_answer, generate
+from soka_serve.builtin.tasks import check_answer, generate
 
 
 class Sample(NamedTuple):
@@ -100,16 +100,24 @@ def generate_answers(
 def measure(
     model: Any,
     family: str,
-    split: Split = "test",
     limit: int = 200,
     max_new_tokens: int = 128,
     *,
     tokenizer: Any = None,
     batch_size: int = 64,
 ) -> Measurement:
-    """Accuracy on the first `limit` problems of a family's split; the embedded base's tokenizer unless one is given."""
+    """Accuracy on the first `limit` held-out problems of a family.
+
+    Args:
+        model: a causal language model of transformers, or one wrapped by PEFT.
+        family: of built-in problems.
+        limit: how many.
+        max_new_tokens: longest answer, tokens.
+        tokenizer: a tokenizer of transformers, or the directory of one; default: the embedded base's.
+        batch_size: problems per forward.
+    """
     tokenizer = load_tokenizer(base_directory() if tokenizer is None else tokenizer)
-    problems = generate(family, split, limit)
+    problems = generate(family, "test", limit)
     texts = generate_answers(model, tokenizer, [problem.prompt for problem in problems], max_new_tokens, batch_size)
     samples = [Sample(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]
     return Measurement(sum(sample.correct for sample in samples), len(samples), samples)

@@ -11,7 +11,6 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from soka_serve.compiler.check import QuickCheck
 from soka_serve.compiler.context import BUILD, Context, check_target, is_whole, prepare, previous_keys, tell_left_out
@@ -122,11 +121,10 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
             if "adapter" not in manifest.output.write and (new / "adapter").exists():
                 shutil.rmtree(new / "adapter")  # it was needed for the merge, and is not asked for
             with context.stage("report", "writing the report and the model card"):
-                from soka_serve.compiler.papers import write_papers
+                from soka_serve.compiler.papers import Made, write_papers
 
                 context.hashes.check_unchanged()  # soka.lock names what was read
-
-                write_papers(context, new, start, trained, check, encoded[0])
+                write_papers(context, new, Made(encoded[0], start, trained, check))
         context.workspace.forget_others({k: v for k, v in context.keys.items() if k in ("init", "tune")})
     context.processes.wait()
     return _result(context)
@@ -141,9 +139,6 @@ def _result(context: Context) -> BuildResult:
     def there(name: str) -> Path | None:
         return target / name if (target / name).exists() else None
 
-    def accuracy(part: Any) -> tuple[int, int] | None:
-        return None if part is None or part.total is None else (part.correct, part.total)
-
     return BuildResult(
         name=str(context.loaded.manifest.name),
         directory=target,
@@ -153,8 +148,8 @@ def _result(context: Context) -> BuildResult:
         ran=tuple(context.ran),
         trainable_parameters=int(lock["result"]["trainable_parameters"]),
         comparison={k: int(v) for k, v in lock["comparison"].items()},
-        accuracy_before=accuracy(check and check.before),
-        accuracy_after=accuracy(check and check.after),
+        accuracy_before=check.before.accuracy if check else None,
+        accuracy_after=check.after.accuracy if check else None,
         question_family=context.loaded.manifest.train.data.builtin,
         timings_s={stage: context.timings_s[stage] for stage in context.ran},
         is_main_process=context.processes.is_main,

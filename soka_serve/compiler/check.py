@@ -33,6 +33,11 @@ class Answers:
     texts: tuple[str, ...]
     marks: tuple[bool, ...] | None
 
+    @property
+    def accuracy(self) -> tuple[int, int] | None:
+        """(correct, total); None when the data has no marker."""
+        return None if self.correct is None or self.total is None else (self.correct, self.total)
+
 
 @dataclass(frozen=True)
 class QuickCheck:
@@ -98,14 +103,14 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
     return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 
 
-def answer(model: nn.Module, tokenizer_dir: Path, questions: Questions, max_new_tokens: int) -> Answers:
+def answer(model: nn.Module, tokenizer: Any, questions: Questions, max_new_tokens: int) -> Answers:
     """Let a model answer greedily, and mark the answers where the data has a marker."""
     from soka_serve.compiler.answers import generate_answers, measure
 
     if questions.family is None:
         prompts, chats = list(questions.prompts), questions.templated
-        texts = generate_answers(model, tokenizer_dir, prompts, max_new_tokens, batch_size=8, templated=chats)
+        texts = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats)
         return Answers(None, None, tuple(texts), None)
-    marked = measure(model, questions.family, "test", questions.limit, max_new_tokens, tokenizer=tokenizer_dir)
+    marked = measure(model, questions.family, questions.limit, max_new_tokens, tokenizer=tokenizer)
     first = marked.samples[:SAMPLES]
     return Answers(marked.correct, marked.total, tuple(s.text for s in first), tuple(s.correct for s in first))

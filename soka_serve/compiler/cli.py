@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @click.option("--policies", type=click.IntRange(min=1), help="Also list rank policies near this many parameters.")
 def plan(manifest: Path, as_json: bool, every: bool, out: Path | None, policies: int | None) -> None:
     """Show what a build would do: modules, ranks, parameters, memory, examples. Loads no weights."""
-    from soka_serve.compiler.api import plan as run
     from soka_serve.compiler.plan.text import render_plan
+    from soka_serve.compiler.status import plan as run
 
     made = run(manifest, out=out, policies=policies)
     click.echo(json.dumps(made.to_json(), indent=2) if as_json else render_plan(made, every=every))
@@ -76,8 +76,8 @@ def _build_text(result: BuildResult) -> str:
 @click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
 def merge(adapters: tuple[str, ...], **options: Any) -> None:
     """Add adapters to a base model's weights; write a dense model that any engine loads."""
-    from soka_serve.compiler.api import merge as run
-    from soka_serve.compiler.api import parse_weighted
+    from soka_serve.compiler.merge.merge import merge as run
+    from soka_serve.compiler.merge.merge import parse_weighted
 
     say(run([parse_weighted(a) for a in adapters], **options).to_text())
 
@@ -109,6 +109,6 @@ def extract(finetuned: str, **options: Any) -> None:
 @click.option("--out", type=FILE, required=True, help="Directory of the export; an earlier one is replaced.")
 def export(source: Path, out: Path, **options: Any) -> None:
     """Write an adapter or a training checkpoint in another form, and say what is lost."""
-    from soka_serve.compiler.api import export as run
+    from soka_serve.adapter.export import export as run
 
     say(run(source, out, **options).to_text())

@@ -10,14 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.checkpoint import Checkpoint, check_loadable
-from soka_serve.base.foreign_code import check_no_adapter, check_no_code
-from soka_serve.base.modules import BaseModules
-from soka_serve.base.plain_weights import check_plain_weights
-from soka_serve.base.read_modules import read_modules
+from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
-from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files, tokenizer_directory
+from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
 from soka_serve.compiler.keys import Inputs, stage_keys
 from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.processes import Processes
@@ -29,8 +25,8 @@ from soka_serve.io.lockfile import read_lock
 from soka_serve.io.outputs import Lock, Output
 from soka_serve.io.warn_once import warn
 from soka_serve.io.workspace import HashCache, Workspace
+from soka_serve.manifest import schema
 from soka_serve.manifest.read import LoadedManifest
-from soka_serve.manifest.schema import Base
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +63,12 @@ BUILD = Output(
 
 @dataclass
 class Context:
-    """Everything the stages of one build share; `tokenizer_dir` is where the base's tokenizer is opened."""
+    """Everything the stages of one build share; `finetuned` has the checkpoints of `delta` rules by their names."""
 
     loaded: LoadedManifest
     workspace: Workspace
-    base_dir: Path
-    tokenizer_dir: Path
-    checkpoint: Checkpoint
-    base: BaseModules
-    finetuned: dict[str, Checkpoint]
+    base: Base
+    finetuned: dict[str, Base]
     targets: list[Target]
     inputs: Inputs
     keys: dict[str, str]
@@ -111,6 +104,7 @@ def prepare(
     loaded: LoadedManifest,
     workspace: Workspace,
     *,
+    base: Base | None = None,
     processes: Processes | None = None,
     progress: bool = True,
     save_hashes: bool = True,
@@ -118,32 +112,35 @@ def prepare(
     """Read and check everything that a build needs, and work out its stages.
 
     Nothing is written but what was learned about file hashes, and not even that with `save_hashes=False`.
+
+    Args:
+        loaded: the manifest.
+        workspace: of the build.
+        base: its base, where the caller has opened it already.
+        processes: of this run.
+        progress: show progress.
+        save_hashes: remember what was hashed.
     """
     manifest = loaded.manifest
-    base_dir = resolve_base(manifest.base, manifest_dir=loaded.directory)
-    checkpoint = Checkpoint.open(base_dir)
-    check_loadable(base_dir)
-    check_no_code(base_dir)
-    check_no_adapter(base_dir)
-    check_plain_weights(base_dir, checkpoint.tensors)
-    base = read_modules(base_dir)
-    targets = resolve_targets(manifest, base.modules, base.left_out)
-    check_tokenizer_files(base_dir)  # before they are hashed
-    tokenizer_dir = tokenizer_directory(base_dir, manifest.base.hub)
+    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory)
+    base.checkpoint.check_loadable()
+    base.check_adaptable()
+    targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out)
+    check_tokenizer_files(base.folder)  # before they are hashed
     finetuned = {
-        source: Checkpoint.open(_resolve_finetuned(source, loaded.directory))
+        source: _open_finetuned(source, loaded.directory)
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
     }
     for other in finetuned.values():
-        check_plain_weights(other.directory, other.tensors)
+        other.check_plain()
     hashes = HashCache(workspace.hashes)
     inputs = Inputs(
-        base=checkpoint.sha256(hashes.file),
-        config=_sha256_of(base_dir, CONFIG_FILES, hashes),
-        tokenizer=_sha256_of(tokenizer_dir, TOKENIZER_FILES, hashes),
+        base=base.checkpoint.sha256(hashes.file),
+        config=_sha256_of(base.directory, CONFIG_FILES, hashes),
+        tokenizer=_sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
         data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
-        finetuned={name: other.sha256(hashes.file) for name, other in finetuned.items()},
-        base_name=manifest.base.hub or str(base_dir.resolve()),
+        finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()},
+        base_name=base.name,
         manifest=loaded.sha256,
     )
     processes = processes or Processes()
@@ -153,9 +150,6 @@ def prepare(
     return Context(
         loaded=loaded,
         workspace=workspace,
-        base_dir=base_dir,
-        tokenizer_dir=tokenizer_dir,
-        checkpoint=checkpoint,
         base=base,
         finetuned=finetuned,
         targets=targets,
@@ -169,10 +163,11 @@ def prepare(
 
 def tell_left_out(context: Context) -> None:
     """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
-    if (unused := context.base.describe_unused()) is not None:
-        logger.warning("%s: %s", context.base_dir, unused)
+    layout = context.base.layout
+    if (unused := layout.describe_unused()) is not None:
+        logger.warning("%s: %s", context.base.directory, unused)
     if not context.method.whole_model:
-        for entry in describe_not_adapted(context.base, ()):
+        for entry in describe_not_adapted(layout, ()):
             logger.warning("not adapted: %s", entry)
 
 
@@ -182,12 +177,12 @@ def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
     return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))
 
 
-def _resolve_finetuned(source: str, manifest_dir: Path) -> Path:
+def _open_finetuned(source: str, manifest_dir: Path) -> Base:
     """A fine-tuned checkpoint is a directory when there is one of that name, else a hub id."""
     local = manifest_dir / Path(source).expanduser()
     if local.exists() or source.startswith((".", "/", "~")):
-        return resolve_base(Base(path=source), manifest_dir=manifest_dir)
-    return resolve_base(Base(hub=source), manifest_dir=manifest_dir)
+        return resolve_base(schema.Base(path=source), manifest_dir=manifest_dir)
+    return resolve_base(schema.Base(hub=source), manifest_dir=manifest_dir)
 
 
 def previous_keys(target: Path) -> dict[str, str]:
@@ -231,9 +226,8 @@ def check_target(context: Context) -> None:
     target, loaded = context.workspace.target, context.loaded
     data = loaded.manifest.train.data
     named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
-    BUILD.check(
-        target, keep=[loaded.path, context.base_dir, *(c.directory for c in context.finetuned.values()), *named]
-    )
+    bases = [context.base, *context.finetuned.values()]
+    BUILD.check(target, keep=[loaded.path, *(base.directory for base in bases), *named])
     if lock := _previous_lock(target):
         maker = lock.get("manifest", {}).get("file")
         if maker not in (None, loaded.path.name):

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.plain_weights import check_plain_weights
+from soka_serve.base.opened import Base
 from soka_serve.base.resolve import open_base
 from soka_serve.errors import SokaError
 from soka_serve.io.outputs import Lock, Output
+from soka_serve.io.places import given_path
 from soka_serve.io.unchanged import Unchanged
 from soka_serve.io.warn_once import one_command
+
+if TYPE_CHECKING:
+    from soka_serve.base.targets import Target
+    from soka_serve.compiler.init.result import Initialisation
 
 
 def _is_extracted(lock: Lock | None) -> bool:
@@ -75,6 +80,8 @@ def extract(
 ) -> ExtractResult:
     """Decompose (fine-tuned - base) into Kronecker terms and write them as an adapter of the base.
 
+    Its ten parameters are the options of `soka-serve extract`.
+
     Args:
         finetuned: directory or hub id of the fine-tuned checkpoint.
         base: directory or hub id of its base, or 'tiny'.
@@ -90,62 +97,29 @@ def extract(
     Raises:
         SokaError: a checkpoint that is missing or of another shape; a delta that is zero everywhere.
     """
-    from soka_serve.adapter.format import write_adapter
-    from soka_serve.base.read_modules import read_modules
-    from soka_serve.base.targets import resolve_targets
-    from soka_serve.compiler.init.initialise import initialise
-    from soka_serve.compiler.report.card import extracted_card
-    from soka_serve.io.files import replace_directory, scratch_directory
-    from soka_serve.io.places import given_path
-    from soka_serve.io.versions import versions
-    from soka_serve.manifest.schema import Manifest
+    from soka_serve.compiler.init.initialise import InitRun
+    from soka_serve.io.files import scratch_directory
 
-    given = {"rank": rank, "energy": energy, "parameters": parameters}
-    chosen = [name for name, value in given.items() if value is not None]
-    if len(chosen) != 1:
-        raise SokaError(
-            f"extract takes exactly one of rank, energy and parameters; got {', '.join(chosen) or 'none'}",
-            hint="For example: --rank 4, or --energy 0.9.",
-        )
+    policy = _rank_policy(rank, energy, parameters, max_rank)
+    rule = {"init": "delta", "finetuned": "tuned", "rank": policy, "shape": parse_shape(shape)}
     target = given_path(out, "out")
     EXTRACTED.check(target, keep=[Path(base), Path(finetuned)])  # before anything is fetched
-    base_dir, base_name = open_base(str(base))
-    tuned_dir, tuned_name = open_base(str(finetuned))
-    EXTRACTED.check(target, keep=[base_dir, tuned_dir])
-    checkpoint, other = Checkpoint.open(base_dir), Checkpoint.open(tuned_dir)
-    for opened in (checkpoint, other):
-        check_plain_weights(opened.directory, opened.tensors)
-    unchanged = Unchanged([*checkpoint.files, *other.files])
-    policy: dict[str, object]
-    if rank is not None:
-        policy = {"policy": "fixed", "rank": rank}
-    elif energy is not None:
-        policy = {"policy": "energy", "threshold": energy, "of": "total", "max": max_rank, "pool": max_rank}
-    else:
-        policy = {"policy": "budget", "parameters": parameters, "max": max_rank, "pool": max_rank}
-    rule: dict[str, object] = {"init": "delta", "finetuned": "tuned", "rank": policy, "shape": parse_shape(shape)}
-    if modules:
-        rule["modules"] = list(modules)
-    manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "base": {"path": str(base_dir)},
-            "adapt": [rule],
-            "train": {"steps": 0, "data": {"builtin": "math"}},
-        }
-    )
-    described = read_modules(base_dir)
-    targets = resolve_targets(manifest, described.modules, described.left_out)
+    opened, tuned = open_base(str(base)), open_base(str(finetuned))
+    EXTRACTED.check(target, keep=[opened.directory, tuned.directory])
+    for each in (opened, tuned):
+        each.check_plain()
+    unchanged = Unchanged([*opened.checkpoint.files, *tuned.checkpoint.files])
+    targets = _targets(opened, rule | ({"modules": list(modules)} if modules else {}))
     with scratch_directory(target) as scratch:
-        started = initialise(targets, checkpoint, finetuned={"tuned": other}, scratch=scratch, progress=progress)
+        run = InitRun(targets, opened, finetuned={"tuned": tuned}, scratch=scratch, progress=progress)
+        started = run.initialise()
     total = sum(m.total_energy for m in started.modules)
     if total == 0:
         raise SokaError(
-            f"{tuned_name} equals {base_name} on every adapted module: there is nothing to extract",
+            f"{tuned.name} equals {opened.name} on every adapted module: there is nothing to extract",
             hint="Check that the first argument is the fine-tuned checkpoint, and --modules names what was tuned.",
         )
     captured = {m.module: sum(s * s for s in m.sigma[: m.rank]) for m in started.modules}
-    kept = sum(captured.values())
     # In float32 the terms of a whole spectrum add up to the total to rounding only.
     short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
     ranks = [m.rank for m in started.modules if m.rank]
@@ -154,22 +128,64 @@ def extract(
         modules=len(started.factors),
         parameters=sum(f.parameters for f in started.factors.values()),
         ranks=(min(ranks), max(ranks)),
-        kept_energy_frac=kept / total,
+        kept_energy_frac=sum(captured.values()) / total,
         fell_short=len(short),
     )
+    _write(result, started, opened, tuned, unchanged)
+    return result
+
+
+def _rank_policy(rank: int | None, energy: float | None, parameters: int | None, most: int) -> dict[str, object]:
+    """`[[adapt]] rank` for the one of the three that is given."""
+    given = {"rank": rank, "energy": energy, "parameters": parameters}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise SokaError(
+            f"extract takes exactly one of rank, energy and parameters; got {', '.join(chosen) or 'none'}",
+            hint="For example: --rank 4, or --energy 0.9.",
+        )
+    if rank is not None:
+        return {"policy": "fixed", "rank": rank}
+    if energy is not None:
+        return {"policy": "energy", "threshold": energy, "of": "total", "max": most, "pool": most}
+    return {"policy": "budget", "parameters": parameters, "max": most, "pool": most}
+
+
+def _targets(base: Base, rule: Mapping[str, object]) -> list[Target]:
+    """The modules of the base that a rule adapts."""
+    from soka_serve.base.targets import resolve_targets
+    from soka_serve.manifest.schema import Manifest
+
+    manifest = Manifest.model_validate(
+        {
+            "schema": 1,
+            "base": {"path": str(base.directory)},
+            "adapt": [rule],
+            "train": {"steps": 0, "data": {"builtin": "math"}},
+        }
+    )
+    return resolve_targets(manifest, base.layout.modules, base.layout.left_out)
+
+
+def _write(result: ExtractResult, started: Initialisation, base: Base, tuned: Base, unchanged: Unchanged) -> None:
+    """Write the adapter with its lock and card."""
+    from soka_serve.adapter.format import write_adapter
+    from soka_serve.compiler.report.card import extracted_card
+    from soka_serve.io.files import replace_directory
+    from soka_serve.io.versions import versions
+
     lock = {
         "soka": 1,
-        "base": {"name": base_name, "sha256": checkpoint.sha256()},
-        "finetuned": {"name": tuned_name, "sha256": other.sha256()},
+        "base": {"name": base.name, "sha256": base.checkpoint.sha256()},
+        "finetuned": {"name": tuned.name, "sha256": tuned.checkpoint.sha256()},
         "versions": versions(),
         "result": {"kept_energy_frac": result.kept_energy_frac, "trainable_parameters": result.parameters},
         "ranks": {m.module: m.rank for m in started.modules},
     }
     unchanged.check()  # the hashes were taken after the weights were read
-    with replace_directory(target, foreign=EXTRACTED.foreign) as new:
-        card = extracted_card(base_name, tuned_name, result.modules, result.parameters, result.kept_energy_frac)
-        write_adapter(new, started.factors, base_model=base_name, lock=lock, card=card)
-    return result
+    with replace_directory(result.out, foreign=EXTRACTED.foreign) as new:
+        card = extracted_card(base.name, tuned.name, result.modules, result.parameters, result.kept_energy_frac)
+        write_adapter(new, started.factors, base_model=base.name, lock=lock, card=card)
 
 
 def parse_shape(shape: str | Sequence[int]) -> object:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.base.resolve import base_name
 from soka_serve.io.versions import versions
 
 if TYPE_CHECKING:
     from soka_serve.compiler.check import QuickCheck
     from soka_serve.compiler.context import Context
-    from soka_serve.compiler.init.initialise import Initialisation
-    from soka_serve.compiler.report.page import ReportData
+    from soka_serve.compiler.init.result import Initialisation
+    from soka_serve.compiler.report.page import ModuleSpectrum, ReportData, Sample
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.examples import EncodedSet
 
@@ -23,27 +24,37 @@ if TYPE_CHECKING:
 _LORA_RANKS = (1, 2, 8, 16)
 
 
-def write_papers(
-    context: Context,
-    new: Path,
-    start: Initialisation | None,
-    trained: TrainResult,
-    check: QuickCheck | None,
-    training: EncodedSet,
-) -> None:
+@dataclass(frozen=True)
+class Made:
+    """What the stages of a build made.
+
+    Args:
+        training: the encoded examples.
+        start: the factors at step 0; None where the method has none.
+        trained: the trained weights.
+        check: answers before and after; None where none were asked for.
+    """
+
+    training: EncodedSet
+    start: Initialisation | None
+    trained: TrainResult
+    check: QuickCheck | None
+
+
+def write_papers(context: Context, new: Path, made: Made) -> None:
     """Write everything in `new` that is not weights: lock, card, report, history, spectra, manifest."""
     from soka_serve.compiler.report.card import render_card
     from soka_serve.compiler.report.page import write_report
     from soka_serve.io.files import write_text_atomic
     from soka_serve.io.lockfile import write_lock
 
-    if trained.history.exists():
-        shutil.copyfile(trained.history, new / "history.jsonl")
-    if start is not None:
+    if made.trained.history.exists():
+        shutil.copyfile(made.trained.history, new / "history.jsonl")
+    if made.start is not None:
         shutil.copyfile(context.workspace.stage("init", context.keys["init"]) / "init.json", new / "init.json")
     write_text_atomic(new / "manifest.toml", context.loaded.text)
-    lock = _lock(context, new, start, trained)
-    data = _report_data(context, new, start, trained, check, training, lock)
+    lock = _lock(context, new, made)
+    data = _report_data(context, new, made, lock)
     card = render_card(data)
     write_text_atomic(new / "README.md", card)
     if (new / "adapter").exists():
@@ -72,9 +83,9 @@ def trained_ranks(trained: TrainResult) -> dict[str, int]:
     return {name: int(spec["rank"]) for name, spec in config["soka_modules"].items()}
 
 
-def _lock(context: Context, new: Path, start: Initialisation | None, trained: TrainResult) -> dict[str, Any]:
+def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
+    trained = made.trained
     loaded, manifest = context.loaded, context.loaded.manifest
-    name = base_name(manifest.base, loaded.directory)
     lock: dict[str, Any] = {
         "soka": 1,
         "name": str(manifest.name),
@@ -82,7 +93,7 @@ def _lock(context: Context, new: Path, start: Initialisation | None, trained: Tr
         "seed": manifest.train.seed,
         "manifest": {"file": loaded.path.name, "sha256": loaded.sha256},
         "base": {
-            "name": f"builtin:{manifest.base.builtin}" if manifest.base.builtin else name,
+            "name": f"builtin:{manifest.base.builtin}" if manifest.base.builtin else context.base.name,
             "revision": manifest.base.revision or "",
             "sha256": context.inputs.base,
         },
@@ -99,7 +110,7 @@ def _lock(context: Context, new: Path, start: Initialisation | None, trained: Tr
         },
         "comparison": comparison(context),
     }
-    if start is not None:
+    if made.start is not None:
         lock["ranks"] = trained_ranks(trained)
     adapter = new / "adapter" / "adapter_model.safetensors"
     if adapter.exists():
@@ -109,20 +120,52 @@ def _lock(context: Context, new: Path, start: Initialisation | None, trained: Tr
     return lock
 
 
-def _report_data(
-    context: Context,
-    new: Path,
-    start: Initialisation | None,
-    trained: TrainResult,
-    check: QuickCheck | None,
-    training: EncodedSet,
-    lock: dict[str, Any],
-) -> ReportData:
-    from soka_serve.compiler.report.page import ModuleSpectrum, ReportData, Sample, read_history, read_rank_history
+def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) -> ReportData:
+    from soka_serve.compiler.report.page import ReportData, read_history, read_rank_history
 
-    manifest = context.loaded.manifest
-    ranks = lock.get("ranks", {})
-    modules = [
+    manifest, trained, training, check = context.loaded.manifest, made.trained, made.training, made.check
+    adapter = new / "adapter" / "adapter_model.safetensors"
+    has_history = trained.history.exists()
+    artefacts = {
+        n: n for n in ("adapter", "merged", "soka.lock", "manifest.toml", "history.jsonl") if (new / n).exists()
+    }
+    return ReportData(
+        name=str(manifest.name),
+        description=manifest.description,
+        base_name=lock["base"]["name"],
+        method=manifest.train.method,
+        created=lock["created"],
+        versions=lock["versions"],
+        seed=manifest.train.seed,
+        modules=_spectra(made.start, lock.get("ranks", {})) if made.start else [],
+        history=read_history(trained.history) if has_history else [],
+        samples=_samples(check) if check else [],
+        accuracy_before=check.before.accuracy if check else None,
+        accuracy_after=check.after.accuracy if check else None,
+        trainable_parameters=trained.trainable_parameters,
+        base_parameters=context.base.layout.size.parameters,
+        comparison=lock["comparison"],
+        adapter_bytes=adapter.stat().st_size if adapter.exists() else 0,
+        dropped_energy_frac=context.dropped_energy_frac,
+        data_summary={
+            "training examples": len(training.examples),
+            "dropped (too long)": training.dropped,
+            "truncated": training.truncated,
+            "training tokens": training.tokens,
+        },
+        manifest_text=context.loaded.text,
+        lock=lock,
+        artefacts=artefacts,
+        rank_over_time=read_rank_history(trained.history) if has_history else None,
+        timings_s=dict(context.timings_s),
+    )
+
+
+def _spectra(start: Initialisation, ranks: Mapping[str, int]) -> list[ModuleSpectrum]:
+    """Every module's spectrum at step 0, with its rank after training."""
+    from soka_serve.compiler.report.page import ModuleSpectrum
+
+    return [
         ModuleSpectrum(
             module=m.module,
             layer=m.layer,
@@ -136,57 +179,22 @@ def _report_data(
             init=m.init,
             policy=m.policy,
         )
-        for m in (start.modules if start else ())
+        for m in start.modules
     ]
-    samples = []
-    if check is not None:
-        for i, prompt in enumerate(check.prompts):
-            samples.append(
-                Sample(
-                    prompt=prompt,
-                    expected=check.expected[i],
-                    before=check.before.texts[i],
-                    after=check.after.texts[i],
-                    before_ok=check.before.marks[i] if check.before.marks else None,
-                    after_ok=check.after.marks[i] if check.after.marks else None,
-                )
-            )
 
-    def accuracy(part: Any) -> tuple[int, int] | None:
-        return None if part is None or part.total is None else (part.correct, part.total)
 
-    adapter = new / "adapter" / "adapter_model.safetensors"
-    tokens = sum(len(e.input_ids) for e in training.examples)
-    artefacts = {
-        n: n for n in ("adapter", "merged", "soka.lock", "manifest.toml", "history.jsonl") if (new / n).exists()
-    }
-    return ReportData(
-        name=str(manifest.name),
-        description=manifest.description,
-        base_name=lock["base"]["name"],
-        method=manifest.train.method,
-        created=lock["created"],
-        versions=lock["versions"],
-        seed=manifest.train.seed,
-        modules=modules,
-        history=read_history(trained.history) if trained.history.exists() else [],
-        samples=samples,
-        accuracy_before=accuracy(check and check.before),
-        accuracy_after=accuracy(check and check.after),
-        trainable_parameters=trained.trainable_parameters,
-        base_parameters=context.base.size.parameters,
-        comparison=lock["comparison"],
-        adapter_bytes=adapter.stat().st_size if adapter.exists() else 0,
-        dropped_energy_frac=context.dropped_energy_frac,
-        data_summary={
-            "training examples": len(training.examples),
-            "dropped (too long)": training.dropped,
-            "truncated": training.truncated,
-            "training tokens": tokens,
-        },
-        manifest_text=context.loaded.text,
-        lock=lock,
-        artefacts=artefacts,
-        rank_over_time=read_rank_history(trained.history) if trained.history.exists() else None,
-        timings_s=dict(context.timings_s),
-    )
+def _samples(check: QuickCheck) -> list[Sample]:
+    """The first problems with both answers."""
+    from soka_serve.compiler.report.page import Sample
+
+    return [
+        Sample(
+            prompt=prompt,
+            expected=check.expected[i],
+            before=check.before.texts[i],
+            after=check.after.texts[i],
+            before_ok=check.before.marks[i] if check.before.marks else None,
+            after_ok=check.after.marks[i] if check.after.marks else None,
+        )
+        for i, prompt in enumerate(check.prompts)
+    ]

@@ -9,10 +9,14 @@ T = TypeVar("T")
 
 
 class Processes:
-    """This process's place among its fellows. torch.distributed is only touched when there are several."""
+    """This process's place among its fellows. torch.distributed is only touched when there are several.
 
-    def __init__(self) -> None:
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+    Args:
+        count: how many there are; None: as the environment says.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self.count = int(os.environ.get("WORLD_SIZE", "1")) if count is None else count
         self.index = int(os.environ.get("RANK", "0")) if self.count > 1 else 0
         if self.count > 1:
             from accelerate import PartialState

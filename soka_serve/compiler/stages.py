@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.base.served_tokenizer import check_reading, open_served, reading_note
+from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.targets import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import Merging
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from soka_serve.base.targets import Target
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
-    from soka_serve.compiler.init.initialise import Initialisation
+    from soka_serve.compiler.init.result import Initialisation
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.examples import EncodedSet, Example
 
@@ -40,7 +40,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
     """Training and evaluation examples as tokens (the latter None when nothing evaluates the loss)."""
     manifest, directory = context.loaded.manifest, context.loaded.directory
     train = manifest.train
-    tokenizer = open_served(context.tokenizer_dir)
+    tokenizer = context.base.tokenizer
     options: dict[str, Any] = {
         "max_length": train.max_length,
         "overlong": train.overlong,
@@ -66,19 +66,20 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
             "eval_every is set, but there is no evaluation data",
             hint="Set eval_split, eval_jsonl or eval_frac in [train.data], or take eval_every out.",
         )
-    check_reading(tokenizer, held_out, context.tokenizer_dir)
+    check_reading(tokenizer, held_out, context.base.tokenizer_folder)
     return training, encode_examples(held_out, tokenizer, **options)
 
 
 def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequence[Example]) -> None:
-    differing = check_reading(tokenizer, examples, context.tokenizer_dir)
+    differing = check_reading(tokenizer, examples, context.base.tokenizer_folder)
     if differing and context.processes.is_main:
         logger.info(reading_note(tokenizer.reader, differing, len(examples)))
 
 
 def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     """Factors at step 0: from the cache, or decomposed now (by all processes together)."""
-    from soka_serve.compiler.init.initialise import Initialisation, initialise
+    from soka_serve.compiler.init.initialise import InitRun
+    from soka_serve.compiler.init.result import Initialisation
 
     key = context.keys["init"]
     directory = context.workspace.stage("init", key)
@@ -91,20 +92,19 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
         device = _device()
         groups = budget_groups(context.loaded.manifest, context.targets)
         with scratch_directory(directory) as scratch:
-            started = initialise(
+            run = InitRun(
                 context.targets,
-                context.checkpoint,
+                context.base,
                 finetuned=context.finetuned,
                 statistics=lambda targets: _statistics(context, training, targets, scratch),
                 budgets={t.module.name: i for i, group in groups.items() for t in group},
                 seed=train.seed,
                 device=device,
-                exchange=context.processes.gather if context.processes.count > 1 else None,
-                process=context.processes.index,
-                processes=context.processes.count,
+                processes=context.processes,
                 scratch=scratch,
                 progress=context.progress,
             )
+            started = run.initialise()
         if context.processes.is_main:
             with replace_directory(directory) as new:
                 started.write(new)
@@ -122,12 +122,12 @@ def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target
     from soka_serve.data.collate import PadCollator
 
     manifest = context.loaded.manifest
-    model = load_base(context.base_dir, manifest.base.dtype).to(_device() or "cpu")
+    model = load_base(context.base.directory, manifest.base.dtype).to(_device() or "cpu")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(manifest.train.seed)
     order = torch.randperm(len(training.examples), generator=generator).tolist()
     size = manifest.train.batch_size
-    collate = PadCollator(open_served(context.tokenizer_dir).pad_id)
+    collate = PadCollator(context.base.tokenizer.pad_id)
     batches = []
     for start in range(0, batches_needed(targets) * size, size):
         chosen = [training.examples[i] for i in order[start : start + size]]
@@ -155,7 +155,7 @@ def tune_stage(
     with context.stage("tune", f"training ({manifest.train.method})"):
         directory.mkdir(parents=True, exist_ok=True)
         run = Run(
-            model_dir=context.base_dir,
+            model_dir=context.base.directory,
             manifest=manifest,
             method=context.method,
             targets=[t.module.name for t in context.targets],
@@ -163,7 +163,7 @@ def tune_stage(
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
         )
-        data = TrainingData(*encoded, open_served(context.tokenizer_dir).pad_id)
+        data = TrainingData(*encoded, context.base.tokenizer.pad_id)
         result = train(run, data, progress=context.progress)
         if context.processes.is_main:
             _mark_done(directory, result.seconds)
@@ -214,7 +214,7 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
         context.method.merge(
             source,
             Merging(
-                base_dir=context.base_dir,
+                base=context.base,
                 out=new / "merged",
                 dtype=context.loaded.manifest.output.merged_dtype,
                 base_name=context.inputs.base_name,
@@ -231,18 +231,18 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
         shutil.copy2(old, new / "check.json")
         return QuickCheck.read(old)
     manifest = context.loaded.manifest
-    questions = choose_questions(manifest, context.loaded.directory, open_served(context.tokenizer_dir))
+    questions = choose_questions(manifest, context.loaded.directory, context.base.tokenizer)
     if questions is None:
         return None
     with context.stage("check", f"answering {questions.limit} held-out problems before and after"):
         from soka_serve.base.model import load_base
 
         limit = manifest.eval.max_new_tokens
-        model = load_base(context.base_dir, manifest.base.dtype, manifest.base.quantize)
+        model = load_base(context.base.directory, manifest.base.dtype, manifest.base.quantize)
         if _device() is not None and manifest.base.quantize == "none":
             model = model.to(_device())
-        before = answer(model, context.tokenizer_dir, questions, limit)
-        after = answer(_load_result(model, new), context.tokenizer_dir, questions, limit)
+        before = answer(model, context.base.transformers_tokenizer, questions, limit)
+        after = answer(_load_result(model, new), context.base.transformers_tokenizer, questions, limit)
         check = QuickCheck(questions.prompts, questions.expected, before, after)
         check.write(new / "check.json")
     return check

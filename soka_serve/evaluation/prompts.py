@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.served_tokenizer import open_served
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.base.tokenizer_class import tokenizer_directory
 from soka_serve.data.examples import render_prompt
 from soka_serve.errors import DataError, EvalError
 from soka_serve.manifest.read import LoadedManifest, read_manifest
@@ -108,6 +106,4 @@ def _trained_on(place: str) -> tuple[Data, TextTokenizer | None]:
 
 
 def _tokenizer(loaded: LoadedManifest) -> TextTokenizer:
-    base = loaded.manifest.base
-    directory = resolve_base(base, manifest_dir=loaded.directory, weights=False)
-    return open_served(tokenizer_directory(directory, base.hub))
+    return resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False).tokenizer

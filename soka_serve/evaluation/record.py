@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-from soka_serve.base.resolve import base_name
+from soka_serve.base.resolve import resolve_base
 from soka_serve.evaluation.backends import Subject, TransformersBackend, VllmBackend
 from soka_serve.evaluation.results import Score
 from soka_serve.io.versions import versions
@@ -44,7 +44,7 @@ def make_record(
         seed: lm-eval's seeds.
     """
     target, given = subject.target, loaded.manifest.base
-    base = f"builtin:{given.builtin}" if given.builtin else base_name(given, loaded.directory)
+    base = f"builtin:{given.builtin}" if given.builtin else resolve_base(given, manifest_dir=loaded.directory).name
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(loaded, runner, tasks, limit),

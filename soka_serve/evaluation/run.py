@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soka_serve.base.foreign_code import check_no_code
-from soka_serve.base.tokenizer_class import TOKENIZER_FILES, tokenizer_directory
+from soka_serve.base.tokenizer_class import TOKENIZER_FILES
 from soka_serve.errors import EvalError, SokaError
 from soka_serve.evaluation.backends import Asked, Subject, TransformersBackend, VllmBackend, wait_counted
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
@@ -133,21 +133,22 @@ def _check_installed() -> None:
 
 
 def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
-    from soka_serve.base.checkpoint import Checkpoint
+    from soka_serve.base.folder import ModelFolder
     from soka_serve.base.modules import text_config
     from soka_serve.base.resolve import resolve_base
 
     target = read_targets([str(loaded.path)], out=out)[0]
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)
-    for place in (base, target.path):
-        check_no_code(place)
-    context = text_config(Checkpoint.open(base).config).get("max_position_embeddings")
+    for folder in (base.folder, ModelFolder(target.path)):
+        check_no_code(folder)
+    context = text_config(base.config).get("max_position_embeddings")
     longest = loaded.manifest.serve.max_model_len
     context = longest if longest is not None else context
     if not isinstance(context, int):
-        raise EvalError(f"{base}: its config.json names no max_position_embeddings", hint="Set [serve] max_model_len.")
-    tokenizer = tokenizer_directory(base, loaded.manifest.base.hub)
-    return Subject(loaded.manifest, target, base, tokenizer, context)
+        raise EvalError(
+            f"{base.directory}: its config.json names no max_position_embeddings", hint="Set [serve] max_model_len."
+        )
+    return Subject(loaded.manifest, target, base.directory, base.tokenizer_folder.directory, context)
 
 
 @contextmanager

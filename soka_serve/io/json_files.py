@@ -37,11 +37,29 @@ def read_json(file: Path, budget: ReadingBudget | None = None) -> dict[str, Any]
     limits = budget or ReadingBudget()
     try:
         text = read_limited(file, limits.config_bytes, limits.source)
-        value = json.loads(text, object_pairs_hook=None if budget is None else no_duplicates)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint=CHECK_RIGHTS) from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not UTF-8 text: {error.reason}", hint=FETCH_AGAIN) from error
+    return parse_json(file, text, unique=budget is not None)
+
+
+def parse_json(file: Path, content: str | bytes, *, unique: bool = False) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        file: where it was read, for messages.
+        content: the text, or its bytes in UTF-8.
+        unique: refuse keys that occur twice.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON (with line and column), or not an object.
+    """
+    try:
+        text = content if isinstance(content, str) else content.decode()
+        value = json.loads(text, object_pairs_hook=no_duplicates if unique else None)
     except json.JSONDecodeError as error:
         raise CheckpointError(
             f"{file}:{error.lineno}:{error.colno}: not JSON: {error.msg}", hint=FETCH_AGAIN

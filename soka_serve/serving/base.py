@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import text_config
+from soka_serve.base.opened import Base
 from soka_serve.base.packed_shapes import check_packed
-from soka_serve.base.quantisation import Quantisation, read_quantisation
-from soka_serve.base.read_modules import weights_of
 from soka_serve.base.resolve import open_base, resolve_base
 from soka_serve.base.tokenizer_class import tokenizer_directory
 from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.io.files import is_own, is_own_file
 from soka_serve.io.own_cache import HASHES_FILE, own_hashes
 from soka_serve.io.workspace import HashCache
-from soka_serve.manifest.schema import Base
+from soka_serve.manifest import schema
 from soka_serve.serving.targets import Target, check_served_layout
 
 logger = logging.getLogger(__name__)
@@ -64,28 +62,26 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
             adapters' soka.lock.
     """
     if given is not None:
-        directory, recorded = open_base(given)
-        name = recorded if not Path(recorded).is_absolute() else _short(Base(path=recorded))
+        base = open_base(given)
+        name = base.hub or base.directory.resolve().name
     else:
-        base = _shared(targets)
-        directory, name = resolve_base(base, manifest_dir=Path.cwd()), _short(base)
-    checkpoint, quantised = Checkpoint.open(directory), read_quantisation(directory)
-    check_served_layout(checkpoint)
-    _check_hashes(targets, checkpoint, quantised)
-    _check_shapes(targets, checkpoint, quantised)
-    config = text_config(checkpoint.config)
+        shared = _shared(targets)
+        base, name = resolve_base(shared, manifest_dir=Path.cwd()), _short(shared)
+    check_served_layout(base.checkpoint)
+    _check_hashes(targets, base)
+    _check_shapes(targets, base)
+    config = text_config(base.config)
     said = [config.get(key) for key in ("max_position_embeddings", "num_key_value_heads", "num_attention_heads")]
     context, kv_heads, heads = (value if isinstance(value, int) else None for value in said)
-    has_experts = any(_EXPERTS.search(tensor) for tensor in checkpoint.tensors)
-    directory = directory.resolve()
+    has_experts = any(_EXPERTS.search(tensor) for tensor in base.checkpoint.tensors)
     # An adapter was trained on what its base's hub id stands for, also where a directory is given in its place.
     hubs = [name, *(t.base.hub for t in targets if t.base is not None and t.base.hub is not None)]
-    tokenizers = [place for hub in hubs if (place := tokenizer_directory(directory, hub)) != directory]
+    tokenizers = [place for hub in hubs if (place := tokenizer_directory(base.folder, hub)) != base.directory]
     tokenizer = tokenizers[0] if tokenizers else None
-    return ServedBase(directory, name, context, kv_heads, has_experts, tokenizer, heads)
+    return ServedBase(base.directory.resolve(), name, context, kv_heads, has_experts, tokenizer, heads)
 
 
-def _shared(targets: Sequence[Target]) -> Base:
+def _shared(targets: Sequence[Target]) -> schema.Base:
     """The base that all name; two names for weights of one hash are one base."""
     named = {_key(t.base): t for t in targets if t.base is not None}
     if not named:
@@ -108,7 +104,7 @@ def _shared(targets: Sequence[Target]) -> Base:
     return here[0]
 
 
-def _key(base: Base | None) -> tuple[str, str, str]:
+def _key(base: schema.Base | None) -> tuple[str, str, str]:
     if base is None:
         return ("", "", "")
     if base.path is not None:
@@ -127,13 +123,14 @@ def _show(target: Target) -> str:
     return text + (f" (weights {target.base_sha256[:12]})" if target.base_sha256 else "")
 
 
-def _short(base: Base) -> str:
+def _short(base: schema.Base) -> str:
     if base.path is not None:
         return Path(base.path).resolve().name
     return base.builtin or str(base.hub)
 
 
-def _check_hashes(targets: Sequence[Target], checkpoint: Checkpoint, quantised: Quantisation | None) -> None:
+def _check_hashes(targets: Sequence[Target], base: Base) -> None:
+    checkpoint, quantised = base.checkpoint, base.quantisation
     expected = {t.base_sha256 for t in targets if t.base_sha256}
     for target in targets:
         if not target.base_sha256:
@@ -181,24 +178,22 @@ def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
     return found
 
 
-def _check_shapes(targets: Sequence[Target], checkpoint: Checkpoint, quantised: Quantisation | None) -> None:
+def _check_shapes(targets: Sequence[Target], base: Base) -> None:
     if not any(target.peft_type == "SOKA" for target in targets):
         return
     from soka_serve.adapter.format import check_against, read_adapter, refusal
 
     problems: list[SokaError] = []
-    weights = weights_of(checkpoint) if quantised is None else None
     for target in targets:
         if target.peft_type == "SOKA":
             try:
-                if weights is not None:
-                    check_against(read_adapter(target.path), weights)
+                if base.quantisation is None:
+                    check_against(read_adapter(target.path), base.weights)
                     continue
-                assert quantised is not None
                 shapes = {module: shape for module, (_, shape) in target.factors.items()}
-                if wrong := check_packed(shapes, checkpoint.tensors, quantised):
+                if wrong := check_packed(shapes, base.checkpoint.tensors, base.quantisation):
                     raise refusal(target.path, wrong, "it was made for another base")
             except CheckpointError as error:
                 problems.append(error)
     if problems:
-        raise CheckpointError(joined(problems)[0], hint=f"the base is {checkpoint.directory}")
+        raise CheckpointError(joined(problems)[0], hint=f"the base is {base.directory}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_code
 from soka_serve.errors import SokaError
 from soka_serve.serving.base import ServedBase
@@ -104,7 +105,7 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
         SokaError: manifests that disagree, an option of vLLM that conflicts with ours, a name that is taken.
     """
     model = base.directory if base else targets[0].path
-    check_no_code(model)
+    check_no_code(ModelFolder(model))
     theirs = parse_options(settings.vllm)
     _check_taken(theirs, merged=base is None)
     _check_api_processes(theirs, settings)

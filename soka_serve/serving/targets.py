@@ -168,8 +168,8 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
     if not built or not (target / kind).is_dir():
         where = f"; there is no {kind} in {target}" if built else f"; there is no build in {target}"
         raise SokaError(f"{loaded.path}: not built{where}", hint=f"Build it first: {line}")
-    directory = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
-    statuses = stage_statuses(loaded, directory, root)
+    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
+    statuses = stage_statuses(loaded, base, root)
     if isinstance(statuses, str):  # its keys cannot be known here; a manifest that asks the same is good enough then
         changed = _asks_otherwise(loaded, target)
         logger.warning("%s: whether the build is up to date cannot be told: %s", loaded.path, statuses)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 
 from soka_serve.adapter.format import write_adapter
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory, generate
 from soka_serve.compiler.answers import generate_answers, measure
@@ -93,7 +94,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     manifest = folder / "mine.toml"
     head = 'schema = 1\n[base]\npath = "base"\n[train]\nsteps = 1\n[train.data]\njsonl = "train.jsonl"\n'
     manifest.write_text(f"{head}{texts[request.param]}\n")
-    tokenizer = TextTokenizer.from_directory(base)
+    tokenizer = TextTokenizer.from_folder(ModelFolder(base))
     data = read_manifest(manifest).manifest.train.data
     examples = load_examples(data, manifest_dir=folder, part="train", tokenizer=tokenizer)
     encoded = encode_examples(examples, tokenizer, max_length=512, overlong="drop", completion_only=True).examples
@@ -233,7 +234,7 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
         arguments = f"pretrained={base_directory()},dtype=float32{more}"
         options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
         command_line([*options, *TASK, "--output_path", str(out)], environment, root)
-        measured = measure(tuned if more else base_model(), "math", "test", 24)
+        measured = measure(tuned if more else base_model(), "math", 24)
         answers[name], score = answers_of(out)
         assert answers[name] == [sample.text for sample in measured.samples]
         assert score == measured.correct / measured.total
@@ -255,7 +256,7 @@ def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapt
     arguments = f"pretrained={base_directory()},dtype=float32,max_model_len=512,lora_local_path={folder}"
     options = ("--model", "vllm", "--model_args", arguments, "--batch_size", "auto")
     command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], environment, root)
-    measured = measure(tuned, "math", "test", 24)
+    measured = measure(tuned, "math", 24)
     texts, score = answers_of(tmp_path / "out")
     assert texts == [sample.text for sample in measured.samples]
     assert score == measured.correct / measured.total

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
 from soka_serve.adapter.format import write_adapter
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from tests.support.serve_adapters import TARGET_OPTIONS
 from tests.support.serving import ONE_PROCESS, serve
@@ -49,7 +49,7 @@ def test_fused_projections_are_served(tmp_path: Path) -> None:
     base = write_phi3(tmp_path / "base")
     factors = {
         module.name: random_factors(module.out_features, module.in_features, 2, seed=place)
-        for place, module in enumerate(list_modules(base))
+        for place, module in enumerate(Base(base).layout.modules)
     }
     assert {name.rpartition(".")[2] for name in factors} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
     write_adapter(tmp_path / "adapter", factors, base_model=str(base))

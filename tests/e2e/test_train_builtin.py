@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.folder import ModelFolder
+from soka_serve.base.opened import Base
 from soka_serve.base.targets import resolve_targets
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.methods import METHODS
@@ -27,11 +28,11 @@ def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
     recipe |= {"learning_rate": 2e-2, "log_every": 3, "packing": packing, "max_length": 256}
     manifest = Manifest.model_validate({"schema": 1, "name": "x", "base": {"builtin": "tiny"}, "train": recipe})
     directory = base_directory()
-    checkpoint, tokenizer = Checkpoint.open(directory), TextTokenizer.from_directory(directory)
+    checkpoint, tokenizer = Checkpoint.open(directory), TextTokenizer.from_folder(ModelFolder(directory))
     examples = load_examples(manifest.train.data, manifest_dir=tmp_path, part="train")
     encoded = encode_examples(examples, tokenizer, max_length=256, overlong="drop", completion_only=True)
     factors = {}
-    for target in resolve_targets(manifest, list_modules(directory)):
+    for target in resolve_targets(manifest, Base(directory).layout.modules):
         module = target.module
         shape = balanced_shape(module.out_features, module.in_features)
         factors[module.name] = kpsvd(checkpoint.read(f"{module.name}.weight"), shape, 1).factors

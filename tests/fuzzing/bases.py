@@ -12,8 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 import soka_serve.base.meta_model  # noqa: F401 - transformers is imported before the clock runs
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.read_modules import read_modules, weights_of
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError, is_printable
 from soka_serve.io.safetensors import read_header
@@ -73,8 +72,8 @@ def check_base(folder: Path) -> bool:
     with bounded():
         refusal = ""
         try:
-            base = read_modules(folder)
-            weights = weights_of(Checkpoint.open(folder))
+            opened = Base(folder)
+            base, weights = opened.layout, opened.weights
         except SokaError as error:
             refusal = error.message
     assert all(map(is_printable, refusal.split("\n"))), refusal

@@ -12,7 +12,8 @@ import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from soka_serve.base.served_tokenizer import check_reading, open_served
+from soka_serve.base.opened import Base
+from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.builtin import base_directory
 from soka_serve.data.examples import Example
 from soka_serve.errors import SokaError
@@ -153,8 +154,9 @@ def check_tokenizer(folder: Path) -> bool:
     """
     with bounded():
         try:
-            tokenizer = open_served(folder)
-            check_reading(tokenizer, _EXAMPLES, folder)
+            base = Base(folder)
+            tokenizer = base.tokenizer
+            check_reading(tokenizer, _EXAMPLES, base.tokenizer_folder)
             tokenizer.encode_pairs([(e.prompt, e.completion) for e in _EXAMPLES])
         except SokaError:
             return False

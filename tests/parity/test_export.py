@@ -101,7 +101,7 @@ def check_energy(out: Path, total: float, by_module: dict[str, float]) -> None:
 
 def test_rounding_counts_as_loss(tmp_path: Path) -> None:
     source = write_test_adapter(tmp_path / "source")
-    result = export(source, tmp_path / "out", dtype=torch.bfloat16)
+    result = export(source, tmp_path / "out", dtype="bfloat16")
     assert 1e-8 < result.dropped_energy_frac < 1e-4
     check_energy(tmp_path / "out", result.dropped_energy_frac, result.by_module)
 

@@ -177,7 +177,7 @@ def test_blocks_of_any_size(
     written = os.pwrite
     monkeypatch.setattr("soka_serve.compiler.merge.files.os.pwrite", refusing)
     if way != "page cache":  # as with little memory; 8 KiB are less than the file, and no multiple of anything in it
-        monkeypatch.setattr("soka_serve.compiler.merge.merge._fits_memory", lambda size: False)
+        monkeypatch.setattr("soka_serve.compiler.merge.layout.MergeLayout.fits_memory", lambda layout: False)
         monkeypatch.setattr("soka_serve.compiler.merge.files._DIRECT_BYTES", 8192)
     monkeypatch.setattr("soka_serve.compiler.merge.files.os.open", watched)
     base = write_base(tmp_path / "base", dtype=torch.float32, shard="10GB")

@@ -33,7 +33,7 @@ class Reader:
 
     Args:
         file: of the base.
-        digest: takes what is read; None if nobody wants to know.
+        digest: takes what is read; None to skip hashing.
     """
 
     def __init__(self, file: Path, digest: Hash | None) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 from soka_serve.adapter.format import CARD_FILE, LOCK_FILE
 from soka_serve.adapter.source import AdapterSource
-from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE
+from soka_serve.base.opened import Base
 from soka_serve.base.tokenizer_class import hub_settings
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.files import read_errors, require_regular, write_text_atomic
@@ -70,32 +71,36 @@ MERGED = Output(
 )
 
 
-def copy_side_files(checkpoint: Checkpoint, new: Path, dtype: str | None, base_name: str | None = None) -> list[str]:
+def copy_side_files(base: Base, new: Path, dtype: str | None, base_name: str | None = None) -> list[str]:
     """Config, tokenizer, generation config and licence of the base; returns the names of what was written.
 
     Args:
+        base: the base.
+        new: the merged model's folder.
         dtype: what config.json shall say the weights are; None leaves it as it is.
         base_name: what adapters call the base. For some hub ids transformers takes another tokenizer class than the
             files name; the merged model has no hub id, so its tokenizer_config.json names that class.
     """
-    base = checkpoint.directory
+    directory = base.directory
     copied = []
     for pattern in _COPIED:
-        for file in sorted(base.glob(pattern)):
-            target = new / file.relative_to(base)
+        for file in sorted(directory.glob(pattern)):
+            target = new / file.relative_to(directory)
             target.parent.mkdir(exist_ok=True)
             _copy(file, target)
-            copied.append(str(file.relative_to(base)))
-    if (settings := hub_settings(base, base_name)) is not None:
+            copied.append(str(file.relative_to(directory)))
+    if (settings := hub_settings(base.folder, base_name)) is not None:
         (new / "tokenizer_config.json").write_bytes(settings)
     if dtype is not None:
-        text = json.dumps(_with_dtype(checkpoint.config, dtype), indent=2) + "\n"
+        text = json.dumps(_with_dtype(base.config, dtype), indent=2) + "\n"
         (new / "config.json").write_text(text, encoding="utf-8")
     else:
-        _copy(base / "config.json", new / "config.json")
-    weights = {f.name for f in checkpoint.files}
+        _copy(directory / "config.json", new / "config.json")
+    weights = {f.name for f in base.checkpoint.files}
     left = [
-        f.name for f in sorted(base.iterdir()) if f.is_file() and f.name not in weights and not (new / f.name).exists()
+        f.name
+        for f in sorted(directory.iterdir())
+        if f.is_file() and f.name not in weights and not (new / f.name).exists()
     ]
     if left:
         log.info("merge: not copied from the base: %s", ", ".join(left))
@@ -128,7 +133,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 def write_papers(
     new: Path,
-    checkpoint: Checkpoint,
+    directory: Path,
     sources: Sequence[tuple[AdapterSource, float]],
     dtype: str,
     base_sha256: str | None,
@@ -137,7 +142,7 @@ def write_papers(
     adapters = [(source.adapter, weight) for source, weight in sources]
     base = adapters[0][0].base_model or ""
     if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
-        base = Path(base or checkpoint.directory).name
+        base = Path(base or directory).name
     base = printable(base)
     lock = {
         "soka": 1,

@@ -84,17 +84,35 @@ class Piece:
         return not self.deltas and self.dtype == self.info.dtype
 
 
-def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, Weighted]) -> tuple[bytes, list[Piece]]:
+@dataclass(frozen=True)
+class FilePlan:
+    """A merged file: its first bytes, up to the data, and what follows, in the order of the data.
+
+    That is the base's order when nothing changes size, else widest dtype first, as the safetensors library lays files
+    out.
+    """
+
+    header: bytes
+    pieces: list[Piece]
+
+    @property
+    def size(self) -> int:
+        """Of the whole file, bytes."""
+        return self.pieces[-1].end
+
+    def keeps_order(self) -> bool:
+        """Whether the data lie in the base's order, so that its file can be hashed on the way."""
+        starts = [piece.info.start for piece in self.pieces]
+        return starts == sorted(starts)
+
+
+def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, Weighted]) -> FilePlan:
     """Header and layout of the merged version of one safetensors file.
 
     Args:
         tensors: all tensors of the file, in the order of their data.
         dtype: safetensors' name of the dtype that floating tensors get, or "auto" to keep each one's own.
         adapted: by tensor name, the factors and weights to add.
-
-    Returns:
-        The first bytes of the file, up to the data, and the pieces in the order of their data: the base's order when
-        nothing changes size, else widest dtype first, as the safetensors library lays files out.
     """
     file = tensors[0].file
     kept = dtype == "auto" or all(t.dtype == dtype or t.dtype not in FLOAT_DTYPES for t in tensors)
@@ -118,7 +136,7 @@ def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, W
         header = struct.pack("<Q", len(text)) + text
     at = len(header)
     pieces = [Piece(info, out, at + start, at + end, adapted.get(info.name, ())) for info, out, start, end in places]
-    return header, pieces
+    return FilePlan(header, pieces)
 
 
 def work_dtype(piece: Piece) -> torch.dtype:
@@ -144,8 +162,7 @@ def single_threaded_torch() -> Iterator[None]:
 
 def write_file(
     target: Path,
-    header: bytes,
-    pieces: Sequence[Piece],
+    plan: FilePlan,
     *,
     advance: Callable[[int], None],
     stop: Event,
@@ -156,10 +173,10 @@ def write_file(
 
     Args:
         target: the new file.
-        header, pieces: what `plan_file` returned.
+        plan: what goes into it.
         advance: called with the number of bytes written.
         stop: gives up when set.
-        digest: takes the whole content of the base's file; None if nobody wants to know, or not `keeps_order(pieces)`.
+        digest: takes the whole content of the base's file; None to skip hashing, as where not `plan.keeps_order()`.
         direct: past the page cache.
 
     Raises:
@@ -168,21 +185,16 @@ def write_file(
         OSError: the disk is full, and the like.
     """
     writer = DirectWriter if direct else Writer
-    with Reader(pieces[0].info.file, digest) as base, writer(target, pieces[-1].end) as out:
-        base.read(0, pieces[0].info.start)
-        out.append(memoryview(bytearray(header)))
-        advance(len(header))
-        for piece in pieces:
+    first = plan.pieces[0].info
+    with Reader(first.file, digest) as base, writer(target, plan.size) as out:
+        base.read(0, first.start)
+        out.append(memoryview(bytearray(plan.header)))
+        advance(len(plan.header))
+        for piece in plan.pieces:
             for size in _write_piece(base, out, piece):
                 advance(size)
                 if stop.is_set():
                     raise CancelledError
-
-
-def keeps_order(pieces: Sequence[Piece]) -> bool:
-    """Whether the data lie in the base's order, so that its file can be hashed on the way."""
-    starts = [piece.info.start for piece in pieces]
-    return starts == sorted(starts)
 
 
 def _write_piece(base: Reader, out: Writer, piece: Piece) -> Iterator[int]:

@@ -14,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soka_serve.adapter.format import Adapter
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.read_modules import weights_of
+from soka_serve.base.opened import Base
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor
@@ -37,9 +36,7 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-def verify_tensors(
-    directory: Path, checkpoint: Checkpoint, weights: WeightMap, adapters: Sequence[tuple[Adapter, float]]
-) -> float:
+def verify_tensors(directory: Path, original: Base, adapters: Sequence[tuple[Adapter, float]]) -> float:
     """Read a sample of the written weights back and hold it against base + delta in float64.
 
     Up to 8 adapted tensors, 16 rows of each; 8 others, whose rows must not have changed. The safetensors library must
@@ -51,10 +48,11 @@ def verify_tensors(
     Raises:
         BuildError: names the tensor and its error.
     """
+    checkpoint = original.checkpoint
     deltas: dict[str, list[tuple[Adapter, str, float]]] = {}
     for adapter, weight in adapters:
         for module in adapter.factors:
-            deltas.setdefault(weights.get(module).name, []).append((adapter, module, weight))
+            deltas.setdefault(original.weights.get(module).name, []).append((adapter, module, weight))
     others = [n for n, t in checkpoint.tensors.items() if n not in deltas and t.shape]
     worst = 0.0
     names = list(deltas)
@@ -171,27 +169,32 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
     tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
     adapted = answer(tuned)
     # The same model with its weights rounded as the merged ones are: what is left is no rounding.
-    written = weights_of(Checkpoint.open(directory))
     rounded = tuned.merge_and_unload()
-    widest = "float32"
-    for name, parameter in rounded.named_parameters():
-        info = written.find_parameter(name)
-        dtype = torch.float32 if info is None else info.torch_dtype
-        parameter.copy_(parameter.to(dtype))
-        widest = max(widest, str(dtype).removeprefix("torch."), key=lambda d: _MAX_NATS.get(d, 0.0))
+    coarsest = _round_as(rounded, Base(directory).weights)
     expected = answer(rounded)
     del model, tuned, rounded
     gc.collect()
     merged = answer(_load_merged(load, directory))
     error, apart, effect = (float((merged - other).abs().max()) for other in (adapted, expected, alone))
     log.info("verify: log-probabilities within %.1e nats of base + adapter, which is %.1e from the base", error, effect)
-    if not apart <= _MAX_NATS[widest]:
+    if not apart <= _MAX_NATS[coarsest]:
         raise BuildError(
-            f"verify: log-probabilities differ by up to {apart:.3g} nats from base + adapter with {widest} weights "
-            f"(at most {_MAX_NATS[widest]:g} expected)",
+            f"verify: log-probabilities differ by up to {apart:.3g} nats from base + adapter with {coarsest} weights "
+            f"(at most {_MAX_NATS[coarsest]:g} expected)",
             hint=_HINT,
         )
     return error
+
+
+def _round_as(model: Any, written: WeightMap) -> str:
+    """Round a model's parameters to the dtypes of a checkpoint; the coarsest of these, in torch's spelling."""
+    coarsest = "float32"
+    for name, parameter in model.named_parameters():
+        info = written.find_parameter(name)
+        dtype = torch.float32 if info is None else info.torch_dtype
+        parameter.copy_(parameter.to(dtype))
+        coarsest = max(coarsest, str(dtype).removeprefix("torch."), key=lambda d: _MAX_NATS.get(d, 0.0))
+    return coarsest
 
 
 def _load_merged(load: Callable[[Path], Any], directory: Path) -> Any:

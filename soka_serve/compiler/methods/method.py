@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from soka_serve.base.model import Dtype
     from soka_serve.base.modules import Module
+    from soka_serve.base.opened import Base
     from soka_serve.kron import Factors
 
 Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types
@@ -53,7 +54,7 @@ class Merging:
     `dtype` is that of the weights; with "auto" each keeps the one that it has in the base.
     """
 
-    base_dir: Path
+    base: Base
     out: Path
     dtype: Dtype
     base_name: str

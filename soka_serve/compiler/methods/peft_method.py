@@ -52,7 +52,7 @@ class PeftMethod(Method):
         from soka_serve.compiler.methods.adapter_files import load_adapter
         from soka_serve.compiler.methods.dense import write_dense
 
-        adapted = load_adapter(load_base(merging.base_dir, "float32"), source)
+        adapted = load_adapter(load_base(merging.base.directory, "float32"), source)
         write_dense(adapted.merge_and_unload(), merging)
 
 

@@ -41,13 +41,11 @@ class Soka(Method):
         return load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
 
     def export(self, trained: Path, out: Path, dtype: str) -> float:
-        import torch
-
         from soka_serve.adapter.export import export
 
-        return export(trained, out, dtype=getattr(torch, dtype)).dropped_energy_frac
+        return export(trained, out, dtype=dtype).dropped_energy_frac
 
     def merge(self, source: Path, merging: Merging) -> None:
-        from soka_serve.compiler.merge.merge import merge
+        from soka_serve.compiler.merge.merge import MergeRun
 
-        merge(source, base=merging.base_dir, out=merging.out, dtype=merging.dtype, progress=merging.progress)
+        MergeRun([(source, 1.0)], merging.base, merging.out, merging.dtype, progress=merging.progress).run()

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.served_tokenizer import check_reading, read_served, reading_note
-from soka_serve.base.tokenizer import read_backend
-from soka_serve.base.tokenizer_class import reads_plainly, tokenizer_directory
+from soka_serve.base.opened import Base
+from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.data.examples import (
     MASKED,
     EncodedSet,
@@ -96,7 +95,7 @@ def mixes_rows(config: Mapping[str, Any]) -> bool:
     return bool(kinds & _MIXING_LAYERS or keys.keys() & _MIXING_KEYS)
 
 
-def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, hub_down: bool = False) -> DataPlan:
+def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: bool = False) -> DataPlan:
     """Render and tokenise the data, or the first `SAMPLE` examples of it.
 
     Data or a tokenizer that is not there is said in `problem`. With `hub_down` the hub was just found out of reach, and
@@ -110,12 +109,11 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
     problems: list[str] = []
     tokenizer: TextTokenizer | None = None
     try:
-        place = tokenizer_directory(base_directory, manifest.base.hub)
-        tokenizer = _open_tokenizer(place)
+        tokenizer = base.planned_tokenizer
     except CheckpointError:
-        if (base_directory / "tokenizer.json").is_file():
+        if (base.directory / "tokenizer.json").is_file():
             raise
-        problems.append(f"tokens cannot be counted: the base's tokenizer is not at hand ({base_directory.name})")
+        problems.append(f"tokens cannot be counted: the base's tokenizer is not at hand ({base.directory.name})")
     examples: list[Example] = []
     total: int | None = None
     if data.messages is not None and tokenizer is None:
@@ -130,7 +128,7 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
     encoded: EncodedSet | None = None
     reading = None
     if tokenizer is not None and examples:
-        if differing := check_reading(tokenizer, examples, place):
+        if differing := check_reading(tokenizer, examples, base.tokenizer_folder):
             reading = reading_note(tokenizer.reader, differing, len(examples))
         try:
             encoded = encode_examples(
@@ -162,13 +160,6 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base_directory: Path, *, h
         problem="; ".join(problems) or None,
         reading=reading,
     )
-
-
-def _open_tokenizer(directory: Path) -> TextTokenizer:
-    """The tokenizer as a build opens it: tokenizer.json where that is sure to be the same, which is far quicker."""
-    if reads_plainly(directory, read_backend(directory)):
-        return TextTokenizer.from_directory(directory)
-    return read_served(directory)
 
 
 def _sample(

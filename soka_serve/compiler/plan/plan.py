@@ -10,10 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.foreign_code import check_no_adapter, check_no_code
-from soka_serve.base.modules import BaseModules, ModelSize, name_patterns
-from soka_serve.base.plain_weights import check_plain_weights
-from soka_serve.base.read_modules import read_modules
+from soka_serve.base.modules import ModelSize, name_patterns
+from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
 from soka_serve.compiler.methods import METHODS
@@ -22,7 +20,6 @@ from soka_serve.compiler.plan.estimate import Memory, Setting
 from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
 from soka_serve.compiler.plan.modules import ModulePlan, plan_training
 from soka_serve.compiler.plan.policies import PolicyRow, policies_for
-from soka_serve.io.json_files import read_json
 from soka_serve.manifest.read import LoadedManifest
 from soka_serve.manifest.schema import SERVED_PROJECTIONS, Manifest
 
@@ -85,7 +82,7 @@ class Plan:
 def make_plan(
     loaded: LoadedManifest,
     *,
-    base_directory: Path | None = None,
+    base: Base | None = None,
     stages: Sequence[StageStatus] | str | None = None,
     policies: int | None = None,
 ) -> Plan:
@@ -93,8 +90,8 @@ def make_plan(
 
     Args:
         loaded: the manifest.
-        base_directory: directory of the base, where the caller has it already; else it is resolved without weights (a
-            hub that cannot be reached is replaced by the config inside the package, if there is one).
+        base: its base, where the caller has opened it already; else it is resolved without weights (a hub that cannot
+            be reached is replaced by the config inside the package, if there is one).
         stages: what is cached and what would run, from `status.stage_statuses`, or why that is not known.
         policies: also list rules that give about so many trainable parameters.
 
@@ -106,18 +103,16 @@ def make_plan(
     Data or a tokenizer that cannot be reached is no error here: the plan says so in `data.problem`.
     """
     manifest, train = loaded.manifest, loaded.manifest.train
-    directory = base_directory or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
-    check_no_code(directory)
-    check_no_adapter(directory)
-    check_plain_weights(directory)
-    base = read_modules(directory)
-    targets = resolve_targets(manifest, base.modules, base.left_out)
-    size, method = base.size, METHODS[train.method]
+    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
+    base.check_adaptable()
+    layout = base.layout
+    targets = resolve_targets(manifest, layout.modules, layout.left_out)
+    size, method = layout.size, METHODS[train.method]
     planned = plan_training(manifest, targets, method, size)
-    bundled = directory.parent == _CONFIGS
+    bundled = base.directory.parent == _CONFIGS
     setting = Setting(
         size=size,
-        modules=base.modules,
+        modules=layout.modules,
         tokens=train.batch_size * train.max_length,
         base_dtype=size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype,
         quantize=manifest.base.quantize,
@@ -130,7 +125,7 @@ def make_plan(
         manifest=str(loaded.path),
         base=manifest.base.hub or manifest.base.path or f"builtin:{manifest.base.builtin}",
         bundled_config=bundled,
-        has_weights=any(directory.glob("*.safetensors")),
+        has_weights=base.has_weights,
         size=size,
         base_dtype=setting.base_dtype,
         quantize=manifest.base.quantize,
@@ -142,16 +137,16 @@ def make_plan(
         adapter_dtype=manifest.output.adapter_dtype,
         comparisons=comparisons,
         batch_tokens=setting.tokens,
-        data=plan_data(manifest, loaded.directory, directory, hub_down=bundled),
+        data=plan_data(manifest, loaded.directory, base, hub_down=bundled),
         stages=None if stages is None or isinstance(stages, str) else tuple(stages),
         stages_problem=stages if isinstance(stages, str) else None,
-        policies=() if policies is None else tuple(policies_for(base.modules, policies)),
-        notes=(*planned.notes, *_remarks(manifest, base, targets, directory)),
-        not_adapted=() if method.whole_model else tuple(describe_not_adapted(base, targets)),
+        policies=() if policies is None else tuple(policies_for(layout.modules, policies)),
+        notes=(*planned.notes, *_remarks(manifest, base, targets)),
+        not_adapted=() if method.whole_model else tuple(describe_not_adapted(layout, targets)),
     )
 
 
-def _remarks(manifest: Manifest, base: BaseModules, targets: Sequence[Target], directory: Path) -> list[str]:
+def _remarks(manifest: Manifest, base: Base, targets: Sequence[Target]) -> list[str]:
     """What people should know of the base before they build."""
     notes = []
     others = [t.module.name for t in targets if t.module.projection not in SERVED_PROJECTIONS]
@@ -160,11 +155,11 @@ def _remarks(manifest: Manifest, base: BaseModules, targets: Sequence[Target], d
             f"{len(others)} modules ({name_patterns(others)}) can be merged, but `soka-serve serve` does not serve "
             f"adapters on them; it serves {', '.join(SERVED_PROJECTIONS)}"
         )
-    if (unused := base.describe_unused()) is not None:
+    if (unused := base.layout.describe_unused()) is not None:
         notes.append(unused)
-    if directory.parent == _CONFIGS:
+    if base.directory.parent == _CONFIGS:
         notes.append("the hub could not be reached: shapes come from the config inside the package")
-    if manifest.train.packing and mixes_rows(read_json(directory / "config.json")):
+    if manifest.train.packing and mixes_rows(base.config):
         notes.append(
             "train.packing: the base has convolutions or recurrent layers, which mix the examples of a row; `build` "
             "measures it before training, and refuses"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from soka_serve.base.checkpoint import Checkpoint, check_finite, read_header, re
 from soka_serve.base.optional_tensors import ties_embeddings
 from soka_serve.base.resolve import resolve_base
 from soka_serve.errors import CheckpointError
-from soka_serve.io.files import sha256_file, sha256_tree
+from soka_serve.io.files import sha256_file
 from soka_serve.io.safetensors import find_not_finite, read_metadata, read_tensors
 from soka_serve.manifest.schema import Base
 
@@ -125,10 +126,15 @@ def test_metadata(single: Path) -> None:
     assert read_metadata(single / "model.safetensors") == {"format": "pt"}
 
 
+def _sha256(files: Iterable[Path]) -> str:
+    lines = sorted(f"{sha256_file(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def test_hash_follows_the_weights_only(single: Path, sharded: Path) -> None:
     before = Checkpoint.open(single).sha256()
-    assert before == sha256_tree([single / "model.safetensors"])
-    assert Checkpoint.open(sharded).sha256(lambda f: sha256_file(f)) == sha256_tree(sharded.glob("*.safetensors"))
+    assert before == _sha256([single / "model.safetensors"])
+    assert Checkpoint.open(sharded).sha256(lambda f: sha256_file(f)) == _sha256(sharded.glob("*.safetensors"))
     (single / "config.json").write_text("{}")
     assert Checkpoint.open(single).sha256() == before
     assert Checkpoint.open(sharded).sha256() != before
@@ -364,9 +370,9 @@ def test_not_finite() -> None:
 
 def test_base_from_a_path(single: Path, tmp_path: Path) -> None:
     base = Base(path="single")
-    assert resolve_base(base, manifest_dir=tmp_path) == single
+    assert resolve_base(base, manifest_dir=tmp_path).directory == single
     (single / "model.safetensors").unlink()
-    assert resolve_base(base, manifest_dir=tmp_path, weights=False) == single
+    assert resolve_base(base, manifest_dir=tmp_path, weights=False).directory == single
     with pytest.raises(CheckpointError, match="no weights"):
         resolve_base(base, manifest_dir=tmp_path)
     with pytest.raises(CheckpointError, match="no such directory"):
@@ -424,7 +430,7 @@ def test_bundled_config_when_offline(
     monkeypatch.setattr(hub, "_BUNDLED", tmp_path)
     base = Base(hub="owner/no-such-model")
     with caplog.at_level(logging.WARNING):
-        assert resolve_base(base, manifest_dir=tmp_path, weights=False) == bundled
+        assert resolve_base(base, manifest_dir=tmp_path, weights=False).directory == bundled
     assert "cannot be reached; planning with the config inside the package" in caplog.text
     with pytest.raises(CheckpointError, match="cannot be reached"):
         resolve_base(base, manifest_dir=tmp_path)

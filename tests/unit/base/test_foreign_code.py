@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import soka_serve
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_adapter, check_no_code
 from soka_serve.base.pretrained import open_model, open_tokenizer
 from soka_serve.errors import CheckpointError, SokaError
@@ -48,7 +49,7 @@ def write(directory: Path, config: dict[str, Any], settings: dict[str, Any] | No
     ],
 )
 def test_native_checkpoints_pass(tmp_path: Path, config: dict[str, Any], settings: dict[str, Any]) -> None:
-    check_no_code(write(tmp_path, config, settings))
+    check_no_code(ModelFolder(write(tmp_path, config, settings)))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_native_checkpoints_pass(tmp_path: Path, config: dict[str, Any], setting
 )
 def test_code_is_refused(tmp_path: Path, config: dict[str, Any], settings: dict[str, Any], named: list[str]) -> None:
     with pytest.raises(CheckpointError) as caught:
-        check_no_code(write(tmp_path, config, settings))
+        check_no_code(ModelFolder(write(tmp_path, config, settings)))
     for text in named:
         assert text in caught.value.message
     assert "never runs code" in str(caught.value.hint)
@@ -114,7 +115,7 @@ def test_it_agrees_with_transformers(tmp_path: Path) -> None:
     for kind in CONFIG_MAPPING_NAMES:
         native = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         try:
-            check_no_code(write(tmp_path, {"model_type": kind, "auto_map": MODEL}))
+            check_no_code(ModelFolder(write(tmp_path, {"model_type": kind, "auto_map": MODEL})))
             passed = True
         except CheckpointError:
             passed = False
@@ -126,8 +127,9 @@ def test_it_agrees_with_transformers(tmp_path: Path) -> None:
 def test_it_imports_neither_torch_nor_transformers(tmp_path: Path, root: Path) -> None:
     write(tmp_path, {"model_type": "llama", "auto_map": MODEL}, {"auto_map": TOKENIZER, "tokenizer_class": "X"})
     code = (
-        "import sys\nfrom pathlib import Path\nfrom soka_serve.base.foreign_code import check_no_code\n"
-        f"try:\n    check_no_code(Path({str(tmp_path)!r}))\n"
+        "import sys\nfrom pathlib import Path\nfrom soka_serve.base.folder import ModelFolder\n"
+        "from soka_serve.base.foreign_code import check_no_code\n"
+        f"try:\n    check_no_code(ModelFolder(Path({str(tmp_path)!r})))\n"
         "except Exception as error:\n    print(type(error).__name__)\n"
         "print([m for m in ('torch', 'transformers') if m in sys.modules])"
     )

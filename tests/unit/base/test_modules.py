@@ -15,7 +15,7 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 
 import soka_serve
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.errors import CheckpointError, PlanError
 
@@ -147,11 +147,10 @@ def test_plan_and_model_have_the_same_modules(tmp_path: Path, kind: str) -> None
 
 @pytest.mark.parametrize("kind", CASES)
 def test_weights_are_found(tmp_path: Path, kind: str) -> None:
-    from soka_serve.base.read_modules import read_modules
 
     model = write(tmp_path, CASES[kind][0]())
     state = model.state_dict()
-    base = read_modules(tmp_path)
+    base = Base(tmp_path).layout
     assert base.unused == ()
     for module in base.modules:
         assert torch.equal(base.weights.read(module.name), state[f"{module.name}.weight"])
@@ -288,7 +287,7 @@ def test_a_value_of_a_wrong_type_in_the_config(tmp_path: Path, kind: str) -> Non
     write(tmp_path / "base", CASES[kind][0]())
     file = tmp_path / "base" / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": None}))
-    for read in (load_base, list_modules):
+    for read in (load_base, lambda directory: Base(directory).layout):
         with pytest.raises(CheckpointError, match=r"config\.json: .*num_hidden_layers"):
             read(tmp_path / "base")
 
@@ -324,7 +323,6 @@ def test_a_weight_that_is_a_part_of_a_tensor(tmp_path: Path, monkeypatch: pytest
     from transformers.core_model_loading import Chunk, WeightConverter
 
     from soka_serve.base import meta_model
-    from soka_serve.base.read_modules import read_modules
 
     write(tmp_path, CASES["granite"][0]())
     file = tmp_path / "model.safetensors"
@@ -336,7 +334,7 @@ def test_a_weight_that_is_a_part_of_a_tensor(tmp_path: Path, monkeypatch: pytest
     cutting = WeightConverter(["mlp.both.weight"], ["mlp.up_proj.weight", "mlp.gate_proj.weight"], [Chunk(dim=0)])
     monkeypatch.setattr(meta_model, "get_model_conversion_mapping", lambda model: [cutting])
 
-    base = read_modules(tmp_path)
+    base = Base(tmp_path).layout
     assert {m.projection for m in base.modules} == {*ATTENTION, "down_proj"}
     (entry,) = base.left_out
     assert (

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.folder import ModelFolder
+from soka_serve.base.opened import Base
 from soka_serve.base.pretrained import open_tokenizer
-from soka_serve.base.served_tokenizer import check_reading, open_served, read_served
-from soka_serve.base.tokenizer import read_backend
+from soka_serve.base.served_tokenizer import check_reading, read_served
 from soka_serve.base.tokenizer_class import reads_plainly, tokenizer_directory
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.api import plan
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.merge.papers import copy_side_files
 from soka_serve.compiler.plan.text import render_plan
 from soka_serve.compiler.stages import encode
+from soka_serve.compiler.status import plan
 from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError
 from soka_serve.io.workspace import Workspace
@@ -58,7 +58,7 @@ REFUSED = {
 def _environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if "child" not in request.node.name:  # it imports transformers, which takes seconds
-        monkeypatch.setattr("soka_serve.compiler.plan.examples.read_served", open_served)
+        monkeypatch.setattr(Base, "planned_tokenizer", Base.tokenizer)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_both_readings_are_shown(folder: Path) -> None:
     lines = caught.value.message.splitlines()
     assert "tokenizer_config.json: tokenizer_class 'LlamaTokenizerFast'" in lines[0]
     assert PROMPT.split("\n")[0] in lines[1]
-    assert lines[2].startswith(f"  tokenizer.json: {read_backend(folder / 'base').encode(PROMPT).ids[1:5]}"[:-1])
+    assert lines[2].startswith(f"  tokenizer.json: {ModelFolder(folder / 'base').backend.encode(PROMPT).ids[1:5]}"[:-1])
     assert lines[3].startswith(f"  LlamaTokenizer: {ids[:5]}"[:-1])
     assert "'Question:Maxhas30pens.Answer:30'" in lines[4]
     assert "PreTrainedTokenizerFast" in str(caught.value.hint)
@@ -128,23 +128,24 @@ def test_both_readings_are_shown(folder: Path) -> None:
 def test_where_tokenizer_json_is_taken_as_it_stands_no_token_differs(folder: Path, kind: str) -> None:
     if kind != "none":
         KINDS[kind](folder / "base")
-    backend = read_backend(folder / "base")
+    backend = ModelFolder(folder / "base").backend
+    plainly = reads_plainly(ModelFolder(folder / "base"))
     if kind not in ("none", "EOS behind, by tokenizer.json", "token without embedding"):
-        assert not reads_plainly(folder / "base", backend)
-    elif reads_plainly(folder / "base", backend):
-        assert open_served(folder / "base").backend.to_str() == backend.to_str()
-    assert reads_plainly(base_directory(), read_backend(base_directory()))
+        assert not plainly
+    elif plainly:
+        assert Base(folder / "base").tokenizer.backend.to_str() == backend.to_str()
+    assert reads_plainly(ModelFolder(base_directory()))
 
 
 def test_a_chat_does_not_mind_an_end_behind_every_text(folder: Path) -> None:
     KINDS["EOS behind, by tokenizer.json"](folder / "base")
     chat = [Example("<s>a", " b</s>", templated=True)]
-    assert check_reading(open_served(folder / "base"), chat, folder / "base") == 0
+    assert check_reading(Base(folder / "base").tokenizer, chat, ModelFolder(folder / "base")) == 0
 
 
 def test_the_childs_tokenizer_is_the_same(folder: Path) -> None:
     KINDS["special tokens cut up"](folder / "base")
-    here, there = open_served(folder / "base"), read_served(folder / "base")
+    here, there = Base(folder / "base").tokenizer, read_served(ModelFolder(folder / "base"))
     for text in (PROMPT, "</s> and <s>", ""):
         assert here.encode_prompt(text) == there.encode_prompt(text)
     assert (here.reader, here.eos_id, here.pad_id) == (there.reader, there.eos_id, there.pad_id)
@@ -178,10 +179,10 @@ def _by_hub_id(tmp_path: Path, hub: str = HUB) -> Any:
 def test_a_directory_is_opened_as_the_hub_id_would_be(tmp_path: Path, hub: str) -> None:
     snapshot = _snapshot(tmp_path, hub)
     theirs = _by_hub_id(tmp_path, hub)
-    place = tokenizer_directory(snapshot, hub)
+    place = tokenizer_directory(ModelFolder(snapshot), hub)
     assert open_tokenizer(place)(PROMPT)["input_ids"] == theirs(PROMPT)["input_ids"]
     assert (place == snapshot) == (hub != HUB)
-    assert tokenizer_directory(snapshot, None) == snapshot
+    assert tokenizer_directory(ModelFolder(snapshot), None) == snapshot
     assert _by_hub_id(tmp_path, hub).decode(theirs(PROMPT)["input_ids"][1:]) == (
         PROMPT if hub == HUB else PROMPT.replace(" ", "").replace("\n", "")
     )
@@ -191,28 +192,28 @@ def test_vllm_reads_a_hub_base_as_training_does(tmp_path: Path) -> None:
     from vllm.tokenizers import get_tokenizer
 
     snapshot = _snapshot(tmp_path)
-    place = tokenizer_directory(snapshot, HUB)
+    place = tokenizer_directory(ModelFolder(snapshot), HUB)
     ids = get_tokenizer(str(place))(PROMPT)["input_ids"]
-    assert ids == open_served(place).encode_prompt(PROMPT) == _by_hub_id(tmp_path)(PROMPT)["input_ids"]
+    assert ids == Base(place).tokenizer.encode_prompt(PROMPT) == _by_hub_id(tmp_path)(PROMPT)["input_ids"]
     # What `--tokenizer` is for: the snapshot's own files garble the text.
     assert get_tokenizer(str(snapshot))(PROMPT)["input_ids"] != ids
 
 
 def test_the_folder_follows_the_base(tmp_path: Path) -> None:
     snapshot = _snapshot(tmp_path)
-    place = tokenizer_directory(snapshot, HUB)
+    place = tokenizer_directory(ModelFolder(snapshot), HUB)
     stamp = (place / "tokenizer.json").stat().st_mtime_ns
-    assert tokenizer_directory(snapshot, HUB) == place
+    assert tokenizer_directory(ModelFolder(snapshot), HUB) == place
     assert (place / "tokenizer.json").stat().st_mtime_ns == stamp
     (place / "tokenizer.json").write_text("somebody else was here")
-    assert tokenizer_directory(snapshot, HUB) == place
+    assert tokenizer_directory(ModelFolder(snapshot), HUB) == place
     assert (place / "tokenizer.json").read_bytes() == (snapshot / "tokenizer.json").read_bytes()
 
 
 def test_a_merged_model_of_such_a_base_names_the_class(tmp_path: Path) -> None:
     snapshot = _snapshot(tmp_path)
     (tmp_path / "merged").mkdir()
-    copy_side_files(Checkpoint.open(snapshot), tmp_path / "merged", None, HUB)
+    copy_side_files(Base(snapshot), tmp_path / "merged", None, HUB)
     assert open_tokenizer(tmp_path / "merged")(PROMPT)["input_ids"] == _by_hub_id(tmp_path)(PROMPT)["input_ids"]
 
 
@@ -260,14 +261,14 @@ def test_the_quick_check_asks_chats_with_one_bos(folder: Path, monkeypatch: pyte
     (folder / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     (folder / "small.toml").write_text(MANIFEST + 'messages = "messages"\n')
     loaded = read_manifest(folder / "small.toml")
-    tokenizer = open_served(folder / "base")
+    tokenizer = Base(folder / "base").tokenizer
     questions = choose_questions(loaded.manifest, folder, tokenizer)
     assert questions is not None
     model = load_base(folder / "base")
     asked: list[int] = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **o: asked.extend(o["input_ids"][0].tolist()) or generate(**o))
-    answer(model, folder / "base", questions, 2)
+    answer(model, open_tokenizer(folder / "base"), questions, 2)
     trained = _trained(folder)[0]
     assert asked == trained[: len(asked)]
     assert asked.count(1) == 1
@@ -279,7 +280,7 @@ def test_evaluation_sends_the_tokens_of_training(folder: Path) -> None:
 
     KINDS["no BOS"](folder / "base")
     asked = ServedModel(Launch(()), "m", folder / "base", 64, 1)
-    assert asked.tok_encode(PROMPT) == open_served(folder / "base").encode_prompt(PROMPT) == _served(folder, PROMPT)
+    assert asked.tok_encode(PROMPT) == Base(folder / "base").tokenizer.encode_prompt(PROMPT) == _served(folder, PROMPT)
 
 
 # -------------------------------------------------------------------------------------------------------------- limits

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from soka_serve.base.modules import Module, llama_parameters, modules_from_config
-from soka_serve.base.read_modules import list_modules, read_modules
+from soka_serve.base.opened import Base
 from soka_serve.base.targets import budget_groups, parse_layers, resolve_targets
 from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.manifest.schema import Manifest, RankEnergy, RankFixed
@@ -111,7 +111,7 @@ def test_headers_give_dtypes_and_what_the_model_does_not_use(tmp_path: Path) -> 
     rope = "model.layers.0.self_attn.rotary_emb.inv_freq"
     mtp = {f"model.layers.1.{name}.weight": ("F32", [8, 8]) for name in ("self_attn.q_proj", "eh_proj")}
     write_llama(tmp_path, {down: ("BF16", [8, 6]), rope: ("F32", [4]), **mtp})
-    base = read_modules(tmp_path)
+    base = Base(tmp_path).layout
     assert [m.projection for m in base.modules] == list(PROJECTIONS)
     assert base.modules[-1] == Module("model.layers.0.mlp.down_proj", 8, 6, 0, "bfloat16")
     assert base.unused == tuple(mtp)
@@ -133,12 +133,12 @@ def test_headers_give_dtypes_and_what_the_model_does_not_use(tmp_path: Path) -> 
 def test_headers_that_do_not_fit_the_config(tmp_path: Path, name: str, tensor: Any, message: str) -> None:
     write_llama(tmp_path, {name: tensor})
     with pytest.raises(CheckpointError, match=message):
-        read_modules(tmp_path)
+        _ = Base(tmp_path).layout
 
 
 def test_directory_without_anything(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        list_modules(tmp_path)
+        _ = Base(tmp_path).layout
 
 
 # --------------------------------------------------------------------------------------------------------- layers

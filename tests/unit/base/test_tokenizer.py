@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from soka_serve.base.served_tokenizer import check_reading, open_served
+from soka_serve.base.folder import ModelFolder
+from soka_serve.base.opened import Base
+from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.builtin import base_directory, generate
 from soka_serve.data.examples import MASKED, Example, TextTokenizer, encode_examples, load_examples
 from soka_serve.errors import CheckpointError, DataError
@@ -168,7 +170,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def both(directory: Path) -> tuple[TextTokenizer, Any]:
     from transformers import AutoTokenizer
 
-    return open_served(directory), AutoTokenizer.from_pretrained(directory)
+    return Base(directory).tokenizer, AutoTokenizer.from_pretrained(directory)
 
 
 # ---------------------------------------------------------------------------------------- parity with transformers
@@ -191,7 +193,7 @@ def test_special_tokens_are_transformers(both: tuple[TextTokenizer, Any]) -> Non
 def test_a_faithful_class_that_differs_is_no_fault(directory: Path) -> None:
     """LLaMA 2's class puts no space before a text that begins with one; it loses nothing else."""
     examples = [Example(text, " 3") for text in TEXTS]
-    differing = check_reading(open_served(directory), examples, directory)
+    differing = check_reading(Base(directory).tokenizer, examples, ModelFolder(directory))
     assert (differing > 0) == ("LlamaTokenizer" in (directory / "tokenizer_config.json").read_text())
 
 
@@ -379,46 +381,46 @@ def test_template_that_does_not_parse(tmp_path: Path) -> None:
 def test_only_a_sentencepiece_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"only tokenizer\.model") as caught:
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
     assert "save_pretrained" in str(caught.value.hint)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
 
 
 def test_broken_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
     save(build_plain(), tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
 
 
 def test_unknown_eos_token(tmp_path: Path) -> None:
     save(build_plain(), tmp_path, eos_token="<end>")
     with pytest.raises(CheckpointError, match="eos_token is '<end>'"):
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
 
 
 def test_where_the_eos_token_comes_from(tmp_path: Path) -> None:
     save(build_plain(), tmp_path, eos_token=None)
     with pytest.raises(CheckpointError, match="no EOS token"):
-        TextTokenizer.from_directory(tmp_path)
+        TextTokenizer.from_folder(ModelFolder(tmp_path))
     (tmp_path / "config.json").write_text('{"eos_token_id": [3, 1]}')
-    assert TextTokenizer.from_directory(tmp_path).eos_id == 3
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).eos_id == 3
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_start|>"}}')
-    assert TextTokenizer.from_directory(tmp_path).eos_id == 2
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).eos_id == 2
 
 
 def test_saved_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
     tokenizer = build_plain()
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=50)
-    ours = TextTokenizer.from_directory(save(tokenizer, tmp_path))
+    ours = TextTokenizer.from_folder(ModelFolder(save(tokenizer, tmp_path)))
     assert 2 < len(ours.encode_prompt("Question: what?")) < 50
 
 
@@ -426,13 +428,13 @@ def test_chat_template_file_wins(tmp_path: Path) -> None:
     save(
         build_plain(), tmp_path, chat_template=[{"name": "default", "template": "one"}, {"name": "x", "template": "2"}]
     )
-    assert TextTokenizer.from_directory(tmp_path).chat_template == "one"
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).chat_template == "one"
     (tmp_path / "chat_template.jinja").write_text("two")
-    assert TextTokenizer.from_directory(tmp_path).chat_template == "two"
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).chat_template == "two"
 
 
 def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
     tokenizer = build_plain()
     tokenizer.add_special_tokens([AddedToken("<extra>", special=True)])
-    ours = TextTokenizer.from_directory(save(tokenizer, tmp_path))
+    ours = TextTokenizer.from_folder(ModelFolder(save(tokenizer, tmp_path)))
     assert ours.encode_prompt("a<extra>")[-1] == tokenizer.token_to_id("<extra>")

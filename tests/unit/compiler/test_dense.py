@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soka_serve.base.model import Dtype
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.methods import FULL, Merging
 from soka_serve.io.safetensors import read_header
@@ -35,7 +36,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("dtype", "wide", "others"), [("auto", "F32", "BF16"), ("float16", "F16", "F16")])
 def test_each_weight_keeps_its_own_dtype(tmp_path: Path, base: Path, dtype: Dtype, wide: str, others: str) -> None:
-    FULL.merge(base_directory(), Merging(base, tmp_path / "out", dtype, "base", progress=False))
+    FULL.merge(base_directory(), Merging(Base(base), tmp_path / "out", dtype, "base", progress=False))
     written = read_header(tmp_path / "out" / "model.safetensors")
     assert written[WIDE].dtype == wide
     assert set(Counter(info.dtype for name, info in written.items() if name != WIDE)) == {others}

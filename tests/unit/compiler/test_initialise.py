@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import soka_serve
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.base.targets import Target, resolve_targets
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.init.initialise import Initialisation, initialise, share_of
+from soka_serve.compiler.init.initialise import InitRun, share_of
+from soka_serve.compiler.init.result import Initialisation
+from soka_serve.compiler.processes import Processes
 from soka_serve.errors import BuildError, CheckpointError, PlanError, SokaError
 from soka_serve.kron import dense_delta, kpsvd, stack_terms
 from soka_serve.manifest.schema import Manifest
@@ -33,31 +35,31 @@ def _targets(*rules: dict[str, Any], base: Path | None = None) -> list[Target]:
             "train": {"steps": 1, "data": {"builtin": "math"}},
         }
     )
-    return resolve_targets(manifest, list_modules(base or base_directory()))
+    return resolve_targets(manifest, Base(base or base_directory()).layout.modules)
 
 
 @pytest.fixture(scope="module")
-def base() -> Checkpoint:
-    return Checkpoint.open(base_directory())
+def base() -> Base:
+    return Base(base_directory())
 
 
-def _start(base: Checkpoint, *rules: dict[str, Any], **options: Any) -> Initialisation:
-    return initialise(_targets(*rules), base, progress=False, **options)
+def _start(base: Base, *rules: dict[str, Any], **options: Any) -> Initialisation:
+    return InitRun(_targets(*rules), base, progress=False, **options).initialise()
 
 
-def test_weights_are_the_principal_terms(base: Checkpoint) -> None:
+def test_weights_are_the_principal_terms(base: Base) -> None:
     started = _start(base, {"modules": ["q_proj"], "rank": {"policy": "fixed", "rank": 3}})
     assert len(started.modules) == 4
     assert started.initial_modules == set(started.factors)
     module = started.modules[0]
-    weight = base.read(f"{QUERY}.weight")
+    weight = base.checkpoint.read(f"{QUERY}.weight")
     best = kpsvd(weight, module.factor_shape, 3, algorithm="exact")
     torch.testing.assert_close(dense_delta(started.factors[QUERY]), dense_delta(best.factors), rtol=1e-4, atol=1e-5)
     assert module.total_energy == pytest.approx(float(weight.double().square().sum()))
     assert len(module.sigma) > 3, "the report shows what was cut off"
 
 
-def test_policies_live_side_by_side(base: Checkpoint) -> None:
+def test_policies_live_side_by_side(base: Base) -> None:
     budget = 3000
     started = _start(
         base,
@@ -75,7 +77,7 @@ def test_policies_live_side_by_side(base: Checkpoint) -> None:
     assert {m.module for m in started.modules if m.rank} == set(started.factors)
 
 
-def test_zero_starts_at_nothing_and_can_learn(base: Checkpoint) -> None:
+def test_zero_starts_at_nothing_and_can_learn(base: Base) -> None:
     started = _start(base, {"modules": ["q_proj"], "init": "zero"})
     factors = started.factors[QUERY]
     assert not dense_delta(factors).any()
@@ -84,7 +86,7 @@ def test_zero_starts_at_nothing_and_can_learn(base: Checkpoint) -> None:
     assert not started.initial_modules
 
 
-def test_random_starts_at_the_size_of_the_weights_terms_and_is_subtracted(base: Checkpoint) -> None:
+def test_random_starts_at_the_size_of_the_weights_terms_and_is_subtracted(base: Base) -> None:
     started = _start(base, {"modules": ["q_proj"], "init": "random"})
     assert started.initial_modules == set(started.factors)
     module, factors = started.modules[0], started.factors[QUERY]
@@ -96,33 +98,34 @@ def test_random_starts_at_the_size_of_the_weights_terms_and_is_subtracted(base: 
     assert not torch.equal(again.factors[QUERY].right, other.factors[QUERY].right)
 
 
-def test_auto_shapes_fit(base: Checkpoint) -> None:
+def test_auto_shapes_fit(base: Base) -> None:
     started = _start(base, {"modules": ["gate_proj"], "layers": [0], "shape": "auto", "rank": {"policy": "fixed"}})
     (module,) = started.modules
     m, n, p, q = module.factor_shape
     assert (m * p, n * q) == (module.out_features, module.in_features)
 
 
-def test_gradient_follows_the_gradient(base: Checkpoint) -> None:
+def test_gradient_follows_the_gradient(base: Base) -> None:
     targets = _targets({"modules": ["q_proj"], "layers": [0], "init": "gradient"})
     gradient = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
-    started = initialise(
-        targets, base, progress=False, statistics=lambda asked: [(target, gradient, None) for target in asked]
+    run = InitRun(
+        targets, base, statistics=lambda asked: [(target, gradient, None) for target in asked], progress=False
     )
+    started = run.initialise()
     got = dense_delta(started.factors[QUERY])
     best = dense_delta(kpsvd(gradient, started.modules[0].factor_shape, 1).factors)
     torch.testing.assert_close(got / got.norm(), best / best.norm(), rtol=1e-3, atol=1e-5)
     with pytest.raises(PlanError, match=r"gradient.*zero"):
-        initialise(
-            targets, base, progress=False, statistics=lambda asked: [(t, torch.zeros(128, 128), None) for t in asked]
-        )
+        InitRun(
+            targets, base, statistics=lambda asked: [(t, torch.zeros(128, 128), None) for t in asked], progress=False
+        ).initialise()
 
 
-def test_shares_are_disjoint_and_complete_and_give_the_same(base: Checkpoint) -> None:
+def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
     targets = _targets({"rank": {"policy": "fixed", "rank": 1}})
     shares = [share_of(targets, i, 3) for i in range(3)]
     assert sorted(t.module.name for share in shares for t in share) == sorted(t.module.name for t in targets)
-    alone = initialise(targets, base, progress=False)
+    alone = InitRun(targets, base, progress=False).initialise()
     together = _in_threads(targets, base, 3)
     assert len(together) == 3
     for got in together:
@@ -131,31 +134,32 @@ def test_shares_are_disjoint_and_complete_and_give_the_same(base: Checkpoint) ->
             assert torch.equal(factors.left, got.factors[name].left)
 
 
-def _in_threads(targets: list[Target], base: Checkpoint, count: int) -> list[Initialisation]:
+def _in_threads(targets: list[Target], base: Base, count: int) -> list[Initialisation]:
     """What each of several "processes" gets, which exchange their lists at a barrier."""
     barrier = threading.Barrier(count)
     rounds: list[dict[int, list[Any]]] = []
 
-    def run(process: int) -> Initialisation:
-        calls = iter(range(9))
+    class OneOf(Processes):
+        def __init__(self, index: int) -> None:
+            self.count, self.index, self._rounds = count, index, iter(range(9))
 
-        def exchange(mine: list[Any]) -> list[Any]:
-            number = next(calls)
+        def gather(self, items: list[Any]) -> list[Any]:
+            number = next(self._rounds)
             if barrier.wait(60) == 0:
                 rounds.append({})
             barrier.wait(60)
-            rounds[number][process] = mine
+            rounds[number][self.index] = items
             barrier.wait(60)
             return [item for i in range(count) for item in rounds[number][i]]
 
-        options: dict[str, Any] = {"process": process, "processes": count, "exchange": exchange}
-        return initialise(targets, base, progress=False, **options)
+    def run(index: int) -> Initialisation:
+        return InitRun(targets, base, processes=OneOf(index), progress=False).initialise()
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
 
 
-def test_written_and_read_back(base: Checkpoint, tmp_path: Path) -> None:
+def test_written_and_read_back(base: Base, tmp_path: Path) -> None:
     started = _start(base, {"modules": ["q_proj"]}, {"modules": ["v_proj"], "init": "zero"})
     started.write(tmp_path)
     again = Initialisation.read(tmp_path)
@@ -173,7 +177,7 @@ def test_not_finite_weights_are_named(tmp_path: Path) -> None:
     tensors[f"{QUERY}.weight"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{QUERY}.weight"):
-        initialise(_targets({"modules": ["q_proj"]}), Checkpoint.open(tmp_path), progress=False)
+        InitRun(_targets({"modules": ["q_proj"]}), Base(tmp_path), progress=False).initialise()
 
 
 @pytest.fixture
@@ -195,7 +199,7 @@ def finetuned(tmp_path: Path) -> Path:
     return directory
 
 
-def test_extract_recovers_a_kronecker_delta(finetuned: Path, base: Checkpoint, tmp_path: Path) -> None:
+def test_extract_recovers_a_kronecker_delta(finetuned: Path, base: Base, tmp_path: Path) -> None:
     result = soka_serve.extract(
         finetuned, base="tiny", out=tmp_path / "adapter", rank=2, modules=["q_proj"], progress=False
     )
@@ -204,7 +208,7 @@ def test_extract_recovers_a_kronecker_delta(finetuned: Path, base: Checkpoint, t
 
     adapter = read_adapter(tmp_path / "adapter")
     tuned = Checkpoint.open(finetuned)
-    want = tuned.read(f"{QUERY}.weight") - base.read(f"{QUERY}.weight")
+    want = tuned.read(f"{QUERY}.weight") - base.checkpoint.read(f"{QUERY}.weight")
     torch.testing.assert_close(dense_delta(adapter.delta_factors(QUERY)), want, rtol=1e-3, atol=1e-5)
     assert want.abs().max() > 1e-4
     half = soka_serve.extract(
@@ -242,12 +246,12 @@ def test_extract_says_when_max_rank_kept_it_from_the_energy(finetuned: Path, tmp
     assert "max_rank" not in soka_serve.extract(finetuned, energy=0.99, **options).to_text()
 
 
-def test_delta_then_nothing_is_subtracted(finetuned: Path, base: Checkpoint) -> None:
+def test_delta_then_nothing_is_subtracted(finetuned: Path, base: Base) -> None:
     started = _start(
         base,
         {"modules": ["q_proj"], "init": "delta", "finetuned": "tuned", "rank": {"policy": "fixed", "rank": 2}},
-        finetuned={"tuned": Checkpoint.open(finetuned)},
+        finetuned={"tuned": Base(finetuned)},
     )
     assert not started.initial_modules
-    want = Checkpoint.open(finetuned).read(f"{QUERY}.weight") - base.read(f"{QUERY}.weight")
+    want = Checkpoint.open(finetuned).read(f"{QUERY}.weight") - base.checkpoint.read(f"{QUERY}.weight")
     torch.testing.assert_close(dense_delta(stack_terms(started.factors[QUERY])), want, rtol=1e-3, atol=1e-5)

@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from soka_serve.adapter import source as adapter_source
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.opened import Base
+from soka_serve.compiler.merge import layout as merge_layout
 from soka_serve.compiler.merge import merge as merging
 from soka_serve.compiler.merge.merge import merge
 from soka_serve.errors import BuildError, CheckpointError
@@ -226,7 +228,7 @@ def test_disk_full_in_the_middle(
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, data[:4096], offset)  # and fewer bytes than asked for
 
-    monkeypatch.setattr("soka_serve.compiler.merge.merge._fits_memory", lambda size: not direct)
+    monkeypatch.setattr("soka_serve.compiler.merge.layout.MergeLayout.fits_memory", lambda layout: not direct)
     monkeypatch.setattr("soka_serve.compiler.merge.files._DIRECT_BYTES", 8192)
     monkeypatch.setattr(merge_files.Writer, "_pwrite", full)
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -280,8 +282,8 @@ def test_a_killed_merge_goes_on(
         written.append(target.name)
         write_file(target, *rest, **options)
 
-    write_file = merging.write_file
-    monkeypatch.setattr(merging, "write_file", watched)
+    write_file = merge_layout.write_file
+    monkeypatch.setattr(merge_layout, "write_file", watched)
     weights = [(adapter, 0.5 if change == "weight" else 1.0)]
     merge(weights, base=own, out=tmp_path / "out", verify="tensors", progress=False)
     assert len(written) == len(shards) - 2 * (change == "nothing")
@@ -289,7 +291,7 @@ def test_a_killed_merge_goes_on(
     assert {p.name for p in tmp_path.iterdir()} == {"adapter", "base", "out"}
     assert not list((tmp_path / "out").glob(".*"))
     monkeypatch.undo()
-    monkeypatch.setattr(merging, "write_file", watched)
+    monkeypatch.setattr(merge_layout, "write_file", watched)
     written.clear()
     merge(weights, base=own, out=tmp_path / "again", verify=False, progress=False)
     assert len(written) == len(shards)
@@ -317,16 +319,12 @@ def test_no_room(
     old()
 
 
-def test_base_that_shrinks_meanwhile(tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = write_base(tmp_path / "base", shard="1GB")
-    from soka_serve.compiler.merge import merge as module
-
-    opened = Checkpoint.open(base)
-    file = base / "model.safetensors"
+def test_base_that_shrinks_meanwhile(tmp_path: Path, adapter: Path) -> None:
+    base = Base(write_base(tmp_path / "base", shard="1GB"))
+    file = base.checkpoint.files[0]
     file.write_bytes(file.read_bytes()[:-5000])
-    monkeypatch.setattr(module.Checkpoint, "open", lambda _: opened)
     with pytest.raises(CheckpointError, match=r"truncated|ended early"):
-        run(adapter, base, tmp_path / "out", allow_other_base=True)
+        merging.MergeRun([(adapter, 1.0)], base, tmp_path / "out", allow_other_base=True, progress=False).run()
     assert not (tmp_path / "out").exists()
 
 
@@ -678,13 +676,13 @@ def test_a_base_that_changes_while_it_is_merged(
     tmp_path: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, old: Callable[[], None]
 ) -> None:
     base = write_base(tmp_path / "base")
-    real = merging.write_file
+    real = merge_layout.write_file
 
     def changed(*args: Any, **options: Any) -> None:
         real(*args, **options)
         os.utime(Checkpoint.open(base).files[0], (1, 1))
 
-    monkeypatch.setattr(merging, "write_file", changed)
+    monkeypatch.setattr(merge_layout, "write_file", changed)
     with pytest.raises(CheckpointError, match=r"00001-of-.*was changed while it was being read"):
         run(adapter, base, tmp_path / "out")
     old()

@@ -12,7 +12,7 @@ import torch
 
 from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.preview import preview
@@ -29,7 +29,7 @@ RANK = 2
 
 
 def modules() -> list[Module]:
-    return [m for m in list_modules(base_directory()) if m.projection in ("q_proj", "v_proj", "down_proj")]
+    return [m for m in Base(base_directory()).layout.modules if m.projection in ("q_proj", "v_proj", "down_proj")]
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:

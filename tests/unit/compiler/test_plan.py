@@ -14,7 +14,7 @@ import pytest
 
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import ModelSize, Module, modules_from_config, size_from_config
-from soka_serve.base.read_modules import list_modules
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.estimate import Setting, estimate_memory
@@ -39,7 +39,7 @@ def load(tmp_path: Path, text: str) -> LoadedManifest:
 def llama2(tmp_path: Path, rules: str = "[[adapt]]\n" + ATTENTION, train: str = "", **options: Any) -> Plan:
     base = '[base]\nhub = "meta-llama/Llama-2-7b-hf"'
     text = f'{base}\n{rules}\n[train]\n{train}\n[train.data]\nbuiltin = "math"\nlimit = 9'
-    return make_plan(load(tmp_path, text), base_directory=LLAMA2_7B, **options)
+    return make_plan(load(tmp_path, text), base=Base(LLAMA2_7B), **options)
 
 
 def tiny(tmp_path: Path, rest: str = "", data: str = 'builtin = "math"\nlimit = 50', **options: Any) -> Plan:
@@ -63,7 +63,7 @@ def tiny(tmp_path: Path, rest: str = "", data: str = 'builtin = "math"\nlimit = 
 def test_bundled_configs_have_the_published_sizes(name: str, parameters: int) -> None:
     directory = CONFIGS / f"meta-llama--{name}"
     config = json.loads((directory / "config.json").read_text())
-    assert size_from_config(config, list_modules(directory)).parameters == parameters
+    assert size_from_config(config, Base(directory).layout.modules).parameters == parameters
 
 
 def test_llama2_attention_rank_1(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_llama2_memory_by_hand(tmp_path: Path) -> None:
 
 
 def test_policies_for_a_million_parameters() -> None:
-    rows = policies_for(list_modules(LLAMA2_7B), 990_000)
+    rows = policies_for(Base(LLAMA2_7B).layout.modules, 990_000)
     assert all(0 < row.parameters <= 990_000 for row in rows)
     found = {(row.projections, row.layers, row.rank): row.parameters for row in rows}
     assert found[("q_proj", "k_proj", "v_proj", "o_proj"), "-30-", 1] == 30 * 4 * 8193 == 983_160
@@ -124,14 +124,14 @@ def test_policies_for_a_million_parameters() -> None:
 
 
 def test_listed_policies_plan_to_their_totals(tmp_path: Path) -> None:
-    for row in policies_for(list_modules(LLAMA2_7B), 990_000):
+    for row in policies_for(Base(LLAMA2_7B).layout.modules, 990_000):
         plan = llama2(tmp_path, row.toml)
         assert plan.parameters_max == row.parameters, row
 
 
 def test_policies_below_one_term() -> None:
     with pytest.raises(PlanError, match="cheapest term"):
-        policies_for(list_modules(LLAMA2_7B), 8192)
+        policies_for(Base(LLAMA2_7B).layout.modules, 8192)
 
 
 # ---------------------------------------------------------------------------------------------------- ranks, bounds
@@ -412,7 +412,7 @@ def test_missing_file_does_not_stop_a_plan(tmp_path: Path) -> None:
 
 def test_chats_without_a_tokenizer(tmp_path: Path) -> None:
     text = '[base]\nhub = "meta-llama/Llama-2-7b-hf"\n[train.data]\njsonl = "x.jsonl"\nmessages = "m"'
-    plan = make_plan(load(tmp_path, text), base_directory=LLAMA2_7B)
+    plan = make_plan(load(tmp_path, text), base=Base(LLAMA2_7B))
     assert "chat template" in str(plan.data.problem)
 
 

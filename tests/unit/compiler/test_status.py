@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.api import plan
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.plan.plan import StageStatus
 from soka_serve.compiler.plan.text import render_plan
-from soka_serve.compiler.status import stage_statuses
+from soka_serve.compiler.status import plan, stage_statuses
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import read_manifest
@@ -23,7 +23,7 @@ def _manifest(directory: Path, rule: str = "", data: str = 'builtin = "math"\nli
 
 
 def _statuses(directory: Path) -> dict[str, StageStatus]:
-    found = stage_statuses(read_manifest(directory / "small.toml"), base_directory(), directory / "build")
+    found = stage_statuses(read_manifest(directory / "small.toml"), Base(base_directory()), directory / "build")
     assert not isinstance(found, str)
     return {status.name: status for status in found}
 

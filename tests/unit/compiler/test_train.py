@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
+from soka_serve.base.opened import Base
 from soka_serve.compiler.methods import METHODS, Merging, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
 from soka_serve.compiler.train.callbacks import Pruning, Spectrum, read_history, tracker_metrics
@@ -460,7 +461,7 @@ def test_files_that_cannot_grow(base: Path, tmp_path: Path, limit: int) -> None:
 @pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
 def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
     result = run_training(base, tmp_path / "run", method=method)
-    METHODS[method].merge(result.directory, Merging(base, tmp_path / "merged", "auto", "base", progress=False))
+    METHODS[method].merge(result.directory, Merging(Base(base), tmp_path / "merged", "auto", "base", progress=False))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.dtype == torch.float32
     trained = logits_of(load_trained(base, result))

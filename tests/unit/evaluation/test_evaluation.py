@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve.base.folder import ModelFolder
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.data.examples import load_examples
@@ -127,7 +128,7 @@ def test_chats_are_rendered_as_in_training(tmp_path: Path, monkeypatch: pytest.M
         read_manifest(path).manifest.train.data,
         manifest_dir=tmp_path,
         part="train",
-        tokenizer=TextTokenizer.from_directory(base),
+        tokenizer=TextTokenizer.from_folder(ModelFolder(base)),
     )
     assert gsm8k.prompt({"question": "1 + 1?"}) == trained.prompt
     (base / "chat_template.jinja").unlink()

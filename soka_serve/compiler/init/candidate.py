@@ -1,0 +1,196 @@
+"""One module's decomposition: the terms that its rank policy may choose from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from soka_serve.compiler.init.rank import choose_rank
+from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.io.files import disk_errors
+from soka_serve.io.safetensors import check_finite
+from soka_serve.kron import Factors, kpsvd
+from soka_serve.kron.decompose import energy_of
+from soka_serve.kron.shape_search import search_shape
+from soka_serve.kron.shapes import FactorShape, candidate_shapes, parallel_of
+from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
+from soka_serve.manifest.schema import RankBudget, RankFixed
+
+if TYPE_CHECKING:
+    from soka_serve.base.targets import Target
+    from soka_serve.base.weight_map import WeightMap
+
+logger = logging.getLogger(__name__)
+
+# Terms computed for a fixed rank, so that the report can show what was cut off.
+FIXED_POOL = 32
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What of a module is decomposed.
+
+    Args:
+        values: (out, in): the weight, the delta or the gradient.
+        weight_norm: Frobenius norm of the weight.
+    """
+
+    values: Tensor
+    weight_norm: float
+
+
+def read_matrix(
+    target: Target,
+    weights: WeightMap,
+    *,
+    finetuned: WeightMap | None = None,
+    gradient: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Matrix:
+    """Read what a target's rule decomposes.
+
+    Args:
+        target: the module and its rule.
+        weights: of the base; the weight (out, in) is read and let go of.
+        finetuned: of the checkpoint whose delta is decomposed; needed for `init = "delta"`.
+        gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
+        device: where the decomposition runs; None is the CPU.
+
+    Raises:
+        CheckpointError: the weight is missing, not finite, or of another shape in the fine-tuned checkpoint.
+    """
+    name, rule = target.module.name, target.rule
+    weight = check_finite(weights.read(name), f"{name}.weight").to(device)
+    norm = energy_of(weight) ** 0.5
+    if rule.init == "gradient":
+        assert gradient is not None
+        return Matrix(gradient.to(device), norm)
+    if rule.init != "delta":
+        return Matrix(weight, norm)
+    assert finetuned is not None
+    other = check_finite(finetuned.read(name), f"{name}.weight").to(device)
+    if other.shape != weight.shape:
+        raise CheckpointError(
+            f"{finetuned.source}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
+            hint="`finetuned` must be a fine-tuned version of the same base.",
+        )
+    return Matrix(other.float().sub_(weight), norm)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A module's decomposition. Its terms, no more than its policy can take, lie in a file: many would fill memory."""
+
+    target: Target
+    shape: FactorShape
+    sigma: tuple[float, ...]
+    total_energy: float
+    most: int
+    """Most terms it may get: the policy's, or as many as cost the same where `auto` chose a costlier shape."""
+    file: Path
+
+    def read(self, rank: int) -> Factors:
+        """The leading `rank` terms, in float32 on the CPU."""
+        with safe_open(self.file, framework="pt") as file:
+            # Cloned: a slice may be a view of the mapped file.
+            return Factors(*(file.get_slice(part)[:rank].clone() for part in ("left", "right", "sigma")))
+
+
+def pool_size(target: Target, shape: FactorShape) -> int:
+    """Number of candidate terms to compute for a target, capped by its shape."""
+    policy = target.rule.rank
+    if not isinstance(policy, RankFixed):
+        wanted = policy.pool
+    elif target.rule.init != "gradient" and target.rule.batches:
+        wanted = policy.rank  # every further term costs least squares on the whole moment
+    else:
+        wanted = max(policy.rank, FIXED_POOL)
+    return min(wanted, shape.max_rank)
+
+
+def _most_terms(target: Target) -> int:
+    policy = target.rule.rank
+    return policy.rank if isinstance(policy, RankFixed) else policy.max
+
+
+def decompose(
+    target: Target, matrix: Matrix, file: Path, *, moments: InputMoments | None = None, seed: int = 0
+) -> Candidate:
+    """Kronecker-decompose one target.
+
+    Args:
+        target: the module, its rule and its factor shape (None: `shape = "auto"` is searched here).
+        matrix: what `read_matrix` read.
+        file: where the terms are written (safetensors: left, right, sigma, in float32).
+        moments: second moments of the module's inputs, which weigh the decomposition.
+        seed: of the randomised range finder, and of the `zero` and `random` initialisations.
+
+    Raises:
+        PlanError: the gradient is zero.
+    """
+    shape, most = target.shape, _most_terms(target)
+    if shape is None:
+        shape, most = _search_shape(target, matrix.values, most, seed)
+    pool = pool_size(target, shape)
+    problem = None if moments is None else OutputError(matrix.values, shape, moments)
+    if problem is None:
+        decomposition = kpsvd(matrix.values, shape, pool, seed=seed)
+    else:
+        decomposition = weighted_kpsvd(problem, pool, seed=seed)
+    sigma = tuple(decomposition.factors.sigma.tolist())
+    factors = decomposition.factors.terms(slice(0, min(most, shape.max_rank)))
+    policy = target.rule.rank
+    if problem is not None and not isinstance(policy, RankBudget):
+        # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.
+        rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
+        factors = refine_terms(problem, decomposition.factors.terms(slice(0, rank)))
+    factors = factors.to(dtype=torch.float32, device=torch.device("cpu"))
+    # Root mean square of all the terms of the weight, but for their number: the size that its terms typically have.
+    factors = _scale(target, factors, sigma, matrix.weight_norm / shape.max_rank**0.5, seed)
+    parts = {part: getattr(factors, part).contiguous() for part in ("left", "right", "sigma")}
+    with disk_errors(file):
+        save_file(parts, file, metadata={"format": "pt"})
+    return Candidate(target, shape, sigma, decomposition.total_energy, most, file)
+
+
+def _search_shape(target: Target, values: Tensor, most: int, seed: int) -> tuple[FactorShape, int]:
+    """The shape that `auto` finds, and how many of its terms cost what `most` cost in the balanced one."""
+    module = target.module
+    candidates = candidate_shapes(
+        module.out_features, module.in_features, tp=target.rule.tp, parallel=parallel_of(module.name)
+    )
+    shape = search_shape(values, candidates, most, seed=seed)
+    logger.info("%s: auto shape %s", module.name, tuple(shape))
+    return shape, max(1, candidates[0].parameters(most) // shape.parameters(1))
+
+
+def _scale(target: Target, factors: Factors, sigma: tuple[float, ...], typical: float, seed: int) -> Factors:
+    """The factors that training starts from: scaled, or drawn, where the rule's init asks for that."""
+    init = target.rule.init
+    if init == "gradient":
+        if not sigma or sigma[0] == 0.0:
+            raise PlanError(
+                f"{target.module.name}: the gradient over the calibration batches is zero",
+                hint="Check that the completions are not empty (an expert may get no token), or use init = 'weights'.",
+            )
+        return Factors(factors.left, factors.right, factors.sigma * (typical / sigma[0]))
+    if init in ("zero", "random"):
+        generator = torch.Generator().manual_seed(seed)
+        left = _random_units(factors.left.shape, generator)
+        right = torch.zeros_like(factors.right) if init == "zero" else _random_units(factors.right.shape, generator)
+        return Factors(left, right, torch.full_like(factors.sigma, typical))
+    return factors
+
+
+def _random_units(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Random factors (r, x, y), each of norm 1."""
+    factors: torch.Tensor = torch.randn(shape, generator=generator)
+    norms: torch.Tensor = factors.flatten(1).norm(dim=1)
+    return factors / norms[:, None, None]

@@ -1,0 +1,84 @@
+"""What stage `init` decides: per module its rank, shape and spectrum, and the factors that training starts from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from soka_serve.kron import Factors
+from soka_serve.kron.shapes import FactorShape
+
+
+@dataclass(frozen=True)
+class ModuleInit:
+    """What was decided for one module.
+
+    `sigma` is the candidate pool's spectrum, descending; `total_energy` the squared Frobenius norm of what was
+    decomposed (the weight, the delta or the gradient; in the weighted norm where activations weigh it).
+    """
+
+    module: str
+    layer: int | None
+    out_features: int
+    in_features: int
+    factor_shape: FactorShape
+    init: str
+    policy: str
+    rank: int
+    sigma: tuple[float, ...]
+    total_energy: float
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters: r(mn + pq + 1), arXiv:2506.15251."""
+        return self.factor_shape.parameters(self.rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_json` reads back."""
+        return {**asdict(self), "factor_shape": list(self.factor_shape), "sigma": list(self.sigma)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ModuleInit:
+        """The reverse of `to_json`."""
+        shape = FactorShape(*value["factor_shape"])
+        return cls(**{**value, "factor_shape": shape, "sigma": tuple(value["sigma"])})
+
+
+@dataclass(frozen=True)
+class Initialisation:
+    """Factors at step 0 (theta) for every adapted module; modules of rank 0 are left out of `factors`."""
+
+    modules: tuple[ModuleInit, ...]
+    factors: dict[str, Factors]
+    initial_modules: frozenset[str] = field(default_factory=frozenset)
+    """Modules whose theta0 is subtracted (init = weights, gradient or random)."""
+
+    def write(self, directory: Path) -> None:
+        """Write `init.safetensors` and `init.json` into an existing directory."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, factors in self.factors.items():
+            for part in ("left", "right", "sigma"):
+                tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
+        save_file(tensors, directory / "init.safetensors", metadata={"format": "pt"})
+        listing = {"modules": [m.to_json() for m in self.modules], "initial": sorted(self.initial_modules)}
+        (directory / "init.json").write_text(json.dumps(listing))
+
+    @classmethod
+    def read(cls, directory: Path) -> Initialisation:
+        """Read what `write` wrote."""
+        listing = json.loads((directory / "init.json").read_text())
+        modules = tuple(ModuleInit.from_json(m) for m in listing["modules"])
+        factors: dict[str, Factors] = {}
+        with safe_open(directory / "init.safetensors", framework="pt") as file:
+            for module in modules:
+                if module.rank:
+                    parts = [file.get_tensor(f"{module.module}.{part}") for part in ("left", "right", "sigma")]
+                    factors[module.module] = Factors(*parts)
+        return cls(modules, factors, frozenset(listing["initial"]))
