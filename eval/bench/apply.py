@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from eval.record import hardware, make_parser, write_record
 from soka_serve.io.versions import versions
 from soka_serve.kron import apply_kron, linear_with_delta
-from soka_serve.kron.apply import choose_order
+from soka_serve.kron.cost import choose_order
 from soka_serve.kron.shapes import FactorShape
 
 CASES = [
@@ -61,7 +61,7 @@ def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: in
         "left": (lambda: apply_kron(x, *factors, order="left"), (x, *factors)),
         "right": (lambda: apply_kron(x, *factors, order="right"), (x, *factors)),
         "dense": (lambda: apply_kron(x, *factors, order="dense"), (x, *factors)),
-        "fused": (lambda: linear_with_delta(x, weight, None, *factors, order="dense"), (x, *factors)),
+        "fused": (lambda: linear_with_delta(x, weight, None, factors, order="dense"), (x, *factors)),
         "base": (lambda: linear(x, weight), (x,)),
         "lora": (lambda: linear(linear(x, down), up), (x, down, up)),
     }

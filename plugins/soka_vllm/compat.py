@@ -52,7 +52,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.engine.output_processor import OutputProcessor
 
-from soka_serve.kron.sharding import LayerShards, column_parallel, qkv_parallel, row_parallel
+from soka_serve.kron.sharding import Heads, LayerShards, column_parallel, qkv_parallel, row_parallel
 from soka_vllm.versions import is_supported, supported_text
 
 if current_platform.is_cpu():
@@ -169,9 +169,9 @@ def shards_of(layer: Any) -> LayerShards:
     """
     base, rank, ranks = layer.base_layer, layer.tp_rank, layer.tp_size
     if isinstance(layer, MergedQKVParallelLinearWithLoRA | QKVParallelLinearWithLoRA):
-        heads = (base.total_num_heads, base.total_num_kv_heads, base.head_size)
+        heads = Heads(base.total_num_heads, base.total_num_kv_heads, base.head_size)
         fused = isinstance(layer, QKVParallelLinearWithLoRA)
-        shards = qkv_parallel(*heads, base.input_size, rank, ranks, fused=fused)
+        shards = qkv_parallel(heads, base.input_size, rank, ranks, fused=fused)
     elif isinstance(layer, MergedColumnParallelLinearWithLoRA):
         shards = column_parallel(base.output_sizes, base.input_size, rank, ranks)
     elif isinstance(layer, ColumnParallelLinearWithLoRA):

@@ -100,9 +100,8 @@ def export(
     """Write an adapter, or a training checkpoint, as a finished SoKA adapter or as a LoRA.
 
     "soka": trained minus initial terms, recompressed exactly (QR of the stacked factors and a small SVD; the dense
-    delta is never built), so that nothing is lost unless `rank` cuts terms or `dtype` rounds. "lora": the best
-    rank-`rank` approximation of every delta, for engines that only know LoRA; the energy it loses is reported per
-    module and in all. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
+    delta is never built): nothing is lost unless `rank` cuts terms or `dtype` rounds. "lora": the best rank-`rank`
+    approximation of every delta. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
 
     Args:
         source: directory of a finished adapter or of a training checkpoint.
@@ -117,12 +116,7 @@ def export(
         SokaError: no rank for a LoRA, or one below 1.
         BuildError: disk full and the like, or `out` holds something else.
     """
-    if to not in ("soka", "lora"):
-        raise SokaError(f"to: expected 'soka' or 'lora'; got {to!r}")
-    if to == "lora" and rank is None:
-        raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
-    if rank is not None and rank < 1:
-        raise SokaError(f"rank: expected at least 1; got {rank}")
+    _check_request(to, rank)
     out, read_from, stored = given_path(out, "out"), Path(source), getattr(torch, dtype)
     EXPORTED.check(out, keep=[read_from])
     read = read_source(read_from)
@@ -148,13 +142,21 @@ def export(
         )
         lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
         if to == "soka":
-            base = adapter.base_model or "unknown"
-            write_adapter(new, written, base_model=base, dtype=stored, lock=lock, card=_card(read, result))
+            write_adapter(new, written, base_model=adapter.base_model or "unknown", dtype=stored, lock=lock)
         else:
             _write_lora(new, adapter, tensors, rank or 1)
             write_lock(new / LOCK_FILE, lock)
-            write_text_atomic(new / CARD_FILE, _card(read, result))
+        write_text_atomic(new / CARD_FILE, _card(read, result))
     return result
+
+
+def _check_request(to: str, rank: int | None) -> None:
+    if to not in ("soka", "lora"):
+        raise SokaError(f"to: expected 'soka' or 'lora'; got {to!r}")
+    if to == "lora" and rank is None:
+        raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
+    if rank is not None and rank < 1:
+        raise SokaError(f"rank: expected at least 1; got {rank}")
 
 
 _Energies = dict[str, tuple[float, float]]  # by module: the delta's energy, and what is lost of it

@@ -96,9 +96,6 @@ _CONFIG: dict[str, Any] = {
 _ONLY_TRAINING = frozenset({"rank_pattern", "soka_dropout"})
 _NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
 _MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
-_WRITTEN_HERE = frozenset(
-    {"base_model_name_or_path", "peft_type", "soka_format", "soka_initial", "soka_modules", "target_modules"}
-)
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,6 @@ def write_adapter(
     dtype: torch.dtype = torch.float32,
     lock: Mapping[str, Any] | None = None,
     card: str | None = None,
-    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a finished adapter: each file on its own atomically, the folder made if need be.
 
@@ -241,16 +237,14 @@ def write_adapter(
         dtype: dtype of the factors in the file.
         lock: contents of soka.lock; not written when None.
         card: text of README.md; not written when None.
-        extra: further fields of adapter_config.json, such as revision; only fields that PEFT reads.
 
     Raises:
         CheckpointError: nothing to write, a module without terms, or values that are not finite in `dtype`.
-        ValueError: an unknown field in `extra`, or one that is not for the caller to set; no base_model.
+        ValueError: no base_model.
         BuildError: disk full, no permission.
     """
-    unknown = sorted(key for key in extra or {} if key not in _CONFIG or key in _WRITTEN_HERE)
-    if unknown or not base_model:
-        raise ValueError(f"extra cannot set {unknown}" if unknown else "base_model is empty")
+    if not base_model:
+        raise ValueError("base_model is empty")
     tensors: dict[str, torch.Tensor] = {}
     problems = [] if factors else ["an adapter needs at least one module"]
     for name in sorted(factors):
@@ -267,7 +261,6 @@ def write_adapter(
         raise CheckpointError("\n".join(problems), hint="training diverged, or the dtype is too narrow")
     config = {
         **_CONFIG,
-        **(extra or {}),
         "base_model_name_or_path": base_model,
         "r": max(f.rank for f in factors.values()),
         "soka_modules": {

@@ -32,7 +32,7 @@ from soka_serve.manifest.nodes import one_of
 from soka_serve.manifest.problems import explain, show
 from soka_serve.manifest.read import parse_toml, read_text
 from soka_serve.manifest.schema import NAME_PATTERN, Adapt, Base, Data, Manifest, PositiveInt, Text, Train
-from soka_serve.manifest.table import Key, Seen, Table
+from soka_serve.manifest.table import Key, Table, TableKeys
 
 SUITE_VERSION = 1
 
@@ -97,7 +97,7 @@ class Protocol(Table):
     )
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         if seen.knows("seeds", "sweep_seeds"):
             both = sorted(set(seen.values["seeds"]) & set(seen.values["sweep_seeds"]))
             if both:
@@ -119,7 +119,7 @@ class DataSet(Table):
     )
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         if seen.knows("data", "answers"):
             data = seen.values["data"]
             builtin = _value(data, "builtin") is not None
@@ -164,7 +164,7 @@ class Contender(Table):
         return tuple(sorted(rates))
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         if not seen.knows("method"):
             return
         method = METHODS[seen.values["method"]]
@@ -212,7 +212,7 @@ class Suite(Table):
         return value
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         names: dict[str, list[str]] = {}
         for table in ("dataset", "method"):
             if not seen.knows(table):

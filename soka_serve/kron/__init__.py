@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from soka_serve.kron.apply import apply_cost, apply_kron, cheaper_order, linear_with_delta
+    from soka_serve.kron.apply import apply_kron, linear_with_delta
+    from soka_serve.kron.cost import apply_cost, cheaper_order
     from soka_serve.kron.decompose import Decomposition, kpsvd
     from soka_serve.kron.factors import (
         Factors,
@@ -41,9 +42,9 @@ _HOMES = {
     "Decomposition": "soka_serve.kron.decompose",
     "Factors": "soka_serve.kron.factors",
     "add_delta_": "soka_serve.kron.factors",
-    "apply_cost": "soka_serve.kron.apply",
+    "apply_cost": "soka_serve.kron.cost",
     "apply_kron": "soka_serve.kron.apply",
-    "cheaper_order": "soka_serve.kron.apply",
+    "cheaper_order": "soka_serve.kron.cost",
     "dense_delta": "soka_serve.kron.factors",
     "kpsvd": "soka_serve.kron.decompose",
     "linear_with_delta": "soka_serve.kron.apply",

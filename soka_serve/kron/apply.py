@@ -8,74 +8,25 @@ which copies the activations or keeps anything but the inputs for the backward (
 - dense: the delta is built for the moment, and multiplied by all tokens at once.
 
 Both orders take all terms at once, so the sum over terms happens in the accumulator of the second product, and long
-inputs go through in pieces, so that Z stays small. `eval/bench/apply.py` measures the three against each other.
+inputs go through in pieces, so that Z stays small. `soka_serve.kron.cost` chooses among the three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from soka_serve.kron.cost import Order, choose_order
 from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape
 
-Order = Literal["auto", "left", "right", "dense"]
+Terms = tuple[Tensor, Tensor, Tensor]  # left (r, m, n), right (r, p, q), sigma (r,)
 
-# Work is counted in multiply-adds of a large matrix product, forward and backward together, fitted to what
-# eval/bench/apply.py measured on a CPU from 128 to 4096 features: the factors' two products with their gradients and
-# the recomputed intermediate cost 5 for each multiply-add, and every value that moves through memory costs 200.
-_FACTOR_PRODUCTS = 5
-_MOVED_VALUE = 200
 _PIECE_VALUES = {"cpu": 1 << 21, "cuda": 1 << 26}  # most values of an intermediate: 8 MiB keeps to caches on a CPU
-
-
-def apply_cost(shape: FactorShape, rank: int, order: Order = "auto") -> int:
-    """Multiply-adds per token of `apply_kron`; "auto" is the cheaper of "left" and "right".
-
-    >>> shape = FactorShape(64, 64, 64, 64)
-    >>> apply_cost(shape, rank=1), apply_cost(shape, rank=1, order="dense")
-    (524288, 16777216)
-    """
-    m, n, p, q = shape
-    costs = {"left": rank * m * q * (n + p), "right": rank * n * p * (q + m)}
-    if order == "dense":
-        return shape.out_features * shape.in_features
-    return min(costs.values()) if order == "auto" else costs[order]
-
-
-def cheaper_order(shape: FactorShape) -> Literal["left", "right"]:
-    """The order of the two factors with fewer multiply-adds; "left" when they are equal."""
-    return "left" if apply_cost(shape, 1, "left") <= apply_cost(shape, 1, "right") else "right"
-
-
-def choose_order(
-    shape: FactorShape, rank: int, tokens: int, *, dense_products: int = 3
-) -> Literal["left", "right", "dense"]:
-    """What "auto" means: dense where building the delta and multiplying all tokens at once is less work.
-
-    Args:
-        shape, rank, tokens: the case.
-        dense_products: large products that the dense way takes, forward and backward together: 3 alone, 1 more than
-            the layer's own where those carry the delta as well (`linear_with_delta`).
-
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=4, tokens=2048)
-    'left'
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=64, tokens=2048)
-    'dense'
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=64, tokens=1)
-    'left'
-    """
-    order = cheaper_order(shape)
-    middle = rank * (shape.m * shape.q if order == "left" else shape.n * shape.p)
-    moved = shape.in_features + shape.out_features + middle
-    factors = tokens * (_FACTOR_PRODUCTS * apply_cost(shape, rank) + _MOVED_VALUE * moved)
-    build = 3 * (rank + _MOVED_VALUE)  # per value of the delta: made twice, its gradient reduced to the factors'
-    dense = (tokens * dense_products + build) * apply_cost(shape, rank, "dense")
-    return "dense" if dense < factors else order
 
 
 def apply_kron(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor, *, order: Order = "auto") -> Tensor:
@@ -103,16 +54,14 @@ def apply_kron(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor, *, order: 
         ValueError: the tensors do not fit together.
     """
     _check(x, left, right, sigma)
-    return _with_autocast(x, lambda inputs: _apply(inputs, None, None, left, right, sigma, order))
+    return _with_autocast(x, lambda inputs: _apply(inputs, None, None, (left, right, sigma), order, len(left)))
 
 
 def linear_with_delta(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    sigma: Tensor,
+    terms: Terms,
     *,
     trained_left: int | None = None,
     order: Order = "auto",
@@ -129,28 +78,28 @@ def linear_with_delta(
         x: (..., in).
         weight: (out, in). Where it or the bias needs a gradient, the delta is applied apart.
         bias: (out,) or None.
-        left, right, sigma, order: as for `apply_kron`.
+        terms, order: left, right and sigma, and the order, as for `apply_kron`.
         trained_left: how many terms, from the first, have a left factor that needs a gradient; the others' is zero.
             None: all.
 
     Returns:
-        (..., out), as `apply_kron`. Differentiable once in `x`, `left`, `right` and `sigma`.
+        (..., out), as `apply_kron`. Differentiable once in `x` and the terms.
 
     Raises:
         ValueError: the tensors do not fit together.
     """
-    _check(x, left, right, sigma)
-    shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+    _check(x, *terms)
+    shape, rank = _shape_of(terms), len(terms[0])
     if tuple(weight.shape) != (shape.out_features, shape.in_features):
         raise ValueError(f"expected a weight of shape {(shape.out_features, shape.in_features)}; got {weight.shape}")
     if order == "auto":
-        order = choose_order(shape, left.shape[0], x.numel() // shape.in_features, dense_products=1)
+        order = choose_order(shape, rank, x.numel() // shape.in_features, dense_products=1)
     exact = weight.dtype == x.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if exact and frozen:
-        return _apply(x, weight, bias, left, right, sigma, order, trained_left)
+        return _apply(x, weight, bias, terms, order, rank if trained_left is None else trained_left)
     base = torch.nn.functional.linear(x, weight, bias)
-    return base + apply_kron(x, left, right, sigma, order=order).to(base.dtype)
+    return base + apply_kron(x, *terms, order=order).to(base.dtype)
 
 
 def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -165,16 +114,10 @@ def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    left: Tensor,
-    right: Tensor,
-    sigma: Tensor,
-    order: Order,
-    trained_left: int | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Terms, order: Order, trained_left: int
 ) -> Tensor:
-    shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+    left, right, sigma = terms
+    shape = _shape_of(terms)
     tokens = x.numel() // shape.in_features
     if order == "auto":
         order = choose_order(shape, left.shape[0], tokens)
@@ -183,8 +126,12 @@ def _apply(
     # Scaled before the cast: sigma and left are trained in float32, and their product is rounded once.
     scaled, right = (left * sigma[:, None, None]).to(work), right.to(work)
     function = {"dense": _Dense, "left": _LeftFirst, "right": _RightFirst}[order]
-    out = function.apply(inputs, weight, bias, scaled, right, left.shape[0] if trained_left is None else trained_left)  # type: ignore[no-untyped-call]
+    out = function.apply(inputs, weight, bias, scaled, right, trained_left)  # type: ignore[no-untyped-call]
     return cast(Tensor, out).reshape(*x.shape[:-1], shape.out_features).to(x.dtype)
+
+
+def _shape_of(terms: Terms) -> FactorShape:
+    return FactorShape(*terms[0].shape[1:], *terms[1].shape[1:])
 
 
 _Grads = tuple[Tensor | None, ...]
@@ -203,7 +150,8 @@ def _without_autocast(backward: Callable[[Any, Tensor], _Grads]) -> Callable[[An
 class _Dense(torch.autograd.Function):
     """(T, in), frozen weight and bias or None, scaled left (r, m, n), right (r, p, q) -> (T, out).
 
-    Of left's gradients only those of the first `some` terms are wanted.
+    Of left's gradients only those of the first `some` terms are wanted. An autograd function takes each tensor as an
+    argument of its own, hence seven of them here and in the two others.
     """
 
     @staticmethod

@@ -18,35 +18,31 @@ def search_shape(
     candidates: Sequence[FactorShape],
     rank: int,
     *,
-    parameters: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FactorShape:
     """The candidate with the most captured energy when all get the same number of parameters.
 
-    Every shape may spend the same budget: as many terms as fit into it. Shapes of which not even one term fits are
-    left out. All others are screened with a rough decomposition (a few passes over the weight each), then the best
-    few, and the first candidate with them, are decomposed properly. Of shapes that are equal within 0.1% the earlier
-    candidate wins, so a weight without structure gets the balanced shape. Deterministic.
+    Every shape may spend what `rank` terms of the first candidate take: as many terms as fit into that. Shapes of
+    which not even one term fits are left out. All others are screened with a rough decomposition (a few passes over
+    the weight each), then the best few, and the first candidate with them, are decomposed properly. Of shapes that are
+    equal within 0.1% the earlier candidate wins, so a weight without structure gets the balanced shape. Deterministic.
 
     Args:
         weight: (out, in), any floating dtype, CPU or GPU.
         candidates: as from `candidate_shapes`, the preferred (balanced) one first.
-        rank: the terms that the first candidate would get; sets the budget unless `parameters` does.
-        parameters: the budget, in trainable parameters.
+        rank: the terms that the first candidate would get.
         seed: seed of the randomised decompositions.
         progress: called with (shapes done, shapes in all) after each decomposition.
 
     Raises:
-        ValueError: no candidates, the budget does not pay for one term of any, or the weight is not finite.
+        ValueError: no candidates, or the weight is not finite.
     """
     if not candidates:
         raise ValueError("expected at least one candidate shape; got none")
-    budget = candidates[0].parameters(max(1, rank)) if parameters is None else parameters
+    budget = candidates[0].parameters(max(1, rank))
     ranks = {shape: min(budget // shape.parameters(1), shape.max_rank) for shape in candidates}
     entrants = [shape for shape in candidates if ranks[shape] > 0]
-    if not entrants:
-        raise ValueError(f"a budget of {budget} parameters does not pay for one term of any candidate shape")
     finals = min(len(entrants), _FINALISTS + 1)
     steps = len(entrants) + finals if len(entrants) > finals else len(entrants)
     done = 0

@@ -114,20 +114,25 @@ def column_parallel(
     return _packed(sizes, [share(size, tp_rank, tp_size) for size in sizes], in_features, fused)
 
 
-def qkv_parallel(
-    heads: int, kv_heads: int, head_size: int, in_features: int, tp_rank: int, tp_size: int, *, fused: bool = False
-) -> LayerShards:
+class Heads(NamedTuple):
+    """An attention layer's heads, on all ranks together: of queries, of keys and values, and features of each."""
+
+    query: int
+    key_value: int
+    size: int
+
+
+def qkv_parallel(heads: Heads, in_features: int, tp_rank: int, tp_size: int, *, fused: bool = False) -> LayerShards:
     """Packed q, k and v; with more ranks than key/value heads, each of those is held by several ranks.
 
     Args:
-        heads, kv_heads: of the whole layer.
-        head_size: features of a head.
+        heads: of the whole layer.
         in_features, tp_rank, tp_size, fused: as for `column_parallel`.
     """
-    replicas = max(1, tp_size // kv_heads)
-    kv_rows = share(kv_heads * head_size, tp_rank // replicas, tp_size // replicas)
-    rows = [share(heads * head_size, tp_rank, tp_size), kv_rows, kv_rows]
-    return _packed([heads * head_size, kv_heads * head_size, kv_heads * head_size], rows, in_features, fused)
+    queries, keys = heads.query * heads.size, heads.key_value * heads.size
+    replicas = max(1, tp_size // heads.key_value)
+    key_rows = share(keys, tp_rank // replicas, tp_size // replicas)
+    return _packed([queries, keys, keys], [share(queries, tp_rank, tp_size), key_rows, key_rows], in_features, fused)
 
 
 def row_parallel(out_features: int, in_features: int, tp_rank: int, tp_size: int) -> LayerShards:

@@ -68,7 +68,7 @@ def resolve(node: Node) -> Node:
 
 
 @dataclass(frozen=True)
-class Step:
+class Location:
     """Where a pydantic location ends.
 
     `path` is the location as TOML spells it, `node` what is expected there (None for an unknown key), `table` the
@@ -81,7 +81,7 @@ class Step:
     policies: dict[str, Node]
 
 
-def walk(location: tuple[str | int, ...]) -> Step:
+def walk(location: tuple[str | int, ...]) -> Location:
     """Follow a pydantic location, dropping the tags that it inserts for a choice between tables."""
     path: TomlPath = ()
     node: Node | None = root()
@@ -95,7 +95,7 @@ def walk(location: tuple[str | int, ...]) -> Step:
             table = node
         path = (*path, part)
         node = below(node, part) if node is not None else None
-    return Step(path, node, table, policies)
+    return Location(path, node, table, policies)
 
 
 def policies_of(node: Node) -> dict[str, Node]:

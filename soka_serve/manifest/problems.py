@@ -18,8 +18,8 @@ from pydantic_core import ErrorDetails
 from soka_serve.errors import Problem
 from soka_serve.manifest.locate import Places
 from soka_serve.manifest.nodes import (
+    Location,
     Node,
-    Step,
     TomlPath,
     below,
     expected,
@@ -103,30 +103,30 @@ def show(value: object) -> str:
 
 
 def _explain_one(detail: ErrorDetails, places: Places) -> Problem:
-    step = walk(detail["loc"])
+    location = walk(detail["loc"])
     kind, value = detail["type"], detail["input"]
     if kind == "missing":
-        return _missing(step, places)
+        return _missing(location, places)
     if kind == "union_tag_not_found":
-        return _missing_policy(step, places)
+        return _missing_policy(location, places)
     if kind == "union_tag_invalid":
-        words = list(policies_of(step.node or {}))
-        path = (*step.path, "policy")
+        words = list(policies_of(location.node or {}))
+        path = (*location.path, "policy")
         came = value["policy"] if isinstance(value, Mapping) else value
         return _problem(
             path, f"expected {one_of(words)}; got {show(came)}", places.value(path), _did_you_mean(came, words)
         )
     if kind == "extra_forbidden":
-        return _unknown(step, places)
+        return _unknown(location, places)
     if kind == "conflict":
-        return _problem(step.path, detail["msg"], places.key(step.path))
+        return _problem(location.path, detail["msg"], places.key(location.path))
     if kind in ("value_error", "layers"):
-        return _problem(step.path, detail["msg"].removeprefix("Value error, "), places.value(step.path))
+        return _problem(location.path, detail["msg"].removeprefix("Value error, "), places.value(location.path))
     context = detail.get("ctx", {})
-    wanted = context["expected"] if kind == "expected" else expected(step.node or {})
-    words = context.get("words") or _words(step.node)
-    hint = _did_you_mean(value, words) or _hint(step, value)
-    return _problem(step.path, f"expected {wanted}; got {show(value)}", places.value(step.path), hint)
+    wanted = context["expected"] if kind == "expected" else expected(location.node or {})
+    words = context.get("words") or _words(location.node)
+    hint = _did_you_mean(value, words) or _hint(location, value)
+    return _problem(location.path, f"expected {wanted}; got {show(value)}", places.value(location.path), hint)
 
 
 def _problem(path: TomlPath, message: str, place: tuple[int, int] | None, hint: str | None = None) -> Problem:
@@ -134,35 +134,37 @@ def _problem(path: TomlPath, message: str, place: tuple[int, int] | None, hint: 
     return Problem(dotted(path), message, line, column, hint)
 
 
-def _missing(step: Step, places: Places) -> Problem:
-    node = step.node or {}
-    raw = step.table["properties"][step.path[-1]]
+def _missing(location: Location, places: Places) -> Problem:
+    node = location.node or {}
+    raw = location.table["properties"][location.path[-1]]
     what = raw.get("description") or node.get("description", "")
     text = f"required, but missing; expected {expected(node)}"
     hint = (
-        f"write {step.path[-1]} = {node['const']} on the first line" if step.path == ("schema",) else what.rstrip(".")
+        f"write {location.path[-1]} = {node['const']} on the first line"
+        if location.path == ("schema",)
+        else what.rstrip(".")
     )
-    return _problem(step.path, text, places.value(step.path[:-1]), hint or None)
+    return _problem(location.path, text, places.value(location.path[:-1]), hint or None)
 
 
-def _missing_policy(step: Step, places: Places) -> Problem:
-    words = list(policies_of(step.node or {}))
+def _missing_policy(location: Location, places: Places) -> Problem:
+    words = list(policies_of(location.node or {}))
     hint = 'for example rank = { policy = "fixed", rank = 1 }'
     message = f"required, but missing; expected {one_of(words)}"
-    return _problem((*step.path, "policy"), message, places.value(step.path), hint)
+    return _problem((*location.path, "policy"), message, places.value(location.path), hint)
 
 
-def _unknown(step: Step, places: Places) -> Problem:
-    key = str(step.path[-1])
-    known = list(step.table["properties"])
-    place = places.key(step.path)
-    owners = [policy for policy, table in step.policies.items() if key in table["properties"]]
+def _unknown(location: Location, places: Places) -> Problem:
+    key = str(location.path[-1])
+    known = list(location.table["properties"])
+    place = places.key(location.path)
+    owners = [policy for policy, table in location.policies.items() if key in table["properties"]]
     if owners:
-        own = step.table["properties"]["policy"]["const"]
+        own = location.table["properties"]["policy"]["const"]
         belongs = f"{key} belongs to policy {one_of(owners)}; this rule's policy is {quote(own)}"
-        return _problem(step.path, f"unknown key: {belongs}", place)
+        return _problem(location.path, f"unknown key: {belongs}", place)
     if key in _REFUSED_KEYS:
-        return _problem(step.path, "unknown key", place, _REFUSED_KEYS[key])
+        return _problem(location.path, "unknown key", place, _REFUSED_KEYS[key])
     elsewhere = dict.fromkeys(header for header, table in tables() if key in table["properties"])
     renamed = _FOREIGN_KEYS.get(key)
     hint: str | None
@@ -172,7 +174,7 @@ def _unknown(step: Step, places: Places) -> Problem:
         hint = f"did you mean {quote(renamed)}?"
     else:
         hint = _did_you_mean(key, known) or f"known here: {', '.join(known)}"
-    return _problem(step.path, "unknown key", place, hint)
+    return _problem(location.path, "unknown key", place, hint)
 
 
 def _in(headers: list[str]) -> str:
@@ -194,11 +196,11 @@ def _did_you_mean(came: object, words: list[str]) -> str | None:
     return f"did you mean {quote(folded[close[0]])}?" if close else None
 
 
-def _hint(step: Step, value: Any) -> str | None:
+def _hint(location: Location, value: Any) -> str | None:
     """What to write instead of a value of the wrong type, where it is plain."""
-    node = step.node or {}
+    node = location.node or {}
     kind = node.get("type")
-    name = dotted(step.path[-1:])
+    name = dotted(location.path[-1:])
     if isinstance(value, str) and (
         (kind in ("integer", "number") and _NUMBER.fullmatch(value))
         or (kind == "boolean" and value in ("true", "false"))

@@ -7,38 +7,57 @@ that another key makes meaningless: nothing is ignored silently.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
-from soka_serve.manifest.table import Key, Seen, Table
+from soka_serve.manifest.fields import PathOrId, PositiveInt, Text
+from soka_serve.manifest.rules import (
+    EVERY_MODULE,
+    LAYER_RANGE,
+    LLAMA_PROJECTIONS,
+    SERVED_PROJECTIONS,
+    Adapt,
+    RankBudget,
+    RankElbow,
+    RankEnergy,
+    RankFixed,
+    RankPolicy,
+    RankSpectrum,
+)
+from soka_serve.manifest.table import Key, Table, TableKeys
+
+__all__ = [
+    "EVERY_MODULE",
+    "LAYER_RANGE",
+    "LLAMA_PROJECTIONS",
+    "NAME_PATTERN",
+    "SCHEMA_VERSION",
+    "SERVED_PROJECTIONS",
+    "Adapt",
+    "Base",
+    "Data",
+    "Eval",
+    "Manifest",
+    "Output",
+    "PositiveInt",
+    "Prune",
+    "RankBudget",
+    "RankElbow",
+    "RankEnergy",
+    "RankFixed",
+    "RankPolicy",
+    "RankSpectrum",
+    "Serve",
+    "Text",
+    "Train",
+]
 
 SCHEMA_VERSION = 1
 
-EVERY_MODULE = ("*",)
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# LLaMA's, and the fused ones of Phi-3, which vLLM computes in the same layers.
-SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
-
-DEFAULT_CALIBRATION_BATCHES = 8
-
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
-
-
-def _no_nul(value: str) -> str:
-    if "\x00" in value:
-        raise ValueError("a path or id cannot hold a NUL character")
-    return value
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Text = Annotated[str, Field(min_length=1)]
-Place = Annotated[str, Field(min_length=1), AfterValidator(_no_nul)]  # a path, or an id on the hub
 
 
 def _value(table: object, name: str) -> Any:
@@ -46,22 +65,13 @@ def _value(table: object, name: str) -> Any:
     return table.get(name) if isinstance(table, Mapping) else getattr(table, name, None)
 
 
-def _check_source(seen: Seen, names: tuple[str, ...]) -> Iterator[tuple[Key, str]]:
+def _check_source(keys: TableKeys, names: tuple[str, ...]) -> Iterator[tuple[Key, str]]:
     """Exactly one of the names must be set."""
-    came = seen.has(*names)
+    came = keys.has(*names)
     if not came:
         yield (), f"expected one of {', '.join(names)}; got none of them"
     for name in came[1:]:
         yield (name,), f"{name} and {came[0]} exclude each other: give exactly one of {', '.join(names)}"
-
-
-def _check_bounds(seen: Seen) -> Iterator[tuple[Key, str]]:
-    """min <= max <= pool."""
-    for low, high in (("min", "max"), ("max", "pool")):
-        if seen.knows(low, high) and seen.values[low] > seen.values[high]:
-            blamed = low if low in seen.present else high
-            what = ", the number of candidate terms computed" if high == "pool" else ""
-            yield (blamed,), f"{low} ({seen.show(low)}) is larger than {high} ({seen.show(high)}){what}"
 
 
 class Base(Table):
@@ -70,12 +80,12 @@ class Base(Table):
     builtin: Literal["tiny"] | None = Field(
         None, description="The LLaMA-architecture model inside the package.", examples=["tiny"]
     )
-    path: Place | None = Field(
+    path: PathOrId | None = Field(
         None,
         description="Directory of a Hugging Face checkpoint (safetensors), relative to the manifest.",
         examples=["../models/my-llama"],
     )
-    hub: Place | None = Field(
+    hub: PathOrId | None = Field(
         None, description="Hugging Face hub id of a checkpoint.", examples=["meta-llama/Llama-2-7b-hf"]
     )
     revision: Text | None = Field(
@@ -90,165 +100,10 @@ class Base(Table):
     )
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        yield from _check_source(seen, ("builtin", "path", "hub"))
-        if seen.has("revision") and not seen.has("hub"):
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        yield from _check_source(keys, ("builtin", "path", "hub"))
+        if keys.has("revision") and not keys.has("hub"):
             yield ("revision",), "revision belongs to hub; this base is not a hub id"
-
-
-class RankFixed(Table):
-    """The same number of terms for every module of the rule."""
-
-    policy: Literal["fixed"] = Field("fixed", description="The rank is given.")
-    rank: PositiveInt = Field(1, description="Number of Kronecker terms per module.")
-
-
-class _RankBounds(Table):
-    min: PositiveInt = Field(1, description="Fewest terms per module.")
-    max: PositiveInt = Field(8, description="Most terms per module.")
-    pool: PositiveInt = Field(64, description="Candidate terms computed per module; capped by the shape.")
-
-    @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        yield from _check_bounds(seen)
-
-
-class RankEnergy(_RankBounds):
-    """The smallest rank whose cumulative energy reaches the threshold."""
-
-    policy: Literal["energy"] = Field(description="Smallest rank whose cumulative energy reaches `threshold`.")
-    threshold: Fraction = Field(0.5, description="Share of the energy (sum of squared sigma) to reach.")
-    of: Literal["pool", "total"] = Field(
-        "pool",
-        description="Share of what: the candidate pool's energy, or all of the weight's. Real weights have slow "
-        "Kronecker spectra, so a share of the total mostly ends at `max`; 'pool' chooses within the candidates.",
-    )
-
-
-class RankElbow(_RankBounds):
-    """The elbow of the spectrum: the point farthest below the chord from the first to the last candidate."""
-
-    policy: Literal["elbow"] = Field(description="The point of the spectrum farthest from its chord.")
-
-
-class RankSpectrum(_RankBounds):
-    """Energy threshold and elbow together, as in the paper; `combine` says which of the two ranks is taken."""
-
-    policy: Literal["spectrum"] = Field(description="Energy threshold and elbow, as in the paper.")
-    threshold: Fraction = Field(0.5, description="Share of the energy (sum of squared sigma) to reach.")
-    of: Literal["pool", "total"] = Field("pool", description="Share of the candidate pool's energy or of the total.")
-    combine: Literal["min", "max"] = Field(
-        "min", description="Which of the two ranks is taken: the smaller prunes more, the larger keeps both criteria."
-    )
-
-
-class RankBudget(Table):
-    """A total of trainable parameters, spread over the rule's modules by captured energy per parameter."""
-
-    policy: Literal["budget"] = Field(description="Spread `parameters` over all modules with this policy.")
-    parameters: PositiveInt = Field(
-        description="Most trainable parameters for all modules together.", examples=[990_000]
-    )
-    min: Annotated[int, Field(ge=0)] = Field(0, description="Fewest terms per module; 0 lets a module go unadapted.")
-    max: PositiveInt = Field(64, description="Most terms per module.")
-    pool: PositiveInt = Field(64, description="Candidate terms computed per module; capped by the shape.")
-
-    @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        yield from _check_bounds(seen)
-
-
-RankPolicy = Annotated[RankFixed | RankEnergy | RankElbow | RankSpectrum | RankBudget, Field(discriminator="policy")]
-
-
-class Adapt(Table):
-    """One rule: which modules are adapted, and how.
-
-    Rules are read in order. A module that several rules match takes each key from the last rule that sets it.
-    """
-
-    modules: tuple[Text, ...] = Field(
-        EVERY_MODULE,
-        strict=False,
-        min_length=1,
-        description="Projection names ('q_proj') or shell patterns on full names ('model.layers.*.mlp.*'). '*' is "
-        "every linear projection in the language model's layers, but for routers and experts.",
-    )
-    layers: Annotated[str, Field(pattern=LAYER_RANGE)] | tuple[int, ...] = Field(
-        "all",
-        description="Layers of the rule: 'all', '0-15', '4-' (from 4 on), '-4-' (the last four), or a list [0, 2, 4].",
-    )
-    enabled: bool = Field(True, description="false takes the matched modules out again.")
-    shape: Literal["balanced", "auto"] | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
-        "balanced",
-        description="Factor shape: 'balanced' (fewest parameters per term), 'auto' (most captured energy at equal "
-        "parameters), or [m, n, p, q] with m*p = out and n*q = in.",
-    )
-    tp: PositiveInt = Field(
-        1, description="Tensor-parallel size that the shape must shard over: m for column-parallel, n for row-parallel."
-    )
-    init: Literal["weights", "delta", "gradient", "zero", "random"] = Field(
-        "weights",
-        description="Where the factors start: principal Kronecker components of the weight, of a fine-tuned "
-        "checkpoint's delta, of the first gradient, zero (the KronA baseline), or random (to compare with).",
-    )
-    finetuned: Place | None = Field(
-        None,
-        description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
-        examples=["meta-llama/Llama-2-7b-chat-hf"],
-    )
-    calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
-        None,
-        description="Training batches whose activations weight the decomposition (0: none); with init = 'gradient', "
-        "the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', else 0.",
-        examples=[8],
-    )
-    rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
-
-    @property
-    def batches(self) -> int:
-        """Training batches that the initialisation looks at."""
-        if self.calibration_batches or (self.calibration_batches == 0 and self.init != "gradient"):
-            return self.calibration_batches
-        return DEFAULT_CALIBRATION_BATCHES if self.init in ("weights", "gradient") else 0
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _check_layers(cls, value: object) -> object:
-        """Check the whole value here: one error instead of one for each side of the union."""
-        expected = "'all', a range ('0-15', '4-', '-4-') or a list of layer numbers"
-        if isinstance(value, str) and re.match(LAYER_RANGE, value):
-            first, _, last = value.partition("-")
-            if first.isdigit() and last.isdigit() and int(first) > int(last):
-                raise PydanticCustomError(
-                    "layers", "the range runs backwards: {first} is after {last}", {"first": first, "last": last}
-                )
-            return value
-        if isinstance(value, list | tuple) and value and all(type(i) is int and i >= 0 for i in value):
-            return tuple(value)
-        raise PydanticCustomError("expected", "{expected}", {"expected": expected})
-
-    @field_validator("shape", mode="before")
-    @classmethod
-    def _check_shape(cls, value: object) -> object:
-        if isinstance(value, str) and value in ("balanced", "auto"):
-            return value
-        if isinstance(value, list | tuple) and len(value) == 4 and all(type(i) is int and i >= 1 for i in value):
-            return tuple(value)
-        expected = "'balanced', 'auto' or four whole numbers [m, n, p, q], each at least 1"
-        raise PydanticCustomError("expected", "{expected}", {"expected": expected, "words": ["balanced", "auto"]})
-
-    @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        if len(seen.has("finetuned", "init")) == 2 and seen.knows("init") and seen.values["init"] != "delta":
-            yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {seen.values['init']!r}"
-        if seen.has("calibration_batches", "init") and seen.knows("calibration_batches", "init"):
-            batches, init = seen.values["calibration_batches"], seen.values["init"]
-            if batches and init in ("zero", "random"):
-                yield (
-                    ("calibration_batches",),
-                    f"calibration_batches does not go with init = {init!r}: nothing is decomposed",
-                )
 
 
 class Data(Table):
@@ -257,12 +112,12 @@ class Data(Table):
     builtin: Literal["math", "boxed", "code", "math-easy", "boxed-easy", "code-easy"] | None = Field(
         None, description="A task family generated inside the package.", examples=["math"]
     )
-    jsonl: Place | None = Field(
+    jsonl: PathOrId | None = Field(
         None,
         description="JSON Lines file, one object per line, relative to the manifest.",
         examples=["data/train.jsonl"],
     )
-    hub: Place | None = Field(
+    hub: PathOrId | None = Field(
         None,
         description="Hugging Face dataset id, or a local dataset directory: JSON, CSV, Parquet, Arrow or text files.",
         examples=["openai/gsm8k"],
@@ -288,7 +143,7 @@ class Data(Table):
         "The last assistant message is the completion.",
         examples=["messages"],
     )
-    eval_jsonl: Place | None = Field(
+    eval_jsonl: PathOrId | None = Field(
         None, description="JSON Lines file of evaluation examples.", examples=["data/test.jsonl"]
     )
     eval_split: Text | None = Field(None, description="The hub dataset's split to evaluate on.", examples=["test"])
@@ -308,19 +163,19 @@ class Data(Table):
         return value
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        yield from _check_source(seen, ("builtin", "jsonl", "hub"))
-        for name in seen.has("prompt", "completion") if seen.has("messages") else ():
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        yield from _check_source(keys, ("builtin", "jsonl", "hub"))
+        for name in keys.has("prompt", "completion") if keys.has("messages") else ():
             yield (name,), f"{name} and messages exclude each other"
-        for name in seen.has("config", "split", "revision", "eval_split") if not seen.has("hub") else ():
+        for name in keys.has("config", "split", "revision", "eval_split") if not keys.has("hub") else ():
             yield (name,), f"{name} belongs to hub; this data is not a hub dataset"
-        if seen.has("builtin"):
-            for name in seen.has("messages"):
+        if keys.has("builtin"):
+            for name in keys.has("messages"):
                 yield (name,), f"{name} does not go with builtin, whose columns are prompt, completion and answer"
-            for name in seen.has("eval_frac"):
+            for name in keys.has("eval_frac"):
                 yield (name,), f"{name} does not go with builtin, whose families have a held-out split of their own"
         else:
-            held_out = seen.has("eval_jsonl", "eval_split", "eval_frac")
+            held_out = keys.has("eval_jsonl", "eval_split", "eval_frac")
             for name in held_out[1:]:
                 yield (name,), f"{name} and {held_out[0]} exclude each other: one evaluation set at a time"
 
@@ -398,23 +253,23 @@ class Train(Table):
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        if len(seen.has("epochs", "steps")) == 2:
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        if len(keys.has("epochs", "steps")) == 2:
             yield ("steps",), "steps and epochs exclude each other"
-        if seen.has("early_stopping") and not seen.has("eval_every"):
+        if keys.has("early_stopping") and not keys.has("eval_every"):
             yield ("early_stopping",), "early_stopping needs eval_every"
-        if seen.has("prune") and seen.knows("method") and seen.values["method"] != "soka":
-            yield ("prune",), f"prune belongs to method = 'soka'; the method is {seen.values['method']!r}"
-        if seen.has("eval_every") and seen.knows("data"):
+        if keys.has("prune") and keys.knows("method") and keys.values["method"] != "soka":
+            yield ("prune",), f"prune belongs to method = 'soka'; the method is {keys.values['method']!r}"
+        if keys.has("eval_every") and keys.knows("data"):
             sources = ("builtin", "eval_jsonl", "eval_split", "eval_frac")
-            if not any(_value(seen.values["data"], name) for name in sources):
+            if not any(_value(keys.values["data"], name) for name in sources):
                 yield ("eval_every",), "eval_every needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 
 class Output(Table):
     """What a build writes."""
 
-    dir: Place = Field(
+    dir: PathOrId = Field(
         "build", description="Folder of builds, relative to where the command runs; files go to DIR/NAME."
     )
     write: tuple[Literal["adapter", "merged"], ...] = Field(
@@ -427,9 +282,9 @@ class Output(Table):
     report: bool = Field(True, description="Write report.html.")
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         for name, file in (("adapter_dtype", "adapter"), ("merged_dtype", "merged")):
-            if seen.has(name) and seen.knows("write") and file not in seen.values["write"]:
+            if keys.has(name) and keys.knows("write") and file not in keys.values["write"]:
                 yield (name,), f"{name} would be ignored: write does not list '{file}'"
 
 
@@ -492,13 +347,13 @@ class Manifest(Table):
         return value
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
-        if seen.knows("base", "train") and _value(seen.values["train"], "method") == "full":
-            bits = _value(seen.values["base"], "quantize")
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        if keys.knows("base", "train") and _value(keys.values["train"], "method") == "full":
+            bits = _value(keys.values["base"], "quantize")
             if bits not in (None, "none"):
                 yield ("base", "quantize"), f"a base in {bits} cannot be trained whole: method = 'full' needs 'none'"
-        if seen.knows("adapt"):
-            rules = list(enumerate(seen.values["adapt"]))
+        if keys.knows("adapt"):
+            rules = list(enumerate(keys.values["adapt"]))
             deltas = [i for i, rule in rules if _value(rule, "init") == "delta"]
             sources = [i for i, rule in rules if _value(rule, "finetuned") is not None]
             for i in deltas if not sources else ():

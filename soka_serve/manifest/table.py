@@ -16,7 +16,7 @@ Key = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Seen:
+class TableKeys:
     """What a table held, for checks across its keys.
 
     `present` are the keys that were written and say something else than their default; `values` holds the valid ones
@@ -48,7 +48,7 @@ class Table(BaseModel):
     )
 
     @classmethod
-    def conflicts(cls, seen: Seen) -> Iterator[tuple[Key, str]]:
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         """Yield (key, message) for each contradiction between keys of this table; () blames the table itself."""
         yield from ()
 
@@ -76,7 +76,7 @@ class Table(BaseModel):
         raise ValidationError.from_exception_data(cls.__name__, details)
 
     @classmethod
-    def _see(cls, data: Mapping[str, Any], wrong: set[int | str]) -> Seen:
+    def _see(cls, data: Mapping[str, Any], wrong: set[int | str]) -> TableKeys:
         """Sort what came into present keys and valid values.
 
         A key that repeats its default counts as absent, so that a dumped model can be read back.
@@ -93,7 +93,7 @@ class Table(BaseModel):
             values.pop(name, None)
             if name not in wrong:
                 values[name] = data[name]
-        return Seen(present, values)
+        return TableKeys(present, values)
 
 
 def _keep(error: ErrorDetails) -> InitErrorDetails:

@@ -281,9 +281,7 @@ class SokaLinear(nn.Module, SokaLayer):
                 x,
                 base.weight,
                 base.bias,
-                factors.left,
-                factors.right,
-                factors.sigma,
+                (factors.left, factors.right, factors.sigma),
                 trained_left=len(self.soka_sigma[active[0]]),  # those behind are theta0's (`stack_difference`)
             )
         result: Tensor = self.base_layer(x, *args, **kwargs)

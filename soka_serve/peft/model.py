@@ -93,6 +93,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> SokaLinear:
+        """Wrap one module, or give its wrapper one more adapter. The parameters are those that PEFT calls it with."""
         rank, shape = rank_and_shape(peft_config, current_key, target)
         if isinstance(target, SokaLinear):
             target.update_layer(adapter_name, rank=rank, shape=shape, config=peft_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from soka_serve.kron.shapes import FactorShape, parallel_of
-from soka_serve.kron.sharding import Shard, column_parallel, qkv_parallel, row_parallel, values_after_cut
+from soka_serve.kron.sharding import Heads, Shard, column_parallel, qkv_parallel, row_parallel, values_after_cut
 
 
 def slot_values(
@@ -42,12 +42,12 @@ def _shards(
         if heads is None or kv_heads is None:
             return (Shard(0, range(outs), range(ins)),) * 3
         size = outs // (heads + 2 * kv_heads)
-        return qkv_parallel(heads, kv_heads, size, ins, rank, ranks, fused=True).slices
+        return qkv_parallel(Heads(heads, kv_heads, size), ins, rank, ranks, fused=True).slices
     if projection == "gate_up_proj":
         return column_parallel([outs // 2] * 2, ins, rank, ranks, fused=True).slices
     if projection in ("k_proj", "v_proj"):
         heads = kv_heads or 1
-        return qkv_parallel(heads, heads, outs // heads, ins, rank, ranks).slices[1:2]
+        return qkv_parallel(Heads(heads, heads, outs // heads), ins, rank, ranks).slices[1:2]
     if parallel_of(name) == "row":
         return row_parallel(outs, ins, rank, ranks).slices
     return column_parallel([outs], ins, rank, ranks).slices

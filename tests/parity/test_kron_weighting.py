@@ -23,8 +23,8 @@ def correlated_inputs(size: int, tokens: int = 2000, seed: int = 5) -> Tensor:
     return oracle.draw(tokens, size, seed=seed + 1, dtype=torch.float32) @ mixing.t()
 
 
-def moments_of(inputs: Tensor, *, diagonal: bool = False) -> InputMoments:
-    moments = InputMoments(inputs.shape[-1], diagonal=diagonal)
+def moments_of(inputs: Tensor) -> InputMoments:
+    moments = InputMoments(inputs.shape[-1])
     moments.accumulate(inputs)
     return moments
 
@@ -45,8 +45,6 @@ def test_moments_add_up_over_batches_of_any_form() -> None:
     moments.accumulate(inputs[:0])
     assert moments.tokens == 300
     torch.testing.assert_close(moments.moment().double(), expected, rtol=1e-4, atol=1e-4)
-    diagonal = moments_of(inputs, diagonal=True).moment()
-    torch.testing.assert_close(diagonal.double(), expected.diagonal(), rtol=1e-4, atol=1e-4)
     half = moments_of(inputs.bfloat16())
     assert half.moment().dtype == torch.float32
 
@@ -119,11 +117,10 @@ def test_leading_terms_stand_by_themselves(size: tuple[int, int]) -> None:
     assert errors[4] < output_error(weight, kpsvd(weight, shape, 4).factors, inputs)
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_white_inputs_change_nothing(diagonal: bool) -> None:
+def test_white_inputs_change_nothing() -> None:
     weight = oracle.draw(96, 64, dtype=torch.float32)
     shape = balanced_shape(96, 64)
-    moments = moments_of(3 * torch.eye(64), diagonal=diagonal)
+    moments = moments_of(3 * torch.eye(64))
     problem = OutputError(weight, shape, moments)
     plain, weighted = kpsvd(weight, shape, 6), weighted_kpsvd(problem, 6)
     assert relative_error(dense_delta(weighted.factors), dense_delta(plain.factors)) < 1e-4
@@ -146,13 +143,6 @@ def test_a_kronecker_moment_gives_the_closed_form_optimum() -> None:
     refined = refine_terms(problem, weighted.factors, sweeps=10)
     assert output_error(weight, refined, inputs) == pytest.approx(optimum, rel=1e-3)
     assert optimum - 1e-9 <= output_error(weight, weighted.factors, inputs) < 1.02 * optimum
-
-
-def test_diagonal_moments_help_where_features_differ_in_size() -> None:
-    weight, shape = oracle.draw(96, 64, dtype=torch.float32), balanced_shape(96, 64)
-    inputs = oracle.draw(2000, 64, seed=3, dtype=torch.float32) * torch.logspace(0, -2, 64)
-    weighted = weighted_kpsvd(OutputError(weight, shape, moments_of(inputs, diagonal=True)), 4).factors
-    assert output_error(weight, weighted, inputs) < 0.9 * output_error(weight, kpsvd(weight, shape, 4).factors, inputs)
 
 
 def test_every_refinement_sweep_lowers_the_error() -> None:
@@ -198,13 +188,12 @@ def test_a_problem_used_again_gives_the_same_as_a_new_one() -> None:
     assert output_error(weight, first, inputs) < 0.9  # four terms are something
 
 
-@pytest.mark.parametrize("diagonal", [False, True])
-def test_least_squares_are_those_of_the_dense_moment(diagonal: bool) -> None:
+def test_least_squares_are_those_of_the_dense_moment() -> None:
     weight, shape = oracle.draw(24, 30), FactorShape(4, 5, 6, 6)
     inputs = correlated_inputs(30).double()
-    moments = moments_of(inputs, diagonal=diagonal)
+    moments = moments_of(inputs)
     problem = OutputError(weight, shape, moments, damping=0.01)
-    full = moments.moment().diag() if diagonal else moments.moment()
+    full = moments.moment()
     second = (full / full.diagonal().mean() + 0.01 * torch.eye(30)) / 1.01
     root = torch.linalg.cholesky(second)
     right = oracle.draw(2, 6, 6, seed=3)

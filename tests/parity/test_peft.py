@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from soka_serve.errors import CheckpointError, PlanError, SokaError
+from soka_serve.errors import CheckpointError
 from soka_serve.kron import Factors
-from soka_serve.peft import SokaConfig, SokaLinear, build_soka_model, get_factors, soka_layers
+from soka_serve.kron.apply import Terms
+from soka_serve.peft import SokaConfig, SokaLinear, get_factors, soka_layers
 from soka_serve.peft.layer import stack_difference
-from tests.support.peft_models import logits, oracle_logits, perturb, spread, tiny_llama, tokens
-from tests.support.tolerances import TOLERANCE
+from tests.support.peft_models import adapted, close, logits, oracle_logits, perturb, saved, spread, tiny_llama, tokens
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def adapted(init: str = "weights", dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
-    """A tiny LLaMA with awkward ranks and shapes on every projection."""
-    base = tiny_llama(dtype)
-    config.setdefault("soka_modules", spread(base))
-    config.setdefault("target_modules", "all-linear")
-    return get_peft_model(base, SokaConfig(init_soka_weights=init, task_type="CAUSAL_LM", **config)).eval()  # type: ignore[arg-type]
-
-
-def saved(model: PeftModel, directory: Path) -> dict[str, Tensor]:
-    model.save_pretrained(str(directory))
-    return load_file(directory / "adapter_model.safetensors")
-
-
-def close(ours: Tensor, oracle: Tensor, dtype: torch.dtype, loosen: float = 1.0) -> bool:
-    rtol, atol = TOLERANCE[dtype]
-    scale = float(oracle.abs().max())
-    return torch.allclose(ours.double(), oracle.double(), rtol=rtol * loosen, atol=atol * loosen * max(1.0, scale))
 
 
 # --- step 0, and away from it ----------------------------------------------------------------------------------------
@@ -173,7 +150,7 @@ def test_get_delta_weight_is_the_kron_sum() -> None:
             wide = factors.to(torch.float64)
             for k in range(factors.rank):
                 dense += (sign * wide.sigma[k] * torch.kron(wide.left[k], wide.right[k])).detach()
-        assert close(layer.get_delta_weight("default"), dense, torch.float32)
+        assert close(layer.get_delta_weight("default"), dense, loosen=1.0)
         assert dense.abs().max() > 1e-3
 
 
@@ -196,7 +173,7 @@ def test_the_parity_check_sees_mutations(mutation: str, tmp_path: Path) -> None:
     model = adapted()
     perturb(model, 0.2)
     tensors, kron = _mutated(mutation, saved(model, tmp_path))
-    agrees = close(logits(model, ids), oracle_logits(base, tensors, ids, kron), torch.float32, 4.0)
+    agrees = close(logits(model, ids), oracle_logits(base, tensors, ids, kron))
     assert agrees == (mutation == "none")
 
 
@@ -205,16 +182,14 @@ def _without_sigma(theta: Factors, initial: Factors) -> Factors:
     return stack_difference(Factors(theta.left, theta.right, ones), Factors(initial.left, initial.right, ones))
 
 
-def _swapped(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor, **_: Any
-) -> Tensor:
+def _swapped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, **_: Any) -> Tensor:
+    left, right, sigma = terms
     delta = sum(s * torch.kron(b, a) for s, a, b in zip(sigma, left, right, strict=True))
     return nn.functional.linear(x, weight + delta, bias)
 
 
-def _reshaped(
-    x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, right: Tensor, sigma: Tensor, **_: Any
-) -> Tensor:
+def _reshaped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, **_: Any) -> Tensor:
+    left, right, sigma = terms
     matrix = (sigma[:, None] * left.flatten(1)).T @ right.flatten(1)
     return nn.functional.linear(x, weight + matrix.reshape(weight.shape), bias)
 
@@ -237,7 +212,7 @@ def test_the_parity_check_sees_a_broken_implementation(
     perturb(model, 0.2)
     oracle = oracle_logits(tiny_llama(), saved(model, tmp_path), ids)
     monkeypatch.setattr(*BROKEN[mutation])
-    assert close(logits(model, ids), oracle, torch.float32, 4.0) == (mutation == "none")
+    assert close(logits(model, ids), oracle) == (mutation == "none")
 
 
 # --- several adapters ------------------------------------------------------------------------------------------------
@@ -260,16 +235,16 @@ def test_several_adapters_of_different_ranks_and_shapes(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path))
     tensors = {"default": load_file(tmp_path / "adapter_model.safetensors")}
     tensors["other"] = load_file(tmp_path / "other" / "adapter_model.safetensors")
-    assert close(second, oracle_logits(base, tensors["other"], ids), torch.float32, 4.0)
+    assert close(second, oracle_logits(base, tensors["other"], ids))
 
     model.base_model.set_adapter(["default", "other"])
     both = logits(model, ids)
     sums = {f"{k}": v for k, v in tensors["default"].items()}
     weights = oracle_sum(base, [sums, tensors["other"]])
-    assert close(both, weights(ids), torch.float32, 4.0)
+    assert close(both, weights(ids))
 
     model.merge_adapter()
-    assert close(logits(model, ids), weights(ids), torch.float32, 4.0)
+    assert close(logits(model, ids), weights(ids))
     with pytest.raises(ValueError, match="merged"):
         model.delete_adapter("other")
     model.unmerge_adapter()
@@ -277,7 +252,7 @@ def test_several_adapters_of_different_ranks_and_shapes(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="Already following adapters were merged default"):
         merge_one_by_one(model)
-    assert close(logits(model, ids), weights(ids), torch.float32, 4.0)
+    assert close(logits(model, ids), weights(ids))
     model.unmerge_adapter()
     assert torch.equal(logits(model, ids), both)
 
@@ -343,236 +318,6 @@ def test_merging_leaves_a_base_shared_with_another_model_alone() -> None:
     assert not torch.equal(model.base_model.model.model.layers[0].self_attn.q_proj.weight, before)
     assert torch.equal(shared, before)
     assert not torch.equal(logits(model, ids), logits(tiny_llama(), ids))
-
-
-# --- on disk ---------------------------------------------------------------------------------------------------------
-
-
-def test_keys_on_disk(tmp_path: Path) -> None:
-    tensors = saved(adapted(target_modules=["o_proj"], soka_modules={}, r=2), tmp_path)
-    assert {key for key in tensors if ".0." in key} == {
-        f"base_model.model.model.layers.0.self_attn.o_proj.soka_{part}{kind}"
-        for part in ("left", "right", "sigma")
-        for kind in ("", "_initial")
-    }
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "SOKA"
-    assert config["soka_format"] == 1
-    assert config["soka_initial"] is True
-    assert config["init_soka_weights"] is False
-    assert config["soka_modules"]["model.layers.0.self_attn.o_proj"] == {"rank": 2, "shape": [8, 8, 8, 8]}
-    zero = saved(adapted("zero", target_modules=["o_proj"], soka_modules={}), tmp_path / "zero")
-    assert not any(key.endswith("_initial") for key in zero)
-
-
-def test_a_training_checkpoint_resumes_exactly(tmp_path: Path) -> None:
-    """Save, load and train on: the same losses as without the break."""
-
-    def run(model: PeftModel, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-        losses = []
-        for step in steps:
-            ids = tokens(seed=step)
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    run(model, optimizer, range(3))
-    model.save_pretrained(str(tmp_path))
-    state = copy.deepcopy(optimizer.state_dict())
-    straight = run(model, optimizer, range(3, 6))
-
-    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), is_trainable=True).eval()
-    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=3e-2)
-    optimizer.load_state_dict(state)
-    assert run(again, optimizer, range(3, 6)) == straight
-    for mine, other in zip(get_factors(model)[0].values(), get_factors(again)[0].values(), strict=True):
-        assert torch.equal(mine.left, other.left)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda t: t.pop(_key("q_proj", "left")), "q_proj: missing soka_left"),
-        (lambda t: t.pop(_key("q_proj", "sigma_initial")), "q_proj: missing soka_sigma_initial"),
-        (lambda t: t.update({_key("q_proj", "extra"): torch.ones(1)}), "does not name: .*soka_extra"),
-        (lambda t: t.update({_key("v_proj", "right"): torch.ones(3, 5, 4)}), r"v_proj: soka_right is \(3, 5, 4\)"),
-        (lambda t: t[_key("k_proj", "sigma")].fill_(float("nan")), "k_proj: soka_sigma has values that are not finite"),
-    ],
-)
-def test_damaged_weights_are_an_error_and_not_a_warning(damage: Any, message: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors = saved(adapted(), tmp_path)
-    damage(tensors)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=message):
-        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
-
-
-def _key(projection: str, part: str) -> str:
-    return f"base_model.model.model.layers.0.self_attn.{projection}.soka_{part}"
-
-
-def test_another_base_is_an_error(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    saved(adapted(), tmp_path)
-    sizes: dict[str, Any] = {"vocab_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
-    wide = LlamaForCausalLM(LlamaConfig(hidden_size=96, intermediate_size=112, num_hidden_layers=2, **sizes))
-    with pytest.raises(PlanError, match=r"q_proj: factor shape \[4, 16, 16, 4\] does not fit") as caught:
-        PeftModel.from_pretrained(wide, str(tmp_path))
-    assert "down_proj" in caught.value.message
-    sizes["head_dim"] = 32
-    short = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=112, num_hidden_layers=1, **sizes))
-    with pytest.raises(PlanError, match=r"modules that the model lacks.*model\.layers\.1\.mlp\.down_proj"):
-        PeftModel.from_pretrained(short, str(tmp_path))
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
-
-
-def test_layers_and_exclusions_are_read() -> None:
-    config = SokaConfig(
-        target_modules=["q_proj", "v_proj"],
-        exclude_modules=["v_proj"],
-        layers_to_transform=[1],
-        layers_pattern="layers",
-    )
-    model = get_peft_model(tiny_llama(), config)
-    assert list(soka_layers(model)) == ["model.layers.1.self_attn.q_proj"]
-    assert model.peft_config["default"] is config, "PEFT's contract: the config given is the one that is kept"
-    assert list(config.soka_modules) == ["model.layers.1.self_attn.q_proj"]
-
-
-def test_modules_to_save_are_trained_and_saved_whole(tmp_path: Path) -> None:
-    ids = tokens()
-    model = adapted(target_modules=["q_proj"], soka_modules={}, modules_to_save=["lm_head"])
-    perturb(model)
-    assert "base_model.model.lm_head.weight" in saved(model, tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path)), ids), logits(model, ids))
-
-
-def test_default_targets_are_pefts() -> None:
-    names = {name.rpartition(".")[2] for name in soka_layers(get_peft_model(tiny_llama(), SokaConfig()))}
-    assert names == {"q_proj", "v_proj"}
-
-
-def test_what_cannot_be_adapted_is_named_before_anything_is_replaced() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Conv1d(4, 4, 1), "c": nn.Embedding(4, 4)})
-    with pytest.raises(PlanError, match=r"b: a Conv1d cannot be adapted.*\n.*c: a Embedding cannot be adapted"):
-        get_peft_model(model, SokaConfig(target_modules=["a", "b", "c"]))
-    assert type(model["a"]) is nn.Linear
-    with pytest.raises(PlanError, match=r"a: factor shape \[3, 1, 3, 1\] does not fit"):
-        get_peft_model(model, SokaConfig(target_modules=["a"], shape=[3, 1, 3, 1]))
-    with pytest.raises(PlanError, match=r"soka_modules names modules.*\['z'\]"):
-        get_peft_model(model, SokaConfig(target_modules=["a"], soka_modules={"z": {"rank": 1}}))
-
-
-def test_other_peft_methods_are_not_mixed() -> None:
-    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
-    del model.peft_config
-    with (
-        pytest.warns(UserWarning, match="modify a model with PEFT for a second time"),
-        pytest.raises(PlanError, match="0: already adapted by another PEFT method"),
-    ):
-        get_peft_model(model, SokaConfig(target_modules=["0"]))
-
-
-def test_more_terms_than_the_shape_has_are_capped_and_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        config = SokaConfig(r=9, target_modules=["0"], shape=[2, 2, 2, 3])
-        model = get_peft_model(nn.Sequential(nn.Linear(6, 4)), config)
-    assert model.peft_config["default"].soka_modules == {"0": {"rank": 4, "shape": [2, 2, 2, 3]}}
-    assert "9 terms asked for, the factor shape [2, 2, 2, 3] has at most 4" in caplog.text
-
-
-def test_factors_that_were_never_loaded_show() -> None:
-    model = get_peft_model(tiny_llama(), SokaConfig(target_modules=["q_proj"], init_soka_weights=False))
-    with pytest.raises(CheckpointError, match=r"0\.self_attn\.q_proj: the factors of adapter 'default' were"):
-        logits(model, tokens())
-    with pytest.raises(CheckpointError, match="were never loaded"):
-        model.merge_adapter()
-
-
-def test_a_weight_that_is_not_there_cannot_be_decomposed() -> None:
-    with pytest.raises(SokaError, match=r"0: init_soka_weights = 'weights' decomposes the weight, which is not in mem"):
-        get_peft_model(nn.Sequential(nn.Linear(6, 4, device="meta")), SokaConfig(target_modules=["0"]))
-
-
-def test_pefts_status_report_knows_the_layers() -> None:
-    model = adapted()
-    status = model.get_model_status()
-    assert (status.base_model_type, status.adapter_model_type) == ("LlamaForCausalLM", "SokaModel")
-    assert status.num_adapter_layers == 14
-    assert status.trainable_params == sum(f.parameters for f in get_factors(model)[0].values())
-    assert status.enabled is True
-    assert status.active_adapters == ["default"]
-    assert not status.merged_adapters
-
-
-def test_empty_weights_are_for_loading_only() -> None:
-    with pytest.raises(SokaError, match="low_cpu_mem_usage = True gives none"):
-        get_peft_model(tiny_llama(), SokaConfig(target_modules=["q_proj"]), low_cpu_mem_usage=True)
-
-
-def test_zero_start_depends_on_the_seed_and_the_module() -> None:
-    def lefts(seed: int) -> list[Tensor]:
-        theta, _ = get_factors(adapted("zero", soka_modules={}, target_modules=["q_proj"], seed=seed))
-        return [factors.left for factors in theta.values()]
-
-    assert all(torch.equal(a, b) for a, b in zip(lefts(0), lefts(0), strict=True))
-    assert not torch.equal(lefts(0)[0], lefts(1)[0])
-    assert not torch.equal(lefts(0)[0], lefts(0)[1])
-
-
-# --- given factors ---------------------------------------------------------------------------------------------------
-
-
-def _given(scale: float = 0.3) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(7)
-    made = {}
-    for name, spec in spread(tiny_llama()).items():
-        r, (m, n, p, q) = spec["rank"], spec["shape"]
-        made[name] = Factors(
-            left=torch.randn(r, m, n, generator=generator) / (m * n) ** 0.5,
-            right=torch.randn(r, p, q, generator=generator) / (p * q) ** 0.5,
-            sigma=scale * torch.rand(r, generator=generator),
-        )
-    return made
-
-
-@pytest.mark.parametrize("initial", [False, True])
-def test_build_and_read_back(initial: bool, tmp_path: Path) -> None:
-    ids, base, given = tokens(), tiny_llama(), _given(3.0)
-    model = build_soka_model(tiny_llama(), given, initial=initial, base_model="some/base").eval()
-    theta, start = get_factors(model)
-    assert set(theta) == set(given)
-    assert all(torch.equal(theta[n].right, given[n].right) for n in given)
-    assert set(start) == (set(given) if initial else set())
-    assert model.peft_config["default"].base_model_name_or_path == "some/base"
-    assert torch.equal(logits(model, ids), logits(base, ids)) == initial
-    perturb(model, 0.1)
-    assert not torch.equal(get_factors(model)[0][next(iter(given))].left, theta[next(iter(given))].left)
-    if initial:
-        assert all(torch.equal(get_factors(model)[1][n].left, given[n].left) for n in given)
-    model.peft_config["default"].base_model_name_or_path = None
-    assert close(logits(model, ids), oracle_logits(base, saved(model, tmp_path), ids), torch.float32, 4.0)
-
-
-def test_build_refuses_what_does_not_fit() -> None:
-    given = _given()
-    name = next(iter(given))
-    with pytest.raises(PlanError, match="no modules to adapt"):
-        build_soka_model(tiny_llama(), {}, initial=True)
-    with pytest.raises(PlanError, match=r"model lacks.*\['model.layers.9.q_proj'\]"):
-        build_soka_model(tiny_llama(), {name: given[name], "model.layers.9.q_proj": given[name]}, initial=True)
-    with pytest.raises(PlanError, match="does not fit"):
-        build_soka_model(tiny_llama(), {name: given["model.layers.0.mlp.down_proj"]}, initial=True)
 
 
 # --- memory savers ---------------------------------------------------------------------------------------------------

@@ -155,9 +155,7 @@ def test_every_way_of_computing_gives_the_same_gradients(order: str) -> None:
                 x,
                 base.weight,
                 base.bias,
-                factors.left,
-                factors.right,
-                factors.sigma,
+                (factors.left, factors.right, factors.sigma),
                 order=order,  # type: ignore[arg-type]
             )
         y.square().sum().backward()

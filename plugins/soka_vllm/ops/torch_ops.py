@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from soka_serve.kron.apply import cheaper_order
+from soka_serve.kron.cost import cheaper_order
 from soka_serve.kron.shapes import FactorShape
 
 ROW_FIELDS = 12

@@ -157,10 +157,9 @@ def test_peft_loads_what_is_written(tmp_path: Path) -> None:
 
     from soka_serve.peft import SokaConfig
 
-    config = PeftConfig.from_pretrained(str(write(tmp_path, extra={"revision": "abc"})))
+    config = PeftConfig.from_pretrained(str(write(tmp_path)))
     assert isinstance(config, SokaConfig)
     assert config.soka_modules[DOWN] == {"rank": 2, "shape": [5, 1, 2, 6]}
-    assert config.revision == "abc"
     assert config.init_soka_weights is False
     assert not config.soka_initial
 
@@ -187,8 +186,6 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         write_adapter(tmp_path / "a", {}, base_model="b")
     with pytest.raises(ValueError, match="base_model is empty"):
         write_adapter(tmp_path / "a", made(), base_model="")
-    with pytest.raises(ValueError, match=r"extra cannot set \['alpha', 'soka_format'\]"):
-        write_adapter(tmp_path / "a", made(), base_model="b", extra={"soka_format": 2, "alpha": 1, "revision": "x"})
     assert not (tmp_path / "a").exists()
 
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from soka_serve.kron.shapes import FactorShape, candidate_shapes
-from soka_serve.kron.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel, values_after_cut
+from soka_serve.kron.sharding import (
+    Heads,
+    LayerShards,
+    column_parallel,
+    cut,
+    qkv_parallel,
+    row_parallel,
+    values_after_cut,
+)
 from soka_vllm.slots import SlotStore
 from tests.support.tolerances import TOLERANCE
 
@@ -103,7 +111,8 @@ def test_grouped_queries(kv_heads: int, tp_size: int, fused: bool) -> None:
     outs = [sum(sizes)] if fused else sizes
     modules = [factors((out // 4, 3, 4, 4), 1, out) for out in outs]
     x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    layers = [qkv_parallel(heads, kv_heads, head_size, hidden, rank, tp_size, fused=fused) for rank in range(tp_size)]
+    whole_layer = Heads(heads, kv_heads, head_size)
+    layers = [qkv_parallel(whole_layer, hidden, rank, tp_size, fused=fused) for rank in range(tp_size)]
     assert layers[0].shapes == tuple((out, hidden) for out in outs)
     whole = torch.cat([x @ dense(*module).T for module in modules], 1).split(sizes, 1)
     per_rank = kv_heads / tp_size

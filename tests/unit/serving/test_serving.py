@@ -31,7 +31,7 @@ from soka_serve.io.files import sha256_file
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape
-from soka_serve.kron.sharding import LayerShards, column_parallel, cut, qkv_parallel, row_parallel
+from soka_serve.kron.sharding import Heads, LayerShards, column_parallel, cut, qkv_parallel, row_parallel
 from soka_serve.serving import command as serving_command
 from soka_serve.serving import doctor
 from soka_serve.serving import log as serving_log
@@ -162,7 +162,7 @@ def _on_ranks(ranks: int) -> list[int]:
 
     def layers(rank: int) -> list[LayerShards]:
         return [
-            qkv_parallel(4, 2, 32, 128, rank, ranks),
+            qkv_parallel(Heads(4, 2, 32), 128, rank, ranks),
             column_parallel([352, 352], 128, rank, ranks),
             row_parallel(128, 128, rank, ranks),
             row_parallel(128, 352, rank, ranks),
@@ -243,7 +243,7 @@ def test_fused_projections_take_a_slot_for_each_part(ranks: int) -> None:
     qkv = {"model.layers.0.self_attn.qkv_proj": (2, shape)}
     both = {"model.layers.0.mlp.gate_up_proj": (2, shape)}
     for factors, layer in (
-        (qkv, qkv_parallel(8, 4, 8, 64, 0, ranks, fused=True)),
+        (qkv, qkv_parallel(Heads(8, 4, 8), 64, 0, ranks, fused=True)),
         (both, column_parallel([64, 64], 64, 0, ranks, fused=True)),
     ):
         left, right = torch.zeros(2, 16, 8), torch.zeros(2, 8, 8)

@@ -1,0 +1,185 @@
+"""The schema of `[[adapt]]`: which modules a rule means, their factors' shape and start, and their number of terms."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from soka_serve.manifest.fields import Fraction, PathOrId, PositiveInt, Text
+from soka_serve.manifest.table import Key, Table, TableKeys
+
+EVERY_MODULE = ("*",)
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# LLaMA's, and the fused ones of Phi-3, which vLLM computes in the same layers.
+SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
+
+DEFAULT_CALIBRATION_BATCHES = 8
+LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
+
+
+def _check_bounds(keys: TableKeys) -> Iterator[tuple[Key, str]]:
+    """min <= max <= pool."""
+    for low, high in (("min", "max"), ("max", "pool")):
+        if keys.knows(low, high) and keys.values[low] > keys.values[high]:
+            blamed = low if low in keys.present else high
+            what = ", the number of candidate terms computed" if high == "pool" else ""
+            yield (blamed,), f"{low} ({keys.show(low)}) is larger than {high} ({keys.show(high)}){what}"
+
+
+class RankFixed(Table):
+    """The same number of terms for every module of the rule."""
+
+    policy: Literal["fixed"] = Field("fixed", description="The rank is given.")
+    rank: PositiveInt = Field(1, description="Number of Kronecker terms per module.")
+
+
+class _RankBounds(Table):
+    min: PositiveInt = Field(1, description="Fewest terms per module.")
+    max: PositiveInt = Field(8, description="Most terms per module.")
+    pool: PositiveInt = Field(64, description="Candidate terms computed per module; capped by the shape.")
+
+    @classmethod
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        yield from _check_bounds(keys)
+
+
+class RankEnergy(_RankBounds):
+    """The smallest rank whose cumulative energy reaches the threshold."""
+
+    policy: Literal["energy"] = Field(description="Smallest rank whose cumulative energy reaches `threshold`.")
+    threshold: Fraction = Field(0.5, description="Share of the energy (sum of squared sigma) to reach.")
+    of: Literal["pool", "total"] = Field(
+        "pool",
+        description="Share of what: the candidate pool's energy, or all of the weight's. Real weights have slow "
+        "Kronecker spectra, so a share of the total mostly ends at `max`; 'pool' chooses within the candidates.",
+    )
+
+
+class RankElbow(_RankBounds):
+    """The elbow of the spectrum: the point farthest below the chord from the first to the last candidate."""
+
+    policy: Literal["elbow"] = Field(description="The point of the spectrum farthest from its chord.")
+
+
+class RankSpectrum(_RankBounds):
+    """Energy threshold and elbow together, as in the paper; `combine` says which of the two ranks is taken."""
+
+    policy: Literal["spectrum"] = Field(description="Energy threshold and elbow, as in the paper.")
+    threshold: Fraction = Field(0.5, description="Share of the energy (sum of squared sigma) to reach.")
+    of: Literal["pool", "total"] = Field("pool", description="Share of the candidate pool's energy or of the total.")
+    combine: Literal["min", "max"] = Field(
+        "min", description="Which of the two ranks is taken: the smaller prunes more, the larger keeps both criteria."
+    )
+
+
+class RankBudget(Table):
+    """A total of trainable parameters, spread over the rule's modules by captured energy per parameter."""
+
+    policy: Literal["budget"] = Field(description="Spread `parameters` over all modules with this policy.")
+    parameters: PositiveInt = Field(
+        description="Most trainable parameters for all modules together.", examples=[990_000]
+    )
+    min: Annotated[int, Field(ge=0)] = Field(0, description="Fewest terms per module; 0 lets a module go unadapted.")
+    max: PositiveInt = Field(64, description="Most terms per module.")
+    pool: PositiveInt = Field(64, description="Candidate terms computed per module; capped by the shape.")
+
+    @classmethod
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        yield from _check_bounds(keys)
+
+
+RankPolicy = Annotated[RankFixed | RankEnergy | RankElbow | RankSpectrum | RankBudget, Field(discriminator="policy")]
+
+
+class Adapt(Table):
+    """One rule: which modules are adapted, and how.
+
+    Rules are read in order. A module that several rules match takes each key from the last rule that sets it.
+    """
+
+    modules: tuple[Text, ...] = Field(
+        EVERY_MODULE,
+        strict=False,
+        min_length=1,
+        description="Projection names ('q_proj') or shell patterns on full names ('model.layers.*.mlp.*'). '*' is "
+        "every linear projection in the language model's layers, but for routers and experts.",
+    )
+    layers: Annotated[str, Field(pattern=LAYER_RANGE)] | tuple[int, ...] = Field(
+        "all",
+        description="Layers of the rule: 'all', '0-15', '4-' (from 4 on), '-4-' (the last four), or a list [0, 2, 4].",
+    )
+    enabled: bool = Field(True, description="false takes the matched modules out again.")
+    shape: Literal["balanced", "auto"] | tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field(
+        "balanced",
+        description="Factor shape: 'balanced' (fewest parameters per term), 'auto' (most captured energy at equal "
+        "parameters), or [m, n, p, q] with m*p = out and n*q = in.",
+    )
+    tp: PositiveInt = Field(
+        1, description="Tensor-parallel size that the shape must shard over: m for column-parallel, n for row-parallel."
+    )
+    init: Literal["weights", "delta", "gradient", "zero", "random"] = Field(
+        "weights",
+        description="Where the factors start: principal Kronecker components of the weight, of a fine-tuned "
+        "checkpoint's delta, of the first gradient, zero (the KronA baseline), or random (to compare with).",
+    )
+    finetuned: PathOrId | None = Field(
+        None,
+        description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
+        examples=["meta-llama/Llama-2-7b-chat-hf"],
+    )
+    calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="Training batches whose activations weight the decomposition (0: none); with init = 'gradient', "
+        "the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', else 0.",
+        examples=[8],
+    )
+    rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
+
+    @property
+    def batches(self) -> int:
+        """Training batches that the initialisation looks at."""
+        if self.calibration_batches or (self.calibration_batches == 0 and self.init != "gradient"):
+            return self.calibration_batches
+        return DEFAULT_CALIBRATION_BATCHES if self.init in ("weights", "gradient") else 0
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: object) -> object:
+        """Check the whole value here: one error instead of one for each side of the union."""
+        expected = "'all', a range ('0-15', '4-', '-4-') or a list of layer numbers"
+        if isinstance(value, str) and re.match(LAYER_RANGE, value):
+            first, _, last = value.partition("-")
+            if first.isdigit() and last.isdigit() and int(first) > int(last):
+                raise PydanticCustomError(
+                    "layers", "the range runs backwards: {first} is after {last}", {"first": first, "last": last}
+                )
+            return value
+        if isinstance(value, list | tuple) and value and all(type(i) is int and i >= 0 for i in value):
+            return tuple(value)
+        raise PydanticCustomError("expected", "{expected}", {"expected": expected})
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _check_shape(cls, value: object) -> object:
+        if isinstance(value, str) and value in ("balanced", "auto"):
+            return value
+        if isinstance(value, list | tuple) and len(value) == 4 and all(type(i) is int and i >= 1 for i in value):
+            return tuple(value)
+        expected = "'balanced', 'auto' or four whole numbers [m, n, p, q], each at least 1"
+        raise PydanticCustomError("expected", "{expected}", {"expected": expected, "words": ["balanced", "auto"]})
+
+    @classmethod
+    def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
+        if len(keys.has("finetuned", "init")) == 2 and keys.knows("init") and keys.values["init"] != "delta":
+            yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {keys.values['init']!r}"
+        if keys.has("calibration_batches", "init") and keys.knows("calibration_batches", "init"):
+            batches, init = keys.values["calibration_batches"], keys.values["init"]
+            if batches and init in ("zero", "random"):
+                yield (
+                    ("calibration_batches",),
+                    f"calibration_batches does not go with init = {init!r}: nothing is decomposed",
+                )

@@ -1,0 +1,251 @@
+"""The product of a delta with activations, alone and in a linear layer, against float64 oracles."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from soka_serve.kron import (
+    Factors,
+    apply_cost,
+    apply_kron,
+    linear_with_delta,
+)
+from soka_serve.kron import apply as kron_apply
+from soka_serve.kron.cost import Order, choose_order
+from soka_serve.kron.shapes import FactorShape
+from tests.support import kron_oracle as oracle
+from tests.support.tolerances import RELATIVE_ERROR, relative_error
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ORDERS: list[Order] = ["auto", "left", "right", "dense"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_apply(order: Order, dtype: torch.dtype) -> None:
+    oracle.check_apply(partial(apply_kron, order=order), dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_apply_to_nothing_and_with_no_terms(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(3, 4, 5, 2), 2)
+    x = oracle.draw(6, 8)
+    assert apply_kron(x[:0], factors.left, factors.right, factors.sigma, order=order).shape == (0, 15)
+    none = factors.terms([])
+    zero = apply_kron(x.requires_grad_(), none.left, none.right, none.sigma, order=order)
+    assert torch.equal(zero, torch.zeros(6, 15, dtype=torch.float64))
+    zero.sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_apply_takes_inputs_that_are_not_contiguous(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(3, 4, 5, 2), 2)
+    x = oracle.draw(8, 6, 2).permute(2, 1, 0)
+    right = factors.right.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = x @ oracle.oracle_delta(factors).t()
+    assert relative_error(apply_kron(x, factors.left, right, factors.sigma, order=order), expected) < 1e-12
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape", oracle.SHAPES)
+def test_gradients_are_those_of_the_dense_delta(
+    shape: FactorShape, order: Order, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = 150 if pieces else 7
+    if pieces:
+        monkeypatch.setitem(kron_apply._PIECE_VALUES, "cpu", 1)  # the smallest pieces: 64 tokens
+    factors = oracle.draw_factors(shape, 2)
+    leaves = [factors.left, factors.right, factors.sigma, oracle.draw(tokens, shape.in_features, seed=9)]
+    left, right, sigma, x = (leaf.requires_grad_() for leaf in leaves)
+    upstream = oracle.draw(tokens, shape.out_features, seed=11)
+    delta = torch.stack([s * torch.kron(a, b) for a, b, s in zip(left, right, sigma, strict=True)]).sum(0)
+    expected = torch.autograd.grad(x @ delta.t(), (x, left, right, sigma), upstream)
+    actual = torch.autograd.grad(apply_kron(x, left, right, sigma, order=order), (x, left, right, sigma), upstream)
+    for one, other in zip(actual, expected, strict=True):
+        assert relative_error(one, other) < 1e-12
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradcheck(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(2, 3, 3, 2), 2)
+    inputs = (oracle.draw(2, 2, 6), factors.left, factors.right, factors.sigma)
+    assert torch.autograd.gradcheck(
+        lambda x, left, right, sigma: apply_kron(x, left, right, sigma, order=order),
+        tuple(t.clone().requires_grad_() for t in inputs),
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_only_the_gradients_that_are_asked_for(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(2, 3, 3, 2), 2)
+    tensors = [oracle.draw(4, 6), factors.left, factors.right, factors.sigma]
+    for position in range(4):
+        leaves = [t.clone().requires_grad_(i == position) for i, t in enumerate(tensors)]
+        apply_kron(*leaves, order=order).sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i == position for i in range(4)]
+
+
+def test_backward_keeps_inputs_only() -> None:
+    factors = oracle.draw_factors(FactorShape(8, 8, 8, 8), 16)
+    x = oracle.draw(64, 64).requires_grad_()
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        apply_kron(x, factors.left.requires_grad_(), factors.right.requires_grad_(), factors.sigma.requires_grad_())
+    assert max(saved) <= x.numel()  # an intermediate has 16 times as many
+    # The input, left scaled and not, right, sigma twice at most.
+    assert sum(saved) <= x.numel() + 4 * factors.parameters
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_autocast_computes_in_its_dtype_and_gives_full_precision_gradients(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(4, 3, 3, 4), 2, dtype=torch.float32)
+    leaves = tuple(t.requires_grad_() for t in (factors.left, factors.right, factors.sigma))
+    x = oracle.draw(5, 12, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = apply_kron(x, *leaves, order=order)
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, x.double() @ oracle.oracle_delta(factors).t()) < RELATIVE_ERROR[torch.bfloat16]
+    y.float().sum().backward()
+    assert [leaf.grad.dtype for leaf in leaves if leaf.grad is not None] == [torch.float32] * 3
+
+
+def test_bfloat16_is_as_near_as_one_rounding() -> None:
+    # 64 terms: if the sum over terms were rounded term by term, the error would be several times larger.
+    factors = oracle.draw_factors(FactorShape(8, 8, 8, 8), 64, dtype=torch.bfloat16)
+    x = oracle.draw(32, 64, seed=9, dtype=torch.bfloat16)
+    expected = x.double() @ oracle.oracle_delta(factors).t()
+    rounded = relative_error(expected.bfloat16(), expected)
+    for order in ORDERS:
+        actual = apply_kron(x, factors.left, factors.right, factors.sigma, order=order)
+        assert relative_error(actual, expected) < 2 * rounded
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("order", ["left", "right", "dense"])
+def test_compiles_in_one_piece(order: Order) -> None:
+    factors = oracle.draw_factors(FactorShape(3, 2, 2, 4), 2)
+    leaves = tuple(t.requires_grad_() for t in (factors.left, factors.right, factors.sigma))
+    compiled = torch.compile(apply_kron, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (3, 70):
+        x = oracle.draw(tokens, 8)
+        eager, traced = (f(x, *leaves, order=order) for f in (apply_kron, compiled))
+        assert relative_error(traced, eager) < 1e-12
+        grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (eager, traced)]
+        for one, other in zip(*grads, strict=True):
+            assert relative_error(one, other) < 1e-12
+
+
+def test_apply_refuses_what_does_not_fit() -> None:
+    factors = oracle.draw_factors(FactorShape(2, 3, 3, 2), 2)
+    for bad in (
+        (oracle.draw(4, 5), factors.left, factors.right, factors.sigma),
+        (oracle.draw(4, 6), factors.left[:1], factors.right, factors.sigma),
+        (oracle.draw(4, 6), factors.left, factors.right, factors.sigma[:1]),
+        (oracle.draw(4, 6), factors.left[0], factors.right, factors.sigma),
+    ):
+        with pytest.raises(ValueError, match="expected x"):
+            apply_kron(*bad)
+
+
+def test_cheaper_order_is_taken_and_costs_are_counted() -> None:
+    shape = FactorShape(16, 8, 8, 16)
+    assert apply_cost(shape, 2, "left") == 2 * (16 * 8 * 16 + 16 * 16 * 8)
+    assert apply_cost(shape, 2, "right") == 2 * (8 * 16 * 8 + 16 * 8 * 8)
+    assert apply_cost(shape, 2) == apply_cost(shape, 2, "right")
+    assert choose_order(shape, 1, tokens=1) == "right"
+    assert choose_order(shape, 64, tokens=4096) == "dense"
+    assert choose_order(FactorShape(64, 64, 64, 64), 1, tokens=4096, dense_products=1) == "left"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_with_delta(order: Order, dtype: torch.dtype, bias: bool) -> None:
+    for shape in oracle.SHAPES:
+        factors = oracle.draw_factors(shape, 2, dtype=torch.promote_types(dtype, torch.float32))
+        leaves = (factors.left.requires_grad_(), factors.right.requires_grad_(), factors.sigma.requires_grad_())
+        weight = oracle.draw(shape.out_features, shape.in_features, seed=3, dtype=dtype)
+        offset = oracle.draw(shape.out_features, seed=6, dtype=dtype) if bias else None
+        x = oracle.draw(2, 3, shape.in_features, seed=9, dtype=dtype).requires_grad_()
+        y = linear_with_delta(x, weight, offset, leaves, order=order)
+        delta = oracle.oracle_delta(Factors(*(leaf.detach() for leaf in leaves)))
+        expected = x.detach().double() @ (weight.double() + delta).t() + (0 if offset is None else offset.double())
+        assert y.dtype == dtype
+        assert relative_error(y, expected) < RELATIVE_ERROR[dtype]
+        assert relative_error(y, linear(x, weight, offset)) > 0.05
+        apart = linear(x, weight, offset) + apply_kron(x, *leaves, order="left")
+        upstream = oracle.draw(*y.shape, seed=13, dtype=dtype)
+        for one, other in zip(*(torch.autograd.grad(t, (x, *leaves), upstream) for t in (y, apart)), strict=True):
+            assert relative_error(one, other) < 2 * RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("trained", [0, 1, 3])
+def test_gradients_of_some_left_factors_only(order: Order, trained: int) -> None:
+    """Those that are asked for, and all others, are what they are when all left factors are trained."""
+    for shape in oracle.SHAPES:
+        factors = oracle.draw_factors(shape, 3)
+        leaves = (factors.left.requires_grad_(), factors.right.requires_grad_(), factors.sigma.requires_grad_())
+        weight = oracle.draw(shape.out_features, shape.in_features, seed=3)
+        x = oracle.draw(5, shape.in_features, seed=9).requires_grad_()
+        every, some = (
+            torch.autograd.grad(
+                linear_with_delta(x, weight, None, leaves, order=order, trained_left=count).square().sum(),
+                (x, *leaves[:2]),
+            )
+            for count in (None, trained)
+        )
+        assert relative_error(some[0], every[0]) < RELATIVE_ERROR[torch.float64]
+        assert relative_error(some[2], every[2]) < RELATIVE_ERROR[torch.float64]
+        assert bool((some[1][trained:] == 0).all())
+        assert bool((every[1] != 0).any())
+        if trained:
+            assert relative_error(some[1][:trained], every[1][:trained]) < RELATIVE_ERROR[torch.float64]
+
+
+def test_gradients_do_not_depend_on_autocast_around_the_backward() -> None:
+    factors = oracle.draw_factors(FactorShape(4, 3, 2, 5), 2, dtype=torch.float32)
+    weight = oracle.draw(8, 15, seed=3, dtype=torch.float32)
+    left = factors.left.requires_grad_()
+    found = []
+    for enabled in (False, True):
+        y = linear_with_delta(
+            oracle.draw(6, 15, seed=9, dtype=torch.float32), weight, None, (left, factors.right, factors.sigma)
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(y.square().sum(), left)
+    assert torch.equal(*found)
+
+
+def test_linear_with_a_zero_delta_is_the_layer_itself() -> None:
+    shape = FactorShape(4, 3, 2, 5)
+    factors = oracle.draw_factors(shape, 2, dtype=torch.float32)
+    zero = Factors(torch.zeros_like(factors.left), factors.right, factors.sigma)
+    weight, x = oracle.draw(8, 15, dtype=torch.float32), oracle.draw(6, 15, seed=1, dtype=torch.float32)
+    for order in ORDERS:
+        y = linear_with_delta(x, weight, None, (zero.left, zero.right, zero.sigma), order=order)
+        assert torch.equal(y, linear(x, weight))
+
+
+def test_linear_with_delta_does_not_lose_the_gradient_of_a_trained_weight() -> None:
+    factors = oracle.draw_factors(FactorShape(4, 3, 2, 5), 2)
+    weight = oracle.draw(8, 15).requires_grad_()
+    x = oracle.draw(6, 15, seed=1)
+    terms = (factors.left, factors.right, factors.sigma)
+    linear_with_delta(x, weight, None, terms, order="dense").sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(8, 15))
+    with pytest.raises(ValueError, match=r"expected a weight of shape \(8, 15\)"):
+        linear_with_delta(x, weight.t(), None, terms)

@@ -1,0 +1,146 @@
+"""Adapters that PEFT saves and loads again, resumes, or gets as given factors; and damaged ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.kron import Factors
+from soka_serve.peft import build_soka_model, get_factors
+from tests.support.peft_models import adapted, close, logits, oracle_logits, perturb, saved, spread, tiny_llama, tokens
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def test_keys_on_disk(tmp_path: Path) -> None:
+    tensors = saved(adapted(target_modules=["o_proj"], soka_modules={}, r=2), tmp_path)
+    assert {key for key in tensors if ".0." in key} == {
+        f"base_model.model.model.layers.0.self_attn.o_proj.soka_{part}{kind}"
+        for part in ("left", "right", "sigma")
+        for kind in ("", "_initial")
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "SOKA"
+    assert config["soka_format"] == 1
+    assert config["soka_initial"] is True
+    assert config["init_soka_weights"] is False
+    assert config["soka_modules"]["model.layers.0.self_attn.o_proj"] == {"rank": 2, "shape": [8, 8, 8, 8]}
+    zero = saved(adapted("zero", target_modules=["o_proj"], soka_modules={}), tmp_path / "zero")
+    assert not any(key.endswith("_initial") for key in zero)
+
+
+def test_a_training_checkpoint_resumes_exactly(tmp_path: Path) -> None:
+    """Save, load and train on: the same losses as without the break."""
+
+    def run(model: PeftModel, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            ids = tokens(seed=step)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    run(model, optimizer, range(3))
+    model.save_pretrained(str(tmp_path))
+    state = copy.deepcopy(optimizer.state_dict())
+    straight = run(model, optimizer, range(3, 6))
+
+    again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), is_trainable=True).eval()
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=3e-2)
+    optimizer.load_state_dict(state)
+    assert run(again, optimizer, range(3, 6)) == straight
+    for mine, other in zip(get_factors(model)[0].values(), get_factors(again)[0].values(), strict=True):
+        assert torch.equal(mine.left, other.left)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop(_key("q_proj", "left")), "q_proj: missing soka_left"),
+        (lambda t: t.pop(_key("q_proj", "sigma_initial")), "q_proj: missing soka_sigma_initial"),
+        (lambda t: t.update({_key("q_proj", "extra"): torch.ones(1)}), "does not name: .*soka_extra"),
+        (lambda t: t.update({_key("v_proj", "right"): torch.ones(3, 5, 4)}), r"v_proj: soka_right is \(3, 5, 4\)"),
+        (lambda t: t[_key("k_proj", "sigma")].fill_(float("nan")), "k_proj: soka_sigma has values that are not finite"),
+    ],
+)
+def test_damaged_weights_are_an_error_and_not_a_warning(damage: Any, message: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = saved(adapted(), tmp_path)
+    damage(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+
+
+def _key(projection: str, part: str) -> str:
+    return f"base_model.model.model.layers.0.self_attn.{projection}.soka_{part}"
+
+
+def test_another_base_is_an_error(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    saved(adapted(), tmp_path)
+    sizes: dict[str, Any] = {"vocab_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    wide = LlamaForCausalLM(LlamaConfig(hidden_size=96, intermediate_size=112, num_hidden_layers=2, **sizes))
+    with pytest.raises(PlanError, match=r"q_proj: factor shape \[4, 16, 16, 4\] does not fit") as caught:
+        PeftModel.from_pretrained(wide, str(tmp_path))
+    assert "down_proj" in caught.value.message
+    sizes["head_dim"] = 32
+    short = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=112, num_hidden_layers=1, **sizes))
+    with pytest.raises(PlanError, match=r"modules that the model lacks.*model\.layers\.1\.mlp\.down_proj"):
+        PeftModel.from_pretrained(short, str(tmp_path))
+
+
+def _given(scale: float = 0.3) -> dict[str, Factors]:
+    generator = torch.Generator().manual_seed(7)
+    made = {}
+    for name, spec in spread(tiny_llama()).items():
+        r, (m, n, p, q) = spec["rank"], spec["shape"]
+        made[name] = Factors(
+            left=torch.randn(r, m, n, generator=generator) / (m * n) ** 0.5,
+            right=torch.randn(r, p, q, generator=generator) / (p * q) ** 0.5,
+            sigma=scale * torch.rand(r, generator=generator),
+        )
+    return made
+
+
+@pytest.mark.parametrize("initial", [False, True])
+def test_build_and_read_back(initial: bool, tmp_path: Path) -> None:
+    ids, base, given = tokens(), tiny_llama(), _given(3.0)
+    model = build_soka_model(tiny_llama(), given, initial=initial, base_model="some/base").eval()
+    theta, start = get_factors(model)
+    assert set(theta) == set(given)
+    assert all(torch.equal(theta[n].right, given[n].right) for n in given)
+    assert set(start) == (set(given) if initial else set())
+    assert model.peft_config["default"].base_model_name_or_path == "some/base"
+    assert torch.equal(logits(model, ids), logits(base, ids)) == initial
+    perturb(model, 0.1)
+    assert not torch.equal(get_factors(model)[0][next(iter(given))].left, theta[next(iter(given))].left)
+    if initial:
+        assert all(torch.equal(get_factors(model)[1][n].left, given[n].left) for n in given)
+    model.peft_config["default"].base_model_name_or_path = None
+    assert close(logits(model, ids), oracle_logits(base, saved(model, tmp_path), ids))
+
+
+def test_build_refuses_what_does_not_fit() -> None:
+    given = _given()
+    name = next(iter(given))
+    with pytest.raises(PlanError, match="no modules to adapt"):
+        build_soka_model(tiny_llama(), {}, initial=True)
+    with pytest.raises(PlanError, match=r"model lacks.*\['model.layers.9.q_proj'\]"):
+        build_soka_model(tiny_llama(), {name: given[name], "model.layers.9.q_proj": given[name]}, initial=True)
+    with pytest.raises(PlanError, match="does not fit"):
+        build_soka_model(tiny_llama(), {name: given["model.layers.0.mlp.down_proj"]}, initial=True)
