@@ -87,7 +87,7 @@ def series(names: Sequence[str], values: Sequence[Sequence[tuple[float, float]]]
 
 def draw_chart(lines: Sequence[Series], x: Axis, y: Axis, title: str) -> tuple[str, Markup]:
     """A chart and its title."""
-    return title, chart(lines, x, y, summary=f"{title}: {y.label} against {x.label}", width=380, height=280)
+    return title, chart(lines, x, y, summary=f"{title}: {y.label} against {x.label}", size=(380, 280))
 
 
 def memory_part(memory: Mapping[str, Any]) -> Part:

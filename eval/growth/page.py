@@ -179,7 +179,7 @@ def draw(panel: Panel, found: dict[str, Any], fits: dict[str, dict[str, Any]]) -
         curves.append(Series(pairs, f"k{number}", tooltip=line.name, marks=marks))
     x_axis = Axis(min(xs) / 1.15, max(xs) * 1.15, tuple((x, count(x)) for x in xs), varies, log=True)
     text = f"{panel.quantity} against {varies}, {len(panel.lines)} curves"
-    return chart(curves, x_axis, y_axis(curves, panel), summary=text, width=440, height=270)
+    return chart(curves, x_axis, y_axis(curves, panel), summary=text, size=(440, 270))
 
 
 def y_axis(curves: Sequence[Series], panel: Panel) -> Axis:

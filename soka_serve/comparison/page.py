@@ -11,7 +11,7 @@ from markupsafe import Markup
 from soka_serve.comparison.tables import cell_rows, claim_rows, method_rows, number, percent, remarks
 from soka_serve.compiler.report.charts import Mark, Series, chart, linear_axis, log_axis
 from soka_serve.compiler.report.page import environment
-from soka_serve.compiler.report.view import Panel
+from soka_serve.compiler.report.panels import Panel
 from soka_serve.io.text import count
 
 _COLOURS = 8  # .k0 to .k7 in the template
@@ -63,7 +63,7 @@ def accuracy_chart(results: Mapping[str, Any], drawn: Sequence[str]) -> Markup |
         css = f"dot k{drawn.index(name)}" if name in drawn else "dot other"
         series.append(Series((), css, marks=(Mark(parameters, accuracy, text, label=name),)))
     summary = f"Accuracy against trained parameters of {len(rows)} methods, with the Pareto front"
-    return chart(series, x, y, summary=summary, width=900, height=420)
+    return chart(series, x, y, summary=summary, size=(900, 420))
 
 
 def _curves(results: Mapping[str, Any], drawn: Sequence[str], key: str, label: str) -> list[Panel]:
@@ -86,5 +86,5 @@ def _curves(results: Mapping[str, Any], drawn: Sequence[str], key: str, label: s
         steps = [step for line in lines for step, _ in line.points]
         x, y = linear_axis(steps, "step", zero=True), log_axis(values, label)
         summary = f"{label} against step on {dataset}, {len(lines)} methods"
-        panels.append(Panel(dataset, "", chart(lines, x, y, summary=summary, width=380, height=280)))
+        panels.append(Panel(dataset, "", chart(lines, x, y, summary=summary, size=(380, 280))))
     return panels

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from soka_serve.compiler.check import QuickCheck
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
-    from soka_serve.compiler.report.page import ModuleSpectrum, ReportData, Sample
+    from soka_serve.compiler.report.data import ModuleSpectrum, ReportData, Sample
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.examples import EncodedSet
 
@@ -121,7 +121,7 @@ def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
 
 
 def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) -> ReportData:
-    from soka_serve.compiler.report.page import ReportData, read_history, read_rank_history
+    from soka_serve.compiler.report.data import ReportData, read_history, read_rank_history
 
     manifest, trained, training, check = context.loaded.manifest, made.trained, made.training, made.check
     adapter = new / "adapter" / "adapter_model.safetensors"
@@ -163,7 +163,7 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
 
 def _spectra(start: Initialisation, ranks: Mapping[str, int]) -> list[ModuleSpectrum]:
     """Every module's spectrum at step 0, with its rank after training."""
-    from soka_serve.compiler.report.page import ModuleSpectrum
+    from soka_serve.compiler.report.data import ModuleSpectrum
 
     return [
         ModuleSpectrum(
@@ -185,7 +185,7 @@ def _spectra(start: Initialisation, ranks: Mapping[str, int]) -> list[ModuleSpec
 
 def _samples(check: QuickCheck) -> list[Sample]:
     """The first problems with both answers."""
-    from soka_serve.compiler.report.page import Sample
+    from soka_serve.compiler.report.data import Sample
 
     return [
         Sample(

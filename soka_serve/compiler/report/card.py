@@ -9,7 +9,8 @@ from pathlib import Path, PurePath
 
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.methods import METHODS, Method
-from soka_serve.compiler.report.page import ReportData, environment
+from soka_serve.compiler.report.data import ReportData
+from soka_serve.compiler.report.page import environment
 from soka_serve.errors import printable
 from soka_serve.io.text import accuracy_interval, flatten, span, visible
 

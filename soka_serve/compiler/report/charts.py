@@ -7,9 +7,8 @@ without a script, and 224 spectra of 64 points take 0.2 MB.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from markupsafe import Markup, escape
 
@@ -109,14 +108,40 @@ def thin(points: Sequence[Point], most: int) -> list[Point]:
     return [points[round(k * step)] for k in range(most)]
 
 
+@dataclass(frozen=True)
+class _Plot:
+    """The picture of a chart: its axes, and its size in CSS pixels."""
+
+    x: Axis
+    y: Axis
+    width: int
+    height: int
+
+    @property
+    def right(self) -> float:
+        return self.width - _RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.height - _BOTTOM
+
+    def across(self, value: float) -> float:
+        return _LEFT + self.x.place(value) * (self.right - _LEFT)
+
+    def down(self, value: float) -> float:
+        return self.bottom - self.y.place(value) * (self.bottom - _TOP)
+
+    def holds(self, x: float, y: float) -> bool:
+        return self.x.holds(x) and self.y.holds(y)
+
+
 def chart(
     series: Sequence[Series],
     x: Axis,
     y: Axis,
     *,
     summary: str,
-    width: int = 340,
-    height: int = 220,
+    size: tuple[int, int] = (340, 220),
     kept: float | None = None,
 ) -> Markup:
     """An `<svg>` line chart. Points outside the axes or not finite are left out, and break their line.
@@ -125,82 +150,80 @@ def chart(
         series: lines, drawn in this order.
         x, y: the axes.
         summary: what the chart shows, for readers who do not see it (aria-label).
-        width, height: size in CSS pixels; the picture scales with its container.
+        size: width and height in CSS pixels; the picture scales with its container.
         kept: shade the plot up to this x.
     """
-    plot_right, plot_bottom = width - _RIGHT, height - _BOTTOM
-
-    def across(value: float) -> float:
-        return _LEFT + x.place(value) * (plot_right - _LEFT)
-
-    def down(value: float) -> float:
-        return plot_bottom - y.place(value) * (plot_bottom - _TOP)
-
-    parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(summary)}">']
+    plot = _Plot(x, y, *size)
+    parts = [f'<svg class="chart" viewBox="0 0 {plot.width} {plot.height}" role="img" aria-label="{escape(summary)}">']
     if kept is not None:
-        right = min(across(kept), plot_right)
+        right = min(plot.across(kept), plot.right)
         parts.append(
             f'<rect class="kept" x="{_LEFT:.1f}" y="{_TOP:.1f}" width="{right - _LEFT:.1f}" '
-            f'height="{plot_bottom - _TOP:.1f}"/>'
+            f'height="{plot.bottom - _TOP:.1f}"/>'
         )
-    for value, label in y.ticks:
-        if y.holds(value):
-            at = down(value)
-            parts.append(f'<path class="grid" d="M{_LEFT:.1f} {at:.1f}H{plot_right:.1f}"/>')
-            parts.append(f'<text class="tick" x="{_LEFT - 6:.1f}" y="{at + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for value, label in x.ticks:
-        if x.holds(value):
-            at = across(value)
-            parts.append(f'<path class="axis" d="M{at:.1f} {plot_bottom:.1f}v4"/>')
-            parts.append(
-                f'<text class="tick" x="{at:.1f}" y="{plot_bottom + 15:.1f}" text-anchor="middle">{label}</text>'
-            )
-    parts.append(f'<path class="axis" d="M{_LEFT:.1f} {plot_bottom:.1f}H{plot_right:.1f}"/>')
-    parts.append(f'<text class="name" x="4" y="12">{escape(y.label)}</text>')
-    parts.append(
-        f'<text class="name" x="{plot_right:.1f}" y="{height - 5:.1f}" text-anchor="end">{escape(x.label)}</text>'
-    )
+    parts += _axes(plot)
     for line in series:
-        path = _path(line, x, y, across, down)
-        marks = [m for m in line.marks if x.holds(m.x) and y.holds(m.y)]
-        if not path and not marks:
-            continue
-        parts.append(f'<g class="{escape(line.css)}">')
-        if line.tooltip:
-            parts.append(f"<title>{escape(line.tooltip)}</title>")
-        if path:
-            parts.append(f'<path class="line" d="{path}"/>')
-        parts.extend(
-            f'<circle cx="{across(m.x):.1f}" cy="{down(m.y):.1f}" r="3.5"><title>{escape(m.tooltip)}</title></circle>'
-            for m in marks
-        )
-        parts.extend(
-            f'<text class="label" x="{across(m.x) + 6:.1f}" y="{down(m.y) + 3.5:.1f}">{escape(m.label)}</text>'
-            for m in marks
-            if m.label
-        )
-        parts.append("</g>")
+        parts += _line(line, plot)
     parts.append("</svg>")
     return Markup("".join(parts))
 
 
-def _path(line: Series, x: Axis, y: Axis, across: Callable[[float], float], down: Callable[[float], float]) -> str:
+def _axes(plot: _Plot) -> Iterator[str]:
+    """Grid lines, ticks, and the names of the axes."""
+    for value, label in plot.y.ticks:
+        if plot.y.holds(value):
+            at = plot.down(value)
+            yield f'<path class="grid" d="M{_LEFT:.1f} {at:.1f}H{plot.right:.1f}"/>'
+            yield f'<text class="tick" x="{_LEFT - 6:.1f}" y="{at + 3.5:.1f}" text-anchor="end">{label}</text>'
+    for value, label in plot.x.ticks:
+        if plot.x.holds(value):
+            at = plot.across(value)
+            yield f'<path class="axis" d="M{at:.1f} {plot.bottom:.1f}v4"/>'
+            yield f'<text class="tick" x="{at:.1f}" y="{plot.bottom + 15:.1f}" text-anchor="middle">{label}</text>'
+    yield f'<path class="axis" d="M{_LEFT:.1f} {plot.bottom:.1f}H{plot.right:.1f}"/>'
+    yield f'<text class="name" x="4" y="12">{escape(plot.y.label)}</text>'
+    yield (
+        f'<text class="name" x="{plot.right:.1f}" y="{plot.height - 5:.1f}" text-anchor="end">'
+        f"{escape(plot.x.label)}</text>"
+    )
+
+
+def _line(line: Series, plot: _Plot) -> Iterator[str]:
+    """One series: its stroke, then its marks, then their labels; nothing where no point can be drawn."""
+    path = _path(line, plot)
+    marks = [(m, plot.across(m.x), plot.down(m.y)) for m in line.marks if plot.holds(m.x, m.y)]
+    if not path and not marks:
+        return
+    yield f'<g class="{escape(line.css)}">'
+    if line.tooltip:
+        yield f"<title>{escape(line.tooltip)}</title>"
+    if path:
+        yield f'<path class="line" d="{path}"/>'
+    for mark, x, y in marks:
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{escape(mark.tooltip)}</title></circle>'
+    for mark, x, y in marks:
+        if mark.label:
+            yield f'<text class="label" x="{x + 6:.1f}" y="{y + 3.5:.1f}">{escape(mark.label)}</text>'
+    yield "</g>"
+
+
+def _path(line: Series, plot: _Plot) -> str:
     """The `d` of a line; a point that cannot be drawn ends one stroke, and the next one begins another."""
     runs: list[list[Point]] = [[]]
-    for px, py in thin(line.points, _MOST_POINTS):
-        if x.holds(px) and y.holds(py):
-            runs[-1].append((px, py))
+    for x, y in thin(line.points, _MOST_POINTS):
+        if plot.holds(x, y):
+            runs[-1].append((plot.across(x), plot.down(y)))
         elif runs[-1]:
             runs.append([])
     strokes = []
     for run in runs:
         if len(run) == 1:  # a lone point: a stroke of no length shows as a dot, thanks to its round caps
-            strokes.append(f"M{across(run[0][0]):.1f} {down(run[0][1]):.1f}h0")
+            strokes.append(f"M{run[0][0]:.1f} {run[0][1]:.1f}h0")
         elif run and line.step:
-            corners = "".join(f"H{across(b[0]):.1f}V{down(b[1]):.1f}" for _, b in pairwise(run))
-            strokes.append(f"M{across(run[0][0]):.1f} {down(run[0][1]):.1f}{corners}")
+            corners = "".join(f"H{x:.1f}V{y:.1f}" for x, y in run[1:])
+            strokes.append(f"M{run[0][0]:.1f} {run[0][1]:.1f}{corners}")
         elif run:
-            strokes.append("M" + "L".join(f"{across(px):.1f} {down(py):.1f}" for px, py in run))
+            strokes.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in run))
     return "".join(strokes)
 
 

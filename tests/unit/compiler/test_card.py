@@ -11,7 +11,7 @@ import yaml
 
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.report.card import extracted_card, render_card
-from soka_serve.compiler.report.page import ModuleSpectrum, ReportData, Sample
+from soka_serve.compiler.report.data import ModuleSpectrum, ReportData, Sample
 
 
 @pytest.fixture

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.compiler.report.page import (
+from soka_serve.compiler.report.data import (
     HistoryPoint,
     ModuleSpectrum,
     ReportData,
     Sample,
     read_history,
     read_rank_history,
-    render_report,
-    write_report,
 )
+from soka_serve.compiler.report.page import render_report, write_report
 from soka_serve.errors import BuildError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
