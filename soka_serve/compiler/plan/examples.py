@@ -105,26 +105,10 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
         CheckpointError: the tokenizer is there, but broken, or servers cannot read the text with it.
         DataError: the data is there, but malformed, lacks a column, or all of it is too long.
     """
-    train, data = manifest.train, manifest.train.data
+    train = manifest.train
     problems: list[str] = []
-    tokenizer: TextTokenizer | None = None
-    try:
-        tokenizer = base.planned_tokenizer
-    except CheckpointError:
-        if (base.directory / "tokenizer.json").is_file():
-            raise
-        problems.append(f"tokens cannot be counted: the base's tokenizer is not at hand ({base.directory.name})")
-    examples: list[Example] = []
-    total: int | None = None
-    if data.messages is not None and tokenizer is None:
-        problems.append("chat messages cannot be shown without the tokenizer's chat template")
-    elif hub_down and data.hub is not None and not resolve(manifest_dir, data.hub).is_dir():
-        problems.append(f"examples cannot be shown: hub dataset '{data.hub}': the hub cannot be reached")
-    else:
-        try:
-            examples, total = _sample(manifest, manifest_dir, tokenizer)
-        except UnreachableDataError as error:
-            problems.append(f"examples cannot be shown: {error.message}")
+    tokenizer = _find_tokenizer(base, problems)
+    examples, total = _read_examples(manifest, manifest_dir, tokenizer, hub_down, problems)
     encoded: EncodedSet | None = None
     reading = None
     if tokenizer is not None and examples:
@@ -160,6 +144,34 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
         problem="; ".join(problems) or None,
         reading=reading,
     )
+
+
+def _find_tokenizer(base: Base, problems: list[str]) -> TextTokenizer | None:
+    """The base's tokenizer; None, and a problem, where it is not at hand."""
+    try:
+        return base.planned_tokenizer
+    except CheckpointError:
+        if (base.directory / "tokenizer.json").is_file():
+            raise
+    problems.append(f"tokens cannot be counted: the base's tokenizer is not at hand ({base.directory.name})")
+    return None
+
+
+def _read_examples(
+    manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer | None, hub_down: bool, problems: list[str]
+) -> tuple[list[Example], int | None]:
+    """The first examples and how many there are; none, and a problem, where they cannot be reached."""
+    data = manifest.train.data
+    if data.messages is not None and tokenizer is None:
+        problems.append("chat messages cannot be shown without the tokenizer's chat template")
+    elif hub_down and data.hub is not None and not resolve(manifest_dir, data.hub).is_dir():
+        problems.append(f"examples cannot be shown: hub dataset '{data.hub}': the hub cannot be reached")
+    else:
+        try:
+            return _sample(manifest, manifest_dir, tokenizer)
+        except UnreachableDataError as error:
+            problems.append(f"examples cannot be shown: {error.message}")
+    return [], None
 
 
 def _sample(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.modules import ModelSize, name_patterns
+from soka_serve.base.modules import BaseModules, ModelSize, name_patterns
 from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
@@ -110,15 +110,7 @@ def make_plan(
     size, method = layout.size, METHODS[train.method]
     planned = plan_training(manifest, targets, method, size)
     bundled = base.directory.parent == _CONFIGS
-    setting = Setting(
-        size=size,
-        modules=layout.modules,
-        tokens=train.batch_size * train.max_length,
-        base_dtype=size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype,
-        quantize=manifest.base.quantize,
-        precision=train.precision,
-        gradient_checkpointing=train.gradient_checkpointing,
-    )
+    setting = _memory_setting(manifest, layout)
     comparisons = compare_methods(manifest, targets, planned, setting)
     return Plan(
         name=str(manifest.name),
@@ -143,6 +135,20 @@ def make_plan(
         policies=() if policies is None else tuple(policies_for(layout.modules, policies)),
         notes=(*planned.notes, *_remarks(manifest, base, targets)),
         not_adapted=() if method.whole_model else tuple(describe_not_adapted(layout, targets)),
+    )
+
+
+def _memory_setting(manifest: Manifest, layout: BaseModules) -> Setting:
+    """What the manifest says that training memory depends on."""
+    train = manifest.train
+    return Setting(
+        size=layout.size,
+        modules=layout.modules,
+        tokens=train.batch_size * train.max_length,
+        base_dtype=layout.size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype,
+        quantize=manifest.base.quantize,
+        precision=train.precision,
+        gradient_checkpointing=train.gradient_checkpointing,
     )
 
 

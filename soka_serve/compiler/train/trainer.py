@@ -32,17 +32,7 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         BuildError: a tracker in `report_to` is not installed.
     """
     use_cpu = not torch.accelerator.is_available()
-    if train.precision == "float16" and use_cpu:
-        raise PlanError(
-            'train.precision = "float16" needs a GPU, and there is none',
-            hint='"bfloat16" works on CPUs too; "float32" is the most exact',
-        )
-    for tracker in train.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise BuildError(
-                f"train.report_to names {tracker!r}, which is not installed",
-                hint=f"pip install {tracker}, or take it out of report_to",
-            )
+    _check(train, use_cpu)
     warm_constant = train.schedule == "constant" and train.warmup_frac > 0
     return TrainingArguments(
         output_dir=str(work_dir),
@@ -85,6 +75,21 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+
+
+def _check(train: Train, use_cpu: bool) -> None:
+    """Refuse a precision that the device does not have, and trackers that are not installed."""
+    if train.precision == "float16" and use_cpu:
+        raise PlanError(
+            'train.precision = "float16" needs a GPU, and there is none',
+            hint='"bfloat16" works on CPUs too; "float32" is the most exact',
+        )
+    for tracker in train.report_to:
+        if importlib.util.find_spec(tracker) is None:
+            raise BuildError(
+                f"train.report_to names {tracker!r}, which is not installed",
+                hint=f"pip install {tracker}, or take it out of report_to",
+            )
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -221,7 +226,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing without FSDP: the model was built from the checkpoint, whose ranks may differ from the start's."""
+        """Skip loading except under FSDP: the model was built from the checkpoint, whose ranks may be smaller."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
