@@ -16,19 +16,21 @@ from soka_serve.manifest.starter import starter_manifest, toml_value
 _INTRO = f"""\
 # The manifest
 
-Generated from `soka_serve/manifest/schema.py` by `python -m soka_serve.manifest.docs`; edit the schema, not this file.
+This page is the reference of all keys of a manifest: what each expects, its default and its meaning. A manifest is one
+TOML file. `soka-serve init NAME` writes a starter, `soka-serve plan NAME.toml` shows what it would do, `soka-serve
+build NAME.toml` does it. This is version {SCHEMA_VERSION} of the format.
 
-A manifest is one TOML file. `soka-serve init NAME` writes a starter, `soka-serve plan NAME.toml` shows what it would
-do, `soka-serve build NAME.toml` does it. This is version {SCHEMA_VERSION} of the format.
+The page is generated from `soka_serve/manifest/schema.py` by `python -m soka_serve.manifest.docs`; edit the schema, not
+this file.
 
 - Unknown keys are errors, and so are keys that another key makes meaningless. All problems of a file are reported at
   once, each with its line and column.
 - Types are strict: `8` is not `"8"`; a whole number may stand where a number is expected.
 - Relative paths start at the manifest's directory; `[output] dir` starts where the command runs.
 - Rules (`[[adapt]]`) are read in order. A module that several rules match takes each key from the last rule that
-  sets it. Without a rule, every linear projection in the language model's layers is
-  adapted with one term. `plan` and `build` name what stays as it is: routers and experts, vision towers, convolutions,
-  layers that the checkpoint has and the model has not.
+  sets it. Without a rule, every linear projection in the language model's layers is adapted with one term. `plan` and
+  `build` name what is not adapted: routers and experts, vision towers, convolutions, layers that the checkpoint has and
+  the model has not.
 
 ## In an editor
 
