@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+import soka_serve
 from soka_serve.cli import main
-from soka_serve.compiler import api
+from soka_serve.compiler import status
 from soka_serve.compiler.build import build
 from soka_serve.compiler.extract import extract
 from soka_serve.errors import SokaError
@@ -116,11 +117,11 @@ def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_examples_in_readme_and_docs_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    assert doctest.testmod(api).attempted > 0
+    assert doctest.testmod(status).attempted > 0
     failed, attempted = doctest.testfile(str(root / "README.md"), module_relative=False)
     assert attempted > 0
     assert failed == 0
-    assert doctest.testmod(api).failed == 0
+    assert doctest.testmod(status).failed == 0
 
 
 COMMANDS_WITH_OUT = {
@@ -148,9 +149,9 @@ def test_an_empty_out_is_refused(command: str, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: api.merge("adapter", base="tiny", out=""),
-        lambda: api.export("adapter", ""),
-        lambda: api.plan("m.toml", out=""),
+        lambda: soka_serve.merge("adapter", base="tiny", out=""),
+        lambda: soka_serve.export("adapter", ""),
+        lambda: soka_serve.plan("m.toml", out=""),
         lambda: build("m.toml", out=""),
         lambda: extract("tiny", base="tiny", out="", rank=1),
     ],
