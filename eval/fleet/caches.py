@@ -49,10 +49,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from eval.fleet.memory import METHODS, TIMED, Model, host_bytes  # before vLLM: it sets the environment
-from soka_vllm import compat
 from soka_vllm.engine import Adapters
 
 SEEDS = list(range(8))
@@ -197,11 +198,11 @@ def vllm_managers(slots: int, host: int) -> Any:
     inner.lora_index_to_id = [None] * slots
     inner.modules, inner.packed_modules = {}, {}
     inner._enable_mixed_moe_lora_format = inner.is_pooling_model = False
-    outer = compat.LRUCacheWorkerLoRAManager.__new__(compat.LRUCacheWorkerLoRAManager)
+    outer = LRUCacheWorkerLoRAManager.__new__(LRUCacheWorkerLoRAManager)
     outer._adapter_manager = inner
     nothing = torch.empty(0)
     outer._load_adapter = lambda request: LoRAModel(
-        request.lora_int_id, 1, {"none": compat.LoRALayerWeights("none", 1, 1, nothing, nothing)}
+        request.lora_int_id, 1, {"none": LoRALayerWeights("none", 1, 1, nothing, nothing)}
     )
     return outer
 

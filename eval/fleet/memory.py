@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from vllm.config.lora import LoRAConfig
+from vllm.lora import layers as layers_with_lora
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 from eval.bench.serve import SLOTS, slot_bytes
@@ -48,11 +49,10 @@ from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape
-from soka_vllm import compat
 from soka_vllm.arena import SLOT_DEFAULT, SLOT_VARIABLE
-from soka_vllm.engine import keep_limit
-from soka_vllm.layers import LORA_VARIABLE, kronecker_class
+from soka_vllm.layers import kronecker_class
 from soka_vllm.loader import load_adapter
+from soka_vllm.settings import LORA_VARIABLE, keep_limit
 
 CONFIGS = base_directory().parent / "configs"
 PARALLEL = (1, 2, 4, 8)
@@ -197,7 +197,7 @@ def slot_layers(
     )
     layers = {}
     for name, base in base_layers(model, shard, device).items():
-        cls = getattr(compat, WRAPPERS[name].format("Sharded" if method.sharded else ""))
+        cls = getattr(layers_with_lora, WRAPPERS[name].format("Sharded" if method.sharded else ""))
         layers[name] = (kronecker_class(cls) if method.kind == "soka" else cls)(base)
         layers[name].create_lora_weights(slots, config, None)
     return layers

@@ -58,8 +58,7 @@ from eval.record import hardware, make_parser, write_record
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
-from soka_vllm.engine import KEEP_VARIABLE
-from soka_vllm.layers import LORA_VARIABLE
+from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE
 
 MEASURED = Path(__file__).parents[1] / "results" / "serve_cpu.json"
 

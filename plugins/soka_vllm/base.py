@@ -8,13 +8,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from soka_serve.adapter.source import base_sha256_of, find_lock
-from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.folder import ModelFolder
-from soka_serve.base.quantisation import read_quantisation
 from soka_serve.errors import SokaError, printable
 from soka_serve.io.budget import ReadingBudget
-from soka_serve.io.own_cache import own_hashes
 from soka_vllm.opened import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")
@@ -44,6 +39,8 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
             warning where the served base is a quantised checkpoint, whose weights are others by nature, or where
             SOKA_ALLOW_OTHER_BASE=1.
     """
+    from soka_serve.adapter.source import base_sha256_of, find_lock
+
     with opened(adapter, roots) as files:
         try:
             expected = base_sha256_of(find_lock(files, ReadingBudget(lock_bytes=_MAX_LOCK_BYTES)))
@@ -59,7 +56,9 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
         _logger.warning("%s: made for base weights %s; those of %s cannot be compared", adapter, expected, model)
     elif actual != expected:
         message = f"made for base weights with sha256 {expected}, the served base has {actual}"
-        if _is_quantised(directory):
+        from soka_serve.adapter.served_base import is_quantised
+
+        if is_quantised(directory):
             _logger.warning("%s: %s, which is quantised; served all the same", adapter, message)
         elif os.environ.get(ALLOW_VARIABLE) == "1":
             _logger.warning("%s: %s; served all the same, as %s says", adapter, message, ALLOW_VARIABLE)
@@ -67,13 +66,6 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
             raise ValueError(
                 f"{message}; serve the adapter's own base, or set {ALLOW_VARIABLE}=1 if the difference is intended"
             )
-
-
-def _is_quantised(directory: Path) -> bool:
-    try:
-        return read_quantisation(ModelFolder(directory)) is not None
-    except SokaError:  # malformed, so that vLLM has not taken it for quantised
-        return False
 
 
 def _local(model: str, revision: str | None) -> Path | None:
@@ -91,26 +83,13 @@ def _local(model: str, revision: str | None) -> Path | None:
 
 def _hash_of(directory: Path) -> str | None:
     """Hash of a base's weights, None where they are no safetensors files."""
+    from soka_serve.adapter.served_base import served_sha256  # takes its time, and most processes check no base
+
     with _lock:
         if directory not in _hashes:
             try:
-                _hashes[directory] = _read_hash(Checkpoint.open(directory))
+                _hashes[directory] = served_sha256(directory, _logger)
             except SokaError as error:
                 _logger.warning("The served base's weights cannot be hashed: %s", error.message)
                 _hashes[directory] = None
         return _hashes[directory]
-
-
-def _read_hash(checkpoint: Checkpoint) -> str:
-    own = own_hashes()
-    if not all(own.knows(file) for file in checkpoint.files):
-        size = sum(file.stat().st_size for file in checkpoint.files)
-        _logger.info(
-            "Hashing the served base, %.2f GB in %s, to compare it with soka.lock", size / 1e9, checkpoint.directory
-        )
-    digest = checkpoint.sha256(own.file)
-    try:
-        own.save()
-    except (OSError, SokaError) as error:
-        _logger.warning("The base will be hashed again by the next server: %s", error)
-    return digest

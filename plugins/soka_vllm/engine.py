@@ -9,7 +9,6 @@ the old ones. Runs in the engine's process; see `soka_vllm.kept` for the workers
 from __future__ import annotations
 
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +17,10 @@ from typing import Any
 
 from soka_vllm import kept
 from soka_vllm.base import check_base
-from soka_vllm.places import limited, roots_of
+from soka_vllm.places import adapter_directory, limited, roots_of
+from soka_vllm.settings import keep_limit
 
 _logger = logging.getLogger("vllm.soka")
-
-KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
-_KEEP_DEFAULT_GIB = 4.0
 
 # By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
 _fingerprints: dict[int, str] = {}
@@ -51,24 +48,13 @@ class Adapters:
         return dropped
 
 
-def keep_limit() -> int:
-    """Bytes of adapters that each worker keeps in CPU memory.
-
-    Raises:
-        ValueError: the environment variable is not a number of at least 0.
-    """
-    text = os.environ.get(KEEP_VARIABLE, str(_KEEP_DEFAULT_GIB))
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = -1.0
-    if not 0 <= gib < float("inf"):
-        raise ValueError(f"{KEEP_VARIABLE} is {text!r}, expected a number of GiB, 0 or more")
-    return int(gib * 2**30)
+def reading_limits(stock: None, core: Any) -> list[int]:
+    """EngineCore.soka_limits, the plugin's own: the widest limits of the workers, called by name from the API."""
+    return [max(numbers) for numbers in zip(*core.model_executor.collective_rpc(kept.limits), strict=True)]
 
 
-def add_lora(core: Any, lora_request: Any) -> bool:
-    """Load an adapter for serving: in place of vLLM's EngineCore.add_lora.
+def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
+    """EngineCore.add_lora: load an adapter for serving.
 
     Raises:
         ValueError: why it is refused; every worker serves what it served before.
@@ -80,7 +66,7 @@ def add_lora(core: Any, lora_request: Any) -> bool:
 
 
 def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
-    """Replacement for EngineCore.add_request (`stock`): load the request's adapter first.
+    """EngineCore.add_request: load the request's adapter first.
 
     Its adapter is brought back into memory if need be; if that fails, this request alone is refused.
     """
@@ -108,15 +94,16 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
 
 def check_served_base(lora_request: Any, model_config: Any) -> None:
     """Refuse an adapter that was made for other weights than a vLLM ModelConfig names; see `check_base`."""
-    from soka_vllm import compat
-
     roots = roots_of(lora_request)
-    directory = compat.adapter_directory(lora_request.lora_path, roots)
+    directory = adapter_directory(lora_request.lora_path, roots)
     check_base(directory, model_config.model, model_config.revision, roots)
 
 
-def prefix_keys(request: Any) -> list[tuple[str, ...]]:
-    """Extra keys of a request's prefix-cache blocks; vLLM's own leave out the adapter's contents."""
+def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
+    """kv_cache_utils._gen_lora_extra_hash_keys: extra keys of a request's prefix-cache blocks.
+
+    vLLM's own leave out the adapter's contents.
+    """
     lora_request = request.lora_request
     if lora_request is None:
         return []

@@ -1,51 +1,202 @@
-"""Where the plugin enters vLLM: some names are rebound, once per process."""
+"""The names of vLLM that the plugin rebinds: one table, one row a name.
+
+vLLM runs as several processes: one for the API, one for the engine, its workers, and short ones that look at a model's
+class. Each imports a part of vLLM, and the plugin nothing more of it: a row is applied when vLLM imports the row's
+module, or at once where it has. Rows of one module are applied in the order of the table. No name has two rows.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import functools
+import importlib
+import inspect
 import logging
-from http import HTTPStatus
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
-import msgspec
-
 from soka_serve.errors import printable
-from soka_vllm import admission, compat, engine, metrics, patterns, resolver
-from soka_vllm.kept import kept_by, loaded_already
-from soka_vllm.layers import ADAPTERS_IN_STEP, LORA_VARIABLE, KroneckerMixin, kronecker_class, serves_lora
-from soka_vllm.loader import LORA, READERS, check_lora, load_adapter, look_at
+from soka_vllm.checks import CALLED, Signature, check_modules, check_version
+from soka_vllm.settings import keep_limit, serves_lora
 
 _logger = logging.getLogger("vllm.soka")
-_MARK = "_soka_installed"
 _LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
 
 
+@dataclass(frozen=True)
+class Hook:
+    """One name that is rebound.
+
+    Args:
+        module: of vLLM.
+        name: function, Class.method or value in it.
+        parameters: names of the parameters that vLLM's function must have; None where vLLM has no function there.
+        replacement: "module:function" of the plugin. It is called with what vLLM has under the name (None for a name
+            of the plugin's own) and then with what the name is called with. Of a value it returns the new one.
+        why: what for.
+        optional: whether versions that are supported may not have the name.
+    """
+
+    module: str
+    name: str
+    parameters: str | None
+    replacement: str
+    why: str
+    optional: bool = False
+
+
+_SERVING = "vllm.entrypoints.openai.models.serving"
+_OUTPUT = "vllm.v1.engine.output_processor"
+_ENGINE = "vllm.v1.engine.core"
+_WORKER = "vllm.lora.worker_manager"
+
+HOOKS = (
+    # In every process.
+    Hook(
+        *("vllm.lora.request", "LoRARequest.__eq__", None, "soka_vllm.places:are_equal"),
+        "An adapter that is loaded again under its name gets another id; to vLLM both are one.",
+    ),
+    # In the API process.
+    Hook(
+        *("vllm.v1.engine.async_llm", "AsyncLLM.add_lora", "self lora_request", "soka_vllm.admission:add_lora"),
+        "Adapters are checked before the engine is called; loads are counted.",
+    ),
+    Hook(
+        *(_SERVING, "OpenAIServingModels.__init__", None, "soka_vllm.endpoints:make_models"),
+        "Locks that nobody holds are dropped: vLLM keeps one for every name that it was ever asked for.",
+    ),
+    Hook(
+        *(_SERVING, "OpenAIServingModels.init_static_loras", "self", "soka_vllm.endpoints:load_static"),
+        "Adapters that the server is started with are the operator's, and may lie anywhere.",
+    ),
+    Hook(
+        *(_SERVING, "OpenAIServingModels.resolve_lora", "self lora_name", "soka_vllm.endpoints:resolve"),
+        "The answer says why an adapter could not be loaded; names that no adapter can have reach no resolver.",
+    ),
+    Hook(
+        *(_SERVING, "OpenAIServingModels.load_lora_adapter", "self request base_model_name"),
+        "soka_vllm.endpoints:load",
+        "Runtime loads are held to the allowed folders; a refused adapter is the caller's mistake (400).",
+    ),
+    Hook(
+        *(_SERVING, "OpenAIServingModels.unload_lora_adapter", "self request", "soka_vllm.endpoints:unload"),
+        "The metrics of an adapter end with it.",
+    ),
+    Hook(
+        *(_OUTPUT, "OutputProcessor._update_stats_from_output"),
+        "self req_state engine_core_output engine_core_timestamp iteration_stats",
+        "soka_vllm.metrics:count_tokens",
+        "Tokens are counted by adapter.",
+    ),
+    Hook(
+        *(_OUTPUT, "OutputProcessor._update_stats_from_finished", "self req_state finish_reason iteration_stats"),
+        "soka_vllm.metrics:count_finished",
+        "Requests are counted by adapter and reason.",
+    ),
+    Hook(
+        *(_OUTPUT, "OutputProcessor.abort_requests", "self request_ids internal", "soka_vllm.metrics:count_aborted"),
+        "Aborted requests are counted too.",
+    ),
+    # In the engine.
+    Hook(
+        *(_ENGINE, "EngineCore.soka_limits", None, "soka_vllm.engine:reading_limits"),
+        "The API process asks by this name what an adapter of the served model may take to read.",
+    ),
+    Hook(
+        *(_ENGINE, "EngineCore.add_lora", "self lora_request", "soka_vllm.engine:add_lora"),
+        "Adapters are loaded by all workers or none.",
+    ),
+    Hook(
+        *(_ENGINE, "EngineCore.add_request", "self request request_wave", "soka_vllm.engine:add_request"),
+        "A request's adapter is in memory before the request is in a step.",
+    ),
+    Hook(
+        *("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", "request", "soka_vllm.engine:prefix_keys"),
+        "The prefix cache tells new weights under a known name from the old ones.",
+    ),
+    # In the workers.
+    Hook(
+        *("vllm.lora.utils", "_all_lora_classes", None, "soka_vllm.layers:kronecker_classes"),
+        "Layers hold Kronecker factors in some slots and LoRA's matrices in others.",
+    ),
+    Hook(
+        *(_WORKER, "WorkerLoRAManager._load_adapter", "self lora_request", "soka_vllm.reading:load"),
+        "Kronecker adapters are read by the plugin, LoRA's by vLLM, those in memory not at all.",
+    ),
+    Hook(
+        *(_WORKER, "LRUCacheWorkerLoRAManager._apply_adapters", "self lora_requests"),
+        "soka_vllm.worker:apply_adapters",
+        "A reload in place was repeated at every later step (vLLM up to 0.32).",
+    ),
+    Hook(
+        *(_WORKER, "LRUCacheWorkerLoRAManager.add_adapter", "self lora_request", "soka_vllm.metrics:note_slots"),
+        "The metrics show which adapters are in slots.",
+    ),
+    Hook(
+        *("vllm.lora.model_manager", "LoRAModelManager.activate_adapter", "self lora_id", "soka_vllm.worker:activate"),
+        "A slot is emptied in all layers before it is filled in the first, and where filling it fails.",
+    ),
+    Hook(
+        *("vllm.lora.peft_helper", "PEFTHelper._match_pattern", None, "soka_vllm.patterns:match_for_vllm"),
+        "Patterns of adapters are matched in linear time.",
+        optional=True,
+    ),
+    Hook(
+        *("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata", None),
+        "soka_vllm.worker:note_adapters",
+        "On a CPU, a step without adapters costs nothing.",
+    ),
+    Hook(
+        *("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "self load_dummy_weights"),
+        "soka_vllm.worker:load_model",
+        "The buffers of a later stage of a pipeline are there before its first request (vLLM up to 0.32).",
+    ),
+)
+
+SIGNATURES = (*CALLED, *(Signature(h.module, h.name, h.parameters) for h in HOOKS if h.parameters is not None))
+MODULES = frozenset(signature.module for signature in SIGNATURES) | {hook.module for hook in HOOKS}
+
+
 def install() -> None:
-    """Rebind vLLM's layer classes, the loading of adapters, and what follows from it; see `soka_vllm.register`."""
-    if getattr(compat.lora_utils, _MARK, False):
+    """Apply the table's rows, now or when vLLM imports their modules; see `soka_vllm.register`.
+
+    Raises:
+        RuntimeError: vLLM is not supported; nothing was changed.
+        ValueError: an environment variable of the plugin has a wrong value.
+    """
+    if _finder in sys.meta_path:
         return
-    compat.check_vllm()
-    serves_lora()  # a wrong setting is told at start-up
-    if compat.has_operator():
-        compat.lora_utils._all_lora_classes = tuple(
-            kronecker_class(cls) if cls in compat.LORA_LAYERS else cls for cls in compat.lora_utils._all_lora_classes
-        )
-        if not compat.on_cpu():
-            _logger.warning("Kronecker adapters have been tested in whole servers on CPUs only, not on a GPU")
-    _wrap_load_adapter()
-    _wrap_requests()
-    _wrap_slots()
-    _wrap_mapping()
-    _wrap_engine()
-    _wrap_refusals()
-    if compat.on_cpu():
-        _wrap_load_model()
-    resolver.install()
-    metrics.install()
+    check_version()
+    serves_lora()
+    keep_limit()
+    imported = [name for name in sorted(MODULES) if name in sys.modules]
+    check_modules(imported, SIGNATURES)
+    if "SOKA_BUILDS" in os.environ:
+        from soka_vllm import resolver
+
+        resolver.register()
+    if "SOKA_METRICS_DIR" not in os.environ:
+        from soka_vllm import metrics
+
+        metrics.make_folder()
+    _rebind(imported)
+    sys.meta_path.insert(0, _finder)
     _logger.addFilter(_one_line)
-    setattr(compat.lora_utils, _MARK, True)
+
+
+def check_vllm() -> None:
+    """Import all of vLLM that the plugin uses, and check it: RuntimeError where it is not supported."""
+    from vllm.platforms import current_platform
+
+    check_version()
+    modules = [name for name in MODULES if current_platform.is_cpu() or "cpu" not in name]
+    for name in modules:
+        importlib.import_module(name)
+    check_modules(modules, SIGNATURES)
 
 
 def _one_line(record: logging.LogRecord) -> bool:
@@ -54,155 +205,56 @@ def _one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def _wrap_load_adapter() -> None:
-    """Read Kronecker adapters with the plugin, everything else with vLLM's reader, and cached adapters not at all."""
-    stock = compat.WorkerLoRAManager._load_adapter
-
-    def read_files(self: Any, directory: Path, lora_request: Any) -> Any:
-        kind, budget = admission.limits_of(self).open(directory)
-        if kind == LORA and not serves_lora():
-            raise ValueError(f"an ordinary LoRA adapter; this server was started with {LORA_VARIABLE}=0")
-        if kind in (None, LORA):
-            with patterns.matching(look_at(directory, kind, budget)):
-                model = stock(self, msgspec.structs.replace(lora_request, lora_path=str(directory)))
-            check_lora(model, self._adapter_manager)
-            return model
-        if not compat.has_operator():
-            raise ValueError("Kronecker adapters run on CPUs and on NVIDIA's and AMD's GPUs; this is neither")
-        if kind not in READERS:
-            raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
-        return load_adapter(directory, kind, lora_request, self._adapter_manager, self.lora_config.lora_dtype, budget)
-
-    def read(self: Any, lora_request: Any) -> Any:
-        with resolver.adapter_files(lora_request) as files:
-            return read_files(self, files, lora_request)
-
-    @functools.wraps(stock)
-    def load(self: Any, lora_request: Any) -> Any:
-        model = None if lora_request.load_inplace else kept_by(self).model(lora_request.lora_int_id)
-        return self.read_adapter(lora_request) if model is None else model
-
-    compat.WorkerLoRAManager.read_adapter = read
-    compat.WorkerLoRAManager._load_adapter = load
-    if hasattr(compat.PEFTHelper, "_match_pattern"):  # earlier versions know no patterns
-        compat.PEFTHelper._match_pattern = staticmethod(patterns.match_for_vllm)
+def _rebind(modules: Sequence[str]) -> None:
+    """Apply the rows of imported modules."""
+    for hook in HOOKS:
+        if hook.module in modules:
+            *path, name = hook.name.split(".")
+            owner: Any = functools.reduce(getattr, path, sys.modules[hook.module])
+            stock = getattr(owner, name, None)
+            if stock is None and hook.optional:
+                continue
+            place, _, function = hook.replacement.partition(":")
+            replacement = getattr(importlib.import_module(place), function)
+            static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)
+            bound = _bind(replacement, stock)
+            setattr(owner, name, staticmethod(bound) if static else bound)
 
 
-def _wrap_requests() -> None:
-    """Tell adapters of one name apart. To vLLM they are equal, and a step collects those of its requests in a set.
+def _bind(replacement: Callable[..., Any], stock: Any) -> Any:
+    """What takes the place of `stock`: see `Hook.replacement`."""
+    if stock is not None and not callable(stock):
+        return replacement(stock)
 
-    An adapter that is unloaded and loaded again gets another id. With a request of before still running, a step had
-    both ids and activated one: the engine ended with a KeyError (up to 0.32, LoRA too).
-    """
-    stock = compat.LoRARequest.__eq__
+    @functools.wraps(replacement if stock is None else stock)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return replacement(stock, *arguments, **options)
 
-    def equal(self: Any, other: object) -> bool:
-        return bool(stock(self, other)) and self.lora_int_id == getattr(other, "lora_int_id", None)
-
-    compat.LoRARequest.__eq__ = equal
+    return call
 
 
-def _wrap_slots() -> None:
-    """Empty a slot in all layers before it is filled in the first; and mend two things of vLLM up to 0.32.
+class _Finder:
+    """Entry of `sys.meta_path`: finds the table's modules as the other entries do, and applies their rows."""
 
-    A reload in place was repeated at every later step, and an adapter that could not be put into its slot was served
-    half set from then on.
-    """
-    stock_apply = compat.LRUCacheWorkerLoRAManager._apply_adapters
-    stock_activate = compat.LoRAModelManager.activate_adapter
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Python's import system calls this; None leaves a module to the other entries."""
+        if name not in MODULES:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
 
-    @functools.wraps(stock_apply)
-    def apply_adapters(self: Any, lora_requests: Any) -> None:
-        stock_apply(self, {loaded_already(lora_request) for lora_request in lora_requests if lora_request})
+        def execute_and_rebind(module: ModuleType) -> None:
+            execute(module)
+            check_modules([name], SIGNATURES)
+            _rebind([name])
 
-    @functools.wraps(stock_activate)
-    def activate(self: Any, lora_id: int) -> bool:
-        if lora_id not in self._active_adapters and None in self.lora_index_to_id:
-            slot = self.lora_index_to_id.index(None)  # vLLM takes the first
-            for layer in self.modules.values():
-                if isinstance(layer, KroneckerMixin):
-                    layer.reset_lora(slot)
-        try:
-            return bool(stock_activate(self, lora_id))
-        except Exception:
-            self.deactivate_adapter(lora_id)
-            raise
-
-    compat.LRUCacheWorkerLoRAManager._apply_adapters = apply_adapters
-    compat.LoRAModelManager.activate_adapter = activate
+        spec.loader.exec_module = execute_and_rebind  # type: ignore[method-assign]
+        return spec
 
 
-def _wrap_mapping() -> None:
-    """Note of each step whether any token belongs to an adapter; on a CPU, layers then leave adapters out."""
-    stock = compat.PunicaWrapperBase.update_metadata
-
-    @functools.wraps(stock)
-    def update_metadata(self: Any, mapping: Any, *more: Any, **options: Any) -> None:
-        stock(self, mapping, *more, **options)
-        setattr(self, ADAPTERS_IN_STEP, any(mapping.index_mapping))
-
-    compat.PunicaWrapperBase.update_metadata = update_metadata
-
-
-def _wrap_engine() -> None:
-    """Adapters are loaded by all workers or none, before a step; see `soka_vllm.engine`."""
-    engine.keep_limit()  # a wrong setting is told at start-up
-    compat.EngineCore.soka_limits = admission.of_engine
-    compat.EngineCore.add_lora = functools.wraps(compat.EngineCore.add_lora)(engine.add_lora)
-    stock = compat.EngineCore.add_request
-
-    @functools.wraps(stock)
-    def add_request(self: Any, request: Any, request_wave: int = 0) -> None:
-        engine.add_request(stock, self, request, request_wave)
-
-    compat.EngineCore.add_request = add_request
-    stock_front = compat.AsyncLLM.add_lora
-
-    @functools.wraps(stock_front)
-    async def add_lora(self: Any, lora_request: Any) -> bool:
-        limited = resolver.limits_of(lora_request)
-        await admission.check(self, limited)
-        # Reading a base of many GB takes a while; the engine, which asks again, then finds the answer.
-        await asyncio.to_thread(engine.check_served_base, limited, self.vllm_config.model_config)
-        return bool(await stock_front(self, limited))
-
-    compat.AsyncLLM.add_lora = add_lora
-    compat.kv_cache_utils._gen_lora_extra_hash_keys = engine.prefix_keys
-
-
-def _wrap_refusals() -> None:
-    """A refused adapter is the caller's mistake (400), not the server's (500), while the engine lives."""
-    stock = compat.OpenAIServingModels.load_lora_adapter
-
-    @functools.wraps(stock)
-    async def load(self: Any, request: Any, base_model_name: str | None = None) -> Any:
-        from_command_line = [module.path for module in self.static_lora_modules or ()]
-        if ".." in Path(request.lora_path).parts and request.lora_path not in from_command_line:
-            message = f"{request.lora_name}: '..' in the path of an adapter; give the folder itself"
-            return compat.ErrorResponse(error={"message": message, "type": "BadRequestError", "code": 400})
-        answer = await stock(self, request, base_model_name)
-        if (
-            isinstance(answer, compat.ErrorResponse)
-            and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
-            and not self.engine_client.errored
-        ):
-            _logger.warning(
-                "Refused adapter %r from %s: %s", request.lora_name, request.lora_path, answer.error.message
-            )
-            answer.error.code = HTTPStatus.BAD_REQUEST.value
-            answer.error.type = "BadRequestError"
-        return answer
-
-    compat.OpenAIServingModels.load_lora_adapter = load
-
-
-def _wrap_load_model() -> None:
-    """See `compat.make_pipeline_buffers`."""
-    stock = compat.CPUModelRunner.load_model
-
-    @functools.wraps(stock)
-    def load_model(self: Any, load_dummy_weights: bool = False) -> None:
-        stock(self, load_dummy_weights)
-        compat.make_pipeline_buffers(self)
-
-    compat.CPUModelRunner.load_model = load_model
+_finder = _Finder()

@@ -61,6 +61,13 @@ def loaded_already(lora_request: Any) -> Any:
     return msgspec.structs.replace(lora_request, load_inplace=False) if lora_request.load_inplace else lora_request
 
 
+def limits(worker: Any) -> list[int]:
+    """What reading an adapter of the served model may take, see `soka_vllm.limits`, as plain numbers."""
+    from soka_vllm.reading import limits_of
+
+    return list(limits_of(worker.model_runner.lora_manager))
+
+
 def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
     """First step of a load: read and check the adapter's files, changing nothing that is served.
 
@@ -75,7 +82,7 @@ def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
     if not anew and number in kept.adapters:
         return kept.adapters[number][1]
     try:
-        model = manager.read_adapter(lora_request)
+        model = manager._load_adapter(msgspec.structs.replace(lora_request, load_inplace=True))
         kept.read = model, _reading(model)
     except Exception as error:
         _logger.debug("Adapter %r cannot be read", lora_request.lora_name, exc_info=True)

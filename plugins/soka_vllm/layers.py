@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import logging
 from functools import cache
 from typing import Any, cast
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from soka_serve.kron.sharding import Cut, LayerShards, cut
 from soka_vllm import compat
+from soka_vllm.settings import serves_lora
 from soka_vllm.slots import SlotStore
+from soka_vllm.worker import ADAPTERS_IN_STEP
 
-LORA_VARIABLE = "SOKA_LORA"
-# On vLLM's PunicaWrapperBase: whether the tokens of this step belong to any adapter.
-ADAPTERS_IN_STEP = "soka_adapters_in_step"
+_logger = logging.getLogger("vllm.soka")
 
 
 class KroneckerMixin:
@@ -129,16 +129,13 @@ class KroneckerMixin:
         self._lora_allocated = True
 
 
-def serves_lora() -> bool:
-    """Whether ordinary LoRA adapters are served beside Kronecker ones (SOKA_LORA, by default they are).
-
-    Raises:
-        ValueError: the environment variable is neither 0 nor 1.
-    """
-    text = os.environ.get(LORA_VARIABLE, "1")
-    if text not in ("0", "1"):
-        raise ValueError(f"{LORA_VARIABLE} is {text!r}, expected 0 or 1")
-    return text == "1"
+def kronecker_classes(classes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """vllm.lora.utils._all_lora_classes, with those that hold Kronecker factors too in the place of LORA_LAYERS."""
+    if not compat.has_operator():
+        return classes
+    if not compat.on_cpu():
+        _logger.warning("Kronecker adapters have been tested in whole servers on CPUs only, not on a GPU")
+    return tuple(kronecker_class(cls) if cls in compat.LORA_LAYERS else cls for cls in classes)
 
 
 @cache

@@ -4,121 +4,26 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 
-from soka_serve.adapter.format import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
 from soka_serve.errors import SokaError, first_ten, is_shown, printable
 from soka_serve.io.budget import ReadingBudget
-from soka_serve.io.json_files import read_json
 from soka_serve.io.safetensors import find_not_finite
-from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
 from soka_vllm import compat
 from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
-from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import KIND as LYCORIS
-from soka_vllm.lycoris import find_lycoris, look_at_lycoris, unflatten
-from soka_vllm.patterns import Matcher
-from soka_vllm.stock import look_at_lora
+from soka_vllm.lycoris import unflatten
+from soka_vllm.readers import READERS, within
 
 _logger = logging.getLogger("vllm.soka")
-
-
-LORA = "LORA"
-
-
-class Files(Protocol):
-    """A Kronecker adapter whose config and header were checked and whose values were not read yet."""
-
-    @property
-    def problems(self) -> Sequence[str]: ...
-
-    @property
-    def shapes(self) -> dict[str, FactorShape]: ...
-
-    def read(self) -> dict[str, Factors]: ...
-
-
-def read_kind(directory: Path, budget: ReadingBudget) -> str | None:
-    """The kind of adapter in a directory, as its config names it; None where there is no config.
-
-    Raises:
-        ValueError: a config that cannot be read, or that names no kind.
-    """
-    file = directory / CONFIG_FILE
-    if not file.exists():
-        return LYCORIS if find_lycoris(directory, budget) else None
-    try:
-        config = read_json(file, budget)
-    except SokaError as error:
-        raise ValueError(_within(directory, error)) from error
-    if "peft_type" not in config and "lora_alpha" not in config:
-        raise ValueError(f"{CONFIG_FILE}: no peft_type; supported are LORA, {', '.join(READERS)}")
-    return str(config.get("peft_type", LORA))
-
-
-def _within(directory: Path, error: SokaError) -> str:
-    """An error's message with files named as they are within the adapter; vLLM strikes paths from what it answers."""
-    return error.message.replace(f"{directory}: ", "").replace(f"{directory}/", "")
-
-
-@dataclass(frozen=True)
-class SokaFiles:
-    """A SoKA adapter, finished or a checkpoint of a training."""
-
-    files: AdapterFiles
-
-    @property
-    def problems(self) -> Sequence[str]:
-        """Where tensors and config do not agree."""
-        return self.files.problems
-
-    @property
-    def shapes(self) -> dict[str, FactorShape]:
-        """By module."""
-        return {name: FactorShape(*spec["shape"]) for name, spec in self.files.config["soka_modules"].items()}
-
-    def read(self) -> dict[str, Factors]:
-        """The terms of each module's delta."""
-        adapter = self.files.read()
-        return {name: adapter.delta_factors(name) for name in adapter.factors}
-
-
-READERS: dict[str, Callable[[Path, ReadingBudget], Files]] = {
-    PEFT_TYPE: lambda directory, budget: SokaFiles(look_at_adapter(directory, budget)),
-    "LOKR": look_at_lokr,
-    LYCORIS: look_at_lycoris,
-}
-
-
-def look_at(directory: Path, kind: str | None, budget: ReadingBudget) -> Matcher:
-    """Check all of an adapter that can be checked without the model and without reading its values.
-
-    Args:
-        directory: the adapter.
-        kind: what `read_kind` says; of others than LoRA and READERS nothing is read here.
-        budget: what reading it may take.
-
-    Returns:
-        What the patterns of a LoRA adapter match.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    try:
-        if kind == LORA:
-            return look_at_lora(directory, budget)
-        if kind in READERS:
-            READERS[kind](directory, budget)
-    except SokaError as error:
-        raise ValueError(_within(directory, error)) from error
-    return Matcher([], budget)
 
 
 def load_adapter(
@@ -155,7 +60,7 @@ def load_adapter(
         found = files.read()
         adapter = {name: found[names[name]] for name in names}
     except SokaError as error:
-        raise ValueError(_within(directory, error)) from error
+        raise ValueError(within(directory, error)) from error
     weights = {}
     tensors: dict[str, torch.Tensor] = {}
     values, room = 0, None
@@ -167,7 +72,7 @@ def load_adapter(
             layer, index = places[name]
             room = layer.slot_values
             values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
-        weights[name] = compat.LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
+        weights[name] = LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
     if spoilt := find_not_finite(tensors):
         lines = first_ten([f"{name} has values that are not finite in {dtype}" for name in spoilt])
         raise ValueError("\n".join(lines))
@@ -179,7 +84,7 @@ def load_adapter(
         *(kind, lora_request.lora_name, lora_request.lora_path, len(weights), ranks[0], ranks[-1]),
         *(here, values * dtype.itemsize, dtype),
     )
-    return compat.LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
+    return LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
 def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], manager: Any) -> dict[str, str]:

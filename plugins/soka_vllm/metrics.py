@@ -12,13 +12,11 @@ Two kinds of processes know different things:
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -27,7 +25,6 @@ from typing import Any
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from soka_vllm import compat
 from soka_vllm.counters import Counters
 
 _logger = logging.getLogger("vllm.soka")
@@ -35,16 +32,12 @@ _logger = logging.getLogger("vllm.soka")
 FOLDER_VARIABLE = "SOKA_METRICS_DIR"
 
 
-def install() -> None:
-    """Count in this process, whichever of vLLM's it is; the first one makes the folder that the others write to."""
-    if FOLDER_VARIABLE not in os.environ:
-        folder = Path(tempfile.mkdtemp(prefix="soka-metrics-"))
-        os.environ[FOLDER_VARIABLE] = str(folder)
-        atexit.register(_remove, folder, os.getpid())
-        REGISTRY.register(WorkerCollector(folder))
-    _wrap_requests()
-    _wrap_loads()
-    _wrap_workers()
+def make_folder() -> None:
+    """Make the folder that workers write to, in the first of vLLM's processes, and let its endpoint show them."""
+    folder = Path(tempfile.mkdtemp(prefix="soka-metrics-"))
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    atexit.register(_remove, folder, os.getpid())
+    REGISTRY.register(WorkerCollector(folder))
 
 
 def _remove(folder: Path, maker: int) -> None:
@@ -56,71 +49,40 @@ def _remove(folder: Path, maker: int) -> None:
 
 
 @cache
-def _counters() -> Counters:
+def counters() -> Counters:
+    """Those of this process."""
     return Counters()
 
 
-def _wrap_requests() -> None:
-    processor = compat.OutputProcessor
-    stock_output, stock_finished = processor._update_stats_from_output, processor._update_stats_from_finished
-    stock_abort = processor.abort_requests
-
-    @functools.wraps(stock_output)
-    def output(self: Any, req_state: Any, engine_core_output: Any, timestamp: Any, iteration_stats: Any) -> None:
-        if iteration_stats is not None:
-            prompt, generated = _counters().tokens(req_state.lora_name)
-            if req_state.is_prefilling:
-                prompt.inc(req_state.prompt_len)
-            if engine_core_output.new_token_ids:
-                generated.inc(len(engine_core_output.new_token_ids))
-        stock_output(self, req_state, engine_core_output, timestamp, iteration_stats)
-
-    @functools.wraps(stock_finished)
-    def finished(self: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
-        if iteration_stats is not None:
-            _counters().finished(req_state.lora_name, str(finish_reason))
-        stock_finished(self, req_state, finish_reason, iteration_stats)
-
-    @functools.wraps(stock_abort)
-    def abort(self: Any, request_ids: Iterable[str], internal: bool) -> Any:
-        wanted = list(request_ids)
-        inner = wanted if internal else [i for r in wanted for i in self.external_req_ids.get(r, ())]
-        states = [self.request_states[i] for i in inner if i in self.request_states]
-        if self.log_stats:
-            for state in states:
-                _counters().finished(state.lora_name, "abort")
-        return stock_abort(self, wanted, internal)
-
-    processor._update_stats_from_output = output
-    processor._update_stats_from_finished = finished
-    processor.abort_requests = abort
+def count_tokens(
+    stock: Any, processor: Any, req_state: Any, engine_core_output: Any, timestamp: Any, iteration_stats: Any
+) -> None:
+    """OutputProcessor._update_stats_from_output."""
+    if iteration_stats is not None:
+        prompt, generated = counters().tokens(req_state.lora_name)
+        if req_state.is_prefilling:
+            prompt.inc(req_state.prompt_len)
+        if engine_core_output.new_token_ids:
+            generated.inc(len(engine_core_output.new_token_ids))
+    stock(processor, req_state, engine_core_output, timestamp, iteration_stats)
 
 
-def _wrap_loads() -> None:
-    stock = compat.AsyncLLM.add_lora
+def count_finished(stock: Any, processor: Any, req_state: Any, finish_reason: Any, iteration_stats: Any) -> None:
+    """OutputProcessor._update_stats_from_finished."""
+    if iteration_stats is not None:
+        counters().finished(req_state.lora_name, str(finish_reason))
+    stock(processor, req_state, finish_reason, iteration_stats)
 
-    @functools.wraps(stock)
-    async def add_lora(self: Any, lora_request: Any) -> Any:
-        started = time.perf_counter()
-        outcome = "refused"
-        try:
-            answer = await stock(self, lora_request)
-            outcome = "loaded"
-            return answer
-        finally:
-            _counters().loaded(lora_request.lora_name, outcome, time.perf_counter() - started)
 
-    stock_unload = compat.OpenAIServingModels.unload_lora_adapter
-
-    @functools.wraps(stock_unload)
-    async def unload(self: Any, request: Any) -> Any:
-        answer = await stock_unload(self, request)
-        if not isinstance(answer, compat.ErrorResponse):
-            _counters().unloaded(request.lora_name)
-        return answer
-
-    compat.AsyncLLM.add_lora = add_lora
-    compat.OpenAIServingModels.unload_lora_adapter = unload
+def count_aborted(stock: Any, processor: Any, request_ids: Iterable[str], internal: bool) -> Any:
+    """OutputProcessor.abort_requests."""
+    wanted = list(request_ids)
+    inner = wanted if internal else [i for r in wanted for i in processor.external_req_ids.get(r, ())]
+    states = [processor.request_states[i] for i in inner if i in processor.request_states]
+    if processor.log_stats:
+        for state in states:
+            counters().finished(state.lora_name, "abort")
+    return stock(processor, wanted, internal)
 
 
 # --- slots, in the workers -------------------------------------------------------------------------------------------
@@ -138,6 +100,8 @@ class _Worker:
 
     def write(self, manager: Any) -> None:
         """Write this worker's metrics file atomically."""
+        from vllm.distributed import get_world_group
+
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder is None:
             return
@@ -156,7 +120,7 @@ class _Worker:
         }
         path = Path(folder) / f"{os.getpid()}.json"
         try:
-            path.with_suffix(".new").write_text(json.dumps({"rank": compat.worker_rank(), **told}))
+            path.with_suffix(".new").write_text(json.dumps({"rank": int(get_world_group().rank), **told}))
             path.with_suffix(".new").replace(path)
         except OSError as error:
             _logger.warning("No metrics of slots: %s", error)
@@ -169,35 +133,26 @@ def _of(manager: Any) -> _Worker:
     return worker
 
 
-def _wrap_workers() -> None:
-    """Reading is timed, and after each change of the slots the file is written."""
-    stock_read, stock_add = compat.WorkerLoRAManager.read_adapter, compat.LRUCacheWorkerLoRAManager.add_adapter
+def note_read(manager: Any, seconds: float) -> None:
+    """Count an adapter that a WorkerLoRAManager has read from its files."""
+    worker = _of(manager)
+    worker.reads += 1
+    worker.read_seconds += seconds
 
-    @functools.wraps(stock_read)
-    def read(self: Any, lora_request: Any) -> Any:
-        started = time.perf_counter()
-        model = stock_read(self, lora_request)
-        worker = _of(self)
-        worker.reads += 1
-        worker.read_seconds += time.perf_counter() - started
-        return model
 
-    @functools.wraps(stock_add)
-    def add(self: Any, lora_request: Any) -> Any:
-        # Called at every step for every adapter in the batch: nothing but a comparison as long as nothing changes.
-        try:
-            return stock_add(self, lora_request)
-        finally:
-            worker, slots = _of(self), self._adapter_manager.lora_index_to_id
-            worker.names[lora_request.lora_int_id] = lora_request.lora_name
-            if worker.slots != slots:
-                before = [*worker.slots, *[None] * len(slots)]
-                worker.fills += sum(new not in (None, old) for new, old in zip(slots, before, strict=False))
-                worker.slots = list(slots)
-                worker.write(self)
-
-    compat.WorkerLoRAManager.read_adapter = read
-    compat.LRUCacheWorkerLoRAManager.add_adapter = add
+def note_slots(stock: Any, manager: Any, lora_request: Any) -> Any:
+    """LRUCacheWorkerLoRAManager.add_adapter: write the metrics file when the slots have changed."""
+    # Called at every step for every adapter in the batch: nothing but a comparison as long as nothing changes.
+    try:
+        return stock(manager, lora_request)
+    finally:
+        worker, slots = _of(manager), manager._adapter_manager.lora_index_to_id
+        worker.names[lora_request.lora_int_id] = lora_request.lora_name
+        if worker.slots != slots:
+            before = [*worker.slots, *[None] * len(slots)]
+            worker.fills += sum(new not in (None, old) for new, old in zip(slots, before, strict=False))
+            worker.slots = list(slots)
+            worker.write(manager)
 
 
 class WorkerCollector:

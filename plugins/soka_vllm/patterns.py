@@ -137,8 +137,8 @@ def matching(matcher: Matcher) -> Iterator[None]:
         _current.reset(token)
 
 
-def match_for_vllm(pattern: dict[str, Any], name: str) -> Any:
-    """In place of vLLM's PEFTHelper._match_pattern: the value of the first pattern that matches, or None."""
+def match_for_vllm(stock: Any, pattern: dict[str, Any], name: str) -> Any:
+    """PEFTHelper._match_pattern: the value of the first pattern that matches, or None."""
     matcher = _current.get() or Matcher([name], ReadingBudget())
     key = matcher.key_for(pattern, name)
     return None if key is None else pattern[key]

@@ -9,20 +9,25 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import msgspec
 
-from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in
+from soka_serve.errors import printable
+from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in, opened, renamed
 
 __all__ = [
     "BUILDS_VARIABLE",
     "ROOTS_VARIABLE",
     "Locks",
+    "adapter_directory",
+    "adapter_files",
     "allowed_roots",
+    "are_equal",
     "find_build",
     "is_inside",
     "limited",
@@ -30,6 +35,7 @@ __all__ = [
 ]
 
 _CONFIG = "adapter_config.json"
+_LONGEST_REASON = 4000  # characters of why an adapter is refused
 # In front of folders in a request's base_model_name, which only the API process uses.
 _LIMITED = "soka-roots:"
 # One component of a path that is not hidden; the same as the names of builds.
@@ -80,6 +86,42 @@ def roots_of(lora_request: Any) -> list[Path] | None:
     """The folders that `limited` put into a request."""
     told = getattr(lora_request, "base_model_name", None) or ""
     return [Path(root) for root in json.loads(told.removeprefix(_LIMITED))] if told.startswith(_LIMITED) else None
+
+
+def adapter_directory(path: str, roots: Sequence[Path] | None) -> Path:
+    """Where an adapter's files are; hub ids are fetched, but not for those who may load from `roots` only."""
+    if roots is None and not os.path.isabs(path):  # noqa: PTH117
+        from vllm.lora.utils import get_adapter_absolute_path
+
+        return Path(get_adapter_absolute_path(path))
+    return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 (pathlib's raises for users that do not exist)
+
+
+@contextmanager
+def adapter_files(lora_request: Any) -> Iterator[Path]:
+    """A directory with the files of an adapter that is to be loaded, opened and held to where they may lie.
+
+    Raises:
+        ValueError: whatever goes wrong within, as a message that names the adapter's own path and that a terminal may
+            show.
+    """
+    roots = roots_of(lora_request)
+    with opened(adapter_directory(lora_request.lora_path, roots), roots) as files:
+        try:
+            yield files
+        except Exception as error:
+            text = renamed(str(error) or type(error).__name__, files, lora_request.lora_path)
+            raise ValueError(printable(text, _LONGEST_REASON, keep="\n")) from error
+
+
+def are_equal(stock: Any, one: Any, other: object) -> bool:
+    """LoRARequest.__eq__: adapters of one name and different ids are two.
+
+    To vLLM they are equal, and a step collects the adapters of its requests in a set. An adapter that is unloaded and
+    loaded again gets another id: with a request of before still running, a step had both ids and activated one, and the
+    engine ended with a KeyError (up to 0.32, LoRA too).
+    """
+    return bool(stock(one, other)) and one.lora_int_id == getattr(other, "lora_int_id", None)
 
 
 class Locks(WeakValueDictionary[str, asyncio.Lock]):

@@ -33,10 +33,12 @@ def _peft() -> str:
 
 
 def _vllm() -> str:
-    from soka_vllm import compat
+    from vllm.platforms import current_platform
 
-    compat.check_vllm()
-    return f"the plugin fits; runs on {'CPU' if compat.on_cpu() else 'GPU'}"
+    from soka_vllm.hooks import check_vllm
+
+    check_vllm()
+    return f"the plugin fits; runs on {'CPU' if current_platform.is_cpu() else 'GPU'}"
 
 
 _CHECKS = {"torch": _torch, "peft": _peft, "vllm": _vllm}

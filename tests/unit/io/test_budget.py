@@ -228,8 +228,8 @@ def test_the_first_of_several_patterns_counts() -> None:
     assert matcher.key_for(patterns, "lm_head") is None
     assert matcher.key_for(patterns, "not.among.them.q_proj") == ".*_proj"
     with matching(Matcher(NAMES, ReadingBudget())):
-        assert match_for_vllm(patterns, "model.layers.3.self_attn.v_proj") == 1
-    assert match_for_vllm(patterns, "lm_head") is None
+        assert match_for_vllm(None, patterns, "model.layers.3.self_attn.v_proj") == 1
+    assert match_for_vllm(None, patterns, "lm_head") is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from soka_vllm.engine import KEEP_VARIABLE, Adapters, keep_limit
+from soka_vllm.engine import Adapters
+from soka_vllm.settings import KEEP_VARIABLE, keep_limit
 
 
 def kept(limit: int, **sizes: int) -> Adapters:

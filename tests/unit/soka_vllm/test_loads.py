@@ -12,6 +12,7 @@ import torch
 
 from soka_vllm import engine
 from soka_vllm.engine import add_lora, add_request, prefix_keys
+from soka_vllm.settings import KEEP_VARIABLE
 
 
 class LoadRequest(msgspec.Struct):
@@ -32,7 +33,8 @@ class Manager:
         self.full = False
         self.reads = 0
 
-    def read_adapter(self, request: LoadRequest) -> Any:
+    def _load_adapter(self, request: LoadRequest) -> Any:
+        assert request.load_inplace  # else the one in memory would do
         self.reads += 1
         if request.lora_path not in self.disk:
             raise ValueError(f"{request.lora_path} is not there")
@@ -95,14 +97,14 @@ class Request:
         self.update_block_hashes()
 
     def update_block_hashes(self) -> None:
-        self.block_hashes += prefix_keys(self)
+        self.block_hashes += prefix_keys(None, self)
 
 
 @pytest.fixture
 def core(monkeypatch: pytest.MonkeyPatch) -> Core:
     monkeypatch.setattr(engine, "check_served_base", lambda *_: None)
     monkeypatch.setattr(engine, "_fingerprints", {})
-    monkeypatch.delenv(engine.KEEP_VARIABLE, raising=False)
+    monkeypatch.delenv(KEEP_VARIABLE, raising=False)
     return Core()
 
 
@@ -119,22 +121,22 @@ def ask(core: Core, name: str, lora_request: LoadRequest | None) -> Request | No
 
 def test_all_or_none_read(core: Core) -> None:
     core.write("a", 1.0)
-    assert add_lora(core, LoadRequest("a", 1, "a"))
+    assert add_lora(None, core, LoadRequest("a", 1, "a"))
     assert core.served(1) == [1.0, 1.0]
     core.write("b", 2.0, None)
     with pytest.raises(ValueError, match="b is not there"):
-        add_lora(core, LoadRequest("b", 2, "b"))
+        add_lora(None, core, LoadRequest("b", 2, "b"))
     assert core.served(2) == [None, None]
     core.write("a", 3.0, None)
     with pytest.raises(ValueError, match="a is not there"):
-        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+        add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
     assert core.served(1) == [1.0, 1.0]
     core.write("a", 3.0, 4.0)
     with pytest.raises(ValueError, match="different contents"):
-        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+        add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
     assert core.served(1) == [1.0, 1.0]
     core.write("a", 4.0)
-    assert add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
     assert core.served(1) == [4.0, 4.0]
 
 
@@ -143,14 +145,14 @@ def test_all_or_none_take(core: Core) -> None:
     core.write("a", 1.0)
     core.managers[1].full = True
     with pytest.raises(ValueError, match="out of memory"):
-        add_lora(core, LoadRequest("a", 1, "a"))
+        add_lora(None, core, LoadRequest("a", 1, "a"))
     core.managers[1].full = False
     assert core.served(1) == [None, None]
-    assert add_lora(core, LoadRequest("a", 1, "a"))
+    assert add_lora(None, core, LoadRequest("a", 1, "a"))
     core.write("a", 2.0)
     core.managers[0].full = True
     with pytest.raises(ValueError, match="out of memory"):
-        add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+        add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
     core.managers[0].full = False
     assert core.served(1) == [1.0, 1.0]
     kept = ask(core, "r", LoadRequest("a", 1, "a"))
@@ -160,7 +162,7 @@ def test_all_or_none_take(core: Core) -> None:
 
 def test_a_request_reads_no_files_while_its_adapter_is_kept(core: Core) -> None:
     core.write("a", 1.0)
-    add_lora(core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("a", 1, "a"))
     core.write("a", None)
     assert ask(core, "r", LoadRequest("a", 1, "a"))
     assert ask(core, "base", None)
@@ -168,10 +170,10 @@ def test_a_request_reads_no_files_while_its_adapter_is_kept(core: Core) -> None:
 
 
 def test_what_was_dropped_is_read_again_or_its_request_refused(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(engine.KEEP_VARIABLE, "0")
+    monkeypatch.setenv(KEEP_VARIABLE, "0")
     for number, name in enumerate("abc", 1):
         core.write(name, float(number))
-        add_lora(core, LoadRequest(name, number, name))
+        add_lora(None, core, LoadRequest(name, number, name))
     assert core.served(1) == [1.0, 1.0]  # its slot; the memory is given up
     assert core.managers[0].__dict__["_soka_kept"].adapters.keys() == {3}
     assert ask(core, "a", LoadRequest("a", 1, "a"))
@@ -186,22 +188,22 @@ def test_what_was_dropped_is_read_again_or_its_request_refused(core: Core, monke
 
 def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     core.write("a", 1.0)
-    add_lora(core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("a", 1, "a"))
     first = ask(core, "first", LoadRequest("a", 1, "a"))
     early = Request("early", LoadRequest("a", 1, "a"))  # made before the reload, let in after it
     core.write("a", 2.0)
-    add_lora(core, LoadRequest("a", 1, "a", load_inplace=True))
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
     second = ask(core, "second", LoadRequest("a", 1, "a"))
     add_request(lambda core, request, wave: None, core, early)
     core.write("b", 2.0)
-    add_lora(core, LoadRequest("a", 2, "b"))
+    add_lora(None, core, LoadRequest("a", 2, "b"))
     third = ask(core, "third", LoadRequest("a", 2, "a"))  # unloaded and loaded: the same again
     assert first
     assert second
     assert third
     assert first.block_hashes != second.block_hashes
     assert early.block_hashes == second.block_hashes == third.block_hashes
-    assert prefix_keys(Request("base", None)) == []
+    assert prefix_keys(None, Request("base", None)) == []
 
 
 def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:

@@ -1,0 +1,110 @@
+"""Whether the installed vLLM has what the plugin calls and rebinds. Imports no vLLM: it looks at modules that are."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from soka_vllm.versions import is_supported, supported_text
+
+# vLLM's layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
+# Names with "Sharded" are what vLLM takes under --fully-sharded-loras.
+LORA_LAYERS = tuple(
+    f"{kind}ParallelLinearWith{sharded}LoRA"
+    for kind in ("Column", "MergedColumn", "MergedQKV", "QKV", "Row")
+    for sharded in ("", "Sharded")
+)
+
+
+class Signature(NamedTuple):
+    """A function of vLLM.
+
+    Args:
+        module: its module.
+        name: function or Class.method.
+        parameters: names of the parameters that it must have, in order.
+    """
+
+    module: str
+    name: str
+    parameters: str
+
+
+# What the plugin calls or overrides; what it rebinds is in `hooks.HOOKS`.
+CALLED = (
+    *(
+        Signature("vllm.lora.layers", f"{layer}.{name}", parameters)
+        for layer in LORA_LAYERS
+        for name, parameters in (
+            ("create_lora_weights", "self max_loras lora_config model_config"),
+            ("reset_lora", "self index"),
+            ("set_lora", "self index lora_a lora_b"),
+            ("apply", "self x bias"),
+        )
+    ),
+    Signature("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", "self method args"),
+    Signature("vllm.lora.utils", "get_adapter_absolute_path", "lora_path"),
+)
+# By module: a class and what its constructor must set.
+_ATTRIBUTES = {
+    "vllm.lora.model_manager": ("LoRAModelManager", ("packed_modules", "modules")),
+    "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase", ("_token_lora_indices",)),
+}
+
+
+def check_version() -> None:
+    """Refuse a version of vLLM that the plugin was not tested with, by RuntimeError."""
+    if not is_supported(_version()):
+        raise RuntimeError(f"{_here()}: {_ADVICE}")
+
+
+def check_modules(modules: Iterable[str], signatures: Iterable[Signature]) -> None:
+    """Check imported modules of vLLM.
+
+    Raises:
+        RuntimeError: functions that have other parameters than expected, or that are not there, all of them.
+    """
+    names = set(modules)
+    problems = [problem for signature in signatures if signature.module in names for problem in _problems(signature)]
+    for name in names & _ATTRIBUTES.keys():
+        cls, attributes = _ATTRIBUTES[name]
+        constructor: Any = inspect.unwrap(getattr(sys.modules[name], cls).__init__)
+        missing = set(attributes) - set(constructor.__code__.co_names)
+        problems += [f"{cls} has no {attribute}" for attribute in sorted(missing)]
+    if "vllm.lora.utils" in names:
+        problems += _layer_problems(getattr(sys.modules["vllm.lora.utils"], "_all_lora_classes", None))
+    if problems:
+        raise RuntimeError("\n".join([f"{_here()}, which differs from what was tested: {_ADVICE}", *problems]))
+
+
+_ADVICE = "install a supported version, or set VLLM_PLUGINS= to run without Kronecker adapters"
+
+
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _here() -> str:
+    return f"soka_vllm supports vLLM {supported_text()}; installed is {_version()}"
+
+
+def _problems(signature: Signature) -> list[str]:
+    found: Any = sys.modules[signature.module]
+    for name in signature.name.split("."):
+        found = getattr(found, name, None)
+    names = "does not exist" if found is None else " ".join(inspect.signature(found).parameters)
+    if names == signature.parameters:
+        return []
+    name = signature.name if "." in signature.name else f"{signature.module}.{signature.name}"
+    return [f"{name} ({names}); expected ({signature.parameters})"]
+
+
+def _layer_problems(classes: Any) -> list[str]:
+    if not isinstance(classes, tuple):
+        return ["vllm.lora.utils._all_lora_classes is not a tuple of classes"]
+    names = {cls.__name__ for cls in classes}
+    return [f"{name} is not in vllm.lora.utils._all_lora_classes" for name in LORA_LAYERS if name not in names]

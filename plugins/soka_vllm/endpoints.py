@@ -1,0 +1,96 @@
+"""vLLM's list of served models, which the API asks: loads, names that are not loaded yet, and unloads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+from soka_serve.errors import is_printable, printable
+from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
+from soka_vllm import metrics
+from soka_vllm.opened import OutsideError
+from soka_vllm.places import Locks, adapter_directory, allowed_roots, is_inside
+from soka_vllm.resolver import client_load, operator_load, operator_loads, reasons_noted
+
+_logger = logging.getLogger("vllm.soka")
+
+
+def make_models(stock: Any, models: Any, *arguments: Any, **options: Any) -> None:
+    """OpenAIServingModels.__init__."""
+    stock(models, *arguments, **options)
+    models.lora_resolver_lock = Locks()
+
+
+async def load_static(stock: Any, models: Any) -> None:
+    """OpenAIServingModels.init_static_loras: the adapters of the command line."""
+    with operator_load():
+        await stock(models)
+
+
+async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
+    """OpenAIServingModels.resolve_lora.
+
+    vLLM answers "found but could not be loaded" and logs the reason; the answer has it, too.
+    """
+    if not is_model_name(lora_name):
+        return create_error_response(
+            f"The model '{printable(lora_name)}' does not exist; {MODEL_NAME_RULE}",
+            err_type="NotFoundError",
+            status_code=HTTPStatus.NOT_FOUND,
+        )
+    with reasons_noted() as reasons:
+        answer = await stock(models, lora_name)
+    if isinstance(answer, ErrorResponse) and reasons:
+        answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
+    return answer
+
+
+async def load(stock: Any, models: Any, request: Any, base_model_name: str | None = None) -> Any:
+    """OpenAIServingModels.load_lora_adapter: of a client at runtime, and of the command line.
+
+    A refused adapter is the caller's mistake (400), not the server's (500), while the engine lives.
+    """
+    path = request.lora_path or ""
+    roots = None if operator_loads() else allowed_roots()
+    message = _refusal(request.lora_name, path)
+    if not message and roots is not None and path:
+        directory = adapter_directory(path, roots)
+        if not await asyncio.to_thread(is_inside, directory, roots):
+            message = str(OutsideError(Path(path)))
+    from_command_line = [module.path for module in models.static_lora_modules or ()]
+    if not message and ".." in Path(path).parts and path not in from_command_line:
+        message = f"{request.lora_name}: '..' in the path of an adapter; give the folder itself"
+    if message:
+        _logger.warning("Refused adapter '%s': %s", printable(request.lora_name), message)
+        return create_error_response(message)  # 400
+    with client_load(path, roots):
+        answer = await stock(models, request, base_model_name)
+    failed = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
+    if failed and not models.engine_client.errored:
+        _logger.warning("Refused adapter %r from %s: %s", request.lora_name, path, answer.error.message)
+        answer.error.code = HTTPStatus.BAD_REQUEST.value
+        answer.error.type = "BadRequestError"
+    return answer
+
+
+async def unload(stock: Any, models: Any, request: Any) -> Any:
+    """OpenAIServingModels.unload_lora_adapter."""
+    answer = await stock(models, request)
+    if not isinstance(answer, ErrorResponse):
+        metrics.counters().unloaded(request.lora_name)
+    return answer
+
+
+def _refusal(name: str, path: str) -> str:
+    """Why a name or a path cannot be an adapter's; empty where it can. vLLM itself refuses empty ones."""
+    if name and not is_model_name(name):
+        return f"'{printable(name)}' cannot name an adapter: {MODEL_NAME_RULE}"
+    if not is_printable(path):
+        return f"'{printable(path)}': a path with control characters, such as a null or a line end, is not served"
+    return ""

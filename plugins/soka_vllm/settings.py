@@ -1,0 +1,37 @@
+"""Settings of the plugin that are read from the environment when a process of vLLM starts."""
+
+from __future__ import annotations
+
+import os
+
+LORA_VARIABLE = "SOKA_LORA"
+KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
+_KEEP_DEFAULT_GIB = 4.0
+
+
+def serves_lora() -> bool:
+    """Whether ordinary LoRA adapters are served beside Kronecker ones (SOKA_LORA, by default they are).
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    text = os.environ.get(LORA_VARIABLE, "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"{LORA_VARIABLE} is {text!r}, expected 0 or 1")
+    return text == "1"
+
+
+def keep_limit() -> int:
+    """Bytes of adapters that each worker keeps in CPU memory (SOKA_KEEP_ADAPTERS_GIB).
+
+    Raises:
+        ValueError: the environment variable is not a number of at least 0.
+    """
+    text = os.environ.get(KEEP_VARIABLE, str(_KEEP_DEFAULT_GIB))
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < float("inf"):
+        raise ValueError(f"{KEEP_VARIABLE} is {text!r}, expected a number of GiB, 0 or more")
+    return int(gib * 2**30)
