@@ -12,19 +12,18 @@ import socket
 import tempfile
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import EvalError, ServeError
+from soka_serve.evaluation.subject import Subject
 from soka_serve.io.json_files import read_json
-from soka_serve.manifest.schema import Manifest
+from soka_serve.serving.client import Client, Endpoint
 from soka_serve.serving.command import Launch, Settings
-from soka_serve.serving.targets import Target
 
 if TYPE_CHECKING:
     from soka_serve.evaluation.models import LocalModel, ServedModel
@@ -34,25 +33,6 @@ logger = logging.getLogger(__name__)
 START_S = 1800.0
 _METRICS_S = 30.0
 _TEXT = "Question: Anna has 3 red apples and 12 green ones. She gives 5 of them to Ben. How many are left?\nAnswer: 3"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured.
-
-    Args:
-        manifest: of the build.
-        target: the build's adapter or merged model.
-        base: directory of the base.
-        tokenizer: directory of the tokenizer.
-        context: the longest context that the base takes.
-    """
-
-    manifest: Manifest
-    target: Target
-    base: Path
-    tokenizer: Path
-    context: int
 
 
 @dataclass
@@ -112,8 +92,8 @@ class VllmBackend:
     def roles(self) -> Iterator[Callable[[str], Any]]:
         """Yields role -> context manager of what is asked. An adapter and its base share a server."""
         if self._server is not None:
-            launch = self._running(self._server)
-            yield lambda role: self._ask(role, launch)
+            endpoint = self._running(self._server)
+            yield lambda role: self._ask(role, endpoint)
         elif self._subject.target.kind == "merged":  # a server each, one after the other
             yield self._own_server
         else:
@@ -129,7 +109,7 @@ class VllmBackend:
 
     @contextmanager
     def _started(self, given: str, model: Path) -> Iterator[Launch]:
-        from soka_serve.serving.process import Server, Stopped, signals_stop
+        from soka_serve.serving.process import Stopped, started
         from soka_serve.serving.serve import plan_launch
 
         host, port = "127.0.0.1", _free_port()
@@ -145,29 +125,19 @@ class VllmBackend:
         base = None if self._subject.target.kind == "merged" else str(self._subject.base)
         _, launch = plan_launch([given], settings, base=base)
         log = Path(tempfile.mkdtemp(prefix="soka-eval-")) / "vllm.log"
-        logger.info("starting vLLM on %s; its log is %s", launch.url, log)
         try:
-            with signals_stop() as ignore_signals:
-                server = Server(launch, log)
-                try:
-                    seconds = server.wait_healthy(START_S)
-                    logger.info("vLLM answers after %.0f s", seconds)
-                    with server.explaining():
-                        yield launch
-                finally:
-                    ignore_signals()
-                    server.stop()
+            with started(launch, log, START_S) as server, server.explaining():
+                logger.info("vLLM answers after %.0f s", server.ready_s)
+                yield launch
         except Stopped as stopped:
             raise KeyboardInterrupt from stopped
 
-    def _running(self, url: str) -> Launch:
+    def _running(self, url: str) -> Endpoint:
         """A server that somebody else started: it must serve the build's adapter under its name."""
-        from soka_serve.serving.probe import served_models
-
         host, port, scheme = parse_address(url)
         key = os.environ.get("VLLM_API_KEY", "").split()
-        reached = Launch((), host=host, port=port, scheme=scheme, api_key=key[0] if key else "")
-        cards = {str(card.get("id")): card for card in served_models(reached)}
+        reached = Endpoint(host=host, port=port, scheme=scheme, api_key=key[0] if key else "")
+        cards = {str(card.get("id")): card for card in Client(reached).models()}
         target = self._subject.target
         card = cards.get(target.name)
         if card is None or not card.get("parent"):
@@ -183,27 +153,26 @@ class VllmBackend:
             )
         if not root.exists():
             logger.warning("%s: whether %r is this build cannot be seen from here (%s)", url, target.name, root)
-        parent = str(card["parent"])
-        return Launch((), host=host, port=port, scheme=scheme, api_key=reached.api_key, base_model=parent)
+        return replace(reached, base_model=str(card["parent"]))
 
     @contextmanager
-    def _ask(self, role: str, launch: Launch) -> Iterator[Asked]:
+    def _ask(self, role: str, endpoint: Endpoint) -> Iterator[Asked]:
         from soka_serve.evaluation.models import ServedModel
-        from soka_serve.serving.probe import measure_effects, served_context
 
-        name = launch.base_model if role == "base" else self._subject.target.name
-        context = served_context(launch) or self._subject.context
-        lm = ServedModel(launch, name, self._subject.tokenizer, context, self._concurrency)
+        client = Client(endpoint)
+        name = endpoint.base_model if role == "base" else self._subject.target.name
+        context = client.context() or self._subject.context
+        lm = ServedModel(endpoint, name, self._subject.tokenizer, context, self._concurrency)
         facts = {"model": name, "context": context}
 
         def effect() -> tuple[float, float]:
-            noise, effects = measure_effects(launch, [name])
+            noise, effects = client.effects([name])
             return noise, effects[name]
 
         if role == "base":
             yield Asked(lm, facts)
         else:
-            yield Asked(lm, facts, effect, lambda: _counted(launch, name))
+            yield Asked(lm, facts, effect, lambda: client.finished_requests(name))
 
 
 class TransformersBackend:
@@ -305,20 +274,6 @@ def _logprobs(model: Any, tokenizer: Path) -> Any:
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()
-
-
-def _counted(launch: Launch, adapter: str) -> float | None:
-    """Finished requests of an adapter, as the plugin counts them; None where the server has no such metric."""
-    request = urllib.request.Request(f"{launch.url}/metrics")
-    try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            lines = reply.read().decode().splitlines()
-    except (OSError, ValueError):
-        return None
-    if not any(line.startswith("# TYPE soka:requests") for line in lines):
-        return None if not any(line.startswith("# TYPE soka:") for line in lines) else 0.0
-    start = f'soka:requests_total{{adapter="{adapter}",'
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
 
 
 def wait_counted(counted: Callable[[], float | None], least: float) -> float | None:

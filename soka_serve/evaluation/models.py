@@ -18,7 +18,7 @@ from soka_serve.io.progress import track
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from soka_serve.serving.command import Launch
+    from soka_serve.serving.client import Endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +82,17 @@ class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-i
     """A model name of a running server, asked through /v1/completions.
 
     Args:
-        launch: how the server is reached.
+        endpoint: how the server is reached.
         name: the model's name in its API.
         tokenizer: directory of the base's tokenizer: prompts are sent as the token ids that training saw.
         context: the longest context that the server takes.
         concurrency: requests at once.
     """
 
-    def __init__(self, launch: Launch, name: str, tokenizer: Path, context: int, concurrency: int) -> None:
-        self._key = launch.api_key
+    def __init__(self, endpoint: Endpoint, name: str, tokenizer: Path, context: int, concurrency: int) -> None:
+        self._key = endpoint.api_key
         super().__init__(
-            base_url=f"{launch.url}/v1/completions",
+            base_url=f"{endpoint.url}/v1/completions",
             model=name,
             tokenizer_backend="none",  # lm-eval would open it its own way
             num_concurrent=max(concurrency, 2),  # at 1 lm-eval takes another way, which stores nothing in between
@@ -104,7 +104,7 @@ class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-i
         self.tokenizer = open_tokenizer(tokenizer)
         self.tokenizer_backend = "huggingface"
         self.tokenized_requests = True
-        self._url = launch.url
+        self._url = endpoint.url
         self.context = context
 
     @property

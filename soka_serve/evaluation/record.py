@@ -12,42 +12,28 @@ from importlib import metadata
 from typing import Any
 
 from soka_serve.base.resolve import resolve_base
-from soka_serve.evaluation.backends import Subject, TransformersBackend, VllmBackend
 from soka_serve.evaluation.results import Score
+from soka_serve.evaluation.subject import Evaluation
 from soka_serve.io.versions import versions
-from soka_serve.manifest.read import LoadedManifest
 
 
 def make_record(
-    loaded: LoadedManifest,
-    subject: Subject,
-    runner: VllmBackend | TransformersBackend,
-    tasks: Sequence[str],
-    limit: int | None,
-    weights: Mapping[str, str],
-    parts: Mapping[tuple[str, str], Mapping[str, Any]],
-    scores: Sequence[Score],
-    *,
-    seed: int,
+    evaluation: Evaluation, parts: Mapping[tuple[str, str], Mapping[str, Any]], scores: Sequence[Score], *, seed: int
 ) -> dict[str, Any]:
     """The results file's content.
 
     Args:
-        loaded: the manifest whose build was measured.
-        subject: that build and its base.
-        runner: where the models ran.
-        tasks: the tasks asked for.
-        limit: problems per task; None is all of them.
-        weights: by role, a hash of the weights that answered.
+        evaluation: what was measured, and where.
         parts: every part's record, by role and task.
         scores: what `collect` made of the parts.
         seed: lm-eval's seeds.
     """
-    target, given = subject.target, loaded.manifest.base
+    loaded, target, weights = evaluation.loaded, evaluation.subject.target, evaluation.weights
+    given = loaded.manifest.base
     base = f"builtin:{given.builtin}" if given.builtin else resolve_base(given, manifest_dir=loaded.directory).name
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _command(loaded, runner, tasks, limit),
+        "command": _command(evaluation),
         "manifest": {"name": loaded.manifest.name, "file": loaded.path.name, "sha256": loaded.sha256},
         "base": {"name": base, "weights": weights["base"]},
         "result": {
@@ -56,8 +42,8 @@ def make_record(
             "peft_type": target.peft_type,
             "weights": weights["result"],
         },
-        "backend": runner.identity(),
-        "limit": limit,
+        "backend": evaluation.backend.identity(),
+        "limit": evaluation.limit,
         "seed": seed,
         "harness": _harness(),
         "versions": versions(),
@@ -67,12 +53,10 @@ def make_record(
     }
 
 
-def _command(
-    loaded: LoadedManifest, runner: VllmBackend | TransformersBackend, tasks: Sequence[str], limit: int | None
-) -> str:
-    place = loaded.path.name if loaded.path.is_absolute() else loaded.path
-    shown = f"soka-serve eval {place} --backend {runner.name}"
-    shown += "".join(f" --tasks {task}" for task in tasks)
+def _command(evaluation: Evaluation) -> str:
+    path, limit = evaluation.loaded.path, evaluation.limit
+    shown = f"soka-serve eval {path.name if path.is_absolute() else path} --backend {evaluation.backend.name}"
+    shown += "".join(f" --tasks {task}" for task in evaluation.tasks)
     return shown + (f" --limit {limit}" if limit is not None else "")
 
 

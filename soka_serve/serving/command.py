@@ -15,11 +15,10 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_code
 from soka_serve.errors import SokaError
 from soka_serve.serving.base import ServedBase
+from soka_serve.serving.client import DEFAULT_HOST, DEFAULT_PORT, Endpoint
 from soka_serve.serving.doctor import PLUGIN, find_engine
 from soka_serve.serving.slots import slot_values
 from soka_serve.serving.targets import Target, find_adapter
-
-DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 
 # Sizes that vLLM takes for --max-lora-rank.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -60,31 +59,16 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Launch:
+class Launch(Endpoint):
     """How vLLM is started, and how it is reached.
 
     Args:
         command: the command line.
         environment: what is added to the environment.
-        host, port: where it listens.
-        scheme: http, or https when vLLM was given a certificate.
-        base_model: name of the base (or of the merged model) in the API.
-        api_key: what it asks clients for; empty when nothing.
     """
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    host: str = DEFAULT_HOST
-    port: int = DEFAULT_PORT
-    scheme: str = "http"
-    base_model: str = ""
-    api_key: str = ""
-
-    @property
-    def url(self) -> str:
-        """Where a client on this machine finds it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
-        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     def to_text(self) -> str:
         """The command as a shell takes it."""

@@ -9,18 +9,16 @@ import os
 import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from soka_serve.errors import ServeError, SokaError, printable
 from soka_serve.io.child_signals import default_signals
+from soka_serve.serving.client import Client
 from soka_serve.serving.command import Launch
 from soka_serve.serving.log import failure_lines, last_stage, root_causes
 
@@ -123,8 +121,9 @@ class Server:
     """
 
     def __init__(self, launch: Launch, log: Path | None) -> None:
-        self.launch = launch
         self.log = log
+        self.ready_s = 0.0
+        self._client = Client(launch)
         environment = {**os.environ, **launch.environment}
         out = None if log is None else log.open("wb")
         try:
@@ -142,8 +141,8 @@ class Server:
             if out is not None:
                 out.close()
 
-    def wait_healthy(self, timeout_s: float) -> float:
-        """Wait until it answers, showing progress. Returns the seconds it took.
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Wait until it answers, showing progress; `ready_s` is then how long it took.
 
         Raises:
             ServeError: it ended, or did not answer in time.
@@ -153,9 +152,10 @@ class Server:
             if self._process.poll() is not None:
                 self._line("")
                 raise self._failure(f"vLLM ended with exit code {self._process.returncode} before it was ready")
-            if self._healthy():
+            if self._client.is_healthy():
                 self._line("")
-                return seconds
+                self.ready_s = seconds
+                return
             if self.log is not None and sys.stderr.isatty():
                 self._line(f"starting vLLM, {seconds:.0f} s: {self._last_line()}")
             elif self.log is not None and time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
@@ -183,7 +183,7 @@ class Server:
         try:
             yield
         except ServeError as error:
-            if self.log is None or self._healthy():
+            if self.log is None or self._client.is_healthy():
                 raise
             causes = root_causes(self._log_text())
             if not causes:
@@ -213,15 +213,6 @@ class Server:
             return False
         return True
 
-    def _healthy(self) -> bool:
-        # Its own certificate need not name this machine; who answers is not in question here.
-        context = ssl._create_unverified_context() if self.launch.scheme == "https" else None
-        try:
-            with urllib.request.urlopen(f"{self.launch.url}/health", timeout=5, context=context) as reply:
-                return bool(reply.status == 200)
-        except (OSError, urllib.error.URLError):
-            return False
-
     def _log_text(self) -> str:
         return "" if self.log is None else self.log.read_text(encoding="utf-8", errors="replace")[-200_000:]
 
@@ -241,3 +232,32 @@ class Server:
             return ServeError(f"{what}; see its output above")
         lines = [f"{what}:", *(f"  {line}" for line in failure_lines(self._log_text()))]
         return ServeError("\n".join(lines), hint=f"All it said: {self.log}")
+
+
+@contextmanager
+def started(launch: Launch, log: Path | None, timeout_s: float) -> Iterator[Server]:
+    """Start vLLM and wait until it answers; when the block ends, so do vLLM and all of its children.
+
+    Args:
+        launch: command and environment.
+        log: file for its output; None lets it write to the terminal.
+        timeout_s: how long it may take to start.
+
+    Raises:
+        Stopped: a signal asked this program to end; see `signals_stop`.
+        ServeError: vLLM did not start.
+    """
+    logger.info("starting vLLM on %s%s", launch.url, f"; its log is {log}" if log else "")
+    with signals_stop() as ignore_signals:
+        server = None
+        try:
+            server = Server(launch, log)
+            server.wait_healthy(timeout_s)
+            yield server
+        except Stopped as stopped:
+            logger.info("%s: ending vLLM", signal.Signals(stopped.number).name)
+            raise
+        finally:
+            ignore_signals()
+            if server is not None:
+                server.stop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from soka_serve.serving.base import ServedBase, find_base
 from soka_serve.serving.command import Launch, Settings, list_builds, make_launch
 from soka_serve.serving.doctor import quick_checks
 from soka_serve.serving.probe import examples, probe
-from soka_serve.serving.process import Server, Stopped, check_port, signals_stop
+from soka_serve.serving.process import Stopped, check_port, started
 from soka_serve.serving.targets import Target, read_targets
 
 logger = logging.getLogger(__name__)
@@ -69,30 +68,20 @@ def serve(
         SokaError: the port is taken, vLLM does not start or dies, an adapter has no effect.
     """
     check_port(launch.host, launch.port)
-    log = None if verbose else _log_file(launch.port)
-    logger.info("starting vLLM on %s%s", launch.url, f"; its log is {log}" if log else "")
     ready = False
-    with signals_stop() as ignore_signals:
-        server = None
-        try:
-            server = Server(launch, log)
-            seconds = server.wait_healthy(timeout_s)
+    try:
+        with started(launch, None if verbose else _log_file(launch.port), timeout_s) as server:
             with server.explaining():
                 effects = probe(launch, targets) if targets and targets[0].kind == "adapter" else {}
             for target in targets:
                 effect = f"; moves log-probabilities by up to {effects[target.name]:.3g}" if effects else ""
                 logger.info("serving %s%s", target.to_text(), effect)
             ready = True
-            for line in _ready_lines(targets, launch, seconds):
+            for line in _ready_lines(targets, launch, server.ready_s):
                 say(line)
             server.wait()
-        except Stopped as stopped:
-            logger.info("%s: ending vLLM", signal.Signals(stopped.number).name)
-            return 0 if ready else 128 + stopped.number
-        finally:
-            ignore_signals()
-            if server is not None:
-                server.stop()
+    except Stopped as stopped:
+        return 0 if ready else 128 + stopped.number
     raise AssertionError("Server.wait returns by raising")
 
 

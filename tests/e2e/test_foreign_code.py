@@ -45,7 +45,8 @@ OPENERS = {
     "training": "from soka_serve.base.model import load_base\nload_base(base)",
     "verify": "from soka_serve.compiler.merge.verify import verify_logits\nverify_logits(base, base, Path('adapter'))",
     "eval, transformers": """\
-from soka_serve.evaluation.backends import Subject, TransformersBackend
+from soka_serve.evaluation.backends import TransformersBackend
+from soka_serve.evaluation.subject import Subject
 from soka_serve.manifest.read import read_manifest
 from soka_serve.serving.targets import Target
 target = Target(given='m', name='m', kind='merged', path=base)
