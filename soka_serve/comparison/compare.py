@@ -1,4 +1,4 @@
-"""`soka-serve compare`: run a suite's runs, as many at a time as asked, and write what they show.
+"""`soka-serve compare`: run the runs of a suite, several at a time, and write the results.
 
 Every run is a process of its own with one thread, and leaves one record in the work folder; see
 `soka_serve.comparison.plan` for which runs there are. A run that fails is a record too.
@@ -32,9 +32,9 @@ from soka_serve.io.workspace import HashCache, Workspace
 
 @dataclass(frozen=True)
 class CompareResult:
-    """What a comparison has so far. Paths are None where nothing was written.
+    """Results of a comparison so far. Paths are None where nothing was written.
 
-    `left` counts the runs that can be told to be missing: the grids may yet be extended.
+    `left` counts the runs that are known to be missing; the grids may still be extended.
     """
 
     suite: str
@@ -117,7 +117,7 @@ def compare(
 
 
 def _check_out(out: Path) -> None:
-    """Refuse names under which the results would overwrite each other, or what no comparison wrote."""
+    """Refuse names under which the results would overwrite each other, or a file that no comparison wrote."""
     beside = (out.with_suffix(".md"), out.with_suffix(".html"))
     if out in beside:
         raise BuildError(f"--out {out}: is the name of the JSON file", hint=f"Give {out.with_suffix('.json')}")
@@ -125,7 +125,7 @@ def _check_out(out: Path) -> None:
 
 
 def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
-    """What all runs depend on beside the suite.
+    """Everything that all runs depend on, other than the suite: hashes of base and data, versions, kind of device.
 
     Raises:
         CheckpointError, DataError: base or data that cannot be read.

@@ -1,4 +1,4 @@
-"""A comparison's results as one HTML page that needs nothing else, in the style of report.html."""
+"""A comparison's results as one self-contained HTML page, in the style of report.html."""
 
 from __future__ import annotations
 

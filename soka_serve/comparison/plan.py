@@ -1,8 +1,8 @@
-"""Which runs a suite has, what each is filed under, and which come next, given the records that are there.
+"""Which runs a suite has, the key of each, which come next, and which learning rate its sweeps choose.
 
-A suite never keeps a state of its own: everything follows from its text and its records, so it may be killed at any
-time. Per method and dataset (a cell): the sweep over the rates, further rates while the best one is at the edge of the
-grid, and then the seeds at the chosen rate.
+A suite has no state of its own: everything follows from its text and its records, so it may be killed at any time. Per
+method and dataset (a cell): the sweep over the rates, further rates while the best one is at the edge of the grid, and
+then the seeds at the chosen rate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def is_key(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: what is trained on what, how, and the key that its record is filed under."""
+    """One run: method, dataset, learning rate, seed, and the key of its record."""
 
     method: str
     dataset: str
@@ -45,7 +45,7 @@ class RunSpec:
         return next(d for d in suite.dataset if d.name == self.dataset)
 
     def describe(self) -> dict[str, Any]:
-        """What its record says of it."""
+        """The fields that describe the run in its record."""
         return {
             "method": self.method,
             "dataset": self.dataset,
@@ -66,7 +66,7 @@ class RunSpec:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run depends on beside the suite: hashes of base and data, versions, the kind of device."""
+    """Everything that a run depends on, other than the suite: hashes of base and data, versions, the kind of device."""
 
     base: str
     data: Mapping[str, str]
@@ -76,7 +76,7 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the sweep of a cell says. `rate` is None as long as it is not decided, or if every run failed.
+    """The rate that the sweep of a cell chose. `rate` is None as long as it is not decided, or if every run failed.
 
     `at_edge`: the best rate is the smallest or largest that was tried, after all extensions.
     """
@@ -89,7 +89,7 @@ class Choice:
 
 
 def score_of(record: Record) -> float | None:
-    """What a sweep is decided by: the share of problems that are right; 0 of a diverged run, None of a failed one."""
+    """The score that decides a sweep: the share of right answers; 0 of a diverged run, None of a failed one."""
     if record["status"] == "failed":
         return None
     return float(record["correct"] / record["problems"]) if record["status"] == "done" else 0.0
@@ -147,7 +147,7 @@ class Cell:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
     def choose(self, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
-        """What the sweep says so far, and the sweep runs that it still needs."""
+        """The choice as far as the sweep has come, and the sweep runs that it still needs."""
         rates = self.contender.rates
         extensions = 0
         while True:
@@ -193,7 +193,7 @@ def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
 
 
 def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunSpec]:
-    """The runs that can start now, the most telling first; empty when the suite is finished.
+    """The runs that can start now, the most informative first; empty when the suite is finished.
 
     Order: priority, then sweeps before results, then seed by seed over all cells, so that a suite that is stopped has
     something about every method.

@@ -1,4 +1,4 @@
-"""The held-out problems of a comparison: some to choose learning rates by, others to measure."""
+"""The held-out problems of a comparison: validation problems choose learning rates, test problems measure results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _KINDS = {"hashes": "math", "boxed": "boxed"}  # whose way of marking is used
 def validation_problems(
     dataset: DataSet, protocol: Protocol, directory: Path, tokenizer: TextTokenizer
 ) -> list[Problem]:
-    """What learning rates are chosen by: shares no problem with `test_problems`."""
+    """The problems that choose learning rates; none of them is among `test_problems`."""
     if dataset.data.builtin is not None:
         return generate_validation(dataset.data.builtin, protocol.validation, protocol.test)
     return _own(dataset, protocol, directory, tokenizer)[protocol.test :]
 
 
 def test_problems(dataset: DataSet, protocol: Protocol, directory: Path, tokenizer: TextTokenizer) -> list[Problem]:
-    """What results are measured by: for a builtin family, the problems that builds measure by too."""
+    """The problems that measure results; for a builtin family, those that builds measure by."""
     if dataset.data.builtin is not None:
         return generate(dataset.data.builtin, "test", protocol.test)
     return _own(dataset, protocol, directory, tokenizer)[: protocol.test]
@@ -66,7 +66,7 @@ def _answer(dataset: DataSet, completion: str) -> str | None:
 
 
 def is_right(problem: Problem, text: str) -> bool:
-    """Whether an answer is right, in the problem's own way."""
+    """Whether an answer is right, by the rule of the problem's family."""
     if problem.family == "exact":
         return text.strip() == problem.answer
     return check_answer(problem, text)

@@ -28,7 +28,7 @@ class Records:
         return self.folder / f"{key}.json"
 
     def read(self) -> dict[str, dict[str, Any]]:
-        """All records by key; a damaged one is removed with a warning. Files of other names are somebody else's."""
+        """All records by key; a damaged one is removed with a warning. Files with other names are left alone."""
         for file in self.folder.glob("*.json"):
             if file.stem not in self._known and is_key(file.stem):
                 try:
@@ -109,7 +109,7 @@ def run_keys(cell: Cell, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
 
 
 def progress_of(cells: list[Cell], records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Runs that are done, that can be told to be missing, and that failed."""
+    """Numbers of runs that are done, that are known to be missing, and that failed."""
     done: set[str] = set()
     left = 0
     for cell in cells:

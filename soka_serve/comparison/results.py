@@ -1,4 +1,4 @@
-"""From the records of a comparison to its results: per cell, per method, and the paired tests."""
+"""Summarise the records of a comparison: per cell, per method, and paired tests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METRICS = {"accuracy": True, "steps_to_loss": False, "grad_norm_cv": False}
 
 
 def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]) -> dict[str, Any]:
-    """Everything that the results say, as JSON values."""
+    """All results, as JSON values."""
     chosen = {(c.contender.name, c.dataset.name): c.choose(records)[0] for c in cells}
     finals = {
         place: _finals(cell, chosen[place], records)

@@ -193,5 +193,5 @@ class _HashingCollator:
         return batch
 
     def digest(self) -> str:
-        """Of the batches so far."""
+        """Hash of the batches so far."""
         return self._hash.hexdigest()[:16]

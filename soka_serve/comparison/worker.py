@@ -1,4 +1,4 @@
-"""A worker process of a comparison: one run, one record. Loaded once by the server that workers are forked from."""
+"""A worker process of a comparison: one run, one record. The fork server imports it once."""
 
 from __future__ import annotations
 

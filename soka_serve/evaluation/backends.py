@@ -1,4 +1,4 @@
-"""Where the models that are measured run: in a vLLM server, or in this process through transformers.
+"""The backends that run the measured models: a vLLM server, or transformers in this process.
 
 Both give one lm-eval model per role, and a proof that the two roles are two models: by how much log-probabilities of a
 text differ, asked before and after each task.
@@ -37,7 +37,7 @@ _TEXT = "Question: Anna has 3 red apples and 12 green ones. She gives 5 of them 
 
 @dataclass
 class Asked:
-    """One role's model, ready to be asked.
+    """The lm-eval model of one role: the base or the adapter.
 
     Args:
         lm: the lm-eval model.
@@ -54,7 +54,7 @@ class Asked:
 
 
 def own_dtype(asked: str, model: Path) -> str:
-    """What "auto" stands for, whichever backend: the checkpoint's own dtype. vLLM would take 16 bits for float32."""
+    """The checkpoint's own dtype, which "auto" means with both backends. vLLM would take 16 bits for float32."""
     if asked != "auto":
         return asked
     config = read_json(model / "config.json")
@@ -81,7 +81,7 @@ class VllmBackend:
         self._options = options
 
     def identity(self) -> dict[str, Any]:
-        """What of it a score depends on."""
+        """The properties of the backend that a score depends on."""
         serve = self._subject.manifest.serve
         dtype = serve.dtype if self._server else own_dtype(serve.dtype, self._subject.base)
         found: dict[str, Any] = {"backend": self.name, "dtype": dtype, "max_model_len": serve.max_model_len}
@@ -133,7 +133,7 @@ class VllmBackend:
             raise KeyboardInterrupt from stopped
 
     def _running(self, url: str) -> Endpoint:
-        """A server that somebody else started: it must serve the build's adapter under its name."""
+        """A server that was not started here: it must serve the build's adapter under its name."""
         host, port, scheme = parse_address(url)
         key = os.environ.get("VLLM_API_KEY", "").split()
         reached = Endpoint(host=host, port=port, scheme=scheme, api_key=key[0] if key else "")
@@ -190,7 +190,7 @@ class TransformersBackend:
         self._batch_size = batch_size
 
     def identity(self) -> dict[str, Any]:
-        """What of it a score depends on."""
+        """The properties of the backend that a score depends on."""
         serve, base = self._subject.manifest.serve, self._subject.manifest.base
         dtype = own_dtype(serve.dtype, self._subject.base)
         found = {"backend": self.name, "dtype": dtype, "quantize": base.quantize}
@@ -258,7 +258,7 @@ def parse_address(url: str) -> tuple[str, int, str]:
 
 
 def _placed(model: Any) -> Any:
-    """On the GPU, where there is one; a quantised model is where it must be."""
+    """Move the model to the GPU, where there is one; a quantised model stays where it was loaded."""
     import torch
 
     return model.to("cuda") if torch.cuda.is_available() and not getattr(model, "is_quantized", False) else model
@@ -301,7 +301,7 @@ def _free_port() -> int:
 
 
 def _versions(*packages: str) -> dict[str, str]:
-    """Versions of those that are installed."""
+    """Versions of the given packages that are installed."""
     found = {}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

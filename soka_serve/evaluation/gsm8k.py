@@ -45,7 +45,7 @@ def last_number(text: str) -> str | None:
 
 
 def same_number(found: str | None, gold: str | None) -> bool:
-    """Whether two numbers are the same: 18 is 18.00, and nothing is the same as no number."""
+    """Whether two numbers are equal: 18 equals 18.00; a missing number equals nothing."""
     if found is None or gold is None:
         return False
     try:

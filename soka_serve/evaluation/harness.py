@@ -31,7 +31,7 @@ def check_installed() -> None:
 
 @contextmanager
 def task_environment(evaluation: Evaluation) -> Iterator[None]:
-    """What the tasks read: the manifest whose prompt template they render, and the consent."""
+    """Set the environment that the tasks read: the manifest whose prompt template they render, and the consent."""
     values = {MANIFEST_VARIABLE: str(evaluation.loaded.path.resolve())}
     if evaluation.allow_code_execution:
         values["SOKA_ALLOW_CODE_EXECUTION"] = "1"

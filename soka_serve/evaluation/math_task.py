@@ -87,7 +87,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def read_answer(text: str) -> str | None:
-    r"""What an answer says: its last `\boxed{}`, else what follows the last "the answer is".
+    r"""The final answer in a text: its last `\boxed{}`, else what follows the last "the answer is".
 
     >>> read_answer("So $x = 3$. The answer is: 3")
     '3'
@@ -149,6 +149,6 @@ def score(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float | N
 
 
 def mean_of_level(values: Sequence[float | None]) -> float:
-    """lm-eval aggregation: the mean over the problems of a level; not a number where there is none."""
+    """lm-eval aggregation: the mean over the problems of a level; NaN where there is none."""
     there = [value for value in values if value is not None]
     return sum(there) / len(there) if there else float("nan")

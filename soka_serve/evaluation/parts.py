@@ -67,7 +67,7 @@ def run_parts(evaluation: Evaluation) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _identity(evaluation: Evaluation) -> dict[str, Any]:
-    """What scores depend on, beside the weights."""
+    """Everything that scores depend on, other than the weights."""
     data = os.environ.get(DATA_VARIABLE)
     files = sorted(Path(data).glob("*.jsonl")) if data else []
     return {

@@ -1,4 +1,4 @@
-"""What a run of `soka-serve eval` leaves behind: the record that names everything scores depend on, and its page."""
+"""The record of an evaluation, which names everything that its scores depend on, and its Markdown page."""
 
 from __future__ import annotations
 

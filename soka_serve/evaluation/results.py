@@ -1,4 +1,4 @@
-"""What an evaluation found: one score per task, metric and model; as JSON, as a table, held against thresholds."""
+"""The scores of an evaluation, one per task, metric and model: as JSON, as a table, checked against thresholds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What `evaluate` made.
+    """The result of `evaluate`.
 
     Args:
         name: of the build.

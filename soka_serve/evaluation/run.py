@@ -1,4 +1,4 @@
-"""`soka-serve eval`: a build and its base, asked the same lm-eval tasks. Resumable, see `parts`."""
+"""`soka-serve eval`: run the same lm-eval tasks on a build and on its base. Resumable, see `parts`."""
 
 from __future__ import annotations
 

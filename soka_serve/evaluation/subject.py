@@ -19,7 +19,7 @@ from soka_serve.serving.targets import Target
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured.
+    """The build that is measured, and its base.
 
     Args:
         manifest: of the build.
@@ -42,7 +42,7 @@ class Backend(Protocol):
     name: str
 
     def identity(self) -> dict[str, Any]:
-        """What of it a score depends on."""
+        """The properties of the backend that a score depends on."""
 
     def roles(self) -> AbstractContextManager[Any]:
         """Yields role -> context manager of the model to ask (`backends.Asked`)."""
@@ -77,13 +77,13 @@ class Evaluation:
 
     @property
     def generation(self) -> dict[str, int]:
-        """What the manifest says of answers, where it says it; else each task's own."""
+        """Generation settings that the manifest gives; without any, each task has its own."""
         table = self.loaded.manifest.eval
         return {"max_gen_toks": table.max_new_tokens} if "max_new_tokens" in table.model_fields_set else {}
 
     @cached_property
     def weights(self) -> dict[str, str]:
-        """By role, a hash of the weights that answer; large files are hashed once and remembered, as for serving."""
+        """A hash of the weights of each role; large files are hashed once and remembered, as for serving."""
         hashes = own_hashes()
         found = {}
         for role, place in zip(ROLES, (self.subject.base, self.subject.target.path), strict=True):

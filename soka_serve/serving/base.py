@@ -1,4 +1,4 @@
-"""The one base that all adapters of a server share: found, and its weights held against their soka.lock."""
+"""Find the base that all adapters of a server share, and check its weights against their soka.lock."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _check_hashes(targets: Sequence[Target], base: Base) -> None:
 
 
 def _build_hashes(targets: Sequence[Target]) -> list[HashCache]:
-    """What the builds of the targets have hashed, where only this user can have written it."""
+    """Hashes that the builds of the targets recorded, if only this user can have written them."""
     found = []
     for folder in sorted({target.path.parent.parent / ".cache" for target in targets}):
         file = folder / HASHES_FILE

@@ -49,7 +49,7 @@ _API_PROCESSES = ("--api-server-count", "-asc")
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user chose on the command line; None is not given."""
+    """Options of the command line; None where one is not given."""
 
     host: str | None = None
     port: int | None = None
@@ -77,7 +77,7 @@ class Launch(Endpoint):
 
 
 def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Settings) -> Launch:
-    """Put the command together.
+    """Make vLLM's command line and environment.
 
     Args:
         targets: adapters on one base, or one merged model; none with `settings.builds`.
@@ -157,7 +157,7 @@ def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
 
 
 def _check_api_processes(theirs: Mapping[str, list[str]], settings: Settings) -> None:
-    """vLLM starts none for 0, and tells those of several nothing of adapters that come later."""
+    """Refuse several API processes where adapters may come later: vLLM tells only one of them."""
     for given in theirs:
         # vLLM takes the beginning of an option for the option.
         if len(given) > 1 + given.startswith("--") and any(name.startswith(given) for name in _API_PROCESSES):
@@ -170,7 +170,7 @@ def _check_api_processes(theirs: Mapping[str, list[str]], settings: Settings) ->
 
 
 def _check_engine(base: ServedBase) -> None:
-    """What the installed vLLM cannot do with adapters, which it would tell after minutes, or in the first request."""
+    """Refuse what the installed vLLM cannot do with adapters, before minutes are spent on its start."""
     engine = find_engine()
     if engine is not None and engine.is_cpu and base.has_experts:
         raise SokaError(
@@ -248,7 +248,7 @@ def list_builds(folder: Path) -> list[Path]:
 
 
 def _agreed(targets: Sequence[Target], option: str) -> str | int | None:
-    """What the manifests' [serve] tables say of an option; None where none does."""
+    """The value of an option in the manifests' [serve] tables; None where none has it."""
     key = option.removeprefix("--").replace("-", "_")
     tables = {t.given: t.settings for t in targets if t.settings is not None}
     said = {given: getattr(table, key) for given, table in tables.items() if key in table.model_fields_set}
@@ -277,7 +277,7 @@ def _lora_module(target: Target) -> str:
 
 
 def _loads_later(settings: Settings) -> bool:
-    """Whether adapters may come that are not known yet."""
+    """Whether adapters may be loaded while the server runs."""
     allowed = settings.runtime_loading
     if allowed is None:
         allowed = os.environ.get(_RUNTIME_VARIABLE, "0").strip().lower() in ("1", "true")

@@ -1,4 +1,4 @@
-"""`soka-serve doctor`: is everything there that serving needs? No torch, no vLLM: what imports them is a child process.
+"""`soka-serve doctor`: check that what serving needs is there. No torch, no vLLM: what imports them is a child process.
 
 A plugin that vLLM does not find, or that is switched off, is no error for vLLM: it would refuse or, in old versions,
 ignore the adapters. So it is looked for here, and by `soka-serve serve` before it starts a server.

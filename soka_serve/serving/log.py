@@ -1,4 +1,4 @@
-"""What vLLM's log says of how far a start has come, and of what an engine died from."""
+"""Read vLLM's log: how far a start has come, and what an engine died from."""
 
 from __future__ import annotations
 

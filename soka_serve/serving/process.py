@@ -96,8 +96,8 @@ def _begin() -> None:
 
 
 def _is_anyone_alive(group: int) -> bool:
-    """Whether a process group has members that run. A container's first process may never bury the dead, which a signal
-    still reaches; where there is no /proc to look at, they count as alive."""
+    """Whether a process group has members that run. Zombies do not count: the first process of a container may never
+    reap them, and signals still reach them. Without /proc they count as running."""
     if not Path("/proc/self/stat").exists():
         return True
     for entry in Path("/proc").iterdir():

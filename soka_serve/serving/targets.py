@@ -1,5 +1,5 @@
-"""What `soka-serve serve` is given: manifests, adapters and merged models -> what is served, under which name. No torch
-but for SoKA adapters, which are read and checked as a whole."""
+"""Read the targets of `soka-serve serve` (manifests, adapters, merged models): what is served, under which name. No
+torch but for SoKA adapters, which are read and checked as a whole."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _from_manifest(text: str, name: str | None, loaded: LoadedManifest, out: Pat
 
 
 def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, line: str) -> None:
-    """The build is there, and the manifest says today what it was built from. Papers (report, card) may be older."""
+    """Check that the build is there and up to date with its manifest. Its report and card may be older."""
     from soka_serve.base.resolve import resolve_base
 
     built = previous_keys(target)
@@ -182,7 +182,7 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
 
 
 def _asks_otherwise(loaded: LoadedManifest, target: Path) -> bool:
-    """Whether a build's copy of its manifest asks for something else, but for where things lie and how it is served."""
+    """Whether a build's copy of its manifest differs in more than paths and how it is served."""
     lock = read_lock(target / "soka.lock")
     if lock.get("manifest", {}).get("sha256") == loaded.sha256:
         return False
@@ -199,7 +199,7 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
 
 
 def _what_changed(loaded: LoadedManifest, target: Path, root: Path) -> list[str]:
-    """In words, what a build was made from that is not there any more."""
+    """Name what has changed since the build: manifest, base, data, fine-tuned checkpoint or program."""
     lock = read_lock(target / "soka.lock")
     found = ["an earlier manifest"] if _asks_otherwise(loaded, target) else []
     try:
@@ -313,7 +313,7 @@ def _name_of(path: Path) -> str:
 
 
 def _prompt(build: Path) -> str | None:
-    """A held-out prompt of the build's accuracy check, if it is this user's build. It only makes the example nicer."""
+    """A held-out prompt of the build's accuracy check, if it is this user's build. For the printed example."""
     file = build / "check.json"
     try:
         status = file.lstat()

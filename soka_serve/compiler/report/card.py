@@ -21,8 +21,7 @@ _HASHES = re.compile(r"^(manifest|base|data|adapter)(\.sha256|_sha256)$")
 def render_card(data: ReportData) -> str:
     """The card of a build, as Markdown with YAML front matter.
 
-    A base that is a local directory is named by its last part: where it lay on the machine that trained is nobody
-    else's business.
+    A base that is a local directory is named by its last part: its path on the training machine is private.
     """
     accuracies = (("base model alone", data.accuracy_before), ("this build", data.accuracy_after))
     dense = data.registered.whole_model or ("merged" in data.artefacts and "adapter" not in data.artefacts)
@@ -60,7 +59,7 @@ def _render(template: str, use: Mapping[str, object], **values: object) -> str:
 
 
 def _use(base_name: str, name: str, method: Method, *, dense: bool = False) -> dict[str, object]:
-    """What the paragraphs on loading and serving need."""
+    """Template variables of the paragraphs on loading and serving."""
     base_model = _public(base_name)
     base = _shown(base_model)
     path = f"path/to/{base}" if base_model != base_name else base
@@ -77,14 +76,14 @@ def _use(base_name: str, name: str, method: Method, *, dense: bool = False) -> d
 
 
 def _public(name: str) -> str:
-    """A hub id as it is; of a local directory the last part, or 'builtin:tiny'."""
+    """The base's name for publication: a hub id, the last part of a local directory, or 'builtin:tiny'."""
     if Path(name) == base_directory():
         return "builtin:tiny"
     return PurePath(name).name if PurePath(name).is_absolute() else name
 
 
 def _shown(name: str) -> str:
-    """A name within a line, or in backticks."""
+    """A name that can stand within a line and in backticks."""
     return printable(name).replace("`", "'")
 
 

@@ -88,7 +88,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that report.html and the model card tell.
+    """Everything that report.html and the model card show.
 
     `accuracy_before` and `accuracy_after` are (correct, total). `comparison` maps other methods to the trainable
     parameters that they would need on the same modules. `artefacts` maps names to paths relative to the report.

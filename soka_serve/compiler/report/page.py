@@ -1,4 +1,4 @@
-"""report.html: what a build did, on one page that needs nothing else.
+"""Write report.html: one self-contained page that shows what a build did.
 
 The page holds its own styles and pictures, has no script, and forbids itself every request (Content-Security-Policy).
 Model output is untrusted: everything passes through Jinja's autoescape.

@@ -43,7 +43,7 @@ _SPECTRUM_OF = {"delta": "the fine-tuned change", "gradient": "the first gradien
 
 @dataclass(frozen=True)
 class Figure:
-    """One of the big figures at the top."""
+    """One of the key figures at the top of the page."""
 
     label: str
     value: str

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _ProgramError(Exception):
-    """The program raised, or answered what is no value."""
+    """The program raised, or answered with something that is not plain data."""
 
 
 class _ClosedError(Exception):
@@ -65,7 +65,7 @@ def _refuse(value: Any) -> int:
 
 
 class _Remote:
-    """Something of the program's that is not plain data: it can be called and looked into, never compared."""
+    """Handle of an object of the program that is not plain data: it can be called and inspected, never compared."""
 
     __slots__ = ("_channel", "_number")
 

@@ -85,7 +85,8 @@ def main() -> None:
 
 
 def _stand_alone() -> None:
-    """Shed what the caller's process may have handed down."""
+    """Drop what the caller's process may have handed down: environment, umask, signal handlers, closed standard
+    streams."""
     os.environ.clear()
     os.umask(0o077)
     child_signals.default_signals()  # with SIGCHLD ignored, no process could be waited for

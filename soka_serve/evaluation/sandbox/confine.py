@@ -1,4 +1,4 @@
-"""What takes a process its powers before it runs a program that a model wrote. Standard library only, Linux only.
+"""Confine a process before it runs a program that a model wrote. Standard library only, Linux only.
 
 Nothing here needs a privilege: resource limits, no_new_privs, Landlock (which files), seccomp (which system calls). A
 process of root also becomes an unprivileged user. Each step raises `MissingProtectionError` where it cannot be taken;
@@ -354,7 +354,8 @@ def refuse_system_calls() -> None:
 
 
 def lock(scratch: str, cpu_s: int, *, weak: bool) -> None:
-    """All of it, in the one order that works. `weak` keeps to resource limits, where a person has said so.
+    """Apply all protections, in the one order that works. `weak`: resource limits only, which a person must have
+    allowed.
 
     Raises:
         MissingProtectionError: one of them cannot be had here.
