@@ -28,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 from eval.record import hardware, make_parser, write_record  # noqa: E402
+from soka_serve.io.file_names import WEIGHTS_FILE  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.builds import same_tensors, write_manifest  # noqa: E402
 
@@ -65,7 +66,7 @@ def file_system(place: Path, size_mb: float) -> Iterator[None]:
 
 def adapter(out: Path) -> Path:
     """The file that is compared."""
-    return out / "small" / "adapter" / "adapter_model.safetensors"
+    return out / "small" / "adapter" / WEIGHTS_FILE
 
 
 def fill(manifest: Path, place: Path, size_mb: float, whole: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from soka_serve.errors import printable
+from soka_serve.io.file_names import CONFIG_FILE
 from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in, opened, renamed
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "roots_of",
 ]
 
-_CONFIG = "adapter_config.json"
 _LONGEST_REASON = 4000  # characters of why an adapter is refused
 # In front of folders in a request's base_model_name, which only the API process uses.
 _LIMITED = "soka-roots:"
@@ -52,7 +52,7 @@ def find_build(folder: Path, name: str) -> Path | None:
     if not _NAME.fullmatch(name):
         return None
     for place in (folder / name / "adapter", folder / name):
-        if (place / _CONFIG).is_file():
+        if (place / CONFIG_FILE).is_file():
             return place if is_inside(place, [folder]) else None
     return None
 

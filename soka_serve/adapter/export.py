@@ -17,8 +17,10 @@ from torch import Tensor
 from soka_serve.adapter.format import (
     ADAPTER_FILES,
     CARD_FILE,
+    CONFIG_FILE,
     KEY_PREFIX,
     LOCK_FILE,
+    WEIGHTS_FILE,
     Adapter,
     write_adapter,
 )
@@ -213,7 +215,7 @@ def _to_lora(adapter: Adapter, rank: int, dtype: torch.dtype, advance: Any) -> t
 def _write_lora(new: Path, adapter: Adapter, tensors: Mapping[str, Tensor], rank: int) -> None:
     from peft import LoraConfig
 
-    save_file(dict(sorted(tensors.items())), new / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(dict(sorted(tensors.items())), new / WEIGHTS_FILE, metadata={"format": "pt"})
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -226,7 +228,7 @@ def _write_lora(new: Path, adapter: Adapter, tensors: Mapping[str, Tensor], rank
         inference_mode=True,
     )
     values = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
-    write_text_atomic(new / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_text_atomic(new / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _source_lock(source: AdapterSource) -> dict[str, Any]:

@@ -25,10 +25,18 @@ from safetensors.torch import save as to_safetensors
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import write_bytes_atomic, write_text_atomic
 from soka_serve.io.json_files import read_json
 from soka_serve.io.lockfile import read_lock, write_lock
-from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo, find_not_finite, read_header, read_tensors
+from soka_serve.io.safetensors import (
+    FLOAT_DTYPES,
+    PICKLE_SUFFIXES,
+    TensorInfo,
+    find_not_finite,
+    read_header,
+    read_tensors,
+)
 from soka_serve.kron import Factors, stack_terms
 
 log = logging.getLogger(__name__)
@@ -55,12 +63,6 @@ __all__ = [
     "write_lock",
 ]
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-LOCK_FILE = "soka.lock"
-CARD_FILE = "README.md"
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, LOCK_FILE, CARD_FILE)
-
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1
 KEY_PREFIX = "base_model.model."
@@ -68,7 +70,6 @@ PARTS = ("left", "right", "sigma")
 _KINDS = ("", "_initial")  # trained, and what the training began with
 
 _SAVE_AGAIN = "save or download the adapter again"
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 # The fields of soka_serve.peft.SokaConfig (a test holds the two together), with what a finished adapter has there.
 _CONFIG: dict[str, Any] = {
@@ -307,7 +308,7 @@ def _check_files(folder: Path) -> list[str]:
     """Pickles are refused; the folder of a resume point has the Trainer's own, which nothing here opens."""
     if (folder / "trainer_state.json").exists():
         return []
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if not pickles:
         return []
     return [f"pickles, which can run code when loaded, have no place in an adapter: {name_some(pickles)}"]

@@ -17,6 +17,7 @@ from soka_serve.base.modules import text_config
 from soka_serve.base.quantisation import read_quantisation
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.safetensors import TensorInfo, read_header, stored_bytes
@@ -108,11 +109,11 @@ def inspect(path: str | Path) -> Inspection:
             f"{path}: no such file or directory", hint="give an adapter, a build or a model directory"
         )
     if path.is_dir():
-        if (path / "adapter_config.json").exists():
+        if (path / CONFIG_FILE).exists():
             return _adapter(path)
         if (path / "config.json").exists():
             return _model(path)
-        if any((path / name).exists() for name in ("adapter", "merged", "soka.lock")):
+        if any((path / name).exists() for name in ("adapter", "merged", LOCK_FILE)):
             return _build(path)
     raise CheckpointError(
         f"{path}: neither an adapter (adapter_config.json), nor a model (config.json), nor a build (soka.lock)",
@@ -179,8 +180,8 @@ def _model(path: Path) -> Inspection:
 @np.errstate(invalid="ignore", over="ignore")  # norms of a damaged adapter are shown as nan or inf
 def _adapter(path: Path) -> Inspection:
     budget = ReadingBudget()
-    config = read_json(path / "adapter_config.json", budget)
-    tensors = read_header(path / "adapter_model.safetensors", budget)
+    config = read_json(path / CONFIG_FILE, budget)
+    tensors = read_header(path / WEIGHTS_FILE, budget)
     budget.take_values(path, sum(info.numel for info in tensors.values()))
     modules = _modules(config, tensors)
     is_checkpoint = bool(config.get("soka_initial"))
@@ -272,7 +273,7 @@ def _read(module: str, parts: Mapping[str, TensorInfo], part: str) -> Array:
 
 
 def _lock(path: Path) -> dict[str, Any]:
-    return read_lock(path / "soka.lock") if (path / "soka.lock").exists() else {}
+    return read_lock(path / LOCK_FILE) if (path / LOCK_FILE).exists() else {}
 
 
 def _totals(tensors: Any) -> dict[str, str | int | float]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from soka_serve.base.folder import ModelFolder
 from soka_serve.errors import CheckpointError
+from soka_serve.io.file_names import CONFIG_FILE
 
 _HINT = (
     "soka-serve never runs code that comes with a checkpoint: take a checkpoint whose classes transformers has itself "
@@ -66,7 +67,7 @@ def check_no_adapter(directory: Path) -> None:
     Raises:
         CheckpointError: names the file.
     """
-    file = directory / "adapter_config.json"
+    file = directory / CONFIG_FILE
     if file.exists():
         raise CheckpointError(
             f"{file}: an adapter lies in the folder of the model; transformers would load the base that it names, with "

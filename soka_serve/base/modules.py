@@ -15,23 +15,13 @@ from typing import Any
 
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError
+from soka_serve.io.safetensors import STORED_NAMES, bits_of
 
 # Architectures whose layers hold exactly these seven projections as plain nn.Linear, under these names.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 # Where transformers keeps what config.json says of the language model in a multimodal base.
 _TEXT_CONFIGS = ("text_config", "language_config", "llm_config", "decoder")
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "int8": 1,
-    "uint8": 1,
-}
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _ORDER = {name: place for place, name in enumerate(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"))}
@@ -251,7 +241,7 @@ def size_from_config(
 
 def dtype_bytes(dtype: str) -> int:
     """Bytes of an element; 2 for a dtype we do not know."""
-    return DTYPE_BYTES.get(dtype, 2)
+    return bits_of(STORED_NAMES.get(dtype, "BF16")) // 8
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:

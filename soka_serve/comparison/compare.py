@@ -23,6 +23,7 @@ from soka_serve.comparison.suite import LoadedSuite, read_suite
 from soka_serve.data.examples import data_sha256
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic
+from soka_serve.io.hardware import has_nvidia_gpu
 from soka_serve.io.outputs import check_results
 from soka_serve.io.places import given_path
 from soka_serve.io.versions import versions
@@ -136,12 +137,7 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     digest = base.checkpoint.sha256(hashes.file)
     hashes.save()
     data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
-    return RunInputs(digest, data, versions(), _device())
-
-
-def _device() -> str:
-    """The kind of device, without importing torch into this process."""
-    return "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
+    return RunInputs(digest, data, versions(), "cuda" if has_nvidia_gpu() else "cpu")
 
 
 @dataclass(frozen=True)

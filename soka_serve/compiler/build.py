@@ -15,6 +15,7 @@ from pathlib import Path
 from soka_serve.compiler.check import QuickCheck
 from soka_serve.compiler.context import BUILD, Context, check_target, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.compiler.processes import Processes
+from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import replace_directory
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.places import given_path
@@ -133,7 +134,7 @@ def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
 def _result(context: Context) -> BuildResult:
     """Read the result back from the artefact, so that a fresh build and one with nothing to do say the same."""
     target = context.workspace.target
-    lock = read_lock(target / "soka.lock")
+    lock = read_lock(target / LOCK_FILE)
     check = QuickCheck.read(target / "check.json") if (target / "check.json").exists() else None
 
     def there(name: str) -> Path | None:

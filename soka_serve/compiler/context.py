@@ -20,6 +20,7 @@ from soka_serve.compiler.processes import Processes
 from soka_serve.data.examples import data_sha256
 from soka_serve.data.rows import resolve
 from soka_serve.errors import CheckpointError
+from soka_serve.io.file_names import CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.outputs import Lock, Output
@@ -38,7 +39,7 @@ _PAPERS = (
     "history.jsonl",
     "init.json",
     "check.json",
-    "README.md",
+    CARD_FILE,
     "report.html",
 )
 
@@ -192,16 +193,16 @@ def previous_keys(target: Path) -> dict[str, str]:
 
 def _previous_lock(target: Path) -> dict[str, Any]:
     """The lock of the artefact that is there; empty when there is none, or it cannot be read."""
-    if not (target / "soka.lock").exists():
+    if not (target / LOCK_FILE).exists():
         return {}
     try:
-        lock = read_lock(target / "soka.lock")
+        lock = read_lock(target / LOCK_FILE)
     except CheckpointError as error:
         warn(logger, "%s; everything runs again", error.message)
         return {}
     wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
     if wrong:
-        warn(logger, "%s: %s: not a table; everything runs again", target / "soka.lock", ", ".join(wrong))
+        warn(logger, "%s: %s: not a table; everything runs again", target / LOCK_FILE, ", ".join(wrong))
         return {}
     return lock
 

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 
 if TYPE_CHECKING:
@@ -56,17 +57,17 @@ def write_papers(context: Context, new: Path, made: Made) -> None:
     lock = _lock(context, new, made)
     data = _report_data(context, new, made, lock)
     card = render_card(data)
-    write_text_atomic(new / "README.md", card)
+    write_text_atomic(new / CARD_FILE, card)
     if (new / "adapter").exists():
-        for name in ("README.md", "soka.lock"):  # may be second names of the last build's files
+        for name in (CARD_FILE, LOCK_FILE):  # may be second names of the last build's files
             (new / "adapter" / name).unlink(missing_ok=True)
-        write_text_atomic(new / "adapter" / "README.md", card)
-        write_lock(new / "adapter" / "soka.lock", lock)
+        write_text_atomic(new / "adapter" / CARD_FILE, card)
+        write_lock(new / "adapter" / LOCK_FILE, lock)
     if context.loaded.manifest.output.report:
         write_report(new / "report.html", data)
     # Last, with the size of everything else: it is how the next build knows that this one is whole.
     files = {p.relative_to(new).as_posix(): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
-    write_lock(new / "soka.lock", {**lock, "files": files})
+    write_lock(new / LOCK_FILE, {**lock, "files": files})
 
 
 def comparison(context: Context) -> dict[str, int]:
@@ -79,7 +80,7 @@ def comparison(context: Context) -> dict[str, int]:
 def trained_ranks(trained: TrainResult) -> dict[str, int]:
     """Terms of every module after training, which may have pruned some. An exported adapter has up to twice as many:
     it holds theta and theta0."""
-    config = json.loads((trained.directory / "adapter_config.json").read_text())
+    config = json.loads((trained.directory / CONFIG_FILE).read_text())
     return {name: int(spec["rank"]) for name, spec in config["soka_modules"].items()}
 
 
@@ -112,7 +113,7 @@ def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
     }
     if made.start is not None:
         lock["ranks"] = trained_ranks(trained)
-    adapter = new / "adapter" / "adapter_model.safetensors"
+    adapter = new / "adapter" / WEIGHTS_FILE
     if adapter.exists():
         from soka_serve.io.files import sha256_file
 
@@ -124,11 +125,9 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
     from soka_serve.compiler.report.data import ReportData, read_history, read_rank_history
 
     manifest, trained, training, check = context.loaded.manifest, made.trained, made.training, made.check
-    adapter = new / "adapter" / "adapter_model.safetensors"
+    adapter = new / "adapter" / WEIGHTS_FILE
     has_history = trained.history.exists()
-    artefacts = {
-        n: n for n in ("adapter", "merged", "soka.lock", "manifest.toml", "history.jsonl") if (new / n).exists()
-    }
+    artefacts = {n: n for n in ("adapter", "merged", LOCK_FILE, "manifest.toml", "history.jsonl") if (new / n).exists()}
     return ReportData(
         name=str(manifest.name),
         description=manifest.description,

@@ -19,6 +19,7 @@ from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import Merging
 from soka_serve.data.examples import encode_examples, load_examples
 from soka_serve.errors import BuildError
+from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
 from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.workspace import link_tree
@@ -177,7 +178,7 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
         logger.info("export: unchanged, taken from the last build")
         link_tree(old, new / "adapter")
         _name_base(new / "adapter", context.inputs.base_name)
-        result = read_lock(context.workspace.target / "soka.lock")["result"]
+        result = read_lock(context.workspace.target / LOCK_FILE)["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
     output = context.loaded.manifest.output
@@ -192,7 +193,7 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
 
 def _name_base(adapter: Path, name: str) -> None:
     """Have an adapter name the base as it is called now: what is cached may have been made before it was moved."""
-    file = adapter / "adapter_config.json"
+    file = adapter / CONFIG_FILE
     config = json.loads(file.read_text())
     if config.get("base_model_name_or_path") != name:
         config["base_model_name_or_path"] = name

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from soka_serve.errors import SokaError
 from soka_serve.evaluation.results import ROLES
+from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.files import sha256_text
 from soka_serve.io.own_cache import own_hashes
 from soka_serve.manifest.read import LoadedManifest
@@ -87,7 +88,7 @@ class Evaluation:
         hashes = own_hashes()
         found = {}
         for role, place in zip(ROLES, (self.subject.base, self.subject.target.path), strict=True):
-            files = sorted([*place.glob("*.safetensors"), *place.glob("adapter_config.json")])
+            files = sorted([*place.glob("*.safetensors"), *place.glob(CONFIG_FILE)])
             found[role] = sha256_text(self.subject.target.base_sha256 + "".join(hashes.file(file) for file in files))
         with suppress(SokaError, OSError):  # a cache that cannot be written costs time only
             hashes.save()

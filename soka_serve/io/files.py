@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -366,18 +366,3 @@ def sha256_file(path: Path) -> str:
 def sha256_text(text: str) -> str:
     """Hex sha256 of UTF-8 text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_tree(paths: Iterable[Path]) -> str:
-    """Hex sha256 over files and, recursively, directories: relative names and contents, not where they lie.
-
-    The order of `paths` does not matter. A file counts under its own name, a directory's files under their path
-    relative to it.
-    """
-    entries = []
-    for path in paths:
-        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-        for file in files:
-            name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-            entries.append(f"{sha256_file(file)}  {name}\n")
-    return hashlib.sha256("".join(sorted(entries)).encode()).hexdigest()

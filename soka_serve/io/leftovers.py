@@ -165,7 +165,9 @@ class _Leftover:
             return False
         if self.pid == os.getpid():
             return self.path not in _active
-        return not _is_alive(self.pid)
+        import psutil
+
+        return not psutil.pid_exists(self.pid)
 
     def _touched(self) -> float:
         """The last change of it or of what lies in it, seconds since the epoch."""
@@ -184,16 +186,6 @@ def _leftovers(target: Path, kind: str) -> list[_Leftover]:
         for path, match in found
         if match and match["name"] == target.name and match["kind"] == kind
     ]
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it lives, and belongs to somebody else
-        return True
-    return True
 
 
 def stale(target: Path, kind: str = "tmp") -> Iterator[Path]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import date, time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget, read_limited
 from soka_serve.io.files import write_text_atomic
-from soka_serve.io.toml_text import parse_toml
+from soka_serve.io.toml_text import parse_toml, toml_key, toml_value
 
 
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
@@ -47,35 +45,14 @@ def read_lock(path: str | Path, budget: ReadingBudget | None = None) -> dict[str
 
 def _table(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     """The lines of one TOML table: its values first, then its sub-tables."""
-    lines = [f"\n[{'.'.join(map(_key, path))}]"] if path else []
+    lines = [f"\n[{'.'.join(map(toml_key, path))}]"] if path else []
     for name, value in table.items():
         if not isinstance(value, Mapping):
-            lines.append(f"{_key(name)} = {_value(value, (*path, name))}")
+            try:
+                lines.append(f"{toml_key(name)} = {toml_value(value)}")
+            except TypeError as error:
+                raise TypeError(f"soka.lock: {'.'.join((*path, name))}: {error}") from None
     for name, value in table.items():
         if isinstance(value, Mapping):
             lines += _table(value, (*path, name))
     return lines
-
-
-def _key(name: str) -> str:
-    bare = name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
-    return name if bare else _string(name)
-
-
-def _string(text: str) -> str:
-    # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _value(value: object, path: Sequence[str]) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _string(value)
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, date | time):  # a datetime is a date; of somebody else's file
-        return value.isoformat()
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(item, path) for item in value) + "]"
-    raise TypeError(f"soka.lock: {'.'.join(path)}: TOML has no form for {type(value).__name__}")

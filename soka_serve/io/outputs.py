@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import BuildError, CheckpointError, name_some
+from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import disk_errors, require_regular
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.places import check_place
 
-_LOCK = "soka.lock"
 _DESKTOP_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave behind
 
 Lock = Mapping[str, Any]
@@ -64,8 +64,8 @@ class Output:
             marked, found = self._look(real)
         if not marked and found:
             raise BuildError(
-                f"{target} is not empty, and no {_LOCK} in it says that it is {self.what}, which could be replaced; "
-                f"it holds {name_some(found)}",
+                f"{target} is not empty, and no {LOCK_FILE} in it says that it is {self.what}, which could be "
+                f"replaced; it holds {name_some(found)}",
                 hint="write somewhere else, or move that folder away",
             )
         if found:
@@ -81,13 +81,13 @@ class Output:
     def _look(self, directory: Path) -> tuple[bool, list[str]]:
         lock: Lock | None = None
         marked = False
-        if (directory / _LOCK).is_file():
+        if (directory / LOCK_FILE).is_file():
             try:
-                lock = read_lock(directory / _LOCK)
+                lock = read_lock(directory / LOCK_FILE)
             except CheckpointError:
                 lock = None
             marked = self.is_marked(lock)
-        own = [tuple(name.split("/")) for name in (_LOCK, *self.files(directory, lock))] if marked else []
+        own = [tuple(name.split("/")) for name in (LOCK_FILE, *self.files(directory, lock))] if marked else []
         return marked, sorted(_others(directory, (), own))
 
 

@@ -47,6 +47,7 @@ DTYPES: dict[str, tuple[int, str]] = {
     "BOOL": (8, "bool"),
     "C64": (64, "complex64"),
 }
+STORED_NAMES = {name: stored for stored, (_, name) in DTYPES.items() if name}  # by torch's name
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 

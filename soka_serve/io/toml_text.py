@@ -1,9 +1,15 @@
-"""TOML of bounded depth. tomllib takes memory with the square of a dotted key's parts, and recurses into brackets."""
+"""TOML: values as text, and texts of bounded depth parsed.
+
+tomllib takes memory with the square of a dotted key's parts, and recurses into brackets.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Mapping
+from datetime import date, time
 from typing import Any
 
 MAX_PARTS = 32
@@ -56,3 +62,34 @@ def parse_toml(text: str) -> dict[str, Any]:
             line = text.count("\n", 0, token.start()) + 1
             raise ValueError(f"{what} (at line {line})")
     return tomllib.loads(text)
+
+
+def toml_key(name: str) -> str:
+    """A key, in quotes where it needs them."""
+    bare = name and all(c.isascii() and (c.isalnum() or c in "-_") for c in name)
+    return name if bare else toml_value(name)
+
+
+def toml_value(value: object) -> str:
+    """A value on one line; a mapping is a table in braces.
+
+    >>> toml_value({"policy": "fixed", "rank": 1}), toml_value([True, 0.5, "a"])
+    ('{ policy = "fixed", rank = 1 }', '[true, 0.5, "a"]')
+
+    Raises:
+        TypeError: TOML has no form for it (None, say).
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # A JSON string is a TOML basic string, but for DEL, which TOML wants escaped.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, date | time):  # a datetime is a date; of somebody else's file
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    raise TypeError(f"TOML has no form for {type(value).__name__}")

@@ -188,6 +188,31 @@ def stack_terms(*factors: Factors, signs: Sequence[float] | None = None) -> Fact
     )
 
 
+def energy_by_term(theta: Factors, initial: Factors | None = None) -> Tensor:
+    """What each term adds to the weight, as a squared Frobenius norm: (r,), in the factors' dtype.
+
+    Semantics: ||sigma[k] kron(left[k], right[k])||^2, and with `initial` that of the term minus the initial one, which
+    is split as (a - b) x R + b x (R - S), so that no difference of large numbers is taken: exactly 0 where they agree.
+
+    Args:
+        theta: r terms.
+        initial: as many terms of the same shape; None: zero.
+    """
+    scaled, right = theta.sigma[:, None, None] * theta.left, theta.right
+    if initial is None:
+        return _dot(scaled, scaled) * _dot(right, right)
+    start = initial.sigma[:, None, None] * initial.left
+    step, turn = scaled - start, right - initial.right
+    cross = 2 * _dot(step, start) * _dot(right, turn)
+    energies = _dot(step, step) * _dot(right, right) + _dot(start, start) * _dot(turn, turn) + cross
+    return energies.clamp_min(0)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per term: (r, x, y), (r, x, y) -> (r,)."""
+    return (a * b).sum(dim=(1, 2))
+
+
 @torch.no_grad()
 def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None = None) -> tuple[Factors, float]:
     """The same delta with the fewest terms: orthogonal factors, sigma descending; or the best `rank` of them.

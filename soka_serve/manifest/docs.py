@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from soka_serve.io.toml_text import toml_value
 from soka_serve.manifest.nodes import Node, expected, resolve, tables
 from soka_serve.manifest.schema import SCHEMA_VERSION
-from soka_serve.manifest.starter import starter_manifest, toml_value
+from soka_serve.manifest.starter import starter_manifest
 
 _INTRO = f"""\
 # The manifest

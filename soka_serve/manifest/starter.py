@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from soka_serve.errors import ManifestError, Problem
+from soka_serve.io.toml_text import toml_value
 from soka_serve.manifest.nodes import Node, below, expected, policies_of, resolve, root
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION
 
@@ -61,19 +61,6 @@ def starter_manifest(name: str) -> str:
         wanted = expected(below(root(), "name") or {})
         raise ManifestError(name, [Problem("name", f"expected {wanted}; got {name!r}")])
     return "\n".join(_lines(name)) + "\n"
-
-
-def toml_value(value: Any) -> str:
-    """Write a value as TOML.
-
-    >>> toml_value({"policy": "fixed", "rank": 1}), toml_value([True, 0.5, "a"])
-    ('{ policy = "fixed", rank = 1 }', '[true, 0.5, "a"]')
-    """
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(toml_value(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are the same in both
 
 
 def default_or_example(raw: Node) -> Any:

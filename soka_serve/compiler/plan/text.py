@@ -12,6 +12,7 @@ from soka_serve.compiler.plan.modules import ModulePlan
 from soka_serve.compiler.plan.plan import Plan
 from soka_serve.compiler.plan.policies import PolicyRow
 from soka_serve.errors import printable, printable_lines
+from soka_serve.io.text import size as bytes_text
 
 _LAYER = re.compile(r"(layers\.)\d+(?=\.)")
 _MAX_CHARS = 700  # of one example's prompt, and of its completion
@@ -56,7 +57,7 @@ def _head(plan: Plan) -> str:
     lines = [
         f"{plan.name}: {plan.method} on {printable(plan.base)}",
         f"  base    {size.parameters:,} parameters in {size.layers} layers, stored as {size.dtype} "
-        f"({_bytes(size.weight_bytes)}), held as {held}; read from its {source}",
+        f"({bytes_text(size.weight_bytes)}), held as {held}; read from its {source}",
         *(f"  note    {printable(note, _MAX_CHARS)}" for note in plan.notes),
         *(f"  not adapted: {printable(entry, _MAX_CHARS)}" for entry in plan.not_adapted),
     ]
@@ -76,12 +77,12 @@ def _modules(plan: Plan, every: bool) -> str:
             (
                 _group_name(group),
                 f"{first.out_features}x{first.in_features}",
-                _bytes(count * first.weight_bytes),
+                bytes_text(count * first.weight_bytes),
                 _shape(first),
                 first.init,
                 "-" if METHODS[plan.method].whole_model else _rank(first),
                 total + each,
-                _bytes(count * first.trained_bytes_max),
+                bytes_text(count * first.trained_bytes_max),
             )
         )
     return _table(rows, right=(1, 2, 7))
@@ -150,7 +151,7 @@ def _parameters(plan: Plan) -> str:
                 comparison.name,
                 _bounds(comparison.parameters_min, comparison.parameters_max),
                 f"{bound}{share:.3%}",
-                f"{'<= ' if comparison is plan.comparisons[0] else ''}{_bytes(comparison.adapter_bytes)}",
+                f"{'<= ' if comparison is plan.comparisons[0] else ''}{bytes_text(comparison.adapter_bytes)}",
             )
         )
     note = ""
@@ -167,7 +168,7 @@ def _memory(plan: Plan) -> str:
     for comparison in plan.comparisons:
         memory = comparison.memory
         parts = (memory.base, memory.trained, memory.activations, memory.logits, memory.overhead, memory.total)
-        rows.append((comparison.name, *map(_bytes, parts)))
+        rows.append((comparison.name, *map(bytes_text, parts)))
     return (
         _table(rows, right=range(1, 7))
         + "\n  Estimated, not measured; formulas and assumptions: soka_serve/compiler/plan/estimate.py."
@@ -260,14 +261,6 @@ def _policies(policies: Sequence[PolicyRow], plan: Plan) -> str:
 
 def _bounds(low: int, high: int) -> str:
     return f"{high:,}" if low == high else f"{low:,}-{high:,}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1024
-    raise ValueError(count)
 
 
 def _table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:

@@ -22,9 +22,9 @@ from soka_serve.compiler.train.resume import checkpoint_directory, mark_complete
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
+from soka_serve.kron.factors import energy_by_term
 from soka_serve.manifest.schema import Prune
 from soka_serve.peft import drop_terms, soka_layers, term_energies
-from soka_serve.peft.layer import stack_difference
 
 logger = logging.getLogger(__name__)
 
@@ -74,14 +74,8 @@ def read_spectra(model: nn.Module) -> dict[str, Spectrum]:
     spectra = {}
     for name, layer in soka_layers(model, ADAPTER).items():
         theta, initial = _whole(layer.theta(ADAPTER)), layer.initial(ADAPTER)
-        if initial is None:
-            energy = _square(theta.left) * _square(theta.right) * theta.sigma.square()
-        else:
-            # Two Kronecker products per term, a (x) R + b (x) S: see stack_difference.
-            pair = stack_difference(theta, _whole(initial))
-            (a, b), (r, s) = pair.left.chunk(2), pair.right.chunk(2)
-            energy = _square(a) * _square(r) + _square(b) * _square(s) + 2 * _inner(a, b) * _inner(r, s)
-        values = torch.stack([theta.sigma, energy.clamp_min(0)]).tolist()
+        energy = energy_by_term(theta, None if initial is None else _whole(initial))
+        values = torch.stack([theta.sigma, energy]).tolist()
         spectra[name] = Spectrum(tuple(values[0]), tuple(values[1]))
     return spectra
 
@@ -90,18 +84,6 @@ def _whole(factors: Factors) -> Factors:
     """Detached float64 factors; of sharded parameters the full ones."""
     tensors = (t.detach() for t in (factors.left, factors.right, factors.sigma))
     return Factors(*((t.full_tensor() if hasattr(t, "full_tensor") else t).double() for t in tensors))
-
-
-def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Inner product per term: (r, x, y), (r, x, y) -> (r,)."""
-    return (a * b).sum(dim=(1, 2))
-
-
-def _square(a: torch.Tensor) -> torch.Tensor:
-    return _inner(a, a)
-
-
-# ------------------------------------------------------------------------------------------------------- history
 
 
 class History(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -364,17 +364,8 @@ def test_unwritable_directory(tmp_path: Path) -> None:
 
 
 def test_hashes(tmp_path: Path) -> None:
-    for folder in ("one", "two"):
-        (tmp_path / folder / "sub").mkdir(parents=True)
-        (tmp_path / folder / "a").write_text("abc")
-        (tmp_path / folder / "sub" / "b").write_text("d")
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert files.sha256_file(one / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    same = files.sha256_tree([one])
-    assert files.sha256_tree([two]) == same
-    assert files.sha256_tree([one / "a", one / "sub"]) == files.sha256_tree([two / "sub", two / "a"])
-    (two / "sub" / "b").rename(two / "sub" / "c")
-    assert files.sha256_tree([two]) != same
+    (tmp_path / "a").write_text("abc")
+    assert files.sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
