@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soka_serve.base.model import load_base
@@ -137,3 +138,13 @@ def load_trained(base: Path, result: TrainResult) -> Any:
     if METHODS[result.method].whole_model:
         return load_base(result.directory).eval()
     return load_adapter(load_base(base), result.directory).eval()
+
+
+def tensors_of(result: TrainResult) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(result.directory.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=torch.tensor([[1, 5, 6, 3, 5]])).logits
+    return logits

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,43 +11,32 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
 from soka_serve.base.opened import Base
 from soka_serve.compiler.methods import METHODS, Merging, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
-from soka_serve.compiler.train.callbacks import Pruning, Spectrum, read_history, tracker_metrics
-from soka_serve.compiler.train.resume import newest_point
-from soka_serve.compiler.train.run import TrainResult
+from soka_serve.compiler.train.callbacks import read_history
 from soka_serve.data.examples import Encoded, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
-from soka_serve.manifest.schema import Prune
 from tests.support.training import (
     load_trained,
+    logits_of,
     make_base,
     make_examples,
     make_factors,
     run_training,
     target_names,
+    tensors_of,
 )
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("train") / "base")
-
-
-def tensors_of(result: TrainResult) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(result.directory.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def logits_of(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=torch.tensor([[1, 5, 6, 3, 5]])).logits
-    return logits
 
 
 # ----------------------------------------------------------------------------------------------------------- methods
@@ -129,6 +116,17 @@ def test_pissa_trains_what_it_says(base: Path, tmp_path: Path, monkeypatch: pyte
     assert (rewritten - original).abs().max() > 0.05
     written = load_trained(base, result)
     torch.testing.assert_close(logits_of(written), logits_of(live), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
+def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
+    result = run_training(base, tmp_path / "run", method=method)
+    METHODS[method].merge(result.directory, Merging(Base(base), tmp_path / "merged", "auto", "base", progress=False))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.dtype == torch.float32
+    trained = logits_of(load_trained(base, result))
+    torch.testing.assert_close(logits_of(merged), trained, rtol=1e-4, atol=1e-4)
+    assert (logits_of(merged) - logits_of(load_base(base).eval())).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------------------------------------------------- switches
@@ -304,200 +302,3 @@ def test_a_base_that_is_not_finite_is_blamed(base: Path, tmp_path: Path, method:
 def test_missing_tracker(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="'mlflow', which is not installed"):
         run_training(base, tmp_path, report_to=["mlflow"])
-
-
-# ---------------------------------------------------------------------------------------------------------- pruning
-
-
-def test_pruning_drops_terms_and_goes_on(base: Path, tmp_path: Path) -> None:
-    factors = make_factors(base, rank=3)
-    result = run_training(
-        base, tmp_path, factors=factors, steps=12, prune={"threshold": 0.3, "every": 2, "patience": 2, "min": 1}
-    )
-    adapter = read_adapter(result.directory)
-    assert result.pruned
-    assert all(adapter.factors[name].rank == 3 - result.pruned.get(name, 0) for name in factors)
-    assert all(adapter.initial[name].rank == adapter.factors[name].rank for name in factors)
-    history = read_history(result.history)
-    ranks = [sum(m["rank"] for m in line["modules"].values()) for line in history]
-    assert ranks[0] == 3 * len(factors)
-    assert ranks[-1] == 3 * len(factors) - sum(result.pruned.values())
-    assert ranks == sorted(ranks, reverse=True)
-    assert history[-1]["loss"] < history[0]["loss"]
-    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
-
-
-def test_pruning_needs_one_process(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingArguments, "world_size", 2)
-    with pytest.raises(PlanError, match=r"train\.prune needs a single process; there are 2"):
-        run_training(base, tmp_path, prune={"threshold": 0.3})
-
-
-def test_a_term_is_dropped_after_failing_in_a_row() -> None:
-    pruning = Pruning(Prune(threshold=0.1, every=1, patience=2, min=1))
-    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 1, 2]
-    assert pruning.check("m", [10.0, 5.0, 9.0]) == [0, 1, 2]  # recovered: counted from the start
-    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 1, 2]
-    assert pruning.check("m", [10.0, 0.5, 9.0]) == [0, 2]
-    assert pruning.failures == {"m": [0, 0]}
-
-
-def test_pruning_keeps_the_strongest_up_to_min() -> None:
-    pruning = Pruning(Prune(threshold=0.9, every=1, patience=1, min=2))
-    assert pruning.check("m", [1.0, 3.0, 2.0]) == [1, 2]
-
-
-def test_pruning_leaves_a_zero_start_alone() -> None:
-    assert Pruning(Prune(threshold=0.5, every=1, patience=1)).check("m", [0.0, 0.0]) == [0, 1]
-
-
-# ---------------------------------------------------------------------------------------------------------- history
-
-
-def test_history_has_every_module(base: Path, tmp_path: Path) -> None:
-    result = run_training(base, tmp_path, steps=5, log_every=2, eval_every=2, eval_set=make_examples(8, seed=3))
-    history = read_history(result.history)
-    trained = [line for line in history if "loss" in line]
-    assert [line["step"] for line in trained] == [2, 4, 5]
-    assert [line["step"] for line in history if "eval_loss" in line] == [2, 4, 5]
-    for line in trained:
-        assert all(math.isfinite(line[key]) for key in ("loss", "grad_norm", "learning_rate"))
-        assert set(line["modules"]) == set(target_names())
-    last = trained[-1]["modules"]
-    adapter = read_adapter(result.directory)
-    for name, state in last.items():
-        assert state["rank"] == 2
-        assert state["sigma"] == pytest.approx(adapter.factors[name].sigma.tolist())
-        assert 1 <= state["effective_rank"] <= 2 + 1e-9
-
-
-def test_effective_rank_is_of_what_training_added(base: Path, tmp_path: Path) -> None:
-    """Against dense deltas: shares of ||sigma L (x) R - sigma0 L0 (x) R0||^2 per term."""
-    result = run_training(base, tmp_path, steps=3)
-    adapter = read_adapter(result.directory)
-    modules = read_history(result.history)[-1]["modules"]
-    for name in target_names()[:3]:
-        theta, initial = adapter.factors[name], adapter.initial[name]
-        energy = torch.stack(
-            [(dense_delta(theta.terms(k)) - dense_delta(initial.terms(k))).double().square().sum() for k in range(2)]
-        )
-        share = energy / energy.sum()
-        assert modules[name]["effective_rank"] == pytest.approx(math.exp(-(share * share.log()).sum()), rel=1e-4)
-
-
-def test_tracker_metrics() -> None:
-    metrics = tracker_metrics({"a": Spectrum((2.0, 1.0), (1.0, 1.0)), "b": Spectrum((3.0,), (9.0,))})
-    assert metrics["effective_rank"] == pytest.approx(1.5)
-    assert metrics["effective_rank/a"] == pytest.approx(2.0)
-    assert metrics["sigma/a/1"] == 1.0
-    assert metrics["rank/b"] == 1
-    assert tracker_metrics({}) == {}
-
-
-def test_a_finished_run_is_not_repeated(base: Path, tmp_path: Path) -> None:
-    first = run_training(base, tmp_path)
-    stamp = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    assert run_training(base, tmp_path) == first == TrainResult.read(tmp_path)
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == stamp
-
-
-@pytest.mark.slow
-def test_another_recipe_starts_afresh(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run_training(base, tmp_path)
-    other = run_training(base, tmp_path, steps=6)
-    assert other.steps == 6
-    assert "another recipe; starting afresh" in caplog.text
-
-
-def test_no_result(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="no finished training run"):
-        TrainResult.read(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------ interruptions
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes through; the half-written resume point is not taken for a whole one."""
-    whole = tensors_of(run_training(base, tmp_path / "whole", steps=6, save_every=2))
-    save = torch.save
-
-    def interrupted(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-        save(value, path, *args, **kwargs)
-        if "checkpoint-4" in str(path):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(base, tmp_path / "cut", steps=6, save_every=2)
-    assert (tmp_path / "cut" / "checkpoint-4").exists()
-    point = newest_point(tmp_path / "cut")
-    assert point is not None
-    assert point.step == 2
-    resumed = tensors_of(run_training(base, tmp_path / "cut", steps=6, save_every=2))
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-
-
-@pytest.mark.parametrize("limit", [8_000, 50_000, 60_000])
-def test_files_that_cannot_grow(base: Path, tmp_path: Path, limit: int) -> None:
-    """The kernel refuses to write the adapter (8 kB), or the optimiser's state, as on a full disk."""
-    factors = make_factors(base)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(BuildError, match="cannot write") as raised:
-            run_training(base, tmp_path, factors=factors)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert raised.value.hint
-    assert run_training(base, tmp_path, factors=factors).steps == 4
-
-
-# ------------------------------------------------------------------------------------------------------------- other
-
-
-@pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
-def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
-    result = run_training(base, tmp_path / "run", method=method)
-    METHODS[method].merge(result.directory, Merging(Base(base), tmp_path / "merged", "auto", "base", progress=False))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert merged.dtype == torch.float32
-    trained = logits_of(load_trained(base, result))
-    torch.testing.assert_close(logits_of(merged), trained, rtol=1e-4, atol=1e-4)
-    assert (logits_of(merged) - logits_of(load_base(base).eval())).abs().max() > 1e-2
-
-
-def test_tensorboard_gets_every_module(base: Path, tmp_path: Path) -> None:
-    """The real tracker, read back from its event files; the state that each checkpoint holds keeps none of it."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run_training(base, tmp_path, report_to=["tensorboard"], steps=4)
-    (events,) = tmp_path.glob("runs/*/events.*")
-    read = EventAccumulator(str(events.parent))
-    read.Reload()
-    tags = set(read.Tags()["scalars"])
-    name = target_names()[0]
-    modules = {f"train/effective_rank/{name}", f"train/rank/{name}", f"train/sigma/{name}/0", f"train/sigma/{name}/1"}
-    assert {"train/loss", "train/grad_norm", "train/learning_rate", "train/effective_rank"} | modules <= tags
-    history = read_history(TrainResult.read(tmp_path).history)
-    losses = {line["step"]: line["loss"] for line in history if "loss" in line}
-    assert {s.step: s.value for s in read.Scalars("train/loss")} == pytest.approx(losses)
-    assert len(losses) == 4
-    sigma = {line["step"]: line["modules"][name]["sigma"][0] for line in history if "loss" in line}
-    assert {s.step: s.value for s in read.Scalars(f"train/sigma/{name}/0")} == pytest.approx(sigma)
-
-
-@pytest.mark.parametrize("name", ["checkpoint-500/model.bin", "adapter/adapter_model.safetensors", "history.jsonl"])
-@pytest.mark.parametrize("text", [None, "{}", "[]", "{"])
-def test_a_folder_of_somebody_elses_training_is_left_alone(
-    base: Path, tmp_path: Path, name: str, text: str | None
-) -> None:
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text("mine")
-    if text is not None:
-        (tmp_path / "run.json").write_text(text)
-    with pytest.raises(BuildError, match=f"holds {name.split('/')[0]}, and no run.json"):
-        run_training(base, tmp_path)
-    assert (tmp_path / name).read_text() == "mine"
