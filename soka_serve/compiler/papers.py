@@ -122,11 +122,12 @@ def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
 
 
 def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) -> ReportData:
-    from soka_serve.compiler.report.data import ReportData, read_history, read_rank_history
+    from soka_serve.compiler.history import read_history
+    from soka_serve.compiler.report.data import ReportData, history_points, rank_history
 
     manifest, trained, training, check = context.loaded.manifest, made.trained, made.training, made.check
     adapter = new / "adapter" / WEIGHTS_FILE
-    has_history = trained.history.exists()
+    log = read_history(trained.history)
     artefacts = {n: n for n in ("adapter", "merged", LOCK_FILE, "manifest.toml", "history.jsonl") if (new / n).exists()}
     return ReportData(
         name=str(manifest.name),
@@ -137,7 +138,7 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
         versions=lock["versions"],
         seed=manifest.train.seed,
         modules=_spectra(made.start, lock.get("ranks", {})) if made.start else [],
-        history=read_history(trained.history) if has_history else [],
+        history=history_points(log),
         samples=_samples(check) if check else [],
         accuracy_before=check.before.accuracy if check else None,
         accuracy_after=check.after.accuracy if check else None,
@@ -155,7 +156,7 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
         manifest_text=context.loaded.text,
         lock=lock,
         artefacts=artefacts,
-        rank_over_time=read_rank_history(trained.history) if has_history else None,
+        rank_over_time=rank_history(log),
         timings_s=dict(context.timings_s),
     )
 

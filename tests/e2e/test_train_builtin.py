@@ -11,8 +11,8 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.targets import resolve_targets
 from soka_serve.builtin import base_directory
+from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS
-from soka_serve.compiler.train.callbacks import read_history
 from soka_serve.compiler.train.run import Run
 from soka_serve.compiler.train.train import TrainingData, train
 from soka_serve.data.examples import TextTokenizer, encode_examples, load_examples

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.resume import mark_complete, newest_point, remove_incomplete
 from soka_serve.compiler.train.run import TrainResult
 from tests.support.train_runs import train_once

@@ -14,7 +14,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from safetensors.torch import load_file
 
-from soka_serve.compiler.train.callbacks import read_history
+from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.run import TrainResult
 from tests.support.training import make_base, run_training
 

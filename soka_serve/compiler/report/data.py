@@ -1,19 +1,13 @@
-"""What report.html and the model card tell of a build, and the training log that part of it is read from."""
+"""What report.html and the model card tell of a build."""
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from soka_serve.compiler.methods import METHODS, Method
-from soka_serve.errors import BuildError
-from soka_serve.io.warn_once import warn
-
-log = logging.getLogger(__name__)
 
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
 
@@ -125,56 +119,26 @@ class ReportData:
         return METHODS[self.method]
 
 
-def read_history(path: Path) -> list[HistoryPoint]:
-    """Read a training log: one JSON object per line with `step` and any of HistoryPoint's other fields.
+def history_points(log: Sequence[Mapping[str, Any]]) -> list[HistoryPoint]:
+    """What a training log says per step; entries of one step are merged, and later ones win.
 
-    Lines of the same step are merged and later ones win, since a resumed run logs some steps again. Objects that
-    log something else are passed over. No file means no history: a build with steps = 0 writes none. A broken last
-    line, as a killed run leaves it, is passed over with a warning.
-
-    Raises:
-        BuildError: for any other line that is not a JSON object, naming the line.
+    Args:
+        log: from `soka_serve.compiler.history.read_history`. Entries that tell something else are passed over.
     """
     values: dict[int, dict[str, float]] = {}
-    for step, entry in _read_log(path):
+    for entry in log:
         found = {key: float(value) for key in _LOGGED if isinstance(value := entry.get(key), int | float)}
         if found:
-            values.setdefault(step, {}).update(found)
+            values.setdefault(int(entry["step"]), {}).update(found)
     return [HistoryPoint(step, *map(values[step].get, _LOGGED)) for step in sorted(values)]
 
 
-def read_rank_history(path: Path) -> dict[str, list[tuple[int, int]]]:
-    """Read (step, rank) per module from the same training log; empty when it names no modules.
-
-    Raises:
-        BuildError: as `read_history` does.
-    """
+def rank_history(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:
+    """(step, rank) per module from a training log; empty when it names no modules."""
     tracks: dict[str, list[tuple[int, int]]] = {}
-    for step, entry in _read_log(path):
+    for entry in log:
         modules = entry.get("modules")
         for module, spectrum in modules.items() if isinstance(modules, dict) else ():
             if isinstance(spectrum, dict) and isinstance(spectrum.get("rank"), int):
-                tracks.setdefault(module, []).append((step, spectrum["rank"]))
+                tracks.setdefault(module, []).append((int(entry["step"]), spectrum["rank"]))
     return tracks
-
-
-def _read_log(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    """(step, entry) per line of a training log."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                warn(log, "%s: the last line (%d) is cut off and was passed over", path, number)
-                continue
-            raise BuildError(
-                f"{path}:{number}: expected a JSON object, got {line[:60]!r}",
-                hint="the training log is damaged; delete the build's directory and build again",
-            ) from error
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int | float):
-            yield int(entry["step"]), entry

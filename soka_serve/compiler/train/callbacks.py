@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -17,9 +16,9 @@ from accelerate import PartialState
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from soka_serve.compiler.history import append_history, truncate_history
 from soka_serve.compiler.methods.adapter_files import ADAPTER
 from soka_serve.compiler.train.resume import checkpoint_directory, mark_complete
-from soka_serve.io.files import write_text_atomic
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
 from soka_serve.kron.factors import energy_by_term
@@ -125,31 +124,6 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         if state.is_world_process_zero:
             append_history(self.path, line)
-
-
-def append_history(path: Path, line: Mapping[str, Any]) -> None:
-    """Add one line to a history file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def read_history(path: Path) -> list[dict[str, Any]]:
-    """The lines of a history file; a last line that a kill cut short is left out."""
-    lines = []
-    if path.exists():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                logger.info("%s: leaving out a line that was cut short", path)
-    return lines
-
-
-def truncate_history(path: Path, step: int) -> None:
-    """Take out the lines after `step`, and one that was cut short."""
-    kept = [json.dumps(line) + "\n" for line in read_history(path) if line["step"] <= step]
-    # Atomic: a kill here must not cost the lines of the steps that are not run again.
-    write_text_atomic(path, "".join(kept))
 
 
 def tracker_metrics(spectra: Mapping[str, Spectrum]) -> dict[str, float]:

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import Method, Start
 from soka_serve.compiler.train import resume as resume_points
-from soka_serve.compiler.train.callbacks import read_history
 from soka_serve.errors import BuildError, name_some
 from soka_serve.io.files import replace_directory, write_text_atomic
 from soka_serve.manifest.schema import Manifest

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve.compiler.history import read_history
 from soka_serve.compiler.report.data import (
     HistoryPoint,
     ModuleSpectrum,
     ReportData,
     Sample,
-    read_history,
-    read_rank_history,
+    history_points,
+    rank_history,
 )
 from soka_serve.compiler.report.page import render_report, write_report
 from soka_serve.errors import BuildError
@@ -338,23 +339,22 @@ def test_read_history_merges_steps_and_later_lines_win(tmp_path: Path) -> None:
         {"step": 30, "epoch": 0.3},
         {"note": "no step"},
     )
-    assert read_history(path) == [HistoryPoint(10, 2.0, 1.0, 1e-3, 2.5), HistoryPoint(20, 1.0)]
+    assert history_points(read_history(path)) == [HistoryPoint(10, 2.0, 1.0, 1e-3, 2.5), HistoryPoint(20, 1.0)]
 
 
 def test_read_history_keeps_nan(tmp_path: Path) -> None:
-    (point,) = read_history(write_lines(tmp_path / "h.jsonl", '{"step": 1, "loss": NaN}'))
+    (point,) = history_points(read_history(write_lines(tmp_path / "h.jsonl", '{"step": 1, "loss": NaN}')))
     assert point.loss is not None
     assert math.isnan(point.loss)
 
 
 def test_read_history_without_a_file(tmp_path: Path) -> None:
     assert read_history(tmp_path / "none.jsonl") == []
-    assert read_rank_history(tmp_path / "none.jsonl") == {}
 
 
 def test_read_history_passes_over_a_last_line_cut_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_lines(tmp_path / "h.jsonl", {"step": 1, "loss": 1.0}, '{"step": 2, "lo')
-    assert [p.step for p in read_history(path)] == [1]
+    assert [line["step"] for line in read_history(path)] == [1]
     assert "last line (2) is cut off" in caplog.text
 
 
@@ -364,11 +364,11 @@ def test_read_history_names_a_broken_line(tmp_path: Path) -> None:
         read_history(path)
 
 
-def test_read_rank_history(tmp_path: Path) -> None:
+def test_rank_history(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "h.jsonl",
         {"step": 1, "modules": {"a": {"rank": 4, "sigma": [1.0]}, "b": {"rank": 2}}},
         {"step": 1, "eval_loss": 1.0},
         {"step": 2, "modules": {"a": {"rank": 3}, "b": {"rank": 2}}},
     )
-    assert read_rank_history(path) == {"a": [(1, 4), (2, 3)], "b": [(1, 2), (2, 2)]}
+    assert rank_history(read_history(path)) == {"a": [(1, 4), (2, 3)], "b": [(1, 2), (2, 2)]}

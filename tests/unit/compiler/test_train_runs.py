@@ -12,7 +12,8 @@ import torch
 from transformers import TrainingArguments
 
 from soka_serve.adapter.format import read_adapter
-from soka_serve.compiler.train.callbacks import Pruning, Spectrum, read_history, tracker_metrics
+from soka_serve.compiler.history import read_history
+from soka_serve.compiler.train.callbacks import Pruning, Spectrum, tracker_metrics
 from soka_serve.compiler.train.resume import newest_point
 from soka_serve.compiler.train.run import TrainResult
 from soka_serve.errors import BuildError, PlanError
