@@ -1,10 +1,10 @@
-"""Where torch looked for `soka_autoload` once: environments that have not been installed again still call it here."""
+"""Entry point of environments installed before `soka_autoload` was a package: torch calls `install` here at import."""
 
 from __future__ import annotations
 
 
 def install() -> None:
-    """As `soka_autoload.install`, where that is to be found; never raises, for torch would fail with it."""
+    """Call `soka_autoload.install` if the package is installed; never raises, since torch's import would fail."""
     try:
         from soka_autoload import install as install_finder
     except ImportError:  # until soka-serve is installed again, PEFT knows the type after `import soka_serve.peft`

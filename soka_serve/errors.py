@@ -16,7 +16,7 @@ _LINE_CHARACTERS = 500
 
 
 def first_ten(lines: Sequence[str]) -> list[str]:
-    """What is shown of lines or names of which there may be thousands: ten, and how many more there are.
+    """The first ten of many lines or names, and a line that says how many more there are.
 
     >>> first_ten([str(number) for number in range(12)])[-2:]
     ['9', 'and 2 more']
@@ -40,7 +40,7 @@ def name_some(names: Sequence[str]) -> str:
 
 
 def is_shown(problems: Sequence[str]) -> bool:
-    """Whether `first_ten` will show one more problem: only then is it worth the work of making its text helpful."""
+    """Whether `first_ten` will show one more problem; costly hints are made for those only."""
     return len(problems) < _SHOWN
 
 
@@ -50,7 +50,7 @@ _HIDDEN = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def printable(text: object, limit: int = 300, *, keep: str = "") -> str:
-    """Text from outside (a name, a path, a value of a file) as a message, a log or a terminal may show it.
+    """Text from outside (a name, a path, a value of a file), escaped for messages, logs and terminals.
 
     Args:
         text: anything; its `str` counts.
@@ -76,12 +76,12 @@ def printable(text: object, limit: int = 300, *, keep: str = "") -> str:
 
 
 def printable_lines(text: str) -> str:
-    """A whole text for a terminal: `printable`, of any length, with its line ends and tabs."""
+    """A text of any length, escaped as by `printable`, with its line ends and tabs."""
     return printable(text, len(text), keep="\n\t")
 
 
 def is_printable(text: str) -> bool:
-    """Whether `printable` shows a text as it is; names in files that somebody made in earnest are."""
+    """Whether `printable` leaves a text as it is."""
     return printable(text, len(text)) == text
 
 
@@ -102,7 +102,7 @@ class SokaError(Exception):
 
 
 def joined(problems: Sequence[SokaError]) -> tuple[str, str | None]:
-    """Message and hint of several errors in one: a line that several of them have stands there once.
+    """Message and hint of several errors in one, without repeated lines.
 
     >>> joined([SokaError("a: gone", hint="look"), SokaError("a: gone\\nb: gone", hint="look")])
     ('a: gone\\nb: gone', 'look')

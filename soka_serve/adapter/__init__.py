@@ -1,1 +1,1 @@
-"""The adapter on disk: its format, and what is made of one (export, a look inside)."""
+"""The adapter on disk: reading, writing, exporting and inspecting it."""

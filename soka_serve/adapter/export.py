@@ -1,4 +1,4 @@
-"""`soka-serve export`: a finished adapter, or a training checkpoint, in another form, and what is lost by it."""
+"""`soka-serve export`: write an adapter or a training checkpoint as SoKA or LoRA, and measure what is lost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class ExportResult:
 
 
 def percent(frac: float) -> str:
-    """A share for people: what is zero to rounding is 0%, and what is not zero never looks like it.
+    """A share of lost energy as text: 0% up to rounding errors, and never 0% for more than that.
 
     >>> percent(3e-15), percent(2e-6), percent(0.123456)
     ('0%', '0.0002%', '12.35%')
@@ -232,7 +232,7 @@ def _write_lora(new: Path, adapter: Adapter, tensors: Mapping[str, Tensor], rank
 
 
 def _source_lock(source: AdapterSource) -> dict[str, Any]:
-    """The provenance of the source: its own lock, or that of the build it lies in."""
+    """The source's soka.lock, or that of its build, without what describes the source's own files."""
     # What another file says about itself is not true of this one.
     lock = source.lock if source.lock is not None else {"soka": 1}
     return {key: value for key, value in lock.items() if key not in ("files", "adapter", "export")}

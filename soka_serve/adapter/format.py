@@ -133,7 +133,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter whose files were looked at: its config and what the weights' header names, all of it well formed.
+    """An adapter's config and the header of its weights, both checked; the values of the tensors are not read yet.
 
     Args:
         directory: where it is.
@@ -186,7 +186,7 @@ def read_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> 
 
 
 def look_at_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> AdapterFiles:
-    """Check all of an adapter directory but the values of its tensors, which are not read.
+    """Check an adapter directory without reading the values of its tensors.
 
     Args:
         directory: the adapter.
@@ -305,7 +305,7 @@ def check_against(adapter: Adapter, weights: WeightMap) -> None:
 
 
 def _check_files(folder: Path) -> list[str]:
-    """Pickles are refused; the folder of a resume point has the Trainer's own, which nothing here opens."""
+    """Refuse pickles, except in a resume point, whose own ones (of the Trainer) nothing here opens."""
     if (folder / "trainer_state.json").exists():
         return []
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
@@ -315,7 +315,7 @@ def _check_files(folder: Path) -> list[str]:
 
 
 def _check_config(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with adapter_config.json itself."""
+    """Problems of adapter_config.json, one line each."""
     if config.get("peft_type") != PEFT_TYPE:
         other = f"peft_type is {config.get('peft_type')!r:.80}, expected {PEFT_TYPE!r}"
         return [f"{other}; adapters of other methods are merged by PEFT's own merge_and_unload()"]
@@ -355,7 +355,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
 
 
 def keys_with_meaning(unknown: Iterable[str]) -> list[str]:
-    """Of keys that are not known here, those that would change what the factors mean: our own, and scales of others.
+    """Unknown keys of a config that would change what the factors mean: SoKA's own, and scales of other methods.
 
     >>> keys_with_meaning(["new_in_peft", "alpha", "soka_new"])
     ['alpha', 'soka_new']
@@ -364,7 +364,7 @@ def keys_with_meaning(unknown: Iterable[str]) -> list[str]:
 
 
 def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Tensors that the config does not name, or that it names and the file lacks or has otherwise."""
+    """Disagreements of config and file: tensors that are missing, unknown, or of another shape or dtype."""
     expected = _expected(config)
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     problems = [f"missing {name}" for name in missing]

@@ -215,7 +215,7 @@ def _modules(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tu
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9."""
+    """Sort key of module names that puts layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -362,7 +362,7 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
-    """Columns aligned: those in `left` to the left, numbers to the right."""
+    """A table as text, with the columns in `left` aligned to the left and the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "  ".join(

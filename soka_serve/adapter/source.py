@@ -23,7 +23,7 @@ _MAX_CARD_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter and what its files say, all of one moment.
+    """An adapter, the hashes of its files and their texts, all read at one moment.
 
     Args:
         adapter: as read.
@@ -65,7 +65,7 @@ def find_lock(directory: Path, budget: ReadingBudget | None = None) -> dict[str,
 
 
 def read_source(directory: Path) -> AdapterSource:
-    """Read and hash an adapter; again if it is replaced or changed meanwhile, as a build that ends does.
+    """Read and hash an adapter; read it again if it changes meanwhile, as when a build replaces it.
 
     Raises:
         CheckpointError: damaged, or changed again and again.

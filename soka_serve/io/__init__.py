@@ -1,1 +1,1 @@
-"""Files and text that every room reads and writes: whole files only, bounded reading, the lock file, output folders."""
+"""Input and output for all rooms: atomic writing, bounded reading, soka.lock, output folders, console and text."""

@@ -1,4 +1,4 @@
-"""What reading an adapter may take, and files opened within it.
+"""Limits on the memory and time of reading an adapter, and reading within them.
 
 An adapter comes from anywhere: a file of a few KB can claim to be GiBs (a hole on the disk), or ask for GiBs once it is
 parsed or multiplied out. Every limit is held before the memory is taken.
@@ -28,7 +28,7 @@ LIMIT_HINT = "an adapter that was saved by a training is far smaller: fetch or s
 
 @dataclass
 class ReadingBudget:
-    """Limits for reading one adapter; the defaults are for where no model is known to hold it against.
+    """Limits for reading one adapter; the defaults are for callers that know no model to compare it with.
 
     Args:
         config_bytes, lock_bytes: of adapter_config.json and soka.lock.
@@ -124,7 +124,7 @@ def read_limited(file: Path, limit: int, source: str = "", errors: str = "strict
 
 
 def refuse_hole(file: Path, stream: BinaryIO) -> None:
-    """Refuse a file of which little is on the disk; the place in it stays.
+    """Refuse a sparse file, of which little is on the disk; keeps the stream's position.
 
     Raises:
         CheckpointError: it is mostly a hole.

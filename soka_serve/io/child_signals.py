@@ -1,4 +1,4 @@
-"""Signals in a process that was just started: as the system has them, whatever its parent ignored. Standard library."""
+"""Reset the signals of a new process to the system's defaults. Uses the standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and directories that are either the old ones or the new ones, never something in between.
+"""Atomic writing of files and directories: readers see the old one or the new one, never a part.
 
 Everything is written to a temporary sibling, flushed to the disk and renamed. `leftovers` tells what a killed run left
 behind from what a living one is writing.
@@ -213,7 +213,7 @@ def replace_directory(
 
 
 class _Stamps:
-    """Which directory a path was, and the size and time of change of every file in it."""
+    """A directory's inode, and size, time of change and inode of every file in it, to find changes later."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.stat().st_ino if directory.is_dir() else None
@@ -238,7 +238,7 @@ class _Stamps:
 
 
 def _added(directory: Path, before: _Stamps | None, foreign: Callable[[Path], list[str]] | None) -> list[str]:
-    """What came into an old directory, or changed in it, while its successor was made."""
+    """Files that were added to an old directory, or changed in it, while its successor was written."""
     if foreign is None or before is None or not directory.is_dir():
         return []
     try:

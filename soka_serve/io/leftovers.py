@@ -1,4 +1,4 @@
-"""Temporary siblings of what is being written: their names, who writes them still, and what killed runs have left.
+"""Temporary siblings of outputs: their names, whether their writer is alive, and removing those of killed runs.
 
 A writer holds a lock (flock) on its sibling, which the kernel drops when the process ends, however it ends. The lock
 tells a living writer from a dead one across containers of one kernel, where process ids and host names tell nothing.
@@ -55,7 +55,7 @@ def machine_token() -> str:
 
 
 def sibling(target: Path, kind: str) -> Path:
-    """A fresh name beside `target` for what takes its place ("tmp") or what it was ("old")."""
+    """An unused name beside `target` for its successor ("tmp") or its old content ("old")."""
     return target.with_name(f".{target.name}.{kind}-{os.getpid()}-{machine_token()}-{secrets.token_hex(3)}")
 
 
@@ -158,7 +158,7 @@ class _Leftover:
             os.close(descriptor)
 
     def _looks_stale(self) -> bool:
-        """The best guess without a lock."""
+        """Whether the writer is probably gone, for file systems without locks."""
         if self.machine != machine_token():  # its process cannot be asked from here
             with suppress(FileNotFoundError):  # somebody works in it this moment
                 return time.time() - self._touched() > _STALE_ELSEWHERE_S
@@ -189,7 +189,7 @@ def _leftovers(target: Path, kind: str) -> list[_Leftover]:
 
 
 def stale(target: Path, kind: str = "tmp") -> Iterator[Path]:
-    """What dead writers have left beside `target`; each one is claimed until the next is asked for."""
+    """Temporary siblings of `target` whose writer is gone; each is locked until the next is asked for."""
     for left in _leftovers(Path(os.path.realpath(target)), kind):
         with left.claimed() as is_ours:
             if is_ours:

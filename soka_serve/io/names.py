@@ -1,4 +1,4 @@
-"""What an adapter may be called in a server's API."""
+"""The rule for names of models in a server's API."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ MODEL_NAME_RULE = (
 
 
 def is_model_name(name: str) -> bool:
-    """Whether an adapter may be called so in a server's API; see MODEL_NAME_RULE."""
+    """Whether a text is a valid name of a model in a server's API; see MODEL_NAME_RULE."""
     return len(name) <= _LONGEST_MODEL_NAME and _MODEL_NAME.fullmatch(name) is not None

@@ -41,7 +41,7 @@ class Output:
     files: Callable[[Path, Lock | None], Iterable[str]]
 
     def check(self, target: Path, keep: Iterable[Path] = ()) -> None:
-        """Refuse a target that is no place for an output, or where something of the user's would be lost.
+        """Refuse a target that is no place for an output, or where a file of the user's would be lost.
 
         Args:
             target: the directory to be written; missing and empty ones are fine.
@@ -75,7 +75,7 @@ class Output:
             )
 
     def foreign(self, directory: Path) -> list[str]:
-        """What in a directory is not such an output's own; everything where nothing says that it is one."""
+        """Entries of a directory that do not belong to such an output; all of them if it has no mark of one."""
         return self._look(directory)[1]
 
     def _look(self, directory: Path) -> tuple[bool, list[str]]:

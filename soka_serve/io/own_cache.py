@@ -1,4 +1,4 @@
-"""This user's folder for what can be made again: hashes of files, logs of servers, tokenizers as servers open them."""
+"""This user's cache folder: hashes of files, logs of servers, tokenizers as servers open them."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def _instead_of(folder: Path) -> Path:
 
 
 def own_hashes() -> HashCache:
-    """Hashes that earlier servers and evaluations of this user have remembered, and nobody else."""
+    """The cache of file hashes that servers and evaluations of this user share."""
     return HashCache(own_folder() / HASHES_FILE)

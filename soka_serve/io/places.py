@@ -12,7 +12,7 @@ _KERNEL_PLACES = ("/proc", "/sys", "/dev")
 
 
 def given_path(value: str | Path, option: str) -> Path:
-    """A path that a user gave; an empty one (an unset variable of a shell, say) would be the current directory.
+    """A path that a user gave; refuses an empty one, which an unset variable of a shell leaves.
 
     Raises:
         SokaError: it is empty.
@@ -23,7 +23,7 @@ def given_path(value: str | Path, option: str) -> Path:
 
 
 def check_place(target: Path, *, replaced: bool = False) -> Path:
-    """The real path of an output, unless that is no place for one.
+    """The real path of an output; refuses places where none may be written.
 
     Args:
         target: the file or directory to be written; need not exist.

@@ -1,4 +1,4 @@
-"""How the report and the model card write numbers and texts."""
+"""Numbers, sizes, times and texts as plans, reports and model cards show them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether files are still what they were when they were read, so that their hashes name what was read."""
+"""Detect files that change while they are read, so that a recorded hash is that of what was read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stamp = list[int]
 
 
 def stamp_of(file: Path) -> Stamp:
-    """What a file's content is remembered by: size in bytes, time of change in ns, inode."""
+    """A file's size in bytes, time of change in ns and inode, which stand for its content."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 

@@ -1,4 +1,4 @@
-"""Warnings of which one command gives each once, however many of its parts meet the same thing."""
+"""Warnings that one command gives once, however many of its parts meet the same cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a build keeps its things: the finished artefact, and the caches of its stages.
+"""Folders of a build: the finished artefact and the caches of its stages.
 
     build/NAME/                    the artefact: adapter/, merged/, soka.lock, report.html, README.md, ...
     build/.cache/NAME/init-KEY/    factors at step 0
@@ -53,7 +53,7 @@ class Workspace:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the build's lock; tidy up what killed runs left.
+        """Hold the build's lock; remove what killed runs left.
 
         Raises:
             BuildError: another build of this name is running, or the folder cannot be written.
@@ -148,7 +148,7 @@ class HashCache:
                 self._dirty = True
 
     def save(self) -> None:
-        """Write what was learned."""
+        """Write new hashes to the file."""
         if self._path.exists() and not self._path.is_file():
             warn(logger, "%s is no file: hashes are not remembered", self._path)
         elif self._dirty and not self._is_cache and self._path.is_symlink():

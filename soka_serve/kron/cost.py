@@ -1,4 +1,4 @@
-"""What the product of a delta with activations costs, and which of its three ways is the cheapest; no torch.
+"""Cost of multiplying a delta with activations, and the choice of the cheapest of the three ways.
 
 `soka_serve.kron.apply` explains the ways; `eval/bench/apply.py` measures them against each other.
 """

@@ -95,7 +95,7 @@ def kpsvd(
 
 @torch.no_grad()
 def captured_energy(weight: Tensor, shape: FactorShape, rank: int, *, rough: bool = False, seed: int = 0) -> float:
-    """The energy of the leading `rank` terms, without the terms.
+    """The energy of the leading `rank` terms, computed without the terms themselves.
 
     Args:
         weight, shape, rank, seed: as for `kpsvd`.

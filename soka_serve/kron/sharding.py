@@ -1,4 +1,4 @@
-"""What of a Kronecker delta one rank of a tensor-parallel layer applies: slices of its factors.
+"""Slices of Kronecker factors that one rank of a tensor-parallel layer applies.
 
 A column-parallel layer (qkv, gate_up) holds rows of the weight, a row-parallel one (o, down) columns. A range of rows
 that begins and ends at blocks of the product takes rows of Left; one that lies inside a block takes one row of Left and

@@ -1,1 +1,1 @@
-"""The TOML manifest: its keys, how it is read, and what is said of a wrong one."""
+"""The TOML manifest: its schema, reading it, and reporting every problem with its place."""

@@ -1,4 +1,4 @@
-"""Where each key of a TOML text stands.
+"""Line and column of each key and value of a TOML text.
 
 tomllib says where a syntax error is and nothing about valid keys, so this reads the text once more. It only ever sees
 text that tomllib has accepted, and therefore follows the grammar without checking it.

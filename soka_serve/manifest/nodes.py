@@ -37,7 +37,7 @@ _model: ContextVar[type[BaseModel]] = ContextVar("model", default=Manifest)
 
 @contextmanager
 def nodes_of(model: type[BaseModel]) -> Iterator[None]:
-    """Have this module speak of another file than a manifest: of a comparison suite."""
+    """Let this module describe another model than the manifest's, such as a comparison suite's."""
     token = _model.set(model)
     try:
         yield
@@ -69,7 +69,7 @@ def resolve(node: Node) -> Node:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a pydantic location ends.
+    """The key that a pydantic location leads to.
 
     `path` is the location as TOML spells it, `node` what is expected there (None for an unknown key), `table` the
     node of the table that holds the last key, and `policies` the other tables it could have been.

@@ -1,4 +1,4 @@
-"""What pydantic found wrong in a manifest, as problems that a person can act on.
+"""Turn pydantic's validation errors into problems with place, expectation and hint.
 
 Each problem names the key as TOML spells it, stands at its line and column, and says what was expected, what came and,
 where it can, what to write instead.

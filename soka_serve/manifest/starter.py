@@ -64,7 +64,7 @@ def starter_manifest(name: str) -> str:
 
 
 def default_or_example(raw: Node) -> Any:
-    """What a key is when it is not set; for a key that has no default, an example of it."""
+    """A key's default; its first example where it has none."""
     default = raw.get("default")
     return raw.get("examples", [None])[0] if default is None else default
 

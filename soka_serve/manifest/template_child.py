@@ -47,7 +47,7 @@ _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 @dataclass(frozen=True)
 class Rendered:
-    """What became of one row.
+    """The result of rendering one row.
 
     `text` is None where the template failed; `problem` is then 'syntax' (with its `line`), 'undefined', 'null',
     'limit' or 'fails' (with the `error`'s class), and `message` says what happened.
@@ -167,7 +167,7 @@ class _Child:
         return Rendered(None, **json.loads(data))
 
     def why_ended(self) -> Rendered:
-        """Why it did not survive a row."""
+        """The reason of the child's end, as text."""
         self.end(wait_s=5)
         if self._process.returncode == -signal.SIGPROF:
             return Rendered(None, "limit", f"takes more than {MAX_CPU_S:g} s of processor time")

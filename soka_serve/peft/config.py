@@ -23,7 +23,7 @@ OPTIONAL: dict[str, Any] = {"rank_pattern": {}, "soka_dropout": 0.0, "fan_in_fan
 
 @dataclass
 class SokaConfig(PeftConfig):  # type: ignore[misc]
-    """What is adapted, with how many terms, and where the factors start.
+    """Configuration of a SoKA adapter: its modules, their numbers of terms, and how the factors start.
 
     There is no field `bias` and none for `target_parameters`: a SoKA adapter changes weights of linear layers.
 
@@ -199,7 +199,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         self._asked = copy.deepcopy(self.soka_modules)
 
     def record(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note what an adapter has: per module its rank and factor shape."""
+        """Record an adapter's rank and factor shape per module in `soka_modules`."""
         self.soka_modules = {name: dict(spec) for name, spec in modules.items()}
         self._recorded = copy.deepcopy(self.soka_modules)
         self._is_built = True

@@ -6,7 +6,7 @@ from soka_serve.errors import CheckpointError, PlanError
 
 
 class FitError(PlanError, ValueError):
-    """A setting that cannot be, or an adapter that does not fit the model."""
+    """An impossible setting, or an adapter that does not fit the model."""
 
 
 class MergeError(CheckpointError, ValueError):

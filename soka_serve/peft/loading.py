@@ -1,4 +1,4 @@
-"""From a config or a file to the layers of a model: which modules are adapted, with what rank and factor shape.
+"""Match a config or an adapter file with a model: which modules are adapted, with what rank and factor shape.
 
 Everything is checked before anything is changed, and all problems come in one message.
 """

@@ -135,7 +135,7 @@ class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
 
     @torch.no_grad()
     def _merged(self, names: list[str], *, sign: float = 1) -> Tensor:
-        """Base + deltas (out, in), a new tensor of the base's dtype."""
+        """The sum of base and deltas (out, in) as a new tensor of the base's dtype."""
         base = self._float_weight()
         # One delta goes block by block into a copy; of several, the sum must not be rounded in between.
         merged = base.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Where a layer keeps its tensors: one container per part of the factors, one tensor per adapter.
+"""Containers of a layer's tensors: one per part of the factors, with one tensor per adapter.
 
 A parameter is named `...q_proj.soka_left.default.weight`. The adapter's name stands between dots, as in PEFT's LoRA,
 because programs copy one adapter onto another by that: TRL makes its reference model so. The file holds

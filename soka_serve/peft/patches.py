@@ -1,4 +1,4 @@
-"""What PEFT keeps in fixed lists and functions of its own, and has no registration for: extended here, once.
+"""Extensions of PEFT where it has fixed lists and functions instead of a registration.
 
 - transformers' `model.load_adapter` renames tensors by `build_peft_weight_mapping`, which adds the adapter's name where
   LoRA has it; our parameters end in `.weight` behind it (`soka_serve.peft.parts`).
