@@ -36,7 +36,7 @@ _TEXT = "Question: Anna has 3 red apples and 12 green ones. She gives 5 of them 
 
 
 @dataclass
-class Asked:
+class RoleModel:
     """The lm-eval model of one role: the base or the adapter.
 
     Args:
@@ -102,14 +102,14 @@ class VllmBackend:
                 yield lambda role: self._ask(role, launch)
 
     @contextmanager
-    def _own_server(self, role: str) -> Iterator[Asked]:
+    def _own_server(self, role: str) -> Iterator[RoleModel]:
         place = self._subject.base if role == "base" else self._subject.target.path
         with self._started(f"{role}={place}", place) as launch, self._ask("base", launch) as asked:
             yield asked
 
     @contextmanager
     def _started(self, given: str, model: Path) -> Iterator[Launch]:
-        from soka_serve.serving.process import Stopped, started
+        from soka_serve.serving.process import StopSignal, started
         from soka_serve.serving.serve import plan_launch
 
         host, port = "127.0.0.1", _free_port()
@@ -129,7 +129,7 @@ class VllmBackend:
             with started(launch, log, START_S) as server, server.explaining():
                 logger.info("vLLM answers after %.0f s", server.ready_s)
                 yield launch
-        except Stopped as stopped:
+        except StopSignal as stopped:
             raise KeyboardInterrupt from stopped
 
     def _running(self, url: str) -> Endpoint:
@@ -156,7 +156,7 @@ class VllmBackend:
         return replace(reached, base_model=str(card["parent"]))
 
     @contextmanager
-    def _ask(self, role: str, endpoint: Endpoint) -> Iterator[Asked]:
+    def _ask(self, role: str, endpoint: Endpoint) -> Iterator[RoleModel]:
         from soka_serve.evaluation.models import ServedModel
 
         client = Client(endpoint)
@@ -170,9 +170,9 @@ class VllmBackend:
             return noise, effects[name]
 
         if role == "base":
-            yield Asked(lm, facts)
+            yield RoleModel(lm, facts)
         else:
-            yield Asked(lm, facts, effect, lambda: client.finished_requests(name))
+            yield RoleModel(lm, facts, effect, lambda: client.finished_requests(name))
 
 
 class TransformersBackend:
@@ -202,7 +202,7 @@ class TransformersBackend:
         yield self._load
 
     @contextmanager
-    def _load(self, role: str) -> Iterator[Asked]:
+    def _load(self, role: str) -> Iterator[RoleModel]:
         from soka_serve.base.model import load_base, quiet_bars
         from soka_serve.base.pretrained import open_tokenizer
         from soka_serve.evaluation.models import LocalModel
@@ -234,7 +234,7 @@ class TransformersBackend:
             again = _logprobs(model, subject.tokenizer)
             return float((now - again).abs().max()), float((now - before).abs().max())
 
-        yield Asked(lm, facts, effect if before is not None else None)
+        yield RoleModel(lm, facts, effect if before is not None else None)
 
 
 def parse_address(url: str) -> tuple[str, int, str]:

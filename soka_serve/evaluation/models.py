@@ -39,7 +39,7 @@ class _Hook:
         self._advance()
 
 
-class _Counted:
+class _RequestCounter:
     """Mixin over an lm-eval model.
 
     `sent` is how many prompts were really answered by it, not by a cache; `cut` how many of them were longer than the
@@ -78,7 +78,7 @@ class _Counted:
             return super().generate_until(requests, disable_tqdm=disable_tqdm or plain)  # type: ignore[misc]
 
 
-class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-ignore]
+class ServedModel(_RequestCounter, LocalCompletionsAPI):  # type: ignore[misc, unused-ignore]
     """A model name of a running server, asked through /v1/completions.
 
     Args:
@@ -147,7 +147,7 @@ class ServedModel(_Counted, LocalCompletionsAPI):  # type: ignore[misc, unused-i
             ) from error
 
 
-class LocalModel(_Counted, HFLM):  # type: ignore[misc, unused-ignore]
+class LocalModel(_RequestCounter, HFLM):  # type: ignore[misc, unused-ignore]
     """A model of transformers in this process.
 
     Args:

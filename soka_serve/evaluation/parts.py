@@ -16,7 +16,7 @@ from typing import Any
 
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES
 from soka_serve.errors import EvalError
-from soka_serve.evaluation.backends import Asked, wait_counted
+from soka_serve.evaluation.backends import RoleModel, wait_counted
 from soka_serve.evaluation.harness import task_manager
 from soka_serve.evaluation.results import ROLES
 from soka_serve.evaluation.sources import DATA_VARIABLE
@@ -58,9 +58,9 @@ def run_parts(evaluation: Evaluation) -> dict[tuple[str, str], dict[str, Any]]:
         for role in ROLES:
             wanted = {task: place for (owner, task), place in missing.items() if owner == role}
             if wanted:
-                with open_role(role) as asked:
+                with open_role(role) as model:
                     for task, place in wanted.items():
-                        record = {"role": role, "task": task, **_ask(evaluation, asked, role, task, manager, place)}
+                        record = {"role": role, "task": task, **_ask(evaluation, model, role, task, manager, place)}
                         write_text_atomic(place.with_suffix(".json"), json.dumps(record, indent=1))
                         done[role, task] = record
     return {part: done[part] for part in places}
@@ -96,25 +96,25 @@ def _read(place: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _ask(evaluation: Evaluation, asked: Asked, role: str, task: str, manager: Any, place: Path) -> dict[str, Any]:
+def _ask(evaluation: Evaluation, model: RoleModel, role: str, task: str, manager: Any, place: Path) -> dict[str, Any]:
     """Run one task on one model: what lm-eval found, and the proof that the adapter was at work."""
     from lm_eval.utils import handle_non_serializable
 
-    asked.lm.what = f"{role}: {task}"
-    asked.lm.sent = asked.lm.cut = 0
+    model.lm.what = f"{role}: {task}"
+    model.lm.sent = model.lm.cut = 0
     logger.info("asking %s: %s", role, task)
-    effects = [asked.effect()] if asked.effect else []
-    counted = asked.counted()
+    effects = [model.effect()] if model.effect else []
+    counted = model.counted()
     started = time.monotonic()
-    found = _simple_evaluate(evaluation, asked, task, manager, place)
+    found = _simple_evaluate(evaluation, model, task, manager, place)
     seconds = time.monotonic() - started
     active = None
-    if asked.effect:
-        after = None if counted is None else wait_counted(asked.counted, counted + asked.lm.sent)
-        effects.append(asked.effect())
+    if model.effect:
+        after = None if counted is None else wait_counted(model.counted, counted + model.lm.sent)
+        effects.append(model.effect())
         active = _active(effects, task)
         if counted is not None and after is not None:
-            active |= {"requests_sent": asked.lm.sent, "requests_counted": after - counted}
+            active |= {"requests_sent": model.lm.sent, "requests_counted": after - counted}
     for name, samples in found["samples"].items():
         lines = [json.dumps(s, default=handle_non_serializable, ensure_ascii=False) for s in samples]
         file = evaluation.folder / f"samples-{evaluation.backend.name}-{role}-{name}.jsonl"
@@ -127,19 +127,21 @@ def _ask(evaluation: Evaluation, asked: Asked, role: str, task: str, manager: An
         "problems": {name: counts["effective"] for name, counts in found["n-samples"].items()},
         "task_versions": dict(found["versions"]),
         "few_shot": dict(found["n-shot"]),
-        "asked": asked.lm.sent,
-        "prompts_cut": asked.lm.cut,
+        "asked": model.lm.sent,
+        "prompts_cut": model.lm.cut,
         "active": active,
         "seconds": round(seconds, 1),
-        **asked.facts,
+        **model.facts,
     }
 
 
-def _simple_evaluate(evaluation: Evaluation, asked: Asked, task: str, manager: Any, place: Path) -> Mapping[str, Any]:
+def _simple_evaluate(
+    evaluation: Evaluation, model: RoleModel, task: str, manager: Any, place: Path
+) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
 
     found: Mapping[str, Any] | None = simple_evaluate(
-        model=asked.lm,
+        model=model.lm,
         tasks=[task],
         task_manager=manager,
         limit=evaluation.limit,

@@ -46,7 +46,7 @@ class Backend(Protocol):
         """The properties of the backend that a score depends on."""
 
     def roles(self) -> AbstractContextManager[Any]:
-        """Yields role -> context manager of the model to ask (`backends.Asked`)."""
+        """Yields role -> context manager of the model to ask (`backends.RoleModel`)."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
-class Stopped(BaseException):
+class StopSignal(BaseException):
     """A signal asked this program to end."""
 
     def __init__(self, number: int) -> None:
@@ -40,7 +40,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def signals_stop() -> Iterator[Callable[[], None]]:
-    """Within it, SIGTERM, SIGINT and SIGHUP raise Stopped, the first time; later ones are ignored.
+    """Within it, SIGTERM, SIGINT and SIGHUP raise StopSignal, the first time; later ones are ignored.
 
     SIGINT and SIGHUP do so unless they were ignored when this program began, as a shell without job control starts
     `command &`, and nohup a command: Ctrl-C in the terminal, or its end, is then not meant for this one. SIGTERM is.
@@ -55,7 +55,7 @@ def signals_stop() -> Iterator[Callable[[], None]]:
 
     def stop(number: int, frame: object) -> None:
         ignore()
-        raise Stopped(number)
+        raise StopSignal(number)
 
     asked = [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     caught = [signal.SIGTERM, *asked]
@@ -244,7 +244,7 @@ def started(launch: Launch, log: Path | None, timeout_s: float) -> Iterator[Serv
         timeout_s: how long it may take to start.
 
     Raises:
-        Stopped: a signal asked this program to end; see `signals_stop`.
+        StopSignal: a signal asked this program to end; see `signals_stop`.
         ServeError: vLLM did not start.
     """
     logger.info("starting vLLM on %s%s", launch.url, f"; its log is {log}" if log else "")
@@ -254,7 +254,7 @@ def started(launch: Launch, log: Path | None, timeout_s: float) -> Iterator[Serv
             server = Server(launch, log)
             server.wait_healthy(timeout_s)
             yield server
-        except Stopped as stopped:
+        except StopSignal as stopped:
             logger.info("%s: ending vLLM", signal.Signals(stopped.number).name)
             raise
         finally:

@@ -16,7 +16,7 @@ from soka_serve.serving.base import ServedBase, find_base
 from soka_serve.serving.command import Launch, Settings, list_builds, make_launch
 from soka_serve.serving.doctor import quick_checks
 from soka_serve.serving.probe import examples, probe
-from soka_serve.serving.process import Stopped, check_port, started
+from soka_serve.serving.process import StopSignal, check_port, started
 from soka_serve.serving.targets import Target, read_targets
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def serve(
             for line in _ready_lines(targets, launch, server.ready_s):
                 say(line)
             server.wait()
-    except Stopped as stopped:
+    except StopSignal as stopped:
         return 0 if ready else 128 + stopped.number
     raise AssertionError("Server.wait returns by raising")
 

@@ -58,11 +58,11 @@ def test_children_of_tests(root: Path) -> None:
 def test_soka_serve_itself_ignores_what_it_was_told_to_and_ends_at_sigterm(root: Path) -> None:
     """Ctrl-C in the terminal of a script is not meant for what the script runs in the background."""
     code = (
-        "from soka_serve.serving.process import Stopped, signals_stop\n"
+        "from soka_serve.serving.process import StopSignal, signals_stop\n"
         "try:\n    with signals_stop():\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n        print('runs on')\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n        time.sleep(9)\n"
-        "except Stopped as stopped:\n    print(signal.Signals(stopped.number).name)\n"
+        "except StopSignal as stopped:\n    print(signal.Signals(stopped.number).name)\n"
         "print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     )
     assert ignoring(code, root).split("\n") == ["runs on", "SIGTERM", "True"]
