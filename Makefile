@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast compat bench bench-7b lint format clean
+.PHONY: help venv quickstart test test-all test-fast compat bench bench-7b lint format clean
 
 help: ## Show this help
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,10 +39,13 @@ quickstart: venv ## Fine-tune the embedded model on word problems and show accur
 	$(BIN)/soka-serve build manifests/math.toml
 
 test: venv lint ## Everything: lint, types, unit, parity and end-to-end tests
+	$(PYTEST) -ra -m "not slow_matrix"
+
+test-all: venv lint ## As `make test`, and what it has once at more settings
 	$(PYTEST) -ra
 
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
-	$(PYTEST) tests/unit tests/parity -m "not slow"
+	$(PYTEST) tests/unit tests/parity -m "not slow and not slow_matrix"
 
 compat: venv ## The tests with every vLLM and PEFT release claimed, and PEFT's own (an environment each; an hour or more)
 	$(BIN)/python -m eval.checks.compat --engine $(ENGINE) --out build/compat.json

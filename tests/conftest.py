@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# What vLLM finds out about a model's class in a process of its own; it stays where it is when a test moves the caches.
+os.environ.setdefault("VLLM_CACHE_ROOT", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vllm"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # beside another process's threads OpenMP's wait for each other, spinning
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else every server takes the same core

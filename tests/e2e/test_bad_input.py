@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.cli import main
+from tests.support import preloaded
 from tests.support.builds import adapter_bytes, run_cli, write_manifest
 from tests.support.tiny_models import random_factors, write_test_adapter
 
@@ -189,11 +189,10 @@ def test_disk_full_leaves_the_last_good_build(tmp_path: Path) -> None:
     before = (tmp_path / "build" / "small" / "merged" / "model.safetensors").read_bytes()
     write_manifest(tmp_path, output='merged_dtype = "bfloat16"')
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    command = [sys.executable, "-m", "soka_serve", "build", str(manifest), "--out", str(tmp_path / "build")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    limited = "import resource\nfrom soka_serve.cli import main\n"
+    limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\nmain()"
+    command = [preloaded.CODE, limited, "build", manifest, "--out", tmp_path / "build"]
+    done = preloaded.run("soka", command, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "merged" in done.stderr

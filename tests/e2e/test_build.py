@@ -19,7 +19,7 @@ import soka_serve.builtin
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.lockfile import read_lock
-from tests.support.builds import adapter_bytes, run_cli, same_tensors, write_manifest
+from tests.support.builds import adapter_bytes, run_cli, same_tensors, start_cli, write_manifest
 
 ACCEPT = Path(__file__).resolve().parents[3] / "shared" / "accept" / "check_adapter.py"
 
@@ -189,23 +189,18 @@ def test_ctrl_c_and_sigkill_leave_the_last_good_build(tmp_path: Path) -> None:
     first = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     before = adapter_bytes(first.directory)
     write_manifest(tmp_path, learning_rate=3e-2, steps=400)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "soka_serve", "build", str(manifest), "--out", str(tmp_path / "build")],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-    )
+    log = tmp_path / "log"
+    process = start_cli("build", manifest, "--out", tmp_path / "build", cwd=tmp_path, log=log)
     deadline = time.monotonic() + 120
     while (
         not list((tmp_path / "build" / ".cache" / "small").glob("tune-*/checkpoint-*")) and time.monotonic() < deadline
     ):
         if process.poll() is not None:
-            pytest.fail(f"ended before it could be interrupted: {process.communicate()}")
+            pytest.fail(f"ended before it could be interrupted: {log.read_text()}")
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
+    code, errors = process.wait(60), log.read_text()
+    assert code == 2, errors
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert adapter_bytes(first.directory) == before
@@ -215,15 +210,16 @@ def test_ctrl_c_and_sigkill_leave_the_last_good_build(tmp_path: Path) -> None:
 def test_a_build_killed_at_twenty_random_points_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, steps=40, save_every=4)
     whole = soka_serve.build(manifest, out=tmp_path / "whole", progress=False)
-    command = [sys.executable, "-m", "soka_serve", "build", str(manifest), "--out", str(tmp_path / "build")]
+    command = ["build", str(manifest), "--out", str(tmp_path / "build")]
+    assert run_cli(*command[:-1], tmp_path / "first", cwd=tmp_path).returncode == 0
     started = time.monotonic()
-    subprocess.run([*command[:-1], str(tmp_path / "timing")], check=True, capture_output=True)
+    assert run_cli(*command[:-1], tmp_path / "timing", cwd=tmp_path).returncode == 0
     typical_s = time.monotonic() - started
     chance = random.Random(0)
     kills = 0
     while kills < 20:
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_cli(*command, cwd=tmp_path)
         try:
             process.wait(timeout=chance.uniform(0.05, 1.0) * typical_s)
         except subprocess.TimeoutExpired:
@@ -246,7 +242,7 @@ def test_a_build_killed_at_twenty_random_points_ends_like_an_uninterrupted_one(t
                 whole.directory / "adapter" / "adapter_model.safetensors",
                 final / "adapter" / "adapter_model.safetensors",
             )
-    subprocess.run([c for c in command if c != "--force"], check=True, capture_output=True)
+    assert run_cli(*(c for c in command if c != "--force"), cwd=tmp_path).returncode == 0
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
         assert same_tensors(whole.directory / name, tmp_path / "build" / "small" / name), name
     leftovers = [p.name for p in (tmp_path / "build").iterdir() if p.name not in (".cache", "small")]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 import soka_serve
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
+from tests.support import preloaded
 from tests.support.builds import write_manifest
 from tests.support.serving import ONE_PROCESS
 
@@ -22,22 +20,18 @@ ASK = """
 import json, sys
 from vllm import LLM, SamplingParams
 
-def main() -> None:
-    model = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4)
-    sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
-    replies = model.generate(json.loads(sys.argv[2]), sampling)
-    answers = []
-    for reply in replies:
-        out = reply.outputs[0]
-        answers.append({
-            "prompt": list(reply.prompt_token_ids),
-            "tokens": list(out.token_ids),
-            "logprobs": [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)],
-        })
-    print("ANSWERS", json.dumps(answers))
-
-if __name__ == "__main__":
-    main()
+model = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4)
+sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
+replies = model.generate(json.loads(sys.argv[2]), sampling)
+answers = []
+for reply in replies:
+    out = reply.outputs[0]
+    answers.append({
+        "prompt": list(reply.prompt_token_ids),
+        "tokens": list(out.token_ids),
+        "logprobs": [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)],
+    })
+print("ANSWERS", json.dumps(answers))
 """
 
 
@@ -49,20 +43,11 @@ def test_vllm_serves_the_merged_model(tmp_path: Path) -> None:
 
     built = soka_serve.build(write_manifest(tmp_path, steps=10), out=tmp_path / "build", progress=False)
     assert built.merged is not None
-    script = tmp_path / "ask.py"
-    script.write_text(ASK)
     prompts = [problem.prompt for problem in generate("math", "test", 4)]
-    environment = {**os.environ, **ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment["VLLM_LOGGING_LEVEL"] = "ERROR"
-    done = subprocess.run(
-        [sys.executable, str(script), str(built.merged), json.dumps(prompts)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=environment,
-        cwd=tmp_path,
-    )
+    command = [preloaded.CODE, ASK, built.merged, json.dumps(prompts)]
+    done = preloaded.run("vllm", command, cwd=tmp_path, env=environment, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     answers = json.loads(lines[0].removeprefix("ANSWERS "))

@@ -134,8 +134,15 @@ def sentences() -> Dataset:
     return Dataset.from_dict({"text": [" ".join(f"w{(i + j) % 90}" for j in range(12)) for i in range(32)]})
 
 
-@pytest.mark.parametrize("prepared", [False, True], ids=["peft_config", "prepared model"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("prepared", "checkpointing"),
+    [
+        pytest.param(False, True, id="peft_config, checkpointing"),
+        pytest.param(True, False, id="prepared model"),
+        pytest.param(False, False, id="peft_config", marks=pytest.mark.slow_matrix),
+        pytest.param(True, True, id="prepared model, checkpointing", marks=pytest.mark.slow_matrix),
+    ],
+)
 def test_sft_trainer(prepared: bool, checkpointing: bool, tmp_path: Path) -> None:
     from trl import SFTConfig, SFTTrainer
 
@@ -168,8 +175,15 @@ def test_sft_trainer(prepared: bool, checkpointing: bool, tmp_path: Path) -> Non
     assert not torch.equal(ours, logits(tiny_llama(), ids))
 
 
-@pytest.mark.parametrize("init", ["weights", "zero"])
-@pytest.mark.parametrize("loaded", [False, True], ids=["in memory", "from disk"])
+@pytest.mark.parametrize(
+    ("init", "loaded"),
+    [
+        pytest.param("weights", True, id="weights, from disk"),
+        pytest.param("zero", False, id="zero, in memory"),
+        pytest.param("weights", False, id="weights, in memory", marks=pytest.mark.slow_matrix),
+        pytest.param("zero", True, id="zero, from disk", marks=pytest.mark.slow_matrix),
+    ],
+)
 def test_dpo_goes_on_from_an_adapter(init: str, loaded: bool, tmp_path: Path) -> None:
     """Its reference is the adapter as it was, not the base: at step 0 the loss is log 2, and the base is elsewhere."""
     from trl import DPOConfig, DPOTrainer

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.support import preloaded
 
 CASES = ["1", "2", "2 fully-sharded", "4", "4 fully-sharded"]
 
@@ -18,14 +17,7 @@ def said() -> dict[str, str]:
     """What each case wrote: in one process of its own, which vLLM's import changes (logging, torch's settings)."""
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (make venv installs it)")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.serve_layers", *CASES],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        cwd=ROOT,
-    )
+    done = preloaded.run("vllm", ["tests.support.serve_layers", *CASES], cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     parts = [part.partition(":") for part in done.stdout.split("case ")[1:]]
     return {case: text if "right" in text else text + done.stderr[-3000:] for case, _, text in parts}

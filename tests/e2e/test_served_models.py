@@ -32,8 +32,6 @@ def test_served_as_transformers_computes_it(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
     for name, value in ONE_PROCESS.items():
         monkeypatch.setenv(name, value)
     base = write_checkpoint(tmp_path / "base", architecture)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.resume import mark_complete, newest_point, remove_incomplete
 from soka_serve.compiler.train.run import TrainResult
-from tests.support.train_runs import train_once
+from tests.support.preloaded import Program, start
 from tests.support.training import make_base
 
 STEPS = 16
@@ -29,28 +31,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("kill") / "base")
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    """Processes forked from a server that has imported everything: cheap to start, and free of our threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.train_runs"])
-    first = context.Process(target=int)  # starts the server, so that no test times the imports
-    first.start()
-    first.join()
-    return context
+def begin(base: Path, work_dir: Path, kill: str, options: dict[str, Any]) -> Program:
+    """Start training in a process of its own."""
+    return start("soka", ["tests.support.train_runs", base, work_dir, kill, json.dumps(options)], cwd=base.parent)
 
 
-def run(processes: Any, base: Path, work_dir: Path, kill: str, options: dict[str, Any]) -> int:
+def run(base: Path, work_dir: Path, kill: str, options: dict[str, Any]) -> int:
     """Train in a process of its own; its exit code."""
-    process = processes.Process(target=train_once, args=(base, work_dir, kill, options))
-    process.start()
-    process.join(300)
-    code = process.exitcode
-    if code is None:
-        process.kill()
-        pytest.fail("training did not end")
-    assert isinstance(code, int)
-    return code
+    return begin(base, work_dir, kill, options).wait(300)
 
 
 def check_equal(left: Path, right: Path, *, history: bool = True) -> None:
@@ -69,12 +57,12 @@ def check_equal(left: Path, right: Path, *, history: bool = True) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["soka", "lora", "pissa", "lokr", "full"])
-def test_killed_at_every_kind_of_point(processes: Any, base: Path, tmp_path: Path, method: str) -> None:
+def test_killed_at_every_kind_of_point(base: Path, tmp_path: Path, method: str) -> None:
     """One run that is killed at one point after another, each in a later stage than the last."""
     options = OPTIONS | {"method": method}
     if method == "soka":
         options |= {"prune": PRUNE, "rank": 3}
-    assert run(processes, base, tmp_path / "whole", "", options) == 0
+    assert run(base, tmp_path / "whole", "", options) == 0
     kills = ["after-step:2", "optimizer:4", "marker:4", "after-step:7", "history:8", "truncate", "rotation:4",
              "marker:16", "export", "result", "cleanup"]  # fmt: skip
     if method != "soka":
@@ -82,47 +70,47 @@ def test_killed_at_every_kind_of_point(processes: Any, base: Path, tmp_path: Pat
     if method == "full":
         kills = ["after-step:7", "rotation:4", "result"]
     for kill in kills:
-        assert run(processes, base, tmp_path / "killed", kill, options) == -signal.SIGKILL, kill
-    assert run(processes, base, tmp_path / "killed", "", options) == 0
+        assert run(base, tmp_path / "killed", kill, options) == -signal.SIGKILL, kill
+    assert run(base, tmp_path / "killed", "", options) == 0
     check_equal(tmp_path / "whole", tmp_path / "killed")
     if method == "soka":
         assert TrainResult.read(tmp_path / "killed").pruned  # else the ranks never differed
 
 
 @pytest.mark.slow
-def test_killed_with_early_stopping(processes: Any, base: Path, tmp_path: Path) -> None:
+def test_killed_with_early_stopping(base: Path, tmp_path: Path) -> None:
     """The count of evaluations without improvement and the best one survive; pruning goes on in between."""
     options = OPTIONS | {
         "steps": 60, "learning_rate": 5e-2, "eval_every": 2, "early_stopping": 3, "schedule": "constant",
         "save_every": 5, "log_every": 1, "rank": 3, "prune": PRUNE,
     }  # fmt: skip
-    assert run(processes, base, tmp_path / "whole", "", options) == 0
+    assert run(base, tmp_path / "whole", "", options) == 0
     end = TrainResult.read(tmp_path / "whole")
     assert end.stopped_early
     for kill in (f"after-step:{end.steps + 1}", f"marker:{end.steps_run}", "export"):
-        assert run(processes, base, tmp_path / "killed", kill, options) == -signal.SIGKILL, kill
-    assert run(processes, base, tmp_path / "killed", "", options) == 0
+        assert run(base, tmp_path / "killed", kill, options) == -signal.SIGKILL, kill
+    assert run(base, tmp_path / "killed", "", options) == 0
     check_equal(tmp_path / "whole", tmp_path / "killed")
 
 
 @pytest.mark.slow
-def test_killed_at_random_times(processes: Any, base: Path, tmp_path: Path) -> None:
+def test_killed_at_random_times(base: Path, tmp_path: Path) -> None:
     """From outside, without any hook: whatever it was doing."""
     options = OPTIONS | {"steps": 60, "save_every": 2, "rank": 3, "prune": PRUNE}
     started = time.monotonic()
-    assert run(processes, base, tmp_path / "whole", "", options) == 0
+    assert run(base, tmp_path / "whole", "", options) == 0
     duration = time.monotonic() - started
     rng = random.Random(0)
     kills = 0
     for _ in range(10):
-        process = processes.Process(target=train_once, args=(base, tmp_path / "killed", "", options))
-        process.start()
-        process.join(rng.uniform(0.02, 0.2) * duration)
-        kills += process.is_alive()
+        process = begin(base, tmp_path / "killed", "", options)
+        with suppress(TimeoutExpired):
+            process.wait(rng.uniform(0.02, 0.2) * duration)
+        kills += process.poll() is None
         process.kill()
-        process.join()
+        process.wait()
     assert kills >= 2
-    assert run(processes, base, tmp_path / "killed", "", options) == 0
+    assert run(base, tmp_path / "killed", "", options) == 0
     check_equal(tmp_path / "whole", tmp_path / "killed")
 
 

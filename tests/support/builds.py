@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
+
+from tests.support import preloaded
 
 MANIFEST = """\
 schema = 1
@@ -59,16 +60,14 @@ def write_manifest(
 
 
 def run_cli(*arguments: str | Path, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run soka-serve in a fresh process, as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "soka_serve", *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+    """Run soka-serve in a process of its own."""
+    return preloaded.run("soka", ["soka_serve", *arguments], cwd=cwd, timeout=timeout_s)
+
+
+def start_cli(*arguments: str | Path, cwd: Path, log: Path | None = None) -> preloaded.Program:
+    """Start soka-serve in a process of its own; `log` is for what it writes."""
+    with Path(os.devnull).open() as nothing, Path(log or os.devnull).open("w") as output:
+        return preloaded.start("soka", ["soka_serve", *arguments], cwd=cwd, files=(nothing, output, output))
 
 
 def adapter_bytes(build: Path) -> bytes:

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,114 +49,155 @@ def divisor_near(size: int, goal: int) -> int:
     return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(d - goal))
 
 
-def check_layer(
-    make: Callable[[], torch.nn.Module], load: Loader, packed: list[str], sizes: list[int], inputs: int, sharded: bool
-) -> None:
-    """Hold a layer with adapters against vLLM's plain one with the merged weights, which vLLM cuts itself.
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer of vLLM's: how it is made, and the modules in it.
 
     Args:
-        make: a layer of vLLM's.
+        make: the layer, without weights.
         load: gives it the whole weights of its modules.
         packed: names of the modules packed in it.
         sizes: output features of each module.
         inputs: input features.
-        sharded: with --fully-sharded-loras.
     """
-    weights = [0.1 * torch.randn(size, inputs) for size in sizes]
 
-    def plain(deltas: Sequence[torch.Tensor]) -> torch.nn.Module:
-        layer = make()
-        load(layer, [(w.double() + d).float() for w, d in zip(weights, deltas, strict=True)])
+    make: Callable[[], torch.nn.Module]
+    load: Loader
+    packed: list[str]
+    sizes: list[int]
+    inputs: int
+
+
+class AdaptedLayer:
+    """A layer with adapters, held against vLLM's plain one with the merged weights, which vLLM cuts itself."""
+
+    def __init__(self, case: LayerCase, sharded: bool) -> None:
+        self.case = case
+        self.weights = [0.1 * torch.randn(size, case.inputs) for size in case.sizes]
+        self.nothing = [torch.zeros(size, case.inputs).double() for size in case.sizes]
+        self.config = LoRAConfig(
+            max_lora_rank=8,
+            max_loras=SLOTS,
+            max_cpu_loras=SLOTS,
+            lora_dtype=torch.float32,
+            fully_sharded_loras=sharded,
+        )
+        self.punica = PunicaWrapperCPU(64, 8, "cpu")
+        self.one = len(case.packed) <= 1
+        self.wrap()
+        self.x = torch.randn(len(TOKENS), case.inputs)
+        if isinstance(self.layer.base_layer, RowParallelLinear):
+            self.x = self.x.chunk(self.layer.tp_size, 1)[self.layer.tp_rank].contiguous()
+        self.merged = {adapter: self.plain(self.nothing) for adapter in (0, 7, 9)}
+
+    def plain(self, deltas: Sequence[torch.Tensor]) -> torch.nn.Module:
+        """vLLM's layer with these deltas merged into the weights."""
+        layer = self.case.make()
+        self.case.load(layer, [(w.double() + d).float() for w, d in zip(self.weights, deltas, strict=True)])
         layer.quant_method.process_weights_after_loading(layer)
         return layer
 
-    nothing = [torch.zeros(size, inputs).double() for size in sizes]
-    base = plain(nothing)
-    config = LoRAConfig(
-        max_lora_rank=8,
-        max_loras=SLOTS,
-        max_cpu_loras=SLOTS,
-        lora_dtype=torch.float32,
-        fully_sharded_loras=sharded,
-    )
-    layer = from_layer(base, SLOTS, config, packed)
-    assert type(layer).__name__.startswith("Kronecker"), type(layer)
-    assert ("Sharded" in type(layer).__name__) == (sharded and layer.tp_size > 1), type(layer)
-    punica = PunicaWrapperCPU(64, 8, "cpu")
-    layer.set_mapping(punica)
-    one = len(packed) <= 1
-    row_parallel = isinstance(base, RowParallelLinear)
-    x = torch.randn(len(TOKENS), inputs)
-    if row_parallel:
-        x = x.chunk(layer.tp_size, 1)[layer.tp_rank].contiguous()
-    merged = {0: plain(nothing), 7: plain(nothing), 9: plain(nothing)}
+    def wrap(self) -> None:
+        """Make the layer that takes adapters, with empty slots."""
+        self.layer = from_layer(self.plain(self.nothing), SLOTS, self.config, self.case.packed)
+        self.layer.set_mapping(self.punica)
 
-    def check() -> None:
-        outputs = {adapter: module(x)[0] for adapter, module in merged.items()}
+    def check(self) -> None:
+        """Prefill and decode give what the merged layers give."""
+        outputs = {adapter: module(self.x)[0] for adapter, module in self.merged.items()}
         want = torch.stack([outputs[adapter][token] for token, adapter in enumerate(TOKENS)])
         for prefill in (True, False):
-            punica.update_metadata(LoRAMapping(tuple(TOKENS), tuple(TOKENS), prefill), [7, 9], SLOTS + 1, 100)
-            torch.testing.assert_close(layer(x)[0], want, rtol=1e-4, atol=1e-4)
+            self.punica.update_metadata(LoRAMapping(tuple(TOKENS), tuple(TOKENS), prefill), [7, 9], SLOTS + 1, 100)
+            torch.testing.assert_close(self.layer(self.x)[0], want, rtol=1e-4, atol=1e-4)
 
-    def put(slot: int, adapter: int, pairs: list[tuple[torch.Tensor, torch.Tensor]], delta: list[torch.Tensor]) -> None:
-        firsts, seconds = map(list, zip(*pairs, strict=True))
-        layer.set_lora(slot, firsts[0] if one else firsts, seconds[0] if one else seconds)
-        merged[adapter] = plain(delta)
-        assert not torch.equal(merged[adapter](x)[0], merged[0](x)[0])
+    def set(self, slot: int, firsts: list[torch.Tensor], seconds: list[torch.Tensor]) -> None:
+        """Fill a slot: a pair of factors for each module."""
+        self.layer.set_lora(slot, firsts[0] if self.one else firsts, seconds[0] if self.one else seconds)
 
-    def put_kronecker(slot: int, adapter: int, rank: int, goal: int) -> None:
-        pairs = []
-        for size in sizes:
+    def put_kronecker(self, slot: int, rank: int, goal: int) -> None:
+        """Fill a slot with a Kronecker adapter, Left about (goal, goal)."""
+        inputs, lefts, rights = self.case.inputs, [], []
+        for size in self.case.sizes:
             m, n = divisor_near(size, goal), divisor_near(inputs, goal)
-            pairs.append((torch.randn(rank, m, n), torch.randn(rank, size // m, inputs // n)))
-        put(slot, adapter, pairs, [kron(left, right) for left, right in pairs])
+            lefts.append(torch.randn(rank, m, n))
+            rights.append(torch.randn(rank, size // m, inputs // n))
+        self.set(slot, lefts, rights)
+        self.merge(slot, [kron(left, right) for left, right in zip(lefts, rights, strict=True)])
 
-    def put_lora(slot: int, adapter: int) -> None:
-        pairs = [(torch.randn(4, inputs), torch.randn(size, 4)) for size in sizes]
-        put(slot, adapter, pairs, [(up @ down).double() for down, up in pairs])
+    def put_lora(self, slot: int) -> None:
+        """Fill a slot with a LoRA adapter."""
+        downs = [torch.randn(4, self.case.inputs) for _ in self.case.sizes]
+        ups = [torch.randn(size, 4) for size in self.case.sizes]
+        self.set(slot, downs, ups)
+        self.merge(slot, [(up @ down).double() for down, up in zip(downs, ups, strict=True)])
 
-    check()
+    def merge(self, slot: int, deltas: list[torch.Tensor]) -> None:
+        """Make what a slot's adapter is held against."""
+        merged = self.merged[(7, 9)[slot]] = self.plain(deltas)
+        assert not torch.equal(merged(self.x)[0], self.merged[0](self.x)[0])
+
+
+def check_slots(adapted: AdaptedLayer) -> None:
+    """Slots change hands between kinds; LoRA's buffers are there while an adapter needs them."""
+    layer = adapted.layer
+    adapted.check()
     with torch.inference_mode():  # as in a step of the engine
-        put_kronecker(0, 7, rank=3, goal=8)
-    put_kronecker(1, 9, rank=1, goal=3)
-    check()
+        adapted.put_kronecker(0, rank=3, goal=8)
+    adapted.put_kronecker(1, rank=1, goal=3)
+    adapted.check()
     assert "lora_a_stacked" not in layer.__dict__  # Kronecker adapters alone take no LoRA buffers
-    put_kronecker(0, 7, rank=2, goal=1)
-    put_kronecker(1, 9, rank=1, goal=inputs)
-    check()
+    adapted.put_kronecker(0, rank=2, goal=1)
+    adapted.put_kronecker(1, rank=1, goal=adapted.case.inputs)
+    adapted.check()
     with torch.inference_mode():
-        put_lora(1, 9)  # in the last slot, which vLLM's CPU code reads for tokens of the base
-        check()
+        adapted.put_lora(1)  # in the last slot, which vLLM's CPU code reads for tokens of the base
+        adapted.check()
     assert layer.lora_a_stacked[0].shape[0] == SLOTS + 1
-    put_kronecker(1, 9, rank=2, goal=2)
-    check()
+    adapted.put_kronecker(1, rank=2, goal=2)
+    adapted.check()
     assert not layer.lora_a_stacked[0].any()
-    put_lora(0, 7)
-    put_lora(1, 9)
-    check()
-    put_kronecker(0, 7, rank=1, goal=4)
+    adapted.put_lora(0)
+    adapted.put_lora(1)
+    adapted.check()
+    adapted.put_kronecker(0, rank=1, goal=4)
     layer._lora_always = True  # as on a GPU, where LoRA's part runs whatever the slots hold
-    check()
+    adapted.check()
     for slot, adapter in enumerate((7, 9)):
         layer.reset_lora(slot)
-        merged[adapter] = merged[0]
-    check()
+        adapted.merged[adapter] = adapted.merged[0]
+    adapted.check()
 
+
+def check_without_lora(adapted: AdaptedLayer) -> None:
+    """With SOKA_LORA=0 LoRA's buffers take no memory."""
     os.environ["SOKA_LORA"] = "0"
-    base = plain(nothing)
-    layer = from_layer(base, SLOTS, config, packed)
-    layer.set_mapping(punica)
+    adapted.wrap()
+    layer, packed = adapted.layer, adapted.case.packed
     assert all(buffer.is_meta for buffer in (*layer.lora_a_stacked, *layer.lora_b_stacked))
-    put_kronecker(0, 7, rank=2, goal=8)
-    check()
+    adapted.put_kronecker(0, rank=2, goal=8)
+    adapted.check()
     # What vLLM warms up with: its shapes come from the buffers, it has no effect, and it empties the slot.
-    sizes_here = layer.shards.widths if len(packed) > 1 else [sum(layer.shards.widths)]
-    downs = [torch.zeros(4, layer.lora_a_stacked[0].shape[-1]) for _ in sizes_here]
-    ups = [torch.zeros(size, 4) for size in sizes_here]
-    layer.set_lora(0, downs[0] if one else downs, ups[0] if one else ups)
-    merged[7] = merged[0]
-    check()
+    sizes = layer.shards.widths if len(packed) > 1 else [sum(layer.shards.widths)]
+    adapted.set(
+        0, [torch.zeros(4, layer.lora_a_stacked[0].shape[-1]) for _ in sizes], [torch.zeros(s, 4) for s in sizes]
+    )
+    adapted.merged[7] = adapted.merged[0]
+    adapted.check()
     del os.environ["SOKA_LORA"]
+
+
+def check_layer(case: LayerCase, sharded: bool) -> None:
+    """Hold a layer with adapters against vLLM's plain one.
+
+    Args:
+        sharded: with --fully-sharded-loras.
+    """
+    adapted = AdaptedLayer(case, sharded)
+    layer = adapted.layer
+    assert type(layer).__name__.startswith("Kronecker"), type(layer)
+    assert ("Sharded" in type(layer).__name__) == (sharded and layer.tp_size > 1), type(layer)
+    check_slots(adapted)
+    check_without_lora(adapted)
 
 
 def refusal() -> str:
@@ -211,12 +253,15 @@ def check_rank(rank: int, ranks: int, sharded: bool, store: str) -> None:
         def gate_up() -> torch.nn.Module:
             return MergedColumnParallelLinear(HIDDEN, [96, 96], **dtype)
 
-        check_layer(qkv, load_parts("qkv"), ["q", "k", "v"], [64, 32, 32], HIDDEN, sharded)
-        check_layer(qkv, load_fused("qkv", [64, 32, 32]), ["qkv_proj"], [128], HIDDEN, sharded)
-        check_layer(gate_up, load_parts([0, 1]), ["gate", "up"], [96, 96], HIDDEN, sharded)
-        check_layer(gate_up, load_fused([0, 1], [96, 96]), ["gate_up_proj"], [192], HIDDEN, sharded)
-        check_layer(lambda: ColumnParallelLinear(HIDDEN, 96, **dtype), load_whole, [], [96], HIDDEN, sharded)
-        check_layer(lambda: RowParallelLinear(96, 48, **dtype), load_whole, [], [48], 96, sharded)
+        for case in (
+            LayerCase(qkv, load_parts("qkv"), ["q", "k", "v"], [64, 32, 32], HIDDEN),
+            LayerCase(qkv, load_fused("qkv", [64, 32, 32]), ["qkv_proj"], [128], HIDDEN),
+            LayerCase(gate_up, load_parts([0, 1]), ["gate", "up"], [96, 96], HIDDEN),
+            LayerCase(gate_up, load_fused([0, 1], [96, 96]), ["gate_up_proj"], [192], HIDDEN),
+            LayerCase(lambda: ColumnParallelLinear(HIDDEN, 96, **dtype), load_whole, [], [96], HIDDEN),
+            LayerCase(lambda: RowParallelLinear(96, 48, **dtype), load_whole, [], [48], 96),
+        ):
+            check_layer(case, sharded)
     print(f"rank {rank}: 6 layers checked", flush=True)
 
 

@@ -3,9 +3,6 @@ and what a server and transformers say of them. For tests/e2e/test_served_models
 
 from __future__ import annotations
 
-import json
-import socket
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +17,8 @@ from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.kron import Factors
 from soka_serve.serving.command import Settings
-from soka_serve.serving.process import Server
 from soka_serve.serving.serve import plan_launch
+from tests.support.serving import Server, free_port, running
 from tests.support.tiny_models import random_factors
 
 VOCABULARY = 96
@@ -154,32 +151,16 @@ def _logprobs(model: Callable[..., Any]) -> list[float]:
 
 @contextmanager
 def served(base: Path, adapter: Path, log: Path) -> Iterator[Callable[[str], list[float]]]:
-    """Serve base and adapter as `soka-serve serve` does, in float32.
+    """Serve base and adapter with the command that `soka-serve serve` makes, in float32.
 
     Yields:
         "base" or "adapter" -> log-probability of each token of PROMPT but the first.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     vllm = ("--dtype", "float32", "--served-model-name", "base", "--max-num-seqs", "4")
-    _, launch = plan_launch([f"adapter={adapter}"], Settings(port=port, vllm=vllm), base=str(base))
-
-    def ask(model: str) -> list[float]:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 1}
-        body["return_tokens_as_token_ids"] = True
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"{launch.url}/v1/completions", json.dumps(body).encode(), headers)
-        with server.explaining(), urllib.request.urlopen(request, timeout=120) as reply:
-            steps = json.loads(reply.read())["choices"][0]["prompt_logprobs"][1:]
-        return [step[str(token)]["logprob"] for step, token in zip(steps, PROMPT[1:], strict=True)]
-
-    server = Server(launch, log)
-    try:
-        server.wait_healthy(900)
-        yield ask
-    finally:
-        server.stop()
+    _, launch = plan_launch([f"adapter={adapter}"], Settings(port=free_port(), vllm=vllm), base=str(base))
+    assert launch.command[1] == "-m"
+    with running(launch.command[2:], Server(launch.url, log), launch.environment) as server:
+        yield lambda model: server.ask_prompt(model, PROMPT)
 
 
 def difference(one: list[float], other: list[float]) -> float:

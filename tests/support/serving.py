@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from soka_serve.builtin import base_directory
 from soka_serve.kron import Factors
 from soka_serve.serving.log import root_causes
+from tests.support import preloaded
 
 START_S = 240
 
@@ -90,6 +90,13 @@ def _parsed(body: bytes) -> Any:
         return body.decode()
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def serve(
     folder: Path, options: Sequence[str], dtype: str = "float32", more: Mapping[str, str] | None = None
@@ -99,27 +106,34 @@ def serve(
     Args:
         more: environment variables.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base_directory())]
+    port = free_port()
+    command = ["vllm.entrypoints.openai.api_server", "--model", str(base_directory())]
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", "256", "--max-num-seqs", "16", "--enable-lora", *options]
-    environment = {
-        **os.environ,
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", **(more or {})}
+    with running(command, Server(f"http://127.0.0.1:{port}", folder / "server.log"), environment) as server:
+        yield server
+
+
+@contextmanager
+def running(command: Sequence[str], server: Server, environment: Mapping[str, str]) -> Iterator[Server]:
+    """Start a server, wait until it answers, and end it and its children afterwards.
+
+    Args:
+        command: what follows `python -m`.
+        server: where it will be, and its log, whose folder it runs in.
+        environment: added to that of the tests.
+    """
+    variables = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "600",  # clients pool connections; one closed meanwhile would fail a request
         "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by another test, sets it to ERROR for the whole process
-        **(more or {}),
+        **environment,
     }
-    server = Server(f"http://127.0.0.1:{port}", folder / "server.log")
-    with server.log.open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
-        )
+    with server.log.open("w") as log, Path(os.devnull).open() as nothing:
+        process = preloaded.start("vllm", command, cwd=server.log.parent, files=(nothing, log, log), env=variables)
         server.pid = process.pid
         try:
             _wait(server, process)
@@ -139,14 +153,14 @@ def serve(
                 process.wait(30)
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
+def _wait(server: Server, process: preloaded.Program) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             with urllib.request.urlopen(server.url + "/health", timeout=5):
                 return
         except OSError:
-            time.sleep(0.5)
+            time.sleep(0.2)
     raise AssertionError(f"the server did not start:\n{server.log.read_text()[-6000:]}")
 
 

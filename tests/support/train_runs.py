@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, which the tests kill or launch in pairs."""
+"""A training run that kills itself: BASE WORK_DIR WHERE:STEP OPTIONS (JSON); an empty WHERE:STEP kills nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,9 +19,8 @@ from soka_serve.compiler.train import run as train_run
 from tests.support.training import make_examples, run_training
 
 
-def train_once(base: Path, work_dir: Path, kill: str, options: dict[str, Any]) -> None:
+def main(base: Path, work_dir: Path, kill: str, options: dict[str, Any]) -> None:
     """Train; with `kill` = "WHERE:STEP", SIGKILL this process there."""
-    torch.set_num_threads(1)
     if kill:
         where, _, step = kill.partition(":")
         KILLS[where](int(step or 0))
@@ -138,3 +138,7 @@ KILLS: dict[str, Callable[[int], None]] = {
     "result": _before_the_result,
     "cleanup": _after_the_result,
 }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]))
