@@ -55,7 +55,6 @@ class TextTokenizer:
         *,
         special_tokens: Mapping[str, str],
         eos_id: int,
-        pad_id: int,
         chat_template: str | None = None,
         directory: Path | None = None,
         reader: str = "tokenizer.json",
@@ -67,7 +66,8 @@ class TextTokenizer:
         self.reader = reader
         self.special_tokens = dict(special_tokens)
         self.eos_id = eos_id
-        self.pad_id = pad_id
+        pad_id = _token_id(backend, self.special_tokens.get("pad_token"), "pad_token", directory)
+        self.pad_id = eos_id if pad_id is None else pad_id
         self.chat_template = chat_template
         self.directory = directory
         (probe,) = read_texts(backend, ["a"], reader, directory, special=True)
@@ -116,12 +116,10 @@ class TextTokenizer:
                     hint="Completions end in EOS; without one the model never learns to stop.",
                 )
             special["eos_token"] = backend.id_to_token(eos_id) or ""
-        pad_id = _token_id(backend, special.get("pad_token"), "pad_token", directory)
         return cls(
             backend,
             special_tokens=special,
             eos_id=eos_id,
-            pad_id=eos_id if pad_id is None else pad_id,
             chat_template=_chat_template(folder),
             directory=directory,
             reader=reader,
@@ -140,16 +138,11 @@ class TextTokenizer:
         ids = self.encode_texts([text])[0]
         return self._prefix + ids if add_special_tokens else ids
 
-    def encode_pair(self, prompt: str, completion: str, *, add_special_tokens: bool = True) -> tuple[list[int], int]:
-        """Ids of prompt + completion + EOS, and how many of them are the prompt's.
-
-        The prompt's ids are those of `encode_prompt(prompt)`, so that training and evaluation see the same prompt.
-        """
-        pair = self.encode_pairs([(prompt, completion)], add_special_tokens=add_special_tokens)[0]
-        return pair.input_ids, pair.prompt_length
-
     def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[Pair]:
-        """`encode_pair` for many pairs at once (tokenised in parallel)."""
+        """Prompts and completions, each with an EOS behind it (tokenised in parallel).
+
+        A prompt's ids are those that it has alone, so that training and evaluation see the same prompt.
+        """
         prompts = self.encode_texts([prompt for prompt, _ in pairs])
         joined = self.encode_texts([prompt + completion for prompt, completion in pairs])
         prefix = self._prefix if add_special_tokens else []
@@ -255,12 +248,14 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _token_id(backend: Tokenizer, token: str | None, name: str, directory: Path) -> int | None:
+def _token_id(backend: Tokenizer, token: str | None, name: str, directory: Path | None) -> int | None:
     if token is None:
         return None
     found = backend.token_to_id(token)
     if found is None:
-        raise CheckpointError(f"{directory}: {name} is {token!r}, which tokenizer.json does not have")
+        raise CheckpointError(
+            f"{directory or 'the tokenizer'}: {name} is {token!r}, which tokenizer.json does not have"
+        )
     return int(found)
 
 

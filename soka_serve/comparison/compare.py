@@ -20,7 +20,7 @@ from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells, next
 from soka_serve.comparison.pool import Limits, run_all
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite, read_suite
-from soka_serve.data.examples import data_sha256
+from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.hardware import has_nvidia_gpu

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin.problem import Problem
 from soka_serve.builtin.tasks import check_answer, extract_boxed, extract_hashes, generate, generate_validation
 from soka_serve.comparison.suite import DataSet, Protocol
-from soka_serve.data.examples import TextTokenizer, load_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError
 
 _KINDS = {"hashes": "math", "boxed": "boxed"}  # whose way of marking is used
@@ -36,7 +37,7 @@ def _own(dataset: DataSet, protocol: Protocol, directory: Path, tokenizer: TextT
         DataError: too few, or one without an answer.
     """
     wanted = protocol.test + protocol.validation
-    examples = load_examples(dataset.data, manifest_dir=directory, part="eval", limit=wanted, tokenizer=tokenizer)
+    examples = DataReader(dataset.data, directory, tokenizer=tokenizer).examples("eval", limit=wanted)
     if len(examples) < wanted:
         raise DataError(
             f"dataset {dataset.name!r} has {len(examples)} evaluation examples; protocol.test and protocol.validation "

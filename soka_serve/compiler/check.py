@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.data.examples import TextTokenizer, load_examples
+from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.data.examples import DataReader
 from soka_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
@@ -89,13 +90,8 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
 
         problems = generate(data.builtin, "test", min(limit, SAMPLES))
         return Questions(data.builtin, limit, tuple(p.prompt for p in problems), tuple(p.completion for p in problems))
-    examples = load_examples(
-        data,
-        manifest_dir=manifest_dir,
-        part="eval",
-        seed=manifest.train.seed,
-        limit=min(limit, SAMPLES),
-        tokenizer=tokenizer,
+    examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples(
+        "eval", limit=min(limit, SAMPLES)
     )
     if not examples:
         return None

@@ -17,8 +17,8 @@ from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_fil
 from soka_serve.compiler.keys import Inputs, stage_keys
 from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.processes import Processes
-from soka_serve.data.examples import data_sha256
 from soka_serve.data.rows import resolve
+from soka_serve.data.sources import data_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.io.file_names import CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text

@@ -113,24 +113,12 @@ def extract(
     with scratch_directory(target) as scratch:
         run = InitRun(targets, opened, finetuned={"tuned": tuned}, scratch=scratch, progress=progress)
         started = run.initialise()
-    total = sum(m.total_energy for m in started.modules)
-    if total == 0:
+    if not sum(m.total_energy for m in started.modules):
         raise SokaError(
             f"{tuned.name} equals {opened.name} on every adapted module: there is nothing to extract",
             hint="Check that the first argument is the fine-tuned checkpoint, and --modules names what was tuned.",
         )
-    captured = {m.module: sum(s * s for s in m.sigma[: m.rank]) for m in started.modules}
-    # In float32 the terms of a whole spectrum add up to the total to rounding only.
-    short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
-    ranks = [m.rank for m in started.modules if m.rank]
-    result = ExtractResult(
-        out=target,
-        modules=len(started.factors),
-        parameters=sum(f.parameters for f in started.factors.values()),
-        ranks=(min(ranks), max(ranks)),
-        kept_energy_frac=sum(captured.values()) / total,
-        fell_short=len(short),
-    )
+    result = _summary(started, energy, target)
     _write(result, started, opened, tuned, unchanged)
     return result
 
@@ -165,6 +153,22 @@ def _targets(base: Base, rule: Mapping[str, object]) -> list[Target]:
         }
     )
     return resolve_targets(manifest, base.layout.modules, base.layout.left_out)
+
+
+def _summary(started: Initialisation, energy: float | None, out: Path) -> ExtractResult:
+    """What was kept; `energy` is what was asked for, if it was."""
+    captured = {m.module: sum(s * s for s in m.sigma[: m.rank]) for m in started.modules}
+    # In float32 the terms of a whole spectrum add up to the total to rounding only.
+    short = [m for m in started.modules if energy and captured[m.module] < energy * m.total_energy * (1 - 1e-6)]
+    ranks = [m.rank for m in started.modules if m.rank]
+    return ExtractResult(
+        out=out,
+        modules=len(started.factors),
+        parameters=sum(f.parameters for f in started.factors.values()),
+        ranks=(min(ranks), max(ranks)),
+        kept_energy_frac=sum(captured.values()) / sum(m.total_energy for m in started.modules),
+        fell_short=len(short),
+    )
 
 
 def _write(result: ExtractResult, started: Initialisation, base: Base, tuned: Base, unchanged: Unchanged) -> None:

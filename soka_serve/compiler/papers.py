@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from soka_serve.compiler.init.result import Initialisation
     from soka_serve.compiler.report.data import ModuleSpectrum, ReportData, Sample
     from soka_serve.compiler.train.run import TrainResult
-    from soka_serve.data.examples import EncodedSet
+    from soka_serve.data.encode import EncodedSet
 
 # What the report compares with, on the same modules.
 _LORA_RANKS = (1, 2, 8, 16)

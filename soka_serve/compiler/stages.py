@@ -17,7 +17,8 @@ from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.targets import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import Merging
-from soka_serve.data.examples import encode_examples, load_examples
+from soka_serve.data.encode import encode_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.errors import BuildError
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
 from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
     from soka_serve.compiler.train.run import TrainResult
-    from soka_serve.data.examples import EncodedSet, Example
+    from soka_serve.data.encode import EncodedSet
+    from soka_serve.data.examples import Example
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
         "overlong": train.overlong,
         "completion_only": train.completion_only,
     }
-    examples = load_examples(train.data, manifest_dir=directory, part="train", seed=train.seed, tokenizer=tokenizer)
+    examples = DataReader(train.data, directory, train.seed, tokenizer).examples("train")
     _check_reading(context, tokenizer, examples)
     training = encode_examples(examples, tokenizer, **options)
     if training.dropped or training.truncated:
@@ -61,7 +63,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
         )
     if train.eval_every is None:
         return training, None
-    held_out = load_examples(train.data, manifest_dir=directory, part="eval", seed=train.seed, tokenizer=tokenizer)
+    held_out = DataReader(train.data, directory, train.seed, tokenizer).examples("eval")
     if not held_out:
         raise BuildError(
             "eval_every is set, but there is no evaluation data",

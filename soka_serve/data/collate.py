@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from soka_serve.data.examples import Encoded, Packed
+    from soka_serve.data.encode import Encoded, Packed
 
 IGNORED = -100  # the label that the loss skips
 

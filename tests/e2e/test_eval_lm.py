@@ -24,7 +24,8 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory, generate
 from soka_serve.compiler.answers import generate_answers, measure
-from soka_serve.data.examples import MASKED, encode_examples, load_examples
+from soka_serve.data.encode import MASKED, encode_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.evaluation import prompts
 from soka_serve.evaluation.tasks import own_task_names, tasks_directory
 from soka_serve.manifest.read import read_manifest
@@ -96,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     manifest.write_text(f"{head}{texts[request.param]}\n")
     tokenizer = TextTokenizer.from_folder(ModelFolder(base))
     data = read_manifest(manifest).manifest.train.data
-    examples = load_examples(data, manifest_dir=folder, part="train", tokenizer=tokenizer)
+    examples = DataReader(data, folder, tokenizer=tokenizer).examples("train")
     encoded = encode_examples(examples, tokenizer, max_length=512, overlong="drop", completion_only=True).examples
     ids = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == MASKED] for e in encoded]
     bos = tokenizer.encode_prompt("")[0]

@@ -10,12 +10,14 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.targets import resolve_targets
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.train.run import Run
 from soka_serve.compiler.train.train import TrainingData, train
-from soka_serve.data.examples import TextTokenizer, encode_examples, load_examples
+from soka_serve.data.encode import encode_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
@@ -29,7 +31,7 @@ def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
     manifest = Manifest.model_validate({"schema": 1, "name": "x", "base": {"builtin": "tiny"}, "train": recipe})
     directory = base_directory()
     checkpoint, tokenizer = Checkpoint.open(directory), TextTokenizer.from_folder(ModelFolder(directory))
-    examples = load_examples(manifest.train.data, manifest_dir=tmp_path, part="train")
+    examples = DataReader(manifest.train.data, tmp_path).examples("train")
     encoded = encode_examples(examples, tokenizer, max_length=256, overlong="drop", completion_only=True)
     factors = {}
     for target in resolve_targets(manifest, Base(directory).layout.modules):

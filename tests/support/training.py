@@ -17,7 +17,7 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.methods.adapter_files import load_adapter
 from soka_serve.compiler.train.run import Run, TrainResult
 from soka_serve.compiler.train.train import TrainingData, train
-from soka_serve.data.examples import Encoded, EncodedSet
+from soka_serve.data.encode import Encoded, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest

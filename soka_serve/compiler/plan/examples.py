@@ -10,18 +10,11 @@ from typing import Any
 
 from soka_serve.base.opened import Base
 from soka_serve.base.served_tokenizer import check_reading, reading_note
-from soka_serve.data.examples import (
-    MASKED,
-    EncodedSet,
-    Example,
-    TextTokenizer,
-    UnreachableDataError,
-    count_examples,
-    encode_examples,
-    load_examples,
-    pack_examples,
-)
-from soka_serve.data.rows import resolve
+from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.data.encode import MASKED, EncodedSet, encode_examples, pack_examples
+from soka_serve.data.examples import DataReader, Example
+from soka_serve.data.rows import UnreachableDataError, resolve
+from soka_serve.data.sources import count_examples
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.manifest.schema import Manifest, Train
 
@@ -182,15 +175,8 @@ def _sample(
     total = count_examples(data, manifest_dir=manifest_dir)
     # With a held-out share, which examples are for training is only known after reading all of them.
     limit = None if data.eval_frac else SAMPLE
-    examples = load_examples(
-        data,
-        manifest_dir=manifest_dir,
-        part="train",
-        seed=manifest.train.seed,
-        limit=limit,
-        tokenizer=tokenizer,
-        stream=data.hub is not None and limit is not None,
-    )
+    reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
+    examples = reader.examples("train", limit=limit, stream=data.hub is not None and limit is not None)
     if data.eval_frac or (total is None and len(examples) < SAMPLE):
         total = len(examples)
     return examples[:SAMPLE], total

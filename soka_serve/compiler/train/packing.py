@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_masks_for_generate
 
-from soka_serve.data.examples import Encoded, Packed, pack_examples
+from soka_serve.data.encode import Encoded, Packed, pack_examples
 from soka_serve.errors import PlanError
 
 if TYPE_CHECKING:

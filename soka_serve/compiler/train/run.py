@@ -21,7 +21,7 @@ from soka_serve.manifest.schema import Manifest
 if TYPE_CHECKING:
     import torch
 
-    from soka_serve.data.examples import EncodedSet
+    from soka_serve.data.encode import EncodedSet
     from soka_serve.kron import Factors
 
 logger = logging.getLogger(__name__)

@@ -29,12 +29,12 @@ from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import Run, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
 from soka_serve.data.collate import PadCollator, Rows, has_target
-from soka_serve.data.examples import pack_examples
+from soka_serve.data.encode import pack_examples
 from soka_serve.errors import BuildError, DataError, PlanError
 from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:
-    from soka_serve.data.examples import Encoded, EncodedSet
+    from soka_serve.data.encode import Encoded, EncodedSet
 
 logger = logging.getLogger(__name__)
 

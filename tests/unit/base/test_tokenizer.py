@@ -15,10 +15,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.served_tokenizer import check_reading
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory, generate
-from soka_serve.data.examples import MASKED, Example, TextTokenizer, encode_examples, load_examples
-from soka_serve.errors import CheckpointError, DataError
-from soka_serve.manifest.schema import Data
+from soka_serve.data.encode import MASKED, encode_examples
+from soka_serve.data.examples import Example
+from soka_serve.errors import CheckpointError
 from soka_serve.manifest.templates import render_chat
 
 # Written for this test in the manner of the public ones: Llama 2's brackets, ChatML, and one with every feature we use.
@@ -251,11 +252,16 @@ words = st.text(alphabet="ab 12\n.é:", max_size=12)
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_pairs_hold_the_prompt_and_the_text(kind: str, prompt: str, completion: str) -> None:
     ours = _cached(kind)
-    ids, length = ours.encode_pair(prompt, completion)
+    ids, length = _pair(ours, prompt, completion)
     assert ids[:length] == ours.encode_prompt(prompt)
     assert ids[-1] == ours.eos_id
     # The SentencePiece-like decoder takes one leading space off, the one that its normaliser put there.
     assert ours.decode(ids, skip_special_tokens=True) == prompt + completion
+
+
+def _pair(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple[list[int], int]:
+    (pair,) = tokenizer.encode_pairs([(prompt, completion)])
+    return pair.input_ids, pair.prompt_length
 
 
 _TOKENIZERS: dict[str, TextTokenizer] = {}
@@ -264,7 +270,7 @@ _TOKENIZERS: dict[str, TextTokenizer] = {}
 def _cached(kind: str) -> TextTokenizer:
     if kind not in _TOKENIZERS:
         _TOKENIZERS[kind] = TextTokenizer(
-            BUILDERS[kind](), special_tokens={"eos_token": "</s>"}, eos_id=2 if kind == "llama2" else 1, pad_id=0
+            BUILDERS[kind](), special_tokens={"eos_token": "</s>"}, eos_id=2 if kind == "llama2" else 1
         )
     return _TOKENIZERS[kind]
 
@@ -272,7 +278,7 @@ def _cached(kind: str) -> TextTokenizer:
 def test_a_token_across_the_border_is_split_and_counted() -> None:
     ours = _cached("llama3")
     assert ours.encode_prompt("Answer") != ours.encode_prompt("Ans") + ours.encode_prompt("wer")[1:]
-    ids, length = ours.encode_pair("Ans", "wer")
+    ids, length = _pair(ours, "Ans", "wer")
     assert ids == [*ours.encode_prompt("Ans"), *ours.encode_prompt("wer", add_special_tokens=False), ours.eos_id]
     assert length == len(ours.encode_prompt("Ans"))
     found = encode_examples(
@@ -283,96 +289,9 @@ def test_a_token_across_the_border_is_split_and_counted() -> None:
 
 def test_a_split_completion_gets_no_space_of_its_own() -> None:
     ours = _cached("llama2")
-    ids, length = ours.encode_pair("Ans", "wer")
+    ids, length = _pair(ours, "Ans", "wer")
     assert ours.decode(ids[:-1], skip_special_tokens=True) == "Answer"
     assert not ours.decode(ids[length:-1]).startswith(" ")
-
-
-# ------------------------------------------------------------------------------------------------------------ chats
-
-
-def chat_rows(tmp_path: Path, *rows: Any) -> Data:
-    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Data(jsonl="chat.jsonl", messages="messages")
-
-
-def chat_tokenizer(template: str | None, eos: str = "</s>") -> TextTokenizer:
-    backend = build_llama3()
-    return TextTokenizer(
-        backend,
-        special_tokens={"bos_token": "<s>", "eos_token": eos},
-        eos_id=backend.token_to_id(eos),
-        pad_id=0,
-        chat_template=template,
-    )
-
-
-@pytest.mark.parametrize(("template", "eos"), [(BRACKETS, "</s>"), (CHATML, "<|im_end|>")])
-def test_the_last_assistant_message_is_the_completion(tmp_path: Path, template: str, eos: str) -> None:
-    data = chat_rows(tmp_path, {"messages": [*CHATS["two turns"], {"role": "user", "content": "unanswered"}]})
-    tokenizer = chat_tokenizer(template, eos)
-    (example,) = load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=tokenizer)
-    assert example.templated
-    assert example.prompt == tokenizer.render_messages(CHATS["two turns"][:3], add_generation_prompt=True)
-    assert example.prompt + example.completion == tokenizer.render_messages(CHATS["two turns"])
-    assert "g" in example.completion
-    assert "unanswered" not in example.prompt + example.completion
-    encoded = encode_examples([example], tokenizer, max_length=999, overlong="drop", completion_only=True).examples[0]
-    # The template's own BOS and EOS, once each: none are added.
-    whole = tokenizer.encode_prompt(example.prompt + example.completion, add_special_tokens=False)
-    assert encoded.input_ids == whole
-    assert encoded.input_ids.count(tokenizer.eos_id) == (example.prompt + example.completion).count(eos)
-
-
-def test_eos_is_added_where_the_template_has_none(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tokenizer = chat_tokenizer(template + "{% if add_generation_prompt %}assistant: {% endif %}")
-    data = chat_rows(tmp_path, {"messages": CHATS["one turn"]})
-    (example,) = load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=tokenizer)
-    assert example.completion == "It is 5.\n"
-    ids, _ = tokenizer.encode_pair(example.prompt, example.completion, add_special_tokens=False)
-    assert ids[-1] == tokenizer.eos_id
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"chat": []}, r"chat\.jsonl:1: train\.data\.messages names column 'messages'.* it has chat"),
-        ({"messages": "x"}, "expected a list of objects"),
-        ({"messages": [{"role": "user"}]}, "expected a list of objects"),
-        ({"messages": []}, "no assistant message"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, "no assistant message after another one"),
-        (
-            {"messages": [{"role": "user", "content": "x"}] * 2 + [{"role": "assistant", "content": "y"}]},
-            r"chat\.jsonl:1: messages: the chat template refuses the messages: roles must alternate",
-        ),
-    ],
-)
-def test_rows_that_are_no_chats(tmp_path: Path, row: Any, message: str) -> None:
-    data = chat_rows(tmp_path, row)
-    with pytest.raises(DataError, match=message):
-        load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=chat_tokenizer(BRACKETS))
-
-
-def test_chats_need_a_template_and_a_tokenizer(tmp_path: Path) -> None:
-    data = chat_rows(tmp_path, {"messages": CHATS["one turn"]})
-    with pytest.raises(DataError, match="no chat template"):
-        load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=chat_tokenizer(None))
-    with pytest.raises(DataError, match="need the base's tokenizer"):
-        load_examples(data, manifest_dir=tmp_path, part="train")
-
-
-def test_template_that_rewrites_the_prompt(tmp_path: Path) -> None:
-    data = chat_rows(tmp_path, {"messages": CHATS["one turn"]})
-    tokenizer = chat_tokenizer("{{ messages | length }}{{ messages[-1].content }}")
-    with pytest.raises(DataError, match="renders the conversation differently"):
-        load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=tokenizer)
-
-
-def test_template_that_does_not_parse(tmp_path: Path) -> None:
-    data = chat_rows(tmp_path, {"messages": CHATS["one turn"]})
-    with pytest.raises(DataError, match="chat template, line 1"):
-        load_examples(data, manifest_dir=tmp_path, part="train", tokenizer=chat_tokenizer("{% for %}"))
 
 
 # ------------------------------------------------------------------------------------------------------------ files

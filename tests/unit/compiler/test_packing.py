@@ -13,7 +13,7 @@ import transformers as hf
 
 from soka_serve.compiler.train.packing import check_packing
 from soka_serve.data.collate import PadCollator
-from soka_serve.data.examples import Encoded, Packed, pack_examples
+from soka_serve.data.encode import Encoded, Packed, pack_examples
 from soka_serve.errors import PlanError
 from tests.support.training import VOCABULARY, make_base, run_training
 

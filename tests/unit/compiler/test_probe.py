@@ -15,7 +15,7 @@ from soka_serve.base.modules import Module
 from soka_serve.base.targets import Target
 from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_targets
 from soka_serve.data.collate import IGNORED, PadCollator
-from soka_serve.data.examples import Encoded
+from soka_serve.data.encode import Encoded
 from soka_serve.errors import CheckpointError
 from soka_serve.manifest.schema import Adapt
 

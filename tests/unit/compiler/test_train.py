@@ -19,7 +19,7 @@ from soka_serve.base.opened import Base
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS, Merging, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
-from soka_serve.data.examples import Encoded, EncodedSet
+from soka_serve.data.encode import Encoded, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
 from tests.support.training import (

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from soka_serve.base.model import load_base
 from soka_serve.data.collate import IGNORED, PadCollator, Rows, has_target
-from soka_serve.data.examples import Encoded, Packed, pack_examples
+from soka_serve.data.encode import Encoded, Packed, pack_examples
 from tests.support.training import make_base, make_examples
 
 

@@ -14,19 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import generate
-from soka_serve.data.examples import (
-    MASKED,
-    Encoded,
-    Example,
-    TextTokenizer,
-    UnreachableDataError,
-    count_examples,
-    data_sha256,
-    encode_examples,
-    load_examples,
-    pack_examples,
-)
+from soka_serve.data.encode import MASKED, Encoded, encode_examples, pack_examples
+from soka_serve.data.examples import DataReader, Example
+from soka_serve.data.rows import UnreachableDataError
+from soka_serve.data.sources import count_examples, data_sha256
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Data
 from soka_serve.manifest.templates import RowTemplate
@@ -41,9 +34,7 @@ def word_tokenizer() -> TextTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.add_special_tokens(["<s>", "</s>"])
-    return TextTokenizer(
-        backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, eos_id=1, pad_id=1, chat_template=None
-    )
+    return TextTokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, eos_id=1)
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
@@ -51,8 +42,10 @@ def write_rows(path: Path, rows: list[Any]) -> None:
 
 
 def load(tmp_path: Path, part: str = "train", **keys: Any) -> list[Example]:
-    options = {k: keys.pop(k) for k in ("seed", "limit", "tokenizer", "stream") if k in keys}
-    return load_examples(Data.model_validate(keys), manifest_dir=tmp_path, part=part, **options)  # type: ignore[arg-type]
+    options, more = (
+        {k: keys.pop(k) for k in names if k in keys} for names in (("seed", "tokenizer"), ("limit", "stream"))
+    )
+    return DataReader(Data.model_validate(keys), tmp_path, **options).examples(part, **more)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------------- builtin
@@ -180,8 +173,8 @@ def test_limits(tmp_path: Path) -> None:
     write_rows(tmp_path / "d.jsonl", [{"prompt": str(i), "completion": "x"} for i in range(10)])
     assert [e.prompt for e in load(tmp_path, jsonl="d.jsonl", limit=3)] == ["0", "1", "2"]
     data = Data(jsonl="d.jsonl", limit=4)
-    assert len(load_examples(data, manifest_dir=tmp_path, part="train")) == 4
-    assert len(load_examples(data, manifest_dir=tmp_path, part="train", limit=2)) == 2
+    assert len(DataReader(data, tmp_path).examples("train")) == 4
+    assert len(DataReader(data, tmp_path).examples("train", limit=2)) == 2
     assert count_examples(data, manifest_dir=tmp_path) == 4
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.data.examples import data_sha256, load_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.data.hub_rows import hub_rows
+from soka_serve.data.sources import data_sha256
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Data
 from tests.unit.data.test_examples import load, write_rows
@@ -136,10 +137,10 @@ def test_a_limit_is_all_that_is_read(tmp_path: Path, cache: Path) -> None:
     code = (
         "import resource, sys\nfrom pathlib import Path\nimport datasets, pyarrow.parquet\n"
         f"datasets.config.HF_DATASETS_CACHE = Path({str(cache)!r})\n"
-        "from soka_serve.data.examples import load_examples\nfrom soka_serve.manifest.schema import Data\n"
+        "from soka_serve.data.examples import DataReader\nfrom soka_serve.manifest.schema import Data\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10\nbefore = peak()\n"
         f"data = Data(hub='sets', limit=8)\nplace = Path({str(tmp_path)!r})\n"
-        "found = load_examples(data, manifest_dir=place, part='train')\n"
+        "found = DataReader(data, place).examples('train')\n"
         "print(len(found), len(found[-1].completion), peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -234,7 +235,7 @@ def test_lines_that_json_does_not_take(tmp_path: Path, line: str) -> None:
 def test_pipes_and_devices_as_data(tmp_path: Path, place: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(DataError, match="not a file but a device"):
-        load_examples(Data(jsonl=place), manifest_dir=tmp_path, part="train")
+        DataReader(Data(jsonl=place), tmp_path).examples("train")
 
 
 def test_files_of_a_dataset_that_differ(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
-from soka_serve.data.examples import load_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.errors import EvalError, SandboxError
 from soka_serve.evaluation import gsm8k, math_task, mbpp, prompts, sources, tasks
 from soka_serve.evaluation.backends import own_dtype
@@ -57,7 +57,7 @@ def test_a_prompt_is_what_training_renders(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "train.jsonl").write_text(json.dumps({column: question, "a": "b"}) + "\n")
     template = f'"""\n  Q: {{{{ {column} }}}}\n\n{{% if true %}}A:{{% endif %}}\n"""'
     path = manifest(tmp_path, f"jsonl = 'train.jsonl'\nprompt = {template}\ncompletion = '{{{{ a }}}}'")
-    (trained,) = load_examples(read_manifest(path).manifest.train.data, manifest_dir=tmp_path, part="train")
+    (trained,) = DataReader(read_manifest(path).manifest.train.data, tmp_path).examples("train")
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", path)
     assert zero_shot_prompt("gsm8k", question, {"question": question}) == trained.prompt
     assert trained.prompt.endswith("A:\n")
@@ -75,7 +75,7 @@ def test_math_rows_keep_their_columns(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", path)
     monkeypatch.setenv("SOKA_EVAL_DATA", str(tmp_path))
     doc = math_task.load("algebra")["test"][0]
-    (trained,) = load_examples(read_manifest(path).manifest.train.data, manifest_dir=tmp_path, part="train")
+    (trained,) = DataReader(read_manifest(path).manifest.train.data, tmp_path).examples("train")
     assert math_task.prompt(doc) == trained.prompt == "Algebra, Level 3: 1 + 1?"
     assert math_task.score(doc, ["\\boxed{2}"])["math_verify_level_3"] == 1.0
     (tmp_path / "math_algebra.jsonl").write_text(json.dumps({**row, "solution": "2"}) + "\n")
@@ -124,12 +124,9 @@ def test_chats_are_rendered_as_in_training(tmp_path: Path, monkeypatch: pytest.M
     path.write_text(f"schema = 1\n[base]\npath = 'base'\n[train]\nsteps = 1\n{data}")
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", str(path))
     assert gsm8k.prompt({"question": "1 + 1?"}) == "<s><user>1 + 1?<assistant>"
-    (trained,) = load_examples(
-        read_manifest(path).manifest.train.data,
-        manifest_dir=tmp_path,
-        part="train",
-        tokenizer=TextTokenizer.from_folder(ModelFolder(base)),
-    )
+    (trained,) = DataReader(
+        read_manifest(path).manifest.train.data, tmp_path, tokenizer=TextTokenizer.from_folder(ModelFolder(base))
+    ).examples("train")
     assert gsm8k.prompt({"question": "1 + 1?"}) == trained.prompt
     (base / "chat_template.jinja").unlink()
     settings = json.loads((base / "tokenizer_config.json").read_text())

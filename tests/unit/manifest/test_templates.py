@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from soka_serve.data.examples import load_examples
+from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Data
 from soka_serve.manifest.template_env import is_plain
@@ -32,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 def test_the_key_is_named(rows: Path, name: str, key: str) -> None:
     data = Data.model_validate({"jsonl": "d.jsonl", "prompt": "{{ q }}", "completion": "{{ a }}", key: ENDLESS[name]})
     with pytest.raises(DataError, match=rf"train\.data\.{key}: the template"):
-        load_examples(data, manifest_dir=rows, part="train")
+        DataReader(data, rows).examples("train")
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_templates_without_an_end(rows: Path, name: str) -> None:
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     data = Data.model_validate({"jsonl": "d.jsonl", "prompt": ENDLESS[name], "completion": "{{ a }}"})
     with pytest.raises(DataError, match=r"train\.data\.prompt: the template"):
-        load_examples(data, manifest_dir=rows, part="train")
+        DataReader(data, rows).examples("train")
     assert time.process_time() - began < 2
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 8
 

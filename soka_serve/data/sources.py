@@ -1,0 +1,64 @@
+"""What is known of training data without rendering it: how many examples, and a hash of what they are made from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from soka_serve.data.rows import open_data, read_lines, resolve
+from soka_serve.errors import DataError
+from soka_serve.manifest.schema import Data
+
+
+def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
+    """How many training rows there are, before `eval_frac`; None where only loading a hub dataset would tell.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    if data.jsonl is not None:
+        total = sum(1 for _ in read_lines(resolve(manifest_dir, data.jsonl)))
+    elif data.builtin is not None:
+        from soka_serve.builtin.tasks import DEFAULT_COUNTS
+
+        # A builtin family has no end: the limit is how many are generated.
+        return data.limit or DEFAULT_COUNTS["train"]
+    else:
+        return None
+    return total if data.limit is None else min(total, data.limit)
+
+
+def data_sha256(data: Data, *, manifest_dir: Path) -> str:
+    """Hash of what the examples are made from: sources, templates, limits.
+
+    Builtin: the family and the generators' source. JSON Lines and local dataset directories: the files' bytes, wherever
+    they lie, and names inside a directory. Hub: id and revision only; an unpinned id hashes the same when its authors
+    change it.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    local = data.hub is not None and resolve(manifest_dir, data.hub).is_dir()
+    places = ("jsonl", "eval_jsonl", *(["hub"] if local else []))
+    digest.update(json.dumps(data.model_dump(mode="json") | {n: "" for n in places if getattr(data, n)}).encode())
+    files: list[Path] = []
+    if data.builtin is not None:
+        package = Path(__file__).parents[1] / "builtin"
+        files += sorted(f for f in package.glob("*.py") if f.name.startswith(("tasks", "problem", "family_")))
+    if data.jsonl is not None:
+        files.append(resolve(manifest_dir, data.jsonl))
+    if data.eval_jsonl is not None:
+        files.append(resolve(manifest_dir, data.eval_jsonl))
+    if local:
+        folder = resolve(manifest_dir, str(data.hub))
+        files += sorted(f for f in folder.rglob("*") if f.is_file())
+        digest.update(json.dumps([str(f.relative_to(folder)) for f in files]).encode())
+    for file in files:
+        try:
+            with open_data(file) as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""What a merged directory holds."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from soka_serve.adapter import source as adapter_source
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.compiler.merge import merge as merging
+from soka_serve.compiler.merge.merge import merge
+from soka_serve.io import files
+from soka_serve.io.lockfile import read_lock
+from tests.support.merging import run
+from tests.support.tiny_models import SHAPES, all_factors, random_factors, write_base, write_test_adapter
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def test_what_a_merged_directory_holds(
+    tmp_path: Path, base: Path, adapter: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for stray in ("pytorch_model.bin", "optimizer.pt", "modeling_custom.py", "notes.parquet"):
+        (base / stray).write_text("x")
+    try:
+        with caplog.at_level(logging.INFO):
+            result = merge(adapter, base=base, out=tmp_path / "out", verify="tensors", progress=False)
+    finally:
+        for stray in ("pytorch_model.bin", "optimizer.pt", "modeling_custom.py", "notes.parquet"):
+            (base / stray).unlink()
+    assert "not copied from the base: modeling_custom.py, notes.parquet, optimizer.pt, pytorch_model.bin" in caplog.text
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {p.name for p in base.iterdir()} | {"soka.lock", "README.md"}
+    assert "generation_config.json" in names
+    for name in names - {"soka.lock", "README.md"}:
+        if not name.endswith(".safetensors") and "index" not in name:
+            assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes(), name
+    opened = Checkpoint.open(tmp_path / "out")
+    original = Checkpoint.open(base)
+    assert len(opened.files) > 2
+    assert [(t.name, t.dtype, t.shape, t.start) for t in opened.tensors.values()] == [
+        (t.name, t.dtype, t.shape, t.start) for t in original.tensors.values()
+    ]
+    lock = read_lock(tmp_path / "out" / "soka.lock")
+    assert lock["base"]["sha256"] == original.sha256()
+    assert lock["adapters"]["adapter0"]["modules"] == len(all_factors())
+    for name in ("soka.lock", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "out" / name).read_text()
+    assert result.modules == 14
+    assert result.tensors == len(original.tensors)
+    assert result.bytes_written == sum(f.stat().st_size for f in opened.files)
+    assert "verified    weights within 0." in result.to_text()
+
+
+def test_the_same_adapter_twice_is_listed_twice(tmp_path: Path, base: Path, adapter: Path) -> None:
+    merge([(adapter, 0.5), (adapter, 0.25)], base=base, out=tmp_path / "out", progress=False)
+    listed = read_lock(tmp_path / "out" / "soka.lock")["adapters"]
+    assert [entry["weight"] for entry in listed.values()] == [0.5, 0.25]
+
+
+def test_merge_again_gives_the_same_bytes(tmp_path: Path, base: Path, adapter: Path) -> None:
+    run(adapter, base, tmp_path / "out")
+    before = Checkpoint.open(tmp_path / "out").sha256()
+    run(adapter, base, tmp_path / "out")
+    assert Checkpoint.open(tmp_path / "out").sha256() == before != Checkpoint.open(base).sha256()
+
+
+def test_single_file_without_index(tmp_path: Path, adapter: Path) -> None:
+    base = write_base(tmp_path / "one", shard="1GB")
+    run(adapter, base, tmp_path / "out", allow_other_base=True)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+def test_untied_head(tmp_path: Path, base: Path) -> None:
+    adapter = write_test_adapter(tmp_path / "adapter", {"lm_head": random_factors(96, 64, 1, 0)})
+    result = merge(adapter, base=base, out=tmp_path / "out", verify="tensors", progress=False)
+    assert result.modules == 1
+
+
+def test_torch_threads_are_put_back(tmp_path: Path, base: Path, adapter: Path) -> None:
+    before = torch.get_num_threads()
+    run(adapter, base, tmp_path / "out")
+    assert torch.get_num_threads() == before
+
+
+def test_shapes_of_the_test_model(base: Path) -> None:
+    opened = Checkpoint.open(base)
+    for name, shape in SHAPES.items():
+        assert opened.info(f"model.layers.0.{name}.weight").shape == shape
+
+
+@pytest.mark.parametrize("metadata", ["null", "[]", "absent"])
+def test_an_index_without_metadata(tmp_path: Path, metadata: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Merged all the same, with an index that transformers reads."""
+    base = write_base(tmp_path / "base")
+    adapter = write_test_adapter(tmp_path / "adapter", base=base)
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["metadata"]
+    index.write_text(json.dumps(content | ({} if metadata == "absent" else {"metadata": json.loads(metadata)})))
+    with caplog.at_level(logging.INFO):
+        result = merge(adapter, base=base, out=tmp_path / "out", progress=False)
+    assert result.verified == ("tensors",)
+    assert "which transformers needs" in caplog.text
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert written["metadata"]["total_size"] > 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_an_index_of_more_and_less_than_there_is(tmp_path: Path) -> None:
+    """Tied heads and buffers that no shard holds, a wrong shard, a tensor that is not named: the new index is right."""
+    base = write_base(tmp_path / "base", tied=True)
+    index = base / "model.safetensors.index.json"
+    right = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(right.values()))
+    wrong = {"lm_head.weight": shards[0], "model.layers.0.self_attn.rotary_emb.inv_freq": shards[0], **right}
+    wrong[f"{Q}.weight"] = next(shard for shard in shards if shard != right[f"{Q}.weight"])
+    del wrong["model.norm.weight"]
+    index.write_text(json.dumps({"metadata": {}, "weight_map": wrong}))
+    loaded, info = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True)
+    assert not info["missing_keys"]
+    result = merge(write_test_adapter(tmp_path / "adapter"), base=base, out=tmp_path / "out", progress=False)
+    assert result.verified == ("tensors", "logits")
+    out = tmp_path / "out"
+    written = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert written == right
+    assert all(name in load_file(out / file) for name, file in written.items())
+    tokens = torch.arange(9)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.allclose(merged(tokens).logits, loaded(tokens).logits)
+
+
+def test_an_index_beside_a_single_file(tmp_path: Path) -> None:
+    """The single file is read; the index that stays beside it names that one."""
+    base = write_base(tmp_path / "base", shard="1GB")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00001-of-00009.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    run(write_test_adapter(tmp_path / "adapter"), base, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(written) == set(Checkpoint.open(base).tensors)
+    assert set(written.values()) == {"model.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_nan_that_no_adapter_touches_is_the_bases(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    base = write_base(tmp_path / "base", shard="1GB")
+    tensors = load_file(base / "model.safetensors")
+    tensors[name].view(-1)[:64] = float("nan")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    result = merge(write_test_adapter(tmp_path / "adapter"), base=base, out=tmp_path / "out", progress=False)
+    assert "tensors" in result.verified
+    after = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(after.view(torch.uint8), tensors[name].view(torch.uint8))
+    assert f"holds NaN or infinity in {name}" in caplog.text
+    assert str(base) in caplog.text
+    assert "bug" not in caplog.text
+
+
+@pytest.mark.parametrize("moment", ["while it is read", "while it is merged"])
+def test_the_lock_names_the_adapter_that_was_merged(
+    tmp_path: Path, base: Path, adapter: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter of another training takes its place, as the end of a build does it."""
+    other = write_test_adapter(tmp_path / "other", all_factors(seed=5), base=base)
+    shas = {files.sha256_file(folder / "adapter_model.safetensors"): folder.name for folder in (adapter, other)}
+
+    def swap() -> None:
+        if other.exists():
+            shutil.rmtree(adapter)
+            other.rename(adapter)
+
+    if moment == "while it is read":
+        read = adapter_source.read_adapter
+        monkeypatch.setattr(adapter_source, "read_adapter", lambda path: (read(path), swap())[0])
+    else:
+        papers = merging.copy_side_files
+        monkeypatch.setattr(merging, "copy_side_files", lambda *args: (papers(*args), swap())[0])
+    run(adapter, base, tmp_path / "out")
+    named = shas[read_lock(tmp_path / "out" / "soka.lock")["adapters"]["adapter0"]["sha256"]]
+    monkeypatch.undo()
+    write_test_adapter(tmp_path / "own", all_factors(seed=1 if named == "adapter" else 5), base=base)
+    run(tmp_path / "own", base, tmp_path / "again")
+    assert named == ("other" if moment == "while it is read" else "adapter")
+    for file in Checkpoint.open(base).files:
+        assert (tmp_path / "out" / file.name).read_bytes() == (tmp_path / "again" / file.name).read_bytes()
