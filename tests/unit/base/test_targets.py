@@ -54,7 +54,7 @@ def write_headers(directory: Path, shapes: dict[str, tuple[str, list[int]]], con
     (directory / "config.json").write_text(json.dumps(config))
 
 
-# --------------------------------------------------------------------------------------------------- list_modules
+# ------------------------------------------------------------------------------------------------- modules of a base
 
 
 def test_config_gives_llama2_projections(modules: list[Module]) -> None:
