@@ -19,7 +19,6 @@ from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from soka_serve.adapter.format import WEIGHTS_FILE
 from soka_serve.base.model import quiet_bars
 from soka_serve.comparison.callbacks import Answering, Memory, Questions, Recorder, Trace
 from soka_serve.comparison.plan import RunSpec
@@ -33,6 +32,7 @@ from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
 from soka_serve.data.collate import PadCollator
 from soka_serve.errors import DivergedError
+from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_serve.io.workspace import Workspace
 from soka_serve.kron import Factors
 from soka_serve.manifest.read import LoadedManifest

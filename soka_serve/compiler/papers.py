@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from soka_serve.compiler.methods import FULL, LORA
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 
@@ -72,9 +73,9 @@ def write_papers(context: Context, new: Path, made: Made) -> None:
 
 def comparison(context: Context) -> dict[str, int]:
     """Trainable parameters of other methods on the same modules."""
-    sizes = [(t.module.out_features, t.module.in_features) for t in context.targets]
-    found = {f"LoRA r={r}": r * sum(o + i for o, i in sizes) for r in _LORA_RANKS}
-    return {**found, "full": sum(o * i for o, i in sizes)}
+    modules = [t.module for t in context.targets]
+    found = {f"{LORA.label} r={r}": sum(LORA.parameters(m, r) for m in modules) for r in _LORA_RANKS}
+    return {**found, FULL.name: sum(FULL.parameters(m, 0) for m in modules)}
 
 
 def trained_ranks(trained: TrainResult) -> dict[str, int]:

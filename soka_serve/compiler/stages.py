@@ -174,7 +174,7 @@ def tune_stage(
 
 
 def export_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:
-    """Finished adapter into `new/adapter` (nothing for method = 'full')."""
+    """Finished adapter into `new/adapter` (nothing where the whole model is trained)."""
     old = context.workspace.target / "adapter"
     if previous.get("export") == context.keys["export"] and old.exists():
         logger.info("export: unchanged, taken from the last build")

@@ -18,6 +18,7 @@ LIGHT = (
     "soka_serve.comparison.preview",
     "soka_serve.comparison.problems",
     "soka_serve.compiler.context",
+    "soka_serve.compiler.methods",
     "soka_serve.compiler.plan.plan",
     "soka_serve.compiler.plan.text",
     "soka_serve.compiler.report.card",

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import soka_serve.peft  # noqa: F401 - registers SOKA
-from soka_serve.adapter.format import WEIGHTS_FILE
 from soka_serve.errors import CheckpointError
+from soka_serve.io.file_names import WEIGHTS_FILE
 
 ADAPTER = "default"  # PEFT's name of the adapter in a model
 

@@ -11,9 +11,9 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.compiler.methods.adapter_files import save_tensors
 from soka_serve.errors import BuildError
+from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.files import replace_directory
 
 

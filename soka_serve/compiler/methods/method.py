@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
+from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
+
 if TYPE_CHECKING:
     import torch
 
@@ -124,8 +126,6 @@ class Method(ABC):
             initial_dir: the run's `Start.initial_dir`.
             base_dir: the base checkpoint.
         """
-        from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
-
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copy2(checkpoint / name, out / name)
 

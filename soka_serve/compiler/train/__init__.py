@@ -1,1 +1,1 @@
-"""Fine-tuning: the model that trains, the loop, checkpoints, and the baselines."""
+"""Fine-tuning: the model that trains, the loop, and its checkpoints."""

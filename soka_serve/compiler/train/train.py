@@ -1,9 +1,9 @@
 """Stage `tune`: fine-tuning with the transformers Trainer, from factors to a trained adapter.
 
 `work_dir` holds everything of a run: `run.json` (what the run is), `checkpoint-N/` (resume points), `history.jsonl`,
-and in the end `adapter/` (`model/` for method = "full") and, written last, `result.json`. A run that was killed at any
-point goes on from its newest whole resume point, and on the same CPU and number of processes ends with the same
-weights, bit for bit, as one that was not.
+and in the end `adapter/` (`model/` where the whole model is trained) and, written last, `result.json`. A run that was
+killed at any point goes on from its newest whole resume point, and on the same CPU and number of processes ends with
+the same weights, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
