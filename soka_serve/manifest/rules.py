@@ -1,4 +1,7 @@
-"""The schema of `[[adapt]]`: which modules a rule means, their factors' shape and start, and their number of terms."""
+"""The schema of `[[adapt]]`: which modules a rule means, their factors' shape and start, and their number of terms.
+
+`soka_serve.base.targets` lays the rules over the modules of a model.
+"""
 
 from __future__ import annotations
 
