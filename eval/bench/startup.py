@@ -7,17 +7,18 @@
   nothing to do; and how much of the first one is imports;
 - `serve`: wall time until `soka-serve serve` of that build says how to ask it (its adapter was probed then), and until
   plain vLLM on the same base with the same options but those for adapters answers /health, in turn; and the processor
-  time of all processes until then.
+  time of all processes until then;
+- `plugin` (`eval.bench.plugin_cost`): what loading vLLM's plugins takes with ours and without, in each kind of process
+  that vLLM has, after all that the process imports by itself; by module, our own time. `--before CHECKOUT` measures
+  another checkout's plugin side by side.
 
-`--quick` leaves out the last two.
+`--quick` leaves out the last three, `--plugin` all but the last.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shlex
 import signal
 import socket
@@ -26,15 +27,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from eval.record import hardware, make_parser, write_record
 from soka_serve.io.versions import versions
+from soka_serve.serving.client import Client, Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -60,6 +61,18 @@ jsonl = "data.jsonl"
 write = ["adapter"]
 """
 EXAMPLE = {"prompt": "Q: 1 + 1?\nA:", "completion": " 2"}  # no marker of an answer, so that nothing is asked at the end
+# What each kind of process imports of vLLM by itself; the last is started to look at a model's class.
+PROCESSES = {
+    "API": (
+        "vllm.engine.arg_utils",
+        "vllm.entrypoints.openai.api_server",
+        "vllm.entrypoints.openai.models.serving",
+        "vllm.v1.engine.async_llm",
+    ),
+    "engine": ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
+    "worker": ("vllm.v1.worker.worker_base", "vllm.v1.worker.cpu_worker"),
+    "model's class": ("vllm.model_executor.models.registry",),
+}
 BUILD_IMPORTS = "from soka_serve.compiler import papers, stages; from soka_serve.compiler.train import run, train"
 
 
@@ -89,15 +102,6 @@ def build_times(folder: Path, repeats: int) -> dict[str, list[float]]:
         "nothing to do": seconds(build, repeats, folder),
         "imports of a build": seconds([sys.executable, "-c", BUILD_IMPORTS], repeats),
     }
-
-
-def is_healthy(port: int) -> bool:
-    """Whether a server answers there."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def until_ready(command: list[str], cwd: Path, is_ready: Callable[[str], bool]) -> dict[str, float]:
@@ -137,32 +141,68 @@ def serve_times(folder: Path, repeats: int) -> dict[str, list[dict[str, float]]]
     for repeat in range(repeats + 1):  # the first round warms caches
         rounds = {
             "soka-serve serve": until_ready(ours, folder, lambda said: "curl" in said),
-            "vLLM alone": until_ready(plain, folder, lambda _: is_healthy(port)),
+            "vLLM alone": until_ready(plain, folder, lambda _: Client(Endpoint(port=port)).is_healthy()),
         }
         for name, times in rounds.items():
             found[name] += [times] if repeat else []
     return found
 
 
+def plugin_costs(repeats: int, before: Path | None) -> dict[str, Any]:
+    """By kind of process: seconds that loading the plugins takes in each round, in processor time and on the wall."""
+    checkouts = [str(path) for path in (ROOT, before) if path is not None]
+    found: dict[str, Any] = {}
+    for process, modules in PROCESSES.items():
+        command = [sys.executable, "-X", "importtime", "-m", "eval.bench.plugin_cost", str(repeats)]
+        told = json.loads(run([*command, ",".join(checkouts), *modules]).splitlines()[-1])
+        by_plugin = dict(zip(("none", "this", "before"), zip(*told["rounds"], strict=True), strict=False))
+        last = by_plugin["this"][-1]
+        found[process] = {
+            "imports_cpu_s": round(told["imports_cpu_s"], 2),
+            "cpu_s": {name: [round(r["cpu_s"], 3) for r in rounds] for name, rounds in by_plugin.items()},
+            "wall_s": {name: [round(r["wall_s"], 3) for r in rounds] for name, rounds in by_plugin.items()},
+            "own_modules": {name: len(rounds[-1]["self_ms"]) for name, rounds in by_plugin.items()},
+            "vllm_modules": {name: rounds[-1]["vllm_modules"] for name, rounds in by_plugin.items()},
+            "self_ms": dict(sorted(last["self_ms"].items(), key=lambda item: -item[1])),
+        }
+        medians = {name: statistics.median(taken) for name, taken in found[process]["cpu_s"].items()}
+        extra = {name: round(taken - medians["none"], 3) for name, taken in medians.items() if name != "none"}
+        found[process]["beyond_vllm_cpu_s"] = extra  # of the medians
+        print(f"{process}: beyond vLLM's own plugins {extra} s of the processor", flush=True)
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="commands only, no build and no server")
+    parser.add_argument("--plugin", action="store_true", help="the plugin in vLLM's processes only")
+    parser.add_argument("--before", type=Path, help="another checkout, whose plugin is measured too")
     arguments = parser.parse_args()
-    command = f"python -m eval.bench.startup --repeats {arguments.repeats}" + " --quick" * arguments.quick
+    flags = (
+        " --quick" * arguments.quick + " --plugin" * arguments.plugin + " --before CHECKOUT" * bool(arguments.before)
+    )
     soka = str(BIN / "soka-serve")
     report: dict[str, Any] = {
-        "command": command,
-        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+        "command": f"python -m eval.bench.startup --repeats {arguments.repeats}{flags}",
+        "hardware": hardware(load_average=round(os.getloadavg()[0], 2)),
         "versions": versions(),
-        "seconds": {" ".join(["soka-serve", *c]): seconds([soka, *c], arguments.repeats) for c in COMMANDS},
     }
-    if not arguments.quick:
+    if not arguments.plugin:
+        taken = {" ".join(["soka-serve", *c]): seconds([soka, *c], arguments.repeats) for c in COMMANDS}
+        report["seconds"] = taken
+    if not arguments.quick and not arguments.plugin:
         with tempfile.TemporaryDirectory() as name:
             report["build_seconds"] = build_times(Path(name), arguments.repeats)
             report["serve"] = serve_times(Path(name), min(arguments.repeats, 3))
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    if not arguments.quick:
+        before = arguments.before
+        if before is not None:
+            commit = run(["git", "-C", str(before), "rev-parse", "HEAD"]).strip()
+            report["before"] = commit
+        report["plugin"] = plugin_costs(arguments.repeats, before)
+    write_record(arguments.out, report)
     for what in ("seconds", "build_seconds"):
         for key, taken in report.get(what, {}).items():
             print(f"{key}: {statistics.median(taken):.2f} s")

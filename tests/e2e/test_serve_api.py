@@ -326,12 +326,10 @@ def test_reload_in_traffic(served: Served, where: str) -> None:
             wait_for(16)
         finally:
             stop.set()
-        for future in running:
-            future.result()
+        assert [future.result() for future in running] == [None] * 5
     before = [(at, tokens) for _, ended, at, tokens in seen if ended < started]
     after = [(at, tokens) for begun, _, at, tokens in seen if begun > done]
-    assert len(before) >= 8
-    assert len(after) >= 8
+    assert min(len(before), len(after)) >= 8
     assert all(tokens == expected[0][at] for at, tokens in before)
     assert all(tokens == expected[1][at] for at, tokens in after)
     for at in range(4):

@@ -9,10 +9,8 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +29,7 @@ from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
 from tests.support.builds import run_cli, write_manifest
+from tests.support.serve_command import START_S, Command, samples, wait_for_requests
 from tests.support.serving import ONE_PROCESS, Server
 
 pytestmark = [
@@ -40,7 +39,6 @@ pytestmark = [
     ),
 ]
 
-START_S = 900
 PROBLEMS = 100
 
 # The shipped manifests with fewer steps: enough for a skill that nobody takes for the base's.
@@ -64,86 +62,6 @@ max_model_len = 1024
 dtype = "float32"
 """
 STEPS = {"math": 150, "code": 80}
-
-
-class Command:
-    """A running `soka-serve serve`."""
-
-    def __init__(self, folder: Path, *arguments: str | Path, **environment: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self._groups: set[int] = set()
-        self.output = folder / f"output-{self.port}.txt"
-        self.environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "INFO",  # TRL, imported by another test, sets it to ERROR for the whole process
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            **environment,
-        }
-        given = list(map(str, arguments))
-        cut = given.index("--") if "--" in given else len(given)
-        command = [sys.executable, "-m", "soka_serve", "serve", *given[:cut], "--port", str(self.port), *given[cut:]]
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=self.environment
-            )
-
-    @property
-    def text(self) -> str:
-        """Everything that it wrote so far."""
-        return self.output.read_text()
-
-    @property
-    def log(self) -> Path:
-        """vLLM's log."""
-        return Path(self.environment["XDG_CACHE_HOME"]) / "soka-serve" / "logs" / f"vllm-{self.port}.log"
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            if "ready after" in self.text and "# " in self.text:
-                return
-            time.sleep(0.5)
-        log = self.log.read_text()[-6000:] if self.log.exists() else ""
-        raise AssertionError(f"not ready:\n{self.text}\n{log}")
-
-    def wait(self) -> int:
-        """Its exit code."""
-        deadline = time.monotonic() + START_S
-        while self.process.poll() is None:
-            assert time.monotonic() < deadline, self.text
-            self.group()
-            time.sleep(0.2)
-        return self.process.returncode
-
-    def group(self) -> list[int]:
-        """The running processes of vLLM's group, which is known once this was called while soka-serve ran."""
-        processes = _processes()
-        self._groups |= {group for pid, parent, group, _ in processes if parent == self.process.pid and pid == group}
-        return [pid for pid, _, group, state in processes if group in self._groups and state not in "ZX"]
-
-    def end(self) -> None:
-        """Whatever happened, leave nothing behind."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(180)
-
-
-def _processes() -> list[tuple[int, int, int, str]]:
-    """(pid, parent, group, state) of all processes."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent, group = stat.read_text().rpartition(")")[2].split()[:3]
-        except OSError:
-            continue
-        found.append((int(stat.parent.name), int(parent), int(group), state))
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -291,33 +209,8 @@ def test_loads_from_elsewhere_are_refused(command: Command, folder: Path) -> Non
     assert server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
 
 
-def _samples(url: str) -> dict[tuple[str, str], float]:
-    """(name, labels as written) -> value of our metrics."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as reply:
-        lines = reply.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        match = re.match(r"(soka:\w+)\{?([^}]*)\}? (\S+)$", line)
-        if match:
-            found[match[1], match[2]] = float(match[3])
-    return found
-
-
-def _wait_for_requests(url: str, before: dict[tuple[str, str], float], adapter: str, count: int) -> tuple[float, float]:
-    """Until `count` of the adapter's requests have ended since `before`: how many were aborted, how many complete."""
-    deadline = time.monotonic() + 180
-    while True:
-        now = _samples(url)
-        labels = [("soka:requests_total", f'adapter="{adapter}",reason="{reason}"') for reason in ("abort", "length")]
-        aborted, complete = (now.get(label, 0) - before.get(label, 0) for label in labels)
-        if aborted + complete >= count:
-            return aborted, complete
-        assert time.monotonic() < deadline, now
-        time.sleep(0.2)
-
-
 def test_metrics(command: Command, client: openai.OpenAI) -> None:
-    before = _samples(command.url)
+    before = samples(command.url)
     prompt = generate("math", "test", 1)[0].prompt
     used = [client.completions.create(model=m, prompt=prompt, max_tokens=7).usage for m in ("math", "math", "tiny")]
     prompt_tokens = used[0].prompt_tokens if used[0] else 0
@@ -332,10 +225,10 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
         next(iter(stream))
         stream.close()
         left += 1
-        aborted, too_late = _wait_for_requests(command.url, before, "code", left)
+        aborted, too_late = wait_for_requests(command.url, before, "code", left)
     assert aborted == 1
     assert too_late == left - 1
-    after = _samples(command.url)
+    after = samples(command.url)
 
     def grown(name: str, labels: str) -> float:
         return after.get((name, labels), 0) - before.get((name, labels), 0)
@@ -363,11 +256,11 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
     assert after[loaded] >= len(in_slot)
     assert after["soka:adapter_load_seconds_sum", 'outcome="loaded"'] > 0
     for model, counted in (("broken", refused), ("flat", loaded)):
-        count = _samples(command.url).get(counted, 0)
+        count = samples(command.url).get(counted, 0)
         with contextlib.suppress(openai.BadRequestError):
             client.completions.create(model=model, prompt=prompt, max_tokens=1)
-        assert _samples(command.url)[counted] == count + 1
-    assert 'adapter="flat",rank="0"' in {labels for _, labels in _samples(command.url)}
+        assert samples(command.url)[counted] == count + 1
+    assert 'adapter="flat",rank="0"' in {labels for _, labels in samples(command.url)}
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(command: Command) -> None:
@@ -405,7 +298,7 @@ def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -
         running.wait_ready()
         deadline = time.monotonic() + START_S
         loads = ("soka:adapter_load_seconds_count", 'outcome="loaded"')
-        while _samples(running.url).get(loads) != 2:  # one process may answer before the other listens
+        while samples(running.url).get(loads) != 2:  # one process may answer before the other listens
             assert time.monotonic() < deadline, running.log.read_text()[-3000:]
             time.sleep(0.5)
         names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.group()]

@@ -46,6 +46,7 @@ def _add_kron_kernel(  # type: ignore[no-untyped-def]
     NATIVE: tl.constexpr,  # noqa: N803
     PRECISION: tl.constexpr,  # noqa: N803
 ):
+    """One program of the grid, see above. Long, with many arguments: a kernel takes numbers and calls no objects."""
     token = tl.program_id(0).to(tl.int64)
     index = tl.program_id(1).to(tl.int64)
     slot = tl.load(token_slots + token).to(tl.int64)

@@ -1,0 +1,115 @@
+"""vLLM as a child process: the port that it takes, and what it says of why it ended."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from soka_serve.errors import ServeError, SokaError
+from soka_serve.serving.command import Launch
+from soka_serve.serving.log import failure_lines
+from soka_serve.serving.probe import probe
+from soka_serve.serving.process import Server, check_port
+from soka_serve.serving.targets import Target
+
+DEAD = """
+import http.server
+print({log!r}, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(503)
+    def do_POST(self):
+        self.send_error(500, 'EngineCore encountered an issue. See stack trace (above) for the root cause.')
+http.server.HTTPServer(('127.0.0.1', {port}), Handler).serve_forever()
+"""
+
+
+# What vLLM 0.32 writes when a worker fails in a step, shortened.
+LOG = """\
+(APIServer pid=1) WARNING 11-29 16:51:50 [u.py:255] Found ulimit of 20000, which can cause `OSError: [Errno 24]`
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063] Traceback (most recent call last):
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063]   File "triton_moe.py", line 322, in apply
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063]     compute_type = tl.float32
+(Worker pid=3) ERROR 11-29 16:53:34 [multiproc_executor.py:1063] AttributeError: module has no attribute float32
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] EngineCore encountered a fatal error.
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] Traceback (most recent call last):
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512]     raise RuntimeError(
+(EngineCore pid=2) ERROR 11-29 16:53:34 [core.py:1512] RuntimeError: Worker failed with error module has no attribute
+(APIServer pid=1) ERROR 11-29 16:53:34 [async_llm.py:906] Traceback (most recent call last):
+(APIServer pid=1) ERROR 11-29 16:53:34 [async_llm.py:906] vllm.v1.engine.exceptions.EngineDeadError: EngineCore ended.
+(APIServer pid=1) Traceback (most recent call last):
+(APIServer pid=1)   File "starlette.py", line 1, in serve
+(APIServer pid=1) RuntimeError: the response was not sent
+"""
+
+
+CAUSE = "AttributeError: module has no attribute float32"
+
+
+def test_an_engine_that_dies_at_the_probe_says_what_of(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    launch = Launch((sys.executable, "-c", DEAD.format(log=LOG, port=port)), port=port, base_model="base")
+    server = Server(launch, tmp_path / "log")
+    target = Target("x", "x", "adapter", tmp_path)
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with pytest.raises(ServeError) as failed, server.explaining():
+            probe(launch, [target])
+        assert failed.value.message.splitlines()[-2:] == ["vLLM's engine has ended:", f"  {CAUSE}"]
+        assert str(tmp_path / "log") in str(failed.value.hint)
+    finally:
+        server.stop()
+    assert server._failure("vLLM ended").message.splitlines() == ["vLLM ended:", f"  {CAUSE}"]
+
+
+@pytest.mark.parametrize(
+    ("log", "lines"),
+    [
+        (LOG, [CAUSE]),
+        # A failure of the API process alone is its own cause; a message may have several lines.
+        (
+            "(APIServer pid=1) Traceback (most recent call last):\n(APIServer pid=1)   File 'x'\n"
+            "(APIServer pid=1) pydantic.ValidationError: 1 error for Model\n(APIServer pid=1)   Value error, no\n",
+            ["pydantic.ValidationError: 1 error for Model Value error, no"],
+        ),
+        ("usage: vllm serve [options]\nvllm serve: error: unrecognized arguments: --x\n", ["usage:", "vllm serve: er"]),
+        # An engine that the kernel killed says nothing; what the API process says of it is all there is.
+        (
+            "(APIServer pid=1) Traceback (most recent call last):\n"
+            "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            ["RuntimeError: Engine core initialization failed"],
+        ),
+        ("", []),
+        ("nothing of note\n", ["nothing of note"]),
+    ],
+)
+def test_what_a_log_says_of_a_failure(log: str, lines: list[str]) -> None:
+    said = failure_lines(log)
+    assert len(said) == len(lines), said
+    assert all(line.startswith(wanted) for wanted, line in zip(lines, said, strict=True)), said
+
+
+def test_ports() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SokaError, match=f"port {port} .*in use"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", port)
+    with pytest.raises(SokaError, match="cannot listen there"):
+        check_port("192.0.2.1", port)  # an address of the documentation's
+    with pytest.raises(SokaError, match="not an address"):
+        check_port("no such host", port)

@@ -1,0 +1,219 @@
+"""What is served, and on which base."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import soka_serve
+from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.builtin import base_directory
+from soka_serve.errors import SokaError
+from soka_serve.io import workspace
+from soka_serve.io.files import sha256_file
+from soka_serve.io.json_files import read_json
+from soka_serve.serving import targets as serving_targets
+from soka_serve.serving.command import Settings
+from soka_serve.serving.serve import plan_launch
+from tests.support.builds import write_manifest
+from tests.support.launches import options_of, run_serve, write_small_adapter
+
+
+def test_what_is_not_built_or_out_of_date(tmp_path: Path, built: Path) -> None:
+    manifest = write_manifest(tmp_path, steps=2)
+    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "not built" in done.output
+    assert f"soka-serve build {manifest} --out {tmp_path / 'build'}" in done.output
+
+    shutil.copytree(built / "build", tmp_path / "build")
+    assert run_serve(manifest, "--out", tmp_path / "build", "--dry-run").exit_code == 0
+    write_manifest(tmp_path, steps=3)
+    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "earlier manifest" in done.output
+    assert "soka-serve build" in done.output
+
+    write_manifest(tmp_path, steps=2)
+    weights = tmp_path / "build/small/adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "adapter_model.safetensors" in done.output
+    assert "--force" in done.output
+
+
+def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build, move the base, serve: the build is up to date; building again relabels it and trains nothing."""
+    base = shutil.copytree(base_directory(), tmp_path / "base")
+    manifest = write_manifest(tmp_path, steps=1, replace=('builtin = "tiny"', 'path = "base"'))
+    soka_serve.build(manifest, out=tmp_path / "build", progress=False)
+    base.rename(tmp_path / "moved")
+    manifest.write_text(manifest.read_text().replace('path = "base"', 'path = "moved"'))
+    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert f"vllm_command {(tmp_path / 'moved').resolve()}" in done.output
+    with monkeypatch.context() as patch:  # a base too large to be hashed for a look
+        patch.setattr("soka_serve.compiler.status._QUICK_BYTES", 0)
+        patch.setattr("soka_serve.io.workspace.HashCache.knows", lambda *a: False)
+        assert run_serve(manifest, "--out", tmp_path / "build", "--dry-run").exit_code == 0
+
+    weights = sha256_file(tmp_path / "build/small/adapter/adapter_model.safetensors")
+    again = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
+    assert again.ran == ("report",)
+    adapter = tmp_path / "build/small/adapter"
+    assert read_json(adapter / "adapter_config.json")["base_model_name_or_path"] == str((tmp_path / "moved").resolve())
+    assert sha256_file(adapter / "adapter_model.safetensors") == weights
+
+    other = Checkpoint.open(tmp_path / "moved").files[0]
+    data = bytearray(other.read_bytes())
+    data[-1] ^= 1
+    other.write_bytes(data)
+    (tmp_path / "moved").rename(tmp_path / "third")
+    manifest.write_text(manifest.read_text().replace('path = "moved"', 'path = "third"'))
+    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "is of other weights of the base" in done.output
+    assert "earlier manifest" not in done.output
+    for place in ("moved", "third"):
+        assert str((tmp_path / place).resolve()) in done.output
+
+
+def test_everything_that_is_wrong_is_said_at_once(built: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "ia3").mkdir()
+    (tmp_path / "ia3/adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    done = run_serve("nowhere", tmp_path / "empty", tmp_path / "ia3", "nowhere.toml", "--dry-run")
+    assert done.exit_code == 2
+    for word in ("nowhere: no such", "neither an adapter", "IA3", "nowhere.toml"):
+        assert word in done.output
+    assert "Traceback" not in done.output
+
+
+def test_names(built: Path) -> None:
+    build = built / "build/small"
+    done = run_serve(built / "small.toml", build, "--out", built / "build", "--dry-run")
+    assert done.exit_code == 2
+    assert "would all be served as 'small'" in done.output
+    done = run_serve(f"tiny={build}", "--dry-run")
+    assert done.exit_code == 2
+    assert "its name is the base's" in done.output
+    assert "cannot name" in run_serve(f"a,b={build}", "--dry-run").output
+    assert "NAME=TARGET" in run_serve("=x", "--dry-run").output
+    assert "served alone" in run_serve(f"a={build}", build / "merged", "--dry-run").output
+    assert "nothing to serve" in run_serve("--dry-run").output
+
+
+def test_modules_that_cannot_be_served(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
+    names = [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
+    save_file({name: torch.ones(1, 1) for name in names}, tmp_path / "lora/adapter_model.safetensors")
+    done = run_serve(tmp_path / "lora", "--dry-run")
+    assert done.exit_code == 2
+    assert "lm_head" in done.output
+
+
+@pytest.mark.parametrize("module", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
+def test_fused_projections_can_be_served(tmp_path: Path, module: str) -> None:
+    (target,) = serving_targets.read_targets(
+        [str(write_small_adapter(tmp_path / "a", module=f"model.layers.0.{module}"))]
+    )
+    assert list(target.factors) == [f"model.layers.0.{module}"]
+
+
+def test_a_bare_model_is_no_base_to_serve(tmp_path: Path) -> None:
+    """Transformers adds the names' 'model.' and ties the head; vLLM would serve an embedder, or stop while loading."""
+    base = tmp_path / "base"
+    shutil.copytree(base_directory(), base)
+    config = read_json(base / "config.json")
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    adapter = write_small_adapter(tmp_path / "adapter", base=str(base))
+    for target in (adapter, base):
+        done = run_serve(target, "--dry-run")
+        assert done.exit_code == 2
+        assert "a bare model (architectures = ['LlamaModel'] in its config.json)" in done.output
+    (base / "config.json").write_text(json.dumps(config))
+    tensors = load_file(base / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, base / "model.safetensors")
+    for target in (adapter, base):
+        assert "a bare model (with tensors such as 'layers.0." in run_serve(target, "--dry-run").output
+
+
+def test_one_base(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Checkpoint.open(base_directory()).sha256()
+    moved = tmp_path / "moved"
+    shutil.copytree(base_directory(), moved)
+    # The same weights under another name are the same base; a name that is not here is passed over.
+    for base in (str(moved), str(tmp_path / "gone")):
+        other = write_small_adapter(tmp_path / "other", base=base, sha256=right)
+        assert len(plan_launch([str(built / "build/small"), str(other)], Settings())[0]) == 2
+    with pytest.raises(SokaError, match="is not here"):
+        plan_launch([str(other)], Settings())
+    assert plan_launch([str(other)], Settings(), base="tiny")
+
+    wrong = write_small_adapter(tmp_path / "wrong", sha256="0" * 64)
+    with pytest.raises(SokaError, match="other than needed"):
+        plan_launch([str(wrong)], Settings())
+    monkeypatch.setenv("SOKA_ALLOW_OTHER_BASE", "1")
+    assert plan_launch([str(wrong)], Settings())
+    without = write_small_adapter(tmp_path / "without", base=str(moved))
+    with pytest.raises(SokaError, match="different bases"):
+        plan_launch([str(built / "build/small"), str(without)], Settings())
+    unfit = write_small_adapter(tmp_path / "unfit", module="model.layers.99.self_attn.q_proj")
+    with pytest.raises(SokaError, match=r"layers\.99"):
+        plan_launch([str(unfit)], Settings())
+
+
+def test_what_a_build_has_hashed_is_not_hashed_again(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operator has named the build; but not where others could have written, and not what is malformed."""
+    build = shutil.copytree(built / "build", tmp_path / "build")
+    hashes, cache = build / ".cache" / "hashes.json", tmp_path / "cache" / "soka-serve" / "hashes.json"
+    known = json.loads(hashes.read_text())
+    hashed: list[str] = []
+    monkeypatch.setattr(workspace, "sha256_file", lambda path: hashed.append(str(path)) or sha256_file(path))
+    plan_launch([str(build / "small")], Settings())
+    assert hashed == []
+    weights = str((base_directory() / "model.safetensors").resolve())
+    assert json.loads(cache.read_text())[weights] == known[weights]
+    for folder in (hashes, hashes.parent, build):
+        cache.unlink()
+        before = folder.stat().st_mode
+        folder.chmod(0o777)
+        plan_launch([str(build / "small")], Settings())
+        folder.chmod(before)
+        assert hashed == [weights]
+        hashed.clear()
+    cache.unlink()
+    hashes.unlink()
+    os.mkfifo(hashes)
+    (build / "small" / "check.json").unlink(missing_ok=True)
+    os.mkfifo(build / "small" / "check.json")
+    plan_launch([str(build / "small")], Settings())
+    assert hashed == [weights]
+
+
+def test_a_base_whose_hub_id_stands_for_another_tokenizer_class(tmp_path: Path) -> None:
+    """vLLM is told where the tokenizer is that the adapter was trained with, also where --base gives a directory."""
+    base = shutil.copytree(base_directory(), tmp_path / "base")
+    settings = read_json(base / "tokenizer_config.json") | {"tokenizer_class": "LlamaTokenizerFast"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    for hub, told in (("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", True), ("someone/else", False)):
+        adapter = write_small_adapter(tmp_path / hub / "adapter", base=hub)
+        launch = plan_launch([str(adapter)], Settings(), base=str(base))[1]
+        options = options_of(launch)
+        assert launch.command[3] == str(base.resolve())
+        assert ("--tokenizer" in options) == told
+        if told:
+            made = read_json(Path(options["--tokenizer"][0]) / "tokenizer_config.json")
+            assert made == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+            own = Settings(vllm=("--tokenizer", "x"))
+            assert options_of(plan_launch([str(adapter)], own, base=str(base))[1])["--tokenizer"] == ["x"]
