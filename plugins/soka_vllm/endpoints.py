@@ -14,8 +14,8 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from soka_serve.errors import is_printable, printable
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_vllm import metrics
-from soka_vllm.opened import OutsideError
-from soka_vllm.places import Locks, adapter_directory, allowed_roots, is_inside
+from soka_vllm.opened import OutsideError, lies_in
+from soka_vllm.places import Locks, adapter_directory, allowed_roots
 from soka_vllm.resolver import client_load, operator_load, operator_loads, reasons_noted
 
 _logger = logging.getLogger("vllm.soka")
@@ -61,7 +61,7 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     message = _refusal(request.lora_name, path)
     if not message and roots is not None and path:
         directory = adapter_directory(path, roots)
-        if not await asyncio.to_thread(is_inside, directory, roots):
+        if not await asyncio.to_thread(lies_in, directory, roots):
             message = str(OutsideError(Path(path)))
     from_command_line = [module.path for module in models.static_lora_modules or ()]
     if not message and ".." in Path(path).parts and path not in from_command_line:

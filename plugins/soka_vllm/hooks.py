@@ -21,7 +21,7 @@ from typing import Any
 
 from soka_serve.errors import printable
 from soka_vllm.checks import CALLED, Signature, check_modules, check_version
-from soka_vllm.settings import keep_limit, serves_lora
+from soka_vllm.settings import BUILDS_VARIABLE, METRICS_VARIABLE, keep_limit, serves_lora
 
 _logger = logging.getLogger("vllm.soka")
 _LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
@@ -175,11 +175,11 @@ def install() -> None:
     keep_limit()
     imported = [name for name in sorted(MODULES) if name in sys.modules]
     check_modules(imported, SIGNATURES)
-    if "SOKA_BUILDS" in os.environ:
+    if BUILDS_VARIABLE in os.environ:
         from soka_vllm import resolver
 
         resolver.register()
-    if "SOKA_METRICS_DIR" not in os.environ:
+    if METRICS_VARIABLE not in os.environ:
         from soka_vllm import metrics
 
         metrics.make_folder()

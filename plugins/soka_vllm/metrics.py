@@ -26,16 +26,15 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from soka_vllm.counters import Counters
+from soka_vllm.settings import METRICS_VARIABLE
 
 _logger = logging.getLogger("vllm.soka")
-
-FOLDER_VARIABLE = "SOKA_METRICS_DIR"
 
 
 def make_folder() -> None:
     """Make the folder that workers write to, in the first of vLLM's processes, and let its endpoint show them."""
     folder = Path(tempfile.mkdtemp(prefix="soka-metrics-"))
-    os.environ[FOLDER_VARIABLE] = str(folder)
+    os.environ[METRICS_VARIABLE] = str(folder)
     atexit.register(_remove, folder, os.getpid())
     REGISTRY.register(WorkerCollector(folder))
 
@@ -102,7 +101,7 @@ class _Worker:
         """Write this worker's metrics file atomically."""
         from vllm.distributed import get_world_group
 
-        folder = os.environ.get(FOLDER_VARIABLE)
+        folder = os.environ.get(METRICS_VARIABLE)
         if folder is None:
             return
         adapters = manager._adapter_manager
@@ -124,7 +123,7 @@ class _Worker:
             path.with_suffix(".new").replace(path)
         except OSError as error:
             _logger.warning("No metrics of slots: %s", error)
-            os.environ.pop(FOLDER_VARIABLE, None)  # once is enough
+            os.environ.pop(METRICS_VARIABLE, None)  # once is enough
 
 
 def _of(manager: Any) -> _Worker:

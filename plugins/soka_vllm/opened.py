@@ -21,11 +21,9 @@ from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE
 from soka_serve.errors import printable
 from soka_serve.io.files import is_own
 from soka_serve.io.safetensors import PICKLE_SUFFIXES
+from soka_vllm.settings import BUILDS_VARIABLE, ROOTS_VARIABLE
 
 _logger = logging.getLogger("vllm.soka")
-
-BUILDS_VARIABLE = "SOKA_BUILDS"
-ROOTS_VARIABLE = "SOKA_ADAPTER_ROOTS"
 
 _DESCRIPTORS = Path("/proc/self/fd")
 # What readers open or ask for; whatever else is in the folder of an adapter nobody looks at.

@@ -19,21 +19,8 @@ import msgspec
 
 from soka_serve.errors import printable
 from soka_serve.io.file_names import CONFIG_FILE
-from soka_vllm.opened import BUILDS_VARIABLE, ROOTS_VARIABLE, lies_in, opened, renamed
-
-__all__ = [
-    "BUILDS_VARIABLE",
-    "ROOTS_VARIABLE",
-    "Locks",
-    "adapter_directory",
-    "adapter_files",
-    "allowed_roots",
-    "are_equal",
-    "find_build",
-    "is_inside",
-    "limited",
-    "roots_of",
-]
+from soka_vllm.opened import lies_in, opened, renamed
+from soka_vllm.settings import ROOTS_VARIABLE
 
 _LONGEST_REASON = 4000  # characters of why an adapter is refused
 # In front of folders in a request's base_model_name, which only the API process uses.
@@ -53,16 +40,8 @@ def find_build(folder: Path, name: str) -> Path | None:
         return None
     for place in (folder / name / "adapter", folder / name):
         if (place / CONFIG_FILE).is_file():
-            return place if is_inside(place, [folder]) else None
+            return place if lies_in(place, [folder]) else None
     return None
-
-
-def is_inside(directory: Path, roots: Sequence[Path]) -> bool:
-    """Whether a directory and the files that are read in it, links followed, lie in one of the folders.
-
-    For an early answer: whoever reads opens and checks anew, see `soka_vllm.opened`.
-    """
-    return lies_in(directory, roots)
 
 
 def allowed_roots() -> list[Path] | None:

@@ -22,7 +22,8 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-from soka_vllm.places import BUILDS_VARIABLE, find_build, limited
+from soka_vllm.places import find_build, limited
+from soka_vllm.settings import BUILDS_VARIABLE
 
 _operator: ContextVar[bool] = ContextVar("soka_operator", default=False)
 # The path that the load at hand was asked for by a client, and the folders that it must lie in.

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from soka_vllm.places import ROOTS_VARIABLE, Locks, allowed_roots, find_build, is_inside
+from soka_vllm.opened import lies_in
+from soka_vllm.places import Locks, allowed_roots, find_build
+from soka_vllm.settings import ROOTS_VARIABLE
 
 
 @pytest.fixture
@@ -59,11 +61,11 @@ def test_absolute_names_lead_nowhere(folder: Path) -> None:
     assert find_build(folder, str(folder.parent / "outside")) is None
 
 
-def test_what_is_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = folder.parent / "outside"
-    assert is_inside(folder / "flat", [folder])
-    assert is_inside(folder / "math" / ".." / "flat", [folder])
-    assert is_inside(outside, [folder, outside])
+    assert lies_in(folder / "flat", [folder])
+    assert lies_in(folder / "math" / ".." / "flat", [folder])
+    assert lies_in(outside, [folder, outside])
     for path in (
         outside,
         folder / ".." / "outside",
@@ -72,18 +74,18 @@ def test_what_is_inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder / "loop",
         Path("/etc"),
     ):
-        assert not is_inside(path, [folder])
+        assert not lies_in(path, [folder])
     for path in (folder / "nowhere", folder / "flat" / "adapter_config.json", folder / "a\x00b"):
-        assert not is_inside(path, [folder])
-    assert not is_inside(folder / "flat", [])
+        assert not lies_in(path, [folder])
+    assert not lies_in(folder / "flat", [])
     # A sibling whose name begins alike is another folder.
-    assert not is_inside(folder / "flat", [folder.parent / "bui"])
+    assert not lies_in(folder / "flat", [folder.parent / "bui"])
     link = folder.parent / "link"
     link.symlink_to(folder)
-    assert is_inside(folder / "flat", [link])
-    assert is_inside(link / "flat", [folder])
+    assert lies_in(folder / "flat", [link])
+    assert lies_in(link / "flat", [folder])
     monkeypatch.chdir(folder)
-    assert is_inside(Path("flat"), [folder])
+    assert lies_in(Path("flat"), [folder])
 
 
 def test_the_allowed_roots(monkeypatch: pytest.MonkeyPatch) -> None:
