@@ -210,21 +210,3 @@ def render_chats(
         else:
             found.append(DataError(f"the chat template refuses the messages: {done.message}"))
     return found
-
-
-def render_chat(
-    source: str,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    special_tokens: Mapping[str, str],
-) -> str:
-    """Render one chat, as `render_chats`.
-
-    Raises:
-        DataError: the template does not parse, refuses these messages, or is beyond a limit.
-    """
-    done = render_chats(source, [(messages, add_generation_prompt)], special_tokens=special_tokens)[0]
-    if isinstance(done, DataError):
-        raise done
-    return done

@@ -20,7 +20,7 @@ from soka_serve.builtin import base_directory, generate
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError
-from soka_serve.manifest.templates import render_chat
+from soka_serve.manifest.templates import render_chats
 
 # Written for this test in the manner of the public ones: Llama 2's brackets, ChatML, and one with every feature we use.
 BRACKETS = (
@@ -216,7 +216,9 @@ def test_chats_are_transformers(
     source = template or ours.chat_template
     assert source
     options = {"add_generation_prompt": generation}
-    text = render_chat(source, CHATS[chat], special_tokens=ours.special_tokens, **options)
+    chats = [(CHATS[chat], generation)]
+    (text,) = render_chats(source, chats, special_tokens=ours.special_tokens)
+    assert isinstance(text, str)
     assert text == theirs.apply_chat_template(CHATS[chat], chat_template=source, tokenize=False, **options)
     ids = theirs.apply_chat_template(CHATS[chat], chat_template=source, return_dict=False, **options)
     assert ours.encode_prompt(text, add_special_tokens=False) == ids
