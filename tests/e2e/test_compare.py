@@ -13,20 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.support.builds import run_cli
+
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "eval/suites/quick.toml"
 RUNS = 7  # three rates, and two seeds for each of two methods
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "soka_serve", "compare", *arguments]
-
-
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    return run_cli("compare", *arguments, cwd=ROOT)
 
 
 def records(work: Path) -> dict[str, dict[str, Any]]:
@@ -55,7 +50,7 @@ def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "results.json"
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(
-            command(SUITE, "--work", str(work)),
+            [sys.executable, "-m", "soka_serve", "compare", SUITE, "--work", str(work)],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=log,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import preloaded
 from tests.support.planted import plant
 from tests.support.tiny_models import random_factors, write_test_adapter
 
@@ -70,18 +69,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python with "y" as the answer to every question."""
-    environment = {**os.environ, "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        input="y\n" * 100,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-        check=False,
-    )
+    """`python -m` or `python -c`, with "y" as the answer to every question."""
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    return preloaded.run("soka", arguments, cwd=folder, env=environment, answers="y\n" * 100)
 
 
 def is_refused(done: subprocess.CompletedProcess[str], folder: Path) -> None:
@@ -108,7 +98,7 @@ def is_refused(done: subprocess.CompletedProcess[str], folder: Path) -> None:
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
 def test_commands_refuse_before_they_begin(folder: Path, arguments: list[str], part: str) -> None:
     plant(folder / "base", folder / "mark", model=part == "model", tokenizer=part == "tokenizer")
-    done = run(folder, "-m", "soka_serve", *arguments)
+    done = run(folder, "soka_serve", *arguments)
     assert done.returncode == 2, done.stderr
     is_refused(done, folder)
     assert "Traceback" not in done.stderr
@@ -120,7 +110,7 @@ def test_commands_refuse_before_they_begin(folder: Path, arguments: list[str], p
 @pytest.mark.slow
 def test_merge_does_not_load_what_needs_its_own_code(folder: Path) -> None:
     plant(folder / "base", folder / "mark")
-    done = run(folder, "-m", "soka_serve", "merge", "adapter", "--base", "base", "--out", "merged")
+    done = run(folder, "soka_serve", "merge", "adapter", "--base", "base", "--out", "merged")
     assert done.returncode == 0, done.stderr  # tensors are added, and verified, without any code
     assert "ulp of base + delta" in done.stdout
     assert "nats" not in done.stdout
@@ -131,7 +121,7 @@ def test_merge_does_not_load_what_needs_its_own_code(folder: Path) -> None:
     assert "base/config.json: auto_map names" in done.stderr
     assert not (folder / "other").exists()
     assert (folder / "merged" / "model.safetensors").exists()
-    assert run(folder, "-m", "soka_serve", "inspect", "base").returncode == 0
+    assert run(folder, "soka_serve", "inspect", "base").returncode == 0
     assert not (folder / "mark").exists()
 
 
@@ -150,7 +140,7 @@ def test_every_opener_refuses(folder: Path, opener: str) -> None:
 def test_a_native_architecture_is_loaded_by_transformers_own_class(folder: Path) -> None:
     """Many checkpoints still name the code that they had before transformers knew them."""
     plant(folder / "base", folder / "mark", native=True)
-    done = run(folder, "-m", "soka_serve", "build", "m.toml")
+    done = run(folder, "soka_serve", "build", "m.toml")
     assert done.returncode == 0, done.stderr
     assert (folder / "build" / "m" / "merged").is_dir()
     for opener in ("eval, vllm", "eval, transformers"):
@@ -160,8 +150,8 @@ def test_a_native_architecture_is_loaded_by_transformers_own_class(folder: Path)
     # Later the merged model's files name code that it cannot do without.
     plant(folder / "build" / "m" / "merged", folder / "mark")
     for arguments in (["eval", "m.toml", "--backend", "transformers"], ["eval", "m.toml"]):
-        done = run(folder, "-m", "soka_serve", *arguments, "--tasks", "soka_builtin_math", "--limit", "2")
+        done = run(folder, "soka_serve", *arguments, "--tasks", "soka_builtin_math", "--limit", "2")
         assert done.returncode == 2, done.stderr
-    done = run(folder, "-m", "soka_serve", "serve", "build/m/merged", "--dry-run")
+    done = run(folder, "soka_serve", "serve", "build/m/merged", "--dry-run")
     assert done.returncode == 2, done.stderr
     is_refused(done, folder)
