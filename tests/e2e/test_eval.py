@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +21,10 @@ from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.cli import main
 from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
-from tests.e2e.test_serve_command import Command
-from tests.support.builds import run_cli
-from tests.support.serving import ONE_PROCESS
+from soka_serve.serving.command import Settings
+from soka_serve.serving.serve import plan_launch
+from tests.support.builds import run_cli, start_cli
+from tests.support.serving import ONE_PROCESS, Server, free_port, running
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,15 +86,12 @@ def local(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path) -> Iterator[Command]:
+def server(folder: Path) -> Iterator[Server]:
     """A server of the build that somebody else started."""
-    running = Command(folder, "sums.toml", **ONE_PROCESS)
-    try:
-        running.wait_ready()
-        yield running
-    finally:
-        running.process.send_signal(signal.SIGTERM)
-        running.wait()
+    _, launch = plan_launch([str(folder / "build" / "sums")], Settings(port=free_port()))
+    environment = {**launch.environment, **ONE_PROCESS}
+    with running(launch.command[2:], Server(launch.url, folder / "server.log"), environment) as server:
+        yield server
 
 
 def _samples(folder: Path, results: str, backend: str, role: str) -> list[dict[str, Any]]:
@@ -159,19 +154,14 @@ def test_a_killed_run_goes_on(folder: Path, local: dict[str, Any]) -> None:
     limit = 30
     arguments = ["eval", "sums.toml", "--results", "killed", "--backend", "transformers", "--limit", str(limit)]
     arguments += ["--parallel", "1"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "soka_serve", *arguments],
-        cwd=folder,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    killed = start_cli(*arguments, cwd=folder)
     deadline = time.monotonic() + 300
     while _stored(folder / "killed") < 5:
-        assert running.poll() is None, "it ended before it could be killed"
+        assert killed.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    running.kill()
-    running.wait()
+    killed.kill()
+    killed.wait()
     kept = _stored(folder / "killed")
     assert kept >= 5
     done = run_cli(*arguments, cwd=folder)
@@ -201,12 +191,12 @@ def _stored(results: Path) -> int:
     return count
 
 
-def test_a_running_server(folder: Path, local: dict[str, Any], server: Command) -> None:
+def test_a_running_server(folder: Path, local: dict[str, Any], server: Server) -> None:
     done = _eval(folder, "reused", "--server", server.url, "--limit", "20")
     assert done.returncode == 0, done.stderr
     (score,) = _record(folder, "reused", "vllm")["scores"]
     assert round(score["result"] * 20) == _correct(folder, "result", 20)
-    assert server.process.poll() is None  # it is somebody else's, and goes on
+    assert server.get("/v1/models")["data"]  # it is somebody else's, and goes on
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +210,7 @@ def idle(folder: Path) -> Path:
     return manifest
 
 
-def test_a_server_of_something_else(folder: Path, idle: Path, server: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_something_else(folder: Path, idle: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for address, words in (
         (server.url, ["expected the adapter 'idle'", "sums"]),

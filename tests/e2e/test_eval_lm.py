@@ -224,22 +224,18 @@ def answers_of(out: Path) -> tuple[list[str], float]:
 TASK = ("--include_path", "eval/tasks", "--tasks", "soka_builtin_math", "--limit", "24", "--log_samples")
 
 
-@pytest.mark.slow  # lm-eval starts twice
+@pytest.mark.slow  # lm-eval starts
 def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tuple[Path, Any]) -> None:
     """`--model_args peft=`: score and answers are the adapter's, as `measure` finds them, and not the base's."""
     folder, tuned = adapter
-    environment = installed(root, tmp_path)
-    answers = {}
-    for name, more in (("base", ""), ("adapter", f",peft={folder}")):
-        out = tmp_path / name
-        arguments = f"pretrained={base_directory()},dtype=float32{more}"
-        options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
-        command_line([*options, *TASK, "--output_path", str(out)], environment, root)
-        measured = measure(tuned if more else base_model(), "math", 24)
-        answers[name], score = answers_of(out)
-        assert answers[name] == [sample.text for sample in measured.samples]
-        assert score == measured.correct / measured.total
-    assert answers["base"] != answers["adapter"]
+    arguments = f"pretrained={base_directory()},dtype=float32,peft={folder}"
+    options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
+    command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], installed(root, tmp_path), root)
+    measured, plain = (measure(model, "math", 24) for model in (tuned, base_model()))
+    answers, score = answers_of(tmp_path / "out")
+    assert answers == [sample.text for sample in measured.samples]
+    assert answers != [sample.text for sample in plain.samples]
+    assert score == measured.correct / measured.total
 
 
 @pytest.mark.slow  # vLLM starts
