@@ -43,8 +43,9 @@ import torch
 from safetensors.torch import save_file
 
 from eval.record import cpu_name
-from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
+from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
+from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import balanced_shape

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 import psutil  # noqa: E402
 
 from eval.record import hardware, make_parser, write_record  # noqa: E402
-from soka_serve.adapter.format import WEIGHTS_FILE  # noqa: E402
+from soka_serve.io.file_names import WEIGHTS_FILE  # noqa: E402
 from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.serve_adapters import ALPHA, TARGET_OPTIONS, clear_jobs, write_many, write_soka  # noqa: E402
 from tests.support.serving import Server, random_factors, serve  # noqa: E402

@@ -55,7 +55,7 @@ from eval.fleet.memory import (
 )
 from eval.fleet.page import page
 from eval.record import hardware, make_parser, write_record
-from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
 from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE

@@ -28,8 +28,8 @@ from soka_serve.base.modules import Module as Projection
 from soka_serve.base.opened import Base
 from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.methods.lora import lora_parameters
-from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
-from soka_serve.kron.cost import choose_order
+from soka_serve.kron import Factors, apply_kron, kpsvd
+from soka_serve.kron.cost import apply_cost, choose_order
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
 from soka_serve.peft import SokaConfig, SokaLinear

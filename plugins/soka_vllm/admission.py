@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from soka_serve.adapter.format import LOCK_FILE
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import read_limited
+from soka_serve.io.file_names import LOCK_FILE
 from soka_vllm import metrics
 from soka_vllm.engine import check_served_base
 from soka_vllm.limits import Limits

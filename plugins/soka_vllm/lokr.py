@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, refusal
+from soka_serve.adapter.format import KEY_PREFIX, refusal
 from soka_serve.errors import CheckpointError, name_some
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors

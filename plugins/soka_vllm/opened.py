@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE
 from soka_serve.errors import printable
+from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
 from soka_serve.io.files import is_own
 from soka_serve.io.safetensors import PICKLE_SUFFIXES
 from soka_vllm.settings import BUILDS_VARIABLE, ROOTS_VARIABLE

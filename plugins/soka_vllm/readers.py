@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from soka_serve.adapter.format import CONFIG_FILE, PEFT_TYPE, AdapterFiles, look_at_adapter
+from soka_serve.adapter.format import PEFT_TYPE, AdapterFiles, look_at_adapter
 from soka_serve.errors import SokaError
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape

@@ -14,18 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from soka_serve.adapter.format import (
-    ADAPTER_FILES,
-    CARD_FILE,
-    CONFIG_FILE,
-    KEY_PREFIX,
-    LOCK_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    write_adapter,
-)
+from soka_serve.adapter.format import KEY_PREFIX, Adapter, write_adapter
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.errors import SokaError, printable, printable_lines
+from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import replace_directory, write_text_atomic
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.outputs import Output

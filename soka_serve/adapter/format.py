@@ -25,10 +25,10 @@ from safetensors.torch import save as to_safetensors
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.io.budget import ReadingBudget
-from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
+from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import write_bytes_atomic, write_text_atomic
 from soka_serve.io.json_files import read_json
-from soka_serve.io.lockfile import read_lock, write_lock
+from soka_serve.io.lockfile import write_lock
 from soka_serve.io.safetensors import (
     FLOAT_DTYPES,
     PICKLE_SUFFIXES,
@@ -40,28 +40,6 @@ from soka_serve.io.safetensors import (
 from soka_serve.kron import Factors, stack_terms
 
 log = logging.getLogger(__name__)
-
-__all__ = [
-    "ADAPTER_FILES",
-    "CARD_FILE",
-    "CONFIG_FILE",
-    "KEY_PREFIX",
-    "LOCK_FILE",
-    "PARTS",
-    "PEFT_TYPE",
-    "SOKA_FORMAT",
-    "WEIGHTS_FILE",
-    "Adapter",
-    "AdapterFiles",
-    "check_against",
-    "keys_with_meaning",
-    "look_at_adapter",
-    "read_adapter",
-    "read_lock",
-    "refusal",
-    "write_adapter",
-    "write_lock",
-]
 
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.adapter.format import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE, Adapter, read_adapter, read_lock
+from soka_serve.adapter.format import Adapter, read_adapter
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget, read_limited
+from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import read_errors, sha256_file
+from soka_serve.io.lockfile import read_lock
 from soka_serve.io.unchanged import WAIT, Unchanged
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from soka_serve.base.modules import BaseModules, LeftOut, Module
 from soka_serve.errors import PlanError
 from soka_serve.io.warn_once import warn
 from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape, parallel_of
-from soka_serve.manifest.schema import Adapt, Manifest
+from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.schema import Manifest
 
 logger = logging.getLogger(__name__)
 

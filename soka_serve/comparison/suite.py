@@ -27,11 +27,13 @@ from pydantic_core import PydanticCustomError
 from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError
 from soka_serve.io.files import sha256_text
+from soka_serve.manifest.fields import PositiveInt, Text
 from soka_serve.manifest.locate import Places, locate
 from soka_serve.manifest.nodes import one_of
 from soka_serve.manifest.problems import explain, show
 from soka_serve.manifest.read import parse_toml, read_text
-from soka_serve.manifest.schema import NAME_PATTERN, Adapt, Base, Data, Manifest, PositiveInt, Text, Train
+from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Manifest, Train
 from soka_serve.manifest.table import Key, Table, TableKeys
 
 SUITE_VERSION = 1

@@ -20,7 +20,7 @@ from soka_serve.compiler.processes import Processes
 from soka_serve.data.rows import resolve
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import CheckpointError
-from soka_serve.io.file_names import CARD_FILE, LOCK_FILE
+from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.outputs import Lock, Output
@@ -48,7 +48,6 @@ def _build_files(target: Path, lock: Lock | None) -> list[str]:
     """What a build's lock says that it wrote; where the lock is damaged, every name that a build may have written."""
     if lock is not None:
         return list(lock["files"])
-    from soka_serve.adapter.format import ADAPTER_FILES
     from soka_serve.compiler.merge.papers import model_files
 
     adapter = [f"adapter/{name}" for name in ADAPTER_FILES]

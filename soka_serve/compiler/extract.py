@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from soka_serve.base.opened import Base
 from soka_serve.base.resolve import open_base
 from soka_serve.errors import SokaError
+from soka_serve.io.file_names import ADAPTER_FILES
 from soka_serve.io.outputs import Lock, Output
 from soka_serve.io.places import given_path
 from soka_serve.io.unchanged import Unchanged
@@ -25,14 +26,7 @@ def _is_extracted(lock: Lock | None) -> bool:
     return isinstance(result, Mapping) and "kept_energy_frac" in result
 
 
-def _adapter_files(directory: Path, lock: Lock | None) -> Iterable[str]:
-    from soka_serve.adapter.format import ADAPTER_FILES
-
-    del directory, lock
-    return ADAPTER_FILES
-
-
-EXTRACTED = Output(what="an extracted adapter", is_marked=_is_extracted, files=_adapter_files)
+EXTRACTED = Output(what="an extracted adapter", is_marked=_is_extracted, files=lambda *_: ADAPTER_FILES)
 
 
 @dataclass(frozen=True)

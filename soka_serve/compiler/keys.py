@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from soka_serve.compiler.methods import METHODS
-from soka_serve.manifest.schema import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt, Manifest
+from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
+from soka_serve.manifest.schema import Manifest
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 1, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}

@@ -13,7 +13,8 @@ from typing import Any
 
 from soka_serve.evaluation.answer_code import defined_names, extract_code, parse
 from soka_serve.evaluation.prompts import zero_shot_prompt
-from soka_serve.evaluation.sandbox import Program, check_sandbox, require_consent, run_programs
+from soka_serve.evaluation.sandbox import check_sandbox, require_consent, run_programs
+from soka_serve.evaluation.sandbox.runner import Program
 from soka_serve.evaluation.sources import as_dataset, read_rows
 
 _TEST_IDS = range(11, 511)

@@ -10,52 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from soka_serve.kron.apply import apply_kron, linear_with_delta
-    from soka_serve.kron.cost import apply_cost, cheaper_order
-    from soka_serve.kron.decompose import Decomposition, kpsvd
-    from soka_serve.kron.factors import (
-        Factors,
-        add_delta_,
-        dense_delta,
-        rearrange,
-        recompress,
-        stack_terms,
-        unrearrange,
-    )
+    from soka_serve.kron.decompose import kpsvd
+    from soka_serve.kron.factors import Factors, add_delta_, dense_delta, recompress, stack_terms
 
 __all__ = [
-    "Decomposition",
     "Factors",
     "add_delta_",
-    "apply_cost",
     "apply_kron",
-    "cheaper_order",
     "dense_delta",
     "kpsvd",
     "linear_with_delta",
-    "rearrange",
     "recompress",
     "stack_terms",
-    "unrearrange",
 ]
-
-_HOMES = {
-    "Decomposition": "soka_serve.kron.decompose",
-    "Factors": "soka_serve.kron.factors",
-    "add_delta_": "soka_serve.kron.factors",
-    "apply_cost": "soka_serve.kron.cost",
-    "apply_kron": "soka_serve.kron.apply",
-    "cheaper_order": "soka_serve.kron.cost",
-    "dense_delta": "soka_serve.kron.factors",
-    "kpsvd": "soka_serve.kron.decompose",
-    "linear_with_delta": "soka_serve.kron.apply",
-    "rearrange": "soka_serve.kron.factors",
-    "recompress": "soka_serve.kron.factors",
-    "stack_terms": "soka_serve.kron.factors",
-    "unrearrange": "soka_serve.kron.factors",
-}
+_HOMES = {"apply_kron": "apply", "linear_with_delta": "apply", "kpsvd": "decompose"}  # of those not in `factors`
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'factors')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from soka_serve.errors import SokaError
 def init(name: str, force: bool) -> None:
     """Write a commented starter manifest to NAME.toml."""
     from soka_serve.io.files import write_text_atomic
-    from soka_serve.manifest.read import starter_manifest
+    from soka_serve.manifest.starter import starter_manifest
 
     path = Path(name if name.endswith(".toml") else f"{name}.toml")
     if path.exists() and not force:

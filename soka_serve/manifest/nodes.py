@@ -14,7 +14,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from soka_serve.manifest.schema import LAYER_RANGE, NAME_PATTERN, Manifest
+from soka_serve.manifest.rules import LAYER_RANGE
+from soka_serve.manifest.schema import NAME_PATTERN, Manifest
 
 Node = dict[str, Any]
 TomlPath = tuple[str | int, ...]

@@ -26,18 +26,6 @@ from soka_serve.manifest.locate import Places, locate
 from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted, explain, show
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION, Manifest
-from soka_serve.manifest.starter import starter_manifest
-
-__all__ = [
-    "LoadedManifest",
-    "json_schema",
-    "parse_manifest",
-    "parse_toml",
-    "read_manifest",
-    "read_text",
-    "starter_manifest",
-    "validate_manifest",
-]
 
 _MOST = 10  # large integers that are named
 MAX_BYTES = 256 << 10  # of a manifest or a suite; those that ship have a few thousand

@@ -14,46 +14,8 @@ from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from soka_serve.manifest.fields import PathOrId, PositiveInt, Text
-from soka_serve.manifest.rules import (
-    EVERY_MODULE,
-    LAYER_RANGE,
-    LLAMA_PROJECTIONS,
-    SERVED_PROJECTIONS,
-    Adapt,
-    RankBudget,
-    RankElbow,
-    RankEnergy,
-    RankFixed,
-    RankPolicy,
-    RankSpectrum,
-)
+from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import Key, Table, TableKeys
-
-__all__ = [
-    "EVERY_MODULE",
-    "LAYER_RANGE",
-    "LLAMA_PROJECTIONS",
-    "NAME_PATTERN",
-    "SCHEMA_VERSION",
-    "SERVED_PROJECTIONS",
-    "Adapt",
-    "Base",
-    "Data",
-    "Eval",
-    "Manifest",
-    "Output",
-    "PositiveInt",
-    "Prune",
-    "RankBudget",
-    "RankElbow",
-    "RankEnergy",
-    "RankFixed",
-    "RankPolicy",
-    "RankSpectrum",
-    "Serve",
-    "Text",
-    "Train",
-]
 
 SCHEMA_VERSION = 1
 

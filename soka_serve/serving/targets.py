@@ -25,7 +25,8 @@ from soka_serve.io.safetensors import read_header
 from soka_serve.io.workspace import Workspace
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import LoadedManifest, read_manifest
-from soka_serve.manifest.schema import SERVED_PROJECTIONS, Base, Manifest, Serve
+from soka_serve.manifest.rules import SERVED_PROJECTIONS
+from soka_serve.manifest.schema import Base, Manifest, Serve
 
 if TYPE_CHECKING:
     from soka_serve.base.checkpoint import Checkpoint

@@ -5,18 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from soka_serve.kron import (
-    Factors,
-    add_delta_,
-    apply_kron,
-    dense_delta,
-    kpsvd,
-    rearrange,
-    recompress,
-    stack_terms,
-    unrearrange,
-)
+from soka_serve.kron import Factors, add_delta_, apply_kron, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.kron.cost import Order
+from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error

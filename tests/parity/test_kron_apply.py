@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from soka_serve.kron import (
-    Factors,
-    apply_cost,
-    apply_kron,
-    linear_with_delta,
-)
+from soka_serve.kron import Factors, apply_kron, linear_with_delta
 from soka_serve.kron import apply as kron_apply
-from soka_serve.kron.cost import Order, choose_order
+from soka_serve.kron.cost import Order, apply_cost, choose_order
 from soka_serve.kron.shapes import FactorShape
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error

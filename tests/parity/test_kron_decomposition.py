@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.kron import Factors, decompose, dense_delta, kpsvd, rearrange, unrearrange
+from soka_serve.kron import Factors, decompose, dense_delta, kpsvd
 from soka_serve.kron.decompose import Algorithm
+from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from soka_serve.kron import Factors, dense_delta, kpsvd, rearrange, stack_terms
+from soka_serve.kron import Factors, dense_delta, kpsvd, stack_terms
+from soka_serve.kron.factors import rearrange
 from soka_serve.kron.shapes import FactorShape
 from tests.support import kron_oracle as oracle
 

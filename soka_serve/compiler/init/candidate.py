@@ -21,7 +21,7 @@ from soka_serve.kron.decompose import energy_of
 from soka_serve.kron.shape_search import search_shape
 from soka_serve.kron.shapes import FactorShape, candidate_shapes, parallel_of
 from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
-from soka_serve.manifest.schema import RankBudget, RankFixed
+from soka_serve.manifest.rules import RankBudget, RankFixed
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import Target

@@ -29,7 +29,7 @@ from soka_serve.compiler.processes import Processes
 from soka_serve.errors import PlanError
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
-from soka_serve.manifest.schema import RankBudget
+from soka_serve.manifest.rules import RankBudget
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from soka_serve.errors import PlanError
-from soka_serve.manifest.schema import RankBudget, RankElbow, RankEnergy, RankFixed, RankSpectrum
+from soka_serve.manifest.rules import RankBudget, RankElbow, RankEnergy, RankFixed, RankSpectrum
 
 _FLAT = 1e-9  # a point this near to the chord, relative to the spectrum's range, lies on it
 

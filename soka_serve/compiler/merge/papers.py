@@ -10,12 +10,12 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
-from soka_serve.adapter.format import CARD_FILE, LOCK_FILE
 from soka_serve.adapter.source import AdapterSource
 from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE
 from soka_serve.base.opened import Base
 from soka_serve.base.tokenizer_class import hub_settings
 from soka_serve.errors import CheckpointError, printable
+from soka_serve.io.file_names import CARD_FILE, LOCK_FILE
 from soka_serve.io.files import read_errors, require_regular, write_text_atomic
 from soka_serve.io.json_files import read_json
 from soka_serve.io.leftovers import final_name

@@ -21,7 +21,8 @@ from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
 from soka_serve.compiler.plan.modules import ModulePlan, plan_training
 from soka_serve.compiler.plan.policies import PolicyRow, policies_for
 from soka_serve.manifest.read import LoadedManifest
-from soka_serve.manifest.schema import SERVED_PROJECTIONS, Manifest
+from soka_serve.manifest.rules import SERVED_PROJECTIONS
+from soka_serve.manifest.schema import Manifest
 
 _CONFIGS = Path(__file__).parents[2] / "builtin" / "configs"
 

@@ -39,18 +39,6 @@ TIMEOUT_S = 20.0
 """Wall-clock seconds that a program and its tests have together; each of the two has half as many of CPU time."""
 
 
-__all__ = [
-    "CONSENT_VARIABLE",
-    "TIMEOUT_S",
-    "WEAK_VARIABLE",
-    "Program",
-    "Verdict",
-    "check_sandbox",
-    "require_consent",
-    "run_programs",
-]
-
-
 def require_consent() -> None:
     """Check that the person has agreed to run programs that a model writes.
 

@@ -14,7 +14,8 @@ from soka_serve.base.modules import Module, llama_parameters, modules_from_confi
 from soka_serve.base.opened import Base
 from soka_serve.base.targets import budget_groups, parse_layers, resolve_targets
 from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.manifest.schema import Manifest, RankEnergy, RankFixed
+from soka_serve.manifest.rules import RankEnergy, RankFixed
+from soka_serve.manifest.schema import Manifest
 
 LLAMA2 = {
     "model_type": "llama",

@@ -17,7 +17,7 @@ from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import Encoded
 from soka_serve.errors import CheckpointError
-from soka_serve.manifest.schema import Adapt
+from soka_serve.manifest.rules import Adapt
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -11,7 +11,7 @@ from soka_serve.compiler.init.rank import choose_rank, elbow_rank, energy_rank, 
 from soka_serve.errors import PlanError
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import FactorShape
-from soka_serve.manifest.schema import RankBudget, RankElbow, RankEnergy, RankFixed, RankSpectrum
+from soka_serve.manifest.rules import RankBudget, RankElbow, RankEnergy, RankFixed, RankSpectrum
 
 # Whole numbers: scaling by a power of two is exact, and no two energies differ by rounding alone.
 SPECTRA = st.lists(st.integers(0, 10_000), min_size=1, max_size=40).map(

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from soka_serve.errors import ManifestError
 from soka_serve.manifest.docs import manifest_reference
-from soka_serve.manifest.read import MAX_BYTES, parse_manifest, read_manifest, starter_manifest
-from soka_serve.manifest.schema import Adapt, Manifest, RankBudget, RankEnergy, RankFixed, RankSpectrum
+from soka_serve.manifest.read import MAX_BYTES, parse_manifest, read_manifest
+from soka_serve.manifest.rules import Adapt, RankBudget, RankEnergy, RankFixed, RankSpectrum
+from soka_serve.manifest.schema import Manifest
+from soka_serve.manifest.starter import starter_manifest
 from tests.fuzzing.manifests import TOKENS, spoilt_manifests
 
 ROOT = Path(__file__).resolve().parents[3]

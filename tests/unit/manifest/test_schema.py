@@ -12,8 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from soka_serve.manifest.nodes import tables
-from soka_serve.manifest.read import json_schema, starter_manifest
+from soka_serve.manifest.read import json_schema
 from soka_serve.manifest.schema import Base, Data, Manifest, Train
+from soka_serve.manifest.starter import starter_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 MINIMAL: dict[str, Any] = {"schema": 1, "base": {"builtin": "tiny"}, "train": {"data": {"builtin": "math"}}}
