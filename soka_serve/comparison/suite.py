@@ -8,35 +8,23 @@ keys of the recipe that every method shares.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    create_model,
-    field_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
 from soka_serve.compiler.methods import METHODS
-from soka_serve.errors import ManifestError
 from soka_serve.io.files import sha256_text
-from soka_serve.manifest.fields import PositiveInt, Text
-from soka_serve.manifest.locate import Places, locate
+from soka_serve.manifest.fields import FormatVersion, PositiveInt, Text
 from soka_serve.manifest.nodes import one_of
-from soka_serve.manifest.problems import explain, show
-from soka_serve.manifest.read import parse_toml, read_text
+from soka_serve.manifest.problems import show
+from soka_serve.manifest.read import parse_toml, read_text, validate
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Manifest, Train
-from soka_serve.manifest.table import Key, Table, TableKeys
-
-SUITE_VERSION = 1
+from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
 SHARED_KEYS = (
     "max_length", "overlong", "packing", "completion_only", "steps", "batch_size", "accumulate", "schedule",
@@ -124,12 +112,12 @@ class DataSet(Table):
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         if seen.knows("data", "answers"):
             data = seen.values["data"]
-            builtin = _value(data, "builtin") is not None
+            builtin = value_of(data, "builtin") is not None
             if builtin and seen.values["answers"] != "builtin":
                 yield ("answers",), "answers belongs to data of your own; builtin families mark their own answers"
             if not builtin and seen.values["answers"] == "builtin":
                 yield (), "answers is required for data of your own: 'hashes', 'boxed' or 'exact'"
-            if not builtin and not any(_value(data, name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
+            if not builtin and not any(value_of(data, name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
                 yield ("data",), "a comparison needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 
@@ -196,7 +184,7 @@ class Claim(Table):
 class Suite(Table):
     """A soka-serve comparison suite."""
 
-    version: Literal[1] = Field(alias="schema", description="Version of the suite format; always 1.", examples=[1])
+    version: FormatVersion = Field(alias="schema", description="Version of the suite format; always 1.", examples=[1])
     name: Name = Field(description="Name of the suite.", examples=["paper"])
     description: str = Field("", description="One line about the suite.")
     base: Base = Field(description="The base model, as in a manifest.")
@@ -206,45 +194,33 @@ class Suite(Table):
     method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods.")
     claim: tuple[Claim, ...] = Field((), strict=False, description="Paired tests.")
 
-    @field_validator("version", mode="before")
-    @classmethod
-    def _check_version(cls, value: object) -> object:
-        if type(value) is not int:  # Python's 1 == True == 1.0 would let those through the Literal
-            raise PydanticCustomError("expected", "{expected}", {"expected": f"the integer {SUITE_VERSION}"})
-        return value
-
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         names: dict[str, list[str]] = {}
+
+        def unknown(kind: str, name: str) -> str:
+            return f"no {kind} is called {show(name)}; there are {', '.join(names[kind])}"
+
         for table in ("dataset", "method"):
             if not seen.knows(table):
                 return
-            names[table] = [_value(item, "name") for item in seen.values[table]]
+            names[table] = [value_of(item, "name") for item in seen.values[table]]
             for i, name in enumerate(names[table]):
                 if name in names[table][:i]:
                     yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
         for i, contender in enumerate(seen.values["method"]):
-            for name in _value(contender, "datasets") or ():
+            for name in value_of(contender, "datasets") or ():
                 if name not in names["dataset"]:
-                    yield (
-                        ("method", i, "datasets"),
-                        f"no dataset is called {show(name)}; there are {', '.join(names['dataset'])}",
-                    )
+                    yield ("method", i, "datasets"), unknown("dataset", name)
         for i, claim in enumerate(seen.values["claim"] if seen.knows("claim") else ()):
             for key in ("candidate", "references"):
-                value = _value(claim, key)
+                value = value_of(claim, key)
                 for name in (value,) if isinstance(value, str) else value or ():
                     if name not in names["method"]:
-                        yield (
-                            ("claim", i, key),
-                            f"no method is called {show(name)}; there are {', '.join(names['method'])}",
-                        )
-        reference = _value(seen.values["protocol"], "loss_reference") if seen.knows("protocol") else None
+                        yield ("claim", i, key), unknown("method", name)
+        reference = value_of(seen.values["protocol"], "loss_reference") if seen.knows("protocol") else None
         if reference is not None and reference not in names["method"]:
-            yield (
-                ("protocol", "loss_reference"),
-                f"no method is called {show(reference)}; there are {', '.join(names['method'])}",
-            )
+            yield ("protocol", "loss_reference"), unknown("method", reference)
 
     def datasets_of(self, contender: Contender) -> list[DataSet]:
         """The datasets that a method runs on."""
@@ -260,10 +236,6 @@ class Suite(Table):
         if self.protocol.loss_reference is not None:
             return self.protocol.loss_reference
         return self.claim[0].references[0] if self.claim else None
-
-
-def _value(table: object, name: str) -> Any:
-    return table.get(name) if isinstance(table, Mapping) else getattr(table, name, None)
 
 
 @dataclass(frozen=True)
@@ -294,15 +266,7 @@ def parse_suite(text: str, file: str) -> Suite:
     Raises:
         ManifestError: everything that is wrong, each with its place.
     """
-    data = parse_toml(text, file)
-    try:
-        return Suite.model_validate(data)
-    except ValidationError as error:
-        try:
-            places = locate(text)
-        except RecursionError:
-            places = Places()
-        raise ManifestError(file, explain(error, places, Suite)) from None
+    return validate(Suite, parse_toml(text, file), text, file)
 
 
 def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, rate: float, seed: int) -> Manifest:

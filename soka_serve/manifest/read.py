@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from soka_serve.errors import ManifestError, Problem
 from soka_serve.io import toml_text
@@ -27,6 +27,7 @@ from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted, explain, show
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION, Manifest
 
+M = TypeVar("M", bound=BaseModel)
 _MOST = 10  # large integers that are named
 MAX_BYTES = 256 << 10  # of a manifest or a suite; those that ship have a few thousand
 
@@ -158,10 +159,19 @@ def validate_manifest(data: dict[str, Any], text: str, file: str) -> Manifest:
         message = f"this soka-serve reads version {SCHEMA_VERSION}; got {show(version)}"
         hint = "a newer soka-serve may read it" if version > SCHEMA_VERSION else f"write schema = {SCHEMA_VERSION}"
         raise ManifestError(file, [Problem("schema", message, line, column, hint)])
+    return validate(Manifest, data, text, file)
+
+
+def validate(model: type[M], data: dict[str, Any], text: str, file: str) -> M:
+    """Check parsed TOML against a pydantic model; `text` is what it was parsed from, for places.
+
+    Raises:
+        ManifestError: everything that is wrong, each with its place.
+    """
     try:
-        return Manifest.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise ManifestError(file, explain(error, _locate(text))) from None
+        raise ManifestError(file, explain(error, _locate(text), model)) from None
 
 
 def _large_integers(value: object, path: TomlPath = ()) -> Iterator[TomlPath]:

@@ -7,24 +7,18 @@ that another key makes meaningless: nothing is ignored silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
-from pydantic_core import PydanticCustomError
 
-from soka_serve.manifest.fields import PathOrId, PositiveInt, Text
+from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
 from soka_serve.manifest.rules import Adapt
-from soka_serve.manifest.table import Key, Table, TableKeys
+from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
 SCHEMA_VERSION = 1
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-def _value(table: object, name: str) -> Any:
-    """A key of a table that is still a mapping or already a model."""
-    return table.get(name) if isinstance(table, Mapping) else getattr(table, name, None)
 
 
 def _check_source(keys: TableKeys, names: tuple[str, ...]) -> Iterator[tuple[Key, str]]:
@@ -224,7 +218,7 @@ class Train(Table):
             yield ("prune",), f"prune belongs to method = 'soka'; the method is {keys.values['method']!r}"
         if keys.has("eval_every") and keys.knows("data"):
             sources = ("builtin", "eval_jsonl", "eval_split", "eval_frac")
-            if not any(_value(keys.values["data"], name) for name in sources):
+            if not any(value_of(keys.values["data"], name) for name in sources):
                 yield ("eval_every",), "eval_every needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 
@@ -285,7 +279,7 @@ class Eval(Table):
 class Manifest(Table):
     """A soka-serve manifest."""
 
-    version: Literal[1] = Field(
+    version: FormatVersion = Field(
         alias="schema", description="Version of the manifest format; always 1.", examples=[SCHEMA_VERSION]
     )
     name: Annotated[str, Field(pattern=NAME_PATTERN, max_length=100)] | None = Field(
@@ -301,23 +295,16 @@ class Manifest(Table):
     serve: Serve = Field(default_factory=lambda: Serve(), description="How the adapter is served.")
     eval: Eval = Field(default_factory=lambda: Eval(), description="How the adapter is measured.")
 
-    @field_validator("version", mode="before")
-    @classmethod
-    def _check_version(cls, value: object) -> object:
-        if type(value) is not int:  # Python's 1 == True == 1.0 would let those through the Literal
-            raise PydanticCustomError("expected", "{expected}", {"expected": f"the integer {SCHEMA_VERSION}"})
-        return value
-
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
-        if keys.knows("base", "train") and _value(keys.values["train"], "method") == "full":
-            bits = _value(keys.values["base"], "quantize")
+        if keys.knows("base", "train") and value_of(keys.values["train"], "method") == "full":
+            bits = value_of(keys.values["base"], "quantize")
             if bits not in (None, "none"):
                 yield ("base", "quantize"), f"a base in {bits} cannot be trained whole: method = 'full' needs 'none'"
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
-            deltas = [i for i, rule in rules if _value(rule, "init") == "delta"]
-            sources = [i for i, rule in rules if _value(rule, "finetuned") is not None]
+            deltas = [i for i, rule in rules if value_of(rule, "init") == "delta"]
+            sources = [i for i, rule in rules if value_of(rule, "finetuned") is not None]
             for i in deltas if not sources else ():
                 yield ("adapt", i, "init"), "init = 'delta' needs finetuned, the checkpoint whose delta is taken"
             for i in sources if not deltas else ():

@@ -40,6 +40,11 @@ class TableKeys:
         return f"{self.values[name]}" if name in self.present else f"{self.values[name]}, the default"
 
 
+def value_of(table: object, name: str) -> Any:
+    """A key of a table that is still a mapping or already a model; None where it has none."""
+    return table.get(name) if isinstance(table, Mapping) else getattr(table, name, None)
+
+
 class Table(BaseModel):
     """A TOML table: frozen, strict, unknown keys forbidden."""
 
