@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, save_tokenizer, train_tokenizer
-from soka_serve.base.pretrained import open_model
+from soka_serve.base.pretrained import open_model, open_tokenizer
 from soka_serve.builtin.problem import draw_difference, draw_product, draw_sum
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, draw_problems
 from soka_serve.compiler.answers import measure
@@ -166,10 +166,10 @@ def train(
 
 def evaluate(directory: Path, limit: int) -> dict[str, float]:
     """Greedy accuracy, from 0 to 1, on the first `limit` test problems of every family."""
-    model = open_model(directory, dtype=torch.float32)
+    model, tokenizer = open_model(directory, dtype=torch.float32), open_tokenizer(directory)
     accuracy = {}
     for family in FAMILIES:
-        result = measure(model, family, limit, max_new_tokens=64, tokenizer=directory, batch_size=128)
+        result = measure(model, family, limit, max_new_tokens=64, tokenizer=tokenizer, batch_size=128)
         accuracy[family] = result.correct / result.total
         _LOG.info("%s: %d of %d", family, result.correct, result.total)
     return accuracy

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from soka_serve.comparison.suite import Contender, DataSet, Suite, manifest_of
@@ -46,13 +46,7 @@ class RunSpec:
 
     def describe(self) -> dict[str, Any]:
         """The fields that describe the run in its record."""
-        return {
-            "method": self.method,
-            "dataset": self.dataset,
-            "stage": self.stage,
-            "rate": self.rate,
-            "seed": self.seed,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "key"}
 
     @staticmethod
     def failure(message: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,14 @@ class Records:
     def to_lines(self, cells: list[Cell]) -> str:
         """The records of a suite's runs, as lines of JSON."""
         records = self.read()
-        return "".join(json.dumps({"key": k, **records[k]}) + "\n" for k in self._keys(cells) if k in records)
+        return "".join(json.dumps({"key": k, **records[k]}) + "\n" for k in keys_of(cells, self.read()) if k in records)
 
     def forget_failed(self, cells: list[Cell]) -> None:
         """Remove the records of a suite's failed runs."""
-        for key in self._keys(cells):
+        for key in keys_of(cells, self.read()):
             if self.read().get(key, {}).get("status") == "failed":
                 self.path(key).unlink()
                 del self._known[key]
-
-    def _keys(self, cells: list[Cell]) -> list[str]:
-        """Keys of a suite's runs that can be told, each once."""
-        records = self.read()
-        return list(dict.fromkeys(key for cell in cells for key in run_keys(cell, records)))
 
     def write(self, key: str, record: Mapping[str, Any]) -> None:
         """Write one record, whole or not at all."""
@@ -97,6 +92,11 @@ def _record(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("not an object")  # noqa: TRY004 - as damaged as what is no JSON
     return found
+
+
+def keys_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Keys of a suite's runs that can be told from these records, each once: sweeps, then results, cell by cell."""
+    return list(dict.fromkeys(key for cell in cells for key in run_keys(cell, records)))
 
 
 def run_keys(cell: Cell, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from soka_serve.comparison.plan import Cell, Choice, Record
+from soka_serve.comparison.records import keys_of
 from soka_serve.comparison.stats import (
     PairedTest,
     coefficient_of_variation,
@@ -54,7 +55,7 @@ def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]
         "cells": per_cell,
         "claims": _claims(suite, runs),
         "data_order_equal": _same_order(finals),
-        "runs": [_compact(records[key]) for key in _used(cells, chosen, records)],
+        "runs": [_compact(records[key]) for key in keys_of(cells, records) if key in records],
     }
 
 
@@ -256,17 +257,6 @@ def _same_order(finals: Mapping[tuple[str, str], Mapping[int, Record]]) -> bool:
             if _whole(record):
                 seen.setdefault((dataset, seed), set()).add(record["batches_sha256"])
     return all(len(hashes) == 1 for hashes in seen.values())
-
-
-def _used(cells: Sequence[Cell], chosen: Mapping[tuple[str, str], Choice], records: Mapping[str, Record]) -> list[str]:
-    """Keys of the suite's records: sweeps, then results, cell by cell."""
-    keys: dict[str, None] = {}
-    for cell in cells:
-        choice = chosen[cell.contender.name, cell.dataset.name]
-        runs = [cell.spec("sweep", rate, seed) for rate in choice.rates for seed in cell.suite.protocol.sweep_seeds]
-        runs += cell.finals(choice.rate) if choice.rate is not None else []
-        keys.update(dict.fromkeys(run.key for run in runs if run.key in records))
-    return list(keys)
 
 
 def _compact(record: Record) -> dict[str, Any]:

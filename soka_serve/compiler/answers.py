@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from soka_serve.base.pretrained import open_tokenizer
-from soka_serve.builtin import base_directory
 from soka_serve.builtin.problem import Problem
 from soka_serve.builtin.tasks import check_answer, generate
 
@@ -30,13 +27,6 @@ class Measurement(NamedTuple):
     samples: list[Sample]
 
 
-def load_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer of transformers as it is; a directory, loaded."""
-    if not isinstance(tokenizer, str | Path):
-        return tokenizer
-    return open_tokenizer(Path(tokenizer))
-
-
 @torch.no_grad()
 def generate_answers(
     model: Any,
@@ -54,13 +44,12 @@ def generate_answers(
 
     Args:
         model: a causal language model of transformers, or one wrapped by PEFT.
-        tokenizer: a tokenizer of transformers, or the directory of one.
+        tokenizer: a tokenizer of transformers.
         prompts: each at least one token long.
         max_new_tokens: longest answer, tokens.
         batch_size: prompts per forward.
         templated: the prompts are rendered chats, which bring their own special tokens.
     """
-    tokenizer = load_tokenizer(tokenizer)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     encoded: list[list[int]] = [tokenizer(prompt, add_special_tokens=not templated)["input_ids"] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda at: len(encoded[at]))
@@ -103,7 +92,7 @@ def measure(
     limit: int = 200,
     max_new_tokens: int = 128,
     *,
-    tokenizer: Any = None,
+    tokenizer: Any,
     batch_size: int = 64,
 ) -> Measurement:
     """Accuracy on the first `limit` held-out problems of a family.
@@ -113,10 +102,9 @@ def measure(
         family: of built-in problems.
         limit: how many.
         max_new_tokens: longest answer, tokens.
-        tokenizer: a tokenizer of transformers, or the directory of one; default: the embedded base's.
+        tokenizer: a tokenizer of transformers.
         batch_size: problems per forward.
     """
-    tokenizer = load_tokenizer(base_directory() if tokenizer is None else tokenizer)
     problems = generate(family, "test", limit)
     texts = generate_answers(model, tokenizer, [problem.prompt for problem in problems], max_new_tokens, batch_size)
     samples = [Sample(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]

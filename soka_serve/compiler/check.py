@@ -31,8 +31,8 @@ class Answers:
 
     correct: int | None
     total: int | None
-    texts: tuple[str, ...]
-    marks: tuple[bool, ...] | None
+    texts: list[str]
+    marks: list[bool] | None
 
     @property
     def accuracy(self) -> tuple[int, int] | None:
@@ -44,8 +44,8 @@ class Answers:
 class QuickCheck:
     """The same prompts answered by the base and by the result."""
 
-    prompts: tuple[str, ...]
-    expected: tuple[str, ...]
+    prompts: list[str]
+    expected: list[str]
     before: Answers
     after: Answers
 
@@ -57,14 +57,7 @@ class QuickCheck:
     def read(cls, path: Path) -> QuickCheck:
         """Read what `write` wrote."""
         value = json.loads(path.read_text())
-
-        def answers(part: dict[str, Any]) -> Answers:
-            marks = part["marks"]
-            return Answers(
-                part["correct"], part["total"], tuple(part["texts"]), None if marks is None else tuple(marks)
-            )
-
-        return cls(tuple(value["prompts"]), tuple(value["expected"]), answers(value["before"]), answers(value["after"]))
+        return cls(**value | {key: Answers(**value[key]) for key in ("before", "after")})
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,8 @@ class Questions:
 
     family: str | None
     limit: int
-    prompts: tuple[str, ...]
-    expected: tuple[str, ...]
+    prompts: list[str]
+    expected: list[str]
     templated: bool = False
 
 
@@ -89,13 +82,13 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
         from soka_serve.builtin.tasks import generate
 
         problems = generate(data.builtin, "test", min(limit, SAMPLES))
-        return Questions(data.builtin, limit, tuple(p.prompt for p in problems), tuple(p.completion for p in problems))
+        return Questions(data.builtin, limit, [p.prompt for p in problems], [p.completion for p in problems])
     examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples(
         "eval", limit=min(limit, SAMPLES)
     )
     if not examples:
         return None
-    prompts, expected = tuple(e.prompt for e in examples), tuple(e.completion for e in examples)
+    prompts, expected = [e.prompt for e in examples], [e.completion for e in examples]
     return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 
 
@@ -104,9 +97,10 @@ def answer(model: nn.Module, tokenizer: Any, questions: Questions, max_new_token
     from soka_serve.compiler.answers import generate_answers, measure
 
     if questions.family is None:
-        prompts, chats = list(questions.prompts), questions.templated
-        texts = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats)
-        return Answers(None, None, tuple(texts), None)
+        prompts, chats = questions.prompts, questions.templated
+        return Answers(
+            None, None, generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats), None
+        )
     marked = measure(model, questions.family, questions.limit, max_new_tokens, tokenizer=tokenizer)
     first = marked.samples[:SAMPLES]
-    return Answers(marked.correct, marked.total, tuple(s.text for s in first), tuple(s.correct for s in first))
+    return Answers(marked.correct, marked.total, [s.text for s in first], [s.correct for s in first])

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from soka_serve.compiler.build import BuildResult
 
 
+_BASE = click.option(
+    "--base", required=True, help="The base, not quantised: a directory, a hub id, or 'tiny' (the embedded model)."
+)
+
+
 @click.command(epilog="Example:  soka-serve plan manifests/math.toml")
 @click.argument("manifest", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
@@ -66,9 +71,7 @@ def _build_text(result: BuildResult) -> str:
 
 @click.command(epilog="Example:  soka-serve merge build/math/adapter --base path/to/base --out merged")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
-@click.option(
-    "--base", required=True, help="The base, not quantised: a directory, a hub id, or 'tiny' (the embedded model)."
-)
+@_BASE
 @click.option("--revision", help="Revision of a hub base.")
 @click.option("--out", type=FILE, required=True, help="Directory of the merged model; an earlier one is replaced.")
 @click.option("--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto")
@@ -84,9 +87,7 @@ def merge(adapters: tuple[str, ...], **options: Any) -> None:
 
 @click.command(epilog="Example:  soka-serve extract tuned/ --base base/ --rank 4 --out adapter")
 @click.argument("finetuned")
-@click.option(
-    "--base", required=True, help="The base, not quantised: a directory, a hub id, or 'tiny' (the embedded model)."
-)
+@_BASE
 @click.option("--out", type=FILE, required=True, help="Directory of the adapter; an earlier extraction is replaced.")
 @click.option("--rank", type=click.IntRange(min=1), help="Terms per module.")
 @click.option("--energy", type=click.FloatRange(0, 1, min_open=True), help="Share of each delta's energy to keep.")

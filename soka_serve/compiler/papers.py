@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from soka_serve.compiler.check import QuickCheck
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
-    from soka_serve.compiler.report.data import ModuleSpectrum, ReportData, Sample
+    from soka_serve.compiler.report.data import ReportData, Sample
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.encode import EncodedSet
 
@@ -138,7 +137,9 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
         created=lock["created"],
         versions=lock["versions"],
         seed=manifest.train.seed,
-        modules=_spectra(made.start, lock.get("ranks", {})) if made.start else [],
+        modules=[replace(m, rank=lock["ranks"].get(m.module, m.rank)) for m in made.start.modules]
+        if made.start
+        else [],
         history=history_points(log),
         samples=_samples(check) if check else [],
         accuracy_before=check.before.accuracy if check else None,
@@ -160,28 +161,6 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
         rank_over_time=rank_history(log),
         timings_s=dict(context.timings_s),
     )
-
-
-def _spectra(start: Initialisation, ranks: Mapping[str, int]) -> list[ModuleSpectrum]:
-    """Every module's spectrum at step 0, with its rank after training."""
-    from soka_serve.compiler.report.data import ModuleSpectrum
-
-    return [
-        ModuleSpectrum(
-            module=m.module,
-            layer=m.layer,
-            projection=m.module.rsplit(".", 1)[-1],
-            shape=(m.out_features, m.in_features),
-            factor_shape=m.factor_shape,
-            sigma=m.sigma,
-            total_energy=m.total_energy,
-            rank=ranks.get(m.module, m.rank),
-            parameters=m.factor_shape.parameters(ranks.get(m.module, m.rank)),
-            init=m.init,
-            policy=m.policy,
-        )
-        for m in start.modules
-    ]
 
 
 def _samples(check: QuickCheck) -> list[Sample]:

@@ -37,7 +37,7 @@ def resolve(manifest_dir: Path, text: str) -> Path:
 
 def builtin_rows(family: str, split: Literal["train", "test"], limit: int | None) -> Iterator[tuple[str, Row]]:
     """The first `limit` problems of a builtin family's split (None: as many as the family gives by default)."""
-    from soka_serve.builtin import generate
+    from soka_serve.builtin.tasks import generate
 
     # Always the same problems: the run's seed orders them, it does not choose others (data_sha256 relies on it).
     for index, problem in enumerate(generate(family, split, count=limit, seed=0)):

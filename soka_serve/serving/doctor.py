@@ -19,6 +19,7 @@ from importlib import metadata
 from typing import Literal
 
 from soka_serve.io.hardware import has_nvidia_gpu
+from soka_serve.io.versions import installed
 
 State = Literal["ok", "warning", "problem"]
 
@@ -53,14 +54,6 @@ class Engine:
     distribution: str
     version: str
     is_cpu: bool
-
-
-def installed(name: str) -> str | None:
-    """The version of an installed distribution."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def find_engine() -> Engine | None:

@@ -21,6 +21,7 @@ import pytest
 
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.folder import ModelFolder
+from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory, generate
 from soka_serve.compiler.answers import generate_answers, measure
@@ -231,7 +232,8 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
     arguments = f"pretrained={base_directory()},dtype=float32,peft={folder}"
     options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
     command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], installed(root, tmp_path), root)
-    measured, plain = (measure(model, "math", 24) for model in (tuned, base_model()))
+    tokenizer = open_tokenizer(base_directory())
+    measured, plain = (measure(model, "math", 24, tokenizer=tokenizer) for model in (tuned, base_model()))
     answers, score = answers_of(tmp_path / "out")
     assert answers == [sample.text for sample in measured.samples]
     assert answers != [sample.text for sample in plain.samples]
@@ -253,7 +255,7 @@ def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapt
     arguments = f"pretrained={base_directory()},dtype=float32,max_model_len=512,lora_local_path={folder}"
     options = ("--model", "vllm", "--model_args", arguments, "--batch_size", "auto")
     command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], environment, root)
-    measured = measure(tuned, "math", 24)
+    measured = measure(tuned, "math", 24, tokenizer=open_tokenizer(base_directory()))
     texts, score = answers_of(tmp_path / "out")
     assert texts == [sample.text for sample in measured.samples]
     assert score == measured.correct / measured.total
@@ -267,14 +269,14 @@ def test_the_score_is_measures_score(manager: Any) -> None:
         texts = dict(
             zip(
                 [p.prompt for p in problems],
-                generate_answers(model, base_directory(), [p.prompt for p in problems], 64),
+                generate_answers(model, open_tokenizer(base_directory()), [p.prompt for p in problems], 64),
                 strict=True,
             )
         )
         # The base gets few right: every other answer is replaced by the gold one.
         for problem in problems[::2]:
             texts[problem.prompt] = problem.completion
-        from soka_serve.builtin import check_answer
+        from soka_serve.builtin.tasks import check_answer
 
         expected = sum(check_answer(p, texts[p.prompt]) for p in problems) / 16
         found, _ = evaluate(manager, [f"soka_builtin_{family}"], lambda doc, _: texts[doc["prompt"]], limit=16)  # noqa: B023

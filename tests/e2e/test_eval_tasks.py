@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from soka_serve.builtin import generate
+from soka_serve.builtin.tasks import generate
 from soka_serve.evaluation import prompts
 from soka_serve.evaluation.sources import SUBJECTS
 from soka_serve.evaluation.tasks import tasks_directory
@@ -278,7 +278,7 @@ def test_builtin_gold_and_changed_answers(manager: Any) -> None:
     wrong, _ = evaluate(manager, ["soka_builtin"], lambda doc, _: changed_digit(doc["completion"]))
     # math and boxed end in the answer: always wrong. A changed constant in a function may not show in its three tests.
     assert metrics(wrong, "soka_builtin_math") == metrics(wrong, "soka_builtin_boxed") == {"accuracy,none": 0.0}
-    from soka_serve.builtin import check_answer
+    from soka_serve.builtin.tasks import check_answer
 
     still = sum(check_answer(p, changed_digit(p.completion)) for p in generate("code", "test"))
     assert metrics(wrong, "soka_builtin_code")["accuracy,none"] == pytest.approx(still / 500)

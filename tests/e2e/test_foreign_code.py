@@ -40,7 +40,7 @@ method = [{ name = "a", method = "lora", rates = [1e-3] }]
 """
 # Everything that opens a model or tokenizer, called as the commands call it.
 OPENERS = {
-    "answers": "from soka_serve.compiler.answers import load_tokenizer\nload_tokenizer(base)",
+    "answers": "from soka_serve.base.pretrained import open_tokenizer\nopen_tokenizer(base)",
     "training": "from soka_serve.base.model import load_base\nload_base(base)",
     "verify": "from soka_serve.compiler.merge.verify import verify_logits\nverify_logits(base, base, Path('adapter'))",
     "eval, transformers": """\

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -40,15 +39,29 @@ class ModuleInit:
         """Trainable parameters: r(mn + pq + 1), arXiv:2506.15251."""
         return self.factor_shape.parameters(self.rank)
 
-    def to_json(self) -> dict[str, Any]:
-        """A dict that `from_json` reads back."""
-        return {**asdict(self), "factor_shape": list(self.factor_shape), "sigma": list(self.sigma)}
+    @property
+    def projection(self) -> str:
+        """The last part of the name, such as `q_proj`."""
+        return self.module.rpartition(".")[2]
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ModuleInit:
-        """The reverse of `to_json`."""
-        shape = FactorShape(*value["factor_shape"])
-        return cls(**{**value, "factor_shape": shape, "sigma": tuple(value["sigma"])})
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's (out, in)."""
+        return self.out_features, self.in_features
+
+    def shares(self) -> list[float]:
+        """Share of the total energy per candidate term; empty when there is no usable spectrum."""
+        energy = [s * s for s in self.sigma]
+        total = self.total_energy if self.total_energy > 0 else sum(energy)
+        if not (math.isfinite(total) and total > 0):
+            return []
+        return [e / total for e in energy]
+
+    def captured_frac(self) -> float | None:
+        """Share of the energy in the chosen terms, or None when the spectrum cannot tell."""
+        shares = self.shares()
+        captured = sum(shares[: self.rank])
+        return captured if len(shares) >= self.rank and shares and math.isfinite(captured) else None
 
 
 @dataclass(frozen=True)
@@ -67,14 +80,17 @@ class Initialisation:
             for part in ("left", "right", "sigma"):
                 tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
         save_file(tensors, directory / "init.safetensors", metadata={"format": "pt"})
-        listing = {"modules": [m.to_json() for m in self.modules], "initial": sorted(self.initial_modules)}
+        listing = {"modules": [asdict(m) for m in self.modules], "initial": sorted(self.initial_modules)}
         (directory / "init.json").write_text(json.dumps(listing))
 
     @classmethod
     def read(cls, directory: Path) -> Initialisation:
         """Read what `write` wrote."""
         listing = json.loads((directory / "init.json").read_text())
-        modules = tuple(ModuleInit.from_json(m) for m in listing["modules"])
+        modules = tuple(
+            ModuleInit(**m | {"factor_shape": FactorShape(*m["factor_shape"]), "sigma": tuple(m["sigma"])})
+            for m in listing["modules"]
+        )
         factors: dict[str, Factors] = {}
         with safe_open(directory / "init.safetensors", framework="pt") as file:
             for module in modules:

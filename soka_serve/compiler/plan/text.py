@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.examples import DataPlan, RenderedExample
@@ -90,22 +91,9 @@ def _modules(plan: Plan, every: bool) -> str:
 
 def _group(modules: Iterable[ModulePlan]) -> list[list[ModulePlan]]:
     """Modules that differ in the layer only, together."""
-    groups: dict[tuple[object, ...], list[ModulePlan]] = {}
+    groups: dict[ModulePlan, list[ModulePlan]] = {}
     for m in modules:
-        key = (
-            _LAYER.sub(r"\1*", m.name),
-            m.out_features,
-            m.in_features,
-            m.dtype,
-            m.factor_shape,
-            m.shape_rule,
-            m.init,
-            m.policy,
-            m.rank_min,
-            m.rank_max,
-            m.parameters_min,
-            m.parameters_max,
-        )
+        key = replace(m, name=_LAYER.sub(r"\1*", m.name), layer=None, rules=())
         groups.setdefault(key, []).append(m)
     return list(groups.values())
 

@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soka_serve.compiler.methods import METHODS, Method
 
+if TYPE_CHECKING:
+    from soka_serve.compiler.init.result import ModuleInit
+
 _LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
-
-
-@dataclass(frozen=True)
-class ModuleSpectrum:
-    """One adapted weight.
-
-    Args:
-        module: full name, such as `model.layers.0.self_attn.q_proj`.
-        layer: its layer, or None for a module outside the layers.
-        projection: the last part of the name, such as `q_proj`.
-        shape: the weight's (out, in).
-        factor_shape: (m, n, p, q).
-        sigma: scales of the candidate terms, descending; empty when no spectrum was computed.
-        total_energy: ‖·‖²_F of the matrix that was decomposed, so at least the sum of sigma².
-        rank: terms chosen.
-        parameters: trainable parameters of the module.
-        init: where the factors start, as the manifest names it.
-        policy: the rank policy, as the manifest names it.
-    """
-
-    module: str
-    layer: int | None
-    projection: str
-    shape: tuple[int, int]
-    factor_shape: tuple[int, int, int, int]
-    sigma: tuple[float, ...]
-    total_energy: float
-    rank: int
-    parameters: int
-    init: str
-    policy: str
-
-    def shares(self) -> list[float]:
-        """Share of the total energy per candidate term; empty when there is no usable spectrum."""
-        energy = [s * s for s in self.sigma]
-        total = self.total_energy if self.total_energy > 0 else sum(energy)
-        if not (math.isfinite(total) and total > 0):
-            return []
-        return [e / total for e in energy]
-
-    def captured_frac(self) -> float | None:
-        """Share of the energy in the chosen terms, or None when the spectrum cannot tell."""
-        shares = self.shares()
-        captured = sum(shares[: self.rank])
-        return captured if len(shares) >= self.rank and shares and math.isfinite(captured) else None
 
 
 @dataclass(frozen=True)
@@ -96,7 +53,7 @@ class ReportData:
     created: str
     versions: Mapping[str, str]
     seed: int
-    modules: Sequence[ModuleSpectrum]
+    modules: Sequence[ModuleInit]
     history: Sequence[HistoryPoint]
     samples: Sequence[Sample]
     accuracy_before: tuple[int, int] | None

@@ -42,16 +42,6 @@ def environment(folder: Path | None = None, *, autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    env.filters |= {
-        "count": count,
-        "size": size,
-        "percent": percent,
-        "duration": duration,
-        "moment": moment,
-        "visible": visible,
-        "value": value_text,
-        "times": times,
-        "dims": dims,
-        "words": words,
-    }
+    named = (count, dims, duration, moment, percent, size, times, visible, words)
+    env.filters |= {"value": value_text, **{function.__name__: function for function in named}}
     return env

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from soka_serve.compiler.report.charts import Mark, Series, chart, linear_axis, log_axis, term_axis, thin
-from soka_serve.compiler.report.data import HistoryPoint, ModuleSpectrum
+from soka_serve.compiler.report.data import HistoryPoint
 from soka_serve.io.text import count, percent, plain, span
+
+if TYPE_CHECKING:
+    from soka_serve.compiler.init.result import ModuleInit
 
 _SHADES = 7  # steps of the colour ramps in the stylesheet: .c0 to .c6, .h0 to .h6
 _LAYERS_PER_TABLE = 32
@@ -55,20 +59,20 @@ class HeatMap:
             yield self.layers[part], [(name, cells[part]) for name, cells in self.rows]
 
 
-def _by_projection(modules: Sequence[ModuleSpectrum]) -> dict[str, list[ModuleSpectrum]]:
-    groups: dict[str, list[ModuleSpectrum]] = {}
+def _by_projection(modules: Sequence[ModuleInit]) -> dict[str, list[ModuleInit]]:
+    groups: dict[str, list[ModuleInit]] = {}
     for module in modules:
         groups.setdefault(module.projection, []).append(module)
     return groups
 
 
-def layer_span(modules: Sequence[ModuleSpectrum]) -> tuple[int, int] | None:
+def layer_span(modules: Sequence[ModuleInit]) -> tuple[int, int] | None:
     """First and last layer, or None when there is at most one."""
     layers = [m.layer for m in modules if m.layer is not None]
     return (min(layers), max(layers)) if layers and min(layers) < max(layers) else None
 
 
-def _where(module: ModuleSpectrum) -> str:
+def _where(module: ModuleInit) -> str:
     return module.module if module.layer is None else f"layer {module.layer}"
 
 
@@ -79,7 +83,7 @@ def _shade(value: float, low: float, high: float) -> int:
     return round((_SHADES - 1) * min(1.0, max(0.0, (value - low) / (high - low))))
 
 
-def spectra(modules: Sequence[ModuleSpectrum]) -> list[Panel]:
+def spectra(modules: Sequence[ModuleInit]) -> list[Panel]:
     """One panel per projection, all on the same axes: energy share against term, a line per layer."""
     shares = {m.module: m.shares() for m in modules}
     drawable = [s for each in shares.values() for s in each if 0 < s < math.inf]
@@ -108,7 +112,7 @@ def spectra(modules: Sequence[ModuleSpectrum]) -> list[Panel]:
     return panels
 
 
-def heat_maps(modules: Sequence[ModuleSpectrum]) -> list[HeatMap]:
+def heat_maps(modules: Sequence[ModuleInit]) -> list[HeatMap]:
     if not modules:
         return []
     maps = [_heat_map("Rank: terms per weight", modules, lambda m: float(m.rank), plain, log=True)]
@@ -118,15 +122,15 @@ def heat_maps(modules: Sequence[ModuleSpectrum]) -> list[HeatMap]:
     return maps
 
 
-def _captured_percent(module: ModuleSpectrum) -> float | None:
+def _captured_percent(module: ModuleInit) -> float | None:
     captured = module.captured_frac()
     return None if captured is None else 100 * captured
 
 
 def _heat_map(
     title: str,
-    modules: Sequence[ModuleSpectrum],
-    value_of: Callable[[ModuleSpectrum], float | None],
+    modules: Sequence[ModuleInit],
+    value_of: Callable[[ModuleInit], float | None],
     text: Callable[[float], str],
     *,
     log: bool = False,

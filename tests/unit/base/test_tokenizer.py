@@ -16,7 +16,8 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.builtin import base_directory, generate
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, train_tokenizer
 from eval.tiny_base.train import PROMPT_WEIGHT, learning_rate_at, main, make_batch, train, weighted_loss
-from soka_serve.builtin import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, base_directory, draw_problems, generate
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, draw_problems, generate
 from soka_serve.compiler.answers import generate_answers, measure
 
 
@@ -170,13 +171,12 @@ def test_answers_do_not_depend_on_batching_and_keep_the_order(model: Any, hf_tok
     alone = [generate_answers(model, hf_tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert len(set(alone)) > 1
     assert generate_answers(model, hf_tokenizer, prompts, 12, batch_size=4) == alone
-    assert generate_answers(model, base_directory(), prompts[:2], 12) == alone[:2]
     assert generate_answers(model, hf_tokenizer, [], 12) == []
 
 
-def test_answering_leaves_the_model_in_its_mode(model: Any) -> None:
+def test_answering_leaves_the_model_in_its_mode(model: Any, hf_tokenizer: Any) -> None:
     model.train()
-    assert measure(model, "math-easy", limit=2, max_new_tokens=2)[:2] == (0, 2)
+    assert measure(model, "math-easy", limit=2, max_new_tokens=2, tokenizer=hf_tokenizer)[:2] == (0, 2)
     assert model.training
     model.eval()
 
@@ -218,8 +218,8 @@ def test_the_record_of_the_training_says_what_the_issue_asks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_base_does_the_easy_tasks_and_fails_the_target_ones(model: Any, family: str) -> None:
-    result = measure(model, family, limit=60, max_new_tokens=48)
+def test_the_base_does_the_easy_tasks_and_fails_the_target_ones(model: Any, hf_tokenizer: Any, family: str) -> None:
+    result = measure(model, family, limit=60, max_new_tokens=48, tokenizer=hf_tokenizer)
     assert result.total == 60
     accuracy = result.correct / result.total
     wrong = [sample for sample in result.samples if not sample.correct][:3]

@@ -11,9 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from soka_serve.builtin import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, check_answer, draw_problems, generate, tasks
+from soka_serve.builtin import tasks
 from soka_serve.builtin.problem import Draft, Problem, Step, one_step_reaches
-from soka_serve.builtin.tasks import extract_boxed, extract_hashes, generate_validation
+from soka_serve.builtin.tasks import (
+    EASY_FAMILIES,
+    FAMILIES,
+    TARGET_FAMILIES,
+    check_answer,
+    draw_problems,
+    extract_boxed,
+    extract_hashes,
+    generate,
+    generate_validation,
+)
 
 NUMBER = re.compile(r"\d+")
 
@@ -57,7 +67,7 @@ def test_generation_is_deterministic_and_counts_give_prefixes(family: str) -> No
 
 
 def test_generation_does_not_depend_on_the_process() -> None:
-    code = "from soka_serve.builtin import generate; print(generate('math', 'test', 20)[-1].prompt)"
+    code = "from soka_serve.builtin.tasks import generate; print(generate('math', 'test', 20)[-1].prompt)"
     for hash_seed in ("0", "7"):
         result = subprocess.run(
             [sys.executable, "-c", code],

@@ -10,14 +10,16 @@ import pytest
 import yaml
 
 from soka_serve.builtin import base_directory
+from soka_serve.compiler.init.result import ModuleInit
 from soka_serve.compiler.report.card import extracted_card, render_card
-from soka_serve.compiler.report.data import ModuleSpectrum, ReportData, Sample
+from soka_serve.compiler.report.data import ReportData, Sample
+from soka_serve.kron.shapes import FactorShape
 
 
 @pytest.fixture
 def data() -> ReportData:
-    module = ModuleSpectrum(
-        "model.layers.0.mlp.up_proj", 0, "up_proj", (64, 32), (8, 4, 8, 8), (1.0, 0.5), 2.0, 2, 194, "weights", "fixed"
+    module = ModuleInit(
+        "model.layers.0.mlp.up_proj", 0, 64, 32, FactorShape(8, 4, 8, 8), "weights", "fixed", 2, (1.0, 0.5), 2.0
     )
     return ReportData(
         name="math",

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from soka_serve.compiler.history import read_history
+from soka_serve.compiler.init.result import ModuleInit
 from soka_serve.compiler.report.data import (
     HistoryPoint,
-    ModuleSpectrum,
     ReportData,
     Sample,
     history_points,
@@ -22,24 +22,24 @@ from soka_serve.compiler.report.data import (
 )
 from soka_serve.compiler.report.page import render_report, write_report
 from soka_serve.errors import BuildError
+from soka_serve.kron.shapes import FactorShape
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOID = {"meta"}
 
 
-def spectra(layers: int, *, terms: int = 8, rank: int | None = 2) -> list[ModuleSpectrum]:
+def spectra(layers: int, *, terms: int = 8, rank: int | None = 2) -> list[ModuleInit]:
     """Modules with sigma = 1/k; rank None varies the rank with the layer."""
     return [
-        ModuleSpectrum(
+        ModuleInit(
             module=f"model.layers.{layer}.{projection}",
             layer=layer,
-            projection=projection,
-            shape=(64, 32),
-            factor_shape=(8, 4, 8, 8),
+            out_features=64,
+            in_features=32,
+            factor_shape=FactorShape(8, 4, 8, 8),
             sigma=tuple(1 / k for k in range(1, terms + 1)),
             total_energy=2.0,
             rank=layer + 1 if rank is None else rank,
-            parameters=97 * (layer + 1 if rank is None else rank),
             init="weights",
             policy="fixed",
         )
@@ -162,7 +162,7 @@ def test_untrusted_text_stays_text(data: ReportData, hostile: str) -> None:
         versions={hostile: hostile},
         comparison={hostile: 3, "LoRA r=2": 18432, "full": 4},
         timings_s={hostile: 1.0},
-        modules=[replace(m, projection=hostile, module=hostile + m.module, policy=hostile) for m in data.modules[:1]],
+        modules=[replace(m, module=f"{hostile}.{hostile}", policy=hostile) for m in data.modules[:1]],
     )
     page = Page(render_report(dirty))
     assert set(page.tags) <= set(clean.tags)
@@ -279,7 +279,7 @@ def test_heat_map_has_a_cell_per_module_and_a_gap_where_none_is(data: ReportData
 
 def test_modules_that_share_a_place_are_averaged(data: ReportData) -> None:
     expert = data.modules[0]
-    html = render_report(replace(data, modules=[replace(expert, rank=1), replace(expert, module="b", rank=4)]))
+    html = render_report(replace(data, modules=[replace(expert, rank=1), replace(expert, module="b.q_proj", rank=4)]))
     assert 'title="q_proj, layer 0: 2.5 (mean of 2, 1–4)"' in html
 
 

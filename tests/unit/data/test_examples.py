@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.builtin import generate
+from soka_serve.builtin.tasks import generate
 from soka_serve.data.encode import MASKED, Encoded, encode_examples, pack_examples
 from soka_serve.data.examples import DataReader, Example
 from soka_serve.data.rows import UnreachableDataError
