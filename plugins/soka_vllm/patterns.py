@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from soka_serve.io.budget import ReadingBudget
+from soka_serve.io.scoped import scoped
 
 # What bounds the time of one call: RE2 unrolls repeats, and each pass over a name goes through what it unrolled.
 _MAX_CHARACTERS = 500
@@ -127,14 +128,9 @@ def _why_not(key: str) -> str | None:
     return None
 
 
-@contextmanager
-def matching(matcher: Matcher) -> Iterator[None]:
+def matching(matcher: Matcher) -> AbstractContextManager[Matcher | None]:
     """vLLM's own reader, called inside, has an adapter's patterns matched by this (`match_for_vllm`)."""
-    token = _current.set(matcher)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+    return scoped(_current, matcher)
 
 
 def match_for_vllm(stock: Any, pattern: dict[str, Any], name: str) -> Any:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+from soka_serve.io.scoped import scoped
 from soka_vllm.places import find_build, limited
 from soka_vllm.settings import BUILDS_VARIABLE
 
@@ -75,35 +76,19 @@ def operator_loads() -> bool:
     return _operator.get()
 
 
-@contextmanager
-def operator_load() -> Iterator[None]:
+def operator_load() -> AbstractContextManager[bool]:
     """Loads inside are the operator's."""
-    token = _operator.set(True)
-    try:
-        yield
-    finally:
-        _operator.reset(token)
+    return scoped(_operator, True)
 
 
-@contextmanager
-def client_load(path: str, roots: Sequence[Path] | None) -> Iterator[None]:
+def client_load(path: str, roots: Sequence[Path] | None) -> AbstractContextManager[Any]:
     """A load inside, of this path, must lie in `roots`; None: anywhere."""
-    token = _limits.set(None if roots is None else (path, roots))
-    try:
-        yield
-    finally:
-        _limits.reset(token)
+    return scoped(_limits, None if roots is None else (path, roots))
 
 
-@contextmanager
-def reasons_noted() -> Iterator[list[str]]:
+def reasons_noted() -> AbstractContextManager[list[str] | None]:
     """The reasons why loads inside failed, as they come."""
-    reasons: list[str] = []
-    token = _reasons.set(reasons)
-    try:
-        yield reasons
-    finally:
-        _reasons.reset(token)
+    return scoped(_reasons, [])
 
 
 def note_reason(error: Exception) -> None:

@@ -19,8 +19,9 @@ from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
-from soka_serve.io.lockfile import read_lock
+from soka_serve.io.lockfile import lock_of
 from soka_serve.io.safetensors import TensorInfo, read_header, stored_bytes
+from soka_serve.io.text import table
 
 Kind = Literal["adapter", "training checkpoint", "build", "merged model", "model", "config", "safetensors file"]
 Array = NDArray[np.float64]
@@ -128,7 +129,7 @@ def _file(path: Path) -> Inspection:
 
 def _build(path: Path) -> Inspection:
     parts = tuple(inspect(path / name) for name in ("adapter", "merged") if (path / name).is_dir())
-    lock = _lock(path)
+    lock = lock_of(path)
     facts: dict[str, str | int | float] = {}
     if "name" in lock:
         facts["name"] = str(lock["name"])
@@ -145,7 +146,7 @@ def _first_lock(parts: Sequence[Inspection]) -> dict[str, Any]:
 
 
 def _model(path: Path) -> Inspection:
-    lock = _lock(path)
+    lock = lock_of(path)
     kind: Kind = "merged model" if lock.get("kind") == "merged" else "model"
     folder = ModelFolder(path)
     config = folder.config
@@ -200,7 +201,9 @@ def _adapter(path: Path) -> Inspection:
         facts["rank"] = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else ranks[0]
         facts["delta norm"] = f"{float(np.sqrt(sum(m.delta_norm**2 for m in modules))):.4g} over all modules"
     groups = () if modules else _group(tensors.values())
-    return Inspection(path, "training checkpoint" if is_checkpoint else "adapter", facts, modules, groups, _lock(path))
+    return Inspection(
+        path, "training checkpoint" if is_checkpoint else "adapter", facts, modules, groups, lock_of(path)
+    )
 
 
 def _modules(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[ModuleInfo, ...]:
@@ -270,10 +273,6 @@ def _read(module: str, parts: Mapping[str, TensorInfo], part: str) -> Array:
     else:
         raise CheckpointError(f"{info.file}: {info.name} is {info.dtype}", hint="expected a floating-point dtype")
     return values.astype(np.float64).reshape(info.shape)
-
-
-def _lock(path: Path) -> dict[str, Any]:
-    return read_lock(path / LOCK_FILE) if (path / LOCK_FILE).exists() else {}
 
 
 def _totals(tensors: Any) -> dict[str, str | int | float]:
@@ -346,7 +345,7 @@ def _module_table(modules: Sequence[ModuleInfo]) -> str:
         if has_terms:
             shown = ", ".join(f"{s:.3g}" for s in m.sigma[:_SHOWN_SIGMAS])
             rows[-1].append(shown + (", ..." if len(m.sigma) > _SHOWN_SIGMAS else ""))
-    return _table([*head, *(["sigma"] if has_terms else [])], rows, left=(0, len(head)) if has_terms else (0,))
+    return "\n".join(table([[*head, *(["sigma"] if has_terms else [])], *rows], right=range(1, len(head))))
 
 
 def _group_table(groups: Sequence[TensorGroup]) -> str:
@@ -354,20 +353,9 @@ def _group_table(groups: Sequence[TensorGroup]) -> str:
         [g.name, g.dtype, _by(g.shape) or "scalar", str(g.count), f"{g.parameters:,}", f"{g.size_bytes:,}"]
         for g in groups
     ]
-    return _table(["tensor", "dtype", "shape", "count", "parameters", "bytes"], rows, left=(0, 1))
+    head = ["tensor", "dtype", "shape", "count", "parameters", "bytes"]
+    return "\n".join(table([head, *rows], right=range(2, len(head))))
 
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
-    """A table as text, with the columns in `left` aligned to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (head, *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from soka_serve.base.pretrained import BUILD_ERRORS, open_model, quiet
+from soka_serve.base.pretrained import BUILD_ERRORS, cannot_build, first_line, open_model, quiet
 from soka_serve.errors import BuildError, CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -84,14 +84,11 @@ def load_base(
             )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(
-            f"{directory}: the base model cannot be read: {_first_line(error)}",
+            f"{directory}: the base model cannot be read: {first_line(error)}",
             hint="the files may be incomplete; download or copy the checkpoint again (safetensors files are needed)",
         ) from error
     except BUILD_ERRORS as error:
-        raise CheckpointError(
-            f"{directory}: transformers cannot build this model: {_first_line(error)}",
-            hint="a causal language model that the installed transformers knows is needed; remote code is never run",
-        ) from error
+        raise cannot_build(directory, error) from error
     _check_loading(directory, info)
     if quantize == "4bit":
         _keep_weights(model)
@@ -147,7 +144,3 @@ def _check_loading(directory: Path, info: dict[str, Any]) -> None:
     if unexpected := sorted(map(str, info.get("unexpected_keys") or ())):
         # A build says so once, at its start (`context.tell_left_out`), and loads the base several times.
         logger.debug("%s: the model does not use %d tensors: %s", directory, len(unexpected), unexpected[:3])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -65,11 +65,20 @@ def build_meta_model(directory: Path) -> Any:
                 )
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, *BUILD_ERRORS) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{directory}: transformers cannot build this model: {reason}",
-            hint="a causal language model that the installed transformers knows is needed; remote code is never run",
-        ) from error
+        raise cannot_build(directory, error) from error
+
+
+def cannot_build(directory: Path, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that transformers makes no model of."""
+    return CheckpointError(
+        f"{directory}: transformers cannot build this model: {first_line(error)}",
+        hint="a causal language model that the installed transformers knows is needed; remote code is never run",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -96,17 +96,13 @@ def build(
             tell_left_out(context)
             # Some seconds in which nothing else would be said.
             logger.info("%s: loading torch, transformers and PEFT", workspace.target)
-        return _run(context, previous)
+        from soka_serve.base.model import quiet_bars
+
+        with quiet_bars():
+            return _run(context, previous)
 
 
 def _run(context: Context, previous: dict[str, str]) -> BuildResult:
-    from soka_serve.base.model import quiet_bars
-
-    with quiet_bars():
-        return _run_stages(context, previous)
-
-
-def _run_stages(context: Context, previous: dict[str, str]) -> BuildResult:
     from soka_serve.compiler.stages import check_stage, encode, export_stage, init_stage, merge_stage, tune_stage
 
     manifest = context.loaded.manifest

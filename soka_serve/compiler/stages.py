@@ -19,7 +19,6 @@ from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import Merging
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
-from soka_serve.errors import BuildError
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
 from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
 from soka_serve.io.lockfile import read_lock
@@ -64,11 +63,6 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
     if train.eval_every is None:
         return training, None
     held_out = DataReader(train.data, directory, train.seed, tokenizer).examples("eval")
-    if not held_out:
-        raise BuildError(
-            "eval_every is set, but there is no evaluation data",
-            hint="Set eval_split, eval_jsonl or eval_frac in [train.data], or take eval_every out.",
-        )
     check_reading(tokenizer, held_out, context.base.tokenizer_folder)
     return training, encode_examples(held_out, tokenizer, **options)
 

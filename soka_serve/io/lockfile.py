@@ -8,6 +8,7 @@ from typing import Any
 
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget, read_limited
+from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.toml_text import parse_toml, toml_key, toml_value
 
@@ -41,6 +42,11 @@ def read_lock(path: str | Path, budget: ReadingBudget | None = None) -> dict[str
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint="check its rights") from error
     except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError
         raise CheckpointError(f"{file}: not TOML: {error}", hint="it was edited or damaged; build again") from error
+
+
+def lock_of(directory: Path) -> dict[str, Any]:
+    """The soka.lock in a directory; empty where there is none. Raises what `read_lock` does."""
+    return read_lock(directory / LOCK_FILE) if (directory / LOCK_FILE).exists() else {}
 
 
 def _table(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from soka_serve.io.scoped import scoped
+
 _told: ContextVar[set[str] | None] = ContextVar("told", default=None)
 
 
@@ -16,11 +18,8 @@ def one_command() -> Iterator[None]:
     if _told.get() is not None:
         yield
         return
-    token = _told.set(set())
-    try:
+    with scoped(_told, set()):
         yield
-    finally:
-        _told.reset(token)
 
 
 def warn(logger: logging.Logger, message: str, *args: object) -> None:

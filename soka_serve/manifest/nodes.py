@@ -6,7 +6,7 @@ A node is one (sub)schema as pydantic prints it: a dict with `type`, `properties
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from soka_serve.io.scoped import scoped
 from soka_serve.manifest.rules import LAYER_RANGE
 from soka_serve.manifest.schema import NAME_PATTERN, Manifest
 
@@ -36,14 +37,9 @@ _PATTERNS = {
 _model: ContextVar[type[BaseModel]] = ContextVar("model", default=Manifest)
 
 
-@contextmanager
-def nodes_of(model: type[BaseModel]) -> Iterator[None]:
+def nodes_of(model: type[BaseModel]) -> AbstractContextManager[type[BaseModel]]:
     """Let this module describe another model than the manifest's, such as a comparison suite's."""
-    token = _model.set(model)
-    try:
-        yield
-    finally:
-        _model.reset(token)
+    return scoped(_model, model)
 
 
 def root() -> Node:

@@ -85,11 +85,9 @@ def term_energies(peft_model: nn.Module, adapter_name: str = "default") -> dict[
 
     As `soka_serve.kron.factors.energy_by_term`: with initial factors, of what training made of the pair. Float64.
     """
-    energies = {}
-    for name, (theta, initial) in _pairs(peft_model, adapter_name).items():
-        exact = None if initial is None else initial.to(torch.float64)
-        energies[name] = energy_by_term(theta.to(torch.float64), exact).tolist()
-    return energies
+    theta, initial = get_factors(peft_model, adapter_name)
+    starts = {name: factors.to(torch.float64) for name, factors in initial.items()}
+    return {name: energy_by_term(f.to(torch.float64), starts.get(name)).tolist() for name, f in theta.items()}
 
 
 def drop_terms(
@@ -164,14 +162,6 @@ def _cut(parameter: Tensor, index: Tensor, optimizer: Any | None, name: str) -> 
         parameter.grad = gradient[index].clone()
 
 
-def _pairs(peft_model: nn.Module, adapter_name: str) -> dict[str, tuple[Factors, Factors | None]]:
-    theta, initial = get_factors(peft_model, adapter_name)
-    return {name: (factors, initial.get(name)) for name, factors in theta.items()}
-
-
 def _copy(factors: Factors) -> Factors:
-    return Factors(
-        left=factors.left.detach().to("cpu", torch.float32, copy=True),
-        right=factors.right.detach().to("cpu", torch.float32, copy=True),
-        sigma=factors.sigma.detach().to("cpu", torch.float32, copy=True),
-    )
+    parts = (factors.left, factors.right, factors.sigma)
+    return Factors(*(part.detach().to("cpu", torch.float32, copy=True) for part in parts))

@@ -19,7 +19,7 @@ from soka_serve.errors import CheckpointError, SokaError, joined, printable
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
-from soka_serve.io.lockfile import read_lock
+from soka_serve.io.lockfile import lock_of, read_lock
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_serve.io.safetensors import read_header
 from soka_serve.io.workspace import Workspace
@@ -240,7 +240,7 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
             f"{path}: {len(foreign)} of its modules cannot be served, {foreign[0]} for one",
             hint=f"Served are {', '.join(SERVED_PROJECTIONS)}; train without the others, or serve the merged model.",
         )
-    lock = _lock_of(path)
+    lock = lock_of(path)
     return Target(
         given=text,
         name=name,
@@ -291,11 +291,6 @@ def _lora_rank(path: Path, config: dict[str, Any]) -> int:
     return max(ranks)
 
 
-def _lock_of(path: Path) -> dict[str, Any]:
-    """The soka.lock of an adapter; empty without one (PEFT's own adapters have none)."""
-    return read_lock(path / LOCK_FILE) if (path / LOCK_FILE).is_file() else {}
-
-
 def _named_base(config: dict[str, Any], lock: dict[str, Any]) -> Base | None:
     recorded = lock.get("base", {})
     if recorded.get("name") == "builtin:tiny":
@@ -310,7 +305,7 @@ def _named_base(config: dict[str, Any], lock: dict[str, Any]) -> Base | None:
 
 def _name_of(path: Path) -> str:
     """What an adapter or model is called without a manifest: by its lock, else by its folder."""
-    named = _lock_of(path).get("name") if path.name != "merged" else None
+    named = lock_of(path).get("name") if path.name != "merged" else None
     return str(named or (path.resolve().parent.name if path.name in ("adapter", "merged") else path.resolve().name))
 
 

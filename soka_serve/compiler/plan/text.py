@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from soka_serve.compiler.methods import METHODS
@@ -14,6 +14,7 @@ from soka_serve.compiler.plan.plan import Plan
 from soka_serve.compiler.plan.policies import PolicyRow
 from soka_serve.errors import printable, printable_lines
 from soka_serve.io.text import size as bytes_text
+from soka_serve.io.text import table
 
 _LAYER = re.compile(r"(layers\.)\d+(?=\.)")
 _MAX_CHARS = 700  # of one example's prompt, and of its completion
@@ -251,11 +252,5 @@ def _bounds(low: int, high: int) -> str:
     return f"{high:,}" if low == high else f"{low:,}-{high:,}"
 
 
-def _table(rows: Sequence[Sequence[str]], *, right: Iterable[int] = ()) -> str:
-    aligned = set(right)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [c.rjust(w) if i in aligned else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return "\n".join(lines)
+def _table(rows: Sequence[Sequence[str]], *, right: Collection[int] = ()) -> str:
+    return "\n".join(f"  {line}" for line in table(rows, right=right))

@@ -11,7 +11,6 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -158,12 +157,8 @@ def _scope(job: Mapping[str, Any], channel: _Channel, names: Any) -> dict[str, A
             scope[name] = channel.value(data)
         elif top in sys.stdlib_module_names:
             # A module that the program imported is imported anew: the program may have changed its own.
-            scope[name] = _module(module)
+            scope[name] = importlib.import_module(module)
     return scope
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(name)
 
 
 def _names_in(sources: Sequence[str]) -> set[str]:
