@@ -18,13 +18,11 @@ from soka_serve.base.optional_tensors import is_optional
 from soka_serve.errors import CheckpointError, first_ten, joined, name_some
 from soka_serve.io.files import read_errors, sha256_file
 from soka_serve.io.json_files import FETCH_AGAIN
-from soka_serve.io.safetensors import PICKLE_SUFFIXES, TensorInfo, check_finite, read_header, read_tensor
+from soka_serve.io.safetensors import PICKLE_SUFFIXES, TensorInfo, read_header, read_tensor
 from soka_serve.io.warn_once import warn
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = ["Checkpoint", "TensorInfo", "check_finite", "read_header", "read_tensor"]
 
 log = logging.getLogger(__name__)
 

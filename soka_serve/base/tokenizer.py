@@ -181,19 +181,10 @@ class TextTokenizer:
         """Text of ids."""
         return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    def render_messages(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Render chat messages by the tokenizer's chat template; the text carries its own special tokens.
-
-        Raises:
-            DataError: the tokenizer has no chat template, or the template refuses the messages.
-        """
-        done = self.render_many([(messages, add_generation_prompt)])[0]
-        if isinstance(done, DataError):
-            raise done
-        return done
-
     def render_many(self, chats: Sequence[tuple[Sequence[Mapping[str, Any]], bool]]) -> list[str | DataError]:
-        """`render_messages` for many chats: (messages, add_generation_prompt) each; errors stand in place of texts.
+        """Render chats, (messages, add_generation_prompt) each, by the chat template; errors stand in place of texts.
+
+        The texts carry their own special tokens.
 
         Raises:
             DataError: the tokenizer has no chat template.

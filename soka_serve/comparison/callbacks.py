@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from soka_serve.builtin.problem import Problem
 from soka_serve.comparison.problems import is_right
@@ -67,13 +67,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.trace = trace
         self._cpu = self._wall = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _synchronise()
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         _synchronise()
         self.trace.cpu_s.append(time.process_time() - self._cpu)
         self.trace.wall_s.append(time.perf_counter() - self._wall)
@@ -81,7 +79,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
         if parent is not None and not parent.is_alive():
             sys.exit(1)  # the suite was killed: nobody waits for this run
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
             self.trace.loss.append(float(logs["loss"]))
@@ -109,7 +107,7 @@ class Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, questions: Questions, evaluations: int, trace: Trace, memory: Memory) -> None:
         self.questions, self.evaluations, self.trace, self.memory = questions, evaluations, trace, memory
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}
         if state.global_step not in steps:
             return

@@ -75,18 +75,12 @@ class DataReader:
         data = self.data
         if data.messages is not None and self.tokenizer is None:
             raise DataError(_NO_TOKENIZER)
-        separate = data.eval_jsonl is not None or data.eval_split is not None or data.builtin is not None
-        held_out = data.eval_frac > 0 and not separate
-        if data.eval_frac > 0 and separate and part == "eval":
-            warn(logger, "train.data.eval_frac has no effect: there is an evaluation set")
-        if part == "eval" and not separate and not held_out:
+        held_out = data.eval_frac > 0  # then there is no evaluation set of its own
+        if part == "eval" and not (held_out or data.eval_jsonl or data.eval_split or data.builtin):
             return []
+        # A held-out share is chosen among all rows, so `limit` may not cut before it.
         rows: Iterable[tuple[str, Row]]
-        if part == "eval" and not held_out:
-            rows = self._eval_rows(limit, stream)
-        else:
-            # A held-out share is chosen among all rows, so `limit` may not cut before it.
-            rows = self._train_rows(None if held_out else limit, stream)
+        rows = self._rows("train", None, stream) if held_out else self._rows(part, limit, stream)
         if held_out:
             everything = list(rows)
             chosen = _held_out(len(everything), data.eval_frac, self.seed)
@@ -99,28 +93,16 @@ class DataReader:
             warn(logger, "%d of %d %s examples have an empty completion", empty, len(rendered), part)
         return rendered
 
-    def _train_rows(self, limit: int | None, stream: bool) -> Iterator[tuple[str, Row]]:
-        data = self.data
-        limit = min((n for n in (limit, data.limit) if n is not None), default=None)
+    def _rows(self, part: Part, limit: int | None, stream: bool) -> Iterator[tuple[str, Row]]:
+        data, jsonl, split = self.data, self.data.eval_jsonl, self.data.eval_split
+        if part == "train":
+            jsonl, split = data.jsonl, data.split
+            limit = min((n for n in (limit, data.limit) if n is not None), default=None)
+        if jsonl is not None:
+            return islice(jsonl_rows(resolve(self.manifest_dir, jsonl), limit), limit)
         if data.builtin is not None:
-            return builtin_rows(data.builtin, "train", limit)
-        if data.jsonl is not None:
-            return self._jsonl_rows(data.jsonl, limit)
-        return self._hub_rows(data.split, limit, stream)
-
-    def _eval_rows(self, limit: int | None, stream: bool) -> Iterator[tuple[str, Row]]:
-        data = self.data
-        if data.eval_jsonl is not None:
-            return self._jsonl_rows(data.eval_jsonl, limit)
-        if data.eval_split is not None:
-            return self._hub_rows(data.eval_split, limit, stream)
-        return builtin_rows(str(data.builtin), "test", limit)
-
-    def _jsonl_rows(self, name: str, limit: int | None) -> Iterator[tuple[str, Row]]:
-        return islice(jsonl_rows(resolve(self.manifest_dir, name), limit), limit)
-
-    def _hub_rows(self, split: str, limit: int | None, stream: bool) -> Iterator[tuple[str, Row]]:
-        return islice(hub_rows(self.data, split, self.manifest_dir, stream, limit), limit)
+            return builtin_rows(data.builtin, "train" if part == "train" else "test", limit)
+        return islice(hub_rows(data, str(split), self.manifest_dir, stream, limit), limit)
 
     def _render(self, rows: Sequence[tuple[str, Row]]) -> Iterator[Example]:
         if self.data.messages is not None and self.tokenizer is not None:

@@ -16,13 +16,13 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from soka_serve.errors import BuildError
-from soka_serve.io.files import disk_errors, require_regular, sha256_file, write_text_atomic
+from soka_serve.io.budget import open_regular
+from soka_serve.io.files import disk_errors, sha256_file, write_text_atomic
 from soka_serve.io.leftovers import clean_stale, final_name, is_temporary
 from soka_serve.io.places import check_place
 from soka_serve.io.unchanged import Stamp, check_stamps, stamp_of
@@ -160,10 +160,8 @@ class HashCache:
 def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
     """The entries of a cache file, and whether it is what `HashCache.save` writes, or there is none."""
     try:
-        # To open some devices is to do something; and what is opened need not be what had this name before.
-        with open(require_regular(path), "rb", buffering=0, opener=_open_without_waiting) as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_CACHE:
+        with open_regular(path) as stream:
+            if os.fstat(stream.fileno()).st_size > _LARGEST_CACHE:
                 raise ValueError(f"expected a file of at most {_LARGEST_CACHE} bytes")
             found = json.loads(stream.read(_LARGEST_CACHE))
         if not isinstance(found, dict):
@@ -177,10 +175,6 @@ def _read_hashes(path: Path) -> tuple[dict[str, list[int | str]], bool]:
     if len(good) < len(found):
         warn(logger, "%s: %d entries are malformed; their files are hashed again", path, len(found) - len(good))
     return good, len(good) == len(found)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
 
 
 def _is_entry(entry: object) -> bool:

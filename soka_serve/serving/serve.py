@@ -95,10 +95,10 @@ def _ready_lines(targets: Sequence[Target], launch: Launch, seconds: float) -> l
 
 def _check_installation(*, merged: bool) -> None:
     """What `soka-serve doctor` can tell at once; a merged model needs vLLM only."""
-    needed = {"python", "torch", "device"} if merged else {check.name for check in quick_checks()}
-    problems = [check for check in quick_checks() if check.state == "problem" and check.name in needed]
+    problems = [check for check in quick_checks() if check.state == "problem"]
     if merged:
-        problems += [c for c in quick_checks() if c.name == "vllm" and c.state == "problem" and "installed" in c.detail]
+        needed = ("python", "torch", "device")
+        problems = [c for c in problems if c.name in needed or (c.name == "vllm" and "installed" in c.detail)]
     if problems:
         raise SokaError(
             "\n".join(f"{check.name}: {check.detail}; {check.remedy}" for check in problems),

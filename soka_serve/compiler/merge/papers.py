@@ -162,25 +162,13 @@ def write_papers(
     }
     write_lock(new / LOCK_FILE, lock)
     named = [(_name_of(adapter.directory).replace("|", "/"), adapter, weight) for adapter, weight in adapters]
-    rows = [f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named]
-    card = "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "tags: [soka, merged]",
-            "---",
-            "",
-            f"# {base} with {len(adapters)} SoKA adapter{'s' * (len(adapters) > 1)} merged in",
-            "",
-            "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.",
-            "",
-            "| adapter | weight | modules | parameters |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "`soka.lock` holds the hashes and versions.",
-            "",
-        ]
+    rows = "\n".join(f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named)
+    card = (
+        "---\nlibrary_name: transformers\ntags: [soka, merged]\n---\n\n"
+        f"# {base} with {len(adapters)} SoKA adapter{'s' * (len(adapters) > 1)} merged in\n\n"
+        "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.\n\n"
+        f"| adapter | weight | modules | parameters |\n|---|---|---|---|\n{rows}\n\n"
+        "`soka.lock` holds the hashes and versions.\n"
     )
     write_text_atomic(new / CARD_FILE, card)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 
 from soka_serve.compiler.history import append_history, truncate_history
 from soka_serve.compiler.methods.adapter_files import ADAPTER
@@ -97,17 +97,15 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             truncate_history(self.path, state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs: Mapping[str, Any] = kwargs["logs"]
         line: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
         if "loss" in logs:
@@ -164,7 +162,7 @@ class Pruning(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.failures = {name: list(counts) for name, counts in facts["failures"].items()}
         self.dropped = dict(facts["dropped"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.rules.every or state.global_step >= state.max_steps:
             return
         model = kwargs["model"]
@@ -217,12 +215,10 @@ class ResumePoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.elapsed_s = elapsed_s
         self.started = time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.monotonic()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()  # every process has its random state in the directory
         if not state.is_world_process_zero:
             return
@@ -244,14 +240,10 @@ class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
     Every evaluation leaves a resume point, so that the best one is there in the end, whatever `save_every` is.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Nothing: the parent's check wants load_best_model_at_end, which cannot follow pruned ranks."""
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
         control.should_save = True
 
@@ -267,19 +259,17 @@ class Progress(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self.detail = ""
         self.advance: Callable[..., None] = lambda detail="", by=1: None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance = self.stack.enter_context(
             track(state.max_steps, "tune", unit="step", enabled=state.is_world_process_zero)
         )
         if state.global_step:
             self.advance("resumed", state.global_step)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for key, what in (("loss", "loss"), ("eval_loss", "eval loss")):
             if key in kwargs["logs"]:
                 self.detail = f"{what} {kwargs['logs'][key]:.4f}"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.advance(self.detail)

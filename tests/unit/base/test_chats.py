@@ -37,8 +37,8 @@ def test_the_last_assistant_message_is_the_completion(tmp_path: Path, template: 
     tokenizer = chat_tokenizer(template, eos)
     (example,) = DataReader(data, tmp_path, tokenizer=tokenizer).examples("train")
     assert example.templated
-    assert example.prompt == tokenizer.render_messages(CHATS["two turns"][:3], add_generation_prompt=True)
-    assert example.prompt + example.completion == tokenizer.render_messages(CHATS["two turns"])
+    rendered = tokenizer.render_many([(CHATS["two turns"][:3], True), (CHATS["two turns"], False)])
+    assert [example.prompt, example.prompt + example.completion] == rendered
     assert "g" in example.completion
     assert "unanswered" not in example.prompt + example.completion
     encoded = encode_examples([example], tokenizer, max_length=999, overlong="drop", completion_only=True).examples[0]

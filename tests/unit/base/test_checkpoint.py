@@ -17,11 +17,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from soka_serve.base.checkpoint import Checkpoint, check_finite, read_header, read_tensor
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.optional_tensors import ties_embeddings
 from soka_serve.errors import CheckpointError
 from soka_serve.io.files import sha256_file
-from soka_serve.io.safetensors import find_not_finite, read_metadata, read_tensors
+from soka_serve.io.safetensors import (
+    check_finite,
+    find_not_finite,
+    read_header,
+    read_metadata,
+    read_tensor,
+    read_tensors,
+)
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
