@@ -26,43 +26,35 @@ class _Group(click.Group):
     """The group whose commands' exceptions become messages and exit codes: 2 for what the user can mend, 1 for bugs."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        debug = bool(ctx.params.get("debug"))
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException):
             raise
-        except SokaError as error:
-            if debug:
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params.get("debug"):
                 raise
-            _show(error.message, error.hint)
-            ctx.exit(error.exit_code)
-        except (KeyboardInterrupt, click.exceptions.Abort):
-            if debug:
-                raise
-            _show("interrupted", "Nothing is half-written; run the same command again to go on.")
-            ctx.exit(2)
-        except Exception as error:
-            if debug:
-                raise
-            from soka_serve.io.files import explain_disk_error
-
-            known = explain_disk_error(error)
-            if known is None:
-                click.echo(
-                    f"internal error: {type(error).__name__}: {printable_lines(str(error))}\n"
-                    "This is a bug in soka-serve: please report it with the output of the same command after "
-                    "`soka-serve --debug`.",
-                    err=True,
-                )
-                ctx.exit(1)
-            _show(known.message, known.hint)
-            ctx.exit(known.exit_code)
+            ctx.exit(_tell(error))
 
 
-def _show(message: str, hint: str | None) -> None:
-    click.echo(click.style("error: ", fg="red", bold=True) + printable_lines(message), err=True)
-    if hint:
-        click.echo(click.style("hint: ", fg="cyan", bold=True) + printable_lines(hint), err=True)
+def _tell(error: BaseException) -> int:
+    """Print what an exception means to the user; the exit code."""
+    from soka_serve.io.files import explain_disk_error
+
+    if isinstance(error, KeyboardInterrupt | click.exceptions.Abort):
+        error = SokaError("interrupted", hint="Nothing is half-written; run the same command again to go on.")
+    known = error if isinstance(error, SokaError) else explain_disk_error(error)
+    if known is None:
+        click.echo(
+            f"internal error: {type(error).__name__}: {printable_lines(str(error))}\n"
+            "This is a bug in soka-serve: please report it with the output of the same command after "
+            "`soka-serve --debug`.",
+            err=True,
+        )
+        return 1
+    click.echo(click.style("error: ", fg="red", bold=True) + printable_lines(known.message), err=True)
+    if known.hint:
+        click.echo(click.style("hint: ", fg="cyan", bold=True) + printable_lines(known.hint), err=True)
+    return known.exit_code
 
 
 class _Formatter(logging.Formatter):

@@ -17,10 +17,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.modules import BaseModules, LeftOut, ModelSize, Module, in_layer_order
+from soka_serve.base.modules import BaseModules, LeftOut, ModelSize, Module, in_layer_order, misfit
 from soka_serve.base.pretrained import build_meta_model
 from soka_serve.base.weight_map import WeightMap
-from soka_serve.errors import CheckpointError, first_ten
+from soka_serve.errors import CheckpointError
 from soka_serve.io.safetensors import DTYPES, TensorInfo
 
 EXPERTS = "experts run through fused kernels, which no adapter reaches"
@@ -170,10 +170,7 @@ def _check(kept: Iterable[tuple[str, int, Any]], weights: WeightMap, checkpoint:
         else:
             listed.append(Module(name, *shape, layer, DTYPES[info.dtype][1]))
     if problems:
-        raise CheckpointError(
-            "\n".join(f"{checkpoint.directory}: {line}" for line in first_ten(problems)),
-            hint="the checkpoint is not whole, or of another model than its config.json; copy it again",
-        )
+        raise misfit(checkpoint.directory, problems)
     return in_layer_order(listed)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.base.weight_map import WeightMap
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, first_ten
 from soka_serve.io.safetensors import STORED_NAMES, bits_of
 
 # Architectures whose layers hold exactly these seven projections as plain nn.Linear, under these names.
@@ -108,6 +108,14 @@ class BaseModules:
             f"the checkpoint has {len(self.unused)} tensors of {len(owners)} modules that the model does not use, such "
             f"as {self.unused[0]}"
         )
+
+
+def misfit(directory: Path, problems: Sequence[str]) -> CheckpointError:
+    """The error for a checkpoint whose tensors are not those that its config.json makes."""
+    return CheckpointError(
+        "\n".join(f"{directory}: {line}" for line in first_ten(problems)),
+        hint="the checkpoint is not whole, or of another model than its config.json; copy it again",
+    )
 
 
 def name_patterns(names: Sequence[str]) -> str:

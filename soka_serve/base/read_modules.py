@@ -18,11 +18,12 @@ from soka_serve.base.modules import (
     in_layer_order,
     is_tied,
     llama_parameters,
+    misfit,
     modules_from_config,
     size_from_config,
 )
 from soka_serve.base.weight_map import WeightMap
-from soka_serve.errors import CheckpointError, first_ten
+from soka_serve.errors import CheckpointError
 from soka_serve.io.safetensors import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -102,10 +103,7 @@ def _read_llama(checkpoint: Checkpoint) -> BaseModules:
         if info.shape != shapes[name]
     ]
     if problems:
-        raise CheckpointError(
-            "\n".join(f"{checkpoint.directory}: {line}" for line in first_ten(problems)),
-            hint="the checkpoint is not whole, or of another model than its config.json; copy it again",
-        )
+        raise misfit(checkpoint.directory, problems)
     dtypes = {module.name: DTYPES[used[f"{module.name}.weight"].dtype][1] for module in derived}
     modules = in_layer_order([Module(m.name, m.out_features, m.in_features, m.layer, dtypes[m.name]) for m in derived])
     taken = {info.name for info in used.values()}

@@ -245,7 +245,6 @@ class LoadedSuite:
     suite: Suite
     path: Path
     directory: Path
-    text: str
     sha256: str
 
 
@@ -257,7 +256,7 @@ def read_suite(path: str | Path) -> LoadedSuite:
     """
     path = Path(path)
     text = read_text(path)
-    return LoadedSuite(parse_suite(text, str(path)), path, path.absolute().parent, text, sha256_text(text))
+    return LoadedSuite(parse_suite(text, str(path)), path, path.absolute().parent, sha256_text(text))
 
 
 def parse_suite(text: str, file: str) -> Suite:

@@ -43,14 +43,9 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
     manifest, directory = context.loaded.manifest, context.loaded.directory
     train = manifest.train
     tokenizer = context.base.tokenizer
-    options: dict[str, Any] = {
-        "max_length": train.max_length,
-        "overlong": train.overlong,
-        "completion_only": train.completion_only,
-    }
     examples = DataReader(train.data, directory, train.seed, tokenizer).examples("train")
     _check_reading(context, tokenizer, examples)
-    training = encode_examples(examples, tokenizer, **options)
+    training = encode_examples(examples, tokenizer, train)
     if training.dropped or training.truncated:
         logger.warning(
             "%d of %d examples are longer than max_length = %d tokens: %d dropped, %d truncated",
@@ -64,7 +59,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
         return training, None
     held_out = DataReader(train.data, directory, train.seed, tokenizer).examples("eval")
     check_reading(tokenizer, held_out, context.base.tokenizer_folder)
-    return training, encode_examples(held_out, tokenizer, **options)
+    return training, encode_examples(held_out, tokenizer, train)
 
 
 def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequence[Example]) -> None:

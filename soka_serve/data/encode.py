@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer import Pair, TextTokenizer
 from soka_serve.data.examples import Example
 from soka_serve.errors import DataError
+from soka_serve.manifest.schema import Train
 
 MASKED = -100  # The label that cross-entropy ignores, in torch and transformers.
 
@@ -61,15 +61,8 @@ class Packed:
     position_ids: list[int]
 
 
-def encode_examples(
-    examples: Sequence[Example],
-    tokenizer: TextTokenizer,
-    *,
-    max_length: int,
-    overlong: Literal["drop", "truncate"],
-    completion_only: bool,
-) -> EncodedSet:
-    """Tokenise examples, mask prompts, and drop or cut those longer than `max_length` tokens.
+def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train: Train) -> EncodedSet:
+    """Tokenise examples, mask prompts, and drop or cut those longer than `train.max_length` tokens, as [train] says.
 
     EOS ends every completion; a cut one loses it, since the model shall not learn to stop there. An example with no
     trained token left after the cut is dropped.
@@ -80,20 +73,21 @@ def encode_examples(
     from tqdm import tqdm
 
     kept: list[Encoded] = []
+    max_length = train.max_length
     dropped = truncated = boundary = longest = 0
     # The bar appears only when tokenising takes longer than two seconds.
     with tqdm(total=len(examples), desc="tokenise", unit="example", delay=2, leave=False) as bar:
         for start in range(0, len(examples), _CHUNK):
             chunk = examples[start : start + _CHUNK]
-            for example_ids in _encode_chunk(chunk, tokenizer):
-                ids, prompt_length, merged = example_ids
-                boundary += merged
+            for pair in _encode_chunk(chunk, tokenizer):
+                ids, prompt_length = pair.input_ids, pair.prompt_length
+                boundary += pair.boundary
                 longest = max(longest, len(ids))
-                labels = [MASKED] * prompt_length + ids[prompt_length:] if completion_only else list(ids)
+                labels = [MASKED] * prompt_length + ids[prompt_length:] if train.completion_only else list(ids)
                 if len(ids) > max_length:
                     ids, labels = ids[:max_length], labels[:max_length]
                     # The first label has no token before it to be predicted from.
-                    if overlong == "drop" or all(label == MASKED for label in labels[1:]):
+                    if train.overlong == "drop" or all(label == MASKED for label in labels[1:]):
                         dropped += 1
                         continue
                     truncated += 1
@@ -108,7 +102,7 @@ def encode_examples(
     return EncodedSet(kept, len(examples), dropped, truncated, boundary, longest)
 
 
-def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterator[tuple[list[int], int, bool]]:
+def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterator[Pair]:
     """Tokenise a chunk in order; plain and templated examples each in one batch."""
     batches = {
         templated: iter(
@@ -120,8 +114,7 @@ def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterato
         for templated in {e.templated for e in chunk}
     }
     for example in chunk:
-        pair = next(batches[example.templated])
-        yield pair.input_ids, pair.prompt_length, pair.boundary
+        yield next(batches[example.templated])
 
 
 def pack_examples(encoded: Sequence[Encoded], max_length: int) -> list[Packed]:

@@ -55,11 +55,6 @@ class Factors:
         """Number of values in the three tensors, r * (m*n + p*q + 1)."""
         return self.left.numel() + self.right.numel() + self.sigma.numel()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the three tensors."""
-        return sum(t.numel() * t.element_size() for t in (self.left, self.right, self.sigma))
-
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Factors:
         """The same terms in another dtype or on another device."""
         return Factors(*(t.to(device=device, dtype=dtype) for t in (self.left, self.right, self.sigma)))

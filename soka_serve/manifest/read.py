@@ -106,14 +106,14 @@ def read_text(path: Path) -> str:
         raise _file_error(path, f"has {size:,} bytes; at most {MAX_BYTES:,} are read", "is it a manifest?")
     for mark, what in _BYTE_ORDER_MARKS.items():
         if raw.startswith(mark):
-            raise _file_error(path, what, "save it as UTF-8 without a byte-order mark", Problem("", "", 1, 1))
+            raise _file_error(path, what, "save it as UTF-8 without a byte-order mark", (1, 1))
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
         before = raw[: error.start].decode()
         line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
         message = f"is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise _file_error(path, message, "save it as UTF-8", Problem("", "", line, column)) from None
+        raise _file_error(path, message, "save it as UTF-8", (line, column)) from None
 
 
 def parse_toml(text: str, file: str) -> dict[str, Any]:
@@ -263,9 +263,8 @@ def _name_after_file(manifest: Manifest, path: Path) -> Manifest:
     return manifest.model_copy(update={"name": path.stem})
 
 
-def _file_error(path: Path, message: str, hint: str | None = None, place: Problem | None = None) -> ManifestError:
-    line, column = (place.line, place.column) if place else (0, 0)
-    return ManifestError(str(path), [Problem("", message, line, column, hint)])
+def _file_error(path: Path, message: str, hint: str | None = None, place: tuple[int, int] = (0, 0)) -> ManifestError:
+    return ManifestError(str(path), [Problem("", message, *place, hint)])
 
 
 def _similar_file(path: Path) -> str | None:

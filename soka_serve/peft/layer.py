@@ -93,11 +93,7 @@ class SokaLayer(MergingLayer):
         """The frozen initial factors, None where the adapter has none."""
         if adapter not in self.soka_left_initial:
             return None
-        return Factors(
-            left=self.soka_left_initial[adapter],
-            right=self.soka_right_initial[adapter],
-            sigma=self.soka_sigma_initial[adapter],
-        )
+        return Factors(*(getattr(self, name)[adapter] for name in self.initial_names))
 
     def delta(self, adapter: str, dtype: torch.dtype | None = None) -> Factors:
         """The terms that are added to the base: theta's, minus the initial ones where there are any.

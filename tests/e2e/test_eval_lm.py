@@ -15,6 +15,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import pytest
@@ -99,7 +100,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     tokenizer = TextTokenizer.from_folder(ModelFolder(base))
     data = read_manifest(manifest).manifest.train.data
     examples = DataReader(data, folder, tokenizer=tokenizer).examples("train")
-    encoded = encode_examples(examples, tokenizer, max_length=512, overlong="drop", completion_only=True).examples
+    rules = SimpleNamespace(max_length=512, overlong="drop", completion_only=True)
+    encoded = encode_examples(examples, tokenizer, rules).examples
     ids = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == MASKED] for e in encoded]
     bos = tokenizer.encode_prompt("")[0]
     assert [row.count(bos) for row in ids] == [1, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,7 +33,8 @@ def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
     directory = base_directory()
     checkpoint, tokenizer = Checkpoint.open(directory), TextTokenizer.from_folder(ModelFolder(directory))
     examples = DataReader(manifest.train.data, tmp_path).examples("train")
-    encoded = encode_examples(examples, tokenizer, max_length=256, overlong="drop", completion_only=True)
+    rules = SimpleNamespace(max_length=256, overlong="drop", completion_only=True)
+    encoded = encode_examples(examples, tokenizer, rules)
     factors = {}
     for target in resolve_targets(manifest, Base(directory).layout.modules):
         module = target.module

@@ -146,7 +146,6 @@ def test_factors_describe_themselves() -> None:
     factors = oracle.draw_factors(FactorShape(2, 3, 4, 5), 6, dtype=torch.bfloat16)
     assert (factors.rank, factors.shape) == (6, (2, 3, 4, 5))
     assert factors.parameters == factors.shape.parameters(6)
-    assert factors.nbytes == 2 * factors.parameters
     assert factors.to(torch.float32).left.dtype == torch.float32
     assert factors.terms(1).rank == 1
     assert factors.terms(slice(2)).rank == 2

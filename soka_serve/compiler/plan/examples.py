@@ -108,13 +108,7 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
         if differing := check_reading(tokenizer, examples, base.tokenizer_folder):
             reading = reading_note(tokenizer.reader, differing, len(examples))
         try:
-            encoded = encode_examples(
-                examples,
-                tokenizer,
-                max_length=train.max_length,
-                overlong=train.overlong,
-                completion_only=train.completion_only,
-            )
+            encoded = encode_examples(examples, tokenizer, train)
         except DataError as error:
             if len(examples) == total:
                 raise

@@ -64,15 +64,8 @@ def policies_for(modules: Sequence[Module], parameters: int = 990_000, *, closes
     usual = [row for row in rows if row.projections in {*USUAL_SETS, names}]
     best = [*_distinct(rows, everywhere=True)[:closest], *_distinct(rows, everywhere=False)[: closest // 2]]
     shown = sorted({*usual, *best}, key=lambda row: (-row.parameters, len(row.projections), row.projections))
-    budget = PolicyRow(
-        names,
-        "all",
-        "budget",
-        None,
-        parameters,
-        f'[[adapt]]\nrank = {{ policy = "budget", parameters = {parameters} }}',
-    )
-    return [*shown, budget]
+    toml = f'[[adapt]]\nrank = {{ policy = "budget", parameters = {parameters} }}'
+    return [*shown, PolicyRow(names, "all", "budget", None, parameters, toml)]
 
 
 def _distinct(rows: Sequence[PolicyRow], *, everywhere: bool) -> list[PolicyRow]:

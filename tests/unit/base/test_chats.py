@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,7 +42,8 @@ def test_the_last_assistant_message_is_the_completion(tmp_path: Path, template: 
     assert [example.prompt, example.prompt + example.completion] == rendered
     assert "g" in example.completion
     assert "unanswered" not in example.prompt + example.completion
-    encoded = encode_examples([example], tokenizer, max_length=999, overlong="drop", completion_only=True).examples[0]
+    rules = SimpleNamespace(max_length=999, overlong="drop", completion_only=True)
+    encoded = encode_examples([example], tokenizer, rules).examples[0]
     # The template's own BOS and EOS, once each: none are added.
     whole = tokenizer.encode_prompt(example.prompt + example.completion, add_special_tokens=False)
     assert encoded.input_ids == whole

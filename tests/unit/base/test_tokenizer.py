@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,12 +232,11 @@ def test_chats_are_transformers(
 def test_prompts_tokenise_alike_in_training_and_evaluation(both: tuple[TextTokenizer, Any]) -> None:
     ours, theirs = both
     problems = generate("math", "train", 40)
+    rules = SimpleNamespace(max_length=4096, overlong="drop", completion_only=True)
     found = encode_examples(
         [Example(p.prompt, p.completion) for p in problems],
         ours,
-        max_length=4096,
-        overlong="drop",
-        completion_only=True,
+        rules,
     )
     for problem, encoded in zip(problems, found.examples, strict=True):
         prompt = theirs(problem.prompt)["input_ids"]
@@ -284,8 +284,11 @@ def test_a_token_across_the_border_is_split_and_counted() -> None:
     ids, length = _pair(ours, "Ans", "wer")
     assert ids == [*ours.encode_prompt("Ans"), *ours.encode_prompt("wer", add_special_tokens=False), ours.eos_id]
     assert length == len(ours.encode_prompt("Ans"))
+    rules = SimpleNamespace(max_length=99, overlong="drop", completion_only=True)
     found = encode_examples(
-        [Example("Ans", "wer"), Example("Answer:", " 3")], ours, max_length=99, overlong="drop", completion_only=True
+        [Example("Ans", "wer"), Example("Answer:", " 3")],
+        ours,
+        rules,
     )
     assert found.boundary == 1
 

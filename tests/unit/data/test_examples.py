@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,8 +244,11 @@ def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 
 
 def encode(examples: list[Example], max_length: int = 100, overlong: Any = "drop", completion_only: bool = True) -> Any:
+    rules = SimpleNamespace(max_length=max_length, overlong=overlong, completion_only=completion_only)
     return encode_examples(
-        examples, word_tokenizer(), max_length=max_length, overlong=overlong, completion_only=completion_only
+        examples,
+        word_tokenizer(),
+        rules,
     )
 
 
