@@ -101,9 +101,10 @@ def run_init(case: dict[str, Any]) -> Point:
         }
     )
     opened = Base(base)
-    run = InitRun(targets.resolve_targets(manifest, opened.layout.modules), opened, seed=SEED, progress=False)
+    placed = targets.resolve_targets(manifest, opened.layout.modules)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
-    with AnonymousPeak() as peak:
+    with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
+        run = InitRun(placed, opened, Path(scratch), seed=SEED, progress=False)
         times = timed("init", run.initialise, case["seconds"])
     return {**times, "init_peak_bytes": peak.added_bytes}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from soka_serve.comparison.plan import Cell, RunSpec, next_runs
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite
 from soka_serve.io.progress import track
+from soka_serve.io.scoped import scoped_environment
 from soka_serve.io.workspace import Workspace
 
 _STOP_S = 10.0
@@ -112,14 +112,12 @@ class _Pool:
 def _workers(jobs: int) -> Iterator[_Pool]:
     """A pool whose processes have one thread each, and end with this one."""
     pool = _Pool(jobs)
-    kept = os.environ.copy()
-    os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")  # before the workers' libraries are loaded
-    try:
-        yield pool
-    finally:
-        pool.stop()
-        os.environ.clear()
-        os.environ.update(kept)
+    # Before the workers' libraries are loaded.
+    with scoped_environment({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}):
+        try:
+            yield pool
+        finally:
+            pool.stop()
 
 
 def _work(loaded: LoadedSuite, spec: RunSpec, work: Path, file: Path) -> None:

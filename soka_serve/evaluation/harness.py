@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partialmethod
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +14,7 @@ from soka_serve.errors import EvalError
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
 from soka_serve.evaluation.subject import Evaluation
 from soka_serve.evaluation.tasks import tasks_directory
+from soka_serve.io.scoped import scoped_environment
 
 logger = logging.getLogger(__name__)
 
@@ -29,23 +29,13 @@ def check_installed() -> None:
         )
 
 
-@contextmanager
-def task_environment(evaluation: Evaluation) -> Iterator[None]:
+def task_environment(evaluation: Evaluation) -> AbstractContextManager[None]:
     """Set the environment that the tasks read: the manifest whose prompt template they render, and the consent."""
     values = {MANIFEST_VARIABLE: str(evaluation.loaded.path.resolve())}
     if evaluation.allow_code_execution:
-        values["SOKA_ALLOW_CODE_EXECUTION"] = "1"
-        values["HF_ALLOW_CODE_EVAL"] = "1"  # the harness's own tasks ask for this one
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        # The harness's own tasks ask for the second one.
+        values |= {"SOKA_ALLOW_CODE_EXECUTION": "1", "HF_ALLOW_CODE_EVAL": "1"}
+    return scoped_environment(values)
 
 
 @contextmanager

@@ -184,12 +184,8 @@ class SokaLayer(MergingLayer):
             if init == "random":
                 right.uniform_(-(q**-0.5), q**-0.5)
             return Factors(left=left, right=right, sigma=torch.ones(rank, dtype=dtype))
-        nan = float("nan")
-        return Factors(
-            left=torch.full((rank, m, n), nan, dtype=dtype),
-            right=torch.full((rank, p, q), nan, dtype=dtype),
-            sigma=torch.full((rank,), nan, dtype=dtype),
-        )
+        sizes = ((rank, m, n), (rank, p, q), (rank,))
+        return Factors(*(torch.full(size, float("nan"), dtype=dtype) for size in sizes))
 
     def check_loaded(self, adapter: str) -> None:
         """Refuse to compute with factors that were made to be loaded and never were.

@@ -14,9 +14,7 @@ Initialisations (`[[adapt]] init`):
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -111,6 +109,7 @@ class InitRun:
     Args:
         targets: what `resolve_targets` returned.
         base: read one tensor at a time.
+        scratch: an empty folder of this process for the candidate terms, about 4 (mn + pq) bytes each.
         finetuned: by `[[adapt]] finetuned`, the checkpoints of `delta` rules.
         statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
             moments (see `soka_serve.compiler.init.probe`), few at a time, so that they never lie in memory together.
@@ -119,20 +118,18 @@ class InitRun:
         seed: every module gets its own seed from this and its position, whichever process decomposes it.
         device: where decompositions run.
         processes: share the modules among them; default: this one alone.
-        scratch: an empty folder of this process for the candidate terms, about 4 (mn + pq) bytes each; None: one in
-            the system's temporary folder, for as long as this takes.
         progress: show a progress bar, or plain lines when the output is not a terminal.
     """
 
     targets: Sequence[Target]
     base: Base
+    scratch: Path
     finetuned: Mapping[str, Base] = field(default_factory=dict)
     statistics: Callable[[Sequence[Target]], Iterable[TargetStatistics]] | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     device: torch.device | None = None
     processes: Processes = field(default_factory=lambda: Processes(1))
-    scratch: Path | None = None
     progress: bool = True
 
     def initialise(self) -> Initialisation:
@@ -145,24 +142,15 @@ class InitRun:
         Memory: above the base, less than 6 times the largest weight in float32, at LLaMA-2-7B's shapes and rank 8 also
         with `calibration_batches`, whose moments have in_features^2 values; eval/bench/init.py measures it.
         """
-        with self._folder() as folder:
-            mine = list(self._decompose(folder))
-            order = {t.module.name: i for i, t in enumerate(self.targets)}
-            everybodys = sorted(self.processes.gather(mine), key=lambda c: order[c.target.module.name])
-            ranks = choose_ranks(everybodys, self.budgets)
-            terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in mine]
+        mine = list(self._decompose())
+        order = {t.module.name: i for i, t in enumerate(self.targets)}
+        everybodys = sorted(self.processes.gather(mine), key=lambda c: order[c.target.module.name])
+        ranks = choose_ranks(everybodys, self.budgets)
+        terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in mine]
         terms = [(name, factors) for name, factors in terms if factors.rank]
         return assemble(everybodys, ranks, dict(self.processes.gather(terms)))
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        if self.scratch is not None:
-            yield self.scratch
-            return
-        with tempfile.TemporaryDirectory(prefix="soka-init-") as folder:
-            yield Path(folder)
-
-    def _decompose(self, folder: Path) -> Iterator[Candidate]:
+    def _decompose(self) -> Iterator[Candidate]:
         """Decompose this process's share of the targets."""
         seeds = {t.module.name: self.seed * 1_000_003 + i for i, t in enumerate(self.targets)}
         mine = share_of(self.targets, self.processes.index, self.processes.count)
@@ -171,7 +159,7 @@ class InitRun:
             numbers = count()  # `enumerate` would hold a gradient until the next one is there
             for target, gradient, moments in self._with_statistics(mine):
                 name, tuned = target.module.name, self.finetuned.get(target.rule.finetuned or "")
-                file = folder / f"{next(numbers)}.safetensors"
+                file = self.scratch / f"{next(numbers)}.safetensors"
                 matrix = read_matrix(
                     target,
                     self.base.weights,

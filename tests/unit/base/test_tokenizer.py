@@ -233,11 +233,7 @@ def test_prompts_tokenise_alike_in_training_and_evaluation(both: tuple[TextToken
     ours, theirs = both
     problems = generate("math", "train", 40)
     rules = SimpleNamespace(max_length=4096, overlong="drop", completion_only=True)
-    found = encode_examples(
-        [Example(p.prompt, p.completion) for p in problems],
-        ours,
-        rules,
-    )
+    found = encode_examples([Example(p.prompt, p.completion) for p in problems], ours, rules)
     for problem, encoded in zip(problems, found.examples, strict=True):
         prompt = theirs(problem.prompt)["input_ids"]
         assert encoded.input_ids[: len(prompt)] == prompt
@@ -285,11 +281,7 @@ def test_a_token_across_the_border_is_split_and_counted() -> None:
     assert ids == [*ours.encode_prompt("Ans"), *ours.encode_prompt("wer", add_special_tokens=False), ours.eos_id]
     assert length == len(ours.encode_prompt("Ans"))
     rules = SimpleNamespace(max_length=99, overlong="drop", completion_only=True)
-    found = encode_examples(
-        [Example("Ans", "wer"), Example("Answer:", " 3")],
-        ours,
-        rules,
-    )
+    found = encode_examples([Example("Ans", "wer"), Example("Answer:", " 3")], ours, rules)
     assert found.boundary == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -44,7 +45,12 @@ def base() -> Base:
 
 
 def _start(base: Base, *rules: dict[str, Any], **options: Any) -> Initialisation:
-    return InitRun(_targets(*rules), base, progress=False, **options).initialise()
+    return _initialise(_targets(*rules), base, **options)
+
+
+def _initialise(targets: list[Target], base: Base, **options: Any) -> Initialisation:
+    with TemporaryDirectory() as scratch:
+        return InitRun(targets, base, Path(scratch), progress=False, **options).initialise()
 
 
 def test_weights_are_the_principal_terms(base: Base) -> None:
@@ -108,24 +114,19 @@ def test_auto_shapes_fit(base: Base) -> None:
 def test_gradient_follows_the_gradient(base: Base) -> None:
     targets = _targets({"modules": ["q_proj"], "layers": [0], "init": "gradient"})
     gradient = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
-    run = InitRun(
-        targets, base, statistics=lambda asked: [(target, gradient, None) for target in asked], progress=False
-    )
-    started = run.initialise()
+    started = _initialise(targets, base, statistics=lambda asked: [(target, gradient, None) for target in asked])
     got = dense_delta(started.factors[QUERY])
     best = dense_delta(kpsvd(gradient, started.modules[0].factor_shape, 1).factors)
     torch.testing.assert_close(got / got.norm(), best / best.norm(), rtol=1e-3, atol=1e-5)
     with pytest.raises(PlanError, match=r"gradient.*zero"):
-        InitRun(
-            targets, base, statistics=lambda asked: [(t, torch.zeros(128, 128), None) for t in asked], progress=False
-        ).initialise()
+        _initialise(targets, base, statistics=lambda asked: [(t, torch.zeros(128, 128), None) for t in asked])
 
 
 def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
     targets = _targets({"rank": {"policy": "fixed", "rank": 1}})
     shares = [share_of(targets, i, 3) for i in range(3)]
     assert sorted(t.module.name for share in shares for t in share) == sorted(t.module.name for t in targets)
-    alone = InitRun(targets, base, progress=False).initialise()
+    alone = _initialise(targets, base)
     together = _in_threads(targets, base, 3)
     assert len(together) == 3
     for got in together:
@@ -153,7 +154,7 @@ def _in_threads(targets: list[Target], base: Base, count: int) -> list[Initialis
             return [item for i in range(count) for item in rounds[number][i]]
 
     def run(index: int) -> Initialisation:
-        return InitRun(targets, base, processes=OneOf(index), progress=False).initialise()
+        return _initialise(targets, base, processes=OneOf(index))
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
@@ -177,7 +178,7 @@ def test_not_finite_weights_are_named(tmp_path: Path) -> None:
     tensors[f"{QUERY}.weight"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{QUERY}.weight"):
-        InitRun(_targets({"modules": ["q_proj"]}), Base(tmp_path), progress=False).initialise()
+        _initialise(_targets({"modules": ["q_proj"]}), Base(tmp_path))
 
 
 @pytest.fixture

@@ -245,11 +245,7 @@ def test_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 
 def encode(examples: list[Example], max_length: int = 100, overlong: Any = "drop", completion_only: bool = True) -> Any:
     rules = SimpleNamespace(max_length=max_length, overlong=overlong, completion_only=completion_only)
-    return encode_examples(
-        examples,
-        word_tokenizer(),
-        rules,
-    )
+    return encode_examples(examples, word_tokenizer(), rules)
 
 
 def test_prompt_is_masked_and_eos_appended() -> None:
