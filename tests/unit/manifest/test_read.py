@@ -171,6 +171,7 @@ def test_no_heavy_import(call: str) -> None:
     code = f"""
 import sys
 from soka_serve.manifest.read import *
+from soka_serve.manifest.starter import starter_manifest
 {call}
 heavy = {{"torch", "transformers", "peft", "numpy", "datasets", "tokenizers", "safetensors", "accelerate", "jinja2"}}
 print(sorted(heavy & set(sys.modules)))
