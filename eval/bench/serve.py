@@ -52,6 +52,10 @@ SLOTS = 64
 EXTRA = 8  # adapters more than slots, so that some are in the cache only
 REQUESTS_AND_ADAPTERS = [(8, 0), (8, 1), (8, 8), (64, 0), (64, 1), (64, 64)]
 SIZES = {"embedded": (64, 32), "100M": (16, 8)}  # tokens of an answer with 8 and with 64 requests
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 PREFILL = {8: 128, 64: 16}  # tokens of a prompt
 
 
@@ -71,16 +75,7 @@ def make_models(folder: Path) -> dict[str, Model]:
     from soka_serve.base.pretrained import open_model
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=32768,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
+    config = LlamaConfig(**SMALL_LLAMA, vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=1024)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "model")
     models = {}
     for name, directory, dtype in (

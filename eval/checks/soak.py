@@ -132,8 +132,7 @@ def operate(server: Server, books: Books, folder: Path, stop: threading.Event) -
     """Load, unload, replace, and swap in what is broken, over and over."""
 
     def load(name: str, place: str, **more: Any) -> int:
-        path = str(folder / place)
-        return server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, **more})[0]
+        return server.load(name, folder / place, **more)[0]
 
     def expect(what: str, got: int, wanted: int) -> None:
         with books.lock:
@@ -148,7 +147,7 @@ def operate(server: Server, books: Books, folder: Path, stop: threading.Event) -
             expect("replacements", load(REPLACED, place, load_inplace=True), 200)
         stop.wait(1)
         with books.away():
-            expect("unloads", server.post("/v1/unload_lora_adapter", {"lora_name": UNLOADED})[0], 200)
+            expect("unloads", server.unload(UNLOADED)[0], 200)
             stop.wait(0.2)
             expect("loads", load(UNLOADED, UNLOADED), 200)
         expect("corrupted rebuilds refused", load("a2", "corrupted", load_inplace=True), 400)
