@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 default_signals()
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,6 +52,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def root() -> Path:
     """The repository's root."""
     return ROOT
+
+
+@pytest.fixture
+def plain_evaluation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Evaluation with no manifest, no data and no consent in the environment, and nothing read before."""
+    from soka_serve.evaluation import prompts
+
+    for name in ("SOKA_EVAL_MANIFEST", "SOKA_EVAL_DATA", "SOKA_ALLOW_CODE_EXECUTION"):
+        monkeypatch.delenv(name, raising=False)
+    prompts._trained_on.cache_clear()
+    yield
+    prompts._trained_on.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def lm_tasks() -> Any:
+    """lm-eval's tasks: ours, without its own, whose index takes seconds."""
+    from soka_serve.evaluation.tasks import tasks_directory
+    from tests.support.scripted import TaskManager
+
+    return TaskManager(include_path=str(tasks_directory()), include_defaults=False)
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.record import make_parser, write_record
 from soka_serve.kron import apply_kron, linear_with_delta
 from soka_serve.kron.cost import choose_order
 from soka_serve.kron.shapes import FactorShape
@@ -83,11 +81,10 @@ def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: in
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.apply", __doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 512, 2048])
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -97,14 +94,7 @@ def main() -> None:
         for rank in ranks
         for tokens in options.tokens
     ]
-    record = {
-        "command": f"python -m eval.bench.apply --device {options.device} --threads {options.threads}",
-        "versions": versions(),
-        "hardware": hardware(threads=options.threads),
-        "rows": rows,
-    }
-    print(json.dumps(record, indent=1))
-    write_record(options.out, record)
+    print(json.dumps(write_record(options, {"rows": rows}), indent=1))
 
 
 if __name__ == "__main__":

@@ -14,33 +14,19 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.measure import best_us
+from eval.record import make_parser, write_record
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.slots import SlotStore
 
 LAYERS = [(4096, 4096), (11008, 4096), (4096, 11008)]
-
-
-def best_us(ways: dict[str, Callable[[], Tensor | None]], seconds: float) -> dict[str, float]:
-    """Best time of each way, taking turns for about `seconds`."""
-    best = dict.fromkeys(ways, float("inf"))
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        for name, run in ways.items():
-            start = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-    return {name: round(value * 1e6, 1) for name, value in best.items()}
 
 
 def measure(out_features: int, in_features: int, rank: int, tokens: int, seconds: float) -> dict[str, Any]:
@@ -80,12 +66,11 @@ def measure(out_features: int, in_features: int, rank: int, tokens: int, seconds
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.fastkron", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # FastKron's own threads
@@ -97,15 +82,8 @@ def main() -> None:
                 for tokens in options.tokens:
                     rows.append(measure(*layer, rank, tokens, options.seconds))
                     print(json.dumps(rows[-1]), flush=True)
-    record = {
-        "command": f"OMP_NUM_THREADS={options.threads} python -m eval.bench.fastkron --threads {options.threads} "
-        f"--seconds {options.seconds:g}",
-        "versions": versions() | {"pyfastkron": importlib.metadata.version("pyfastkron")},
-        "hardware": hardware(),
-        "seed": 0,
-        "rows": rows,
-    }
-    write_record(options.out, record)
+    packages = {"pyfastkron": importlib.metadata.version("pyfastkron")}
+    write_record(options, {"seed": 0, "rows": rows}, packages=packages)
 
 
 if __name__ == "__main__":

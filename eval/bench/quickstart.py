@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 
 import soka_serve
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.record import make_parser, write_record
 
 MANIFEST = Path(__file__).resolve().parents[2] / "manifests" / "math.toml"
 DATA, SEED = 'builtin = "math"', "[train]\n"
@@ -50,8 +49,7 @@ def run(family: str, seed: int, folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser = make_parser("eval.bench.quickstart", __doc__, needs_out=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--families", nargs="+", default=["math", "boxed", "code"])
     arguments = parser.parse_args()
@@ -61,15 +59,8 @@ def main() -> None:
             for seed in arguments.seeds:
                 runs.append(run(family, seed, Path(folder)))
                 print(json.dumps(runs[-1]), flush=True)
-    report = {
-        "command": f"python -m eval.bench.quickstart --seeds {' '.join(map(str, arguments.seeds))} "
-        f"--families {' '.join(arguments.families)}",
-        "manifest": "manifests/math.toml",
-        "hardware": hardware(threads=torch.get_num_threads()),
-        "versions": versions(),
-        "runs": runs,
-    }
-    write_record(arguments.out, report)
+    found = {"manifest": "manifests/math.toml", "runs": runs}
+    write_record(arguments, found, machine={"threads": torch.get_num_threads()})
 
 
 if __name__ == "__main__":

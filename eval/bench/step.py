@@ -17,22 +17,19 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoKrConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from eval.memory import reset_peak, resident_bytes
-from eval.record import hardware, make_parser, write_record
+from eval.measure import Peak, alone
+from eval.record import make_parser, write_record
 from soka_serve.base.model import load_base
 from soka_serve.builtin import base_directory
-from soka_serve.io.versions import versions
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.peft import SokaConfig
 
@@ -133,14 +130,10 @@ def measure_peak(case: tuple[str, Any, Size, int]) -> int:
     make_step(method, setting, size._replace(rows=2, length=8, llama=size.llama and (256, 256, 1)))()
     step = make_step(method, setting, size)
     gc.collect()
-    if size.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        before = reset_peak()
-    for _ in range(3):
-        step()
-    return (torch.cuda.max_memory_allocated() if size.device == "cuda" else resident_bytes("VmHWM")) - before
+    with Peak(size.device) as peak:
+        for _ in range(3):
+            step()
+    return peak.added_bytes
 
 
 def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -162,8 +155,7 @@ def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict
     steps.clear()
     peaks = {}
     for name, (setting, _) in methods.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks[name] = pool.apply(measure_peak, ((name.split()[0], setting, size, options.threads),))
+        peaks[name] = alone(measure_peak, (name.split()[0], setting, size, options.threads))
     for name, (setting, count) in methods.items():
         yield {
             "soka_rank": rank,
@@ -179,7 +171,7 @@ def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict
 
 def main() -> None:
     """Run all cases and write the result."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.bench.step", __doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="SoKA terms per module")
     parser.add_argument("--rows", type=int, default=32, help="sequences in the batch (the quickstart's)")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
@@ -188,7 +180,6 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: wall time")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     llama = tuple(options.llama) if options.llama else None
@@ -198,16 +189,7 @@ def main() -> None:
         for row in compare(rank, size, options):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    record = {
-        "command": f"python -m eval.bench.step --ranks {' '.join(map(str, options.ranks))} --rows {options.rows} "
-        f"--length {options.length} --repeats {options.repeats} --threads {options.threads} --dtype {options.dtype} "
-        f"--device {options.device}" + (f" --llama {' '.join(map(str, llama))}" if llama else ""),
-        "versions": versions(),
-        "hardware": hardware(),
-        "seed": 0,
-        "rows": rows,
-    }
-    write_record(options.out, record)
+    write_record(options, {"seed": 0, "rows": rows})
 
 
 if __name__ == "__main__":

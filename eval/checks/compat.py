@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -25,8 +26,7 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from eval.record import hardware, make_parser, write_record
-from soka_serve.io.versions import versions
+from eval.record import make_parser, write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
@@ -139,12 +139,9 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser = make_parser("eval.checks.compat", __doc__, needs_out=True)
     parser.add_argument("--engine", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME[==RELEASE]", help="vllm, peft==0.21.0, ..."
-    )
+    parser.add_argument("--only", action="extend", nargs="+", metavar="NAME[==RELEASE]", help="vllm, peft==0.21.0, ...")
     arguments = parser.parse_args()
     results = []
     for kind, requirement in claimed(arguments.engine).items():
@@ -162,14 +159,9 @@ def main() -> None:
                 found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
             beside = {"beside": chosen(folder), "tests": TESTS[kind]}
             results.append({"package": requirement.name, "release": release, **beside, **found})
-            report = {
-                "command": "python -m eval.checks.compat" + "".join(f" --only {name}" for name in arguments.only),
-                "claimed": {name: str(value) for name, value in claimed(arguments.engine).items()},
-                "hardware": hardware(),
-                "versions": {"python": versions()["python"]},
-                "results": results,
-            }
-            write_record(arguments.out, report)
+            ranges = {name: str(value) for name, value in claimed(arguments.engine).items()}
+            versions = {"python": platform.python_version()}  # the others are each environment's own
+            write_record(arguments, {"claimed": ranges, "versions": versions, "results": results})
     sys.exit(any(not result["ok"] for result in results))
 
 

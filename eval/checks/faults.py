@@ -27,9 +27,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-from eval.record import hardware, make_parser, write_record  # noqa: E402
+from eval.record import make_parser, write_record  # noqa: E402
 from soka_serve.io.file_names import WEIGHTS_FILE  # noqa: E402
-from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.builds import same_tensors, write_manifest  # noqa: E402
 
 SIZES_MB = (0.1, 0.3, 1.0, 3.0, 5.0, 7.0)
@@ -92,8 +91,7 @@ def fill(manifest: Path, place: Path, size_mb: float, whole: Path) -> dict[str, 
 
 def main() -> None:
     """Run everything and write the result."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser = make_parser("eval.checks.faults", __doc__, needs_out=True)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -111,14 +109,7 @@ def main() -> None:
         same = jumping.returncode == 0 and same_tensors(adapter(folder / "jumping"), adapter(whole))
         clock = {"exit_code": jumping.returncode, "same_tensors": same, "ok": same}
         print(json.dumps(clock), jumping.stderr[-2000:] if not same else "", flush=True)
-    report = {
-        "command": "python -m eval.checks.faults",
-        "hardware": hardware(),
-        "versions": versions(),
-        "disk_full": rows,
-        "clock_jumps": clock,
-    }
-    write_record(arguments.out, report)
+    write_record(arguments, {"disk_full": rows, "clock_jumps": clock})
     sys.exit(not all(part["ok"] for part in [*rows, clock]))
 
 

@@ -39,9 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from eval.record import hardware, make_parser, write_record  # noqa: E402
+from eval.record import make_parser, write_record  # noqa: E402
 from soka_serve.io.progress import track  # noqa: E402
-from soka_serve.io.versions import versions  # noqa: E402
 from tests.fuzzing.cases import CASES  # noqa: E402
 from tests.fuzzing.limits import HANG_S, MEMORY, WAIT_S, Peak  # noqa: E402
 
@@ -93,21 +92,11 @@ def fuzz(examples: int, number: int, what: str, check: Callable[[st.DrawFn, Path
 
 def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
     """`fuzz` in a process of its own, whose memory is then its cases' alone, and which a crash ends."""
-    command = [
-        sys.executable,
-        "-m",
-        "eval.checks.fuzz",
-        "--only",
-        kind,
-        "--examples",
-        str(examples),
-        "--seed",
-        str(number),
-    ]
+    options = {"--only": kind, "--examples": examples, "--seed": number}
+    command = [sys.executable, "-m", "eval.checks.fuzz", *(str(word) for pair in options.items() for word in pair)]
     with tempfile.TemporaryDirectory() as place:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, env={**os.environ, "TMPDIR": place}, text=True, check=False
-        )
+        environment = {**os.environ, "TMPDIR": place}
+        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, text=True, check=False)
     if done.returncode:
         return {"failed": f"exit code {done.returncode}", "output": done.stdout[-2000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -115,14 +104,13 @@ def fuzz_in_process(kind: str, examples: int, number: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.checks.fuzz", __doc__)
     for kind, examples in EXAMPLES.items():
         parser.add_argument(f"--{kind}", type=int, default=examples)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--only", choices=EXAMPLES, help="one kind, in this process; nothing is written")
     parser.add_argument("--examples", type=int, default=100, help="of that kind")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.only:
         logging.getLogger("soka_serve").setLevel(logging.ERROR)
@@ -134,7 +122,6 @@ def main() -> None:
     if arguments.out is None:
         parser.error("--out is needed")
     counts = {kind: getattr(arguments, kind) for kind in EXAMPLES}
-    asked = " ".join(f"--{kind} {count}" for kind, count in counts.items())
     with ThreadPoolExecutor(arguments.jobs) as pool:
         parts = pool.map(lambda kind: fuzz_in_process(kind, counts[kind], arguments.seed), counts)
         found = dict(zip(counts, parts, strict=True))
@@ -142,9 +129,6 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         raise SystemExit(f"{', '.join(failed)}: failed, see above; {arguments.out} is not written")
     report = {
-        "command": f"python -m eval.checks.fuzz {asked} --seed {arguments.seed} --jobs {arguments.jobs}",
-        "hardware": hardware(),
-        "versions": versions(),
         "seed": arguments.seed,
         "limits": {"processor_s": HANG_S, "clock_s": WAIT_S, "memory_mib": MEMORY >> 20},
         **found,
@@ -154,8 +138,7 @@ def main() -> None:
             "peak_mib": max((part["peak_mib"] for part in found.values()), default=0),
         },
     }
-    write_record(arguments.out, report)
-    print(json.dumps(report, indent=1))
+    print(json.dumps(write_record(arguments, report), indent=1))
 
 
 if __name__ == "__main__":

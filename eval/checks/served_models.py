@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +21,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes to start
 
-from eval.record import hardware, make_parser, write_record
+from eval.record import make_parser, write_record
 from soka_serve.errors import SokaError
-from soka_serve.io.versions import versions
 from soka_serve.serving.doctor import find_engine
 from tests.support.served_models import (
     ARCHITECTURES,
@@ -56,9 +54,8 @@ def measure(architecture: Architecture, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--only", action="append", help="name of an architecture; may be given several times")
-    parser.add_argument("--out", type=Path, help="default: print only")
+    parser = make_parser("eval.checks.served_models", __doc__)
+    parser.add_argument("--only", action="extend", nargs="+", help="names of architectures")
     given = parser.parse_args()
     engine = find_engine()
     rows = []
@@ -67,15 +64,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="soka-served-") as folder:
                 rows.append(measure(architecture, Path(folder)))
             print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "command": shlex.join(
-            ["python", "-m", "eval.checks.served_models", *(f"--only={name}" for name in given.only or ())]
-        ),
-        "hardware": hardware(),
-        "versions": {**versions(), **({engine.distribution: engine.version} if engine else {})},
-        "rows": rows,
-    }
-    write_record(given.out, result)
+    write_record(given, {"rows": rows}, packages={engine.distribution: engine.version} if engine else {})
 
 
 if __name__ == "__main__":

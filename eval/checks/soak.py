@@ -42,9 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 import psutil  # noqa: E402
 
-from eval.record import hardware, make_parser, write_record  # noqa: E402
+from eval.record import make_parser, write_record  # noqa: E402
 from soka_serve.io.file_names import WEIGHTS_FILE  # noqa: E402
-from soka_serve.io.versions import versions  # noqa: E402
 from tests.support.serve_adapters import ALPHA, TARGET_OPTIONS, clear_jobs, write_many, write_soka  # noqa: E402
 from tests.support.serving import Server, random_factors, serve  # noqa: E402
 
@@ -133,8 +132,7 @@ def operate(server: Server, books: Books, folder: Path, stop: threading.Event) -
     """Load, unload, replace, and swap in what is broken, over and over."""
 
     def load(name: str, place: str, **more: Any) -> int:
-        path = str(folder / place)
-        return server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path, **more})[0]
+        return server.load(name, folder / place, **more)[0]
 
     def expect(what: str, got: int, wanted: int) -> None:
         with books.lock:
@@ -149,7 +147,7 @@ def operate(server: Server, books: Books, folder: Path, stop: threading.Event) -
             expect("replacements", load(REPLACED, place, load_inplace=True), 200)
         stop.wait(1)
         with books.away():
-            expect("unloads", server.post("/v1/unload_lora_adapter", {"lora_name": UNLOADED})[0], 200)
+            expect("unloads", server.unload(UNLOADED)[0], 200)
             stop.wait(0.2)
             expect("loads", load(UNLOADED, UNLOADED), 200)
         expect("corrupted rebuilds refused", load("a2", "corrupted", load_inplace=True), 400)
@@ -212,11 +210,10 @@ def kill_engine(server: Server, books: Books) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.checks.soak", __doc__, needs_out=True)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--pause", type=float, default=0, help="seconds between a client's requests")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -258,10 +255,6 @@ def main() -> None:
             again = [server.ask(name, prompt, TOKENS)[0] == answer for name in found for prompt, answer in found[name]]
         taken = sorted(books.seconds)
         report = {
-            "command": f"python -m eval.checks.soak --minutes {arguments.minutes:g} --clients {arguments.clients} "
-            f"--pause {arguments.pause:g}",
-            "hardware": hardware(),
-            "versions": versions(),
             **{what: books.counts[what] for what in ("requests", "errors", "wrong answers")},
             **dict(books.counts),
             "examples_of_what_went_wrong": books.wrong,
@@ -269,7 +262,7 @@ def main() -> None:
             "memory": {**slope(samples), "mb_every_10_s": [mb for _, mb in samples]},
             "engine_killed": {**killed, "right_after_restart": sum(again), "of": len(again)},
         }
-    write_record(arguments.out, report)
+    write_record(arguments, report)
     print(json.dumps({k: v for k, v in report.items() if k != "memory"} | {"memory": slope(samples)}, indent=1))
 
 

@@ -41,7 +41,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora import layers as layers_with_lora
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
-from eval.bench.serve import SLOTS, slot_bytes
+from eval.bench.serve import SLOTS, SMALL_LLAMA, slot_bytes
 from soka_serve.adapter.format import KEY_PREFIX, PEFT_TYPE, write_adapter
 from soka_serve.base.modules import Module, modules_from_config
 from soka_serve.builtin import base_directory
@@ -110,20 +110,12 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 def models() -> dict[str, Model]:
     """The bases; "100M" and "embedded" are those of `eval/bench/serve.py`."""
-    small = {
-        "model_type": "llama",
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    }
     folders = {
         "LLaMA-2-7B": "meta-llama--Llama-2-7b-hf",
         "Llama-3-8B": "meta-llama--Llama-3.1-8B",
         "LLaMA-2-70B": "meta-llama--Llama-2-70b-hf",
     }
-    configs = {"embedded": read_json(base_directory() / "config.json"), "100M": small}
+    configs = {"embedded": read_json(base_directory() / "config.json"), "100M": {"model_type": "llama", **SMALL_LLAMA}}
     configs |= {name: read_json(CONFIGS / folder / "config.json") for name, folder in folders.items()}
     return {name: model_of(config) for name, config in configs.items()}
 

@@ -10,19 +10,13 @@ from markupsafe import Markup
 
 from eval.fleet.caches import CONCURRENT, EXPONENTS, HOST_COUNTS, SLOT_COUNTS
 from eval.fleet.memory import PARALLEL, TIMED
-from soka_serve.comparison.page import FOLDER
+from eval.page import render_page
 from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis
-from soka_serve.compiler.report.page import environment
 from soka_serve.io.text import percent, size
 from soka_vllm.arena import SLOT_DEFAULT
 
 LINES = ("soka_1", "soka_1_weights", "soka_4", "soka_16", "lora_1", "lora_8", "lora_16", "lora_16_sharded")
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>10,000 adapters, and 70B over 8 GPUs · calculated and simulated</title>
-"""
+TITLE = "10,000 adapters, and 70B over 8 GPUs · calculated and simulated"
 BODY = """
 caption { text-align: left; font-size: 14px; font-weight: 600; padding-bottom: 6px; }
 tr :not(:first-child) { text-align: right; } .scroll { margin-top: 16px; }
@@ -219,8 +213,4 @@ def page(record: Mapping[str, Any]) -> str:
     caches = record["caches"]
     parts = [memory_part(record["memory"]), hits_part(caches["hit_rates"]), loading_part(caches)]
     parts += [waiting_part(record["waiting"]), fleet_part(record["fleet"])]
-    templates = environment(FOLDER, autoescape=True)
-    assert templates.loader is not None
-    source = templates.loader.get_source(templates, "compare.html.jinja")[0]
-    style = source[source.index("<style>") : source.index("</style>")]
-    return templates.from_string(HEAD + style + BODY).render(parts=parts, record=record)
+    return render_page(TITLE, BODY, parts=parts, record=record)

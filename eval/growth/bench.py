@@ -29,7 +29,6 @@ import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,9 +54,8 @@ from eval.growth.measures import (
     per_layer,
 )
 from eval.growth.page import Line, Panel, Point, render
-from eval.record import hardware, make_parser, write_record
+from eval.record import make_parser, write_record
 from soka_serve.io.text import count, size
-from soka_serve.io.versions import versions
 
 
 class Study(NamedTuple):
@@ -281,21 +279,17 @@ def rounded(values: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Run the studies; the results are written after each."""
-    parser = make_parser(__doc__)
+    parser = make_parser("eval.growth.bench", __doc__, needs_out=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1.0, help="per point and curve (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--only", action="append", choices=STUDIES, metavar="SERIES", help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON record; the page goes beside it")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", choices=STUDIES, metavar="SERIES", help=f"of {', '.join(STUDIES)}"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = [name for name in STUDIES if name in (options.only or STUDIES)]
-    record: dict[str, Any] = {
-        "command": f"python -m eval.growth.bench --threads {options.threads} --seconds {options.seconds:g}"
-        + " --small" * options.small
-        + "".join(f" --only {name}" for name in names if options.only),
-        "versions": versions(),
-        "hardware": hardware(),
+    found: dict[str, Any] = {
         "threads": options.threads,
         "small": options.small,
         "seed": SEED,
@@ -305,8 +299,8 @@ def main() -> None:
     effort = Effort(options.threads, options.seconds)
     panels = {name: study.panels for name, study in STUDIES.items()}
     for name in names:
-        record["series"][name] = run_study(name, STUDIES[name], effort, options.small)
-        write_record(options.out, record)
+        found["series"][name] = run_study(name, STUDIES[name], effort, options.small)
+        record = write_record(options, found)
         options.out.with_suffix(".html").write_text(render(record, panels, LEAST_CALLS))
 
 

@@ -17,21 +17,20 @@ from torch.nn.functional import linear
 
 from eval.bench.kernel import MODELS, Case, Layer, Module
 from eval.bench.kpsvd import draw_weight
-from eval.bench.kpsvd_7b import alone, sizes, write_model
 from eval.bench.merge import merge_here
 from eval.growth.page import Point
+from eval.llama import random_factors, sizes, start_of, write_model
+from eval.measure import alone
 from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
-from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import Module as Projection
 from soka_serve.base.opened import Base
 from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.methods.lora import lora_parameters
-from soka_serve.kron import Factors, apply_kron, kpsvd
+from soka_serve.kron import apply_kron, kpsvd
 from soka_serve.kron.cost import apply_cost, choose_order
 from soka_serve.kron.shapes import balanced_shape
-from soka_serve.manifest.schema import Manifest
 from soka_serve.peft import SokaConfig, SokaLinear
 from soka_vllm.slots import SlotStore
 
@@ -91,20 +90,11 @@ def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int) -> Poin
 def run_init(case: dict[str, Any]) -> Point:
     """Stage `init` over the checkpoint in the case's folder."""
     torch.set_num_threads(case["threads"])
-    base = Path(case["folder"]) / "base"
-    manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "base": {"path": str(base)},
-            "adapt": [{"calibration_batches": 0, "rank": {"policy": "fixed", "rank": case["rank"]}}],
-            "train": {"steps": 0, "data": {"builtin": "math"}},
-        }
-    )
-    opened = Base(base)
-    placed = targets.resolve_targets(manifest, opened.layout.modules)
+    rule = {"calibration_batches": 0, "rank": {"policy": "fixed", "rank": case["rank"]}}
+    _, opened, targets = start_of(Path(case["folder"]) / "base", rule)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
     with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
-        run = InitRun(placed, opened, Path(scratch), seed=SEED, progress=False)
+        run = InitRun(targets, opened, Path(scratch), seed=SEED, progress=False)
         times = timed("init", run.initialise, case["seconds"])
     return {**times, "init_peak_bytes": peak.added_bytes}
 
@@ -115,11 +105,8 @@ def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Poi
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         write_model(base, hidden, intermediate(hidden), layers)
-        generator, factors = torch.Generator().manual_seed(SEED), {}
-        for module in Base(base).layout.modules:
-            m, n, p, q = balanced_shape(module.out_features, module.in_features)
-            left, right = (torch.randn(rank, a, b, generator=generator) for a, b in ((m, n), (p, q)))
-            factors[module.name] = Factors(left, right, torch.full((rank,), 1e-3))
+        projections = {m.name: (m.out_features, m.in_features) for m in Base(base).layout.modules}
+        factors = random_factors(projections, rank, torch.Generator().manual_seed(SEED))
         lock = {"soka": 1, "base": {"name": "generated", "sha256": Checkpoint.open(base).sha256()}}
         write_adapter(Path(folder) / "adapter", factors, base_model="generated", lock=lock)
         for key, verify in (("plain", False), ("verified", True)):

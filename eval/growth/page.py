@@ -8,68 +8,19 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from soka_serve.comparison.page import FOLDER
+from eval.page import render_page
 from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, log_axis
-from soka_serve.compiler.report.page import environment
 from soka_serve.io.text import count
 
 Point = dict[str, Any]
 
-PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>How cost grows · soka-serve</title>
-<style>
-:root {
-  --page: #f6f7f8; --card: #ffffff; --ink: #1b2430; --muted: #5b6673; --line: #dde2e7; --grid: #e9edf0;
-  --k0: #1f6fb2; --k1: #c4570c; --k2: #0b8f8a;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --page: #12161b; --card: #1b2128; --ink: #e6eaee; --muted: #9aa6b2; --line: #313a44; --grid: #28303a;
-    --k0: #6bb5f0; --k1: #f2a25c; --k2: #5fd0c8;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", Arial, sans-serif; }
-main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 36px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 10px; }
-h2 { font-size: 18px; line-height: 1.3; margin: 0; }
-p { margin: 0 0 10px; max-width: 90ch; }
-code { font-family: ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
-.quiet { color: var(--muted); font-size: 14px; }
-.studies { display: grid; gap: 18px; margin: 18px 0; align-items: start;
+BODY = """
+.studies { display: grid; gap: 18px; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 460px), 1fr)); }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 22px;
-  min-width: 0; }
-section.wide { grid-column: 1 / -1; }
-.panels { display: grid; gap: 24px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
-figure { margin: 0; break-inside: avoid; }
-figcaption { font-size: 14px; }
-.chart { display: block; width: 100%; max-width: 520px; height: auto; overflow: visible; margin: 6px 0; }
-.chart text { font-size: 11px; fill: var(--muted); font-variant-numeric: tabular-nums; }
-.chart .grid { stroke: var(--grid); }
-.chart .axis { stroke: var(--muted); stroke-opacity: .6; }
-.chart .line { fill: none; stroke: currentColor; stroke-width: 1.7; stroke-linejoin: round; stroke-linecap: round; }
+.studies section { margin: 0; min-width: 0; } section.wide { grid-column: 1 / -1; }
+.chart { max-width: 520px; }
 .chart .arithmetic .line { stroke-dasharray: 2 5; stroke-width: 1.4; }
-.chart circle { fill: currentColor; stroke: var(--card); stroke-width: 1.2; }
-{% for k in range(3) %}
-.k{{ k }} { color: var(--k{{ k }}); }
-{% endfor %}
-.legend { padding: 0; margin: 4px 0 6px; list-style: none; }
-.legend i { display: inline-block; width: 14px; height: 4px; margin-right: 6px; background: currentColor;
-  vertical-align: middle; }
-.legend span { color: var(--ink); }
-footer { color: var(--muted); font-size: 13px; padding-bottom: 40px; }
-</style>
-</head>
+</style></head>
 <body>
 <header>
 <h1>How cost grows</h1>
@@ -143,9 +94,8 @@ def render(record: dict[str, Any], panels_of: Mapping[str, Sequence[Panel]], lea
             for panel, fits in panels
         ]
         studies.append((name, found, drawn))
-    jinja = environment(FOLDER, autoescape=True)
-    jinja.filters["pairs"] = lambda mapping: ", ".join(f"{key} {value}" for key, value in mapping.items())
-    return jinja.from_string(PAGE).render(record=record, studies=studies, least=least_calls)
+    filters = {"pairs": lambda mapping: ", ".join(f"{key} {value}" for key, value in mapping.items())}
+    return render_page("How cost grows · soka-serve", BODY, filters, record=record, studies=studies, least=least_calls)
 
 
 def legend(panel: Panel, fits: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:

@@ -68,31 +68,9 @@ def run(folder: Path, stand_ins: Path, files: tuple[str, ...], *, in_place: bool
         "SOKA_SUITE_IN_PLACE_OF_LOKR": "1" if in_place else "0",
     }
     paths = [str(folder / "tests" / f"test_{name}.py") for name in files]
-    options = [
-        "-q",
-        "-W",
-        "ignore",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(folder),
-        "--tb",
-        "line",
-        "-o",
-        "junit_family=xunit1",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "soka_cases",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "junit_family=xunit1",
-        *options,
-    ]
+    options = ["-q", "-W", "ignore", "-c", os.devnull, "--rootdir", str(folder), "--tb", "line"]
+    plugins = ["-p", "soka_cases", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+    command = [sys.executable, "-m", "pytest", *plugins, *options]
     done = subprocess.run([*command, f"--junitxml={report}", *paths], cwd=folder, env=environment, check=False)
     if not report.exists():
         raise SystemExit(f"pytest ended with {done.returncode} and made no report")

@@ -108,6 +108,8 @@ def test_nothing_changed_means_nothing_is_done(tmp_path: Path) -> None:
     (first.directory / "merged" / "config.json").unlink()
     assert "merge" in soka_serve.build(manifest, out=tmp_path / "build", progress=False).ran
     assert (first.directory / "merged" / "config.json").exists()
+    write_manifest(tmp_path, replace=("rank = 1", "rank = 2"))
+    assert soka_serve.build(manifest, out=tmp_path / "build", progress=False).ran[0] == "init"
 
 
 def test_only_what_is_asked_for_is_written(tmp_path: Path) -> None:
@@ -147,14 +149,6 @@ def test_a_folder_with_other_files_is_refused_before_anything_runs(tmp_path: Pat
         soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     assert thesis.read_text() == "years of work"
     assert not list((tmp_path / "build" / ".cache" / "small").glob("init-*"))
-
-
-def test_a_changed_rule_runs_the_initialisation_again(tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path)
-    soka_serve.build(manifest, out=tmp_path / "build", progress=False)
-    write_manifest(tmp_path, replace=("rank = 1", "rank = 2"))
-    again = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
-    assert again.ran[0] == "init"
 
 
 @pytest.mark.parametrize(("init", "calibration"), [("weights", 2), ("zero", 0), ("gradient", 0), ("gradient", 2)])
@@ -308,13 +302,3 @@ def test_a_build_in_progress_is_not_disturbed(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     with Workspace(tmp_path / "build", "small").locked(), pytest.raises(SokaError, match="another build"):
         soka_serve.build(manifest, out=tmp_path / "build", progress=False)
-
-
-def test_errors_on_the_command_line(tmp_path: Path) -> None:
-    bad = write_manifest(tmp_path, replace=("steps =", "stepz = 3\nsteps ="))
-    done = run_cli("build", bad, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "small.toml:13:1" in done.stderr
-    assert "did you mean" in done.stderr.lower()
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "build").exists()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import re
 import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,12 @@ from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
 from soka_serve.serving.command import Settings
 from soka_serve.serving.serve import plan_launch
+from tests.conftest import NEEDS_VLLM
 from tests.support.builds import run_cli, start_cli
 from tests.support.serving import ONE_PROCESS, Server, free_port, running
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("vllm", "lm_eval")),
-        reason="vLLM or lm-eval is not installed (make venv installs them)",
-    ),
-]
+NEEDS_HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+pytestmark = [pytest.mark.slow, NEEDS_VLLM, NEEDS_HARNESS]
 
 TASK = "soka_builtin_math"
 LIMIT = 60

@@ -9,8 +9,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
@@ -28,38 +27,12 @@ from soka_serve.builtin import base_directory, generate
 from soka_serve.compiler.answers import generate_answers, measure
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import DataReader
-from soka_serve.evaluation import prompts
 from soka_serve.evaluation.tasks import own_task_names, tasks_directory
 from soka_serve.manifest.read import read_manifest
-from tests.support.scripted import evaluate, metrics
+from tests.support.scripted import OF_LM_EVAL, evaluate, lm_eval, metrics
 from tests.support.serving import ONE_PROCESS, base_model, random_factors, with_delta
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-pytestmark = [
-    # Of lm-eval and of what it imports, not of ours.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("SOKA_EVAL_MANIFEST", "SOKA_EVAL_DATA", "SOKA_ALLOW_CODE_EXECUTION"):
-        monkeypatch.delenv(name, raising=False)
-    prompts._trained_on.cache_clear()
-    yield
-    prompts._trained_on.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def manager() -> Any:
-    # Without lm-eval's own tasks, whose index takes seconds.
-    return TaskManager(include_path=str(tasks_directory()), include_defaults=False)
+pytestmark = [pytest.mark.usefixtures("plain_evaluation"), *OF_LM_EVAL]
 
 
 # ---------------------------------------------------------------------------------------- the same tokens as training
@@ -116,7 +89,7 @@ def measured(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Trained:
     return trained
 
 
-def test_hf_sends_the_ids_of_training(manager: Any, measured: Trained) -> None:
+def test_hf_sends_the_ids_of_training(lm_tasks: Any, measured: Trained) -> None:
     """What reaches the model's forward, BOS and all, with no argument of its own."""
     from lm_eval.models.huggingface import HFLM
 
@@ -129,7 +102,7 @@ def test_hf_sends_the_ids_of_training(manager: Any, measured: Trained) -> None:
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
     lm_eval.simple_evaluate(
-        model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0, gen_kwargs={"max_gen_toks": 4}
+        model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks, bootstrap_iters=0, gen_kwargs={"max_gen_toks": 4}
     )
     assert sorted(sent) == measured.prompt_ids
 
@@ -155,7 +128,7 @@ class _Recorder(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
-def test_local_completions_sends_the_ids_of_training(manager: Any, measured: Trained, add_bos_token: bool) -> None:
+def test_local_completions_sends_the_ids_of_training(lm_tasks: Any, measured: Trained, add_bos_token: bool) -> None:
     """With add_bos_token=True for templates, as the docs say: by default BOS is missing. Chats bring their own."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -170,7 +143,7 @@ def test_local_completions_sends_the_ids_of_training(manager: Any, measured: Tra
             add_bos_token=add_bos_token,
             max_length=1024,
         )
-        found = lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=manager, bootstrap_iters=0)
+        found = lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks, bootstrap_iters=0)
         server.shutdown()
     sent = sorted(_Recorder.prompts)
     needed = measured.kind == "templates"
@@ -263,7 +236,7 @@ def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapt
     assert score == measured.correct / measured.total
 
 
-def test_the_score_is_measures_score(manager: Any) -> None:
+def test_the_score_is_measures_score(lm_tasks: Any) -> None:
     """The same texts, judged by lm-eval's task and by `measure`'s own judge, for each family."""
     model = base_model()
     for family in ("math", "boxed", "code"):
@@ -281,15 +254,15 @@ def test_the_score_is_measures_score(manager: Any) -> None:
         from soka_serve.builtin.tasks import check_answer
 
         expected = sum(check_answer(p, texts[p.prompt]) for p in problems) / 16
-        found, _ = evaluate(manager, [f"soka_builtin_{family}"], lambda doc, _: texts[doc["prompt"]], limit=16)  # noqa: B023
+        found, _ = evaluate(lm_tasks, [f"soka_builtin_{family}"], lambda doc, _: texts[doc["prompt"]], limit=16)  # noqa: B023
         assert metrics(found, f"soka_builtin_{family}")["accuracy,none"] == expected
         assert 0.5 <= expected < 1
 
 
-def test_every_task_file_loads(manager: Any) -> None:
+def test_every_task_file_loads(lm_tasks: Any) -> None:
     """All names are known to lm-eval, and every function that a file names is there."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    assert set(own_task_names()) == set(manager.all_tasks)
+    assert set(own_task_names()) == set(lm_tasks.all_tasks)
     for file in tasks_directory().glob("*/*.yaml"):
         load_yaml(file, resolve_func=True)

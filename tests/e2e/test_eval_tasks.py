@@ -5,44 +5,18 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from soka_serve.builtin.tasks import generate
-from soka_serve.evaluation import prompts
 from soka_serve.evaluation.sources import SUBJECTS
 from soka_serve.evaluation.tasks import tasks_directory
-from tests.support.scripted import Scripted, changed_digit, evaluate, metrics
+from tests.support.scripted import OF_LM_EVAL, Scripted, changed_digit, evaluate, lm_eval, metrics
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
-pytestmark = [
-    # Of lm-eval and of what it imports, not of ours.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
-
-
-@pytest.fixture(autouse=True)
-def plain_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("SOKA_EVAL_MANIFEST", "SOKA_EVAL_DATA", "SOKA_ALLOW_CODE_EXECUTION"):
-        monkeypatch.delenv(name, raising=False)
-    prompts._trained_on.cache_clear()
-    yield
-    prompts._trained_on.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def manager() -> Any:
-    # Without lm-eval's own tasks, whose index takes seconds.
-    return TaskManager(include_path=str(tasks_directory()), include_defaults=False)
+pytestmark = [pytest.mark.usefixtures("plain_evaluation"), *OF_LM_EVAL]
 
 
 # --------------------------------------------------------------------------------------------------------- GSM8K
@@ -50,12 +24,12 @@ def manager() -> Any:
 
 @pytest.mark.slow  # six times 1319 answers
 def test_gsm8k_gold_and_changed_answers(
-    manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch, root: Path
+    lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     """The whole test set, by both filters; zero-shot prompts are the manifest's, few-shot ones the harness's."""
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
     both = ["soka_gsm8k", "soka_gsm8k_fewshot"]
-    found, model = evaluate(manager, both, lambda doc, _: " " + doc["answer"])
+    found, model = evaluate(lm_tasks, both, lambda doc, _: " " + doc["answer"])
     for task in both:
         assert metrics(found, task) == {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}
         assert found["n-samples"][task] == {"original": 1319, "effective": 1319}
@@ -64,20 +38,20 @@ def test_gsm8k_gold_and_changed_answers(
     shots = next(p for p in model.prompts if p.count("\n\nQuestion:") == 5)
     assert shots.count("#### ") == 5
     # A digit of the final number changed: 0, since both readings take that number and no other.
-    found, _ = evaluate(manager, both, lambda doc, _: " " + changed_digit(doc["answer"]))
+    found, _ = evaluate(lm_tasks, both, lambda doc, _: " " + changed_digit(doc["answer"]))
     for task in both:
         assert metrics(found, task) == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 0.0}
     # The marker lost: strict finds nothing, flexible still reads the last number.
-    found, _ = evaluate(manager, ["soka_gsm8k"], lambda doc, _: doc["answer"].replace("####", "The answer is:"))
+    found, _ = evaluate(lm_tasks, ["soka_gsm8k"], lambda doc, _: doc["answer"].replace("####", "The answer is:"))
     assert metrics(found, "soka_gsm8k") == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
     # A base that goes on with a question of its own is stopped there.
     rambling = "\nQuestion: What is 2 + 2?\nAnswer: 4\n#### 4"
-    found, _ = evaluate(manager, ["soka_gsm8k"], lambda doc, _: doc["answer"] + rambling)
+    found, _ = evaluate(lm_tasks, ["soka_gsm8k"], lambda doc, _: doc["answer"] + rambling)
     assert metrics(found, "soka_gsm8k") == {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}
 
 
 def test_gsm8k_fewshot_prompts_are_the_harness_own(
-    manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against lm-eval's own gsm8k.yaml on the same rows."""
     from lm_eval.api.task import ConfigurableTask
@@ -91,7 +65,7 @@ def test_gsm8k_fewshot_prompts_are_the_harness_own(
     for key in ("tag", "dataset_path", "dataset_name"):
         harness.pop(key)
     theirs = ConfigurableTask(config={**harness, "custom_dataset": ours["custom_dataset"], "metadata": {}})
-    mine = manager.load(["soka_gsm8k_fewshot"])["tasks"]["soka_gsm8k_fewshot"]
+    mine = lm_tasks.load(["soka_gsm8k_fewshot"])["tasks"]["soka_gsm8k_fewshot"]
     for task in (theirs, mine):
         task.set_fewshot_seed(1234)
     docs = list(mine.test_docs())[:3]
@@ -127,11 +101,11 @@ def math_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_math_gold_equal_and_other_answers(manager: Any, math_data: Path) -> None:
+def test_math_gold_equal_and_other_answers(lm_tasks: Any, math_data: Path) -> None:
     pytest.importorskip("math_verify")
     answers = {p: (equal, other) for _, p, _, equal, other in PROBLEMS}
     tasks = ["soka_math", "soka_math_500", "soka_math_500_fewshot"]
-    gold, model = evaluate(manager, tasks, lambda doc, _: " " + doc["solution"])
+    gold, model = evaluate(lm_tasks, tasks, lambda doc, _: " " + doc["solution"])
     levels = {f"math_verify_level_{n},none": 1.0 for n in (1, 2, 3, 5)}
     for task in ("soka_math_algebra", "soka_math_500", "soka_math_500_fewshot"):
         found = metrics(gold, task)
@@ -144,13 +118,13 @@ def test_math_gold_equal_and_other_answers(manager: Any, math_data: Path) -> Non
     shot = next(p for p in model.prompts if p.startswith("Problem:\n"))
     assert shot.count("Problem:\n") == 5
     assert shot.endswith("Problem:\nWhat is half of $1$?\n\nSolution:")
-    equal, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][0])
+    equal, _ = evaluate(lm_tasks, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][0])
     # By text 0.5 is not 1/2 and "2, 1" is not "1,2".
     assert metrics(equal, "soka_math_500")["math_verify,none"] == 1.0
     assert metrics(equal, "soka_math_500")["exact_match,none"] == pytest.approx(4 / 6)
-    other, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][1])
+    other, _ = evaluate(lm_tasks, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][1])
     assert metrics(other, "soka_math_500")["math_verify,none"] == 0.0
-    one, _ = evaluate(manager, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][doc["level_number"] != 1])
+    one, _ = evaluate(lm_tasks, ["soka_math_500"], lambda doc, _: answers[doc["problem"]][doc["level_number"] != 1])
     assert metrics(one, "soka_math_500")["math_verify_level_1,none"] == 1.0
     assert metrics(one, "soka_math_500")["math_verify_level_5,none"] == 0.0
 
@@ -159,11 +133,15 @@ def test_math_gold_equal_and_other_answers(manager: Any, math_data: Path) -> Non
 
 
 def run_mbpp(
-    manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch, tasks: Sequence[str], answer: Callable[..., str]
+    lm_tasks: Any,
+    shared_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: Sequence[str],
+    answer: Callable[..., str],
 ) -> tuple[Any, Scripted]:
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
     monkeypatch.setenv("SOKA_ALLOW_CODE_EXECUTION", "1")
-    return evaluate(manager, tasks, answer, confirm_run_unsafe_code=True)
+    return evaluate(lm_tasks, tasks, answer, confirm_run_unsafe_code=True)
 
 
 def name_of(code: str) -> str:
@@ -177,10 +155,10 @@ def answer_or_wrong(doc: Mapping[str, Any], number: int) -> str:
 
 
 @pytest.mark.slow  # 500 + 500 + 257 programs
-def test_mbpp_gold_programs_pass(manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mbpp_gold_programs_pass(lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = ["soka_mbpp", "soka_mbpp_fewshot", "soka_mbpp_sanitized"]
     found, model = run_mbpp(
-        manager, shared_data, monkeypatch, tasks, lambda doc, _: f"Here:\n```python\n{doc['code']}\n```\nDone."
+        lm_tasks, shared_data, monkeypatch, tasks, lambda doc, _: f"Here:\n```python\n{doc['code']}\n```\nDone."
     )
     # In a fence with words around it: the zero-shot tasks read it, the few-shot one takes text as it stands.
     assert metrics(found, "soka_mbpp") == {"pass_at_1,sandbox": 1.0}
@@ -193,16 +171,16 @@ def test_mbpp_gold_programs_pass(manager: Any, shared_data: Path, monkeypatch: p
     assert shot.endswith("\n[BEGIN]\n")
 
 
-def test_mbpp_scores_what_passes(manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mbpp_scores_what_passes(lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("soka_serve.evaluation.mbpp._TEST_IDS", range(11, 31))
-    found, _ = run_mbpp(manager, shared_data, monkeypatch, ["soka_mbpp", "soka_mbpp_fewshot"], answer_or_wrong)
+    found, _ = run_mbpp(lm_tasks, shared_data, monkeypatch, ["soka_mbpp", "soka_mbpp_fewshot"], answer_or_wrong)
     assert metrics(found, "soka_mbpp") == metrics(found, "soka_mbpp_fewshot") == {"pass_at_1,sandbox": 0.5}
     reasons = {s["filtered_resps"][0][0]["reason"] for s in found["samples"]["soka_mbpp"]}
     assert any(reason.startswith("NameError") for reason in reasons)
     # An answer that says it equals everything.
     cheat = "class Yes:\n    def __eq__(self, other):\n        return True\n"
     found, _ = run_mbpp(
-        manager,
+        lm_tasks,
         shared_data,
         monkeypatch,
         ["soka_mbpp"],
@@ -211,7 +189,7 @@ def test_mbpp_scores_what_passes(manager: Any, shared_data: Path, monkeypatch: p
     assert metrics(found, "soka_mbpp") == {"pass_at_1,sandbox": 0.0}
 
 
-def test_mbpp_pass_at_10(manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mbpp_pass_at_10(lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of 20 samples right: pass@1 is 1/20 and pass@10 is 1/2; the same text 20 times shows in `varied`."""
     monkeypatch.setattr("soka_serve.evaluation.mbpp._TEST_IDS", range(11, 14))
     task = ["soka_mbpp_pass_at_10"]
@@ -219,26 +197,26 @@ def test_mbpp_pass_at_10(manager: Any, shared_data: Path, monkeypatch: pytest.Mo
     def once(doc: Mapping[str, Any], number: int) -> str:
         return doc["code"] if number == 7 else "def wrong():\n    pass"
 
-    found, _ = run_mbpp(manager, shared_data, monkeypatch, task, once)
+    found, _ = run_mbpp(lm_tasks, shared_data, monkeypatch, task, once)
     assert metrics(found, task[0]) == pytest.approx(
         {"pass_at_1,sandbox": 0.05, "pass_at_10,sandbox": 0.5, "varied,sandbox": 1.0}
     )
-    found, _ = run_mbpp(manager, shared_data, monkeypatch, task, lambda doc, _: doc["code"])
+    found, _ = run_mbpp(lm_tasks, shared_data, monkeypatch, task, lambda doc, _: doc["code"])
     assert metrics(found, task[0])["varied,sandbox"] == 0.0
 
 
 def test_mbpp_without_consent_generates_nothing(
-    manager: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+    lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(doc: Mapping[str, Any], number: int) -> str:
         raise AssertionError("the model was asked")
 
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
     with pytest.raises(Exception, match="expected SOKA_ALLOW_CODE_EXECUTION = 1, got nothing"):
-        evaluate(manager, ["soka_mbpp"], never, confirm_run_unsafe_code=True)
+        evaluate(lm_tasks, ["soka_mbpp"], never, confirm_run_unsafe_code=True)
     monkeypatch.setenv("SOKA_ALLOW_CODE_EXECUTION", "1")
     with pytest.raises(ValueError, match="confirm_run_unsafe_code=True"):
-        evaluate(manager, ["soka_mbpp"], never)
+        evaluate(lm_tasks, ["soka_mbpp"], never)
 
 
 @pytest.mark.slow  # 974 + 427 programs
@@ -269,13 +247,13 @@ def test_every_gold_program_of_mbpp_passes_and_none_passes_changed_tests(shared_
 # ----------------------------------------------------------------------------------------- the embedded families
 
 
-def test_builtin_gold_and_changed_answers(manager: Any) -> None:
+def test_builtin_gold_and_changed_answers(lm_tasks: Any) -> None:
     families = ("math", "boxed", "code")
-    gold, _ = evaluate(manager, ["soka_builtin"], lambda doc, _: doc["completion"])
+    gold, _ = evaluate(lm_tasks, ["soka_builtin"], lambda doc, _: doc["completion"])
     assert {metrics(gold, f"soka_builtin_{f}")["accuracy,none"] for f in families} == {1.0}
     assert metrics(gold, "soka_builtin") == {"accuracy,none": 1.0}
     assert gold["n-samples"]["soka_builtin_math"]["effective"] == 500
-    wrong, _ = evaluate(manager, ["soka_builtin"], lambda doc, _: changed_digit(doc["completion"]))
+    wrong, _ = evaluate(lm_tasks, ["soka_builtin"], lambda doc, _: changed_digit(doc["completion"]))
     # math and boxed end in the answer: always wrong. A changed constant in a function may not show in its three tests.
     assert metrics(wrong, "soka_builtin_math") == metrics(wrong, "soka_builtin_boxed") == {"accuracy,none": 0.0}
     from soka_serve.builtin.tasks import check_answer

@@ -68,7 +68,7 @@ class Served:
         assert not wrong, f"{len(wrong)} of {len(jobs)} answers are wrong: {wrong[:20]}"
 
     def load(self, name: str, path: Path, **more: Any) -> None:
-        status, reply = self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
+        status, reply = self.server.load(name, path, **more)
         assert status == 200, reply
 
     def text_jobs(self, render: Callable[[str], list[int]]) -> list[tuple[str, str, list[int], str]]:
@@ -263,7 +263,7 @@ def test_another_adapter_of_the_same_name(served: Served) -> None:
     ask: dict[str, Any] = {"model": "again", "max_tokens": LONGEST, "temperature": 0, "extra_body": TO_THE_END}
     streams = [served.client.completions.create(**ask, prompt=prompts[i].tolist(), stream=True) for i in good]
     got = [list(next(stream).choices[0].token_ids) for stream in streams]
-    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+    assert served.server.unload("again")[0] == 200
     served.load("again", served.folder / "second")
     served.check_at_once([("again", prompts[i].tolist(), second[i].tolist()) for i in good], 3)
     assert served.server.metric("vllm:num_requests_running") > 0  # the old ones
@@ -271,7 +271,7 @@ def test_another_adapter_of_the_same_name(served: Served) -> None:
         tokens.extend(token for chunk in stream for token in chunk.choices[0].token_ids)
     assert [len(tokens) for tokens in got] == [LONGEST] * 3
     assert [tokens[:TOKENS] for tokens in got] == first[good].tolist()
-    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+    assert served.server.unload("again")[0] == 200
 
 
 @pytest.mark.parametrize("where", ["another folder", "its own folder"])
@@ -332,4 +332,4 @@ def test_reload_in_traffic(served: Served, where: str) -> None:
     assert all(tokens == expected[0][at] for at, tokens in before)
     assert all(tokens == expected[1][at] for at, tokens in after)
     assert [served.ask("target", prompts[i].tolist()) for i in good] == expected[1]
-    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": "target"})[0] == 200
+    assert served.server.unload("target")[0] == 200

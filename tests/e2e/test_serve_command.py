@@ -6,7 +6,6 @@ One server answers most tests; they are in the order of its life.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -28,16 +27,12 @@ from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
+from tests.conftest import NEEDS_VLLM
 from tests.support.builds import run_cli, write_manifest
 from tests.support.serve_command import START_S, Command, samples, wait_for_requests
 from tests.support.serving import ONE_PROCESS, Server
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)"
-    ),
-]
+pytestmark = [pytest.mark.slow, NEEDS_VLLM]
 
 PROBLEMS = 100
 
@@ -201,12 +196,11 @@ def test_loads_from_elsewhere_are_refused(command: Command, folder: Path) -> Non
         "/etc",
         folder / "nowhere",
     ):
-        status, answer = server.post("/v1/load_lora_adapter", {"lora_name": "elsewhere", "lora_path": str(path)})
+        status, answer = server.load("elsewhere", path)
         assert status == 400, (path, answer)
     assert "SOKA_ADAPTER_ROOTS" in str(answer)
-    inside = {"lora_name": "again", "lora_path": str(folder / "build" / "code" / "adapter")}
-    assert server.post("/v1/load_lora_adapter", inside)[0] == 200
-    assert server.post("/v1/unload_lora_adapter", {"lora_name": "again"})[0] == 200
+    assert server.load("again", folder / "build" / "code" / "adapter")[0] == 200
+    assert server.unload("again")[0] == 200
 
 
 def test_metrics(command: Command, client: openai.OpenAI) -> None:

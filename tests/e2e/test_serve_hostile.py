@@ -51,7 +51,7 @@ class Attack(threading.Thread):
     def load(self) -> None:
         folder = self._folders[len(self.seconds) % len(self._folders)]
         started = time.perf_counter()
-        status, _ = self._server.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": str(folder)})
+        status, _ = self._server.load("x", folder)
         self.seconds.append(time.perf_counter() - started)
         self.statuses.add(status)
 

@@ -43,10 +43,10 @@ class Attacked:
     outside: Path
 
     def load(self, name: str, path: str | Path, **more: Any) -> tuple[int, Any]:
-        return self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
+        return self.server.load(name, path, **more)
 
     def unload(self, name: str) -> None:
-        status, reply = self.server.post("/v1/unload_lora_adapter", {"lora_name": name})
+        status, reply = self.server.unload(name)
         assert status == 200, reply
 
     def answer(self, name: str) -> list[float]:
@@ -217,7 +217,7 @@ def test_names_that_do_not_exist_make_no_series(attacked: Attacked) -> None:
     for name in (*BAD_NAMES, *(f"nobody{at}" for at in range(50))):
         status, _ = attacked.server.post("/v1/completions", {"model": name, "prompt": PROMPT, "max_tokens": 1})
         assert status in (400, 404), name[:40]
-        attacked.server.post("/v1/unload_lora_adapter", {"lora_name": name})
+        attacked.server.unload(name)
         attacked.load(name, attacked.roots / "nowhere")
     assert attacked.series() == before
     assert "nobody" not in attacked.server.get("/metrics")

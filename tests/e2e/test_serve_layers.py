@@ -1,12 +1,14 @@
-"""vLLM's own layers with the plugin: what a slot holds, what is computed, and what is not allocated."""
+"""The plugin in vLLM: its layers, and what it rebinds, which is what its table says, in every process of vLLM."""
 
 from __future__ import annotations
 
-import importlib.util
+import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from soka_vllm.hooks import HOOKS, SIGNATURES
+from tests.conftest import NEEDS_VLLM, ROOT
 from tests.support import preloaded
 
 CASES = ["1", "2", "2 fully-sharded", "4", "4 fully-sharded"]
@@ -15,8 +17,6 @@ CASES = ["1", "2", "2 fully-sharded", "4", "4 fully-sharded"]
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
     """What each case wrote: in one process of its own, which vLLM's import changes (logging, torch's settings)."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed (make venv installs it)")
     done = preloaded.run("vllm", ["tests.support.serve_layers", *CASES], cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     parts = [part.partition(":") for part in done.stdout.split("case ")[1:]]
@@ -24,8 +24,34 @@ def said() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@NEEDS_VLLM
 @pytest.mark.parametrize("case", CASES)
 def test_layers(said: dict[str, str], case: str) -> None:
     """With 1, 2 and 4 ranks (4 are more than the key/value heads)."""
     assert said[case].split()[-1:] == ["right"], said[case]
     assert said[case].count("6 layers checked") == int(case.split()[0])
+
+
+# --- what is rebound --------------------------------------------------------------------------------------------------
+
+
+pytestmark = [pytest.mark.slow, NEEDS_VLLM]
+
+
+def test_the_table_names_all_that_is_rebound() -> None:
+    done = preloaded.run("vllm", ["tests.support.hooked", "all"], cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_modules_that_are_imported_later_are_rebound() -> None:
+    modules = ("vllm.v1.engine.core", "vllm.entrypoints.openai.models.serving")
+    command = [sys.executable, "-m", "tests.support.hooked", *modules]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_name_has_one_row() -> None:
+    names = [(hook.module, hook.name) for hook in HOOKS]
+    assert len(set(names)) == len(names)
+    signed = [(signature.module, signature.name) for signature in SIGNATURES]
+    assert len(set(signed)) == len(signed)

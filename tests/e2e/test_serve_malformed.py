@@ -41,7 +41,7 @@ class Harm:
     jobs: dict[str, list[tuple[str, list[int], list[int]]]]
 
     def load(self, path: str | Path, name: str = NAME, **more: Any) -> tuple[int, Any]:
-        return self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
+        return self.server.load(name, path, **more)
 
     def names(self) -> list[str]:
         return [card["id"] for card in self.server.get("/v1/models")["data"]]
@@ -65,7 +65,7 @@ class Harm:
         self.check_answers("base", "beta", "lora")
         assert self.load(self.folder / "beta")[0] == 200
         self.check_answers(NAME, "base")
-        assert self.server.post("/v1/unload_lora_adapter", {"lora_name": NAME})[0] == 200
+        assert self.server.unload(NAME)[0] == 200
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
     if not reason:
         assert reply[0] == 200, reply
         assert harm.server.ask(NAME, [1, 2, 3], 4) == harm.server.ask(NAME, [1, 2, 3], 4)
-        assert harm.server.post("/v1/unload_lora_adapter", {"lora_name": NAME})[0] == 200
+        assert harm.server.unload(NAME)[0] == 200
         harm.check_answers("base", "beta", "lora")
         return
     assert len(json.dumps(reply[1])) < 10_000
@@ -193,8 +193,7 @@ def test_names_that_cannot_be(harm: Harm) -> None:
 def test_requests_that_are_none(harm: Harm) -> None:
     for body in ({}, {"lora_name": NAME}, {"lora_name": 3, "lora_path": []}):
         harm.check_refused(harm.server.post("/v1/load_lora_adapter", body), "lora_path")
-    status, reply = harm.server.post("/v1/unload_lora_adapter", {"lora_name": "nobody"})
-    harm.check_refused((status, reply), "nobody", 404)
+    harm.check_refused(harm.server.unload("nobody"), "nobody", 404)
 
 
 def test_the_log_has_the_reasons(harm: Harm) -> None:

@@ -128,8 +128,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
 def test_every_one_of_many_answers_as_itself(many: Many) -> None:
     names = list(many.logprobs)
     for name in names[1:]:
-        body = {"lora_name": name, "lora_path": str(many.folder / name)}
-        status, reply = many.server.post("/v1/load_lora_adapter", body)
+        status, reply = many.server.load(name, many.folder / name)
         assert status == 200, (name, reply)
     assert [card["id"] for card in many.server.get("/v1/models")["data"]] == names
     log = many.server.log.read_text()

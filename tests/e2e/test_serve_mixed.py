@@ -31,6 +31,7 @@ from tests.support.serve_adapters import (
     write_soka,
 )
 from tests.support.serving import ONE_PROCESS, base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.support.tolerances import rms
 
 pytestmark = pytest.mark.slow
 
@@ -88,14 +89,13 @@ def test_more_adapters_than_slots(served: Served) -> None:
     served.references["training"] = write_checkpoint(served.folder / "training")
     names = ["gamma", "training"]
     for name in names:
-        body = {"lora_name": name, "lora_path": str(served.folder / name)}
-        status, reply = served.server.post("/v1/load_lora_adapter", body)
+        status, reply = served.server.load(name, served.folder / name)
         assert status == 200, reply
     served.check_at_once(["gamma", "lora", "base", "training", "lokr", "beta", "alpha"])
     for name in ("alpha", "lora", "training", "gamma", "beta", "lokr", "lora", "base"):
         served.check_alone(name, PROMPTS[0])
     for name in names:
-        status, reply = served.server.post("/v1/unload_lora_adapter", {"lora_name": name})
+        status, reply = served.server.unload(name)
         assert status == 200, reply
         status, reply = served.server.post("/v1/completions", {"model": name, "prompt": [1, 2], "max_tokens": 1})
         assert status == 404, reply
@@ -117,17 +117,14 @@ def write_checkpoint(folder: Path) -> Any:
 
 def test_reload_in_place(served: Served) -> None:
     """A rebuilt adapter under the same name, from another folder: its answers, not those of the prefix cache."""
-    server = served.server
     for folder, seed in (("beta2", 6), ("beta", 2)):
         served.references["beta"] = write_soka(served.folder / folder, random_factors(BETA, 4, seed=seed, scale=0.04))
-        body = {"lora_name": "beta", "lora_path": str(served.folder / folder), "load_inplace": True}
-        assert server.post("/v1/load_lora_adapter", body)[0] == 200
+        assert served.server.load("beta", served.folder / folder, load_inplace=True)[0] == 200
         served.check_at_once(["beta", "alpha", "base"])
 
 
 def test_a_missing_adapter_is_not_found(served: Served) -> None:
-    body = {"lora_name": "bad", "lora_path": str(served.folder / "nowhere")}
-    assert served.server.post("/v1/load_lora_adapter", body)[0] == 404
+    assert served.server.load("bad", served.folder / "nowhere")[0] == 404
     served.check_at_once(KINDS)
 
 
@@ -179,7 +176,3 @@ def test_bfloat16_in_eager_mode(tmp_path: Path) -> None:
         error, allowed, effect = rms(served - want), rms(logprobs(merged.bfloat16(), name) - want), rms(plain - want)
         assert error < 2 * allowed, (name, error, allowed)
         assert name == "base" or effect > 10 * error, (name, error, effect)
-
-
-def rms(values: torch.Tensor) -> float:
-    return float(values.square().mean().sqrt())

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.io.lockfile import write_lock
 from soka_serve.kron import Factors
+from tests.support.quantised import METHODS, write_copy
 from tests.support.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
-from tests.support.serving import ONE_PROCESS, Server, greedy_logprobs, random_factors, serve
+from tests.support.serving import ONE_PROCESS, Server, base_model, greedy_logprobs, random_factors, serve, with_delta
+from tests.support.tolerances import rms
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,40 +54,20 @@ def as_int32(values: torch.Tensor) -> torch.Tensor:
 
 def write_quantised(folder: Path) -> dict[str, torch.Tensor]:
     """The embedded base with 4-bit attention and MLP weights; returns the weights as they are then read."""
-    shutil.copytree(base_directory(), folder)
-    tensors = load_file(folder / "model.safetensors")
-    stored, read = {}, {}
-    for name, tensor in tensors.items():
-        if name.endswith("_proj.weight"):
-            parts, read[name] = quantise(tensor.float())
-            stored.update({f"{name.removesuffix('.weight')}.{key}": part for key, part in parts.items()})
-        else:
-            stored[name], read[name] = tensor, tensor.float()
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": GROUP,
-        "desc_act": False,
-        "sym": True,
-        "checkpoint_format": "gptq",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    read = {name: tensor.float() for name, tensor in load_file(base_directory() / "model.safetensors").items()}
+
+    def change(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts, read[name] = quantise(weight.float())
+        return {f"{name.removesuffix('.weight')}.{key}": part for key, part in parts.items()}
+
+    write_copy(folder, change, {"quantization_config": {**METHODS["gptq"][1], "checkpoint_format": "gptq"}})
     return read
 
 
-def with_weights(read: dict[str, torch.Tensor], factors: dict[str, Factors]) -> torch.nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read[name])
-            if (module := name.removesuffix(".weight")) in factors:
-                f = factors[module]
-                terms = zip(f.sigma.double(), f.left.double(), f.right.double(), strict=True)
-                delta = sum(s * torch.kron(left, right) for s, left, right in terms)
-                parameter.copy_((parameter.double() + delta).float())
-    return model  # type: ignore[no-any-return]
+def with_weights(read: dict[str, torch.Tensor], factors: dict[str, Factors]) -> Any:
+    model = base_model()
+    model.load_state_dict(read, strict=False)  # the head is tied to the embedding
+    return with_delta(factors, model)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def references(folder: Path) -> dict[str, torch.nn.Module]:
+def references(folder: Path) -> dict[str, Any]:
     read = write_quantised(folder / "model")
     adapters = {
         "base": {},
@@ -113,7 +93,7 @@ def references(folder: Path) -> dict[str, torch.nn.Module]:
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, references: dict[str, torch.nn.Module]) -> Iterator[Server]:
+def server(folder: Path, references: dict[str, Any]) -> Iterator[Server]:
     options = ["--model", str(folder / "model"), "--max-loras", "2"]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("alpha", "beta"))]
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +102,7 @@ def server(folder: Path, references: dict[str, torch.nn.Module]) -> Iterator[Ser
             yield server
 
 
-def test_answers(server: Server, references: dict[str, torch.nn.Module]) -> None:
+def test_answers(server: Server, references: dict[str, Any]) -> None:
     """As near to the dequantised weights with the dense delta as bfloat16 lets transformers itself be."""
     jobs = [(name, prompt) for prompt in PROMPTS for name in references]
     answers = [*(server.ask(*job) for job in jobs), *server.ask_at_once(jobs)]
@@ -145,10 +125,6 @@ def test_answers(server: Server, references: dict[str, torch.nn.Module]) -> None
         assert name == "base" or effect > 10 * error, (name, error, effect)
 
 
-def rms(values: torch.Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
 def test_the_kernel_is_one_for_4_bits(server: Server) -> None:
     """Or the test above would show nothing."""
     log = server.log.read_text()
@@ -159,5 +135,5 @@ def test_the_kernel_is_one_for_4_bits(server: Server) -> None:
 def test_lora_is_refused_where_it_has_no_part(server: Server, folder: Path) -> None:
     """SOKA_LORA=0, which saves a GPU the memory of LoRA's slots."""
     write_peft(folder / "lora", LORA, seed=3)
-    status, reply = server.post("/v1/load_lora_adapter", {"lora_name": "lora", "lora_path": str(folder / "lora")})
+    status, reply = server.load("lora", folder / "lora")
     assert (status, "started with SOKA_LORA=0" in str(reply)) == (400, True), reply

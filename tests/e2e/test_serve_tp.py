@@ -79,13 +79,12 @@ def pipeline_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 
 def load(served: Served, name: str, folder: str = "", **more: Any) -> tuple[int, str]:
     """Status and message of a load."""
-    body = {"lora_name": name, "lora_path": str(served.folder / (folder or name)), **more}
-    status, reply = served.server.post("/v1/load_lora_adapter", body)
+    status, reply = served.server.load(name, served.folder / (folder or name), **more)
     return status, str(reply)
 
 
 def unload(served: Served, name: str) -> None:
-    assert served.server.post("/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
+    assert served.server.unload(name)[0] == 200
 
 
 def beta(served: Served, seed: int, name: str = "beta") -> None:

@@ -1,16 +1,19 @@
-"""Served log-probabilities of other architectures than LLaMA, against transformers with our PEFT layers.
-
-Two of them, for the time that a server takes to start: capped scores and a sliding window, and normed queries and keys.
-All of docs/serving.md's table: `python -m eval.checks.served_models`.
-"""
+"""What vLLM serves, against transformers: other architectures than LLaMA with our PEFT layers, and merged models."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import soka_serve
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
+from tests.conftest import NEEDS_VLLM
+from tests.support import preloaded
+from tests.support.builds import write_manifest
 from tests.support.served_models import (
     ARCHITECTURES,
     Architecture,
@@ -26,7 +29,7 @@ CHOSEN = [a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)")
+@NEEDS_VLLM
 @pytest.mark.parametrize("architecture", CHOSEN, ids=[a.name for a in CHOSEN])
 def test_served_as_transformers_computes_it(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -41,3 +44,58 @@ def test_served_as_transformers_computes_it(
     with served(base, adapter, tmp_path / "vllm.log") as ask:
         assert difference(ask("base"), plain) < 2e-5
         assert difference(ask("adapter"), adapted) < 2e-5
+
+
+# --- a merged model is an ordinary model ------------------------------------------------------------------------------
+
+
+ASK = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+model = LLM(model=sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4)
+sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=1, ignore_eos=True)
+replies = model.generate(json.loads(sys.argv[2]), sampling)
+answers = []
+for reply in replies:
+    out = reply.outputs[0]
+    answers.append({
+        "prompt": list(reply.prompt_token_ids),
+        "tokens": list(out.token_ids),
+        "logprobs": [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)],
+    })
+print("ANSWERS", json.dumps(answers))
+"""
+
+
+@pytest.mark.slow
+@NEEDS_VLLM
+def test_vllm_serves_the_merged_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    built = soka_serve.build(write_manifest(tmp_path, steps=10), out=tmp_path / "build", progress=False)
+    assert built.merged is not None
+    prompts = [problem.prompt for problem in generate("math", "test", 4)]
+    environment = {**ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment["VLLM_LOGGING_LEVEL"] = "ERROR"
+    command = [preloaded.CODE, ASK, built.merged, json.dumps(prompts)]
+    done = preloaded.run("vllm", command, cwd=tmp_path, env=environment, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    answers = json.loads(lines[0].removeprefix("ANSWERS "))
+    merged = AutoModelForCausalLM.from_pretrained(built.merged)
+    base = AutoModelForCausalLM.from_pretrained(base_directory())
+    effect = 0.0
+    for answer in answers:
+        tokens = torch.tensor([answer["prompt"] + answer["tokens"]])
+        start = len(answer["prompt"]) - 1
+        with torch.no_grad():
+            ours = torch.log_softmax(merged(tokens).logits[0].double(), -1)[start:-1]
+            plain = torch.log_softmax(base(tokens).logits[0].double(), -1)[start:-1]
+        assert ours.argmax(-1).tolist() == answer["tokens"]
+        chosen = torch.tensor(answer["tokens"])[:, None]
+        got = torch.tensor(answer["logprobs"], dtype=torch.float64)
+        # vLLM's attention sums in another order: 1e-4 nats is what the independent server check allows in float32.
+        torch.testing.assert_close(got, ours.gather(1, chosen)[:, 0], rtol=0, atol=1e-4)
+        effect = max(effect, float((plain.gather(1, chosen)[:, 0] - got).abs().max()))
+    assert effect > 1e-3

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 from soka_serve.adapter.format import read_adapter, write_adapter
@@ -18,7 +17,6 @@ from soka_serve.errors import SokaError
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
 from tests.fuzzing.limits import bounded, run
-from tests.fuzzing.spoil import spoil_files
 from tests.support import hostile_adapters as hostile
 
 KINDS = hostile.WEIGHTS | hostile.CONFIG | hostile.LOCK | hostile.SOKA
@@ -38,11 +36,6 @@ def write_good_adapter(folder: Path) -> None:
         factors[f"model.layers.0.{name}"] = Factors(left, right, torch.full((2,), 0.01))
     lock = {"base": {"name": "tiny", "sha256": checkpoint.sha256()}}
     write_adapter(folder, factors, base_model=str(base_directory()), lock=lock)
-
-
-def spoil_adapter(draw: st.DrawFn, folder: Path, kinds: hostile.Kinds = KINDS) -> None:
-    """One to three changes to an adapter's files."""
-    spoil_files(draw, folder, kinds)
 
 
 def check_adapter(folder: Path) -> bool:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from hypothesis import strategies as st
 
-from tests.fuzzing.adapters import check_adapter, spoil_adapter, write_good_adapter
-from tests.fuzzing.bases import check_base, spoil_base, write_shapes
+from soka_serve.builtin import base_directory
+from tests.fuzzing.adapters import KINDS, check_adapter, write_good_adapter
+from tests.fuzzing.bases import check_base, check_tokenizer, spoil_base, spoil_tokenizer
 from tests.fuzzing.caches import check_cache, spoil_cache
 from tests.fuzzing.frames import check_frame, frames
 from tests.fuzzing.launches import check_launch, check_log
 from tests.fuzzing.lokr import check_lokr, spoil_lokr, write_good_lokr
 from tests.fuzzing.manifests import check_plan, check_planned, hostile_manifests, lay_out, spoilt_manifests
 from tests.fuzzing.outputs import check_output, fill, write_outputs
-from tests.fuzzing.spoil import copy_of
-from tests.fuzzing.tokenizers import check_tokenizer, spoil_tokenizer
+from tests.fuzzing.spoil import copy_of, spoil_files
 
 Check = Callable[[st.DrawFn, Path], bool]
 
 
 def _adapter(draw: st.DrawFn, good: Path) -> bool:
     with copy_of(good / "adapter") as folder:
-        spoil_adapter(draw, folder)
+        spoil_files(draw, folder, KINDS)
         return check_adapter(folder)
 
 
@@ -81,11 +82,11 @@ def _nothing(folder: Path) -> None:
     """What needs no preparation."""
 
 
-CASES: dict[str, tuple[Callable[[Path], None], Check]] = {
+CASES: dict[str, tuple[Callable[[Path], object], Check]] = {
     "adapters": (lambda place: write_good_adapter(place / "adapter"), _adapter),
     "lokr": (write_good_lokr, _lokr),
     "manifests": (_nothing, _manifest),
-    "bases": (lambda place: write_shapes(place / "base"), _base),
+    "bases": (lambda place: shutil.copytree(base_directory(), place / "base"), _base),
     "outputs": (write_outputs, _output),
     "caches": (_nothing, _cache),
     "frames": (_nothing, _frame),

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from tests.fuzzing.limits import is_plain
-from tests.support.hostile_adapters import CATASTROPHE, GIB, Kinds
+from tests.support.hostile_adapters import CATASTROPHE, GIB, Kinds, with_header
 
 _DTYPES = st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "U8", "BOOL", "F8_E4M3", "X", "", None, 3])
 JSON = st.recursive(
@@ -250,7 +250,7 @@ def _spoil_header(draw: st.DrawFn, data: bytes) -> bytes:
             return struct.pack("<Q", draw(st.integers(0, 2**64 - 1))) + data[8:]
     except _NO_HEADER:
         return data
-    return _with_header(json.dumps(header), rest)
+    return with_header(json.dumps(header).encode(), rest)
 
 
 def _add_name(draw: st.DrawFn, data: bytes) -> bytes:
@@ -262,11 +262,7 @@ def _add_name(draw: st.DrawFn, data: bytes) -> bytes:
     except _NO_HEADER:
         return data
     more = "".join(f", {json.dumps(name)}: {json.dumps(header.get(name, entry))}" for name in names)
-    return _with_header(json.dumps(header)[:-1] + more + "}", rest)
-
-
-def _with_header(header: str, rest: bytes) -> bytes:
-    return struct.pack("<Q", len(header)) + header.encode() + rest
+    return with_header((json.dumps(header)[:-1] + more + "}").encode(), rest)
 
 
 @contextmanager

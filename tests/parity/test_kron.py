@@ -1,9 +1,10 @@
-"""Factors, rearrangement, dense delta, product with activations: against float64 `torch.kron` and explicit loops."""
+"""Factors, rearrangement, dense delta: against float64 `torch.kron` and loops; and planted mistakes, which are seen."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from soka_serve.kron import Factors, add_delta_, apply_kron, dense_delta, kpsvd, recompress, stack_terms
 from soka_serve.kron.cost import Order
@@ -13,7 +14,6 @@ from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-ORDERS: list[Order] = ["auto", "left", "right", "dense"]
 
 
 def test_rearrangement() -> None:
@@ -174,3 +174,88 @@ def test_principal_terms_of_a_weight_are_an_effect() -> None:
     x = oracle.draw(5, 12, seed=1)
     change = apply_kron(x, factors.left, factors.right, factors.sigma)
     assert relative_error(x @ weight.t() + change, x @ weight.t()) > 0.1
+
+
+# --- planted mistakes: each wrong variant is rejected by the check that the tests above use ---------------------------
+
+
+def plain_reshape(weight: Tensor, shape: FactorShape) -> Tensor:
+    """Mutation: the weight reshaped to the rearrangement's size, blocks not gathered."""
+    m, n, p, q = shape
+    return weight.reshape(m * n, p * q)
+
+
+def swapped_rearrangement(weight: Tensor, shape: FactorShape) -> Tensor:
+    """Mutation: the rearrangement for kron(right, left); the size is right where (m, n) = (p, q)."""
+    m, n, p, q = shape
+    return weight.reshape(p, m, q, n).permute(1, 3, 0, 2).reshape(m * n, p * q)
+
+
+def test_plain_reshape_is_rejected() -> None:
+    with pytest.raises(AssertionError):
+        oracle.check_rearrangement(plain_reshape)
+
+
+def test_swapped_rearrangement_is_rejected() -> None:
+    with pytest.raises(AssertionError):
+        oracle.check_rearrangement(swapped_rearrangement)
+
+
+@pytest.mark.parametrize("wrong", [plain_reshape, swapped_rearrangement])
+def test_decomposition_of_a_wrong_rearrangement_is_rejected(wrong: object) -> None:
+    def decompose(weight: Tensor, shape: FactorShape, rank: int) -> Factors:
+        left, sigma, right = torch.linalg.svd(wrong(weight, shape), full_matrices=False)  # type: ignore[operator]
+        m, n, p, q = shape
+        return Factors(left.t()[:rank].reshape(-1, m, n), right[:rank].reshape(-1, p, q), sigma[:rank])
+
+    with pytest.raises(AssertionError):
+        oracle.check_decomposition(decompose)
+
+
+def test_a_plain_reshape_recovers_nothing_of_a_kronecker_product() -> None:
+    shape = FactorShape(8, 8, 8, 8)
+    weight = torch.kron(oracle.draw(8, 8), oracle.draw(8, 8, seed=1))
+    right_way = kpsvd(weight, shape, 1).factors
+    left, sigma, right = torch.linalg.svd(plain_reshape(weight, shape))
+    wrong_way = Factors(left[:, 0].reshape(1, 8, 8), right[0].reshape(1, 8, 8), sigma[:1])
+    errors = [float((weight - dense_delta(f)).norm() / weight.norm()) for f in (right_way, wrong_way)]
+    assert errors[0] < 1e-12
+    assert errors[1] > 0.9
+
+
+def test_swapped_kronecker_order_is_rejected() -> None:
+    def swapped(factors: Factors) -> Tensor:
+        terms = zip(factors.left, factors.right, factors.sigma, strict=True)
+        return torch.stack([s * torch.kron(right, left) for left, right, s in terms]).sum(0)
+
+    with pytest.raises(AssertionError):
+        oracle.check_dense_delta(swapped)
+
+    def swapped_apply(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor) -> Tensor:
+        return x @ swapped(Factors(left, right, sigma)).t()
+
+    with pytest.raises(AssertionError):
+        oracle.check_apply(swapped_apply)
+
+
+def test_dropped_sigma_is_rejected() -> None:
+    def without(factors: Factors) -> Tensor:
+        return dense_delta(Factors(factors.left, factors.right, torch.ones_like(factors.sigma)))
+
+    with pytest.raises(AssertionError):
+        oracle.check_dense_delta(without)
+    with pytest.raises(AssertionError):
+        oracle.check_apply(lambda x, left, right, sigma: x @ without(Factors(left, right, sigma)).t())
+    with pytest.raises(AssertionError):
+        oracle.check_decomposition(lambda w, s, r: _with_unit_sigma(kpsvd(w, s, r).factors))
+
+
+def _with_unit_sigma(factors: Factors) -> Factors:
+    return Factors(factors.left, factors.right, torch.ones_like(factors.sigma))
+
+
+def test_dropped_initial_factors_are_rejected() -> None:
+    with pytest.raises(AssertionError):
+        oracle.check_difference(lambda trained, initial: trained)
+    with pytest.raises(AssertionError):  # added instead of subtracted
+        oracle.check_difference(lambda trained, initial: stack_terms(trained, initial))

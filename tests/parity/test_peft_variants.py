@@ -1,4 +1,4 @@
-"""Merges that are refused whole, other layers and starts, sums, other methods beside ours, hot swaps."""
+"""Merges that are refused whole, other layers and starts, sums, other methods beside ours, hot swaps, mixed batches."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_transformers_conv1d(init: str, tmp_path: Path) -> None:
     want, tensors = model(x), saved(model, tmp_path)
     turned = {"0.weight": plain[0].weight.T, "2.weight": plain[2].weight.T}
     oracle = copy.deepcopy(plain)
-    dense = oracle_weights(nn.ParameterDict(), tensors) if not turned else _dense(turned, tensors)
+    dense = _dense(turned, tensors)
     for name in ("0", "2"):
         oracle.get_submodule(name).weight.data = dense[f"{name}.weight"].T.contiguous()
     assert torch.allclose(want, oracle(x), rtol=1e-10, atol=1e-10)
@@ -121,11 +121,6 @@ def test_a_module_of_the_base_may_have_a_name_like_a_part(tmp_path: Path) -> Non
     again = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
     want, got = model.state_dict(), again.state_dict()
     assert all(torch.equal(got[key], value) for key, value in want.items())
-
-
-def test_embeddings_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"embed_tokens: a Embedding cannot be adapted, only torch.nn.Linear"):
-        get_peft_model(tiny_llama(), SokaConfig(target_modules=["embed_tokens", "q_proj"]))
 
 
 def test_fused_experts_are_refused_or_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -306,3 +301,66 @@ def test_hotswap_refuses_before_it_changes_anything(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged"):
         hotswap_adapter(model, str(tmp_path / "broken"))
+
+
+# --- `adapter_names`: each row of a batch with its own adapter --------------------------------------------------------
+
+ROWS = ["default", "__base__", "other", "default", "other"]
+
+
+def test_each_row_of_a_batch_has_its_adapter(two: PeftModel, tmp_path: Path) -> None:
+    ids = tokens(rows=5)
+    mixed = two(input_ids=ids, adapter_names=ROWS).logits
+    folders = {name: saved(two, tmp_path / name, name) for name in ("default", "other")}
+    base = logits(tiny_llama(), ids)
+    for row, name in enumerate(ROWS):
+        one = ids[row : row + 1]
+        oracle = oracle_logits(tiny_llama(), folders.get(name, {}), one)
+        assert close(mixed[row : row + 1], oracle), row
+        assert close(mixed[row : row + 1], base[row : row + 1]) == (name == "__base__"), row
+    assert two.active_adapters == ["default"]
+    assert close(two(input_ids=ids).logits, oracle_logits(tiny_llama(), folders["default"], ids)), "no hook is left"
+
+
+def test_mixed_batches_are_differentiable(two: PeftModel) -> None:
+    ids = tokens(rows=2)
+    two.set_adapter("default")
+    two(input_ids=ids, adapter_names=["default", "__base__"]).logits.sum().backward()
+    for layer in soka_layers(two).values():
+        assert layer.soka_sigma["default"].grad is not None
+    two.zero_grad()
+
+
+def test_mixed_batches_generate_with_beams(two: PeftModel) -> None:
+    ids = tokens(rows=3, length=4)
+    options: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    rows = ["other", "__base__", "default"]
+    mixed = two.generate(input_ids=ids, adapter_names=rows, **options)
+    for row, name in enumerate(rows):
+        if name == "__base__":
+            with two.disable_adapter():
+                want = two.generate(input_ids=ids[row : row + 1], **options)
+        else:
+            two.set_adapter(name)
+            want = two.generate(input_ids=ids[row : row + 1], **options)
+        assert torch.equal(mixed[row, : want.shape[1]], want[0]), name
+    two.set_adapter("default")
+
+
+def test_mixed_batches_are_checked(two: PeftModel) -> None:
+    ids = tokens(rows=2)
+    with pytest.raises(ValueError, match=r"non-existing adapter.*defualt"):
+        two(input_ids=ids, adapter_names=["defualt", "__base__"])
+    with pytest.raises(ValueError, match=r"Length of `adapter_names` should be the same.*3 and 2"):
+        two(input_ids=ids, adapter_names=["default"] * 3)
+    with pytest.raises(TypeError, match="expected a list"):
+        two(input_ids=ids, adapter_names="default")
+    merged = copy.deepcopy(two)
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        merged(input_ids=ids, adapter_names=["default", "__base__"])
+    training = copy.deepcopy(two).train()
+    with pytest.raises(ValueError, match="in training mode"):
+        training(input_ids=ids, adapter_names=["default", "__base__"])
+    with two.disable_adapter():
+        assert torch.equal(two(input_ids=ids, adapter_names=["default", "other"]).logits, logits(tiny_llama(), ids))

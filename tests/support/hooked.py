@@ -1,4 +1,4 @@
-"""Run by test_hooks.py: what of vLLM the plugin rebinds and imports; assertions fail where it is not as stated.
+"""Run by test_serve_layers.py: what of vLLM the plugin rebinds and imports; assertions fail where it is not as stated.
 
 Argument: "all" (all of vLLM's modules that the table names are imported first), or the modules to import.
 """

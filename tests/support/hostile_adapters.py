@@ -48,11 +48,16 @@ def write_text(name: str, text: str) -> Spoil:
     return lambda folder: (folder / name).write_text(text)
 
 
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    """A safetensors file."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
 def write_header(header: bytes, data_bytes: int = 0) -> Spoil:
     """Weights with this header; the data are a hole."""
 
     def write(folder: Path) -> None:
-        (folder / WEIGHTS_FILE).write_bytes(struct.pack("<Q", len(header)) + header)
+        (folder / WEIGHTS_FILE).write_bytes(with_header(header))
         os.truncate(folder / WEIGHTS_FILE, 8 + len(header) + data_bytes)
 
     return write

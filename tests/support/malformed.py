@@ -18,11 +18,9 @@ from safetensors.torch import load, save_file
 
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from tests.support import hostile_adapters as hostile
+from tests.support.hostile_adapters import Kinds, Spoil, edit_config, set_config, with_header
 from tests.support.serve_adapters import module
 from tests.support.serving import random_factors
-
-Spoil = Callable[[Path], object]
-Kinds = dict[str, tuple[Spoil, str]]
 
 
 def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
@@ -30,15 +28,6 @@ def edit_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Spoil:
         tensors = load((folder / WEIGHTS_FILE).read_bytes())
         change(tensors)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-
-    return edit
-
-
-def edit_config(change: Callable[[dict[str, Any]], object]) -> Spoil:
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        change(config)
-        (folder / CONFIG_FILE).write_text(json.dumps(config))
 
     return edit
 
@@ -51,7 +40,7 @@ def edit_header(change: Callable[[dict[str, Any]], object]) -> Spoil:
         end = 8 + struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8:end])
         change(header)
-        (folder / WEIGHTS_FILE).write_bytes(_with_header(json.dumps(header).encode(), raw[end:]))
+        (folder / WEIGHTS_FILE).write_bytes(with_header(json.dumps(header).encode(), raw[end:]))
 
     return edit
 
@@ -72,10 +61,6 @@ def pipe(name: str) -> Spoil:
         os.mkfifo(folder / name)
 
     return replace
-
-
-def _with_header(header: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(header)) + header + data
 
 
 def write(name: str, contents: bytes) -> Spoil:
@@ -141,10 +126,6 @@ def set_spec(**values: Any) -> Spoil:
     return edit_config(lambda c: c["soka_modules"][Q1].update(values))
 
 
-def set_config(**values: Any) -> Spoil:
-    return edit_config(lambda c: c.update(values))
-
-
 SOKA_FILES: Kinds = {
     "truncated data": (cut(WEIGHTS_FILE, -100), "truncated"),
     "truncated in the header": (cut(WEIGHTS_FILE, 100), "truncated"),
@@ -153,15 +134,15 @@ SOKA_FILES: Kinds = {
     "weights are a pipe": (pipe(WEIGHTS_FILE), "pipe"),
     "more data than the header says": (lengthen, "longer than its header says"),
     "huge header length": (write(WEIGHTS_FILE, b"\xff" * 64), "its header would take"),
-    "header is no JSON": (write(WEIGHTS_FILE, _with_header(b'{"a": ')), "malformed header"),
-    "header is no UTF-8": (write(WEIGHTS_FILE, _with_header(b'{"\xff": 1}')), "malformed header"),
-    "header is a list": (write(WEIGHTS_FILE, _with_header(b"[1, 2]")), "expected an object"),
-    "header nested deeply": (write(WEIGHTS_FILE, _with_header(b"[" * 200_000)), "malformed header"),
+    "header is no JSON": (write(WEIGHTS_FILE, with_header(b'{"a": ')), "malformed header"),
+    "header is no UTF-8": (write(WEIGHTS_FILE, with_header(b'{"\xff": 1}')), "malformed header"),
+    "header is a list": (write(WEIGHTS_FILE, with_header(b"[1, 2]")), "expected an object"),
+    "header nested deeply": (write(WEIGHTS_FILE, with_header(b"[" * 200_000)), "malformed header"),
     "a name twice in the header": (
-        write(WEIGHTS_FILE, _with_header(b'{"w": {}, "w": {}}')),
+        write(WEIGHTS_FILE, with_header(b'{"w": {}, "w": {}}')),
         "names that occur twice: w",
     ),
-    "header without tensors": (write(WEIGHTS_FILE, _with_header(b"{}")), f"missing {LEFT}"),
+    "header without tensors": (write(WEIGHTS_FILE, with_header(b"{}")), f"missing {LEFT}"),
     "a tensor that is no object": (edit_header(lambda h: h.update({LEFT: 3})), LEFT),
     "offsets overlap": (
         edit_header(lambda h: h[RIGHT].update(data_offsets=h[LEFT]["data_offsets"], shape=h[LEFT]["shape"])),
@@ -282,7 +263,7 @@ LOKR: Kinds = {
     "LoKr alpha is endless": (set_config(alpha=10**400), "too large"),
     "LoKr rank pattern is no pattern": (set_config(rank_pattern={"(": 2}), "missing )"),
     "LoKr with whole modules": (set_config(modules_to_save=["lm_head"]), "modules_to_save"),
-    "LoKr without tensors": (write(WEIGHTS_FILE, _with_header(b"{}")), "no tensors"),
+    "LoKr without tensors": (write(WEIGHTS_FILE, with_header(b"{}")), "no tensors"),
     "LoKr config is a list": (write(CONFIG_FILE, b"[]"), CONFIG_FILE),
 }
 

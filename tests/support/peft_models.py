@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from soka_serve.peft import SokaConfig
+from tests.support.tiny_models import small_config
 from tests.support.tolerances import TOLERANCE
 
 VOCABULARY = 96
@@ -32,17 +33,7 @@ RANKS = {"q_proj": 2, "k_proj": 1, "v_proj": 3, "o_proj": 2, "gate_proj": 1, "up
 def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, intermediate: int = 112) -> LlamaForCausalLM:
     """Two layers, hidden 64, grouped-query attention (2 heads of 32, one key-value head), MLP 112 unless told."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=intermediate,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
+    config = small_config(vocab_size=VOCABULARY, intermediate_size=intermediate, initializer_range=0.1)
     model: LlamaForCausalLM = LlamaForCausalLM(config).to(dtype).eval()
     return model
 

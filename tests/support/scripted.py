@@ -7,11 +7,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import lm_eval
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager as TaskManager
+
+
+# Warnings of lm-eval and of what it imports, not of ours.
+OF_LM_EVAL = [
+    pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning", "ResourceWarning")
+]
 
 
 class Scripted(LM):  # type: ignore[misc]

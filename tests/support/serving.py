@@ -50,6 +50,14 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, _parsed(error.read())
 
+    def load(self, name: str, path: str | Path, **more: Any) -> tuple[int, Any]:
+        """Status and answer of the request to load an adapter."""
+        return self.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path), **more})
+
+    def unload(self, name: str) -> tuple[int, Any]:
+        """Status and answer of the request to unload an adapter."""
+        return self.post("/v1/unload_lora_adapter", {"lora_name": name})
+
     def get(self, path: str) -> Any:
         """The answer to a request without a body."""
         with urllib.request.urlopen(self.url + path, timeout=120) as reply:

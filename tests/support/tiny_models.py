@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.compiler.merge.merge import merge
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import balanced_shape
 
@@ -25,22 +26,19 @@ SHAPES = {
 }
 
 
+def small_config(**changes: Any) -> LlamaConfig:
+    """A LLaMA of two layers, hidden 64, two heads on one key-value head, but for `changes`."""
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    return LlamaConfig(**sizes | changes)
+
+
 def write_base(
     directory: Path, *, dtype: torch.dtype = torch.bfloat16, tied: bool = False, shard: str = "60KB", seed: int = 0
 ) -> Path:
-    """A LLaMA of two layers, hidden 64, two heads on one key-value head, with the files a real one has."""
+    """Such a LLaMA, with the files a real one has."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(small_config(tie_word_embeddings=tied))
     for parameter in model.parameters():  # as large as trained weights, so that logits are not all alike
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -83,10 +81,6 @@ def write_test_adapter(
     return directory
 
 
-def oracle_delta(factors: Factors) -> torch.Tensor:
-    """The delta in float64 from torch.kron."""
-    terms = zip(factors.sigma.double(), factors.left.double(), factors.right.double(), strict=True)
-    total = torch.zeros(factors.shape.out_features, factors.shape.in_features, dtype=torch.float64)
-    for sigma, left, right in terms:
-        total += sigma * torch.kron(left.contiguous(), right.contiguous())
-    return total
+def merge_quietly(adapter: Path, base: Path, out: Path, **options: object) -> None:
+    """Merge one adapter, without a check unless one is asked for."""
+    merge(adapter, base=base, out=out, progress=False, **{"verify": False, **options})  # type: ignore[arg-type]

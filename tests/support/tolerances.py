@@ -33,3 +33,8 @@ RELATIVE_ERROR: dict[torch.dtype, float] = {
     torch.bfloat16: 1e-2,
     torch.float16: 1.5e-3,
 }
+
+
+def rms(values: torch.Tensor) -> float:
+    """Root mean square."""
+    return float(values.square().mean().sqrt())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from soka_serve.base.model import load_base
 from soka_serve.compiler.methods import METHODS
@@ -21,6 +21,7 @@ from soka_serve.data.encode import Encoded, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
+from tests.support.tiny_models import small_config
 
 # The Trainer collects garbage in every run; walking the libraries' objects would take most of these tests' time.
 gc.freeze()
@@ -33,21 +34,9 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def make_base(directory: Path, *, dtype: torch.dtype = torch.float32, layers: int = 2, **config: Any) -> Path:
     """Write a random LLaMA (hidden 64, grouped-query attention) to `directory`."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.1,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**(options | config))).to(dtype)
-    model.save_pretrained(directory)
+    sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = sizes | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.1} | config
+    LlamaForCausalLM(small_config(**options)).to(dtype).save_pretrained(directory)
     return directory
 
 

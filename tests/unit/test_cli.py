@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from click.testing import CliRunner, Result
 
 import soka_serve
 from soka_serve.cli import main
-from soka_serve.compiler import status
 from soka_serve.compiler.build import build
 from soka_serve.compiler.extract import extract
 from soka_serve.errors import SokaError
@@ -115,13 +115,20 @@ def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None
     assert "hint" in done.output
 
 
-def test_the_examples_in_readme_and_docs_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+WITH_EXAMPLES = (
+    *("soka_serve.errors", "soka_serve.compiler.status", "soka_vllm.versions"),
+    *("soka_serve.evaluation.backends", "soka_serve.evaluation.results"),
+    *("soka_serve.serving.command", "soka_serve.serving.log", "soka_serve.serving.targets"),
+)
+
+
+def test_the_examples_in_readme_and_code_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    assert doctest.testmod(status).attempted > 0
+    for module in WITH_EXAMPLES:
+        failed, attempted = doctest.testmod(importlib.import_module(module))
+        assert (failed, attempted > 0) == (0, True), module
     failed, attempted = doctest.testfile(str(root / "README.md"), module_relative=False)
-    assert attempted > 0
-    assert failed == 0
-    assert doctest.testmod(status).failed == 0
+    assert (failed, attempted > 0) == (0, True)
 
 
 COMMANDS_WITH_OUT = {

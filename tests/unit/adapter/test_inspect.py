@@ -15,7 +15,8 @@ from soka_serve.adapter.export import export
 from soka_serve.adapter.inspect import inspect
 from soka_serve.compiler.merge.merge import merge
 from soka_serve.errors import CheckpointError
-from tests.support.tiny_models import all_factors, oracle_delta, random_factors, write_base, write_test_adapter
+from tests.support.kron_oracle import oracle_delta
+from tests.support.tiny_models import all_factors, random_factors, write_base, write_test_adapter
 
 NAME = "model.layers.1.mlp.down_proj"
 

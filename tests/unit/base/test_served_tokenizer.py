@@ -27,7 +27,7 @@ from soka_serve.errors import CheckpointError
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import read_manifest
 from soka_serve.serving.command import Settings, make_launch, parse_options
-from tests.fuzzing.tokenizers import KINDS, change
+from tests.fuzzing.bases import KINDS, change
 
 HUB = "deepseek-ai/DeepSeek-R1-Distill-Llama-Tiny"
 PROMPT = "Question: Max has 30 pens.\nAnswer:"

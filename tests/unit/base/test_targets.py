@@ -286,14 +286,10 @@ def test_tensor_parallel_shapes(modules: list[Module]) -> None:
         assert (n if target.module.projection in ("o_proj", "down_proj") else m) % 8 == 0
 
 
-def test_impossible_tensor_parallel_size(modules: list[Module]) -> None:
+@pytest.mark.parametrize("shape", ["balanced", "auto"])
+def test_impossible_tensor_parallel_size(modules: list[Module], shape: str) -> None:
     with pytest.raises(PlanError, match=r"adapt\[0\]\.shape"):
-        resolve_targets(manifest({"tp": 7}), modules)
-
-
-def test_auto_with_impossible_tensor_parallel_size(modules: list[Module]) -> None:
-    with pytest.raises(PlanError, match=r"adapt\[0\]\.shape"):
-        resolve_targets(manifest({"tp": 7, "shape": "auto"}), modules)
+        resolve_targets(manifest({"tp": 7, "shape": shape}), modules)
 
 
 def test_rules_without_effect_are_logged(modules: list[Module], caplog: pytest.LogCaptureFixture) -> None:

@@ -13,38 +13,22 @@ from soka_serve.builtin import base_directory
 from soka_serve.compiler.init.result import ModuleInit
 from soka_serve.compiler.report.card import extracted_card, render_card
 from soka_serve.compiler.report.data import ReportData, Sample
-from soka_serve.kron.shapes import FactorShape
+from tests.support.reports import report_data, spectra
 
 
 @pytest.fixture
 def data() -> ReportData:
-    module = ModuleInit(
-        "model.layers.0.mlp.up_proj", 0, 64, 32, FactorShape(8, 4, 8, 8), "weights", "fixed", 2, (1.0, 0.5), 2.0
-    )
-    return ReportData(
-        name="math",
-        description="Two-step sums.",
+    module = replace(spectra(1)[5], parameters=194)
+    sample = Sample("What is 1 + 2?\n", "#### 3", "#### 4", "#### 3", False, True)
+    return replace(
+        report_data([module]),
         base_name="org/model-7b",
-        method="soka",
-        created="2026-01-31T12:30:05+00:00",
-        versions={"torch": "2.13.0"},
-        seed=7,
-        modules=[module],
         history=[],
-        samples=[Sample("What is 1 + 2?\n", "#### 3", "#### 4", "#### 3", False, True)],
-        accuracy_before=(4, 200),
-        accuracy_after=(186, 200),
+        samples=[sample],
         trainable_parameters=194,
-        base_parameters=2048,
         comparison={"LoRA r=2": 384, "a|b": 5},
-        adapter_bytes=54640,
-        dropped_energy_frac=0.0,
-        data_summary={},
-        manifest_text='schema = 1\n[base]\nhub = "org/model-7b"\n',
         lock={"base": {"sha256": "ab" * 32}, "manifest": {"sha256": "cd" * 32, "file": "math.toml"}},
         artefacts={},
-        rank_over_time=None,
-        timings_s={},
     )
 
 

@@ -1,4 +1,4 @@
-"""What a build looks at before it starts: which files count, and which folders it may replace."""
+"""What a build looks at before it starts, and what `plan` says of its stages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.context import Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.compiler.plan.plan import StageStatus
+from soka_serve.compiler.plan.text import render_plan
+from soka_serve.compiler.status import plan, stage_statuses
 from soka_serve.errors import BuildError
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.workspace import Workspace
@@ -75,14 +79,6 @@ def test_a_build_may_be_replaced(tmp_path: Path) -> None:
     context.workspace.target.rmdir()
     (_artefact(tmp_path) / ".DS_Store").write_text("a file manager was here")
     check_target(context)
-
-
-def test_somebody_elses_folder_is_not_replaced(tmp_path: Path) -> None:
-    context = _context(tmp_path)
-    context.workspace.target.mkdir(parents=True)
-    (context.workspace.target / "thesis.tex").write_text("years of work")
-    with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build.* thesis\.tex"):
-        check_target(context)
 
 
 def test_replacing_another_manifests_build_is_said(
@@ -160,3 +156,61 @@ def test_a_lock_of_another_form_is_no_build_of_ours(tmp_path: Path, text: str) -
     assert previous_keys(target) == {}
     with pytest.raises(BuildError, match=r"report.html"):
         check_target(_context(tmp_path))
+
+
+# --- what `plan` says of the stages -----------------------------------------------------------------------------------
+
+
+def _manifest(directory: Path, rule: str = "", data: str = 'builtin = "math"\nlimit = 8') -> Path:
+    path = directory / "small.toml"
+    text = f'schema = 1\n[base]\nbuiltin = "tiny"\n[[adapt]]\n{rule}\n[train]\nsteps = 1\n[train.data]\n{data}\n'
+    path.write_text(text)
+    return path
+
+
+def _statuses(directory: Path) -> dict[str, StageStatus]:
+    found = stage_statuses(read_manifest(directory / "small.toml"), Base(base_directory()), directory / "build")
+    assert not isinstance(found, str)
+    return {status.name: status for status in found}
+
+
+def test_from_nothing_to_a_finished_build(tmp_path: Path) -> None:
+    context = prepare(read_manifest(_manifest(tmp_path)), Workspace(tmp_path / "build", "small"), progress=False)
+    assert {s.reason for s in _statuses(tmp_path).values()} == {"not built yet"}
+
+    tune = context.workspace.stage("tune", context.keys["tune"])
+    tune.mkdir(parents=True)
+    assert "resume point" in _statuses(tmp_path)["tune"].reason
+    (tune / "done.json").write_text("{}")
+    assert [s.name for s in _statuses(tmp_path).values() if s.cached] == ["tune"]
+
+    target = context.workspace.target
+    target.mkdir(parents=True)
+    (target / "report.html").write_text("report")
+    write_lock(target / "soka.lock", {"stages": context.keys, "files": {"report.html": 6}})
+    assert all(s.cached for s in _statuses(tmp_path).values())
+
+    # A build looks at the files too, and so must its plan.
+    (target / "report.html").unlink()
+    assert [s.name for s in _statuses(tmp_path).values() if s.cached] == ["tune"]
+
+    (target / "report.html").write_text("report")
+    _manifest(tmp_path, 'modules = ["q_proj"]')
+    assert not any(s.cached for s in _statuses(tmp_path).values())
+
+
+def test_what_stops_a_build_is_said(tmp_path: Path) -> None:
+    for rule, data, reason in (
+        ('init = "delta"\nfinetuned = "../nowhere"', 'builtin = "math"\nlimit = 8', "nowhere: no such directory"),
+        ("", 'jsonl = "nowhere.jsonl"', "nowhere.jsonl"),
+    ):
+        made = plan(_manifest(tmp_path, rule, data), out=tmp_path / "build")
+        assert made.stages is None
+        assert reason in str(made.stages_problem)
+        assert f"not known: {made.stages_problem}" in render_plan(made, color=False)
+        assert made.to_json()["stages_problem"] == made.stages_problem
+
+
+def test_planning_writes_nothing(tmp_path: Path) -> None:
+    plan(_manifest(tmp_path), out=tmp_path / "build")
+    assert not (tmp_path / "build").exists()

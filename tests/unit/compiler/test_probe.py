@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from soka_serve.base.modules import Module
 from soka_serve.base.targets import Target
@@ -18,23 +18,17 @@ from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import Encoded
 from soka_serve.errors import CheckpointError
 from soka_serve.manifest.rules import Adapt
+from tests.support.tiny_models import small_config
 
 QUERY = "model.layers.0.self_attn.q_proj"
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24}
 DOWN = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).double().eval().requires_grad_(False)
+    return LlamaForCausalLM(small_config(**SIZES)).double().eval().requires_grad_(False)
 
 
 def _examples() -> list[Encoded]:
@@ -129,10 +123,7 @@ class Experts(nn.Module):
 def routed() -> Any:
     """A model whose second layer has experts."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-    )
-    routed = LlamaForCausalLM(config)
+    routed = LlamaForCausalLM(small_config(**SIZES, num_key_value_heads=2))
     routed.model.layers[1].mlp = Experts()
     return routed.double().eval().requires_grad_(False)
 
@@ -142,8 +133,8 @@ def shared() -> Any:
     """A model of transformers' with experts, of which the shared one sees (batch * tokens, features)."""
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8,
+        **SIZES, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=8,
         shared_expert_intermediate_size=24,
     )  # fmt: skip
     made = Qwen2MoeForCausalLM(config)

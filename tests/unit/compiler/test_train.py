@@ -160,11 +160,6 @@ def test_a_multiplier_scales_the_first_step(base: Path, tmp_path: Path) -> None:
     assert read_history(result.history)[0]["learning_rate"] == pytest.approx(1e-2)
 
 
-def test_nothing_to_train(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="nothing is left to train"):
-        run_training(base, tmp_path, left_lr=0.0, right_lr=0.0, sigma_lr=0.0)
-
-
 def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:
     plain = tensors_of(run_training(base, tmp_path / "plain"))
     saved = tensors_of(run_training(base, tmp_path / "saved", gradient_checkpointing=True))
@@ -190,13 +185,6 @@ def test_bfloat16_trains_float32_factors(base: Path, tmp_path: Path, method: str
     trained = [n for n in exact if "initial" not in n]
     assert any(not torch.equal(exact[n], rounded[n]) for n in trained)
     assert max((exact[n] - rounded[n]).abs().max().item() for n in trained) < 0.1
-
-
-def test_float16_needs_a_gpu(base: Path, tmp_path: Path) -> None:
-    if torch.accelerator.is_available():
-        pytest.skip("there is an accelerator")
-    with pytest.raises(PlanError, match="needs a GPU"):
-        run_training(base, tmp_path, precision="float16")
 
 
 def test_packing_trains(base: Path, tmp_path: Path) -> None:
@@ -228,12 +216,6 @@ def test_quantised_base_trains(base: Path, tmp_path: Path, method: str, quantize
     assert len(losses) == 5
     assert losses[-1] < losses[0]
     assert {t.dtype for t in tensors_of(result).values()} == {torch.float32}
-
-
-def test_quantised_base_cannot_be_rewritten(base: Path, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(PlanError, match=r"base\.quantize holds them in a few bits"):
-        run_training(base, tmp_path, method="pissa", quantize="8bit")
 
 
 # -------------------------------------------------------------------------------------------- evaluation, stopping
@@ -271,15 +253,26 @@ def test_early_stopping_keeps_the_best(base: Path, tmp_path: Path) -> None:
     assert sum(per_batch) / 4 == pytest.approx(evaluated[best], rel=1e-4)
 
 
-def test_evaluation_needs_examples(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no evaluation examples"):
-        run_training(base, tmp_path, eval_every=2)
+NO_LABELS = EncodedSet([Encoded([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)
 
 
-def test_no_training_examples(base: Path, tmp_path: Path) -> None:
-    masked = EncodedSet([Encoded([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)
-    with pytest.raises(DataError, match="no training examples: 3 were read, 2 dropped"):
-        run_training(base, tmp_path, train_set=masked)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"left_lr": 0.0, "right_lr": 0.0, "sigma_lr": 0.0}, PlanError, "nothing is left to train"),
+        ({"eval_every": 2}, DataError, "no evaluation examples"),
+        ({"train_set": NO_LABELS}, DataError, "no training examples: 3 were read, 2 dropped"),
+        ({"method": "pissa", "quantize": "8bit"}, PlanError, r"base\.quantize holds them in a few bits"),
+    ],
+    ids=["no rate", "no evaluation examples", "no training examples", "a quantised base to rewrite"],
+)
+def test_what_cannot_be_trained(
+    base: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    if "quantize" in options:
+        pytest.importorskip("bitsandbytes")
+    with pytest.raises(error, match=message):
+        run_training(base, tmp_path, **options)
 
 
 def test_divergence_stops_with_a_mend(base: Path, tmp_path: Path) -> None:
@@ -297,8 +290,3 @@ def test_a_base_that_is_not_finite_is_blamed(base: Path, tmp_path: Path, method:
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"hold NaN or infinity: model\.norm\.weight$"):
         run_training(broken, tmp_path, method=method, steps=2)
-
-
-def test_missing_tracker(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="'mlflow', which is not installed"):
-        run_training(base, tmp_path, report_to=["mlflow"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +27,35 @@ def test_auto_dtype_is_the_checkpoints_own(base: Path) -> None:
     assert load_base(base, "float32").dtype == torch.float32
 
 
-def test_no_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load_base(tmp_path)
+def _write_text(name: str, text: str) -> Callable[[Path], object]:
+    return lambda base: (base / name).write_text(text)
 
 
-def test_truncated_weights(base: Path) -> None:
+def _cut(base: Path) -> None:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_base(base)
 
 
-def test_no_weights(base: Path) -> None:
-    (base / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_base(base)
-
-
-def test_pickled_weights_are_not_read(base: Path) -> None:
+def _pickle(base: Path) -> None:
     (base / "model.safetensors").unlink()
     torch.save({}, base / "pytorch_model.bin")
-    with pytest.raises(CheckpointError):
-        load_base(base)
 
 
-def test_malformed_config(base: Path) -> None:
-    (base / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=str(base)):
-        load_base(base)
-
-
-def test_unknown_architecture(base: Path) -> None:
-    (base / "config.json").write_text(json.dumps({"model_type": "no_such_model"}))
-    with pytest.raises(CheckpointError, match="transformers cannot build this model"):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda base: (base / "config.json").unlink(), r"no config\.json"),
+        (_cut, "cannot be read"),
+        (lambda base: (base / "model.safetensors").unlink(), "cannot be read"),
+        (_pickle, "base"),
+        (_write_text("config.json", "{"), "base"),
+        (_write_text("config.json", '{"model_type": "no_such_model"}'), "transformers cannot build this model"),
+    ],
+    ids=["no config", "truncated weights", "no weights", "pickled weights", "malformed config", "unknown architecture"],
+)
+def test_what_is_no_base(base: Path, spoil: Callable[[Path], object], message: str) -> None:
+    spoil(base)
+    with pytest.raises(CheckpointError, match=message):
         load_base(base)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from click.testing import CliRunner
 
 from soka_serve.cli import main
 from soka_serve.errors import EvalError
-from soka_serve.evaluation import backends, results
+from soka_serve.evaluation import backends
 from soka_serve.evaluation.results import Score, Threshold, check_thresholds, collect, missed, table
 
 
@@ -108,13 +106,6 @@ def test_a_threshold_must_be_of_a_task_that_is_run() -> None:
 def test_an_address_that_is_none_is_named(url: str) -> None:
     with pytest.raises(EvalError, match=f"--server {re.escape(url)}: expected an address"):
         backends.parse_address(url)
-
-
-@pytest.mark.parametrize("module", [results, backends])
-def test_doctests(module: ModuleType) -> None:
-    found = doctest.testmod(module)
-    assert found.attempted > 0
-    assert found.failed == 0
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,6 @@ def test_a_killed_build_leaves_no_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
-    (tmp_path / "build").write_text("not a folder")
-    with pytest.raises(BuildError, match="build"), Workspace(tmp_path / "build", "a").locked():
-        pass
-
-
 def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"one")
@@ -56,19 +50,13 @@ def test_hashes_are_remembered_until_the_file_changes(tmp_path: Path) -> None:
     assert again.file(file) == sha256_file(file)
 
 
-def test_a_broken_hash_file_costs_time_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "hashes.json").write_text('{"half')
-    file = tmp_path / "weights"
-    file.write_bytes(b"one")
-    assert HashCache(tmp_path / "hashes.json").file(file) == sha256_file(file)
-
-
 DIGEST = "0" * 64
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        '{"half',
         "[]",
         "3",
         "null",

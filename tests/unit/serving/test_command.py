@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,11 @@ from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError
 from soka_serve.serving import command as serving_command
 from soka_serve.serving import doctor
-from soka_serve.serving import log as serving_log
-from soka_serve.serving import targets as serving_targets
 from soka_serve.serving.command import Settings, make_launch
 from soka_serve.serving.serve import plan_launch
 from soka_serve.serving.targets import Target
 from tests.support.launches import options_of, run_serve, write_lora, write_small_adapter
 from tests.support.served_models import EXPERTS, Architecture, write_checkpoint, write_random_adapter
-
-
-def test_the_examples_hold() -> None:
-    assert doctest.testmod(serving_targets).failed == 0
-    assert doctest.testmod(serving_command).failed == 0
-    assert doctest.testmod(serving_log).failed == 0
 
 
 def test_a_manifest_an_adapter_a_build_and_a_name_of_ones_own(built: Path) -> None:
@@ -74,11 +63,6 @@ def test_what_a_cpu_and_a_gpu_are_told(built: Path, tmp_path: Path, monkeypatch:
     _, launch = plan_launch([str(built / "build/small")], Settings(runtime_loading=True))
     assert options_of(launch)["--max-lora-rank"] == ["16"]
     assert launch.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-
-
-def test_commands_are_put_together_without_torch() -> None:
-    code = "import sys, soka_serve.serving.serve; sys.exit(any(name in sys.modules for name in ('torch', 'vllm')))"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_merged_model_is_served_without_the_plugin(built: Path) -> None:

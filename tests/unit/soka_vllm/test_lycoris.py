@@ -1,6 +1,7 @@
-"""LoKr in LyCORIS's own files: what has one meaning is read, the rest is refused with the reason.
+"""LoKr in LyCORIS's own files, and as PEFT writes it: what has one meaning is read, the rest is refused.
 
 The tests against LyCORIS itself need it: `pip install lycoris-lora`.
+What is refused of PEFT's files: tests/support/malformed.py, on a server.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoKrConfig, get_peft_model
 from safetensors.torch import save_file
 
 from soka_serve.errors import CheckpointError
 from soka_serve.kron import dense_delta
+from soka_vllm.lokr import read_lokr
 from soka_vllm.lycoris import find_lycoris, read_lycoris, unflatten
 
 FIRST, SECOND = "lycoris_model_layers_0_self_attn_q_proj.", "lycoris_model_layers_0_mlp_down_proj."
@@ -202,3 +205,35 @@ def test_half_precision(tmp_path: Path) -> None:
         want = lora.get_weight(None).detach()
         delta = dense_delta(read[lora.lora_name.removeprefix("lycoris_")])
         torch.testing.assert_close(delta, want, rtol=0, atol=3e-2 * float(want.abs().max()))
+
+
+# --- PEFT's: the delta is PEFT's own ----------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(24, 36, bias=False)
+        self.second = torch.nn.Linear(36, 10, bias=False)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 2, "alpha": 3},
+        {"r": 1, "alpha": 4, "decompose_both": True},
+        {"r": 64, "alpha": 8, "decompose_factor": 2},
+        {"r": 2, "alpha": 8, "rank_pattern": {"second": 1}, "alpha_pattern": {"first": 5}},
+    ],
+)
+def test_delta_is_pefts(tmp_path: Path, settings: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    config = LoKrConfig(target_modules=["first", "second"], init_weights=False, **settings)
+    model = get_peft_model(Model(), config)
+    model.save_pretrained(tmp_path)
+    factors = read_lokr(tmp_path)
+    assert sorted(factors) == ["first", "second"]
+    for name, read in factors.items():
+        want = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
+        assert bool(want.any())
+        torch.testing.assert_close(dense_delta(read), want, rtol=1e-5, atol=1e-6)

@@ -29,7 +29,7 @@ from soka_serve.errors import BuildError, CheckpointError
 from soka_serve.io.leftovers import stale_bytes
 from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
-from tests.support.merging import run
+from tests.support.tiny_models import merge_quietly as run
 from tests.support.tiny_models import random_factors, write_base, write_test_adapter
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +18,11 @@ def scratches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     with nothing_left() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield folder
+
+
+@pytest.fixture
+def outside() -> Iterator[Path]:
+    """A folder in which any user may do anything: what keeps a program out of it is the sandbox."""
+    with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)

@@ -9,7 +9,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,14 +100,12 @@ def test_no_frame_of_a_program_changes_how_anything_is_run(name: str) -> None:
     assert [v.passed for v in verdicts] == [True, False, True]
 
 
-def test_a_forged_refusal_does_not_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forged_refusal_does_not_switch_the_sandbox_off(monkeypatch: pytest.MonkeyPatch, outside: Path) -> None:
     monkeypatch.setenv("SOKA_ALLOW_WEAK_SANDBOX", "1")
-    with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
-        Path(folder).chmod(0o777)
-        mark = f"try:\n    open({folder + '/mark'!r}, 'w')\nexcept OSError:\n    pass\n"
-        programs = [Program(code, TESTS) for code in (sending(FRAMES["refused"]) + mark, mark + RIGHT)]
-        verdicts = run_programs(programs, allow_code_execution=True, timeout_s=5, workers=1)
-        assert list(Path(folder).iterdir()) == []
+    mark = f"try:\n    open({str(outside / 'mark')!r}, 'w')\nexcept OSError:\n    pass\n"
+    programs = [Program(code, TESTS) for code in (sending(FRAMES["refused"]) + mark, mark + RIGHT)]
+    verdicts = run_programs(programs, allow_code_execution=True, timeout_s=5, workers=1)
+    assert list(outside.iterdir()) == []
     assert [v.passed for v in verdicts] == [False, True]
 
 

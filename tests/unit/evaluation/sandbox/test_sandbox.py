@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,6 @@ from tests.support.hostile import TRICKS
 from tests.support.sandboxed import RIGHT, TESTS, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
-
-
-@pytest.fixture
-def outside() -> Iterator[Path]:
-    """A folder in which any user may do anything: what keeps a program out of it is the sandbox."""
-    with tempfile.TemporaryDirectory(prefix="soka-outside-", dir="/tmp") as folder:
-        Path(folder).chmod(0o777)
-        yield Path(folder)
 
 
 # ------------------------------------------------------------------------------------------------ what shall work
