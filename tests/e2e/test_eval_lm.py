@@ -23,7 +23,8 @@ from soka_serve.adapter.format import write_adapter
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.builtin import base_directory, generate
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
 from soka_serve.compiler.answers import generate_answers, measure
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import DataReader

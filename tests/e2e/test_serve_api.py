@@ -21,7 +21,8 @@ import torch
 from openai import OpenAI
 from transformers import AutoTokenizer
 
-from soka_serve.builtin import base_directory, generate
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
 from tests.support.serve_adapters import (
     ALPHA,
     ATOL_NATS,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from soka_serve.kron import Factors, add_delta_, apply_kron, dense_delta, kpsvd, recompress, stack_terms
-from soka_serve.kron.cost import Order
 from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape
 from tests.support import kron_oracle as oracle

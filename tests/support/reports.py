@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from soka_serve.compiler.report.data import HistoryPoint, ModuleSpectrum, ReportData, Sample
+from soka_serve.compiler.init.result import ModuleInit
+from soka_serve.compiler.report.data import HistoryPoint, ReportData, Sample
+from soka_serve.kron.shapes import FactorShape
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def spectra(layers: int, *, terms: int = 8, rank: int | None = 2) -> list[ModuleSpectrum]:
+def spectra(layers: int, *, terms: int = 8, rank: int | None = 2) -> list[ModuleInit]:
     """Modules with sigma = 1/k; rank None varies the rank with the layer."""
     return [
-        ModuleSpectrum(
+        ModuleInit(
             module=f"model.layers.{layer}.{projection}",
             layer=layer,
-            projection=projection,
-            shape=(64, 32),
-            factor_shape=(8, 4, 8, 8),
+            out_features=64,
+            in_features=32,
+            factor_shape=FactorShape(8, 4, 8, 8),
             sigma=tuple(1 / k for k in range(1, terms + 1)),
             total_energy=2.0,
             rank=layer + 1 if rank is None else rank,
-            parameters=97 * (layer + 1 if rank is None else rank),
             init="weights",
             policy="fixed",
         )
@@ -28,7 +29,7 @@ def spectra(layers: int, *, terms: int = 8, rank: int | None = 2) -> list[Module
     ]
 
 
-def report_data(modules: list[ModuleSpectrum]) -> ReportData:
+def report_data(modules: list[ModuleInit]) -> ReportData:
     """A build of the embedded base."""
     return ReportData(
         name="math",

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.init.result import ModuleInit
 from soka_serve.compiler.report.card import extracted_card, render_card
 from soka_serve.compiler.report.data import ReportData, Sample
 from tests.support.reports import report_data, spectra
@@ -18,7 +17,7 @@ from tests.support.reports import report_data, spectra
 
 @pytest.fixture
 def data() -> ReportData:
-    module = replace(spectra(1)[5], parameters=194)
+    module = spectra(1)[5]
     sample = Sample("What is 1 + 2?\n", "#### 3", "#### 4", "#### 3", False, True)
     return replace(
         report_data([module]),

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.init.result import ModuleInit
 from soka_serve.compiler.report.data import (
     HistoryPoint,
     ReportData,
