@@ -131,7 +131,7 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     Raises:
         CheckpointError, DataError: base or data that cannot be read.
     """
-    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
+    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.check_adaptable()
     hashes = HashCache(workspace.hashes)
     digest = base.checkpoint.sha256(hashes.file)

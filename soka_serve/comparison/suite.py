@@ -28,9 +28,9 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError
 from soka_serve.io.files import sha256_text
 from soka_serve.manifest.locate import Places, locate
-from soka_serve.manifest.nodes import one_of
+from soka_serve.manifest.nodes import TomlPath, one_of
 from soka_serve.manifest.problems import explain, show
-from soka_serve.manifest.read import parse_toml, read_text
+from soka_serve.manifest.read import name_key, parse_toml, read_text
 from soka_serve.manifest.schema import NAME_PATTERN, Adapt, Base, Data, Manifest, PositiveInt, Text, Train
 from soka_serve.manifest.table import Key, Table, TableKeys
 
@@ -273,6 +273,10 @@ class LoadedSuite:
     directory: Path
     text: str
     sha256: str
+
+    def name_key(self, path: TomlPath) -> str:
+        """A key for messages: 'suite.toml:4:1: base.path'."""
+        return name_key(path, self.text, str(self.path))
 
 
 def read_suite(path: str | Path) -> LoadedSuite:
