@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -18,6 +18,8 @@ from soka_serve.base.modules import BaseModules, LeftOut, Module
 from soka_serve.errors import PlanError
 from soka_serve.io.warn_once import warn
 from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape, parallel_of
+from soka_serve.manifest.nodes import TomlPath
+from soka_serve.manifest.problems import dotted
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import Manifest
 
@@ -120,13 +122,19 @@ def _explain_no_match(pattern: str, modules: Sequence[Module], left_out: Sequenc
     return f"'{pattern}' matches no module{tip} (the base has {', '.join(projections)})"
 
 
-def resolve_targets(manifest: Manifest, modules: Sequence[Module], left_out: Sequence[LeftOut] = ()) -> list[Target]:
+def resolve_targets(
+    manifest: Manifest,
+    modules: Sequence[Module],
+    left_out: Sequence[LeftOut] = (),
+    name_key: Callable[[TomlPath], str] = dotted,
+) -> list[Target]:
     """Lay the manifest's rules over the base's modules.
 
     Args:
         manifest: the manifest.
         modules: what can be adapted of the base.
         left_out: what cannot, to say why a pattern matches nothing.
+        name_key: what messages call a key of the manifest, such as `LoadedManifest.name_key`.
 
     Returns:
         One `Target` per adapted module, in the order of `modules`.
@@ -135,49 +143,58 @@ def resolve_targets(manifest: Manifest, modules: Sequence[Module], left_out: Seq
         PlanError: everything that does not fit, in one error: patterns that match nothing, layers that are not there,
             shapes that do not divide, `init = 'delta'` without `finetuned`, nothing left enabled.
     """
-    problems: list[str] = []
-    count = 1 + max((m.layer for m in modules if m.layer is not None), default=-1)
-    matched: dict[str, list[int]] = {m.name: [] for m in modules}
-    for index, rule in enumerate(manifest.adapt):
-        try:
-            layers = parse_layers(rule.layers, count)
-        except PlanError as error:
-            problems.append(f"adapt[{index}].layers: {error.message}")
-            layers = frozenset(range(count))
-        chosen = {m.name for pattern in rule.modules for m in modules if matches(pattern, m)}
-        for pattern in rule.modules:
-            if not any(matches(pattern, m) for m in modules):
-                problems.append(f"adapt[{index}].modules: {_explain_no_match(pattern, modules, left_out)}")
-        hits = [m for m in modules if m.name in chosen and m.layer in layers]
-        if chosen and not hits:
-            problems.append(f"adapt[{index}]: matches no module in layers {rule.layers!r}")
-        for module in hits:
-            matched[module.name].append(index)
+    matched, problems = _match_rules(manifest.adapt, modules, left_out, name_key)
     chosen_rules = {name: cascade([manifest.adapt[i] for i in hits]) for name, hits in matched.items() if hits}
     enabled = [m for m in modules if m.name in chosen_rules and chosen_rules[m.name].enabled]
     if not enabled and not problems:
-        problems.append("adapt: no module is left enabled; there is nothing to train")
+        problems.append(f"{name_key(('adapt',))}: no module is left enabled; there is nothing to train")
     targets = []
-    failures: dict[str, list[str]] = {}  # message -> modules it holds for: 32 layers, one line
+    failures: dict[tuple[int, str, str], list[str]] = {}  # rule, key, message -> modules: 32 layers, one line
     for module in enabled:
         rule, hits_of = chosen_rules[module.name], tuple(matched[module.name])
         if rule.init == "delta" and not rule.finetuned:
             index = _setter(manifest, hits_of, "init")
-            message = f"adapt[{index}].init: 'delta' needs `finetuned`, the fully fine-tuned checkpoint"
-            failures.setdefault(message, []).append(module.name)
+            message = "'delta' needs `finetuned`, the fully fine-tuned checkpoint"
+            failures.setdefault((index, "init", message), []).append(module.name)
         try:
             targets.append(Target(module, rule, hits_of, _resolve_shape(module, rule)))
         except PlanError as error:
             index = _setter(manifest, hits_of, "tp" if rule.tp > 1 and not isinstance(rule.shape, tuple) else "shape")
-            message = f"adapt[{index}].shape: {error.message.replace(module.name, module.projection)}"
-            failures.setdefault(message, []).append(module.name)
-    for message, names in failures.items():
+            message = error.message.replace(module.name, module.projection)
+            failures.setdefault((index, "shape", message), []).append(module.name)
+    for (index, key, message), names in failures.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        problems.append(f"{message} ({names[0]}{more})")
+        problems.append(f"{name_key(('adapt', index, key))}: {message} ({names[0]}{more})")
     if problems:
         raise PlanError("\n".join(problems), hint="`soka-serve inspect BASE` lists a base's modules and shapes.")
     _warn_unused(manifest, targets)
     return targets
+
+
+def _match_rules(
+    rules: Sequence[Adapt], modules: Sequence[Module], left_out: Sequence[LeftOut], name_key: Callable[[TomlPath], str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """By module name the indices of the rules that match it, and what is wrong with their patterns and layers."""
+    problems: list[str] = []
+    count = 1 + max((m.layer for m in modules if m.layer is not None), default=-1)
+    matched: dict[str, list[int]] = {m.name: [] for m in modules}
+    for index, rule in enumerate(rules):
+        try:
+            layers = parse_layers(rule.layers, count)
+        except PlanError as error:
+            problems.append(f"{name_key(('adapt', index, 'layers'))}: {error.message}")
+            layers = frozenset(range(count))
+        chosen = {m.name for pattern in rule.modules for m in modules if matches(pattern, m)}
+        for pattern in rule.modules:
+            if not any(matches(pattern, m) for m in modules):
+                key = name_key(("adapt", index, "modules"))
+                problems.append(f"{key}: {_explain_no_match(pattern, modules, left_out)}")
+        hits = [m for m in modules if m.name in chosen and m.layer in layers]
+        if chosen and not hits:
+            problems.append(f"{name_key(('adapt', index))}: matches no module in layers {rule.layers!r}")
+        for module in hits:
+            matched[module.name].append(index)
+    return matched, problems
 
 
 def describe_not_adapted(base: BaseModules, targets: Sequence[Target]) -> list[str]:

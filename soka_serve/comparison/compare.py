@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.base.resolve import resolve_base
-from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells, next_runs
-from soka_serve.comparison.pool import Limits, run_all
+from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
+from soka_serve.comparison.pool import Limits, next_runs, run_all
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite, read_suite
 from soka_serve.data.sources import data_sha256
@@ -131,7 +131,7 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     Raises:
         CheckpointError, DataError: base or data that cannot be read.
     """
-    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory)
+    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.check_adaptable()
     hashes = HashCache(workspace.hashes)
     digest = base.checkpoint.sha256(hashes.file)

@@ -1,17 +1,11 @@
-"""Which runs a suite has, the key of each, which come next, and which learning rate its sweeps choose.
-
-A suite has no state of its own: everything follows from its text and its records, so it may be killed at any time. Per
-method and dataset (a cell): the sweep over the rates, further rates while the best one is at the edge of the grid, and
-then the seeds at the chosen rate.
-"""
+"""Which runs a suite can have, and the key of each: for a method on a dataset (a cell) its sweep, and its results."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -69,40 +63,6 @@ class RunInputs:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The rate that the sweep of a cell chose. `rate` is None as long as it is not decided, or if every run failed.
-
-    `at_edge`: the best rate is the smallest or largest that was tried, after all extensions.
-    """
-
-    rates: tuple[float, ...]
-    scores: Mapping[float, float]
-    rate: float | None
-    at_edge: bool
-    failed: bool = False
-
-
-def score_of(record: Record) -> float | None:
-    """The score that decides a sweep: the share of right answers; 0 of a diverged run, None of a failed one."""
-    if record["status"] == "failed":
-        return None
-    return float(record["correct"] / record["problems"]) if record["status"] == "done" else 0.0
-
-
-def extend(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
-    """The grid with one more rate beyond the edge where the best one is; as it is when that is inside.
-
-    >>> extend((1.0, 2.0, 4.0), 4.0), extend((1.0, 2.0, 4.0), 1.0), extend((1.0, 2.0, 4.0), 2.0)
-    ((1.0, 2.0, 4.0, 8.0), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0))
-    """
-    if best == rates[-1]:
-        return (*rates, float(f"{rates[-1] ** 2 / rates[-2]:.6g}"))
-    if best == rates[0]:
-        return (float(f"{rates[0] ** 2 / rates[1]:.6g}"), *rates)
-    return rates
-
-
-@dataclass(frozen=True)
 class Cell:
     """A method on a dataset."""
 
@@ -140,71 +100,14 @@ class Cell:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
-    def choose(self, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
-        """The choice as far as the sweep has come, and the sweep runs that it still needs."""
-        rates = self.contender.rates
-        extensions = 0
-        while True:
-            runs = {rate: [self.spec("sweep", rate, s) for s in self.suite.protocol.sweep_seeds] for rate in rates}
-            missing = [run for rate in rates for run in runs[rate] if run.key not in records]
-            if missing:
-                return Choice(rates, {}, None, False), missing
-            ranked: list[tuple[float, float, float]] = []
-            for rate in rates:
-                found = [(score_of(records[run.key]), _last_loss(records[run.key])) for run in runs[rate]]
-                known = [(score, loss) for score, loss in found if score is not None]
-                if known:
-                    count = len(known)
-                    # Equal accuracy: the lower training loss decides, then the smaller rate.
-                    ranked.append((sum(s for s, _ in known) / count, -sum(x for _, x in known) / count, -rate))
-            scores = {-rate: score for score, _, rate in ranked}
-            if not ranked:
-                return Choice(rates, scores, None, False, failed=True), []
-            best = -max(ranked)[2]
-            edge = best in (rates[0], rates[-1])
-            if not edge or extensions == self.suite.protocol.extensions or len(rates) == 1:
-                # A suite with a single rate has been told which one to take.
-                return Choice(rates, scores, best, edge and len(rates) > 1), []
-            rates, extensions = extend(rates, best), extensions + 1
-
     def finals(self, rate: float) -> list[RunSpec]:
         """The runs of the results."""
         return [self.spec("final", rate, seed) for seed in self.suite.protocol.seeds]
 
 
-def _last_loss(record: Record) -> float:
-    """Mean training loss of the last tenth of the steps; infinite for a run that did not get there."""
-    losses = record.get("loss") or []
-    if record["status"] != "done" or not losses:
-        return math.inf
-    tail = losses[-max(len(losses) // 10, 1) :]
-    return float(sum(tail) / len(tail))
-
-
 def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
     """Every method on every one of its datasets."""
     return [Cell(suite, m, dataset, inputs) for m in suite.method for dataset in suite.datasets_of(m)]
-
-
-def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunSpec]:
-    """The runs that can start now, the most informative first; empty when the suite is finished.
-
-    Order: priority, then sweeps before results, then seed by seed over all cells, so that a suite that is stopped has
-    something about every method.
-    """
-    found: list[tuple[tuple[int, int, int], RunSpec]] = []
-    seen: set[str] = set()
-    for cell in cells:
-        choice, missing = cell.choose(records)
-        seeds = cell.suite.protocol.seeds
-        if choice.rate is not None:
-            missing = [run for run in cell.finals(choice.rate) if run.key not in records]
-        for run in missing:
-            if run.key not in seen:
-                seen.add(run.key)
-                place = 0 if run.stage == "sweep" else 1 + seeds.index(run.seed)
-                found.append(((cell.contender.priority, min(place, 1), place), run))
-    return [run for _, run in sorted(found, key=lambda item: item[0])]
 
 
 def count_runs(suite: Suite) -> int:

@@ -1,20 +1,21 @@
-"""The runs of a suite as processes, so many at a time, until none is left or a limit is reached."""
+"""The runs of a suite as processes, in which order and so many at a time, until none is left or a limit is reached."""
 
 from __future__ import annotations
 
 import multiprocessing
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from soka_serve.comparison.plan import Cell, RunSpec, next_runs
+from soka_serve.comparison.plan import Cell, Record, RunSpec
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite
+from soka_serve.comparison.sweep import choose_rate
 from soka_serve.io.progress import track
 from soka_serve.io.scoped import scoped_environment
 from soka_serve.io.workspace import Workspace
@@ -29,6 +30,27 @@ class Limits:
     jobs: int = 1
     minutes: float | None = None
     runs: int | None = None
+
+
+def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunSpec]:
+    """The runs that can start now, the most informative first; empty when the suite is finished.
+
+    Order: priority, then sweeps before results, then seed by seed over all cells, so that a suite that is stopped has
+    something about every method.
+    """
+    found: list[tuple[tuple[int, int, int], RunSpec]] = []
+    seen: set[str] = set()
+    for cell in cells:
+        choice, missing = choose_rate(cell, records)
+        seeds = cell.suite.protocol.seeds
+        if choice.rate is not None:
+            missing = [run for run in cell.finals(choice.rate) if run.key not in records]
+        for run in missing:
+            if run.key not in seen:
+                seen.add(run.key)
+                place = 0 if run.stage == "sweep" else 1 + seeds.index(run.seed)
+                found.append(((cell.contender.priority, min(place, 1), place), run))
+    return [run for _, run in sorted(found, key=lambda item: item[0])]
 
 
 def run_all(

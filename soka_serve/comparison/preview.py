@@ -50,7 +50,7 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
         SokaError: a suite that is wrong, or does not fit its base.
     """
     loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
-    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False)
+    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     base.check_adaptable()
     counts = {m.name: _count(loaded, m, base.layout) for m in loaded.suite.method}
     return Preview(loaded, base.layout.size.parameters, counts)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.comparison.plan import Cell, is_key
+from soka_serve.comparison.sweep import choose_rate
 from soka_serve.errors import DataError
 from soka_serve.io.files import write_text_atomic
 
@@ -101,7 +102,7 @@ def keys_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> 
 
 def run_keys(cell: Cell, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Keys of the runs of a cell that can be told from these records."""
-    choice, _ = cell.choose(records)
+    choice, _ = choose_rate(cell, records)
     for rate in choice.rates:
         yield from (cell.spec("sweep", rate, seed).key for seed in cell.suite.protocol.sweep_seeds)
     if choice.rate is not None:
@@ -114,7 +115,7 @@ def progress_of(cells: list[Cell], records: Mapping[str, Mapping[str, Any]]) -> 
     left = 0
     for cell in cells:
         keys = list(run_keys(cell, records))
-        choice, _ = cell.choose(records)
+        choice, _ = choose_rate(cell, records)
         done |= {key for key in keys if key in records}
         left += sum(key not in records for key in keys)
         if choice.rate is None and not choice.failed:

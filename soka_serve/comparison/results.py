@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from soka_serve.comparison.plan import Cell, Choice, Record
+from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
 from soka_serve.comparison.stats import (
     PairedTest,
@@ -20,6 +20,7 @@ from soka_serve.comparison.stats import (
     steps_to,
 )
 from soka_serve.comparison.suite import Suite
+from soka_serve.comparison.sweep import Choice, choose_rate
 from soka_serve.compiler.report.charts import thin
 
 CURVE_POINTS = 50
@@ -30,7 +31,7 @@ METRICS = {"accuracy": True, "steps_to_loss": False, "grad_norm_cv": False}
 
 def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]) -> dict[str, Any]:
     """All results, as JSON values."""
-    chosen = {(c.contender.name, c.dataset.name): c.choose(records)[0] for c in cells}
+    chosen = {(c.contender.name, c.dataset.name): choose_rate(c, records)[0] for c in cells}
     finals = {
         place: _finals(cell, chosen[place], records)
         for cell in cells

@@ -19,9 +19,9 @@ from pydantic_core import PydanticCustomError
 from soka_serve.compiler.methods import METHODS
 from soka_serve.io.files import sha256_text
 from soka_serve.manifest.fields import FormatVersion, PositiveInt, Text
-from soka_serve.manifest.nodes import one_of
+from soka_serve.manifest.nodes import TomlPath, one_of
 from soka_serve.manifest.problems import show
-from soka_serve.manifest.read import parse_toml, read_text, validate
+from soka_serve.manifest.read import name_key, parse_toml, read_text, validate
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Manifest, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
@@ -245,7 +245,12 @@ class LoadedSuite:
     suite: Suite
     path: Path
     directory: Path
+    text: str
     sha256: str
+
+    def name_key(self, path: TomlPath) -> str:
+        """A key for messages: 'suite.toml:4:1: base.path'."""
+        return name_key(path, self.text, str(self.path))
 
 
 def read_suite(path: str | Path) -> LoadedSuite:
@@ -256,7 +261,7 @@ def read_suite(path: str | Path) -> LoadedSuite:
     """
     path = Path(path)
     text = read_text(path)
-    return LoadedSuite(parse_suite(text, str(path)), path, path.absolute().parent, sha256_text(text))
+    return LoadedSuite(parse_suite(text, str(path)), path, path.absolute().parent, text, sha256_text(text))
 
 
 def parse_suite(text: str, file: str) -> Suite:

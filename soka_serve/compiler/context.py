@@ -122,13 +122,13 @@ def prepare(
         save_hashes: remember what was hashed.
     """
     manifest = loaded.manifest
-    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory)
+    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.checkpoint.check_loadable()
     base.check_adaptable()
-    targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out)
+    targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, loaded.name_key)
     check_tokenizer_files(base.folder)  # before they are hashed
     finetuned = {
-        source: _open_finetuned(source, loaded.directory)
+        source: _open_finetuned(source, loaded)
         for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
     }
     for other in finetuned.values():
@@ -177,12 +177,13 @@ def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
     return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))
 
 
-def _open_finetuned(source: str, manifest_dir: Path) -> Base:
+def _open_finetuned(source: str, loaded: LoadedManifest) -> Base:
     """A fine-tuned checkpoint is a directory when there is one of that name, else a hub id."""
-    local = manifest_dir / Path(source).expanduser()
-    if local.exists() or source.startswith((".", "/", "~")):
-        return resolve_base(schema.Base(path=source), manifest_dir=manifest_dir)
-    return resolve_base(schema.Base(hub=source), manifest_dir=manifest_dir)
+    rule = next(i for i, rule in enumerate(loaded.manifest.adapt) if rule.finetuned == source)
+    is_path = (loaded.directory / Path(source).expanduser()).exists() or source.startswith((".", "/", "~"))
+    table = schema.Base(path=source) if is_path else schema.Base(hub=source)
+    key = loaded.name_key(("adapt", rule, "finetuned"))
+    return resolve_base(table, manifest_dir=loaded.directory, name_key=lambda _: key)
 
 
 def previous_keys(target: Path) -> dict[str, str]:

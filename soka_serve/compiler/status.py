@@ -15,7 +15,7 @@ from pathlib import Path
 from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.compiler.context import is_whole, prepare, previous_keys
-from soka_serve.compiler.plan.plan import Plan, StageStatus, make_plan
+from soka_serve.compiler.plan.plan import STOPS, Plan, StageStatus, make_plan
 from soka_serve.errors import SokaError
 from soka_serve.io.places import given_path
 from soka_serve.io.warn_once import one_command
@@ -41,7 +41,7 @@ def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int |
     given = None if out is None else given_path(out, "out")
     loaded = read_manifest(Path(manifest))
     root = given or Path(loaded.manifest.output.dir)
-    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
+    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     return make_plan(loaded, base=base, stages=stage_statuses(loaded, base, root), policies=policies)
 
 
@@ -63,7 +63,7 @@ def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[Stage
     try:
         context = prepare(loaded, workspace, base=base, save_hashes=False)
     except SokaError as error:  # data or a fine-tuned checkpoint that can't be reached
-        return f"a build would stop: {error.message}"
+        return f"{STOPS}{error.message}"
     previous = previous_keys(workspace.target) if is_whole(workspace.target) else {}
     found = []
     for stage, key in context.keys.items():

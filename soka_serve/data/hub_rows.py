@@ -100,7 +100,8 @@ def check_name(name: str, local: Path) -> None:
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise DataError(f"train.data.hub: {path}: not a file but a device, a pipe or a socket")
             if path.is_file():
-                _refuse_hole(path)
+                with open_data(path):  # refuses what a reader could not take, such as a file that is mostly a hole
+                    pass
         return
     if local.exists() or name.endswith(".py"):
         raise DataError(
@@ -117,14 +118,6 @@ def check_name(name: str, local: Path) -> None:
             f"train.data.hub: {name}: no such directory; {expected}",
             hint="Paths in a manifest start from the manifest's directory.",
         )
-
-
-def _refuse_hole(path: Path) -> None:
-    """Refuse a file that is mostly a hole, which a reader would take into memory whole."""
-    try:
-        open_data(path).close()
-    except OSError as error:
-        raise DataError(f"train.data.hub: {path}: cannot be read: {error.strerror or error}") from None
 
 
 def _readers() -> set[str]:

@@ -9,9 +9,10 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.io.budget import open_regular, refuse_hole
@@ -96,40 +97,39 @@ def _half_character(value: object) -> str | None:
     return None
 
 
-def open_data(file: Path) -> io.BufferedReader:
+@contextmanager
+def open_data(file: Path) -> Iterator[io.BufferedIOBase]:
     """Open a data file: a regular one, all of which is on the disk.
 
     Raises:
-        DataError: it is mostly a hole.
-        OSError: it cannot be opened, or is a directory, a device or a pipe.
+        UnreachableDataError: there is none.
+        DataError: it is mostly a hole, a directory, a device or a pipe, or it cannot be read, also inside the context.
     """
-    stream = open_regular(file)
     try:
-        refuse_hole(file, stream)
+        with cast("io.FileIO", open_regular(file)) as raw, io.BufferedReader(raw, _BUFFER) as stream:
+            refuse_hole(file, raw)
+            yield stream
     except CheckpointError as error:
-        stream.close()
         raise DataError(error.message, hint="Copy or download the file again.") from None
-    return io.BufferedReader(stream, _BUFFER)  # type: ignore[arg-type]  # a FileIO
-
-
-def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1. Bytes: only a line feed ends a line, unlike in str."""
-    try:
-        with open_data(file) as stream:
-            for number in count(1):
-                line = stream.readline(_MAX_LINE + 1)
-                if not line:
-                    return
-                if len(line) > _MAX_LINE:
-                    raise DataError(f"{file}:{number}: a line of more than {_MAX_LINE >> 20} MiB")
-                text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if text.startswith((b"\xff\xfe", b"\xfe\xff")) and number == 1:
-                    raise DataError(f"{file}:1: UTF-16; expected UTF-8", hint="iconv -f UTF-16 -t UTF-8")
-                if text.strip():
-                    yield number, text
     except FileNotFoundError:
         raise UnreachableDataError(
             f"{file}: not found", hint="Paths in a manifest start from the manifest's directory."
         ) from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their numbers from 1. Bytes: only a line feed ends a line, unlike in str."""
+    with open_data(file) as stream:
+        for number in count(1):
+            line = stream.readline(_MAX_LINE + 1)
+            if not line:
+                return
+            if len(line) > _MAX_LINE:
+                raise DataError(f"{file}:{number}: a line of more than {_MAX_LINE >> 20} MiB")
+            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if text.startswith((b"\xff\xfe", b"\xfe\xff")) and number == 1:
+                raise DataError(f"{file}:1: UTF-16; expected UTF-8", hint="iconv -f UTF-16 -t UTF-8")
+            if text.strip():
+                yield number, text

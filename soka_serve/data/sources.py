@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 from soka_serve.data.rows import open_data, read_lines, resolve
-from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Data
 
 
@@ -56,9 +55,6 @@ def data_sha256(data: Data, *, manifest_dir: Path) -> str:
         files += sorted(f for f in folder.rglob("*") if f.is_file())
         digest.update(json.dumps([str(f.relative_to(folder)) for f in files]).encode())
     for file in files:
-        try:
-            with open_data(file) as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from None
+        with open_data(file) as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -73,7 +73,7 @@ class _RequestCounter:
             self.cut += cut
             logger.warning("%d of %d prompts have more than %d tokens and are cut at the left", cut, len(lengths), room)
         plain = not sys.stderr.isatty()  # on a terminal lm-eval's own bar is shown
-        with track(len(requests), self.what, unit="answers", enabled=plain) as advance:
+        with track(len(requests), self.what, unit="answer", enabled=plain) as advance:
             self._advance = advance  # type: ignore[method-assign]
             return super().generate_until(requests, disable_tqdm=disable_tqdm or plain)  # type: ignore[misc]
 

@@ -105,7 +105,7 @@ def _subject(loaded: LoadedManifest, out: Path | None) -> Subject:
     from soka_serve.base.resolve import resolve_base
 
     target = read_targets([str(loaded.path)], out=out)[0]
-    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory)
+    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     for folder in (base.folder, ModelFolder(target.path)):
         check_no_code(folder)
     context = text_config(base.config).get("max_position_embeddings")

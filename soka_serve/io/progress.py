@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from soka_serve.io.text import size
+
 logger = logging.getLogger(__name__)
 
 # A log file wants a sign of life now and then, not a line per step.
@@ -17,13 +19,13 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def track(total: int, what: str, *, unit: str = "it", enabled: bool = True) -> Iterator[Callable[..., None]]:
+def track(total: int, what: str, *, unit: str, enabled: bool = True) -> Iterator[Callable[..., None]]:
     """Show progress of a loop that may take more than two seconds.
 
     Args:
         total: number of steps (or bytes, with unit = "B").
         what: what is being done, in a word or two.
-        unit: what is counted.
+        unit: what is counted, in the singular.
         enabled: False shows nothing.
 
     Yields:
@@ -51,9 +53,14 @@ def track(total: int, what: str, *, unit: str = "it", enabled: bool = True) -> I
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            logger.info("%s: %d of %d %s, %.0f s %s", what, done, total, unit, now - started, detail)
+            part = size(done) if unit == "B" else done
+            logger.info("%s: %s of %s, %.0f s %s", what, part, _amount(total, unit), now - started, detail)
 
     yield log
     seconds = time.monotonic() - started
     if seconds >= 2:
-        logger.info("%s: %d %s in %.1f s", what, done, unit, seconds)
+        logger.info("%s: %s in %.1f s", what, _amount(done, unit), seconds)
+
+
+def _amount(number: int, unit: str) -> str:
+    return size(number) if unit == "B" else f"{number} {unit}{'' if number == 1 else 's'}"

@@ -62,6 +62,16 @@ class LoadedManifest:
     text: str
     sha256: str
 
+    def name_key(self, path: TomlPath) -> str:
+        """A key for messages: 'math.toml:4:1: adapt[0].layers'."""
+        return name_key(path, self.text, str(self.path))
+
+
+def name_key(path: TomlPath, text: str, file: str) -> str:
+    """File, line and column of a key, or of the nearest table around it, and the key as messages show it."""
+    position = _locate(text).value(path)
+    return ":".join([file, *map(str, position or ())]) + f": {dotted(path)}"
+
 
 def read_manifest(path: str | Path) -> LoadedManifest:
     """Read, parse and validate a manifest.

@@ -10,9 +10,9 @@ _SHOWN_CAUSES = 2
 _PROCESS = re.compile(r"^\((?P<name>[^)]*)\) ")
 _PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:(?:INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] ?)?")
 _FAILURE = re.compile(r"\b\w*(?:Error|Exception|error):|^usage:|\berror: ")
-# Warnings, their source lines, and drawings say nothing of how far the start has come.
+# Warnings, their source lines, what is said of Triton, and drawings say nothing of how far the start has come.
 _NO_STAGE = re.compile(
-    r" WARNING |Warning\b|warnings\.warn|^(?:\([^)]*\))?\s*(?:[A-Z]+ \S+ \S+ \[\S+\])?\s*[▄█▀ ]*$|^\s"
+    r"\bWARNING |\[importing\.py:|Warning\b|warnings\.warn|^(?:\([^)]*\))?\s*(?:[A-Z]+ \S+ \S+ \[\S+\])?\s*[▄█▀ ]*$|^\s"
 )
 # What a process says of the end of another one, whose own words come before.
 _NO_CAUSE = re.compile(
@@ -26,7 +26,11 @@ _WARNING = re.compile(r"^(?:\([^)]*\) )?WARNING ")
 def last_stage(log: str) -> str:
     """The last line of vLLM's log that says how far its start has come.
 
-    >>> last_stage("(Worker pid=5) INFO 11-25 23:35:58 [weights.py:501] Loading weights\\nx.py:3: UserWarning: odd\\n")
+    >>> last_stage('''(Worker pid=5) INFO 11-25 23:35:58 [weights.py:501] Loading weights
+    ... x.py:3: UserWarning: odd
+    ... WARNING 11-25 23:35:59 [importing.py:44] Triton is installed, but doesn't include CPU backend.
+    ... INFO 11-25 23:35:59 [importing.py:97] Triton not installed or not compatible
+    ... ''')
     'Loading weights'
     """
     stages = [line for line in log.splitlines() if line.strip() and not _NO_STAGE.search(line)]

@@ -168,7 +168,7 @@ def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, l
     if not built or not (target / kind).is_dir():
         where = f"; there is no {kind} in {target}" if built else f"; there is no build in {target}"
         raise SokaError(f"{loaded.path}: not built{where}", hint=f"Build it first: {line}")
-    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False)
+    base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     statuses = stage_statuses(loaded, base, root)
     if isinstance(statuses, str):  # its keys cannot be known here; a manifest that asks the same is good enough then
         changed = _asks_otherwise(loaded, target)

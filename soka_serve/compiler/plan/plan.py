@@ -27,6 +27,9 @@ from soka_serve.manifest.schema import Manifest
 _CONFIGS = Path(__file__).parents[2] / "builtin" / "configs"
 
 
+STOPS = "a build would stop: "  # before the error, in `Plan.stages_problem`
+
+
 @dataclass(frozen=True)
 class StageStatus:
     """A stage of the build: what its result is filed under, and whether it is there already."""
@@ -104,10 +107,10 @@ def make_plan(
     Data or a tokenizer that cannot be reached is no error here: the plan says so in `data.problem`.
     """
     manifest, train = loaded.manifest, loaded.manifest.train
-    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False)
+    base = base or resolve_base(manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     base.check_adaptable()
     layout = base.layout
-    targets = resolve_targets(manifest, layout.modules, layout.left_out)
+    targets = resolve_targets(manifest, layout.modules, layout.left_out, loaded.name_key)
     size, method = layout.size, METHODS[train.method]
     planned = plan_training(manifest, targets, method, size)
     bundled = base.directory.parent == _CONFIGS

@@ -10,7 +10,7 @@ from dataclasses import replace
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.examples import DataPlan, RenderedExample
 from soka_serve.compiler.plan.modules import ModulePlan
-from soka_serve.compiler.plan.plan import Plan
+from soka_serve.compiler.plan.plan import STOPS, Plan
 from soka_serve.compiler.plan.policies import PolicyRow
 from soka_serve.errors import printable, printable_lines
 from soka_serve.io.text import size as bytes_text
@@ -221,6 +221,9 @@ def _segment(text: str, trained: bool, paint: bool) -> str:
 
 def _stages(plan: Plan) -> str:
     if plan.stages_problem:
+        cause = plan.stages_problem.removeprefix(STOPS)
+        if plan.data.problem and cause in plan.data.problem:
+            return "  not known: a build would stop, see Data"
         return f"  not known: {printable_lines(plan.stages_problem)}"
     rows = [
         (stage.name, "cached" if stage.cached else "runs", stage.key[:12], stage.reason) for stage in plan.stages or ()

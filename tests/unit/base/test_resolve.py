@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve import build, plan
 from soka_serve.base import hub
 from soka_serve.base.resolve import resolve_base
 from soka_serve.builtin import base_directory
@@ -26,6 +27,15 @@ def test_base_from_a_path(tmp_path: Path) -> None:
         resolve_base(base, manifest_dir=tmp_path)
     with pytest.raises(CheckpointError, match="no such directory"):
         resolve_base(Base(path="other"), manifest_dir=tmp_path, weights=False)
+
+
+def test_an_error_names_the_key_of_the_manifest(tmp_path: Path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text('schema = 1\n[base]\npath = "other"\n[train.data]\nbuiltin = "math"\n')
+    for call in (plan, build):
+        with pytest.raises(CheckpointError) as caught:
+            call(file)
+        assert caught.value.message == f"{file}:3:8: base.path: {tmp_path / 'other'}: no such directory"
 
 
 def hub_error(name: str) -> Exception:

@@ -14,6 +14,7 @@ from soka_serve.base.modules import Module, llama_parameters, modules_from_confi
 from soka_serve.base.opened import Base
 from soka_serve.base.targets import budget_groups, parse_layers, resolve_targets
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.rules import RankEnergy, RankFixed
 from soka_serve.manifest.schema import Manifest
 
@@ -321,3 +322,20 @@ def test_budgets_belong_to_the_rule_that_sets_them(modules: list[Module]) -> Non
     loaded = manifest(*rules)
     groups = budget_groups(loaded, resolve_targets(loaded, modules))
     assert {index: len(group) for index, group in groups.items()} == {0: 32 * 5, 1: 32}
+
+
+def test_problems_name_the_manifest_and_the_line(tmp_path: Path, modules: list[Module]) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(
+        'schema = 1\n[base]\nbuiltin = "tiny"\n[[adapt]]\nmodules = ["q_poj"]\nlayers = "30-40"\n[[adapt]]\n'
+        'modules = ["o_proj"]\nshape = [3, 3, 5, 5]\n[train.data]\nbuiltin = "math"\n'
+    )
+    loaded = read_manifest(file)
+    with pytest.raises(PlanError) as caught:
+        resolve_targets(loaded.manifest, modules, name_key=loaded.name_key)
+    starts = [line.split(": ")[:2] for line in caught.value.message.splitlines()]
+    assert starts == [
+        [f"{file}:6:10", "adapt[0].layers"],
+        [f"{file}:5:11", "adapt[0].modules"],
+        [f"{file}:9:9", "adapt[1].shape"],
+    ]

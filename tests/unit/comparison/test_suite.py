@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from soka_serve.comparison.plan import Cell, RunInputs, RunSpec, extend, list_cells, next_runs
+from soka_serve.comparison.plan import Cell, RunInputs, RunSpec, list_cells
+from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
 from soka_serve.comparison.suite import Suite, manifest_of, parse_suite, read_suite
+from soka_serve.comparison.sweep import choose_rate, extend
 from soka_serve.errors import ManifestError
 
 SUITES = Path(__file__).resolve().parents[3] / "eval" / "suites"
@@ -181,14 +183,14 @@ def rates(runs: list[RunSpec]) -> list[float]:
 
 
 def test_the_sweep_comes_first() -> None:
-    choice, missing = cell().choose({})
+    choice, missing = choose_rate(cell(), {})
     assert choice.rate is None
     assert [(run.stage, run.rate, run.seed) for run in missing] == [("sweep", r, 100) for r in (1.0, 2.0, 4.0)]
 
 
 def test_a_best_rate_inside_the_grid_is_taken() -> None:
     one = cell()
-    choice, missing = one.choose(sweep(one, {1.0: 10, 2.0: 30, 4.0: 20}))
+    choice, missing = choose_rate(one, sweep(one, {1.0: 10, 2.0: 30, 4.0: 20}))
     assert (choice.rate, choice.at_edge, missing) == (2.0, False, [])
     assert choice.scores == {1.0: 0.1, 2.0: 0.3, 4.0: 0.2}
 
@@ -196,18 +198,18 @@ def test_a_best_rate_inside_the_grid_is_taken() -> None:
 def test_a_best_rate_at_the_edge_extends_the_grid_until_it_is_inside() -> None:
     one = cell()
     scores = {1.0: 10, 2.0: 20, 4.0: 30}
-    choice, missing = one.choose(sweep(one, scores))
+    choice, missing = choose_rate(one, sweep(one, scores))
     assert choice.rate is None
     assert rates(missing) == [8.0]
-    choice, missing = one.choose(sweep(one, scores | {8.0: 25}))
+    choice, missing = choose_rate(one, sweep(one, scores | {8.0: 25}))
     assert (choice.rate, choice.at_edge, missing) == (4.0, False, [])
 
 
 def test_the_grid_is_extended_at_most_so_often_and_the_edge_is_told() -> None:
     one = cell()
     scores = {1.0: 10, 2.0: 20, 4.0: 30, 8.0: 40}
-    assert rates(one.choose(sweep(one, scores))[1]) == [16.0]
-    choice, missing = one.choose(sweep(one, scores | {16.0: 50}))
+    assert rates(choose_rate(one, sweep(one, scores))[1]) == [16.0]
+    choice, missing = choose_rate(one, sweep(one, scores | {16.0: 50}))
     assert (choice.rate, choice.at_edge, missing) == (16.0, True, [])
 
 
@@ -219,7 +221,7 @@ def test_both_edges() -> None:
 def test_equal_accuracy_is_decided_by_the_training_loss() -> None:
     one = cell()
     records = {one.spec("sweep", rate, 100).key: record(0, loss) for rate, loss in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))}
-    assert one.choose(records)[0].rate == 2.0
+    assert choose_rate(one, records)[0].rate == 2.0
 
 
 def test_diverged_runs_count_as_zero_and_failed_ones_do_not_count() -> None:
@@ -227,17 +229,17 @@ def test_diverged_runs_count_as_zero_and_failed_ones_do_not_count() -> None:
     keys = {rate: one.spec("sweep", rate, 100).key for rate in (1.0, 2.0, 4.0)}
     failed = {"status": "failed", "error": "no"}
     diverged = record(90, status="diverged")
-    choice, _ = one.choose({keys[1.0]: record(1), keys[2.0]: record(5), keys[4.0]: diverged})
+    choice, _ = choose_rate(one, {keys[1.0]: record(1), keys[2.0]: record(5), keys[4.0]: diverged})
     assert choice.rate == 2.0
-    choice, _ = one.choose({keys[1.0]: failed, keys[2.0]: record(5), keys[4.0]: record(3)})
+    choice, _ = choose_rate(one, {keys[1.0]: failed, keys[2.0]: record(5), keys[4.0]: record(3)})
     assert choice.rate == 2.0
-    choice, missing = one.choose(dict.fromkeys(keys.values(), failed))
+    choice, missing = choose_rate(one, dict.fromkeys(keys.values(), failed))
     assert (choice.rate, choice.failed, missing) == (None, True, [])
 
 
 def test_a_single_rate_is_taken_as_told() -> None:
     one = list_cells(suite(), INPUTS)[2]
-    choice, missing = one.choose(sweep(one, {1.0: 10}))
+    choice, missing = choose_rate(one, sweep(one, {1.0: 10}))
     assert (choice.rate, choice.at_edge, missing) == (1.0, False, [])
 
 

@@ -200,15 +200,22 @@ def test_from_nothing_to_a_finished_build(tmp_path: Path) -> None:
 
 
 def test_what_stops_a_build_is_said(tmp_path: Path) -> None:
-    for rule, data, reason in (
-        ('init = "delta"\nfinetuned = "../nowhere"', 'builtin = "math"\nlimit = 8', "nowhere: no such directory"),
-        ("", 'jsonl = "nowhere.jsonl"', "nowhere.jsonl"),
-    ):
-        made = plan(_manifest(tmp_path, rule, data), out=tmp_path / "build")
-        assert made.stages is None
-        assert reason in str(made.stages_problem)
-        assert f"not known: {made.stages_problem}" in render_plan(made, color=False)
-        assert made.to_json()["stages_problem"] == made.stages_problem
+    made = plan(_manifest(tmp_path, 'init = "delta"\nfinetuned = "../nowhere"'), out=tmp_path / "build")
+    assert made.stages is None
+    assert "nowhere: no such directory" in str(made.stages_problem)
+    assert "adapt[0].finetuned: " in str(made.stages_problem)
+    assert f"not known: {made.stages_problem}" in render_plan(made, color=False)
+    assert made.to_json()["stages_problem"] == made.stages_problem
+
+
+def test_missing_data_is_said_once(tmp_path: Path) -> None:
+    made = plan(_manifest(tmp_path, "", 'jsonl = "nowhere.jsonl"'), out=tmp_path / "build")
+    cause = f"{tmp_path / 'nowhere.jsonl'}: not found"
+    assert made.data.problem == f"examples cannot be shown: {cause}"
+    assert made.stages_problem == f"a build would stop: {cause}"
+    text = render_plan(made, color=False)
+    assert text.count(cause) == 1
+    assert "not known: a build would stop, see Data" in text
 
 
 def test_planning_writes_nothing(tmp_path: Path) -> None:

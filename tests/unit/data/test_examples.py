@@ -338,7 +338,7 @@ def test_hash_follows_what_the_examples_are_made_from(tmp_path: Path) -> None:
     assert first not in others
     write_rows(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "c"}])
     assert digest(jsonl="d.jsonl") != first
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="not found"):
         digest(jsonl="none.jsonl")
 
 
