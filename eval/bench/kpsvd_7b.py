@@ -72,7 +72,8 @@ def write_model(folder: Path, hidden: int, inner: int, layers: int) -> None:
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
             if layer == 0:
-                tensors["model.embed_tokens.weight"] = torch.zeros(64, hidden).bfloat16()
+                embeddings = torch.randn(64, hidden, generator=torch.Generator().manual_seed(0))
+                tensors["model.embed_tokens.weight"] = embeddings.bfloat16()
                 tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
             file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
             save_file(tensors, folder / file, metadata={"format": "pt"})

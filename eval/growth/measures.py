@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -24,9 +25,11 @@ from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base import targets
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module as Projection
 from soka_serve.base.opened import Base
 from soka_serve.compiler.init.initialise import InitRun
+from soka_serve.compiler.init.probe import gather
 from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.kron import Factors, apply_cost, apply_kron, kpsvd
 from soka_serve.kron.cost import choose_order
@@ -38,6 +41,7 @@ from soka_vllm.slots import SlotStore
 SEED = 0
 LEAST_CALLS = 3
 LORA_RANK = 8
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 128
 VALUE_BYTES = 4  # adapters are stored in float32
 
 
@@ -80,32 +84,47 @@ def intermediate(hidden: int) -> int:
     return hidden * 43 // 16
 
 
-def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:
-    """Stage `init`, in a fresh process."""
+def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int, batches: int = 0) -> Point:
+    """Stage `init`, in a fresh process; with calibration batches also a forward pass over them."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "base", hidden, intermediate(hidden), layers)
-        found: Point = alone(run_init, {**effort._asdict(), "folder": folder, "rank": rank})
+        found: Point = alone(run_init, {**effort._asdict(), "folder": folder, "rank": rank, "batches": batches})
     return found
 
 
 def run_init(case: dict[str, Any]) -> Point:
-    """Stage `init` over the checkpoint in the case's folder."""
+    """Stage `init` over the checkpoint in the case's folder. Its memory is above the model's where that is loaded."""
     torch.set_num_threads(case["threads"])
     base = Path(case["folder"]) / "base"
+    rule = {"calibration_batches": case["batches"], "rank": {"policy": "fixed", "rank": case["rank"]}}
     manifest = Manifest.model_validate(
         {
             "schema": 1,
             "base": {"path": str(base)},
-            "adapt": [{"calibration_batches": 0, "rank": {"policy": "fixed", "rank": case["rank"]}}],
+            "adapt": [rule],
             "train": {"steps": 0, "data": {"builtin": "math"}},
         }
     )
     opened = Base(base)
     run = InitRun(targets.resolve_targets(manifest, opened.layout.modules), opened, seed=SEED, progress=False)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
+    found: Point = {}
+    if case["batches"]:
+        model = load_base(base, "float32").requires_grad_(False)
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(64, (case["batches"], CALIBRATION_ROWS, CALIBRATION_TOKENS), generator=generator)
+        batches = [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
+        run = dataclasses.replace(run, statistics=lambda wanted: gather(model, batches, wanted))
+
+        @torch.no_grad()
+        def forward() -> None:
+            for batch in batches:
+                model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+        found |= timed("forward", forward, case["seconds"])
     with AnonymousPeak() as peak:
         times = timed("init", run.initialise, case["seconds"])
-    return {**times, "init_peak_bytes": peak.added_bytes}
+    return {**found, **times, "init_peak_bytes": peak.added_bytes}
 
 
 def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:

@@ -31,12 +31,11 @@ from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import Target
+    from soka_serve.compiler.init.initialise import TargetStatistics
 
 logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
-Statistics = tuple["Target", Tensor | None, InputMoments | None]
-"""A target, and its gradient (out, in) in float32 or its inputs' moments."""
 
 _ROWS = 256
 _GRADIENTS_AT_ONCE, _MOMENTS_AT_ONCE = 6, 4  # of the largest weight, of the widest second moment (some share one)
@@ -63,7 +62,7 @@ def batches_needed(targets: Sequence[Target]) -> int:
 
 def gather(
     model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], scratch: Path | None = None
-) -> Iterator[Statistics]:
+) -> Iterator[TargetStatistics]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
     Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over all inputs of the module,
@@ -153,7 +152,7 @@ def _rows_of(batches: Sequence[Batch]) -> Iterator[_Rows]:
             yield _Rows(number, inputs, int((inputs["labels"][:, 1:] != IGNORED).sum()))
 
 
-def _gather_moments(passes: _Passes) -> Iterator[Statistics]:
+def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
     """Moments, from the first layer to the last."""
     model, rows, walk = passes.model, passes.rows, passes.walk
     for group in passes.outside:
@@ -182,7 +181,7 @@ def _forwards(walk: LayerWalk, layer: int, hidden: Sequence[Tensor], above: dict
     return run
 
 
-def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[Statistics]:
+def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetStatistics]:
     """Gradients, from the last layer to the first that has targets."""
     model, rows, walk = passes.model, passes.rows, passes.walk
     trained = sum(r.trained for r in rows)
@@ -236,7 +235,7 @@ def _backwards(
     return run
 
 
-def _stored(gradients: dict[str, Tensor], group: list[Target], scratch: Path | None) -> Iterator[Statistics]:
+def _stored(gradients: dict[str, Tensor], group: list[Target], scratch: Path | None) -> Iterator[TargetStatistics]:
     """The gradients of a group one by one, read from a file in `scratch` so that the others take no memory."""
     file = scratch / "gradients.safetensors" if scratch is not None else None
     if file is not None:
@@ -298,7 +297,7 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run
     return sums
 
 
-def _moments(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> Iterator[Statistics]:
+def _moments(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> Iterator[TargetStatistics]:
     """The moments of a group's inputs, each module's over the rows of its own batches."""
     shared = _SharedMoments({t.module.name: t.module.in_features for t in group})
     seen: dict[str, list[Tensor]] = {}  # of the rows at hand, in the order of calls
