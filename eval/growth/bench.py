@@ -11,6 +11,8 @@ many as take about `--seconds`. What is measured:
 
 - kpsvd-*: the truncated KPSVD of one n x n weight (float32, the "decaying" spectrum of eval/bench/kpsvd.py);
 - init-layers: stage `init` over a generated LLaMA checkpoint, without calibration; time and its own (anonymous) memory;
+- init-data-layers: the same with activation weighting over two batches of four rows of 128 tokens, and one forward pass
+  over them for comparison;
 - merge-layers: `merge` of an adapter into such a checkpoint, base hash included, with and without verification; time
   and its own memory. Points of these two run in fresh processes, so that one does not inherit another's memory;
 - serve-*: the plugin's operator, one n x n projection, tokens dealt in turn to the adapters, float32;
@@ -157,6 +159,17 @@ STUDIES = {
             Panel("peak of its own memory", size,
                 "0: one weight is decomposed at a time. The chosen terms of all layers are read at the end, and tell "
                 "when they outweigh one decomposition.",
+                (Line("init_peak_bytes", "init", constant),)),
+        ),
+    ),
+    "init-data-layers": Study(
+        "Stage init with activation weighting against layers", measure_init,
+        "layers", (2, 4, 8, 16, 32), {"hidden": 256, "rank": 1, "batches": 2},
+        (1, 2, 3), {"hidden": 128, "rank": 1, "batches": 1},
+        (
+            Panel("processor time", seconds_text, "1: every layer is run once, and has the same seven weights.",
+                (Line("init_s", "init", per_layer), Line("forward_s", "forward pass", per_layer))),
+            Panel("peak of its own memory", size, "0: one layer's moments at a time, beside the hidden states.",
                 (Line("init_peak_bytes", "init", constant),)),
         ),
     ),

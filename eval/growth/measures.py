@@ -24,9 +24,11 @@ from eval.measure import alone
 from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module as Projection
 from soka_serve.base.opened import Base
 from soka_serve.compiler.init.initialise import InitRun
+from soka_serve.compiler.init.probe import gather
 from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.kron import apply_kron, kpsvd
 from soka_serve.kron.cost import apply_cost, choose_order
@@ -37,6 +39,7 @@ from soka_vllm.slots import SlotStore
 SEED = 0
 LEAST_CALLS = 3
 LORA_RANK = 8
+CALIBRATION_ROWS, CALIBRATION_TOKENS = 4, 128
 VALUE_BYTES = 4  # adapters are stored in float32
 
 
@@ -79,24 +82,40 @@ def intermediate(hidden: int) -> int:
     return hidden * 43 // 16
 
 
-def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:
-    """Stage `init`, in a fresh process."""
+def measure_init(effort: Effort, *, layers: int, hidden: int, rank: int, batches: int = 0) -> Point:
+    """Stage `init`, in a fresh process; with calibration batches also a forward pass over them."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "base", hidden, intermediate(hidden), layers)
-        found: Point = alone(run_init, {**effort._asdict(), "folder": folder, "rank": rank})
+        found: Point = alone(run_init, {**effort._asdict(), "folder": folder, "rank": rank, "batches": batches})
     return found
 
 
 def run_init(case: dict[str, Any]) -> Point:
-    """Stage `init` over the checkpoint in the case's folder."""
+    """Stage `init` over the checkpoint in the case's folder. Its memory is above the model's where that is loaded."""
     torch.set_num_threads(case["threads"])
-    rule = {"calibration_batches": 0, "rank": {"policy": "fixed", "rank": case["rank"]}}
-    _, opened, targets = start_of(Path(case["folder"]) / "base", rule)
+    base = Path(case["folder"]) / "base"
+    rule = {"calibration_batches": case["batches"], "rank": {"policy": "fixed", "rank": case["rank"]}}
+    _, opened, targets = start_of(base, rule)
     kpsvd(torch.randn(600, 600), balanced_shape(600, 600), 8)  # libraries set up outside the measurement
+    found: Point = {}
+    statistics = None
+    if case["batches"]:
+        model = load_base(base, "float32").requires_grad_(False)
+        generator = torch.Generator().manual_seed(SEED)
+        ids = torch.randint(64, (case["batches"], CALIBRATION_ROWS, CALIBRATION_TOKENS), generator=generator)
+        batches = [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
+        statistics = lambda wanted: gather(model, batches, wanted)  # noqa: E731
+
+        @torch.no_grad()
+        def forward() -> None:
+            for batch in batches:
+                model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+        found |= timed("forward", forward, case["seconds"])
     with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
-        run = InitRun(targets, opened, Path(scratch), seed=SEED, progress=False)
+        run = InitRun(targets, opened, Path(scratch), statistics=statistics, seed=SEED, progress=False)
         times = timed("init", run.initialise, case["seconds"])
-    return {**times, "init_peak_bytes": peak.added_bytes}
+    return {**found, **times, "init_peak_bytes": peak.added_bytes}
 
 
 def measure_merge(effort: Effort, *, layers: int, hidden: int, rank: int) -> Point:

@@ -41,6 +41,7 @@ class InputMoments:
         self.in_features = in_features
         self.tokens = 0
         self._sum: Tensor | None = None
+        self._fits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # several modules may share these inputs
 
     @torch.no_grad()
     def accumulate(self, x: Tensor) -> None:
@@ -60,6 +61,7 @@ class InputMoments:
         flat = flat.to(self._sum)
         self._sum.addmm_(flat.t(), flat)  # in place: a sum may be the largest tensor there is
         self.tokens += flat.shape[0]
+        self._fits.clear()
 
     def moment(self) -> Tensor:
         """The mean: (in_features, in_features).
@@ -102,6 +104,11 @@ class InputMoments:
         if n * q != self.in_features:
             raise ValueError(f"expected n*q = {self.in_features}; got {n}*{q}")
         found = self._known_sum()
+        if (n, q) not in self._fits:
+            self._fits[n, q] = self._fit(found, n, q)
+        return self._fits[n, q]
+
+    def _fit(self, found: Tensor, n: int, q: int) -> tuple[Tensor, Tensor]:
         if not bool(found.any()):
             first, second = (torch.eye(size, dtype=found.dtype, device=found.device) for size in (n, q))
             return first, second

@@ -1,24 +1,27 @@
 """Statistics of the base model on training batches: weight gradients and second moments of layer inputs.
 
-A few modules of one decoder layer at a time, so that the peak above the model is theirs, not the model's: gradients
-of at most twice the largest weight, or moments of at most the widest input. The price is passes over the batches:
-three a layer for gradients at LLaMA's shapes, two for moments.
+The decoder layers are walked one by one (see `walk`), so a whole model costs one forward pass over the batches, and
+for gradients one backward pass as well. In memory lie the hidden states and one layer's statistics in float32:
+gradients of at most six times the largest weight, or moments of at most four of the widest input. A layer that has
+more is run again.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.data.collate import IGNORED
 from soka_serve.errors import CheckpointError
 from soka_serve.io.files import disk_errors
@@ -28,12 +31,28 @@ from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import Target
+    from soka_serve.compiler.init.initialise import TargetStatistics
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Tensor]
 
 _ROWS = 256
+_GRADIENTS_AT_ONCE, _MOMENTS_AT_ONCE = 6, 4  # of the largest weight, of the widest second moment (some share one)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of equal length of one batch, without padding."""
+
+    batch: int
+    inputs: Batch
+    trained: int
+    """Tokens that the loss is taken over."""
+
+
+Run = Callable[[int], object]
+"""Runs the whole model or one layer, forwards or there and back, on the rows of a number."""
 
 
 def batches_needed(targets: Sequence[Target]) -> int:
@@ -43,111 +62,211 @@ def batches_needed(targets: Sequence[Target]) -> int:
 
 def gather(
     model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], scratch: Path | None = None
-) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
+) -> Iterator[TargetStatistics]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
     Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over all inputs of the module,
-    each time that it is called, padding left out.
+    each time that it is called, padding left out. Modules with the same inputs (query, key and value; gate and up)
+    share one object of moments.
 
     Args:
         model: the base, in evaluation mode, its parameters frozen; left as it was found.
-        batches: input_ids, labels and attention_mask (batch, tokens), on the model's device.
+        batches: input_ids, labels and attention_mask (batch, tokens), on the model's device, padded at their ends.
         targets: those whose rule needs them. `init = "gradient"` gives the gradient; any other init with
             `calibration_batches` gives moments.
         scratch: folder where gradients wait for their turn; None: in memory.
 
     Yields:
-        (target, gradient or None, moments or None), by decoder layer. Let go of one before asking for the next. A
-        module that no token reached (an expert that none was routed to) has a gradient of zero; instead of moments it
-        has None, and a warning.
+        (target, gradient or None, moments or None), layer by layer: moments from the first to the last, gradients from
+        the last to the first. Let go of one before asking for the next. A module that no token reached (an expert that
+        none was routed to) has a gradient of zero; instead of moments it has None, and a warning.
 
     Raises:
         CheckpointError: a gradient or an input that is not finite.
     """
-    for group in split_targets(targets):
-        yield from _gather_group(model, batches, group, scratch)
+    rows = list(_rows_of(batches))
+    moments = [t for t in targets if t.rule.init != "gradient"]
+    gradients = [t for t in targets if t.rule.init == "gradient"]
+    if moments:
+        yield from _gather_moments(_Passes.plan(model, rows, moments))
+    if gradients:
+        yield from _gather_gradients(_Passes.plan(model, rows, gradients), scratch)
 
 
-def split_targets(targets: Sequence[Target]) -> list[list[Target]]:
-    """Groups of targets whose statistics are gathered in one pass: of one decoder layer and one kind.
+@dataclass(frozen=True)
+class _Passes:
+    """What is run, and whose statistics each run gathers."""
 
-    What a group holds in float32 stays under twice the largest weight (gradients) or the widest input's second moment.
-    """
+    model: nn.Module
+    rows: Sequence[_Rows]
+    walk: LayerWalk | None
+    """None: each pass runs the whole model."""
+    outside: list[list[Target]]
+    """Groups of targets that are in no layer of the walk."""
+    by_layer: dict[int, list[list[Target]]]
 
-    def kind(target: Target) -> tuple[int, bool]:
-        return -1 if target.module.layer is None else target.module.layer, target.rule.init == "gradient"
+    @classmethod
+    def plan(cls, model: nn.Module, rows: Sequence[_Rows], targets: Sequence[Target]) -> _Passes:
+        batches = batches_needed(targets)
+        rows = [r for r in rows if r.batch < batches]
+        walk = None
+        try:
+            walk = LayerWalk(model, [r.inputs for r in rows])
+        except NotWalkableError as reason:
+            logger.warning("the base's layers cannot be run one by one: %s. Each group takes a whole pass.", reason)
+        members: dict[int | None, list[Target]] = {}
+        for target in targets:
+            members.setdefault(walk.layer_of(target.module.name) if walk else None, []).append(target)
+        at_once = _GRADIENTS_AT_ONCE if targets[0].rule.init == "gradient" else _MOMENTS_AT_ONCE
+        most = at_once * max(map(_values, targets))
+        outside = split_targets(members.pop(None, []), most)
+        by_layer = {layer: split_targets(group, most) for layer, group in members.items() if layer is not None}
+        return cls(model, rows, walk, outside, by_layer)
 
-    def size(target: Target) -> int:
-        module = target.module
-        return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
 
-    most = {
-        gradient: (2 if gradient else 1) * max((size(t) for t in targets if kind(t)[1] is gradient), default=0)
-        for gradient in (False, True)
-    }
+def split_targets(targets: Sequence[Target], most: int) -> list[list[Target]]:
+    """Groups of targets whose statistics have at most so many values together, or of one target that has more."""
     groups: list[list[Target]] = []
-    for key, members in groupby(sorted(targets, key=lambda t: (kind(t), -size(t), t.module.name)), key=kind):
-        layer_groups: list[list[Target]] = []
-        for target in members:  # first fit, the largest first
-            fits = (g for g in layer_groups if sum(map(size, g)) + size(target) <= most[key[1]])
-            group = next(fits, None)
-            if group is None:
-                layer_groups.append([target])
-            else:
-                group.append(target)
-        groups += layer_groups
+    for target in sorted(targets, key=lambda t: (-_values(t), t.module.name)):  # first fit, the largest first
+        group = next((g for g in groups if sum(map(_values, g)) + _values(target) <= most), None)
+        if group is None:
+            groups.append([target])
+        else:
+            group.append(target)
     return groups
 
 
-def _gather_group(
-    model: nn.Module, batches: Sequence[Batch], group: list[Target], scratch: Path | None
-) -> Iterator[tuple[Target, torch.Tensor | None, InputMoments | None]]:
-    batches = batches[: batches_needed(group)]
-    if group[0].rule.init == "gradient":
-        gradients = _gather_gradients(model, batches, group)
-        file = scratch / "gradients.safetensors" if scratch is not None else None
-        if file is not None:
-            with disk_errors(file):
-                save_file(gradients, file)
-            gradients.clear()
-        for target in group:
-            name = target.module.name
-            yield target, gradients.pop(name) if file is None else _read(file, name), None
-        if file is not None:
-            file.unlink()
+def _values(target: Target) -> int:
+    """Values of a target's statistics."""
+    module = target.module
+    return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
+
+
+def _rows_of(batches: Sequence[Batch]) -> Iterator[_Rows]:
+    """The rows of batches (batch, tokens), padded at their ends, as rows of equal length."""
+    for number, batch in enumerate(batches):
+        lengths = batch["attention_mask"].sum(1)
+        for length in sorted(set(lengths.tolist())):
+            inputs = {key: value[lengths == length, :length] for key, value in batch.items()}
+            # A row's first label has nothing before it to be predicted from.
+            yield _Rows(number, inputs, int((inputs["labels"][:, 1:] != IGNORED).sum()))
+
+
+def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
+    """Moments, from the first layer to the last."""
+    model, rows, walk = passes.model, passes.rows, passes.walk
+    for group in passes.outside:
+        yield from _moments(model, rows, group, lambda at: model(**rows[at].inputs))
+    if walk is None or not passes.by_layer:
         return
-    moments = _gather_moments(model, batches, group)
+    hidden = walk.embedded
+    for layer in range(max(passes.by_layer) + 1):
+        above: dict[int, Tensor] = {}
+        run = _forwards(walk, layer, hidden, above)
+        for group in passes.by_layer.get(layer, []):
+            yield from _moments(model, rows, group, run)
+        for at in range(len(rows)):
+            if at not in above:
+                run(at)
+        hidden = [above[at] for at in range(len(rows))]
+
+
+def _forwards(walk: LayerWalk, layer: int, hidden: Sequence[Tensor], above: dict[int, Tensor]) -> Run:
+    """Runs a layer on its rows' hidden states; keeps the results in `above`."""
+
+    @torch.no_grad()
+    def run(at: int) -> None:
+        above[at] = walk.run(layer, at, hidden[at])
+
+    return run
+
+
+def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetStatistics]:
+    """Gradients, from the last layer to the first that has targets."""
+    model, rows, walk = passes.model, passes.rows, passes.walk
+    trained = sum(r.trained for r in rows)
+    loss = [r.trained / trained for r in rows]  # a row's loss is a mean over its own trained tokens
+
+    def whole(at: int) -> None:
+        with torch.enable_grad():
+            (model(**rows[at].inputs).loss * loss[at]).backward()
+
+    for group in passes.outside:
+        yield from _stored(_gradients(model, rows, group, whole), group, scratch)
+    if walk is None or not passes.by_layer:
+        return
+    first = min(passes.by_layer)
+    inputs: dict[int, list[Tensor]] = {}  # by layer, of each rows, its hidden states
+    hidden = walk.embedded
+    for layer in range(len(walk.layers)):
+        if layer >= first:
+            inputs[layer] = hidden
+        above: dict[int, Tensor] = {}
+        run = _forwards(walk, layer, hidden, above)
+        for at in range(len(rows)):
+            run(at)
+        hidden = [above[at] for at in range(len(rows))]
+    slopes = [
+        walk.loss_gradient(at, hidden[at]) * loss[at] if r.trained else torch.zeros_like(hidden[at])
+        for at, r in enumerate(rows)
+    ]
+    for layer in range(len(walk.layers) - 1, first - 1, -1):
+        below: dict[int, Tensor] = {}
+        back = _backwards(walk, layer, inputs.pop(layer), slopes, below)
+        for group in passes.by_layer.get(layer, []):
+            yield from _stored(_gradients(model, rows, group, back), group, scratch)
+        for at, r in enumerate(rows):
+            if r.trained and at not in below and layer > first:
+                back(at)
+        slopes = [below.get(at, slope) for at, slope in enumerate(slopes)]
+
+
+def _backwards(
+    walk: LayerWalk, layer: int, inputs: Sequence[Tensor], slopes: Sequence[Tensor], below: dict[int, Tensor]
+) -> Run:
+    """Runs a layer there and back, given the loss's gradient by its output; keeps that by its input in `below`."""
+
+    def run(at: int) -> None:
+        leaf = inputs[at].detach().requires_grad_(True)
+        with torch.enable_grad():
+            walk.run(layer, at, leaf).backward(slopes[at])  # type: ignore[no-untyped-call]
+        below[at] = cast(Tensor, leaf.grad)
+
+    return run
+
+
+def _stored(gradients: dict[str, Tensor], group: list[Target], scratch: Path | None) -> Iterator[TargetStatistics]:
+    """The gradients of a group one by one, read from a file in `scratch` so that the others take no memory."""
+    file = scratch / "gradients.safetensors" if scratch is not None else None
+    if file is not None:
+        with disk_errors(file):
+            save_file(gradients, file)
+        gradients.clear()
     for target in group:
         name = target.module.name
-        found = moments.pop(name)
-        if not found.tokens:
-            logger.warning(
-                "%s: no token of the calibration batches reached it; its inputs do not weigh its start", name
-            )
-        yield target, None, found if found.tokens else None
+        yield target, gradients.pop(name) if file is None else _read(file, name), None
+    if file is not None:
+        file.unlink()
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
-        return cast(torch.Tensor, tensors.get_tensor(name)).clone()  # not a view of the mapped file
+        return cast(Tensor, tensors.get_tensor(name)).clone()  # not a view of the mapped file
 
 
-def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, torch.Tensor]:
+def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> dict[str, Tensor]:
+    """The gradients of a group's weights. `run` adds to them each row's share in the loss over all rows."""
     weights = {t.module.name: cast(nn.Parameter, model.get_submodule(t.module.name).weight) for t in group}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    # Per target, how many trained tokens its batches have: the loss of a batch is a mean over its own.
-    trained = [_trained_tokens(batch) for batch in batches]
-    totals = {t.module.name: sum(trained[: t.rule.batches]) for t in group}
-    shares: dict[str, float] = {}  # of the batch at hand; what is not waited for any more is taken out
+    counting: set[str] = set()  # of the rows at hand
 
-    def make_adder(name: str) -> Callable[[torch.Tensor], None]:
-        def add(weight: torch.Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
-            if name in shares:
-                share = shares.pop(name)
+    def make_adder(name: str) -> Callable[[Tensor], None]:
+        def add(weight: Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
+            if name in counting:
                 # By pieces: adding another dtype makes a copy in the sum's.
-                gradient = cast(torch.Tensor, weight.grad)
+                gradient = cast(Tensor, weight.grad)
                 for total, part in zip(torch.split(sums[name], _ROWS), torch.split(gradient, _ROWS), strict=True):
-                    total.add_(part, alpha=share)
+                    total.add_(part)
             weight.grad = None
 
         return add
@@ -157,98 +276,96 @@ def _gather_gradients(model: nn.Module, batches: Sequence[Batch], group: list[Ta
         for name, weight in weights.items():
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(make_adder(name)))  # type: ignore[no-untyped-call]
-        for index, batch in enumerate(batches):
-            if not trained[index]:
-                continue
-            counting = [t.module.name for t in group if index < t.rule.batches]
-            shares.update({name: trained[index] / totals[name] for name in counting})
-            with torch.enable_grad():
-                model(**batch).loss.backward()
-            shares.clear()  # what is left was not used for this batch, as experts that no token was routed to
+        for at, r in enumerate(rows):
+            if r.trained:
+                counting.clear()
+                counting.update(t.module.name for t in group if r.batch < t.rule.batches)
+                run(at)
     finally:
         for handle in handles:
             handle.remove()
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
-    for name, total in sums.items():
+    trained = sum(r.trained for r in rows)
+    for target in group:
+        total = sums[target.module.name]
+        # The mean over the trained tokens of the target's own batches.
+        total.mul_(trained / sum(r.trained for r in rows if r.batch < target.rule.batches))
         if not math.isfinite(energy_of(total)):
-            raise _not_finite(model, name, "gradient")
+            raise _not_finite(model, target.module.name, "gradient")
     return sums
 
 
-@torch.no_grad()
-def _gather_moments(model: nn.Module, batches: Sequence[Batch], group: list[Target]) -> dict[str, InputMoments]:
-    moments = {t.module.name: InputMoments(t.module.in_features) for t in group}
-    wanted: set[str] = set()  # of the batch at hand
-    inputs: dict[str, list[torch.Tensor | None]] = {}
-    mask = torch.empty(0)
+def _moments(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> Iterator[TargetStatistics]:
+    """The moments of a group's inputs, each module's over the rows of its own batches."""
+    shared = _SharedMoments({t.module.name: t.module.in_features for t in group})
+    seen: dict[str, list[Tensor]] = {}  # of the rows at hand, in the order of calls
+    wanted: set[str] = set()
 
     def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             if name in wanted:
-                x: torch.Tensor = (*arguments, *named.values())[0]
-                inputs.setdefault(name, []).append(_tokens_of(x.detach(), mask))
+                x: Tensor = (*arguments, *named.values())[0]
+                seen.setdefault(name, []).append(x)  # itself: who sees the same tensor shares its moments
 
         return hook
 
-    def take_inputs() -> set[str]:
-        """Adds what was seen to the moments; names where padding could not be told from it, of which nothing is."""
-        unclear = set()
-        for name, parts in inputs.items():
-            tokens = [part for part in parts if part is not None]
-            if len(tokens) < len(parts):
-                unclear.add(name)
-                continue
-            try:
-                for part in tokens:
-                    moments[name].accumulate(part)
-            except ValueError:
-                raise _not_finite(model, name, "inputs") from None
-        inputs.clear()
-        return unclear
-
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(make_hook(name), with_kwargs=True) for name in moments
+        model.get_submodule(t.module.name).register_forward_pre_hook(make_hook(t.module.name), with_kwargs=True)
+        for t in group
     ]
     try:
-        for index, batch in enumerate(batches):
-            wanted = {t.module.name for t in group if index < t.rule.batches}
-            mask = batch["attention_mask"].bool()
-            model(**batch)
-            wanted = take_inputs()
-            for rows in _without_padding(batch) if wanted else ():
-                mask = rows["attention_mask"].bool()
-                model(**rows)
-                take_inputs()
+        for at, r in enumerate(rows):
+            wanted = {t.module.name for t in group if r.batch < t.rule.batches}
+            run(at)
+            for name in shared.add(seen):
+                raise _not_finite(model, name, "inputs")
+            seen.clear()
     finally:
         for handle in handles:
             handle.remove()
-    return moments
+    for target in group:
+        moments = shared.by_name.pop(target.module.name, None)
+        if moments is None:
+            logger.warning(
+                "%s: no token of the calibration batches reached it; its inputs do not weigh its start",
+                target.module.name,
+            )
+        yield target, None, moments
 
 
-def _tokens_of(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-    """A layer's inputs (..., in) without padding; None where it cannot be told which they are.
+class _SharedMoments:
+    """Moments of modules' inputs, one object for all modules that have always seen the same tensors."""
 
-    Args:
-        x: (batch, tokens, ..., in), or (batch * tokens, in) in this order; without padding any (..., in).
-        mask: (batch, tokens) bool, False for padding.
-    """
-    if bool(mask.all()):
-        return x
-    if x.shape[:2] == mask.shape and x.ndim > 2:
-        return x[mask.to(x.device)]
-    if x.ndim == 2 and len(x) == mask.numel():
-        return x[mask.flatten().to(x.device)]
-    return None
+    def __init__(self, widths: Mapping[str, int]) -> None:
+        self._widths = widths
+        self.by_name: dict[str, InputMoments] = {}
 
+    def add(self, seen: Mapping[str, Sequence[Tensor]]) -> list[str]:
+        """Adds what each module saw in one run, tensors (..., in); the modules whose inputs are not finite."""
+        same: dict[tuple[int, ...], list[str]] = {}
+        for name, tensors in seen.items():
+            if any(x.numel() for x in tensors):
+                same.setdefault(tuple(map(id, tensors)), []).append(name)
+        for names in same.values():
+            for moments in {id(m): m for m in map(self.by_name.get, names)}.values():
+                members = [name for name in names if self.by_name.get(name) is moments]
+                try:
+                    self._share(moments, members, seen[names[0]])
+                except ValueError:
+                    return members
+        return []
 
-def _without_padding(batch: Batch) -> Iterator[Batch]:
-    """The rows of a batch (batch, tokens), padded at their ends, as batches of rows of equal length."""
-    lengths = batch["attention_mask"].sum(1)
-    for length in sorted(set(lengths.tolist())):
-        rows = lengths == length
-        yield {key: value[rows, :length] for key, value in batch.items()}
+    def _share(self, moments: InputMoments | None, members: list[str], tensors: Sequence[Tensor]) -> None:
+        """Adds the same tensors to the moments that these modules, and perhaps others, have had so far."""
+        if moments is None:
+            moments = InputMoments(self._widths[members[0]])
+        elif sum(m is moments for m in self.by_name.values()) > len(members):
+            moments = copy.deepcopy(moments)  # the others saw something else this time
+        self.by_name.update(dict.fromkeys(members, moments))
+        for x in tensors:
+            moments.accumulate(x)
 
 
 def _not_finite(model: nn.Module, name: str, what: str) -> CheckpointError:
@@ -262,8 +379,3 @@ def _not_finite(model: nn.Module, name: str, what: str) -> CheckpointError:
         f"{name}: its {what} on the training data hold NaN or infinity",
         hint="The base's weights are finite; a base in float16 may overflow where bfloat16 does not.",
     )
-
-
-def _trained_tokens(batch: Batch) -> int:
-    """Tokens that the loss is taken over: a row's first label has nothing before it to be predicted from."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from soka_serve.base.modules import Module
 from soka_serve.base.targets import Target
 from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_targets
+from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import Encoded
 from soka_serve.errors import CheckpointError
@@ -221,30 +222,76 @@ def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
 
 
 def test_few_statistics_lie_in_memory_together() -> None:
-    sizes = {
-        "q": (64, 64),
-        "k": (64, 64),
-        "v": (64, 64),
-        "o": (64, 64),
-        "gate": (172, 64),
-        "up": (172, 64),
-        "down": (64, 172),
-    }
-
-    def targets(**rule: Any) -> list[Target]:
-        return [
-            Target(Module(f"model.layers.{layer}.{name}", *size, layer, "float32"), Adapt(**rule), (0,), None)
-            for layer in (0, 1)
+    sizes = {"q": (64, 64), "k": (64, 64), "o": (64, 64), "gate": (172, 64), "up": (172, 64), "down": (64, 172)}
+    for rule, counts in (({"init": "gradient"}, [2, 2, 2]), ({"calibration_batches": 1}, [2, 4])):
+        targets = [
+            Target(Module(f"model.layers.0.{name}", *size, 0, "float32"), Adapt(**rule), (0,), None)
             for name, size in sizes.items()
         ]
-
-    for rule, passes, limit in (({"init": "gradient"}, 3, 2 * 172 * 64), ({"calibration_batches": 1}, 2, 172 * 172)):
-        groups = split_targets(targets(**rule))
-        assert len(groups) == 2 * passes
-        assert sorted(t.module.name for g in groups for t in g) == sorted(t.module.name for t in targets(**rule))
+        most = 172 * 64 + 64 * 64 if "init" in rule else 172 * 172 + 64 * 64
+        groups = split_targets(targets, most)
+        assert sorted(t.module.name for g in groups for t in g) == sorted(t.module.name for t in targets)
+        assert sum(counts) == len(targets)
         for group in groups:
-            assert len({t.module.layer for t in group}) == 1
-            values = [t.module.out_features if "init" in rule else t.module.in_features for t in group]
-            assert sum(v * t.module.in_features for v, t in zip(values, group, strict=True)) <= limit
-    mixed = split_targets([*targets(init="gradient")[:2], *targets(calibration_batches=2)[2:4]])
-    assert [len({t.rule.init for t in group}) for group in mixed] == [1] * len(mixed)
+            assert (
+                sum(
+                    t.module.in_features * (t.module.out_features if "init" in rule else t.module.in_features)
+                    for t in group
+                )
+                <= most
+            )
+
+
+@pytest.mark.parametrize("rule", [{"init": "gradient"}, {"calibration_batches": 3}])
+def test_each_layer_is_run_once_for_all_its_modules(model: Any, rule: dict[str, Any]) -> None:
+    """And a gradient's pass backwards runs it a second time; one batch's rows are run once more as a check."""
+    names = [
+        f"model.layers.{layer}.{module}_proj"
+        for layer in (0, 1)
+        for module in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up", "mlp.down")
+    ]
+    targets = [_target(model, name, **rule) for name in names]
+    calls = [0, 0]
+    handles = [
+        layer.mlp.register_forward_hook(lambda *_, at=at: calls.__setitem__(at, calls[at] + 1))
+        for at, layer in enumerate(model.model.layers)
+    ]
+    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    for handle in handles:
+        handle.remove()
+    rows, check = 6, 2
+    assert calls == [check + rows * (2 if "init" in rule else 1)] * 2
+    if "init" not in rule:
+        query, key, value, gate, up, down = (found[name] for name in names[:6])
+        assert query is key is value
+        assert gate is up
+        assert len({id(query), id(gate), id(down)}) == 3
+
+
+def test_a_walk_that_differs_from_a_forward_pass_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = model.model
+
+    def forward(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        hidden = decoder.embed_tokens(input_ids)
+        rotary = decoder.rotary_emb(hidden, position_ids=torch.arange(input_ids.shape[1])[None])
+        for layer in decoder.layers:
+            hidden = layer(hidden, position_embeddings=rotary) * 2  # something that no layer does
+        return hidden
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    rows = {"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(NotWalkableError, match="differ by"):
+        LayerWalk(model, [rows])
+
+
+def test_layers_that_cannot_be_walked_take_a_pass_of_the_whole(
+    model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    targets = [_target(model, DOWN, calibration_batches=2), _target(model, QUERY, init="gradient")]
+    walked = {t.module.name: (gradient, moments) for t, gradient, moments in gather(model, _batches(), targets)}
+    assert not caplog.records
+    monkeypatch.setattr(model, "get_decoder", lambda: None)
+    whole = {t.module.name: (gradient, moments) for t, gradient, moments in gather(model, _batches(), targets)}
+    assert "cannot be run one by one" in caplog.text
+    torch.testing.assert_close(walked[QUERY][0], whole[QUERY][0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(walked[DOWN][1].moment(), whole[DOWN][1].moment(), rtol=1e-9, atol=1e-12)  # type: ignore[union-attr]
