@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eval.bench.kpsvd import draw_weight
 from soka_serve.base.opened import Base
-from soka_serve.base.targets import Target, resolve_targets
+from soka_serve.base.targets import TargetModule, resolve_targets
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import balanced_shape
@@ -67,7 +67,7 @@ def write_model(
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-def start_of(base: Path, rule: dict[str, Any]) -> tuple[Manifest, Base, list[Target]]:
+def start_of(base: Path, rule: dict[str, Any]) -> tuple[Manifest, Base, list[TargetModule]]:
     """A manifest with one rule on a checkpoint, the checkpoint opened, and what the rule adapts."""
     manifest = Manifest.model_validate(
         {

@@ -113,7 +113,7 @@ def joined(problems: Sequence[SokaError]) -> tuple[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ManifestProblem:
     """One thing wrong in a manifest.
 
     `line` and `column` count from 1; both are 0 when the text has no place for it (a key that is missing in the whole
@@ -130,12 +130,12 @@ class Problem:
 class ManifestError(SokaError):
     """Everything that is wrong in one manifest, in one exception."""
 
-    def __init__(self, file: str, problems: Sequence[Problem]) -> None:
+    def __init__(self, file: str, problems: Sequence[ManifestProblem]) -> None:
         self.file = file
         self.problems = tuple(problems)
         super().__init__("\n".join(self._line(p) for p in self.problems))
 
-    def _line(self, problem: Problem) -> str:
+    def _line(self, problem: ManifestProblem) -> str:
         place = f"{self.file}:{problem.line}:{problem.column}" if problem.line else self.file
         text = f"{place}: {problem.key}: {problem.message}" if problem.key else f"{place}: {problem.message}"
         return f"{text} ({problem.hint})" if problem.hint else text

@@ -158,7 +158,7 @@ def own_disk() -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Way:
+class Launcher:
     """How a program is run: what stands before the program's own command, and that command."""
 
     prefix: tuple[str, ...] = ()
@@ -167,17 +167,17 @@ class Way:
 
 
 WAYS = {
-    "limits": Way(LIMITS),
-    "bubblewrap": Way((*LIMITS, *BUBBLEWRAP)),
-    "bubblewrap and filter": Way((*LIMITS, *BUBBLEWRAP), filtered=True),
-    "ours in bubblewrap": Way(
+    "limits": Launcher(LIMITS),
+    "bubblewrap": Launcher((*LIMITS, *BUBBLEWRAP)),
+    "bubblewrap and filter": Launcher((*LIMITS, *BUBBLEWRAP), filtered=True),
+    "ours in bubblewrap": Launcher(
         (*BUBBLEWRAP, "--proc", "/proc", "--ro-bind", str(ROOT), str(ROOT), "--setenv", "PYTHONPATH", str(ROOT)),
         (PYTHON, "-B", "-c", WITHIN),
     ),
 }
 
 
-def jailed(way: Way, attack: Attack, disk: str) -> dict[str, Any]:
+def jailed(way: Launcher, attack: Attack, disk: str) -> dict[str, Any]:
     """Run one attack; what it did."""
     with world(USER) as there, use_of(disk) as most, tempfile.TemporaryFile() as rules:
         prefix, descriptors = way.prefix, []

@@ -53,7 +53,7 @@ TOKENS = 8
 Job = tuple[list[int], list[int]]  # a prompt and its greedy answer
 
 
-class Books:
+class AnswerLedger:
     """What may be answered when, and what was."""
 
     def __init__(self, jobs: dict[str, list[Job]], others: list[Job]) -> None:
@@ -98,7 +98,7 @@ class Books:
             return found
 
 
-def ask_for_ever(server: Server, books: Books, stop: threading.Event, seed: int, pause_s: float) -> None:
+def ask_for_ever(server: Server, books: AnswerLedger, stop: threading.Event, seed: int, pause_s: float) -> None:
     """One client."""
     chance = random.Random(seed)
     names = list(books.jobs)
@@ -128,7 +128,7 @@ def ask_for_ever(server: Server, books: Books, stop: threading.Event, seed: int,
                     books.wrong.append({"model": name, "status": status, "reply": str(reply)[:300]})
 
 
-def operate(server: Server, books: Books, folder: Path, stop: threading.Event) -> None:
+def operate(server: Server, books: AnswerLedger, folder: Path, stop: threading.Event) -> None:
     """Load, unload, replace, and swap in what is broken, over and over."""
 
     def load(name: str, place: str, **more: Any) -> int:
@@ -187,7 +187,7 @@ def slope(samples: list[tuple[float, float]]) -> dict[str, float]:
     return {"slope_mb_per_hour": round(fit.slope, 2), "standard_error": round(error, 2)}
 
 
-def kill_engine(server: Server, books: Books) -> dict[str, Any]:
+def kill_engine(server: Server, books: AnswerLedger) -> dict[str, Any]:
     """Kill the engine; what the clients and the server make of it."""
     name = next(iter(books.jobs))
     engine = next(p for p in processes(server) if "EngineCore" in p.name() or "EngineCore" in " ".join(p.cmdline()))
@@ -228,7 +228,7 @@ def main() -> None:
         weights = folder / "corrupted" / WEIGHTS_FILE
         weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)  # not a number
         del references, other
-        books = Books(found, others)
+        books = AnswerLedger(found, others)
         options = [*TARGET_OPTIONS, "--max-loras", "4", "--max-cpu-loras", "8", "--max-lora-rank", "8"]
         options += ["--lora-modules", *(f"a{i}={folder / f'a{i}'}" for i in range(ADAPTERS))]
         samples: list[tuple[float, float]] = []

@@ -54,7 +54,7 @@ from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from eval.fleet.memory import METHODS, TIMED, Model, host_bytes  # before vLLM: it sets the environment
-from soka_vllm.engine import Adapters
+from soka_vllm.engine import EngineAdapters
 
 SEEDS = list(range(8))
 EXPONENTS = (0.6, 0.8, 1.0, 1.2)
@@ -212,7 +212,7 @@ def check_managers(slots: int, host: int, requests: int) -> None:
     uses = draw(popularity(0.8), requests, np.random.default_rng(0))
     padded = np.concatenate([uses, np.full(-requests % (1 << 13), uses[-1])])
     assert len(padded) == 1 << 13
-    outer, kept = vllm_managers(slots, host), Adapters(limit=host)
+    outer, kept = vllm_managers(slots, host), EngineAdapters(limit=host)
     inner = outer._adapter_manager
     for use, far in zip(uses.tolist(), distances(padded).tolist(), strict=False):
         number = use + 1
@@ -250,7 +250,7 @@ def burst(chances: Floats, requests: int, rng: np.random.Generator) -> Ints:
     return np.argsort(np.argsort(first))[which]
 
 
-class Closed(NamedTuple):
+class ClosedSystem(NamedTuple):
     """What a closed system did after its start."""
 
     waited: float  # share of requests
@@ -259,7 +259,7 @@ class Closed(NamedTuple):
     rate: float  # requests per time
 
 
-def closed(chances: Floats, slots: int, users: int, rng: np.random.Generator) -> Closed:
+def closed(chances: Floats, slots: int, users: int, rng: np.random.Generator) -> ClosedSystem:
     """A closed system: exponential lengths of mean 1; the scheduler's rule decides who starts."""
     total = WARM_UP + COMPLETIONS
     asked = iter(draw(chances, users + total, rng).tolist())
@@ -299,7 +299,7 @@ def closed(chances: Floats, slots: int, users: int, rng: np.random.Generator) ->
                 start(oldest)
         waited += arrive(next(asked))
     span = now - begin
-    return Closed(waited / COMPLETIONS, wait / COMPLETIONS, area / span, COMPLETIONS / span)
+    return ClosedSystem(waited / COMPLETIONS, wait / COMPLETIONS, area / span, COMPLETIONS / span)
 
 
 def waiting_rows(exponent: float) -> Iterator[dict[str, Any]]:
@@ -315,7 +315,7 @@ def waiting_rows(exponent: float) -> Iterator[dict[str, Any]]:
             row: dict[str, Any] = {"exponent": exponent, "concurrent": requests, "max_loras": slots}
             row["burst"] = {"distinct": _mean(distinct), "waited": _mean((ranks >= slots).mean(axis=1))}
             if slots >= requests:  # there is a slot for everybody
-                runs = [Closed(0.0, 0.0, float(requests), float(requests)) for _ in SEEDS]
+                runs = [ClosedSystem(0.0, 0.0, float(requests), float(requests)) for _ in SEEDS]
             else:
                 generators = [np.random.default_rng([seed, slots, requests]) for seed in SEEDS]
                 runs = [closed(chances, slots, requests, rng) for rng in generators]

@@ -81,7 +81,7 @@ class Shard(NamedTuple):
     ranks: int = 1
 
 
-class Method(NamedTuple):
+class AdapterKind(NamedTuple):
     """A kind of adapter on all projections. `served` is what a slot must hold, where that is not the trained rank."""
 
     name: str
@@ -92,9 +92,9 @@ class Method(NamedTuple):
 
 
 METHODS = (
-    *(Method(f"soka_{r}{kind}", "soka", r, k * r) for r in (1, 4, 16) for kind, k in (("", 1), ("_weights", 2))),
-    *(Method(f"lora_{r}", "lora", r, r) for r in (1, 8, 16)),
-    *(Method(f"lora_{r}_sharded", "lora", r, r, sharded=True) for r in (8, 16)),
+    *(AdapterKind(f"soka_{r}{kind}", "soka", r, k * r) for r in (1, 4, 16) for kind, k in (("", 1), ("_weights", 2))),
+    *(AdapterKind(f"lora_{r}", "lora", r, r) for r in (1, 8, 16)),
+    *(AdapterKind(f"lora_{r}_sharded", "lora", r, r, sharded=True) for r in (8, 16)),
 )
 
 
@@ -174,7 +174,7 @@ WRAPPERS = {
 
 def slot_layers(
     model: Model,
-    method: Method,
+    method: AdapterKind,
     shard: Shard,
     slots: int = 1,
     device: str = "meta",
@@ -222,7 +222,7 @@ def stacked_bytes(layers: Mapping[str, Any]) -> int:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def gpu_slot(model: Model, method: Method, ranks: int) -> dict[str, int]:
+def gpu_slot(model: Model, method: AdapterKind, ranks: int) -> dict[str, int]:
     """One slot on the GPU that has most to hold: its bytes, and for SoKA how many of them are factors' values."""
     found = []
     for rank in range(ranks):
@@ -239,7 +239,7 @@ def gpu_slot(model: Model, method: Method, ranks: int) -> dict[str, int]:
     return max(found, key=lambda slot: slot["slot_bytes"])
 
 
-def tensor_shapes(model: Model, method: Method) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(model: Model, method: AdapterKind) -> dict[str, tuple[int, ...]]:
     """The tensors of an adapter file."""
     shapes: dict[str, tuple[int, ...]] = {}
     for module in model.modules:
@@ -264,14 +264,14 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]], code: str, width: int) -> 
     return 8 + -(-len(text) // 8) * 8 + end
 
 
-def parameters(model: Model, method: Method) -> int:
+def parameters(model: Model, method: AdapterKind) -> int:
     """Trained parameters."""
     if method.kind == "lora":
         return sum(lora_parameters(module, method.rank) for module in model.modules)
     return sum(shape_of(module).parameters(method.rank) for module in model.modules)
 
 
-def host_bytes(model: Model, method: Method, width: int = BFLOAT16_BYTES) -> int:
+def host_bytes(model: Model, method: AdapterKind, width: int = BFLOAT16_BYTES) -> int:
     """An adapter in a worker's memory: whole factors, sigma multiplied in; or whole A and B."""
     if method.kind == "lora":
         return width * parameters(model, method)

@@ -47,7 +47,7 @@ simplified, and fleet.json has all figures and the checks.</p></header>
 """
 
 
-class Part(NamedTuple):
+class PageSection(NamedTuple):
     """A section of the page; the legend's names have the palette's colours in order."""
 
     title: str
@@ -84,7 +84,7 @@ def draw_chart(lines: Sequence[Series], x: Axis, y: Axis, title: str) -> tuple[s
     return title, chart(lines, x, y, summary=f"{title}: {y.label} against {x.label}", size=(380, 280))
 
 
-def memory_part(memory: Mapping[str, Any]) -> Part:
+def memory_part(memory: Mapping[str, Any]) -> PageSection:
     """Slots over tensor parallelism."""
     charts, tables = [], []
     names = [label(key) for key in LINES]
@@ -112,10 +112,10 @@ def memory_part(memory: Mapping[str, Any]) -> Part:
         "With SOKA_LORA and SOKA_SLOT_PARAMETERS unset, a GPU's slot takes LoRA's buffers of rank 16 too (last row), "
         f"and adapters of more than {SLOT_DEFAULT:,} values per GPU are refused.",
     ]
-    return Part("Memory", texts, names, charts, tables)
+    return PageSection("Memory", texts, names, charts, tables)
 
 
-def hits_part(rates: Sequence[Mapping[str, Any]]) -> Part:
+def hits_part(rates: Sequence[Mapping[str, Any]]) -> PageSection:
     """Hit rates over cache sizes, simulated and after Che."""
     names = [f"exponent {exponent:g}" for exponent in EXPONENTS]
     rows = [[row for row in rates if row["exponent"] == exponent] for exponent in EXPONENTS]
@@ -126,10 +126,12 @@ def hits_part(rates: Sequence[Mapping[str, Any]]) -> Part:
     table = [[f"{e:g}", *(percent(r["hit_rate"]) for r in of)] for e, of in zip(EXPONENTS, rows, strict=True)]
     texts = ["Simulated: 10,000 adapters, LRU, independent requests, stationary. Both levels: slots and host."]
     charts = [draw_chart(lines, x, y, "Simulated (dots) and Che's approximation (lines)")]
-    return Part("Hit rates", texts, names, charts, [("Simulated", ["exponent", *(f"{n:,}" for n in held)], table)])
+    return PageSection(
+        "Hit rates", texts, names, charts, [("Simulated", ["exponent", *(f"{n:,}" for n in held)], table)]
+    )
 
 
-def loading_part(caches: Mapping[str, Any]) -> Part:
+def loading_part(caches: Mapping[str, Any]) -> PageSection:
     """What misses cost."""
     pairs = [(kind, host) for kind in ("soka_1", "lora_16") for host in HOST_COUNTS]
     names = [f"{label(kind)}, {host:,} on the host" for kind, host in pairs]
@@ -156,12 +158,12 @@ def loading_part(caches: Mapping[str, Any]) -> Part:
         "Measured here: at each step vLLM 0.32 copies the list of the adapters on the host for each adapter of the "
         f"batch, {counts}. With the plugin max_cpu_loras may stay small: SOKA_KEEP_ADAPTERS_GIB spares the files.",
     ]
-    return Part(
+    return PageSection(
         "Loading", texts, names, charts, [("Milliseconds of one load, from disk and from the host's cache", head, body)]
     )
 
 
-def waiting_part(waiting: Sequence[Mapping[str, Any]]) -> Part:
+def waiting_part(waiting: Sequence[Mapping[str, Any]]) -> PageSection:
     """Who has to wait for a slot."""
     names = [f"exponent {exponent:g}" for exponent in EXPONENTS]
     found = {key: [r for r in waiting if (r["exponent"], r["concurrent"]) == key] for key in _cases()}
@@ -187,14 +189,14 @@ def waiting_part(waiting: Sequence[Mapping[str, Any]]) -> Part:
         body.append([f"{exponent:g}", f"{requests}", f"{rows[0]['burst']['distinct']['mean']:.1f}", *cells])
     caption = "Users who cannot start at once, and the mean wait in lengths of an answer"
     texts = ["Simulated: a step has at most max_loras distinct adapters, and vLLM leaves the others for later."]
-    return Part("Waiting for a slot", texts, names, charts, [(caption, head, body)])
+    return PageSection("Waiting for a slot", texts, names, charts, [(caption, head, body)])
 
 
 def _cases() -> Iterator[tuple[float, int]]:
     return itertools.product(EXPONENTS, CONCURRENT)
 
 
-def fleet_part(totals: Mapping[str, Any]) -> Part:
+def fleet_part(totals: Mapping[str, Any]) -> PageSection:
     """Bytes of all adapters."""
     head = ["", "disk, float32", "disk, bfloat16", "host, a worker", "host, all workers"]
     tables = []
@@ -205,7 +207,7 @@ def fleet_part(totals: Mapping[str, Any]) -> Part:
             body += [] if key.endswith("sharded") else [[label(key), *map(size, cells)]]
         workers = max(rows["soka_1"]["host_bytes_all_workers"])
         tables.append((f"{name}, {workers} workers, calculated", head, body))
-    return Part("10,000 adapters", ["Calculated; on the host a value takes 2 bytes."], [], [], tables)
+    return PageSection("10,000 adapters", ["Calculated; on the host a value takes 2 bytes."], [], [], tables)
 
 
 def page(record: Mapping[str, Any]) -> str:

@@ -55,7 +55,7 @@ from eval.growth.measures import (
     operator_work,
     per_layer,
 )
-from eval.growth.page import Line, Panel, Point, render
+from eval.growth.page import Curve, Panel, Point, render
 from eval.record import make_parser, write_record
 from soka_serve.io.text import count, size
 
@@ -111,7 +111,7 @@ def seconds_text(seconds: float) -> str:
 
 def one_time(name: str, work: Callable[..., float], key: str, theory: str) -> tuple[Panel, ...]:
     """The chart of a study that measures one time."""
-    return (Panel("processor time", seconds_text, theory, (Line(f"{key}_s", name, work),)),)
+    return (Panel("processor time", seconds_text, theory, (Curve(f"{key}_s", name, work),)),)
 
 
 def operator_panels(theory: str) -> tuple[Panel, ...]:
@@ -122,9 +122,9 @@ def operator_panels(theory: str) -> tuple[Panel, ...]:
 def training_panels(theory: str) -> tuple[Panel, ...]:
     """The chart of a study of the training layer."""
     lines = (
-        Line("layer_s", "SoKA's layer", layer_work),
-        Line("base_s", "the frozen layer alone", base_work),
-        Line("delta_s", "the delta alone", delta_work),
+        Curve("layer_s", "SoKA's layer", layer_work),
+        Curve("base_s", "the frozen layer alone", base_work),
+        Curve("delta_s", "the delta alone", delta_work),
     )
     return (Panel("processor time", seconds_text, theory, lines),)
 
@@ -132,7 +132,7 @@ def training_panels(theory: str) -> tuple[Panel, ...]:
 def size_panel(quantity: str, text: Callable[[float], str], key: str, theory: str) -> Panel:
     """One of the two charts of adapter sizes."""
     lines = (("soka1", "SoKA, rank 1"), ("soka4", "SoKA, rank 4"), ("lora", f"LoRA, rank {LORA_RANK}"))
-    return Panel(quantity, text, theory, tuple(Line(f"{name}_{key}", title) for name, title in lines))
+    return Panel(quantity, text, theory, tuple(Curve(f"{name}_{key}", title) for name, title in lines))
 
 
 STUDIES = {
@@ -155,11 +155,11 @@ STUDIES = {
         "layers", (1, 2, 4, 8), {"hidden": 512, "rank": 16}, (1, 2, 3), {"hidden": 128, "rank": 4},
         (
             Panel("processor time", seconds_text, "1: every layer has the same seven weights.",
-                (Line("init_s", "init", per_layer),)),
+                (Curve("init_s", "init", per_layer),)),
             Panel("peak of its own memory", size,
                 "0: one weight is decomposed at a time. The chosen terms of all layers are read at the end, and tell "
                 "when they outweigh one decomposition.",
-                (Line("init_peak_bytes", "init", constant),)),
+                (Curve("init_peak_bytes", "init", constant),)),
         ),
     ),
     "init-data-layers": Study(
@@ -168,9 +168,9 @@ STUDIES = {
         (1, 2, 3), {"hidden": 128, "rank": 1, "batches": 1},
         (
             Panel("processor time", seconds_text, "1: every layer is run once, and has the same seven weights.",
-                (Line("init_s", "init", per_layer), Line("forward_s", "forward pass", per_layer))),
+                (Curve("init_s", "init", per_layer), Curve("forward_s", "forward pass", per_layer))),
             Panel("peak of its own memory", size, "0: one layer's moments at a time, beside the hidden states.",
-                (Line("init_peak_bytes", "init", constant),)),
+                (Curve("init_peak_bytes", "init", constant),)),
         ),
     ),
     "merge-layers": Study(
@@ -180,11 +180,11 @@ STUDIES = {
             Panel("processor time", seconds_text,
                 "1: all values are read, hashed, summed and written once. Verification looks at a sample of at most 16 "
                 "tensors: below 1 while that counts.",
-                (Line("plain_s", "not verified", per_layer), Line("verified_s", "verified", per_layer))),
+                (Curve("plain_s", "not verified", per_layer), Curve("verified_s", "verified", per_layer))),
             Panel("peak of its own memory", size,
                 "Near 0: blocks of a few MiB, whatever the layers, and the adapter's terms, which do grow with them.",
-                (Line("plain_peak_bytes", "not verified", constant),
-                 Line("verified_peak_bytes", "verified", constant))),
+                (Curve("plain_peak_bytes", "not verified", constant),
+                 Curve("verified_peak_bytes", "verified", constant))),
         ),
     ),
     "serve-tokens": Study(
@@ -272,7 +272,7 @@ def run_study(name: str, study: Study, effort: Effort, small: bool) -> dict[str,
     }
 
 
-def fit_line(line: Line, varies: str, settings: Sequence[dict[str, int]], points: Sequence[Point]) -> dict[str, Any]:
+def fit_line(line: Curve, varies: str, settings: Sequence[dict[str, int]], points: Sequence[Point]) -> dict[str, Any]:
     """The fit of one curve, and the exponent that arithmetic gives at the same points."""
     xs = [point[varies] for point in points]
     fit = fit_power(xs, [point[line.key] for point in points])

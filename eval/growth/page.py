@@ -63,7 +63,7 @@ best of at least {{ least }} calls.{% if record.small %} Tiny sizes (--small): t
 """
 
 
-class Line(NamedTuple):
+class Curve(NamedTuple):
     """One curve: the key of its values in the points, its name, and what arithmetic says, up to a factor."""
 
     key: str
@@ -77,7 +77,7 @@ class Panel(NamedTuple):
     quantity: str
     text: Callable[[float], str]
     theory: str
-    lines: tuple[Line, ...]
+    lines: tuple[Curve, ...]
 
     def told(self, point: Point) -> str:
         """The values of one point in words."""

@@ -137,7 +137,7 @@ class ZeroConfig(SokaConfig):
         super().__init__(*args, **{"init_soka_weights": "zero", **kwargs})
 
 
-class InPlaceOfLoKr(SokaConfig):
+class LokrSubstituteConfig(SokaConfig):
     """SOKA's config, made from the arguments of LoKr's, for tests that name LoKr and take no cases."""
 
     def __init__(self, *, init_weights: bool = True, **settings: Any) -> None:
@@ -178,7 +178,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     if IN_PLACE_OF_LOKR:
-        peft.LoKrConfig = InPlaceOfLoKr
+        peft.LoKrConfig = LokrSubstituteConfig
     torch.set_num_threads(int(os.environ.get("SOKA_SUITE_THREADS", "1")))
     stand_ins = os.environ.get("SOKA_SUITE_STAND_INS")
     if stand_ins:  # hub ids are paths relative to this folder

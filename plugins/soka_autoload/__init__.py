@@ -92,7 +92,7 @@ def _register_at_the_end(spec: Any) -> None:
     if kind.__name__ != "ModuleSpec" or not getattr(spec, "_initializing", False):
         return
 
-    class Watched(kind):  # type: ignore[misc, valid-type]
+    class WatchedSpec(kind):  # type: ignore[misc, valid-type]
         @property
         def _initializing(self) -> bool:
             return bool(self.__dict__["_initializing"])
@@ -105,7 +105,7 @@ def _register_at_the_end(spec: Any) -> None:
                 if "peft" in sys.modules:  # an import that failed has taken it away
                     _register()
 
-    spec.__class__ = Watched
+    spec.__class__ = WatchedSpec
 
 
 def _register() -> None:

@@ -18,16 +18,16 @@ class EditableWheel(editable_wheel):  # type: ignore[misc]  # setuptools has no 
 
     def _select_strategy(self, *arguments: Any) -> Any:
         # Where setuptools has no such method any more, all is linked, as without this class.
-        return _WithHook(super()._select_strategy(*arguments))
+        return _HookStrategy(super()._select_strategy(*arguments))
 
 
-class _WithHook:
+class _HookStrategy:
     """A way of linking (setuptools' EditableStrategy) that also writes the hook's file."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
 
-    def __enter__(self) -> _WithHook:
+    def __enter__(self) -> _HookStrategy:
         self._own.__enter__()
         return self
 

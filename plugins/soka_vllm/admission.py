@@ -19,7 +19,7 @@ from soka_serve.io.budget import read_limited
 from soka_serve.io.file_names import LOCK_FILE
 from soka_vllm import metrics
 from soka_vllm.engine import check_served_base
-from soka_vllm.limits import Limits
+from soka_vllm.limits import ModelLimits
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import look_at
 from soka_vllm.resolver import limits_of, note_reason
@@ -54,11 +54,11 @@ async def add_lora(stock: Any, front: Any, lora_request: Any) -> bool:
 async def _check(front: Any, lora_request: Any) -> None:
     """Check an adapter's files within the budget of the served model."""
     if "_soka_limits" not in front.__dict__:
-        front._soka_limits = Limits(*await front.engine_core.call_utility_async("soka_limits"))
+        front._soka_limits = ModelLimits(*await front.engine_core.call_utility_async("soka_limits"))
     await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request, front._soka_limits)
 
 
-def _look(lora_request: Any, limits: Limits) -> None:
+def _look(lora_request: Any, limits: ModelLimits) -> None:
     with adapter_files(lora_request) as directory:
         kind, budget = limits.open(directory)
         look_at(directory, kind, budget)

@@ -20,7 +20,7 @@ SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
 SLOT_DEFAULT = 25_000_000  # two terms on every projection of a 70B model on one GPU: what the default init exports
 
 
-class Memory(Protocol):
+class FactorMemory(Protocol):
     """Where a `SlotStore` keeps factors."""
 
     values: Tensor
@@ -41,7 +41,7 @@ class Buffer:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.values = self._reserved = torch.empty(0, dtype=dtype, device=device)
-        self._room = _Room(0)
+        self._room = _FreeList(0)
 
     def take(self, slot: int, size: int) -> int:
         """Reserve `size` values and return their offset; `slot` is ignored."""
@@ -81,7 +81,7 @@ class Arena:
         self.slot_values = slot_values
         with torch.inference_mode(False):
             self.values = torch.zeros(slots * slot_values, dtype=dtype, device=device)
-        self._rooms = [_Room(slot * slot_values) for slot in range(slots)]
+        self._rooms = [_FreeList(slot * slot_values) for slot in range(slots)]
 
     @classmethod
     def shared(cls, slots: int, dtype: torch.dtype, device: torch.device) -> Arena:
@@ -125,7 +125,7 @@ def too_large(values: int, slot_values: int) -> str:
     )
 
 
-class _Room:
+class _FreeList:
     """Free-list of a memory's stretches from offset `begin` on.
 
     An adapter mostly takes the place of one with the same shapes, so what was given back is remembered by its size:

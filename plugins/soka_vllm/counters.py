@@ -17,7 +17,7 @@ _MOST_NAMES = 1000
 _LOAD_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Names:
+class AdapterLabels:
     """Which adapters have series of their own: those that are loaded, by the name that requests use.
 
     Several API processes write to files that prometheus_client reads together, and it can take no series back there:
@@ -67,7 +67,7 @@ class Counters:
             ["outcome"],
             buckets=_LOAD_BUCKETS,
         )
-        self._names = Names()
+        self._names = AdapterLabels()
         # `labels` takes a lock and builds a key: once per adapter, not once per token.
         self._children: dict[str | None, tuple[Any, Any]] = {}
         self._reasons: set[str] = set()

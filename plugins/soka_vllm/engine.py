@@ -27,7 +27,7 @@ _fingerprints: dict[int, str] = {}
 
 
 @dataclass
-class Adapters:
+class EngineAdapters:
     """Adapters that an engine's workers keep in memory, by adapter id, least recently used first."""
 
     limit: int
@@ -111,11 +111,11 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
     return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint)]
 
 
-def _adapters(core: Any) -> Adapters:
+def _adapters(core: Any) -> EngineAdapters:
     if "_soka_adapters" not in core.__dict__:
-        core._soka_adapters = Adapters(keep_limit())
+        core._soka_adapters = EngineAdapters(keep_limit())
     adapters = core._soka_adapters
-    assert isinstance(adapters, Adapters)
+    assert isinstance(adapters, EngineAdapters)
     return adapters
 
 
@@ -123,7 +123,7 @@ def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: b
     adapters, number = _adapters(core), lora_request.lora_int_id
     executor = core.model_executor
     check_served_base(limited(lora_request, roots), core.vllm_config.model_config)
-    readings: Sequence[kept.Reading] = executor.collective_rpc(kept.read, args=(limited(lora_request, roots), anew))
+    readings: Sequence[kept.ReadResult] = executor.collective_rpc(kept.read, args=(limited(lora_request, roots), anew))
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:
         raise ValueError("\n".join(refusals))

@@ -28,7 +28,7 @@ _logger = logging.getLogger("vllm.soka")
 _LONGEST_REASON = 4000  # characters of why an adapter is refused
 
 
-class Reading(NamedTuple):
+class ReadResult(NamedTuple):
     """A worker's answer to `read`."""
 
     refusal: str = ""  # empty where it can be taken over
@@ -37,22 +37,22 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class Kept:
+class WorkerAdapters:
     """A worker's adapters in use by integer id, and the one that is being loaded."""
 
-    adapters: dict[int, tuple[Any, Reading]] = field(default_factory=dict)
-    read: tuple[Any, Reading] | None = None
-    former: tuple[Any, Reading] | None = None  # what `read` has replaced
+    adapters: dict[int, tuple[Any, ReadResult]] = field(default_factory=dict)
+    read: tuple[Any, ReadResult] | None = None
+    former: tuple[Any, ReadResult] | None = None  # what `read` has replaced
 
     def model(self, number: int) -> Any:
         """The LoRAModel of an id, or None."""
         return self.adapters[number][0] if number in self.adapters else None
 
 
-def kept_by(manager: Any) -> Kept:
-    """The `Kept` of a WorkerLoRAManager, made at the first call."""
-    kept = manager.__dict__.setdefault("_soka_kept", Kept())
-    assert isinstance(kept, Kept)
+def worker_adapters(manager: Any) -> WorkerAdapters:
+    """The `WorkerAdapters` of a WorkerLoRAManager, made at the first call."""
+    kept = manager.__dict__.setdefault("_soka_kept", WorkerAdapters())
+    assert isinstance(kept, WorkerAdapters)
     return kept
 
 
@@ -68,7 +68,7 @@ def limits(worker: Any) -> list[int]:
     return list(limits_of(worker.model_runner.lora_manager))
 
 
-def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
+def read(worker: Any, lora_request: Any, anew: bool) -> ReadResult:
     """First step of a load: read and check the adapter's files, changing nothing that is served.
 
     Args:
@@ -77,7 +77,7 @@ def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
         anew: read the files even if the adapter is in memory.
     """
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
-    kept = kept_by(manager)
+    kept = worker_adapters(manager)
     kept.read = kept.former = None
     if not anew and number in kept.adapters:
         return kept.adapters[number][1]
@@ -86,7 +86,7 @@ def read(worker: Any, lora_request: Any, anew: bool) -> Reading:
         kept.read = model, _reading(model)
     except Exception as error:
         _logger.debug("Adapter %r cannot be read", lora_request.lora_name, exc_info=True)
-        return Reading(refusal=printable(error, _LONGEST_REASON, keep="\n") or type(error).__name__)
+        return ReadResult(refusal=printable(error, _LONGEST_REASON, keep="\n") or type(error).__name__)
     return kept.read[1]
 
 
@@ -100,7 +100,7 @@ def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) ->
         drop: ids of adapters to forget.
     """
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
-    kept = kept_by(manager)
+    kept = worker_adapters(manager)
     for other in drop:
         kept.adapters.pop(other, None)
     if kept.read is not None:
@@ -119,21 +119,21 @@ def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) ->
 def undo(worker: Any, lora_request: Any) -> None:
     """After a `take` that did not go well everywhere: go back to what the adapter was before, if it was anything."""
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
-    kept = kept_by(manager)
+    kept = worker_adapters(manager)
     manager.remove_adapter(number)
     kept.adapters.pop(number, None)
     if kept.former is not None:
         kept.adapters[number], kept.former = kept.former, None
 
 
-def _reading(model: Any) -> Reading:
+def _reading(model: Any) -> ReadResult:
     digest = hashlib.sha256()
     nbytes = 0
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         nbytes += tensor.nbytes
-    return Reading(fingerprint=digest.hexdigest(), nbytes=nbytes)
+    return ReadResult(fingerprint=digest.hexdigest(), nbytes=nbytes)
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ _PATTERN_SECONDS, _PATTERN_SECONDS_A_MODULE = 0.05, 0.001
 _LEAST_BYTES = 1 << 30
 
 
-class Limits(NamedTuple):
+class ModelLimits(NamedTuple):
     """Of the served model: how many modules an adapter can have, and how many values.
 
     Args:

@@ -22,7 +22,7 @@ from soka_vllm.patterns import Matcher
 
 
 @dataclass(frozen=True)
-class Matrix:
+class LokrFactor:
     """A factor that is on the disk: one matrix, or two to be multiplied."""
 
     infos: tuple[TensorInfo, ...]
@@ -43,7 +43,7 @@ class LokrFiles:
     """A LoKr adapter of which all but the values was checked: left and right factor and scale by module."""
 
     directory: Path
-    modules: dict[str, tuple[Matrix, Matrix, float]]
+    modules: dict[str, tuple[LokrFactor, LokrFactor, float]]
     budget: ReadingBudget
     problems: tuple[str, ...] = ()
 
@@ -104,7 +104,7 @@ def look_at_lokr(directory: Path, budget: ReadingBudget) -> LokrFiles:
     for name, parts in by_module.items() if not problems else ():
         budget.check_time(directory)
         try:
-            left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
+            left, right = (find_factor(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
             if parts:
                 raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
             modules[name] = left, right, _read_scale(config, name, matcher)
@@ -115,7 +115,7 @@ def look_at_lokr(directory: Path, budget: ReadingBudget) -> LokrFiles:
     return LokrFiles(directory, modules, budget)
 
 
-def find_matrix(parts: dict[str, TensorInfo], which: str, budget: ReadingBudget) -> Matrix:
+def find_factor(parts: dict[str, TensorInfo], which: str, budget: ReadingBudget) -> LokrFactor:
     """Find a factor, one matrix or the product of two; what was used leaves `parts`.
 
     Args:
@@ -134,7 +134,7 @@ def find_matrix(parts: dict[str, TensorInfo], which: str, budget: ReadingBudget)
     shapes = [info.shape for info in infos]
     if any(len(shape) != 2 for shape in shapes) or (len(shapes) == 2 and shapes[0][1] != shapes[1][0]):
         raise ValueError(f"{' and '.join(names)} of shape {' and '.join(map(str, shapes))} make no matrix")
-    matrix = Matrix(infos)
+    matrix = LokrFactor(infos)
     rows, columns = matrix.shape
     try:
         budget.take_values("", rows * columns + sum(info.numel for info in infos if len(infos) == 2))

@@ -26,7 +26,7 @@ from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_vllm.lokr import Matrix, find_matrix
+from soka_vllm.lokr import LokrFactor, find_factor
 
 PREFIX = "lycoris_"
 KIND = "LyCORIS LoKr"
@@ -37,9 +37,9 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class _Module:
-    left: Matrix
-    right: Matrix
+class _LycorisModule:
+    left: LokrFactor
+    right: LokrFactor
     alpha: TensorInfo | None
     rank: int | None  # of what is a product of two; None where both factors are whole
 
@@ -49,7 +49,7 @@ class LycorisFiles:
     """An adapter of LyCORIS of which all but the values was checked, by the modules' flattened names."""
 
     file: Path
-    modules: dict[str, _Module]
+    modules: dict[str, _LycorisModule]
     budget: ReadingBudget
     problems: tuple[str, ...] = ()
 
@@ -155,7 +155,7 @@ def unflatten(adapter: Mapping[str, T], names: Iterable[str], prefixes: Sequence
     return {name_of(flat): value for flat, value in adapter.items()}
 
 
-def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget) -> _Module:
+def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget) -> _LycorisModule:
     if not name.startswith(PREFIX):
         raise ValueError(
             f"names of modules begin with {PREFIX!r} in language models; lora_unet_, lora_te_ are diffusion"
@@ -165,7 +165,7 @@ def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget)
     if {"lokr_t1", "lokr_t2"} & parts.keys():
         raise ValueError("a Tucker core (lokr_t1, lokr_t2) belongs to a convolution, not to a linear layer")
     alpha = parts.pop("alpha", None)
-    left, right = (find_matrix(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
+    left, right = (find_factor(parts, which, budget) for which in ("lokr_w1", "lokr_w2"))
     if parts:
         raise ValueError(f"unknown tensors {name_some(sorted(parts))}")
     ranks = sorted({matrix.infos[0].shape[1] for matrix in (left, right) if len(matrix.infos) == 2})
@@ -173,10 +173,10 @@ def _find_module(name: str, parts: dict[str, TensorInfo], budget: ReadingBudget)
         raise ValueError(f"lokr_w1 and lokr_w2 are products of different ranks, {ranks[0]} and {ranks[1]}")
     if ranks == [0]:
         raise ValueError("products of rank 0")
-    return _Module(left, right, alpha, ranks[0] if ranks else None)
+    return _LycorisModule(left, right, alpha, ranks[0] if ranks else None)
 
 
-def _read_module(part: _Module, ranks: Collection[int]) -> Factors:
+def _read_module(part: _LycorisModule, ranks: Collection[int]) -> Factors:
     """One term; `ranks` are those of all modules in the file."""
     left, right, scale = part.left.read(), part.right.read(), tensor([_read_scale(part, ranks)])
     if not all(bool(values.isfinite().all()) for values in (left, right, scale)):
@@ -184,7 +184,7 @@ def _read_module(part: _Module, ranks: Collection[int]) -> Factors:
     return Factors(left[None], right[None], scale)
 
 
-def _read_scale(part: _Module, ranks: Collection[int]) -> float:
+def _read_scale(part: _LycorisModule, ranks: Collection[int]) -> float:
     if part.rank is not None:
         alpha = _read_alpha(part.alpha)
         if not math.isfinite(alpha) or alpha == 0:

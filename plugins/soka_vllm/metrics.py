@@ -87,7 +87,7 @@ def count_aborted(stock: Any, processor: Any, request_ids: Iterable[str], intern
 # --- slots, in the workers -------------------------------------------------------------------------------------------
 
 
-class _Worker:
+class _WorkerMetrics:
     """Metrics of one worker; belongs to a WorkerLoRAManager."""
 
     def __init__(self) -> None:
@@ -126,9 +126,9 @@ class _Worker:
             os.environ.pop(METRICS_VARIABLE, None)  # once is enough
 
 
-def _of(manager: Any) -> _Worker:
-    worker = manager.__dict__.setdefault("_soka_metrics", _Worker())
-    assert isinstance(worker, _Worker)
+def _of(manager: Any) -> _WorkerMetrics:
+    worker = manager.__dict__.setdefault("_soka_metrics", _WorkerMetrics())
+    assert isinstance(worker, _WorkerMetrics)
     return worker
 
 

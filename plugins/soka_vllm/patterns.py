@@ -28,7 +28,7 @@ _current: ContextVar[Matcher | None] = ContextVar("soka_matcher", default=None)
 
 
 @dataclass
-class _Answers:
+class _PatternMatches:
     """Of one set of patterns: by module name the first that matches, and why they cannot be matched."""
 
     patterns: Mapping[str, Any]
@@ -48,7 +48,7 @@ class Matcher:
         self._names = list(dict.fromkeys(names))
         self._budget = budget
         # By the identity of the patterns, which are kept with it: to compare thousands of them takes its time, too.
-        self._answers: dict[int, _Answers] = {}
+        self._answers: dict[int, _PatternMatches] = {}
 
     def key_for(self, patterns: Mapping[str, Any], name: str) -> str | None:
         """The first of the patterns that matches a module's name as PEFT matches it; None where none does.
@@ -59,7 +59,7 @@ class Matcher:
         if not patterns:
             return None
         new = id(patterns) not in self._answers
-        answers = self._answers.setdefault(id(patterns), _Answers(patterns))
+        answers = self._answers.setdefault(id(patterns), _PatternMatches(patterns))
         try:
             if answers.problem:
                 raise ValueError(answers.problem)

@@ -23,7 +23,7 @@ from soka_vllm.stock import look_at_lora
 LORA = "LORA"
 
 
-class Files(Protocol):
+class KroneckerFiles(Protocol):
     """A Kronecker adapter whose config and header were checked and whose values were not read yet."""
 
     @property
@@ -80,7 +80,7 @@ class SokaFiles:
         return {name: adapter.delta_factors(name) for name in adapter.factors}
 
 
-READERS: dict[str, Callable[[Path, ReadingBudget], Files]] = {
+READERS: dict[str, Callable[[Path, ReadingBudget], KroneckerFiles]] = {
     PEFT_TYPE: lambda directory, budget: SokaFiles(look_at_adapter(directory, budget)),
     "LOKR": look_at_lokr,
     LYCORIS: look_at_lycoris,

@@ -11,9 +11,9 @@ import msgspec
 from torch import Tensor
 
 from soka_vllm import compat, metrics, patterns
-from soka_vllm.kept import kept_by
+from soka_vllm.kept import worker_adapters
 from soka_vllm.layers import KroneckerMixin
-from soka_vllm.limits import Limits, values_kept
+from soka_vllm.limits import ModelLimits, values_kept
 from soka_vllm.loader import check_lora, load_adapter
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import LORA, READERS, look_at
@@ -26,7 +26,7 @@ def load(stock: Any, manager: Any, lora_request: Any) -> Any:
     Raises:
         ValueError: why it cannot be served.
     """
-    model = None if lora_request.load_inplace else kept_by(manager).model(lora_request.lora_int_id)
+    model = None if lora_request.load_inplace else worker_adapters(manager).model(lora_request.lora_int_id)
     if model is not None:
         return model
     started = time.perf_counter()
@@ -52,16 +52,16 @@ def _read(stock: Any, manager: Any, directory: Path, lora_request: Any) -> Any:
     return load_adapter(directory, kind, lora_request, manager._adapter_manager, manager.lora_config.lora_dtype, budget)
 
 
-def limits_of(manager: Any) -> Limits:
+def limits_of(manager: Any) -> ModelLimits:
     """Of the model behind a WorkerLoRAManager, computed once."""
     if "_soka_limits" not in manager.__dict__:
         manager._soka_limits = _compute(manager)
     found = manager._soka_limits
-    assert isinstance(found, Limits)
+    assert isinstance(found, ModelLimits)
     return found
 
 
-def _compute(manager: Any) -> Limits:
+def _compute(manager: Any) -> ModelLimits:
     adapters, rank = manager._adapter_manager, manager.lora_config.max_lora_rank
     modules = dense = lora = widest = 0
     for layer in adapters.modules.values():
@@ -83,7 +83,7 @@ def _compute(manager: Any) -> Limits:
     # Adapters may have the embedding and the head saved along, which vLLM reads and leaves out.
     lora += 4 * widest * int(getattr(manager, "vocab_size", 0) or 0)
     # All terms that a weight can have take twice its values at most, and a training's checkpoint has them twice.
-    return Limits(modules * spread * more, min(5 * dense * spread, values_kept()), lora * spread * more)
+    return ModelLimits(modules * spread * more, min(5 * dense * spread, values_kept()), lora * spread * more)
 
 
 def _of_buffers(layer: Any) -> tuple[int, int]:

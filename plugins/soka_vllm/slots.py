@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soka_vllm.arena import Arena, Buffer, Memory
+from soka_vllm.arena import Arena, Buffer, FactorMemory
 from soka_vllm.ops import dispatch, torch_ops
 
 
@@ -32,7 +32,7 @@ class SlotStore:
         in_features: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        memory: Memory | None = None,
+        memory: FactorMemory | None = None,
     ) -> None:
         self.widths = list(widths)
         self.in_features = in_features
@@ -41,7 +41,7 @@ class SlotStore:
             memory = Buffer(dtype, device) if device.type == "cpu" else Arena.shared(slots, dtype, device)
         self._memory = memory
         self.table = torch.zeros(len(self.widths), slots, torch_ops.ROW_FIELDS, dtype=torch.int64, device=device)
-        self._kinds: dict[torch_ops.Kind, int] = {}
+        self._kinds: dict[torch_ops.StackKind, int] = {}
         self._taken: dict[tuple[int, int], tuple[int, int]] = {}  # (slot, slice) -> (start, size) in the memory
 
     @property
@@ -100,7 +100,7 @@ class SlotStore:
         start = self._memory.take(slot, factors.numel())
         self._taken[slot, index] = (start, factors.numel())
         self.values[start : start + factors.numel()] = factors
-        kind = torch_ops.Kind(rank, m, n, p, q, order, out_skip, in_skip)
+        kind = torch_ops.StackKind(rank, m, n, p, q, order, out_skip, in_skip)
         number = self._kinds.setdefault(kind, len(self._kinds) + 1)
         row = [start, number, *kind, sum(self.widths[:index]), width]
         self.table[index, slot] = torch.tensor(row, dtype=torch.int64)

@@ -20,7 +20,7 @@ from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import replace_directory, write_text_atomic
 from soka_serve.io.lockfile import write_lock
-from soka_serve.io.outputs import Output
+from soka_serve.io.outputs import OutputKind
 from soka_serve.io.places import given_path
 from soka_serve.io.progress import track
 from soka_serve.io.versions import versions
@@ -31,7 +31,7 @@ from soka_serve.kron.shapes import FactorShape
 log = logging.getLogger(__name__)
 
 Form = Literal["soka", "lora"]
-EXPORTED = Output(
+EXPORTED = OutputKind(
     what="an exported adapter",
     is_marked=lambda lock: lock is not None and isinstance(lock.get("export"), Mapping),
     files=lambda *_: ADAPTER_FILES,

@@ -15,7 +15,7 @@ from soka_serve.io.budget import ReadingBudget, read_limited
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import read_errors, sha256_file
 from soka_serve.io.lockfile import read_lock
-from soka_serve.io.unchanged import WAIT, Unchanged
+from soka_serve.io.unchanged import WAIT, FileStamps
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def read_source(directory: Path) -> AdapterSource:
     """
     files = [*(directory / name for name in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE)), *_locks(directory)]
     for attempt in range(1, _TRIES + 1):
-        unchanged = Unchanged(files)
+        unchanged = FileStamps(files)
         try:
             found = _read_once(directory)
         except CheckpointError:

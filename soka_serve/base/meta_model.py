@@ -17,7 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.modules import BaseModules, LeftOut, ModelSize, Module, in_layer_order, misfit
+from soka_serve.base.modules import BaseModules, ModelSize, Module, ModuleExclusion, in_layer_order, misfit
 from soka_serve.base.pretrained import build_meta_model
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError
@@ -65,7 +65,7 @@ def read_meta(checkpoint: Checkpoint) -> BaseModules:
         if reason is not None:
             left_out.setdefault(reason, []).append(name)
     outside = [
-        LeftOut(tuple(names), reason, _towers(names, _decoder_name(model)) if reason == ELSEWHERE else ())
+        ModuleExclusion(tuple(names), reason, _towers(names, _decoder_name(model)) if reason == ELSEWHERE else ())
         for reason, names in left_out.items()
     ]
     if not kept:

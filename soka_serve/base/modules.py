@@ -49,7 +49,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class ModuleExclusion:
     """Modules of the base that are not adapted, and why; `shown` stands for them where there are many of them."""
 
     names: tuple[str, ...]
@@ -59,7 +59,7 @@ class LeftOut:
     def to_text(self) -> str:
         """One line: names that differ in numbers only are one.
 
-        >>> LeftOut(("model.layers.0.mlp.gate", "model.layers.1.mlp.gate"), "a router").to_text()
+        >>> ModuleExclusion(("model.layers.0.mlp.gate", "model.layers.1.mlp.gate"), "a router").to_text()
         'model.layers.*.mlp.gate (a router)'
         """
         return f"{name_patterns(self.shown or self.names)} ({self.reason})"
@@ -95,7 +95,7 @@ class BaseModules:
 
     modules: tuple[Module, ...]
     size: ModelSize
-    left_out: tuple[LeftOut, ...] = ()
+    left_out: tuple[ModuleExclusion, ...] = ()
     unused: tuple[str, ...] = ()
     weights: WeightMap = field(default_factory=lambda: WeightMap({}))
 

@@ -38,7 +38,7 @@ _HINT_CLASS = (
 )
 
 
-class Text(Protocol):
+class ExampleText(Protocol):
     """A training example's text; `templated` where it carries its own special tokens."""
 
     @property
@@ -50,7 +50,7 @@ class Text(Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
+class TokenizerSettings:
     """What transformers made of a checkpoint's tokenizer files.
 
     Args:
@@ -102,10 +102,10 @@ def read_served(folder: ModelFolder) -> TextTokenizer:
     if "error" in answer:
         raise CheckpointError(answer["error"], hint=answer["hint"])
     backend = Tokenizer.from_str(answer["backend"])
-    return _made(folder, backend, Opened(answer["reader"], answer["special_tokens"], answer["split"]))
+    return _made(folder, backend, TokenizerSettings(answer["reader"], answer["special_tokens"], answer["split"]))
 
 
-def open_backend(directory: Path, tokenizer: Any) -> tuple[Opened, Tokenizer]:
+def open_backend(directory: Path, tokenizer: Any) -> tuple[TokenizerSettings, Tokenizer]:
     """What is known of a tokenizer of transformers, and its backend.
 
     Args:
@@ -131,19 +131,19 @@ def open_backend(directory: Path, tokenizer: Any) -> tuple[Opened, Tokenizer]:
         )
     named = tokenizer.special_tokens_map
     special = {name: str(named[name]) for name in SPECIAL_NAMES if isinstance(named.get(name), str)}
-    return Opened(reader, special, bool(tokenizer.split_special_tokens)), tokenizer.backend_tokenizer
+    return TokenizerSettings(reader, special, bool(tokenizer.split_special_tokens)), tokenizer.backend_tokenizer
 
 
 # Its own methods do something for text with <FILL_ME> only.
 _SAME_FOR_TEXT = ("CodeLlamaTokenizer",)
 
 
-def _made(folder: ModelFolder, backend: Tokenizer, opened: Opened) -> TextTokenizer:
+def _made(folder: ModelFolder, backend: Tokenizer, opened: TokenizerSettings) -> TextTokenizer:
     backend.encode_special_tokens = opened.split
     return TextTokenizer.of(backend, opened.special_tokens, folder, opened.reader)
 
 
-def check_reading(served: TextTokenizer, examples: Sequence[Text], folder: ModelFolder) -> int:
+def check_reading(served: TextTokenizer, examples: Sequence[ExampleText], folder: ModelFolder) -> int:
     """Hold a server's reading of the training text against tokenizer.json's.
 
     They may differ, and the server's counts: LLaMA 2's class, for one, puts no space before a text that has one. What
@@ -188,7 +188,7 @@ def reading_note(reader: str, differing: int, examples: int) -> str:
     )
 
 
-def _check_suffix(served: TextTokenizer, examples: Iterable[Text], directory: Path) -> None:
+def _check_suffix(served: TextTokenizer, examples: Iterable[ExampleText], directory: Path) -> None:
     if not served.suffix or all(e.templated for e in examples):
         return
     text = next(e.prompt for e in examples if not e.templated)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from soka_serve.base.modules import BaseModules, LeftOut, Module
+from soka_serve.base.modules import BaseModules, Module, ModuleExclusion
 from soka_serve.errors import PlanError
 from soka_serve.io.warn_once import warn
 from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape, parallel_of
@@ -32,7 +32,7 @@ _NOT_A_PROJECTION = {
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetModule:
     """A module that is adapted, with the rule that holds for it after the cascade.
 
     `rules` are the indices of the `[[adapt]]` rules that matched, in order. `shape` is None for shape = 'auto', which
@@ -97,12 +97,12 @@ def _matches_name(pattern: str, name: str) -> bool:
     return name.rpartition(".")[2] == pattern
 
 
-def _explain_no_match(pattern: str, modules: Sequence[Module], left_out: Sequence[LeftOut]) -> str:
+def _explain_no_match(pattern: str, modules: Sequence[Module], left_out: Sequence[ModuleExclusion]) -> str:
     """Say why a pattern matches nothing, with the nearest names."""
     word = pattern.rsplit(".", 1)[-1]
     for entry in left_out:
         if names := [name for name in entry.names if _matches_name(pattern, name)]:
-            return f"'{pattern}' cannot be adapted: {LeftOut(tuple(names), entry.reason).to_text()}"
+            return f"'{pattern}' cannot be adapted: {ModuleExclusion(tuple(names), entry.reason).to_text()}"
     for name, reason in _NOT_A_PROJECTION.items():
         if name in pattern:
             return f"'{pattern}' cannot be adapted: {reason}"
@@ -125,9 +125,9 @@ def _explain_no_match(pattern: str, modules: Sequence[Module], left_out: Sequenc
 def resolve_targets(
     manifest: Manifest,
     modules: Sequence[Module],
-    left_out: Sequence[LeftOut] = (),
+    left_out: Sequence[ModuleExclusion] = (),
     name_key: Callable[[TomlPath], str] = dotted,
-) -> list[Target]:
+) -> list[TargetModule]:
     """Lay the manifest's rules over the base's modules.
 
     Args:
@@ -137,7 +137,7 @@ def resolve_targets(
         name_key: what messages call a key of the manifest, such as `LoadedManifest.name_key`.
 
     Returns:
-        One `Target` per adapted module, in the order of `modules`.
+        One `TargetModule` per adapted module, in the order of `modules`.
 
     Raises:
         PlanError: everything that does not fit, in one error: patterns that match nothing, layers that are not there,
@@ -157,7 +157,7 @@ def resolve_targets(
             message = "'delta' needs `finetuned`, the fully fine-tuned checkpoint"
             failures.setdefault((index, "init", message), []).append(module.name)
         try:
-            targets.append(Target(module, rule, hits_of, _resolve_shape(module, rule)))
+            targets.append(TargetModule(module, rule, hits_of, _resolve_shape(module, rule)))
         except PlanError as error:
             index = _setter(manifest, hits_of, "tp" if rule.tp > 1 and not isinstance(rule.shape, tuple) else "shape")
             message = error.message.replace(module.name, module.projection)
@@ -172,7 +172,10 @@ def resolve_targets(
 
 
 def _match_rules(
-    rules: Sequence[Adapt], modules: Sequence[Module], left_out: Sequence[LeftOut], name_key: Callable[[TomlPath], str]
+    rules: Sequence[Adapt],
+    modules: Sequence[Module],
+    left_out: Sequence[ModuleExclusion],
+    name_key: Callable[[TomlPath], str],
 ) -> tuple[dict[str, list[int]], list[str]]:
     """By module name the indices of the rules that match it, and what is wrong with their patterns and layers."""
     problems: list[str] = []
@@ -197,7 +200,7 @@ def _match_rules(
     return matched, problems
 
 
-def describe_not_adapted(base: BaseModules, targets: Sequence[Target]) -> list[str]:
+def describe_not_adapted(base: BaseModules, targets: Sequence[TargetModule]) -> list[str]:
     """What of a base stays as it is: modules that no rule can adapt, and those that no rule of the manifest does.
 
     Args:
@@ -210,7 +213,7 @@ def describe_not_adapted(base: BaseModules, targets: Sequence[Target]) -> list[s
     lines = [entry.to_text() for entry in base.left_out]
     adapted = {target.module.name for target in targets}
     if targets and (others := tuple(m.name for m in base.modules if m.name not in adapted)):
-        lines.insert(0, LeftOut(others, "no rule adapts them").to_text())
+        lines.insert(0, ModuleExclusion(others, "no rule adapts them").to_text())
     return lines
 
 
@@ -235,19 +238,19 @@ def _setter(manifest: Manifest, indices: Sequence[int], key: str) -> int:
     return next((i for i in reversed(indices) if key in manifest.adapt[i].model_fields_set), indices[-1])
 
 
-def budget_groups(manifest: Manifest, targets: Sequence[Target]) -> dict[int, list[Target]]:
+def budget_groups(manifest: Manifest, targets: Sequence[TargetModule]) -> dict[int, list[TargetModule]]:
     """Targets with a budget policy by the index of the rule whose budget they share.
 
     Two rules that each set a budget have a budget each.
     """
-    groups: dict[int, list[Target]] = {}
+    groups: dict[int, list[TargetModule]] = {}
     for target in targets:
         if target.rule.rank.policy == "budget":
             groups.setdefault(_setter(manifest, target.rules, "rank"), []).append(target)
     return groups
 
 
-def _warn_unused(manifest: Manifest, targets: Sequence[Target]) -> None:
+def _warn_unused(manifest: Manifest, targets: Sequence[TargetModule]) -> None:
     """Log rules and keys that have no effect, since nothing is ignored silently."""
     used = {index for target in targets for index in target.rules}
     for index, rule in enumerate(manifest.adapt):

@@ -23,7 +23,7 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 @dataclass(frozen=True)
-class Pair:
+class TokenPair:
     """A tokenised prompt and completion.
 
     `input_ids[:prompt_length]` are the prompt's ids, exactly as it tokenises alone.
@@ -138,7 +138,7 @@ class TextTokenizer:
         ids = self.encode_texts([text])[0]
         return self._prefix + ids if add_special_tokens else ids
 
-    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[Pair]:
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], *, add_special_tokens: bool = True) -> list[TokenPair]:
         """Prompts and completions, each with an EOS behind it (tokenised in parallel).
 
         A prompt's ids are those that it has alone, so that training and evaluation see the same prompt.
@@ -153,7 +153,7 @@ class TextTokenizer:
             ids = [*prefix, *prompt_ids, *tail]
             if not self._ends(completion, tail):
                 ids.append(self.eos_id)
-            encoded.append(Pair(ids, len(prefix) + len(prompt_ids), boundary))
+            encoded.append(TokenPair(ids, len(prefix) + len(prompt_ids), boundary))
         return encoded
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:

@@ -46,7 +46,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(f"{sum(values) / len(values):.5g}") if values else None
 
 
-class Memory:
+class MemoryMeter:
     """Memory that a run needs beyond the process as it began; on a GPU, what torch allocates there."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ def _synchronise() -> None:
 
 
 @dataclass(frozen=True)
-class Questions:
+class ProblemSet:
     """Problems to answer: `chats` says that prompts hold their chat template, `longest` is in tokens."""
 
     problems: Sequence[Problem]
@@ -101,10 +101,10 @@ class Questions:
     longest: int
 
 
-class Answering(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class AnswerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Answer the questions `evaluations` times, after equal shares of the steps."""
 
-    def __init__(self, questions: Questions, evaluations: int, trace: Trace, memory: Memory) -> None:
+    def __init__(self, questions: ProblemSet, evaluations: int, trace: Trace, memory: MemoryMeter) -> None:
         self.questions, self.evaluations, self.trace, self.memory = questions, evaluations, trace, memory
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from soka_serve.base.resolve import resolve_base
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
-from soka_serve.comparison.pool import Limits, next_runs, run_all
+from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite, read_suite
 from soka_serve.data.sources import data_sha256
@@ -101,10 +101,10 @@ def compare(
         if retry_failed:
             store.forget_failed(cells)
         started = time.monotonic()
-        run_all(loaded, cells, store, Limits(jobs, minutes, limit_runs), workspace, progress)
+        run_all(loaded, cells, store, CallLimits(jobs, minutes, limit_runs), workspace, progress)
         seconds = time.monotonic() - started
     records = store.read()
-    call = _Call(command or f"soka-serve compare {loaded.path}", jobs, seconds)
+    call = _CallRecord(command or f"soka-serve compare {loaded.path}", jobs, seconds)
     results = _results(loaded, cells, records, inputs, call)
     counted = results["progress"]
     return CompareResult(
@@ -141,7 +141,7 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _CallRecord:
     """What the results say of the call that wrote them."""
 
     command: str
@@ -150,7 +150,7 @@ class _Call:
 
 
 def _results(
-    loaded: LoadedSuite, cells: list[Cell], records: Mapping[str, Record], inputs: RunInputs, call: _Call
+    loaded: LoadedSuite, cells: list[Cell], records: Mapping[str, Record], inputs: RunInputs, call: _CallRecord
 ) -> dict[str, Any]:
     """The content of the results' JSON file."""
     from soka_serve.comparison.results import summarise

@@ -24,7 +24,7 @@ _STOP_S = 10.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class CallLimits:
     """How much to do in this call; None is no limit."""
 
     jobs: int = 1
@@ -54,7 +54,7 @@ def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunS
 
 
 def run_all(
-    loaded: LoadedSuite, cells: list[Cell], store: Records, limits: Limits, workspace: Workspace, progress: bool
+    loaded: LoadedSuite, cells: list[Cell], store: Records, limits: CallLimits, workspace: Workspace, progress: bool
 ) -> None:
     """Run what is missing of a suite; each run leaves a record, a process that dies too."""
     if not next_runs(cells, store.read()):

@@ -20,7 +20,7 @@ from soka_serve.comparison.stats import (
     steps_to,
 )
 from soka_serve.comparison.suite import Suite
-from soka_serve.comparison.sweep import Choice, choose_rate
+from soka_serve.comparison.sweep import RateChoice, choose_rate
 from soka_serve.compiler.report.charts import thin
 
 CURVE_POINTS = 50
@@ -60,7 +60,7 @@ def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]
     }
 
 
-def _finals(cell: Cell, choice: Choice, records: Mapping[str, Record]) -> dict[int, Record]:
+def _finals(cell: Cell, choice: RateChoice, records: Mapping[str, Record]) -> dict[int, Record]:
     """Records of the result runs by seed, as far as they are there."""
     if choice.rate is None:
         return {}
@@ -110,7 +110,7 @@ def measures(suite: Suite, record: Record, target: float | None) -> dict[str, fl
 
 def _cell(
     cell: Cell,
-    choice: Choice,
+    choice: RateChoice,
     finals: Mapping[int, Record],
     runs: Mapping[int, Mapping[str, float]],
     records: Mapping[str, Record],

@@ -20,14 +20,14 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.base.model import quiet_bars
-from soka_serve.comparison.callbacks import Answering, Memory, Questions, Recorder, Trace
+from soka_serve.comparison.callbacks import AnswerCallback, MemoryMeter, ProblemSet, Recorder, Trace
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.problems import test_problems, validation_problems
 from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of
 from soka_serve.compiler.context import Context, prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
-from soka_serve.compiler.train.run import Run
+from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
 from soka_serve.data.collate import PadCollator
@@ -52,7 +52,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         SokaError: anything that the user can mend, but a loss that is not finite.
     """
     started = time.monotonic()
-    memory, trace = Memory(), Trace()
+    memory, trace = MemoryMeter(), Trace()
     suite, dataset, contender = loaded.suite, spec.dataset_of(loaded.suite), loaded.suite.contender(spec.method)
     manifest = manifest_of(suite, contender, dataset, rate=spec.rate, seed=spec.seed)
     as_manifest = LoadedManifest(manifest, loaded.path, loaded.directory, "", loaded.sha256)
@@ -69,7 +69,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
         trial = _Trial(context, contender, workspace.cache, tokenizer.pad_id)
         trainable = [p for p in trial.model.parameters() if p.requires_grad]
-        questions = Questions(
+        questions = ProblemSet(
             problems,
             context.base.transformers_tokenizer,
             chats=dataset.data.messages is not None,
@@ -77,7 +77,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         )
         evaluations = suite.protocol.evaluations if final else 1
         prepared_s = time.monotonic() - started
-        trainer = trial.trainer([Recorder(trace), Answering(questions, evaluations, trace, memory)])
+        trainer = trial.trainer([Recorder(trace), AnswerCallback(questions, evaluations, trace, memory)])
         try:
             trainer.train()
         except DivergedError as error:
@@ -108,7 +108,7 @@ class _Trial:
         manifest, method = context.loaded.manifest, METHODS[contender.method]
         training, _ = encode(context)
         start = init_stage(context, training) if method.kronecker else None
-        self.run = Run(
+        self.run = TrainingRun(
             model_dir=context.base.directory,
             manifest=manifest,
             method=method,

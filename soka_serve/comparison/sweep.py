@@ -13,7 +13,7 @@ from soka_serve.comparison.plan import Cell, Record, RunSpec
 
 
 @dataclass(frozen=True)
-class Choice:
+class RateChoice:
     """The rate that the sweep of a cell chose. `rate` is None as long as it is not decided, or if every run failed.
 
     `at_edge`: the best rate is the smallest or largest that was tried, after all extensions.
@@ -26,7 +26,7 @@ class Choice:
     failed: bool = False
 
 
-def choose_rate(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
+def choose_rate(cell: Cell, records: Mapping[str, Record]) -> tuple[RateChoice, list[RunSpec]]:
     """The choice as far as a cell's sweep has come, and the sweep runs that it still needs."""
     rates = cell.contender.rates
     extensions = 0
@@ -34,7 +34,7 @@ def choose_rate(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list
         runs = {rate: [cell.spec("sweep", rate, s) for s in cell.suite.protocol.sweep_seeds] for rate in rates}
         missing = [run for rate in rates for run in runs[rate] if run.key not in records]
         if missing:
-            return Choice(rates, {}, None, False), missing
+            return RateChoice(rates, {}, None, False), missing
         ranked: list[tuple[float, float, float]] = []
         for rate in rates:
             found = [(_score(records[run.key]), _last_loss(records[run.key])) for run in runs[rate]]
@@ -45,12 +45,12 @@ def choose_rate(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list
                 ranked.append((sum(s for s, _ in known) / count, -sum(x for _, x in known) / count, -rate))
         scores = {-rate: score for score, _, rate in ranked}
         if not ranked:
-            return Choice(rates, scores, None, False, failed=True), []
+            return RateChoice(rates, scores, None, False, failed=True), []
         best = -max(ranked)[2]
         edge = best in (rates[0], rates[-1])
         if not edge or extensions == cell.suite.protocol.extensions or len(rates) == 1:
             # A suite with a single rate has been told which one to take.
-            return Choice(rates, scores, best, edge and len(rates) > 1), []
+            return RateChoice(rates, scores, best, edge and len(rates) > 1), []
         rates, extensions = extend(rates, best), extensions + 1
 
 

@@ -11,7 +11,7 @@ from soka_serve.builtin.problem import Problem
 from soka_serve.builtin.tasks import check_answer, generate
 
 
-class Sample(NamedTuple):
+class ScoredAnswer(NamedTuple):
     """One answered problem."""
 
     problem: Problem
@@ -24,7 +24,7 @@ class Measurement(NamedTuple):
 
     correct: int
     total: int
-    samples: list[Sample]
+    samples: list[ScoredAnswer]
 
 
 @torch.no_grad()
@@ -107,5 +107,5 @@ def measure(
     """
     problems = generate(family, "test", limit)
     texts = generate_answers(model, tokenizer, [problem.prompt for problem in problems], max_new_tokens, batch_size)
-    samples = [Sample(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]
+    samples = [ScoredAnswer(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]
     return Measurement(sum(sample.correct for sample in samples), len(samples), samples)

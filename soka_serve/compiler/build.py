@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from soka_serve.compiler.check import QuickCheck
-from soka_serve.compiler.context import BUILD, Context, check_target, is_whole, prepare, previous_keys, tell_left_out
+from soka_serve.compiler.context import BUILD, Context, check_output, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.compiler.processes import Processes
 from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import replace_directory
@@ -86,16 +86,16 @@ def build(
             shutil.rmtree(workspace.cache / f"init-{context.keys.get('init')}", ignore_errors=True)
             shutil.rmtree(workspace.cache / f"tune-{context.keys['tune']}", ignore_errors=True)
         processes.wait()
-        previous = {} if force or not is_whole(workspace.target) else previous_keys(workspace.target)
+        previous = {} if force or not is_whole(workspace.directory) else previous_keys(workspace.directory)
         processes.wait()  # everyone has looked, before anyone writes
         if previous == context.keys:
-            logger.info("%s is up to date: nothing to do", workspace.target)
+            logger.info("%s is up to date: nothing to do", workspace.directory)
             return _result(context)
-        check_target(context)
+        check_output(context)
         if processes.is_main:
             tell_left_out(context)
             # Some seconds in which nothing else would be said.
-            logger.info("%s: loading torch, transformers and PEFT", workspace.target)
+            logger.info("%s: loading torch, transformers and PEFT", workspace.directory)
         from soka_serve.base.model import quiet_bars
 
         with quiet_bars():
@@ -111,17 +111,17 @@ def _run(context: Context, previous: dict[str, str]) -> BuildResult:
     start = init_stage(context, encoded[0]) if context.method.kronecker else None
     trained = tune_stage(context, encoded, start)
     if main:
-        with replace_directory(context.workspace.target, foreign=BUILD.foreign) as new:
+        with replace_directory(context.workspace.directory, foreign=BUILD.foreign) as new:
             export_stage(context, new, previous, trained)
             merge_stage(context, new, previous, trained)
             check = check_stage(context, new, previous)
             if "adapter" not in manifest.output.write and (new / "adapter").exists():
                 shutil.rmtree(new / "adapter")  # it was needed for the merge, and is not asked for
             with context.stage("report", "writing the report and the model card"):
-                from soka_serve.compiler.papers import Made, write_papers
+                from soka_serve.compiler.papers import StageResults, write_papers
 
                 context.hashes.check_unchanged()  # soka.lock names what was read
-                write_papers(context, new, Made(encoded[0], start, trained, check))
+                write_papers(context, new, StageResults(encoded[0], start, trained, check))
         context.workspace.forget_others({k: v for k, v in context.keys.items() if k in ("init", "tune")})
     context.processes.wait()
     return _result(context)
@@ -129,16 +129,16 @@ def _run(context: Context, previous: dict[str, str]) -> BuildResult:
 
 def _result(context: Context) -> BuildResult:
     """Read the result back from the artefact, so that a fresh build and one with nothing to do say the same."""
-    target = context.workspace.target
-    lock = read_lock(target / LOCK_FILE)
-    check = QuickCheck.read(target / "check.json") if (target / "check.json").exists() else None
+    directory = context.workspace.directory
+    lock = read_lock(directory / LOCK_FILE)
+    check = QuickCheck.read(directory / "check.json") if (directory / "check.json").exists() else None
 
     def there(name: str) -> Path | None:
-        return target / name if (target / name).exists() else None
+        return directory / name if (directory / name).exists() else None
 
     return BuildResult(
         name=str(context.loaded.manifest.name),
-        directory=target,
+        directory=directory,
         adapter=there("adapter"),
         merged=there("merged"),
         report=there("report.html"),

@@ -12,9 +12,9 @@ from typing import Any
 
 from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
+from soka_serve.base.targets import TargetModule, describe_not_adapted, resolve_targets
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
-from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.processes import Processes
 from soka_serve.data.rows import resolve
@@ -23,7 +23,7 @@ from soka_serve.errors import CheckpointError
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text
 from soka_serve.io.lockfile import read_lock
-from soka_serve.io.outputs import Lock, Output
+from soka_serve.io.outputs import Lock, OutputKind
 from soka_serve.io.warn_once import warn
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.manifest import schema
@@ -44,17 +44,17 @@ _PAPERS = (
 )
 
 
-def _build_files(target: Path, lock: Lock | None) -> list[str]:
+def _build_files(directory: Path, lock: Lock | None) -> list[str]:
     """What a build's lock says that it wrote; where the lock is damaged, every name that a build may have written."""
     if lock is not None:
         return list(lock["files"])
     from soka_serve.compiler.merge.papers import model_files
 
     adapter = [f"adapter/{name}" for name in ADAPTER_FILES]
-    return [*_PAPERS, *adapter, *(f"merged/{name}" for name in model_files(target / "merged"))]
+    return [*_PAPERS, *adapter, *(f"merged/{name}" for name in model_files(directory / "merged"))]
 
 
-BUILD = Output(
+BUILD = OutputKind(
     what="a build",
     is_marked=lambda lock: lock is None or (isinstance(lock.get("files"), dict) and "stages" in lock),
     files=_build_files,
@@ -69,8 +69,8 @@ class Context:
     workspace: Workspace
     base: Base
     finetuned: dict[str, Base]
-    targets: list[Target]
-    inputs: Inputs
+    targets: list[TargetModule]
+    inputs: InputHashes
     keys: dict[str, str]
     processes: Processes
     progress: bool
@@ -134,7 +134,7 @@ def prepare(
     for other in finetuned.values():
         other.check_plain()
     hashes = HashCache(workspace.hashes)
-    inputs = Inputs(
+    inputs = InputHashes(
         base=base.checkpoint.sha256(hashes.file),
         config=_sha256_of(base.directory, CONFIG_FILES, hashes),
         tokenizer=_sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
@@ -186,50 +186,50 @@ def _open_finetuned(source: str, loaded: LoadedManifest) -> Base:
     return resolve_base(table, manifest_dir=loaded.directory, name_key=lambda _: key)
 
 
-def previous_keys(target: Path) -> dict[str, str]:
+def previous_keys(directory: Path) -> dict[str, str]:
     """Stage keys of the artefact that is there; empty when there is none, or it was not made by a build."""
-    return dict(_previous_lock(target).get("stages", {}))
+    return dict(_previous_lock(directory).get("stages", {}))
 
 
-def _previous_lock(target: Path) -> dict[str, Any]:
+def _previous_lock(directory: Path) -> dict[str, Any]:
     """The lock of the artefact that is there; empty when there is none, or it cannot be read."""
-    if not (target / LOCK_FILE).exists():
+    if not (directory / LOCK_FILE).exists():
         return {}
     try:
-        lock = read_lock(target / LOCK_FILE)
+        lock = read_lock(directory / LOCK_FILE)
     except CheckpointError as error:
         warn(logger, "%s; everything runs again", error.message)
         return {}
     wrong = [name for name in ("files", "stages", "manifest") if not isinstance(lock.get(name, {}), dict)]
     if wrong:
-        warn(logger, "%s: %s: not a table; everything runs again", target / LOCK_FILE, ", ".join(wrong))
+        warn(logger, "%s: %s: not a table; everything runs again", directory / LOCK_FILE, ", ".join(wrong))
         return {}
     return lock
 
 
-def is_whole(target: Path) -> bool:
+def is_whole(directory: Path) -> bool:
     """Whether every file that the lock lists is there with its size; False where there is no build."""
-    lock = _previous_lock(target)
+    lock = _previous_lock(directory)
     for name, size in lock.get("files", {}).items():
-        path = target / name
+        path = directory / name
         if not path.exists() or path.stat().st_size != size:
             warn(logger, "%s is missing or was changed; building again", path)
             return False
     return bool(lock)
 
 
-def check_target(context: Context) -> None:
+def check_output(context: Context) -> None:
     """Refuse to replace a folder that is no build, or one that holds what the build reads or did not write.
 
     Raises:
         BuildError: names what would be lost.
     """
-    target, loaded = context.workspace.target, context.loaded
+    directory, loaded = context.workspace.directory, context.loaded
     data = loaded.manifest.train.data
     named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
     bases = [context.base, *context.finetuned.values()]
-    BUILD.check(target, keep=[loaded.path, *(base.directory for base in bases), *named])
-    if lock := _previous_lock(target):
+    BUILD.check(directory, keep=[loaded.path, *(base.directory for base in bases), *named])
+    if lock := _previous_lock(directory):
         maker = lock.get("manifest", {}).get("file")
         if maker not in (None, loaded.path.name):
-            warn(logger, "%s was built from %s; this build of %s replaces it", target, maker, loaded.path.name)
+            warn(logger, "%s was built from %s; this build of %s replaces it", directory, maker, loaded.path.name)

@@ -11,13 +11,13 @@ from soka_serve.base.opened import Base
 from soka_serve.base.resolve import open_base
 from soka_serve.errors import SokaError
 from soka_serve.io.file_names import ADAPTER_FILES
-from soka_serve.io.outputs import Lock, Output
+from soka_serve.io.outputs import Lock, OutputKind
 from soka_serve.io.places import given_path
-from soka_serve.io.unchanged import Unchanged
+from soka_serve.io.unchanged import FileStamps
 from soka_serve.io.warn_once import one_command
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import Target
+    from soka_serve.base.targets import TargetModule
     from soka_serve.compiler.init.result import Initialisation
 
 
@@ -26,7 +26,7 @@ def _is_extracted(lock: Lock | None) -> bool:
     return isinstance(result, Mapping) and "kept_energy_frac" in result
 
 
-EXTRACTED = Output(what="an extracted adapter", is_marked=_is_extracted, files=lambda *_: ADAPTER_FILES)
+EXTRACTED = OutputKind(what="an extracted adapter", is_marked=_is_extracted, files=lambda *_: ADAPTER_FILES)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def extract(
     EXTRACTED.check(target, keep=[opened.directory, tuned.directory])
     for each in (opened, tuned):
         each.check_plain()
-    unchanged = Unchanged([*opened.checkpoint.files, *tuned.checkpoint.files])
+    unchanged = FileStamps([*opened.checkpoint.files, *tuned.checkpoint.files])
     targets = _targets(opened, rule | ({"modules": list(modules)} if modules else {}))
     with scratch_directory(target) as scratch:
         run = InitRun(targets, opened, finetuned={"tuned": tuned}, scratch=scratch, progress=progress)
@@ -133,7 +133,7 @@ def _rank_policy(rank: int | None, energy: float | None, parameters: int | None,
     return {"policy": "budget", "parameters": parameters, "max": most, "pool": most}
 
 
-def _targets(base: Base, rule: Mapping[str, object]) -> list[Target]:
+def _targets(base: Base, rule: Mapping[str, object]) -> list[TargetModule]:
     """The modules of the base that a rule adapts."""
     from soka_serve.base.targets import resolve_targets
     from soka_serve.manifest.schema import Manifest
@@ -165,7 +165,7 @@ def _summary(started: Initialisation, energy: float | None, out: Path) -> Extrac
     )
 
 
-def _write(result: ExtractResult, started: Initialisation, base: Base, tuned: Base, unchanged: Unchanged) -> None:
+def _write(result: ExtractResult, started: Initialisation, base: Base, tuned: Base, unchanged: FileStamps) -> None:
     """Write the adapter with its lock and card."""
     from soka_serve.adapter.format import write_adapter
     from soka_serve.compiler.report.card import extracted_card

@@ -24,7 +24,7 @@ _TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputHashes:
     """Hashes of what a build reads.
 
     `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
@@ -61,7 +61,7 @@ def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def stage_keys(manifest: Manifest, inputs: Inputs, modules: Sequence[str]) -> dict[str, str]:
+def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:
     """The key of every stage that this manifest has, in the order in which they run.
 
     Args:

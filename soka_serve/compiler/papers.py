@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from soka_serve.compiler.check import QuickCheck
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
-    from soka_serve.compiler.report.data import ReportData, Sample
+    from soka_serve.compiler.report.data import AnswerPair, ReportData
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.encode import EncodedSet
 
@@ -26,7 +26,7 @@ _LORA_RANKS = (1, 2, 8, 16)
 
 
 @dataclass(frozen=True)
-class Made:
+class StageResults:
     """What the stages of a build made.
 
     Args:
@@ -42,7 +42,7 @@ class Made:
     check: QuickCheck | None
 
 
-def write_papers(context: Context, new: Path, made: Made) -> None:
+def write_papers(context: Context, new: Path, made: StageResults) -> None:
     """Write everything in `new` that is not weights: lock, card, report, history, spectra, manifest."""
     from soka_serve.compiler.report.card import render_card
     from soka_serve.compiler.report.page import write_report
@@ -84,7 +84,7 @@ def trained_ranks(trained: TrainResult) -> dict[str, int]:
     return {name: int(spec["rank"]) for name, spec in config["soka_modules"].items()}
 
 
-def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
+def _lock(context: Context, new: Path, made: StageResults) -> dict[str, Any]:
     trained = made.trained
     loaded, manifest = context.loaded, context.loaded.manifest
     lock: dict[str, Any] = {
@@ -121,7 +121,7 @@ def _lock(context: Context, new: Path, made: Made) -> dict[str, Any]:
     return lock
 
 
-def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) -> ReportData:
+def _report_data(context: Context, new: Path, made: StageResults, lock: dict[str, Any]) -> ReportData:
     from soka_serve.compiler.history import read_history
     from soka_serve.compiler.report.data import ReportData, history_points, rank_history
 
@@ -163,12 +163,12 @@ def _report_data(context: Context, new: Path, made: Made, lock: dict[str, Any]) 
     )
 
 
-def _samples(check: QuickCheck) -> list[Sample]:
+def _samples(check: QuickCheck) -> list[AnswerPair]:
     """The first problems with both answers."""
-    from soka_serve.compiler.report.data import Sample
+    from soka_serve.compiler.report.data import AnswerPair
 
     return [
-        Sample(
+        AnswerPair(
             prompt=prompt,
             expected=check.expected[i],
             before=check.before.texts[i],

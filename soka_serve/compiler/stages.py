@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.targets import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
-from soka_serve.compiler.methods import Merging
+from soka_serve.compiler.methods import DenseOutput
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
@@ -27,7 +27,7 @@ from soka_serve.io.workspace import link_tree
 if TYPE_CHECKING:
     from torch import nn
 
-    from soka_serve.base.targets import Target
+    from soka_serve.base.targets import TargetModule
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
@@ -105,7 +105,9 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     return started
 
 
-def _statistics(context: Context, training: EncodedSet, targets: Sequence[Target], scratch: Path) -> Iterable[Any]:
+def _statistics(
+    context: Context, training: EncodedSet, targets: Sequence[TargetModule], scratch: Path
+) -> Iterable[Any]:
     """Gradients and input moments of the base over the first batches of a seeded shuffle of the training data."""
     import torch
 
@@ -134,7 +136,7 @@ def tune_stage(
     context: Context, encoded: tuple[EncodedSet, EncodedSet | None], start: Initialisation | None
 ) -> TrainResult:
     """The trained weights: from the cache, or trained now, going on from the last resume point."""
-    from soka_serve.compiler.train.run import Run, TrainResult
+    from soka_serve.compiler.train.run import TrainingRun, TrainResult
     from soka_serve.compiler.train.train import TrainingData, train
 
     key = context.keys["tune"]
@@ -146,7 +148,7 @@ def tune_stage(
     manifest = context.loaded.manifest
     with context.stage("tune", f"training ({manifest.train.method})"):
         directory.mkdir(parents=True, exist_ok=True)
-        run = Run(
+        run = TrainingRun(
             model_dir=context.base.directory,
             manifest=manifest,
             method=context.method,
@@ -164,12 +166,12 @@ def tune_stage(
 
 def export_stage(context: Context, new: Path, previous: dict[str, str], trained: TrainResult) -> None:
     """Finished adapter into `new/adapter` (nothing where the whole model is trained)."""
-    old = context.workspace.target / "adapter"
+    old = context.workspace.directory / "adapter"
     if previous.get("export") == context.keys["export"] and old.exists():
         logger.info("export: unchanged, taken from the last build")
         link_tree(old, new / "adapter")
         _name_base(new / "adapter", context.inputs.base_name)
-        result = read_lock(context.workspace.target / LOCK_FILE)["result"]
+        result = read_lock(context.workspace.directory / LOCK_FILE)["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
     output = context.loaded.manifest.output
@@ -196,7 +198,7 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
     key = context.keys.get("merge")
     if key is None:
         return
-    old = context.workspace.target / "merged"
+    old = context.workspace.directory / "merged"
     if previous.get("merge") == key and old.exists():
         logger.info("merge: unchanged, taken from the last build")
         link_tree(old, new / "merged")
@@ -205,7 +207,7 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
         source = trained.directory if context.method.whole_model else new / "adapter"
         context.method.merge(
             source,
-            Merging(
+            DenseOutput(
                 base=context.base,
                 out=new / "merged",
                 dtype=context.loaded.manifest.output.merged_dtype,
@@ -217,7 +219,7 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
 
 def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickCheck | None:
     """Answer a few held-out problems with the base and with the artefact as it was written."""
-    old = context.workspace.target / "check.json"
+    old = context.workspace.directory / "check.json"
     if previous.get("check") == context.keys["check"] and old.exists():
         logger.info("check: unchanged, taken from the last build")
         shutil.copy2(old, new / "check.json")

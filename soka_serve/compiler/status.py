@@ -64,7 +64,7 @@ def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[Stage
         context = prepare(loaded, workspace, base=base, save_hashes=False)
     except SokaError as error:  # data or a fine-tuned checkpoint that can't be reached
         return f"{STOPS}{error.message}"
-    previous = previous_keys(workspace.target) if is_whole(workspace.target) else {}
+    previous = previous_keys(workspace.directory) if is_whole(workspace.directory) else {}
     found = []
     for stage, key in context.keys.items():
         if previous.get(stage) == key:

@@ -15,21 +15,21 @@ import torch
 from torch.utils.data import Dataset
 
 if TYPE_CHECKING:
-    from soka_serve.data.encode import Encoded, Packed
+    from soka_serve.data.encode import EncodedExample, PackedRow
 
 IGNORED = -100  # the label that the loss skips
 
 
-class Rows(Dataset["Encoded | Packed"]):
+class TokenDataset(Dataset["EncodedExample | PackedRow"]):
     """A list of encoded or packed examples as a map-style dataset."""
 
-    def __init__(self, rows: Sequence[Encoded] | Sequence[Packed]) -> None:
+    def __init__(self, rows: Sequence[EncodedExample] | Sequence[PackedRow]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Encoded | Packed:
+    def __getitem__(self, index: int) -> EncodedExample | PackedRow:
         return self.rows[index]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from soka_serve.base.tokenizer import Pair, TextTokenizer
+from soka_serve.base.tokenizer import TextTokenizer, TokenPair
 from soka_serve.data.examples import Example
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Train
@@ -19,7 +19,7 @@ _CHUNK = 512  # Examples tokenised per call, so that progress shows.
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """Token ids, and labels of the same length; a label of -100 is not trained on."""
 
     input_ids: list[int]
@@ -34,7 +34,7 @@ class EncodedSet:
     `boundary` had a token that would have merged prompt and completion and were split there instead.
     """
 
-    examples: list[Encoded]
+    examples: list[EncodedExample]
     total: int
     dropped: int
     truncated: int
@@ -53,7 +53,7 @@ class EncodedSet:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedRow:
     """Several examples in one row; `position_ids` start again at 0 with each, which keeps their attention apart."""
 
     input_ids: list[int]
@@ -72,7 +72,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
     """
     from tqdm import tqdm
 
-    kept: list[Encoded] = []
+    kept: list[EncodedExample] = []
     max_length = train.max_length
     dropped = truncated = boundary = longest = 0
     # The bar appears only when tokenising takes longer than two seconds.
@@ -91,7 +91,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
                         dropped += 1
                         continue
                     truncated += 1
-                kept.append(Encoded(ids, labels))
+                kept.append(EncodedExample(ids, labels))
             bar.update(len(chunk))
     if examples and not kept:
         raise DataError(
@@ -102,7 +102,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
     return EncodedSet(kept, len(examples), dropped, truncated, boundary, longest)
 
 
-def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterator[Pair]:
+def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterator[TokenPair]:
     """Tokenise a chunk in order; plain and templated examples each in one batch."""
     batches = {
         templated: iter(
@@ -117,7 +117,7 @@ def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterato
         yield next(batches[example.templated])
 
 
-def pack_examples(encoded: Sequence[Encoded], max_length: int) -> list[Packed]:
+def pack_examples(encoded: Sequence[EncodedExample], max_length: int) -> list[PackedRow]:
     """Put examples into rows of at most `max_length` tokens: each, in order, into the first row with room for it.
 
     `position_ids` start again with each example, and the label of each example's first token is -100, so that no
@@ -126,8 +126,8 @@ def pack_examples(encoded: Sequence[Encoded], max_length: int) -> list[Packed]:
     Raises:
         ValueError: an example is longer than `max_length`.
     """
-    rows: list[list[Encoded]] = []
-    rooms = _Rooms(len(encoded), max_length)
+    rows: list[list[EncodedExample]] = []
+    rooms = _RowTree(len(encoded), max_length)
     for example in encoded:
         length = len(example.input_ids)
         if length > max_length:
@@ -139,15 +139,15 @@ def pack_examples(encoded: Sequence[Encoded], max_length: int) -> list[Packed]:
     return [_join(row) for row in rows]
 
 
-def _join(row: Sequence[Encoded]) -> Packed:
-    return Packed(
+def _join(row: Sequence[EncodedExample]) -> PackedRow:
+    return PackedRow(
         input_ids=[token for e in row for token in e.input_ids],
         labels=[label for e in row for label in [MASKED, *e.labels[1:]]],
         position_ids=[position for e in row for position in range(len(e.input_ids))],
     )
 
 
-class _Rooms:
+class _RowTree:
     """First fit in O(log n): a tree over rows whose nodes hold the largest room below them."""
 
     def __init__(self, rows: int, room: int) -> None:

@@ -23,7 +23,7 @@ from soka_serve.evaluation.subject import Subject
 from soka_serve.io.json_files import read_json
 from soka_serve.io.versions import versions_of
 from soka_serve.serving.client import Client, Endpoint
-from soka_serve.serving.command import Launch, Settings
+from soka_serve.serving.command import Launch, ServeOptions
 
 if TYPE_CHECKING:
     from soka_serve.evaluation.models import LocalModel, ServedModel
@@ -121,7 +121,7 @@ class VllmBackend:
                 options += [option, str(value)]
         if model == self._subject.base != self._subject.tokenizer and "--tokenizer" not in options:
             options += ["--tokenizer", str(self._subject.tokenizer)]
-        settings = Settings(host=host, port=port, runtime_loading=False, vllm=tuple(options))
+        settings = ServeOptions(host=host, port=port, runtime_loading=False, vllm=tuple(options))
         base = None if self._subject.target.kind == "merged" else str(self._subject.base)
         _, launch = plan_launch([given], settings, base=base)
         log = Path(tempfile.mkdtemp(prefix="soka-eval-")) / "vllm.log"

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from soka_serve.io.console import FILE, PassingOn, say
+from soka_serve.io.console import FILE, PassThroughCommand, say
 
 
 @click.command(
     name="eval",
-    cls=PassingOn,
+    cls=PassThroughCommand,
     epilog="""Examples:
 
     \b

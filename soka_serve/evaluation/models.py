@@ -27,7 +27,7 @@ _TIMEOUT_S = 1800
 _RETRIES = 3
 
 
-class _Hook:
+class _CacheHook:
     """lm-eval's cache hook, called for each answer as it comes; here it also moves the progress on."""
 
     def __init__(self, inner: Any, advance: Callable[[], None]) -> None:
@@ -53,7 +53,7 @@ class _RequestCounter:
     reserved = 0
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        super().set_cache_hook(_Hook(cache_hook, lambda: self._advance()))  # type: ignore[misc]
+        super().set_cache_hook(_CacheHook(cache_hook, lambda: self._advance()))  # type: ignore[misc]
 
     def _advance(self) -> None:
         pass

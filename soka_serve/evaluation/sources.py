@@ -17,7 +17,7 @@ DATA_VARIABLE = "SOKA_EVAL_DATA"
 
 
 @dataclass(frozen=True)
-class Source:
+class BenchmarkSplit:
     """One split of a benchmark: a file name, and the hub dataset that it is otherwise."""
 
     file: str
@@ -27,11 +27,11 @@ class Source:
 
 
 SOURCES = {
-    "gsm8k/test": Source("gsm8k_test.jsonl", "openai/gsm8k", "test", "main"),
-    "gsm8k/train": Source("gsm8k_train.jsonl", "openai/gsm8k", "train", "main"),
-    "math_500/test": Source("math_500.jsonl", "HuggingFaceH4/MATH-500", "test"),
-    "mbpp/test": Source("mbpp.jsonl", "google-research-datasets/mbpp", "test", "full"),
-    "mbpp_sanitized/test": Source("sanitized-mbpp.jsonl", "google-research-datasets/mbpp", "test", "sanitized"),
+    "gsm8k/test": BenchmarkSplit("gsm8k_test.jsonl", "openai/gsm8k", "test", "main"),
+    "gsm8k/train": BenchmarkSplit("gsm8k_train.jsonl", "openai/gsm8k", "train", "main"),
+    "math_500/test": BenchmarkSplit("math_500.jsonl", "HuggingFaceH4/MATH-500", "test"),
+    "mbpp/test": BenchmarkSplit("mbpp.jsonl", "google-research-datasets/mbpp", "test", "full"),
+    "mbpp_sanitized/test": BenchmarkSplit("sanitized-mbpp.jsonl", "google-research-datasets/mbpp", "test", "sanitized"),
 }
 
 SUBJECTS = (
@@ -44,7 +44,10 @@ SUBJECTS = (
     "precalculus",
 )
 SOURCES.update(
-    {f"math_{name}/test": Source(f"math_{name}.jsonl", "EleutherAI/hendrycks_math", "test", name) for name in SUBJECTS}
+    {
+        f"math_{name}/test": BenchmarkSplit(f"math_{name}.jsonl", "EleutherAI/hendrycks_math", "test", name)
+        for name in SUBJECTS
+    }
 )
 
 
@@ -79,13 +82,13 @@ def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(row) for _, row in rows]
 
 
-def _local_rows(folder: Path, source: Source) -> Iterable[tuple[str, Row]]:
+def _local_rows(folder: Path, source: BenchmarkSplit) -> Iterable[tuple[str, Row]]:
     if not folder.is_dir():
         raise DataError(f"{DATA_VARIABLE} = {folder}: not a folder")
     return jsonl_rows(folder / source.file, None)
 
 
-def _hub_rows(source: Source) -> Iterable[tuple[str, Row]]:
+def _hub_rows(source: BenchmarkSplit) -> Iterable[tuple[str, Row]]:
     keys = {"hub": source.hub, "config": source.config}
     data = Data.model_validate({key: value for key, value in keys.items() if value is not None})
     return hub_rows(data, source.split, Path(), stream=False)

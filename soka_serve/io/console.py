@@ -22,7 +22,7 @@ class _PathType(click.Path):
 FILE = _PathType(path_type=Path)
 
 
-class PassingOn(click.Command):
+class PassThroughCommand(click.Command):
     """A command whose arguments after `--` are vLLM's: its function gets them, as they are, as `vllm_options`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ Lock = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputKind:
     """A kind of directory that a command writes.
 
     Args:

@@ -26,7 +26,7 @@ def check_stamps(stamps: Mapping[Path, Stamp | None]) -> None:
         )
 
 
-class Unchanged:
+class FileStamps:
     """The stamps of some files, taken before they are read.
 
     Args:

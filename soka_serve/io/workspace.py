@@ -47,7 +47,7 @@ class Workspace:
     def __init__(self, root: Path, name: str) -> None:
         self.root = root
         self.name = name
-        self.target = root / name
+        self.directory = root / name
         self.cache = root / ".cache" / name
         self.hashes = root / ".cache" / "hashes.json"
 
@@ -68,10 +68,10 @@ class Workspace:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BuildError(
-                    f"another build of {self.name!r} is writing to {self.target}",
+                    f"another build of {self.name!r} is writing to {self.directory}",
                     hint="Wait for it to end, or give this one another name or another output folder.",
                 ) from None
-            clean_stale(self.target)
+            clean_stale(self.directory)
             yield
         finally:
             os.close(descriptor)

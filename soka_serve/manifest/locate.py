@@ -28,7 +28,7 @@ _STRINGS = {
 }
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """A position in the text; both count from 1, columns in characters."""
 
     line: int
@@ -36,47 +36,47 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Places:
+class Positions:
     """Positions of keys and of their values. A table's value stands where its header or its brace does."""
 
-    keys: dict[Path, Place] = field(default_factory=dict)
-    values: dict[Path, Place] = field(default_factory=dict)
+    keys: dict[Path, Position] = field(default_factory=dict)
+    values: dict[Path, Position] = field(default_factory=dict)
 
-    def key(self, path: Path) -> Place | None:
+    def key(self, path: Path) -> Position | None:
         """Where the key is written, or the nearest table around it; None for the whole file."""
         return self._nearest(self.keys, path)
 
-    def value(self, path: Path) -> Place | None:
+    def value(self, path: Path) -> Position | None:
         """Where the value begins, or the nearest table around it; None for the whole file."""
         return self._nearest(self.values, path)
 
-    def _nearest(self, places: dict[Path, Place], path: Path) -> Place | None:
+    def _nearest(self, positions: dict[Path, Position], path: Path) -> Position | None:
         while path:
-            if path in places:
-                return places[path]
+            if path in positions:
+                return positions[path]
             path = path[:-1]
         return None
 
 
-def locate(text: str) -> Places:
+def locate(text: str) -> Positions:
     """Find every key and value of a text that `tomllib.loads` accepts.
 
-    >>> places = locate("[base]\\nhub = 'x'\\n\\n[[adapt]]\\n[[adapt]]\\nrank.policy = 'fixed'\\n")
-    >>> places.key(("adapt", 1, "rank", "policy"))
-    Place(line=6, column=6)
-    >>> places.value(("base", "hub"))
-    Place(line=2, column=7)
+    >>> positions = locate("[base]\\nhub = 'x'\\n\\n[[adapt]]\\n[[adapt]]\\nrank.policy = 'fixed'\\n")
+    >>> positions.key(("adapt", 1, "rank", "policy"))
+    Position(line=6, column=6)
+    >>> positions.value(("base", "hub"))
+    Position(line=2, column=7)
     """
     reader = _Reader(text)
     reader.read()
-    return reader.places
+    return reader.positions
 
 
 class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
-        self.places = Places()
+        self.positions = Positions()
         self._starts = [0, *(m.end() for m in re.finditer("\n", text))]
         self._lengths: dict[Path, int] = {}  # arrays of tables: how many so far
 
@@ -98,16 +98,16 @@ class _Reader:
         keys = self._read_key()
         self.at += 2 if many else 1  # the closing brackets, which _read_key stops at
         path: Path = ()
-        for name, place in keys:
+        for name, position in keys:
             path = self._enter(path)
             path = (*path, name)
-            self._note(path, place, place)
-        header = self._place(start)
+            self._note(path, position, position)
+        header = self._position(start)
         if many:
             index = self._lengths[path] = self._lengths.get(path, -1) + 1
             path = (*path, index)
         # A header names its table for good; an earlier [table.below] only implied it.
-        self.places.keys[path] = self.places.values[path] = header
+        self.positions.keys[path] = self.positions.values[path] = header
         return path
 
     def _enter(self, path: Path) -> Path:
@@ -118,11 +118,11 @@ class _Reader:
         keys = self._read_key()
         self.at += 1  # "="
         self._skip(_SPACE)
-        value = self._place(self.at)
+        value = self._position(self.at)
         path = table
-        for name, place in keys:
+        for name, position in keys:
             path = (*path, name)
-            self._note(path, place, value)
+            self._note(path, position, value)
         self._read_value(path)
 
     def _read_value(self, path: Path) -> None:
@@ -144,8 +144,8 @@ class _Reader:
             if self.text[self.at] == "]":
                 self.at += 1
                 return
-            place = self._place(self.at)
-            self._note((*path, index), place, place)
+            position = self._position(self.at)
+            self._note((*path, index), position, position)
             self._read_value((*path, index))
             index += 1
             self._skip(_BLANK)
@@ -164,9 +164,9 @@ class _Reader:
             if self.text[self.at] == ",":
                 self.at += 1
 
-    def _read_key(self) -> list[tuple[str, Place]]:
+    def _read_key(self) -> list[tuple[str, Position]]:
         """Read a dotted key, up to the `=` or `]` after it."""
-        parts: list[tuple[str, Place]] = []
+        parts: list[tuple[str, Position]] = []
         while True:
             self._skip(_SPACE)
             start = self.at
@@ -176,7 +176,7 @@ class _Reader:
             else:
                 self._skip(_BARE_KEY)
                 name = self.text[start : self.at]
-            parts.append((name, self._place(start)))
+            parts.append((name, self._position(start)))
             self._skip(_SPACE)
             if self.text[self.at] != ".":
                 return parts
@@ -194,10 +194,10 @@ class _Reader:
         match = pattern.match(self.text, self.at)
         self.at = match.end() if match else self.at
 
-    def _place(self, offset: int) -> Place:
+    def _position(self, offset: int) -> Position:
         line = bisect_right(self._starts, offset)
-        return Place(line, offset - self._starts[line - 1] + 1)
+        return Position(line, offset - self._starts[line - 1] + 1)
 
-    def _note(self, path: Path, key: Place, value: Place) -> None:
-        self.places.keys.setdefault(path, key)
-        self.places.values.setdefault(path, value)
+    def _note(self, path: Path, key: Position, value: Position) -> None:
+        self.positions.keys.setdefault(path, key)
+        self.positions.values.setdefault(path, value)

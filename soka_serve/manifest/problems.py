@@ -1,4 +1,4 @@
-"""Turn pydantic's validation errors into problems with place, expectation and hint.
+"""Turn pydantic's validation errors into problems with position, expectation and hint.
 
 Each problem names the key as TOML spells it, stands at its line and column, and says what was expected, what came and,
 where it can, what to write instead.
@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from soka_serve.errors import Problem
-from soka_serve.manifest.locate import Places
+from soka_serve.errors import ManifestProblem
+from soka_serve.manifest.locate import Positions
 from soka_serve.manifest.nodes import (
     Location,
     Node,
@@ -52,17 +52,17 @@ _FOREIGN_KEYS = {
 _REFUSED_KEYS = {"trust_remote_code": "soka-serve never runs code that comes with a checkpoint"}
 
 
-def explain(error: ValidationError, places: Places, model: type[BaseModel] = Manifest) -> list[Problem]:
+def explain(error: ValidationError, positions: Positions, model: type[BaseModel] = Manifest) -> list[ManifestProblem]:
     """Turn a validation error of `model` into problems in the order of the file, file-wide ones first."""
     details = error.errors(include_url=False)
     below_it = {location[:i] for d in details for location in [d["loc"]] for i in range(len(location))}
     # When every rule of an array is wrong, pydantic also calls the array too short.
     details = [d for d in details if not (d["type"] == "too_short" and d["loc"] in below_it)]
     with nodes_of(model):
-        problems = dict.fromkeys(_explain_one(d, places) for d in details[:_MOST])
+        problems = dict.fromkeys(_explain_one(d, positions) for d in details[:_MOST])
     found = sorted(problems, key=lambda p: (p.line, p.column))
     more = len(details) - _MOST
-    return [*found, Problem("", f"and {more:,} more problems")] if more > 0 else found
+    return [*found, ManifestProblem("", f"and {more:,} more problems")] if more > 0 else found
 
 
 def dotted(path: TomlPath) -> str:
@@ -102,39 +102,41 @@ def show(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
-def _explain_one(detail: ErrorDetails, places: Places) -> Problem:
+def _explain_one(detail: ErrorDetails, positions: Positions) -> ManifestProblem:
     location = walk(detail["loc"])
     kind, value = detail["type"], detail["input"]
     if kind == "missing":
-        return _missing(location, places)
+        return _missing(location, positions)
     if kind == "union_tag_not_found":
-        return _missing_policy(location, places)
+        return _missing_policy(location, positions)
     if kind == "union_tag_invalid":
         words = list(policies_of(location.node or {}))
         path = (*location.path, "policy")
         came = value["policy"] if isinstance(value, Mapping) else value
         return _problem(
-            path, f"expected {one_of(words)}; got {show(came)}", places.value(path), _did_you_mean(came, words)
+            path, f"expected {one_of(words)}; got {show(came)}", positions.value(path), _did_you_mean(came, words)
         )
     if kind == "extra_forbidden":
-        return _unknown(location, places)
+        return _unknown(location, positions)
     if kind == "conflict":
-        return _problem(location.path, detail["msg"], places.key(location.path))
+        return _problem(location.path, detail["msg"], positions.key(location.path))
     if kind in ("value_error", "layers"):
-        return _problem(location.path, detail["msg"].removeprefix("Value error, "), places.value(location.path))
+        return _problem(location.path, detail["msg"].removeprefix("Value error, "), positions.value(location.path))
     context = detail.get("ctx", {})
     wanted = context["expected"] if kind == "expected" else expected(location.node or {})
     words = context.get("words") or _words(location.node)
     hint = _did_you_mean(value, words) or _hint(location, value)
-    return _problem(location.path, f"expected {wanted}; got {show(value)}", places.value(location.path), hint)
+    return _problem(location.path, f"expected {wanted}; got {show(value)}", positions.value(location.path), hint)
 
 
-def _problem(path: TomlPath, message: str, place: tuple[int, int] | None, hint: str | None = None) -> Problem:
-    line, column = place or (0, 0)
-    return Problem(dotted(path), message, line, column, hint)
+def _problem(
+    path: TomlPath, message: str, position: tuple[int, int] | None, hint: str | None = None
+) -> ManifestProblem:
+    line, column = position or (0, 0)
+    return ManifestProblem(dotted(path), message, line, column, hint)
 
 
-def _missing(location: Location, places: Places) -> Problem:
+def _missing(location: Location, positions: Positions) -> ManifestProblem:
     node = location.node or {}
     raw = location.table["properties"][location.path[-1]]
     what = raw.get("description") or node.get("description", "")
@@ -144,27 +146,27 @@ def _missing(location: Location, places: Places) -> Problem:
         if location.path == ("schema",)
         else what.rstrip(".")
     )
-    return _problem(location.path, text, places.value(location.path[:-1]), hint or None)
+    return _problem(location.path, text, positions.value(location.path[:-1]), hint or None)
 
 
-def _missing_policy(location: Location, places: Places) -> Problem:
+def _missing_policy(location: Location, positions: Positions) -> ManifestProblem:
     words = list(policies_of(location.node or {}))
     hint = 'for example rank = { policy = "fixed", rank = 1 }'
     message = f"required, but missing; expected {one_of(words)}"
-    return _problem((*location.path, "policy"), message, places.value(location.path), hint)
+    return _problem((*location.path, "policy"), message, positions.value(location.path), hint)
 
 
-def _unknown(location: Location, places: Places) -> Problem:
+def _unknown(location: Location, positions: Positions) -> ManifestProblem:
     key = str(location.path[-1])
     known = list(location.table["properties"])
-    place = places.key(location.path)
+    position = positions.key(location.path)
     owners = [policy for policy, table in location.policies.items() if key in table["properties"]]
     if owners:
         own = location.table["properties"]["policy"]["const"]
         belongs = f"{key} belongs to policy {one_of(owners)}; this rule's policy is {quote(own)}"
-        return _problem(location.path, f"unknown key: {belongs}", place)
+        return _problem(location.path, f"unknown key: {belongs}", position)
     if key in _REFUSED_KEYS:
-        return _problem(location.path, "unknown key", place, _REFUSED_KEYS[key])
+        return _problem(location.path, "unknown key", position, _REFUSED_KEYS[key])
     elsewhere = dict.fromkeys(header for header, table in tables() if key in table["properties"])
     renamed = _FOREIGN_KEYS.get(key)
     hint: str | None
@@ -174,7 +176,7 @@ def _unknown(location: Location, places: Places) -> Problem:
         hint = f"did you mean {quote(renamed)}?"
     else:
         hint = _did_you_mean(key, known) or f"known here: {', '.join(known)}"
-    return _problem(location.path, "unknown key", place, hint)
+    return _problem(location.path, "unknown key", position, hint)
 
 
 def _in(headers: list[str]) -> str:

@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from soka_serve.errors import ManifestError, Problem
+from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io import toml_text
 from soka_serve.io.budget import open_regular
 from soka_serve.io.safetensors import read_exactly
-from soka_serve.manifest.locate import Places, locate
+from soka_serve.manifest.locate import Positions, locate
 from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted, explain, show
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION, Manifest
@@ -135,32 +135,32 @@ def parse_toml(text: str, file: str) -> dict[str, Any]:
     try:
         data = toml_text.parse_toml(text)
     except RecursionError:
-        raise ManifestError(file, [Problem("", "arrays or tables are nested too deeply")]) from None
+        raise ManifestError(file, [ManifestProblem("", "arrays or tables are nested too deeply")]) from None
     except tomllib.TOMLDecodeError as error:
         raise ManifestError(file, [_syntax_problem(str(error), text)]) from None
     except ValueError as error:
         if str(error).startswith("brackets"):
-            raise ManifestError(file, [Problem("", "arrays or tables are nested too deeply")]) from None
+            raise ManifestError(file, [ManifestProblem("", "arrays or tables are nested too deeply")]) from None
         beyond = _BEYOND.match(str(error))
         if beyond is None:  # int() refuses thousands of digits
-            raise ManifestError(file, [Problem("", "an integer has too many digits")]) from None
-        raise ManifestError(file, [Problem("", f"has {beyond['what']}", int(beyond["line"]), 1)]) from None
+            raise ManifestError(file, [ManifestProblem("", "an integer has too many digits")]) from None
+        raise ManifestError(file, [ManifestProblem("", f"has {beyond['what']}", int(beyond["line"]), 1)]) from None
     if not data:
         hint = "`soka-serve init NAME` writes a starter"
-        raise ManifestError(file, [Problem("", "is empty; expected a manifest", hint=hint)])
+        raise ManifestError(file, [ManifestProblem("", "is empty; expected a manifest", hint=hint)])
     return data
 
 
 def validate_manifest(data: dict[str, Any], text: str, file: str) -> Manifest:
-    """Check parsed TOML against the schema; `text` is what it was parsed from, for places.
+    """Check parsed TOML against the schema; `text` is what it was parsed from, for positions.
 
     Raises:
         ManifestError: everything that is wrong, each with its place.
     """
     if large := list(_large_integers(data)):
-        places, what = _locate(text), "expected a whole number of at most 64 bits, as TOML has them"
-        found = [Problem(dotted(path), what, *(places.value(path) or (0, 0))) for path in large[:_MOST]]
-        more = [Problem("", f"and {len(large) - _MOST:,} more problems")] if len(large) > _MOST else []
+        positions, what = _locate(text), "expected a whole number of at most 64 bits, as TOML has them"
+        found = [ManifestProblem(dotted(path), what, *(positions.value(path) or (0, 0))) for path in large[:_MOST]]
+        more = [ManifestProblem("", f"and {len(large) - _MOST:,} more problems")] if len(large) > _MOST else []
         raise ManifestError(file, [*found, *more])
     version = data.get("schema")
     if type(version) is int and version != SCHEMA_VERSION:
@@ -168,12 +168,12 @@ def validate_manifest(data: dict[str, Any], text: str, file: str) -> Manifest:
         line, column = _locate(text).value(("schema",)) or (0, 0)
         message = f"this soka-serve reads version {SCHEMA_VERSION}; got {show(version)}"
         hint = "a newer soka-serve may read it" if version > SCHEMA_VERSION else f"write schema = {SCHEMA_VERSION}"
-        raise ManifestError(file, [Problem("schema", message, line, column, hint)])
+        raise ManifestError(file, [ManifestProblem("schema", message, line, column, hint)])
     return validate(Manifest, data, text, file)
 
 
 def validate(model: type[M], data: dict[str, Any], text: str, file: str) -> M:
-    """Check parsed TOML against a pydantic model; `text` is what it was parsed from, for places.
+    """Check parsed TOML against a pydantic model; `text` is what it was parsed from, for positions.
 
     Raises:
         ManifestError: everything that is wrong, each with its place.
@@ -243,14 +243,14 @@ def _without_null(value: Any) -> Any:
     return [_without_null(item) for item in value] if isinstance(value, list) else value
 
 
-def _locate(text: str) -> Places:
+def _locate(text: str) -> Positions:
     try:
         return locate(text)
-    except RecursionError:  # nested as deeply as tomllib just bears: report without places
-        return Places()
+    except RecursionError:  # nested as deeply as tomllib just bears: report without positions
+        return Positions()
 
 
-def _syntax_problem(message: str, text: str) -> Problem:
+def _syntax_problem(message: str, text: str) -> ManifestProblem:
     match = _TOML_ERROR.match(message)
     what, line, column = message, 0, 0
     if match is not None:
@@ -262,19 +262,19 @@ def _syntax_problem(message: str, text: str) -> Problem:
     hint = next((hint for start, hint in _SYNTAX_HINTS.items() if what.startswith(start)), None)
     if line >= len(text.rstrip().splitlines()) + 1:
         hint = "the file ends inside an array, a table or a string"
-    return Problem("", f"is not valid TOML: {what[:1].lower()}{what[1:]}", line, column, hint)
+    return ManifestProblem("", f"is not valid TOML: {what[:1].lower()}{what[1:]}", line, column, hint)
 
 
 def _name_after_file(manifest: Manifest, path: Path) -> Manifest:
     if not re.fullmatch(NAME_PATTERN, path.stem) or len(path.stem) > 100:
         message = f"the file's name, {show(path.stem)}, cannot name a build"
         hint = "write name = \"...\" with letters, digits, '.', '_' and '-'"
-        raise ManifestError(str(path), [Problem("name", message, hint=hint)])
+        raise ManifestError(str(path), [ManifestProblem("name", message, hint=hint)])
     return manifest.model_copy(update={"name": path.stem})
 
 
 def _file_error(path: Path, message: str, hint: str | None = None, place: tuple[int, int] = (0, 0)) -> ManifestError:
-    return ManifestError(str(path), [Problem("", message, *place, hint)])
+    return ManifestError(str(path), [ManifestProblem("", message, *place, hint)])
 
 
 def _similar_file(path: Path) -> str | None:

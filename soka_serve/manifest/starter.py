@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from soka_serve.errors import ManifestError, Problem
+from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.toml_text import toml_value
 from soka_serve.manifest.nodes import Node, below, expected, policies_of, resolve, root
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION
@@ -59,7 +59,7 @@ def starter_manifest(name: str) -> str:
     """
     if not re.fullmatch(NAME_PATTERN, name) or len(name) > 100:
         wanted = expected(below(root(), "name") or {})
-        raise ManifestError(name, [Problem("name", f"expected {wanted}; got {name!r}")])
+        raise ManifestError(name, [ManifestProblem("name", f"expected {wanted}; got {name!r}")])
     return "\n".join(_lines(name)) + "\n"
 
 

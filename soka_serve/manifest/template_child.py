@@ -46,7 +46,7 @@ _KEPT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TZ")
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderResult:
     """The result of rendering one row.
 
     `text` is None where the template failed; `problem` is then 'syntax' (with its `line`), 'undefined', 'null',
@@ -60,7 +60,7 @@ class Rendered:
     error: str = ""
 
 
-def render(kind: str, source: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Rendered]:
+def render(kind: str, source: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[RenderResult]:
     """Render a template for each row, in order; with no rows, only compile it: one result, of no text.
 
     Args:
@@ -94,7 +94,7 @@ def render(kind: str, source: str, rows: Sequence[Mapping[str, Any]]) -> Iterato
             return
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         message = f"a value cannot be handed to the template's process: {error}"
-        yield Rendered(None, "fails", message, error=type(error).__name__)
+        yield RenderResult(None, "fails", message, error=type(error).__name__)
 
 
 def _batches(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, bytes]]:
@@ -137,9 +137,9 @@ class _Child:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def render(self, kind: str, source: str, batch: bytes, count: int) -> list[Rendered]:
+    def render(self, kind: str, source: str, batch: bytes, count: int) -> list[RenderResult]:
         """The results of a batch of `count` rows; fewer where the child did not survive."""
-        found: list[Rendered] = []
+        found: list[RenderResult] = []
         with self._lock, suppress(OSError, EOFError):
             _write_frame(self._in, pickle.dumps((kind, source)))
             _write_frame(self._in, batch)
@@ -153,7 +153,7 @@ class _Child:
         assert self._process.stdin is not None
         return self._process.stdin  # type: ignore[return-value]
 
-    def _read(self) -> Rendered:
+    def _read(self) -> RenderResult:
         assert self._process.stdout is not None
         head = self._process.stdout.read(9)
         length = struct.unpack("<Q", head[1:])[0] if len(head) == 9 else 0
@@ -163,15 +163,15 @@ class _Child:
         if len(data) < length:
             raise EOFError("the child has ended")
         if head[:1] == _TEXT:
-            return Rendered(data.decode("utf-8", "surrogatepass"))
-        return Rendered(None, **json.loads(data))
+            return RenderResult(data.decode("utf-8", "surrogatepass"))
+        return RenderResult(None, **json.loads(data))
 
-    def why_ended(self) -> Rendered:
+    def why_ended(self) -> RenderResult:
         """The reason of the child's end, as text."""
         self.end(wait_s=5)
         if self._process.returncode == -signal.SIGPROF:
-            return Rendered(None, "limit", f"takes more than {MAX_CPU_S:g} s of processor time")
-        return Rendered(None, "limit", f"ends its process (exit code {self._process.returncode})")
+            return RenderResult(None, "limit", f"takes more than {MAX_CPU_S:g} s of processor time")
+        return RenderResult(None, "limit", f"ends its process (exit code {self._process.returncode})")
 
     def end(self, wait_s: float = 0) -> None:
         """End it, after waiting for it to end by itself."""
@@ -222,10 +222,10 @@ def main() -> None:
         with suppress(OSError, ValueError):  # not on every system; the time limit holds
             resource.setrlimit(limit, (value, value))
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    accounts: dict[tuple[str, str], _Account] = {}
+    accounts: dict[tuple[str, str], _RenderBudget] = {}
     while (head := _read_frame(requests)) is not None and (body := _read_frame(requests)) is not None:
         kind, source = pickle.loads(head)
-        account = accounts.setdefault((kind, source), _Account(MAX_CPU_S, MAX_TEXT))
+        account = accounts.setdefault((kind, source), _RenderBudget(MAX_CPU_S, MAX_TEXT))
         rows = pickle.loads(body) or [None]
         account.text += len(rows) * (MEAN_TEXT + len(source)) + _GROWTH * len(body)
         del head, body
@@ -244,7 +244,7 @@ def main() -> None:
 
 
 @dataclass
-class _Account:
+class _RenderBudget:
     """What a template may still take: processor time in seconds, characters of text. Each row adds to it."""
 
     cpu_s: float
@@ -261,7 +261,7 @@ def _read_frame(stream: BinaryIO) -> bytes | None:
     return stream.read(struct.unpack("<Q", head)[0]) if len(head) == 8 else None
 
 
-def _rendered(kind: str, source: str, row: Mapping[str, Any] | None, account: _Account) -> str | dict[str, Any]:
+def _rendered(kind: str, source: str, row: Mapping[str, Any] | None, account: _RenderBudget) -> str | dict[str, Any]:
     """The text for a row, or what is wrong."""
     from jinja2 import TemplateSyntaxError, UndefinedError
 

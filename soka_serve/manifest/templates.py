@@ -14,7 +14,7 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nod
 from jinja2.sandbox import SandboxedEnvironment
 
 from soka_serve.errors import DataError
-from soka_serve.manifest.template_child import MAX_TEXT, Rendered, render
+from soka_serve.manifest.template_child import MAX_TEXT, RenderResult, render
 from soka_serve.manifest.template_env import (
     MAX_TEMPLATE,
     NullValueError,
@@ -125,16 +125,18 @@ class RowTemplate:
         try:
             text = str(self._template.render(row))
         except UndefinedError as error:
-            return self._error(Rendered(None, "undefined", str(error.message)), row, where)
+            return self._error(RenderResult(None, "undefined", str(error.message)), row, where)
         except NullValueError:
-            return self._error(Rendered(None, "null"), row, where)
+            return self._error(RenderResult(None, "null"), row, where)
         except _FAILURES as error:
-            return self._error(Rendered(None, "fails", str(error), error=type(error).__name__), row, where)
+            return self._error(RenderResult(None, "fails", str(error), error=type(error).__name__), row, where)
         if len(text) > MAX_TEXT:
-            return self._error(Rendered(None, "limit", f"makes more than {MAX_TEXT:,} characters of text"), row, where)
+            return self._error(
+                RenderResult(None, "limit", f"makes more than {MAX_TEXT:,} characters of text"), row, where
+            )
         return text
 
-    def _error(self, done: Rendered, row: Mapping[str, Any], where: str) -> DataError:
+    def _error(self, done: RenderResult, row: Mapping[str, Any], where: str) -> DataError:
         """What is said of a row that was not rendered."""
         place = f"{where}: {self.key}" if where else self.key
         if done.problem == "syntax":

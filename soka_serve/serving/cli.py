@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from soka_serve.io.console import FILE, PassingOn, say
+from soka_serve.io.console import FILE, PassThroughCommand, say
 
 
 @click.command(
-    cls=PassingOn,
+    cls=PassThroughCommand,
     epilog="""Examples:
 
     \b
@@ -55,12 +55,12 @@ def serve(
     model NAME in the API. What follows -- goes to `vllm serve`, and wins over what is worked out here; options that
     would make untrue what was checked are refused.
     """
-    from soka_serve.serving.command import Settings
+    from soka_serve.serving.command import ServeOptions
     from soka_serve.serving.serve import plan_launch
     from soka_serve.serving.serve import serve as run
 
     running = {"verbose": options.pop("verbose"), "timeout_s": options.pop("timeout")}
-    settings = Settings(vllm=vllm_options, **options)
+    settings = ServeOptions(vllm=vllm_options, **options)
     planned, launch = plan_launch(targets, settings, base=base, out=out)
     if dry_run:
         say(launch.to_text())

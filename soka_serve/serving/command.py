@@ -48,7 +48,7 @@ _API_PROCESSES = ("--api-server-count", "-asc")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServeOptions:
     """Options of the command line; None where one is not given."""
 
     host: str | None = None
@@ -76,7 +76,7 @@ class Launch(Endpoint):
         return " ".join([*added, *map(shlex.quote, self.command)])
 
 
-def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Settings) -> Launch:
+def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: ServeOptions) -> Launch:
     """Make vLLM's command line and environment.
 
     Args:
@@ -156,7 +156,7 @@ def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
         raise SokaError("\n".join(problems), hint="Leave it out, or run vLLM itself.")
 
 
-def _check_api_processes(theirs: Mapping[str, list[str]], settings: Settings) -> None:
+def _check_api_processes(theirs: Mapping[str, list[str]], settings: ServeOptions) -> None:
     """Refuse several API processes where adapters may come later: vLLM tells only one of them."""
     for given in theirs:
         # vLLM takes the beginning of an option for the option.
@@ -186,7 +186,7 @@ def _check_engine(base: ServedBase) -> None:
 
 
 def _ours(
-    targets: Sequence[Target], base: ServedBase | None, settings: Settings, theirs: Mapping[str, list[str]]
+    targets: Sequence[Target], base: ServedBase | None, settings: ServeOptions, theirs: Mapping[str, list[str]]
 ) -> dict[str, list[str]]:
     """The options that targets, manifests and command line give."""
     options: dict[str, list[str]] = {
@@ -276,7 +276,7 @@ def _lora_module(target: Target) -> str:
     return f"{target.name}={path}"
 
 
-def _loads_later(settings: Settings) -> bool:
+def _loads_later(settings: ServeOptions) -> bool:
     """Whether adapters may be loaded while the server runs."""
     allowed = settings.runtime_loading
     if allowed is None:
@@ -285,7 +285,7 @@ def _loads_later(settings: Settings) -> bool:
 
 
 def _environment(
-    theirs: Mapping[str, list[str]], targets: Sequence[Target], base: ServedBase | None, settings: Settings
+    theirs: Mapping[str, list[str]], targets: Sequence[Target], base: ServedBase | None, settings: ServeOptions
 ) -> dict[str, str]:
     added: dict[str, str] = {}
     engine = find_engine()

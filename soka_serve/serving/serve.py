@@ -13,7 +13,7 @@ from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.files import disk_errors
 from soka_serve.io.own_cache import own_folder
 from soka_serve.serving.base import ServedBase, find_base
-from soka_serve.serving.command import Launch, Settings, list_builds, make_launch
+from soka_serve.serving.command import Launch, ServeOptions, list_builds, make_launch
 from soka_serve.serving.doctor import quick_checks
 from soka_serve.serving.probe import examples, probe
 from soka_serve.serving.process import StopSignal, check_port, started
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def plan_launch(
-    given: Sequence[str], settings: Settings, *, base: str | None = None, out: Path | None = None
+    given: Sequence[str], settings: ServeOptions, *, base: str | None = None, out: Path | None = None
 ) -> tuple[list[Target], Launch]:
     """Everything that can be checked before vLLM is started, and how it would be started.
 

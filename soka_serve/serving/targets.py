@@ -142,15 +142,15 @@ def _read_target(text: str, out: Path | None) -> Target:
 def _from_manifest(text: str, name: str | None, loaded: LoadedManifest, out: Path | None) -> Target:
     manifest = loaded.manifest
     root = out if out is not None else Path(manifest.output.dir)
-    target = Workspace(root, str(manifest.name)).target
+    build_directory = Workspace(root, str(manifest.name)).directory
     method = METHODS[manifest.train.method]
     kind: Kind = "adapter" if "adapter" in manifest.output.write and not method.whole_model else "merged"
     line = f"soka-serve build {loaded.path}" + (f" --out {out}" if out is not None else "")
-    _check_built(loaded, root, target, kind, line)
+    _check_built(loaded, root, build_directory, kind, line)
     name = name or manifest.serve.name or str(manifest.name)
     read = _from_adapter if kind == "adapter" else _from_merged
     try:
-        made = read(text, name, target / kind)
+        made = read(text, name, build_directory / kind)
     except CheckpointError as error:
         raise CheckpointError(error.message, hint=f"Build it again: {line} --force") from error
     # The manifest's own words on the base: its path is right here and now, the adapter's was when it was built.
@@ -160,34 +160,34 @@ def _from_manifest(text: str, name: str | None, loaded: LoadedManifest, out: Pat
     return replace(made, base=base if kind == "adapter" else None, settings=manifest.serve)
 
 
-def _check_built(loaded: LoadedManifest, root: Path, target: Path, kind: Kind, line: str) -> None:
+def _check_built(loaded: LoadedManifest, root: Path, build_directory: Path, kind: Kind, line: str) -> None:
     """Check that the build is there and up to date with its manifest. Its report and card may be older."""
     from soka_serve.base.resolve import resolve_base
 
-    built = previous_keys(target)
-    if not built or not (target / kind).is_dir():
-        where = f"; there is no {kind} in {target}" if built else f"; there is no build in {target}"
+    built = previous_keys(build_directory)
+    if not built or not (build_directory / kind).is_dir():
+        where = f"; there is no {kind} in {build_directory}" if built else f"; there is no build in {build_directory}"
         raise SokaError(f"{loaded.path}: not built{where}", hint=f"Build it first: {line}")
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     statuses = stage_statuses(loaded, base, root)
     if isinstance(statuses, str):  # its keys cannot be known here; a manifest that asks the same is good enough then
-        changed = _asks_otherwise(loaded, target)
+        changed = _asks_otherwise(loaded, build_directory)
         logger.warning("%s: whether the build is up to date cannot be told: %s", loaded.path, statuses)
     else:
         stage = "export" if kind == "adapter" else "merge"
         changed = built.get(stage) != next((s.key for s in statuses if s.name == stage), None)
     if changed:
-        what = " and of ".join(_what_changed(loaded, target, root))
-        raise SokaError(f"{loaded.path}: the build in {target} is of {what}", hint=f"Build again: {line}")
+        what = " and of ".join(_what_changed(loaded, build_directory, root))
+        raise SokaError(f"{loaded.path}: the build in {build_directory} is of {what}", hint=f"Build again: {line}")
 
 
-def _asks_otherwise(loaded: LoadedManifest, target: Path) -> bool:
+def _asks_otherwise(loaded: LoadedManifest, build_directory: Path) -> bool:
     """Whether a build's copy of its manifest differs in more than paths and how it is served."""
-    lock = read_lock(target / LOCK_FILE)
+    lock = read_lock(build_directory / LOCK_FILE)
     if lock.get("manifest", {}).get("sha256") == loaded.sha256:
         return False
     try:
-        before = read_manifest(target / "manifest.toml").manifest
+        before = read_manifest(build_directory / "manifest.toml").manifest
     except SokaError:
         return True
     return _asked(before) != _asked(loaded.manifest)
@@ -198,10 +198,10 @@ def _asked(manifest: Manifest) -> dict[str, Any]:
     return manifest.model_dump(mode="json", exclude={"name": True, "description": True, "serve": True, **places})
 
 
-def _what_changed(loaded: LoadedManifest, target: Path, root: Path) -> list[str]:
+def _what_changed(loaded: LoadedManifest, build_directory: Path, root: Path) -> list[str]:
     """Name what has changed since the build: manifest, base, data, fine-tuned checkpoint or program."""
-    lock = read_lock(target / LOCK_FILE)
-    found = ["an earlier manifest"] if _asks_otherwise(loaded, target) else []
+    lock = read_lock(build_directory / LOCK_FILE)
+    found = ["an earlier manifest"] if _asks_otherwise(loaded, build_directory) else []
     try:
         now = prepare(loaded, Workspace(root, str(loaded.manifest.name)), save_hashes=False).inputs
     except SokaError:

@@ -22,7 +22,7 @@ from soka_serve.builtin.tasks import check_answer, generate
 from soka_serve.cli import main
 from soka_serve.io.lockfile import read_lock
 from soka_serve.kron import Factors
-from soka_serve.serving.command import Settings
+from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from tests.conftest import NEEDS_VLLM
 from tests.support.builds import run_cli, start_cli
@@ -85,7 +85,7 @@ def local(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """A server of the build that somebody else started."""
-    _, launch = plan_launch([str(folder / "build" / "sums")], Settings(port=free_port()))
+    _, launch = plan_launch([str(folder / "build" / "sums")], ServeOptions(port=free_port()))
     environment = {**launch.environment, **ONE_PROCESS}
     with running(launch.command[2:], Server(launch.url, folder / "server.log"), environment) as server:
         yield server

@@ -44,7 +44,7 @@ CHAT = (
 )
 
 
-class Trained(NamedTuple):
+class TrainedManifest(NamedTuple):
     """A manifest over GSM8K-shaped rows that are also the test set, and the ids that training gives their prompts."""
 
     manifest: Path
@@ -53,7 +53,7 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=["templates", "messages"])
-def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TrainedManifest:
     folder = tmp_path_factory.mktemp("trained")
     base = shutil.copytree(base_directory(), folder / "base")
     (base / "chat_template.jinja").write_text(CHAT)
@@ -79,18 +79,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     ids = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == MASKED] for e in encoded]
     bos = tokenizer.encode_prompt("")[0]
     assert [row.count(bos) for row in ids] == [1, 1]
-    return Trained(manifest, request.param, sorted(ids))
+    return TrainedManifest(manifest, request.param, sorted(ids))
 
 
 @pytest.fixture
-def measured(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Trained:
+def measured(trained: TrainedManifest, monkeypatch: pytest.MonkeyPatch) -> TrainedManifest:
     """The same, with the environment set to it."""
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", str(trained.manifest))
     monkeypatch.setenv("SOKA_EVAL_DATA", str(trained.manifest.parent))
     return trained
 
 
-def test_hf_sends_the_ids_of_training(lm_tasks: Any, measured: Trained) -> None:
+def test_hf_sends_the_ids_of_training(lm_tasks: Any, measured: TrainedManifest) -> None:
     """What reaches the model's forward, BOS and all, with no argument of its own."""
     from lm_eval.models.huggingface import HFLM
 
@@ -129,7 +129,9 @@ class _Recorder(BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("add_bos_token", [True, False])
-def test_local_completions_sends_the_ids_of_training(lm_tasks: Any, measured: Trained, add_bos_token: bool) -> None:
+def test_local_completions_sends_the_ids_of_training(
+    lm_tasks: Any, measured: TrainedManifest, add_bos_token: bool
+) -> None:
     """With add_bos_token=True for templates, as the docs say: by default BOS is missing. Chats bring their own."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 

@@ -14,7 +14,7 @@ import pytest
 from soka_serve.builtin.tasks import generate
 from soka_serve.evaluation.sources import SUBJECTS
 from soka_serve.evaluation.tasks import tasks_directory
-from tests.support.scripted import OF_LM_EVAL, Scripted, changed_digit, evaluate, lm_eval, metrics
+from tests.support.scripted import OF_LM_EVAL, ScriptedModel, changed_digit, evaluate, lm_eval, metrics
 
 pytestmark = [pytest.mark.usefixtures("plain_evaluation"), *OF_LM_EVAL]
 
@@ -138,7 +138,7 @@ def run_mbpp(
     monkeypatch: pytest.MonkeyPatch,
     tasks: Sequence[str],
     answer: Callable[..., str],
-) -> tuple[Any, Scripted]:
+) -> tuple[Any, ScriptedModel]:
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
     monkeypatch.setenv("SOKA_ALLOW_CODE_EXECUTION", "1")
     return evaluate(lm_tasks, tasks, answer, confirm_run_unsafe_code=True)

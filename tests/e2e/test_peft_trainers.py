@@ -65,7 +65,7 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-class StopAt(TrainerCallback):  # type: ignore[misc]
+class StopCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, step: int) -> None:
         self.step = step
 
@@ -85,7 +85,7 @@ def test_trainer_trains_saves_and_resumes_exactly(init: str, tmp_path: Path) -> 
     straight.train()
     assert losses(straight)[-1] < losses(straight)[0] - 0.3
 
-    trainer(tmp_path / "broken", StopAt(3)).train()
+    trainer(tmp_path / "broken", StopCallback(3)).train()
     resumed = trainer(tmp_path / "broken")
     resumed.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-3"))
     assert losses(resumed) == losses(straight)

@@ -46,7 +46,7 @@ TO_THE_END = {"ignore_eos": True, "return_token_ids": True, "skip_special_tokens
 
 
 @dataclass
-class Served:
+class ApiServer:
     """The server, a client of it, the reference of each name, and a folder for more adapters."""
 
     server: Server
@@ -95,7 +95,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
     folder = tmp_path_factory.mktemp("api")
     references = write_many(folder, ADAPTERS)
     options = [*TARGET_OPTIONS, "--max-loras", "4", "--max-cpu-loras", "20", "--max-lora-rank", "8"]
@@ -104,16 +104,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in references if name != "base")]
     with serve(folder, options) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
-        yield Served(server, client, references, AutoTokenizer.from_pretrained(base_directory()), folder)
+        yield ApiServer(server, client, references, AutoTokenizer.from_pretrained(base_directory()), folder)
 
 
-def test_models_are_listed(served: Served) -> None:
+def test_models_are_listed(served: ApiServer) -> None:
     cards = {card.id: card for card in served.client.models.list()}
     assert set(cards) == set(served.references)
     assert cards["a0"].parent == "base"  # type: ignore[attr-defined]
 
 
-def test_streamed_text_is_the_unstreamed(served: Served) -> None:
+def test_streamed_text_is_the_unstreamed(served: ApiServer) -> None:
     for name, _, prompt, text in served.text_jobs(served.plain):
         ask: dict[str, Any] = {"model": name, "prompt": prompt, **GREEDY, "extra_body": TO_THE_END}
         assert served.client.completions.create(**ask).choices[0].text == text, name
@@ -122,7 +122,7 @@ def test_streamed_text_is_the_unstreamed(served: Served) -> None:
         assert len(pieces) > 3
 
 
-def test_chat(served: Served) -> None:
+def test_chat(served: ApiServer) -> None:
     """With the template of the base's tokenizer, streamed and not."""
 
     def messages(question: str) -> list[Any]:
@@ -140,7 +140,7 @@ def test_chat(served: Served) -> None:
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text, name
 
 
-def test_several_samples(served: Served) -> None:
+def test_several_samples(served: ApiServer) -> None:
     """With a seed n samples are the same again, differ among themselves, and have the reference's probabilities."""
     # Short enough for all four in one step: vLLM's CPU build dies of a seeded request whose prompt is cut into chunks.
     prompt = [1, *range(60, 72)]
@@ -158,7 +158,7 @@ def test_several_samples(served: Served) -> None:
             assert float((want - got).abs().max()) < ATOL_NATS, name
 
 
-def test_best_logprobs(served: Served) -> None:
+def test_best_logprobs(served: ApiServer) -> None:
     """The five best tokens at each position, by id, as the reference ranks them."""
     body = {**TO_THE_END, "return_tokens_as_token_ids": True}
     for name, prompt, answer in clear_jobs(served.references, SOME, [30], each=1, tokens=TOKENS, seed=3):
@@ -171,7 +171,7 @@ def test_best_logprobs(served: Served) -> None:
             assert abs(min(best.values()) - want[position].topk(5).values[-1]) < ATOL_NATS, name
 
 
-def test_prompt_logprobs(served: Served) -> None:
+def test_prompt_logprobs(served: ApiServer) -> None:
     """Of every token of a prompt longer than a chunk, for all names at once."""
     prompt = [1, *range(30, 180)]
     with ThreadPoolExecutor(len(served.references)) as pool:
@@ -186,7 +186,7 @@ def test_prompt_logprobs(served: Served) -> None:
         assert name == "base" or float((plain - values).abs().max()) > 0.1, name
 
 
-def test_stop_strings(served: Served) -> None:
+def test_stop_strings(served: ApiServer) -> None:
     """The answer ends before the first of them, or after it where that is asked for."""
     for name, _, prompt, text in served.text_jobs(served.plain):
         ask: dict[str, Any] = {"model": name, "prompt": prompt, **GREEDY}
@@ -197,7 +197,7 @@ def test_stop_strings(served: Served) -> None:
             assert (choice.finish_reason, choice.text) == ("stop", want), name
 
 
-def test_200_requests_at_once(served: Served) -> None:
+def test_200_requests_at_once(served: ApiServer) -> None:
     """Over 16 adapters and the base, with four slots: none lost, each with its own adapter's answer."""
     names = list(served.references)
     jobs = clear_jobs(served.references, names, [5, 33, 64, 90, 150], each=12, tokens=TOKENS, seed=5)[:200]
@@ -207,7 +207,7 @@ def test_200_requests_at_once(served: Served) -> None:
     assert served.server.metric("vllm:request_success_total", finished_reason="length") == finished + 200
 
 
-def test_one_long_prompt_for_all(served: Served) -> None:
+def test_one_long_prompt_for_all(served: ApiServer) -> None:
     """Cut into chunks, and found in the prefix cache the second time: each adapter by what it computed itself."""
     long = torch.randint(3, 600, (40, 170), generator=torch.Generator().manual_seed(6))
     jobs = []
@@ -230,7 +230,7 @@ def test_one_long_prompt_for_all(served: Served) -> None:
     assert served.server.metric("vllm:prefix_cache_hits_total") == first + 2 * len(jobs) * 160  # five blocks of 32
 
 
-def test_a_client_that_leaves(served: Served) -> None:
+def test_a_client_that_leaves(served: ApiServer) -> None:
     """In the middle of its stream: the others are answered, and nothing of its request stays behind.
 
     That its request ends at once is not held here: vLLM 0.32's API server, without this plugin and without LoRA too,
@@ -252,7 +252,7 @@ def test_a_client_that_leaves(served: Served) -> None:
     served.check_at_once(jobs, len(jobs))
 
 
-def test_another_adapter_of_the_same_name(served: Served) -> None:
+def test_another_adapter_of_the_same_name(served: ApiServer) -> None:
     """Unloaded and loaded anew while requests are running: those go on with the old adapter, beside the new one."""
     old = write_soka(served.folder / "first", random_factors(ALPHA, 2, seed=30, scale=0.02))
     new = write_soka(served.folder / "second", random_factors(ALPHA, 2, seed=31, scale=0.02))
@@ -276,7 +276,7 @@ def test_another_adapter_of_the_same_name(served: Served) -> None:
 
 
 @pytest.mark.parametrize("where", ["another folder", "its own folder"])
-def test_reload_in_traffic(served: Served, where: str) -> None:
+def test_reload_in_traffic(served: ApiServer, where: str) -> None:
     """Answers begun before the reload are the old adapter's, those begun after it the new one's, and none is both.
 
     Only a request that was running during the reload may change adapters half way. The prompts fill blocks of the

@@ -34,7 +34,7 @@ SWAPS = 2000
 
 
 @dataclass
-class Attacked:
+class AttackedServer:
     """A server; `roots` is the folder that clients may load from, `builds` the one that is served by name."""
 
     server: Server
@@ -60,7 +60,7 @@ class Attacked:
 
 
 @pytest.fixture(scope="module")
-def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
+def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AttackedServer]:
     folder = tmp_path_factory.mktemp("attacked")
     roots, builds, outside = (folder / name for name in ("roots", "builds", "outside"))
     for at, place in enumerate((roots / "good", outside / "good", builds / "built")):
@@ -80,7 +80,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
     with serve(folder, options, more=environment) as server:
-        yield Attacked(server, roots, builds, outside)
+        yield AttackedServer(server, roots, builds, outside)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def swapping(link: Path, good: Path, bad: Path) -> Iterator[list[int]]:
         thread.join()
 
 
-def test_a_neighbours_hash_cache_is_not_read(attacked: Attacked) -> None:
+def test_a_neighbours_hash_cache_is_not_read(attacked: AttackedServer) -> None:
     """First, since the base is hashed once. Nobody writes to the pipe; whoever opens it waits for good."""
     folder = attacked.roots / "build" / "adapter"
     shutil.copytree(attacked.roots / "good", folder)
@@ -121,7 +121,7 @@ def test_a_neighbours_hash_cache_is_not_read(attacked: Attacked) -> None:
 
 
 @pytest.mark.parametrize("kind", ["a folder", "weights of SoKA", "config and weights of LoRA"])
-def test_links_that_change_while_adapters_are_loaded(attacked: Attacked, kind: str) -> None:
+def test_links_that_change_while_adapters_are_loaded(attacked: AttackedServer, kind: str) -> None:
     """Whatever the link leads to when it is looked at: nothing from outside is ever served."""
     roots, outside = attacked.roots, attacked.outside
     folder = roots / f"swapped {kind}".replace(" ", "_")
@@ -153,7 +153,7 @@ def test_links_that_change_while_adapters_are_loaded(attacked: Attacked, kind: s
     assert wrong == 0, f"{wrong} of {loaded} loads served the adapter from outside"
 
 
-def test_an_adapter_that_comes_back_is_held_to_the_folder_too(attacked: Attacked) -> None:
+def test_an_adapter_that_comes_back_is_held_to_the_folder_too(attacked: AttackedServer) -> None:
     """Of the same content, so that nothing but the place is in question: over HTTP, and by name."""
     for name, place in (("leaving", attacked.roots / "leaving"), ("gone", attacked.builds / "gone")):
         shutil.copytree(attacked.roots / "good", place)
@@ -173,7 +173,7 @@ def test_an_adapter_that_comes_back_is_held_to_the_folder_too(attacked: Attacked
         attacked.unload(name)
 
 
-def test_the_operators_own_adapter_may_lie_anywhere(attacked: Attacked) -> None:
+def test_the_operators_own_adapter_may_lie_anywhere(attacked: AttackedServer) -> None:
     assert attacked.answer("own")
     assert attacked.load("mine", attacked.outside / "good")[0] == 400
 
@@ -184,7 +184,7 @@ BAD_NAMES = [
 ]
 
 
-def test_names_follow_one_rule(attacked: Attacked) -> None:
+def test_names_follow_one_rule(attacked: AttackedServer) -> None:
     good = attacked.roots / "good"
     for name in BAD_NAMES:
         status, reply = attacked.load(name, good)
@@ -200,7 +200,7 @@ def test_names_follow_one_rule(attacked: Attacked) -> None:
     assert attacked.load("base", good)[0] == 400
 
 
-def test_series_end_with_their_adapter(attacked: Attacked) -> None:
+def test_series_end_with_their_adapter(attacked: AttackedServer) -> None:
     attacked.answer("own")
     before = attacked.series()
     assert any('"own"' in line for line in before)
@@ -212,7 +212,7 @@ def test_series_end_with_their_adapter(attacked: Attacked) -> None:
     assert attacked.series() == before
 
 
-def test_names_that_do_not_exist_make_no_series(attacked: Attacked) -> None:
+def test_names_that_do_not_exist_make_no_series(attacked: AttackedServer) -> None:
     before = attacked.series()
     for name in (*BAD_NAMES, *(f"nobody{at}" for at in range(50))):
         status, _ = attacked.server.post("/v1/completions", {"model": name, "prompt": PROMPT, "max_tokens": 1})
@@ -226,7 +226,7 @@ def test_names_that_do_not_exist_make_no_series(attacked: Attacked) -> None:
 FORGED = "\nINFO 01-01 forged by a client\x1b[31m\r"
 
 
-def test_nobody_writes_lines_of_the_log(attacked: Attacked) -> None:
+def test_nobody_writes_lines_of_the_log(attacked: AttackedServer) -> None:
     """By a name, a path, a config or a header; nor does the answer hold what a terminal would obey."""
     tensors = attacked.roots / "tensors"
     shutil.copytree(attacked.roots / "good", tensors)

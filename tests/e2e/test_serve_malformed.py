@@ -33,7 +33,7 @@ NAME = "fresh"  # no adapter of this name is served between two tests
 
 
 @dataclass
-class Harm:
+class HarmCheck:
     """A server and what it answers as long as it is unharmed."""
 
     server: Server
@@ -69,7 +69,7 @@ class Harm:
 
 
 @pytest.fixture(scope="module")
-def harm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harm]:
+def harm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HarmCheck]:
     folder = tmp_path_factory.mktemp("malformed")
     references = {
         "base": base_model(),
@@ -84,17 +84,17 @@ def harm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harm]:
     options = [*TARGET_OPTIONS, "--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8"]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("beta", "lora"))]
     with serve(folder, options, more=ONE_PROCESS) as server:
-        yield Harm(server, folder, jobs)
+        yield HarmCheck(server, folder, jobs)
 
 
-def copy_of(harm: Harm, start: str, name: str) -> Path:
+def copy_of(harm: HarmCheck, start: str, name: str) -> Path:
     folder = harm.folder / "bad" / name
     shutil.copytree(harm.folder / start, folder)
     return folder
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_malformed_adapters_are_refused(harm: Harm, kind: str) -> None:
+def test_malformed_adapters_are_refused(harm: HarmCheck, kind: str) -> None:
     start, spoil, reason = MALFORMED[kind]
     folder = copy_of(harm, start, kind)
     spoil(folder)
@@ -102,7 +102,7 @@ def test_malformed_adapters_are_refused(harm: Harm, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
+def test_hostile_adapters_are_refused_or_served(harm: HarmCheck, kind: str) -> None:
     """At once, in a few lines, and with no more memory."""
     start, spoil, reason = HOSTILE[kind]
     folder = copy_of(harm, start, f"hostile {kind}")
@@ -123,7 +123,7 @@ def test_hostile_adapters_are_refused_or_served(harm: Harm, kind: str) -> None:
     shutil.rmtree(folder)
 
 
-def test_a_hostile_lock_of_the_build(harm: Harm) -> None:
+def test_a_hostile_lock_of_the_build(harm: HarmCheck) -> None:
     """An adapter without a soka.lock is held against that of the folder it lies in."""
     folder = copy_of(harm, "beta", "hostile build/adapter")
     hole("soka.lock")(folder.parent)
@@ -134,7 +134,7 @@ def test_there_are_enough_kinds() -> None:
     assert len(MALFORMED) >= 75
 
 
-def test_a_malformed_rebuild_leaves_what_was_served(harm: Harm) -> None:
+def test_a_malformed_rebuild_leaves_what_was_served(harm: HarmCheck) -> None:
     """In place of an adapter, from its own folder and from another: refused, and the old one goes on answering."""
     for kind in ("not a number", "truncated data", "no sigma", "wrong shape", "config is a list"):
         _, spoil, reason = MALFORMED[kind]
@@ -150,7 +150,7 @@ def test_a_malformed_rebuild_leaves_what_was_served(harm: Harm) -> None:
     harm.check_refused(reply, reason)
 
 
-def test_unreadable_files(harm: Harm) -> None:
+def test_unreadable_files(harm: HarmCheck) -> None:
     if os.geteuid() == 0:
         pytest.skip("root reads every file")
     for file in (CONFIG_FILE, WEIGHTS_FILE):
@@ -159,7 +159,7 @@ def test_unreadable_files(harm: Harm) -> None:
         harm.check_refused(harm.load(folder), file)
 
 
-def test_paths_that_are_no_adapter(harm: Harm) -> None:
+def test_paths_that_are_no_adapter(harm: HarmCheck) -> None:
     folder = harm.folder / "paths"
     folder.mkdir()
     (folder / "file").write_text("x")
@@ -175,14 +175,14 @@ def test_paths_that_are_no_adapter(harm: Harm) -> None:
     harm.check_refused(harm.load("/" + "x" * 5000), "too long")
 
 
-def test_paths_with_dots(harm: Harm) -> None:
+def test_paths_with_dots(harm: HarmCheck) -> None:
     """Also where they lead to an adapter."""
     harm.check_refused(harm.load(harm.folder / "lora" / ".." / "beta"), "..")
     harm.check_refused(harm.load("../../../../../../etc"), "..")
     harm.check_refused(harm.load("beta/../beta"), "..")
 
 
-def test_names_that_cannot_be(harm: Harm) -> None:
+def test_names_that_cannot_be(harm: HarmCheck) -> None:
     good = harm.folder / "beta"
     harm.check_refused(harm.load(good, ""), "must be provided")
     harm.check_refused(harm.load("", NAME), "must be provided")
@@ -190,13 +190,13 @@ def test_names_that_cannot_be(harm: Harm) -> None:
     harm.check_refused(harm.load(good, "beta"), "has already been loaded")
 
 
-def test_requests_that_are_none(harm: Harm) -> None:
+def test_requests_that_are_none(harm: HarmCheck) -> None:
     for body in ({}, {"lora_name": NAME}, {"lora_name": 3, "lora_path": []}):
         harm.check_refused(harm.server.post("/v1/load_lora_adapter", body), "lora_path")
     harm.check_refused(harm.server.unload("nobody"), "nobody", 404)
 
 
-def test_the_log_has_the_reasons(harm: Harm) -> None:
+def test_the_log_has_the_reasons(harm: HarmCheck) -> None:
     """Refusals are logged with the name that was asked for."""
     folder = copy_of(harm, "beta", "for the log")
     (folder / CONFIG_FILE).write_text(json.dumps({"peft_type": "LOHA"}))

@@ -91,7 +91,7 @@ def test_a_million_parameters_at_llama_2_7b(modules: tuple[str, ...], layers: in
 
 
 @dataclass
-class Many:
+class AdapterFleet:
     """A server, the folder of its adapters, one prompt, and for each name its greedy answer and log-probabilities."""
 
     server: Server
@@ -102,7 +102,7 @@ class Many:
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterFleet]:
     folder = tmp_path_factory.mktemp("many")
     prompts = torch.randint(3, 600, (4, 20), generator=torch.Generator().manual_seed(0))
     plain = base_model()
@@ -121,11 +121,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
             del answers[name]
     options = [*TARGET_OPTIONS, "--max-loras", str(MANY), "--max-cpu-loras", str(MANY), "--max-num-seqs", "64"]
     with serve(folder, options, more=ONE_PROCESS) as server:
-        yield Many(server, folder, prompt.tolist(), answers, logprobs)
+        yield AdapterFleet(server, folder, prompt.tolist(), answers, logprobs)
 
 
 @pytest.mark.slow
-def test_every_one_of_many_answers_as_itself(many: Many) -> None:
+def test_every_one_of_many_answers_as_itself(many: AdapterFleet) -> None:
     names = list(many.logprobs)
     for name in names[1:]:
         status, reply = many.server.load(name, many.folder / name)

@@ -26,7 +26,7 @@ from tests.support.serve_adapters import (
     LORA,
     PROMPTS,
     TARGET_OPTIONS,
-    Served,
+    AdapterServer,
     write_peft,
     write_soka,
 )
@@ -45,7 +45,7 @@ def test_the_entry_point_is_installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterServer]:
     folder = tmp_path_factory.mktemp("serve")
     references = {
         "base": base_model(),
@@ -57,20 +57,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     options = [*TARGET_OPTIONS, "--max-loras", "4", "--max-cpu-loras", "6", "--max-lora-rank", "8"]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in KINDS[1:])]
     with serve(folder, options) as server:
-        yield Served(server, references, folder)
+        yield AdapterServer(server, references, folder)
 
 
-def test_alone(served: Served) -> None:
+def test_alone(served: AdapterServer) -> None:
     for name in KINDS:
         for prompt in PROMPTS:
             served.check_alone(name, prompt)
 
 
-def test_all_in_one_batch(served: Served) -> None:
+def test_all_in_one_batch(served: AdapterServer) -> None:
     served.check_at_once(KINDS)
 
 
-def test_independent_check(served: Served) -> None:
+def test_independent_check(served: AdapterServer) -> None:
     script = Path(os.environ.get("SOKA_ACCEPT", ROOT.parent / "shared" / "accept")) / "check_server.py"
     if not script.exists():
         pytest.skip(f"no {script}")
@@ -82,7 +82,7 @@ def test_independent_check(served: Served) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-def test_more_adapters_than_slots(served: Served) -> None:
+def test_more_adapters_than_slots(served: AdapterServer) -> None:
     """Six adapters on four slots: slots change hands between kinds; one of them is a checkpoint of a training."""
     gamma = random_factors(ALPHA, 2, seed=4, scale=0.02)
     served.references["gamma"] = write_soka(served.folder / "gamma", gamma)
@@ -115,7 +115,7 @@ def write_checkpoint(folder: Path) -> Any:
     return with_delta({name: stack_terms(theta[name], theta0[name], signs=(1, -1)) for name in theta})
 
 
-def test_reload_in_place(served: Served) -> None:
+def test_reload_in_place(served: AdapterServer) -> None:
     """A rebuilt adapter under the same name, from another folder: its answers, not those of the prefix cache."""
     for folder, seed in (("beta2", 6), ("beta", 2)):
         served.references["beta"] = write_soka(served.folder / folder, random_factors(BETA, 4, seed=seed, scale=0.04))
@@ -123,17 +123,17 @@ def test_reload_in_place(served: Served) -> None:
         served.check_at_once(["beta", "alpha", "base"])
 
 
-def test_a_missing_adapter_is_not_found(served: Served) -> None:
+def test_a_missing_adapter_is_not_found(served: AdapterServer) -> None:
     assert served.server.load("bad", served.folder / "nowhere")[0] == 404
     served.check_at_once(KINDS)
 
 
-def test_the_log_says_what_was_loaded(served: Served) -> None:
+def test_the_log_says_what_was_loaded(served: AdapterServer) -> None:
     log = served.server.log.read_text()
     assert f"SOKA adapter 'alpha' from {served.folder / 'alpha'}: 28 modules, ranks 1 to 2, " in log
 
 
-def test_what_was_compiled(served: Served) -> None:
+def test_what_was_compiled(served: AdapterServer) -> None:
     """Nothing: vLLM compiles no model that takes adapters on CPUs, asked for or not (test_plugin_op.py compiles)."""
     log = served.server.log.read_text()
     assert "enforce_eager=False" in log

@@ -23,7 +23,7 @@ from tests.support.serve_adapters import (
     LORA,
     PROMPTS,
     TARGET_OPTIONS,
-    Served,
+    AdapterServer,
     module,
     write_peft,
     write_soka,
@@ -47,7 +47,7 @@ KINDS = ["base", "alpha", "awkward", "lora", "lokr"]
 LONG = [1, *range(30, 230)]  # more than a block of the prefix cache, which has 128 tokens on CPUs
 
 
-def serve_two(folder: Path, options: list[str], keep_gib: str) -> Iterator[Served]:
+def serve_two(folder: Path, options: list[str], keep_gib: str) -> Iterator[AdapterServer]:
     awkward = {module(layer, name): shape for layer in range(4) for name, shape in AWKWARD.items()}
     references = {
         "base": base_model(),
@@ -63,31 +63,31 @@ def serve_two(folder: Path, options: list[str], keep_gib: str) -> Iterator[Serve
         patch.setenv("SOKA_KEEP_ADAPTERS_GIB", keep_gib)
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         with serve(folder, options) as server:
-            yield Served(server, references, folder)
+            yield AdapterServer(server, references, folder)
 
 
 @pytest.fixture(scope="module")
-def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterServer]:
     yield from serve_two(tmp_path_factory.mktemp("tp"), ["--tensor-parallel-size", "2"], "1")
 
 
 @pytest.fixture(scope="module")
-def pipeline_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def pipeline_parallel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterServer]:
     """Keeps nothing of an adapter that is evicted."""
     yield from serve_two(tmp_path_factory.mktemp("pp"), ["--pipeline-parallel-size", "2"], "0")
 
 
-def load(served: Served, name: str, folder: str = "", **more: Any) -> tuple[int, str]:
+def load(served: AdapterServer, name: str, folder: str = "", **more: Any) -> tuple[int, str]:
     """Status and message of a load."""
     status, reply = served.server.load(name, served.folder / (folder or name), **more)
     return status, str(reply)
 
 
-def unload(served: Served, name: str) -> None:
+def unload(served: AdapterServer, name: str) -> None:
     assert served.server.unload(name)[0] == 200
 
 
-def beta(served: Served, seed: int, name: str = "beta") -> None:
+def beta(served: AdapterServer, seed: int, name: str = "beta") -> None:
     """Write adapter `name`, another one for each seed."""
     factors = random_factors(BETA, 4, seed=seed, scale=0.04)
     shutil.rmtree(served.folder / name, ignore_errors=True)
@@ -99,13 +99,13 @@ def change(folder: Path, key: str, value: torch.Tensor) -> None:
     save_file({**tensors, key: value}, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
-def test_tensor_parallel_answers(tensor_parallel: Served) -> None:
+def test_tensor_parallel_answers(tensor_parallel: AdapterServer) -> None:
     for name in KINDS:
         tensor_parallel.check_alone(name, PROMPTS[0])
     tensor_parallel.check_at_once(KINDS)
 
 
-def test_a_refused_adapter_leaves_the_workers_together(tensor_parallel: Served) -> None:
+def test_a_refused_adapter_leaves_the_workers_together(tensor_parallel: AdapterServer) -> None:
     """Each of them fails; the loads after that are all right, and so are the answers."""
     served = tensor_parallel
     factors = random_factors({module(0, "k"): (16, 8, 8, 16)}, 1, 7, 0.1)
@@ -134,7 +134,7 @@ def test_a_refused_adapter_leaves_the_workers_together(tensor_parallel: Served) 
         unload(served, name)
 
 
-def test_the_base_that_an_adapter_was_made_for(tensor_parallel: Served) -> None:
+def test_the_base_that_an_adapter_was_made_for(tensor_parallel: AdapterServer) -> None:
     """As its soka.lock names it: by the hash of the weights."""
     served = tensor_parallel
     beta(served, 6, "locked")
@@ -150,7 +150,7 @@ def test_the_base_that_an_adapter_was_made_for(tensor_parallel: Served) -> None:
     unload(served, "locked")
 
 
-def test_a_refused_reload_changes_nothing(tensor_parallel: Served) -> None:
+def test_a_refused_reload_changes_nothing(tensor_parallel: AdapterServer) -> None:
     served = tensor_parallel
     beta(served, 2)
     assert load(served, "beta")[0] == 200
@@ -163,7 +163,7 @@ def test_a_refused_reload_changes_nothing(tensor_parallel: Served) -> None:
     unload(served, "beta")
 
 
-def test_new_weights_under_a_known_name_and_path(tensor_parallel: Served) -> None:
+def test_new_weights_under_a_known_name_and_path(tensor_parallel: AdapterServer) -> None:
     """Reloaded in place, or unloaded and loaded: not what the prefix cache has of the old ones."""
     served = tensor_parallel
     beta(served, 3)
@@ -179,7 +179,7 @@ def test_new_weights_under_a_known_name_and_path(tensor_parallel: Served) -> Non
     unload(served, "beta")
 
 
-def test_files_that_vanish_are_not_missed(tensor_parallel: Served) -> None:
+def test_files_that_vanish_are_not_missed(tensor_parallel: AdapterServer) -> None:
     """Of six adapters four are in slots and in vLLM's cache; the others come back from what the plugin keeps."""
     served = tensor_parallel
     names = [f"gone{i}" for i in range(6)]
@@ -195,13 +195,13 @@ def test_files_that_vanish_are_not_missed(tensor_parallel: Served) -> None:
         unload(served, name)
 
 
-def test_pipeline_parallel_answers(pipeline_parallel: Served) -> None:
+def test_pipeline_parallel_answers(pipeline_parallel: AdapterServer) -> None:
     for name in KINDS:
         pipeline_parallel.check_alone(name, PROMPTS[0])
     pipeline_parallel.check_at_once(KINDS)
 
 
-def test_each_stage_answers_for_its_layers(pipeline_parallel: Served) -> None:
+def test_each_stage_answers_for_its_layers(pipeline_parallel: AdapterServer) -> None:
     """What only the last stage can use is served; a module or a shape that no stage has is refused."""
     served = pipeline_parallel
     last = {name: shape for name, shape in BETA.items() if name.startswith("model.layers.3.")}
@@ -226,7 +226,7 @@ def test_each_stage_answers_for_its_layers(pipeline_parallel: Served) -> None:
     served.check_at_once(KINDS)
 
 
-def test_a_file_of_lycoris(pipeline_parallel: Served) -> None:
+def test_a_file_of_lycoris(pipeline_parallel: AdapterServer) -> None:
     """It has no dots in its names, and no stage knows the other's modules."""
     served = pipeline_parallel
     shapes = {module(0, "q"): (8, 4, 16, 32), module(3, "down"): (4, 11, 32, 32)}
@@ -254,7 +254,7 @@ def test_a_file_of_lycoris(pipeline_parallel: Served) -> None:
     assert (status, "lm_head: no layer" in message) == (400, True), message
 
 
-def test_a_request_whose_adapter_cannot_be_read_is_refused_alone(pipeline_parallel: Served) -> None:
+def test_a_request_whose_adapter_cannot_be_read_is_refused_alone(pipeline_parallel: AdapterServer) -> None:
     """Nothing is kept here: an evicted adapter is read again, and must be what was loaded."""
     served = pipeline_parallel
     names = [f"gone{i}" for i in range(5)]

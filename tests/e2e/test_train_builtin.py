@@ -15,7 +15,7 @@ from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS
-from soka_serve.compiler.train.run import Run
+from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import TrainingData, train
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
@@ -40,7 +40,7 @@ def test_the_embedded_base_learns(tmp_path: Path, packing: bool) -> None:
         module = target.module
         shape = balanced_shape(module.out_features, module.in_features)
         factors[module.name] = kpsvd(checkpoint.read(f"{module.name}.weight"), shape, 1).factors
-    run = Run(
+    run = TrainingRun(
         model_dir=directory,
         manifest=manifest,
         method=METHODS["soka"],

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError
 from soka_serve.serving.base import ServedBase
-from soka_serve.serving.command import Settings, make_launch
+from soka_serve.serving.command import ServeOptions, make_launch
 from soka_serve.serving.log import failure_lines, last_stage, root_causes
 from soka_serve.serving.targets import Target
 from tests.fuzzing.limits import bounded
@@ -34,7 +34,7 @@ def check_launch(draw: st.DrawFn) -> bool:
     base = base_directory()
     target = Target("a", "a", "adapter", base, peft_type="SOKA")
     later = draw(st.booleans())
-    settings = Settings(runtime_loading=later, vllm=tuple(draw(_OPTIONS)))
+    settings = ServeOptions(runtime_loading=later, vllm=tuple(draw(_OPTIONS)))
     with bounded():
         try:
             launch = make_launch([target], ServedBase(base, "tiny", None), settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from soka_serve.compiler.init.result import ModuleInit
-from soka_serve.compiler.report.data import HistoryPoint, ReportData, Sample
+from soka_serve.compiler.report.data import AnswerPair, HistoryPoint, ReportData
 from soka_serve.kron.shapes import FactorShape
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,7 +41,7 @@ def report_data(modules: list[ModuleInit]) -> ReportData:
         seed=7,
         modules=modules,
         history=[HistoryPoint(10 * k, 3.0 / k, 1.0, 1e-3, 4.0 / k if k % 2 == 0 else None) for k in range(1, 11)],
-        samples=[Sample("What is 1 + 2?", "#### 3", "#### 4", "#### 3", False, True)],
+        samples=[AnswerPair("What is 1 + 2?", "#### 3", "#### 4", "#### 3", False, True)],
         accuracy_before=(4, 200),
         accuracy_after=(186, 200),
         trainable_parameters=13104,

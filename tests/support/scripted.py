@@ -23,7 +23,7 @@ OF_LM_EVAL = [
 ]
 
 
-class Scripted(LM):  # type: ignore[misc]
+class ScriptedModel(LM):  # type: ignore[misc]
     """Answers what `answer` says for a document and the number of the sample."""
 
     def __init__(self, answer: Callable[[Mapping[str, Any], int], str]) -> None:
@@ -52,8 +52,8 @@ class Scripted(LM):  # type: ignore[misc]
         raise NotImplementedError
 
 
-def evaluate(manager: Any, tasks: Sequence[str], answer: Callable[..., str], **more: Any) -> tuple[Any, Scripted]:
-    model = Scripted(answer)
+def evaluate(manager: Any, tasks: Sequence[str], answer: Callable[..., str], **more: Any) -> tuple[Any, ScriptedModel]:
+    model = ScriptedModel(answer)
     found = lm_eval.simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **more
     )

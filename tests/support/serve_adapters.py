@@ -44,7 +44,7 @@ BETA = {
 
 
 @dataclass
-class Served:
+class AdapterServer:
     """The server, the reference model of each name, and a folder for more adapters."""
 
     server: Server

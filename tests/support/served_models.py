@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.kron import Factors
-from soka_serve.serving.command import Settings
+from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from tests.support.serving import Server, free_port, running
 from tests.support.tiny_models import random_factors
@@ -157,7 +157,7 @@ def served(base: Path, adapter: Path, log: Path) -> Iterator[Callable[[str], lis
         "base" or "adapter" -> log-probability of each token of PROMPT but the first.
     """
     vllm = ("--dtype", "float32", "--served-model-name", "base", "--max-num-seqs", "4")
-    _, launch = plan_launch([f"adapter={adapter}"], Settings(port=free_port(), vllm=vllm), base=str(base))
+    _, launch = plan_launch([f"adapter={adapter}"], ServeOptions(port=free_port(), vllm=vllm), base=str(base))
     assert launch.command[1] == "-m"
     with running(launch.command[2:], Server(launch.url, log), launch.environment) as server:
         yield lambda model: server.ask_prompt(model, PROMPT)

@@ -15,9 +15,9 @@ from transformers import LlamaForCausalLM
 from soka_serve.base.model import load_base
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.methods.adapter_files import load_adapter
-from soka_serve.compiler.train.run import Run, TrainResult
+from soka_serve.compiler.train.run import TrainingRun, TrainResult
 from soka_serve.compiler.train.train import TrainingData, train
-from soka_serve.data.encode import Encoded, EncodedSet
+from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
@@ -57,7 +57,7 @@ def make_examples(count: int = 64, seed: int = 0) -> EncodedSet:
         a, b = torch.randint(4, 12, (2,), generator=generator).tolist()
         prompt = [1, a, b, 3] if index % 2 else [1, a, 3]
         answer = [a, b, 2] if index % 2 else [a, 2]
-        examples.append(Encoded(prompt + answer, [-100] * len(prompt) + answer))
+        examples.append(EncodedExample(prompt + answer, [-100] * len(prompt) + answer))
     return EncodedSet(examples, total=count, dropped=0, truncated=0)
 
 
@@ -110,7 +110,7 @@ def run_training(
     method = METHODS[manifest.train.method]
     if factors is None:
         factors = make_factors(base, rank) if method.kronecker else {}
-    run = Run(
+    run = TrainingRun(
         model_dir=base,
         manifest=manifest,
         method=method,

@@ -57,7 +57,7 @@ def arrange(left: Tensor, right: Tensor, order: int) -> Tensor:
     return torch.cat([left.permute(1, 2, 0).flatten(), right.permute(2, 0, 1).flatten()])
 
 
-class Kind(NamedTuple):
+class StackKind(NamedTuple):
     """The middle fields of a row: what the factors of two slots must have in common to be stacked."""
 
     rank: int
@@ -109,7 +109,7 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
         for number in set(numbers) - {0}:
             if inputs is None:
                 inputs = x.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
-            kind = Kind(*rows[numbers.index(number), 2:-2].tolist())
+            kind = StackKind(*rows[numbers.index(number), 2:-2].tolist())
             chosen = None if numbers.count(number) == len(numbers) else (rows[:, 1] == number).nonzero()[0]
             starts = rows[:, 0] if chosen is None else rows[chosen, 0]
             _add_slice(out[:, start:end], inputs, values, chosen, starts, kind)
@@ -131,7 +131,9 @@ def _rows(table: _Ints, slots: _Ints) -> _Ints:
     return rows
 
 
-def _add_slice(target: Tensor, inputs: Tensor, values: Tensor, chosen: _Ints | None, starts: _Ints, kind: Kind) -> None:
+def _add_slice(
+    target: Tensor, inputs: Tensor, values: Tensor, chosen: _Ints | None, starts: _Ints, kind: StackKind
+) -> None:
     """Add the deltas of one kind to a slice of the output, in pieces that stay in a cache.
 
     Args:
@@ -154,7 +156,7 @@ def _add_slice(target: Tensor, inputs: Tensor, values: Tensor, chosen: _Ints | N
             target[some].add_(_product(_embedded(inputs[some], kind), factors, kind, width))
 
 
-def _embedded(inputs: Tensor, kind: Kind) -> Tensor:
+def _embedded(inputs: Tensor, kind: StackKind) -> Tensor:
     """The inputs, (tokens, in), padded with zeros to the n*q features that the factors take."""
     features = kind.n * kind.q
     if inputs.shape[1] == features:
@@ -172,7 +174,7 @@ def _factors(values: Tensor, starts: _Ints, size: int, dtype: torch.dtype) -> Te
     return stretches.index_select(0, torch.from_numpy(starts)).to(dtype)
 
 
-def _product(inputs: Tensor, factors: Tensor, kind: Kind, width: int) -> Tensor:
+def _product(inputs: Tensor, factors: Tensor, kind: StackKind, width: int) -> Tensor:
     """(tokens, n*q) inputs and (tokens or 1, size) factors to (tokens, width) deltas."""
     rank, m, n, p, q = kind[:5]
     tokens, shared = inputs.shape[0], factors.shape[0] == 1

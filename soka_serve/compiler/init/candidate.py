@@ -24,7 +24,7 @@ from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, w
 from soka_serve.manifest.rules import RankBudget, RankFixed
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import Target
+    from soka_serve.base.targets import TargetModule
     from soka_serve.base.weight_map import WeightMap
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ FIXED_POOL = 32
 
 
 @dataclass(frozen=True)
-class Matrix:
+class DecompositionInput:
     """What of a module is decomposed.
 
     Args:
@@ -47,13 +47,13 @@ class Matrix:
 
 
 def read_matrix(
-    target: Target,
+    target: TargetModule,
     weights: WeightMap,
     *,
     finetuned: WeightMap | None = None,
     gradient: Tensor | None = None,
     device: torch.device | None = None,
-) -> Matrix:
+) -> DecompositionInput:
     """Read what a target's rule decomposes.
 
     Args:
@@ -71,9 +71,9 @@ def read_matrix(
     norm = energy_of(weight) ** 0.5
     if rule.init == "gradient":
         assert gradient is not None
-        return Matrix(gradient.to(device), norm)
+        return DecompositionInput(gradient.to(device), norm)
     if rule.init != "delta":
-        return Matrix(weight, norm)
+        return DecompositionInput(weight, norm)
     assert finetuned is not None
     other = check_finite(finetuned.read(name), f"{name}.weight").to(device)
     if other.shape != weight.shape:
@@ -81,14 +81,14 @@ def read_matrix(
             f"{finetuned.source}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
             hint="`finetuned` must be a fine-tuned version of the same base.",
         )
-    return Matrix(other.float().sub_(weight), norm)
+    return DecompositionInput(other.float().sub_(weight), norm)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A module's decomposition. Its terms, no more than its policy can take, lie in a file: many would fill memory."""
 
-    target: Target
+    target: TargetModule
     shape: FactorShape
     sigma: tuple[float, ...]
     total_energy: float
@@ -103,7 +103,7 @@ class Candidate:
             return Factors(*(file.get_slice(part)[:rank].clone() for part in ("left", "right", "sigma")))
 
 
-def pool_size(target: Target, shape: FactorShape) -> int:
+def pool_size(target: TargetModule, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
     policy = target.rule.rank
     if not isinstance(policy, RankFixed):
@@ -115,13 +115,13 @@ def pool_size(target: Target, shape: FactorShape) -> int:
     return min(wanted, shape.max_rank)
 
 
-def _most_terms(target: Target) -> int:
+def _most_terms(target: TargetModule) -> int:
     policy = target.rule.rank
     return policy.rank if isinstance(policy, RankFixed) else policy.max
 
 
 def decompose(
-    target: Target, matrix: Matrix, file: Path, *, moments: InputMoments | None = None, seed: int = 0
+    target: TargetModule, matrix: DecompositionInput, file: Path, *, moments: InputMoments | None = None, seed: int = 0
 ) -> Candidate:
     """Kronecker-decompose one target.
 
@@ -160,7 +160,7 @@ def decompose(
     return Candidate(target, shape, sigma, decomposition.total_energy, most, file)
 
 
-def _search_shape(target: Target, values: Tensor, most: int, seed: int) -> tuple[FactorShape, int]:
+def _search_shape(target: TargetModule, values: Tensor, most: int, seed: int) -> tuple[FactorShape, int]:
     """The shape that `auto` finds, and how many of its terms cost what `most` cost in the balanced one."""
     module = target.module
     candidates = candidate_shapes(
@@ -171,7 +171,7 @@ def _search_shape(target: Target, values: Tensor, most: int, seed: int) -> tuple
     return shape, max(1, candidates[0].parameters(most) // shape.parameters(1))
 
 
-def _scale(target: Target, factors: Factors, sigma: tuple[float, ...], typical: float, seed: int) -> Factors:
+def _scale(target: TargetModule, factors: Factors, sigma: tuple[float, ...], typical: float, seed: int) -> Factors:
     """The factors that training starts from: scaled, or drawn, where the rule's init asks for that."""
     init = target.rule.init
     if init == "gradient":

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     import torch
 
     from soka_serve.base.opened import Base
-    from soka_serve.base.targets import Target
+    from soka_serve.base.targets import TargetModule
     from soka_serve.kron.weighting import InputMoments
 
 INITIAL_KINDS = ("weights", "gradient", "random")
 
 # A target with its gradient and the moments of its inputs, as far as its rule needs them.
-TargetStatistics = tuple["Target", "torch.Tensor | None", "InputMoments | None"]
+TargetStatistics = tuple["TargetModule", "torch.Tensor | None", "InputMoments | None"]
 
 
 def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) -> dict[str, int]:
@@ -96,7 +96,7 @@ def assemble(
     )
 
 
-def share_of(targets: Sequence[Target], process: int, processes: int) -> list[Target]:
+def share_of(targets: Sequence[TargetModule], process: int, processes: int) -> list[TargetModule]:
     """The targets that one process decomposes: largest first, dealt round, so that the shares are alike."""
     by_size = sorted(targets, key=lambda t: (-t.module.out_features * t.module.in_features, t.module.name))
     return by_size[process::processes]
@@ -121,11 +121,11 @@ class InitRun:
         progress: show a progress bar, or plain lines when the output is not a terminal.
     """
 
-    targets: Sequence[Target]
+    targets: Sequence[TargetModule]
     base: Base
     scratch: Path
     finetuned: Mapping[str, Base] = field(default_factory=dict)
-    statistics: Callable[[Sequence[Target]], Iterable[TargetStatistics]] | None = None
+    statistics: Callable[[Sequence[TargetModule]], Iterable[TargetStatistics]] | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     device: torch.device | None = None
@@ -171,7 +171,7 @@ class InitRun:
                 step(name)
                 del matrix, gradient, moments  # else they would lie beside the next ones
 
-    def _with_statistics(self, targets: Sequence[Target]) -> Iterator[TargetStatistics]:
+    def _with_statistics(self, targets: Sequence[TargetModule]) -> Iterator[TargetStatistics]:
         """The targets with what their rules need: first those that need no data."""
         yield from ((target, None, None) for target in targets if not target.rule.batches)
         if needing := [target for target in targets if target.rule.batches]:

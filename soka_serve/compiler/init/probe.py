@@ -30,7 +30,7 @@ from soka_serve.kron.decompose import energy_of
 from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import Target
+    from soka_serve.base.targets import TargetModule
     from soka_serve.compiler.init.initialise import TargetStatistics
 
 logger = logging.getLogger(__name__)
@@ -55,13 +55,13 @@ Run = Callable[[int], object]
 """Runs the whole model or one layer, forwards or there and back, on the rows of a number."""
 
 
-def batches_needed(targets: Sequence[Target]) -> int:
+def batches_needed(targets: Sequence[TargetModule]) -> int:
     """How many batches the rules of these targets ask for."""
     return max((t.rule.batches for t in targets), default=0)
 
 
 def gather(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[Target], scratch: Path | None = None
+    model: nn.Module, batches: Sequence[Batch], targets: Sequence[TargetModule], scratch: Path | None = None
 ) -> Iterator[TargetStatistics]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
@@ -101,12 +101,12 @@ class _Passes:
     rows: Sequence[_Rows]
     walk: LayerWalk | None
     """None: each pass runs the whole model."""
-    outside: list[list[Target]]
+    outside: list[list[TargetModule]]
     """Groups of targets that are in no layer of the walk."""
-    by_layer: dict[int, list[list[Target]]]
+    by_layer: dict[int, list[list[TargetModule]]]
 
     @classmethod
-    def plan(cls, model: nn.Module, rows: Sequence[_Rows], targets: Sequence[Target]) -> _Passes:
+    def plan(cls, model: nn.Module, rows: Sequence[_Rows], targets: Sequence[TargetModule]) -> _Passes:
         batches = batches_needed(targets)
         rows = [r for r in rows if r.batch < batches]
         walk = None
@@ -114,7 +114,7 @@ class _Passes:
             walk = LayerWalk(model, [r.inputs for r in rows])
         except NotWalkableError as reason:
             logger.warning("the base's layers cannot be run one by one: %s. Each group takes a whole pass.", reason)
-        members: dict[int | None, list[Target]] = {}
+        members: dict[int | None, list[TargetModule]] = {}
         for target in targets:
             members.setdefault(walk.layer_of(target.module.name) if walk else None, []).append(target)
         at_once = _GRADIENTS_AT_ONCE if targets[0].rule.init == "gradient" else _MOMENTS_AT_ONCE
@@ -124,9 +124,9 @@ class _Passes:
         return cls(model, rows, walk, outside, by_layer)
 
 
-def split_targets(targets: Sequence[Target], most: int) -> list[list[Target]]:
+def split_targets(targets: Sequence[TargetModule], most: int) -> list[list[TargetModule]]:
     """Groups of targets whose statistics have at most so many values together, or of one target that has more."""
-    groups: list[list[Target]] = []
+    groups: list[list[TargetModule]] = []
     for target in sorted(targets, key=lambda t: (-_values(t), t.module.name)):  # first fit, the largest first
         group = next((g for g in groups if sum(map(_values, g)) + _values(target) <= most), None)
         if group is None:
@@ -136,7 +136,7 @@ def split_targets(targets: Sequence[Target], most: int) -> list[list[Target]]:
     return groups
 
 
-def _values(target: Target) -> int:
+def _values(target: TargetModule) -> int:
     """Values of a target's statistics."""
     module = target.module
     return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
@@ -235,7 +235,9 @@ def _backwards(
     return run
 
 
-def _stored(gradients: dict[str, Tensor], group: list[Target], scratch: Path | None) -> Iterator[TargetStatistics]:
+def _stored(
+    gradients: dict[str, Tensor], group: list[TargetModule], scratch: Path | None
+) -> Iterator[TargetStatistics]:
     """The gradients of a group one by one, read from a file in `scratch` so that the others take no memory."""
     file = scratch / "gradients.safetensors" if scratch is not None else None
     if file is not None:
@@ -254,7 +256,7 @@ def _read(file: Path, name: str) -> Tensor:
         return cast(Tensor, tensors.get_tensor(name)).clone()  # not a view of the mapped file
 
 
-def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run) -> dict[str, Tensor]:
     """The gradients of a group's weights. `run` adds to them each row's share in the loss over all rows."""
     weights = {t.module.name: cast(nn.Parameter, model.get_submodule(t.module.name).weight) for t in group}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
@@ -297,7 +299,9 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run
     return sums
 
 
-def _moments(model: nn.Module, rows: Sequence[_Rows], group: list[Target], run: Run) -> Iterator[TargetStatistics]:
+def _moments(
+    model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run
+) -> Iterator[TargetStatistics]:
     """The moments of a group's inputs, each module's over the rows of its own batches."""
     shared = _SharedMoments({t.module.name: t.module.in_features for t in group})
     seen: dict[str, list[Tensor]] = {}  # of the rows at hand, in the order of calls

@@ -16,14 +16,14 @@ from soka_serve.adapter.format import Adapter
 from soka_serve.base.checkpoint import INDEX_FILE
 from soka_serve.base.opened import Base
 from soka_serve.compiler.merge.files import can_write_direct
-from soka_serve.compiler.merge.resume import Finished
+from soka_serve.compiler.merge.resume import MergeJournal
 from soka_serve.compiler.merge.stream import plan_file, single_threaded_torch, write_file
 from soka_serve.errors import BuildError
 from soka_serve.io.files import flush, sha256_file, write_text_atomic
 from soka_serve.io.leftovers import stale_bytes
 from soka_serve.io.progress import track
 from soka_serve.io.safetensors import STORED_NAMES, TensorInfo
-from soka_serve.io.unchanged import Unchanged
+from soka_serve.io.unchanged import FileStamps
 from soka_serve.kron import Factors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -92,7 +92,7 @@ class MergeLayout:
         write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
 
 
-def write_layout(layout: MergeLayout, new: Path, finished: Finished, *, hashed: bool, progress: bool) -> str | None:
+def write_layout(layout: MergeLayout, new: Path, finished: MergeJournal, *, hashed: bool, progress: bool) -> str | None:
     """Write all weight files and the index.
 
     Args:
@@ -106,14 +106,14 @@ def write_layout(layout: MergeLayout, new: Path, finished: Finished, *, hashed: 
         The sha256 of the base's weights if `hashed`.
     """
     checkpoint = layout.checkpoint
-    unchanged = Unchanged(checkpoint.files)
+    unchanged = FileStamps(checkpoint.files)
     with (
         track(layout.total_bytes, "merge", unit="B", enabled=progress) as advance,
         single_threaded_torch(),
         ThreadPoolExecutor(1) as flusher,
         ThreadPoolExecutor(_THREADS) as pool,
     ):
-        _Writing(layout, new, finished, hashed=hashed, advance=advance).run(pool, flusher)
+        _MergeWriter(layout, new, finished, hashed=hashed, advance=advance).run(pool, flusher)
     layout.write_index(new)
     known = dict(finished.files)
     finished.close(new)
@@ -122,11 +122,17 @@ def write_layout(layout: MergeLayout, new: Path, finished: Finished, *, hashed: 
     return digest
 
 
-class _Writing:
+class _MergeWriter:
     """The weight files of one merge, being written by several threads."""
 
     def __init__(
-        self, layout: MergeLayout, new: Path, finished: Finished, *, hashed: bool, advance: Callable[[str, int], None]
+        self,
+        layout: MergeLayout,
+        new: Path,
+        finished: MergeJournal,
+        *,
+        hashed: bool,
+        advance: Callable[[str, int], None],
     ) -> None:
         self.layout, self.new, self.finished, self.advance = layout, new, finished, advance
         self.digests = {f: hashlib.sha256() for f, plan in layout.files.items() if hashed and plan.keeps_order()}

@@ -18,7 +18,7 @@ from soka_serve.base.optional_tensors import ties_embeddings
 from soka_serve.base.resolve import open_base
 from soka_serve.compiler.merge.layout import Dtype, MergeLayout, write_layout
 from soka_serve.compiler.merge.papers import MERGED, copy_side_files, write_papers
-from soka_serve.compiler.merge.resume import Finished, merge_key
+from soka_serve.compiler.merge.resume import MergeJournal, merge_key
 from soka_serve.compiler.merge.verify import verify_logits, verify_tensors
 from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.io.files import replace_directory
@@ -171,7 +171,7 @@ class MergeRun:
         reason = self._no_logits(layout)
         expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
         hashed = bool(expected) and not self.allow_other_base
-        finished = Finished(merge_key(self.base.checkpoint, sources, self.dtype, hashed=hashed))
+        finished = MergeJournal(merge_key(self.base.checkpoint, sources, self.dtype, hashed=hashed))
         with replace_directory(self.out, foreign=MERGED.foreign, adopt=finished.adopt) as new:
             base_sha256 = write_layout(layout, new, finished, hashed=hashed, progress=self.progress)
             if base_sha256 is not None:

@@ -20,7 +20,7 @@ from soka_serve.io.files import read_errors, require_regular, write_text_atomic
 from soka_serve.io.json_files import read_json
 from soka_serve.io.leftovers import final_name
 from soka_serve.io.lockfile import write_lock
-from soka_serve.io.outputs import Output
+from soka_serve.io.outputs import OutputKind
 from soka_serve.io.versions import versions
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _is_shard(name: object) -> bool:
     return isinstance(name, str) and name.endswith(".safetensors") and "/" not in name
 
 
-MERGED = Output(
+MERGED = OutputKind(
     what="a merged model",
     is_marked=lambda lock: lock is not None and lock.get("kind") == "merged",
     files=lambda directory, _: model_files(directory),

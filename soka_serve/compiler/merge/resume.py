@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _JOURNAL = ".merge.json"
 
 
-class Finished:
+class MergeJournal:
     """Finished files of one merge, by name, with the sha256 of the base's file ("" where it was not hashed).
 
     Args:

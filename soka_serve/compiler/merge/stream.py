@@ -69,7 +69,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputTensor:
     """A tensor's place in the file to be written; `deltas` is empty for a tensor that no adapter touches."""
 
     info: TensorInfo
@@ -93,7 +93,7 @@ class FilePlan:
     """
 
     header: bytes
-    pieces: list[Piece]
+    pieces: list[OutputTensor]
 
     @property
     def size(self) -> int:
@@ -135,11 +135,13 @@ def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, W
         text += b" " * (-len(text) % 8)
         header = struct.pack("<Q", len(text)) + text
     at = len(header)
-    pieces = [Piece(info, out, at + start, at + end, adapted.get(info.name, ())) for info, out, start, end in places]
+    pieces = [
+        OutputTensor(info, out, at + start, at + end, adapted.get(info.name, ())) for info, out, start, end in places
+    ]
     return FilePlan(header, pieces)
 
 
-def work_dtype(piece: Piece) -> torch.dtype:
+def work_dtype(piece: OutputTensor) -> torch.dtype:
     """In which a tensor is summed: one step wider than what is written, so that only the last rounding shows.
 
     Float32 is enough for half precision. Float32 sums for a float32 weight would leave errors of tens of units in the
@@ -197,7 +199,7 @@ def write_file(
                     raise CancelledError
 
 
-def _write_piece(base: Reader, out: Writer, piece: Piece) -> Iterator[int]:
+def _write_piece(base: Reader, out: Writer, piece: OutputTensor) -> Iterator[int]:
     """Write a tensor block by block; yields the size of each."""
     info = piece.info
     if piece.is_copy:
@@ -206,16 +208,16 @@ def _write_piece(base: Reader, out: Writer, piece: Piece) -> Iterator[int]:
             out.append_copy(base, info.start + first, size)
             yield size
     elif info.numel:
-        yield from _write_sums(base, out, _Work(piece))
+        yield from _write_sums(base, out, _TensorJob(piece))
 
 
-class _Work:
+class _TensorJob:
     """One tensor that is computed: its rows, how many of them make a block, and the terms to add.
 
     Made when its turn comes, so that only the terms in work are held twice.
     """
 
-    def __init__(self, piece: Piece) -> None:
+    def __init__(self, piece: OutputTensor) -> None:
         self.piece = piece
         self.dtype = work_dtype(piece)
         self.terms = [Terms(f, w, self.dtype) for f, w in piece.deltas]
@@ -227,7 +229,7 @@ class _Work:
             self.step -= self.step % p
 
 
-def _write_sums(base: Reader, out: Writer, work: _Work) -> Iterator[int]:
+def _write_sums(base: Reader, out: Writer, work: _TensorJob) -> Iterator[int]:
     """Compute and write one tensor: sums in `work_dtype`, rounded once to the output's; yields each block's bytes."""
     piece, info, columns = work.piece, work.piece.info, work.columns
     values = min(work.step, work.rows) * columns
@@ -251,7 +253,7 @@ def _write_sums(base: Reader, out: Writer, work: _Work) -> Iterator[int]:
         yield rows * work.row_bytes
 
 
-def _not_finite(piece: Piece, before: Tensor, exact: Tensor) -> CheckpointError:
+def _not_finite(piece: OutputTensor, before: Tensor, exact: Tensor) -> CheckpointError:
     name = piece.info.name
     if not bool(torch.isfinite(before).all()):
         return CheckpointError(

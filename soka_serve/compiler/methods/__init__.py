@@ -16,12 +16,12 @@ from soka_serve.compiler.methods.eva import Eva
 from soka_serve.compiler.methods.full import Full
 from soka_serve.compiler.methods.lokr import Lokr
 from soka_serve.compiler.methods.lora import Dora, Lora
-from soka_serve.compiler.methods.method import Merging, Method, Start
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint
 from soka_serve.compiler.methods.osf import Osf
 from soka_serve.compiler.methods.pissa import Pissa
 from soka_serve.compiler.methods.soka import Soka
 
-__all__ = ["FULL", "LORA", "METHODS", "PISSA", "Merging", "Method", "Start", "in_manifests"]
+__all__ = ["FULL", "LORA", "METHODS", "PISSA", "DenseOutput", "Method", "StartingPoint", "in_manifests"]
 
 LORA = Lora("lora", "LoRA", in_manifests=True)
 PISSA = Pissa("pissa", "PiSSA", in_manifests=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.compiler.methods.lora import lora_parameters
-from soka_serve.compiler.methods.method import Start
+from soka_serve.compiler.methods.method import StartingPoint
 from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class AdaLora(PeftMethod):
     def parameters(self, module: Module, rank: int) -> int:
         return lora_parameters(module, start_rank(rank)) + start_rank(rank)
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import AdaLoraConfig
 
         steps = start.steps or 1

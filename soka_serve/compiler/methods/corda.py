@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.method import Start, Trainable
+from soka_serve.compiler.methods.method import StartingPoint, Trainable
 from soka_serve.compiler.methods.peft_method import common_options
 from soka_serve.compiler.methods.rewriting import RewritingLora
 
@@ -21,7 +21,7 @@ class Corda(RewritingLora):
 
     reads_batches: ClassVar[bool] = True
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoraConfig
         from peft.tuners.lora.config import CordaConfig
 
@@ -34,7 +34,7 @@ class Corda(RewritingLora):
             **common_options(start),
         )
 
-    def adapt(self, model: Any, config: PeftConfig, start: Start) -> Trainable:
+    def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         from peft.tuners.lora.corda import preprocess_corda
 
         model.to(start.device)

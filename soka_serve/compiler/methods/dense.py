@@ -10,11 +10,11 @@ import torch
 
 from soka_serve.base.opened import Base
 from soka_serve.compiler.merge.papers import copy_side_files
-from soka_serve.compiler.methods.method import Merging
+from soka_serve.compiler.methods.method import DenseOutput
 from soka_serve.io.safetensors import FLOAT_DTYPES
 
 
-def write_dense(model: Any, merging: Merging) -> None:
+def write_dense(model: Any, merging: DenseOutput) -> None:
     """Write a model's weights, float32 in memory, with the base's config and tokenizer beside them."""
     auto = merging.dtype == "auto"
     if auto:

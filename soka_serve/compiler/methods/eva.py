@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from soka_serve.compiler.methods.lora import Lora
-from soka_serve.compiler.methods.method import Start, Trainable
+from soka_serve.compiler.methods.method import StartingPoint, Trainable
 from soka_serve.compiler.methods.peft_method import common_options
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class Eva(Lora):
 
     reads_batches: ClassVar[bool] = True
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import EvaConfig, LoraConfig
 
         eva = EvaConfig(rho=1.0, use_label_mask=False)
@@ -28,7 +28,7 @@ class Eva(Lora):
             r=start.rank, lora_alpha=start.rank, init_lora_weights="eva", eva_config=eva, **common_options(start)
         )
 
-    def adapt(self, model: Any, config: PeftConfig, start: Start) -> Trainable:
+    def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         from peft import initialize_lora_eva_weights
 
         model.to(start.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.method import Merging, Method, Start, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
 
 if TYPE_CHECKING:
     from soka_serve.base.modules import Module
@@ -24,11 +24,11 @@ class Full(Method):
     def parameters(self, module: Module, rank: int) -> int:
         return module.out_features * module.in_features
 
-    def build(self, model: Any, start: Start) -> Trainable:
+    def build(self, model: Any, start: StartingPoint) -> Trainable:
         model.requires_grad_(True)
         return model
 
-    def restore(self, model: Any, start: Start, checkpoint: Path) -> Trainable:
+    def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         return self.build(model, start)
 
     def collect(self, checkpoint: Path, out: Path, *, initial_dir: Path, base_dir: Path) -> None:
@@ -43,7 +43,7 @@ class Full(Method):
     def export(self, trained: Path, out: Path, dtype: str) -> float:
         raise NotImplementedError("full fine-tuning makes no adapter: merge() writes what it trained")
 
-    def merge(self, source: Path, merging: Merging) -> None:
+    def merge(self, source: Path, merging: DenseOutput) -> None:
         from soka_serve.base.model import load_base
         from soka_serve.compiler.methods.dense import write_dense
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from soka_serve.compiler.methods.method import Start
+from soka_serve.compiler.methods.method import StartingPoint
 from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Lokr(PeftMethod):
         larger = rank * (out_large + in_large) if rank < max(out_large, in_large) / 2 else out_large * in_large
         return out_small * in_small + larger
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoKrConfig
 
         return LoKrConfig(r=start.rank, alpha=start.rank, **common_options(start))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.compiler.methods.method import Start
+from soka_serve.compiler.methods.method import StartingPoint
 from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Lora(PeftMethod):
     def parameters(self, module: Module, rank: int) -> int:
         return lora_parameters(module, rank)
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoraConfig
 
         return LoraConfig(r=start.rank, lora_alpha=start.rank, **common_options(start), **self.options)

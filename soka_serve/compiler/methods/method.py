@@ -23,7 +23,7 @@ Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without 
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """What a method builds its trainable model from.
 
     Args:
@@ -50,7 +50,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Merging:
+class DenseOutput:
     """How a dense model is written: into `out`, a directory to make, with `base_name` as what it calls its base.
 
     `dtype` is that of the weights; with "auto" each keeps the one that it has in the base.
@@ -97,7 +97,7 @@ class Method(ABC):
         return trained
 
     @abstractmethod
-    def build(self, model: Any, start: Start) -> Trainable:
+    def build(self, model: Any, start: StartingPoint) -> Trainable:
         """Put the trainable parameters on a base model.
 
         Raises:
@@ -105,7 +105,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def restore(self, model: Any, start: Start, checkpoint: Path) -> Trainable:
+    def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         """The model as a checkpoint of the run left it. A `whole_model` was read from there already.
 
         Raises:
@@ -123,7 +123,7 @@ class Method(ABC):
         Args:
             checkpoint: a checkpoint of the Trainer.
             out: directory of the trained adapter or model.
-            initial_dir: the run's `Start.initial_dir`.
+            initial_dir: the run's `StartingPoint.initial_dir`.
             base_dir: the base checkpoint.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -143,7 +143,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def merge(self, source: Path, merging: Merging) -> None:
+    def merge(self, source: Path, merging: DenseOutput) -> None:
         """Write the dense model.
 
         Args:

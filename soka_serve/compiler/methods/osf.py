@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.method import Start, Trainable
+from soka_serve.compiler.methods.method import StartingPoint, Trainable
 from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ class Osf(PeftMethod):
         directions = min(module.in_features, module.out_features)
         return (directions - directions // 2) * (module.in_features + module.out_features + 1)
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import OSFConfig
 
         return OSFConfig(**common_options(start))
 
-    def adapt(self, model: Any, config: PeftConfig, start: Start) -> Trainable:
+    def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         return super().adapt(model.to(start.device), config, start)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.compiler.methods.method import Merging, Method, Start, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
 from soka_serve.errors import PlanError
 
 if TYPE_CHECKING:
@@ -20,23 +20,23 @@ class PeftMethod(Method):
     """A method of PEFT; a subclass gives its config and counts its parameters."""
 
     @abstractmethod
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         """The PEFT config of an adapter."""
 
-    def adapt(self, model: Any, config: PeftConfig, start: Start) -> Trainable:
+    def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         """Put the adapter on the base model."""
         from peft import get_peft_model
 
         return get_peft_model(model, config)
 
-    def build(self, model: Any, start: Start) -> Trainable:
+    def build(self, model: Any, start: StartingPoint) -> Trainable:
         if not start.targets:
             raise PlanError(f"train.method = {self.name!r}: no module to adapt")
         config = self.config(start)
         config.base_model_name_or_path = start.base_name
         return self.adapt(model, config, start)
 
-    def restore(self, model: Any, start: Start, checkpoint: Path) -> Trainable:
+    def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         from soka_serve.compiler.methods.adapter_files import load_adapter_weights
 
         adapted = self.build(model, start)
@@ -47,7 +47,7 @@ class PeftMethod(Method):
         shutil.copytree(trained, out)
         return 0.0
 
-    def merge(self, source: Path, merging: Merging) -> None:
+    def merge(self, source: Path, merging: DenseOutput) -> None:
         from soka_serve.base.model import load_base
         from soka_serve.compiler.methods.adapter_files import load_adapter
         from soka_serve.compiler.methods.dense import write_dense
@@ -56,6 +56,6 @@ class PeftMethod(Method):
         write_dense(adapted.merge_and_unload(), merging)
 
 
-def common_options(start: Start) -> dict[str, Any]:
+def common_options(start: StartingPoint) -> dict[str, Any]:
     """The options that all configs share."""
     return {"target_modules": sorted(start.targets), "task_type": "CAUSAL_LM"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from soka_serve.compiler.methods.method import Start
+from soka_serve.compiler.methods.method import StartingPoint
 from soka_serve.compiler.methods.peft_method import common_options
 from soka_serve.compiler.methods.rewriting import RewritingLora
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Pissa(RewritingLora):
     """PEFT's PiSSA. alpha = rank is no choice here: the factors *are* parts of the weight."""
 
-    def config(self, start: Start) -> PeftConfig:
+    def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoraConfig
 
         return LoraConfig(r=start.rank, lora_alpha=start.rank, init_lora_weights="pissa", **common_options(start))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.compiler.methods.lora import Lora
-from soka_serve.compiler.methods.method import Start, Trainable
+from soka_serve.compiler.methods.method import StartingPoint, Trainable
 from soka_serve.errors import PlanError
 
 
@@ -22,7 +22,7 @@ class RewritingLora(Lora):
     def stored_parameters(self, trained: int) -> int:
         return 2 * trained
 
-    def build(self, model: Any, start: Start) -> Trainable:
+    def build(self, model: Any, start: StartingPoint) -> Trainable:
         from soka_serve.compiler.methods.initial_factors import keep_initial
 
         if getattr(model, "is_quantized", False):

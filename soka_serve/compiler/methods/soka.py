@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.method import Merging, Method, Start, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
 from soka_serve.kron.shapes import balanced_shape
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Soka(Method):
     def parameters(self, module: Module, rank: int) -> int:
         return balanced_shape(module.out_features, module.in_features).parameters(rank)
 
-    def build(self, model: Any, start: Start) -> Trainable:
+    def build(self, model: Any, start: StartingPoint) -> Trainable:
         from soka_serve.compiler.methods.adapter_files import ADAPTER
         from soka_serve.peft import build_soka_model, soka_layers
 
@@ -35,7 +35,7 @@ class Soka(Method):
                 layer.soka_sigma_initial[ADAPTER].data.zero_()
         return adapted
 
-    def restore(self, model: Any, start: Start, checkpoint: Path) -> Trainable:
+    def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         from soka_serve.compiler.methods.adapter_files import load_adapter
 
         return load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
@@ -45,7 +45,7 @@ class Soka(Method):
 
         return export(trained, out, dtype=dtype).dropped_energy_frac
 
-    def merge(self, source: Path, merging: Merging) -> None:
+    def merge(self, source: Path, merging: DenseOutput) -> None:
         from soka_serve.compiler.merge.merge import MergeRun
 
         MergeRun([(source, 1.0)], merging.base, merging.out, merging.dtype, progress=merging.progress).run()

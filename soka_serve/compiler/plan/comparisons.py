@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from soka_serve.base.modules import dtype_bytes
-from soka_serve.base.targets import Target
+from soka_serve.base.targets import TargetModule
 from soka_serve.compiler.methods import FULL, LORA, METHODS, PISSA, Method
-from soka_serve.compiler.plan.estimate import Memory, Setting, estimate_memory
+from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup, estimate_memory
 from soka_serve.compiler.plan.modules import TrainingPlan
 from soka_serve.manifest.schema import Manifest
 
@@ -24,11 +24,11 @@ class Comparison:
     parameters_min: int
     parameters_max: int
     adapter_bytes: int
-    memory: Memory
+    memory: MemoryEstimate
 
 
 def compare_methods(
-    manifest: Manifest, targets: Sequence[Target], planned: TrainingPlan, setting: Setting
+    manifest: Manifest, targets: Sequence[TargetModule], planned: TrainingPlan, setting: TrainingSetup
 ) -> tuple[Comparison, ...]:
     """This manifest first, then LoRA and PiSSA at some ranks over the same modules, then full fine-tuning."""
     rows = [_own(manifest, targets, planned, setting)]
@@ -41,7 +41,9 @@ def compare_methods(
     return tuple(rows)
 
 
-def _own(manifest: Manifest, targets: Sequence[Target], planned: TrainingPlan, setting: Setting) -> Comparison:
+def _own(
+    manifest: Manifest, targets: Sequence[TargetModule], planned: TrainingPlan, setting: TrainingSetup
+) -> Comparison:
     method = METHODS[manifest.train.method]
     low, high = planned.parameters_min, planned.parameters_max
     name = f"this manifest ({method.name})"
@@ -53,7 +55,7 @@ def _own(manifest: Manifest, targets: Sequence[Target], planned: TrainingPlan, s
     return Comparison(name, low, high, stored, estimate_memory(setting, trained=high, initial=subtracted))
 
 
-def _row(name: str, method: Method, parameters: tuple[int, int], setting: Setting) -> Comparison:
+def _row(name: str, method: Method, parameters: tuple[int, int], setting: TrainingSetup) -> Comparison:
     """A method that stores float32, or the whole model in the base's dtype."""
     low, high = parameters
     if method.whole_model:

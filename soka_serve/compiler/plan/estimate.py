@@ -29,7 +29,7 @@ _TRAINED_BYTES = 16  # float32 weight, gradient, two AdamW moments
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Estimated device memory of training, bytes."""
 
     base: int
@@ -45,7 +45,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingSetup:
     """What the memory of a run depends on, but for its method.
 
     Args:
@@ -67,7 +67,7 @@ class Setting:
     gradient_checkpointing: bool
 
 
-def estimate_memory(setting: Setting, *, trained: int | None, initial: int = 0) -> Memory:
+def estimate_memory(setting: TrainingSetup, *, trained: int | None, initial: int = 0) -> MemoryEstimate:
     """Estimate the device memory of one training process, bytes. The module's docstring has the formulas.
 
     Args:
@@ -96,4 +96,4 @@ def estimate_memory(setting: Setting, *, trained: int | None, initial: int = 0) 
     else:
         activations = size.layers * per_layer
     logits = tokens * size.vocabulary * (element + 8)
-    return Memory(base, trained_bytes, activations, logits)
+    return MemoryEstimate(base, trained_bytes, activations, logits)

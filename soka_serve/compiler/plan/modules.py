@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soka_serve.base.modules import ModelSize, Module, dtype_bytes
-from soka_serve.base.targets import Target, budget_groups
+from soka_serve.base.targets import TargetModule, budget_groups
 from soka_serve.compiler.methods import Method
 from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape, balanced_shape, parallel_of
@@ -54,7 +54,7 @@ class TrainingPlan:
     notes: tuple[str, ...] = ()
 
 
-def plan_training(manifest: Manifest, targets: Sequence[Target], method: Method, size: ModelSize) -> TrainingPlan:
+def plan_training(manifest: Manifest, targets: Sequence[TargetModule], method: Method, size: ModelSize) -> TrainingPlan:
     """Shapes, ranks and parameters of every target, and the totals.
 
     Args:
@@ -74,7 +74,7 @@ def plan_training(manifest: Manifest, targets: Sequence[Target], method: Method,
     return TrainingPlan(planned, total, total)
 
 
-def _plan_kronecker(manifest: Manifest, targets: Sequence[Target]) -> TrainingPlan:
+def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> TrainingPlan:
     _check_budgets(manifest, targets)
     budgets = {t.module.name: group for group in budget_groups(manifest, targets).values() for t in group}
     planned = tuple(_plan_module(t, budgets.get(t.module.name), manifest.train.prune) for t in targets)
@@ -83,7 +83,7 @@ def _plan_kronecker(manifest: Manifest, targets: Sequence[Target]) -> TrainingPl
     )
 
 
-def _check_budgets(manifest: Manifest, targets: Sequence[Target]) -> None:
+def _check_budgets(manifest: Manifest, targets: Sequence[TargetModule]) -> None:
     """Raise PlanError for budgets that cannot pay for their `min` terms, or for any term."""
     problems = []
     for index, group in budget_groups(manifest, targets).items():
@@ -106,7 +106,7 @@ def _check_budgets(manifest: Manifest, targets: Sequence[Target]) -> None:
         raise PlanError("\n".join(problems), hint="Raise `parameters`, or lower `min`, or adapt fewer modules.")
 
 
-def _remarks(manifest: Manifest, targets: Sequence[Target]) -> list[str]:
+def _remarks(manifest: Manifest, targets: Sequence[TargetModule]) -> list[str]:
     """What people should know of the rules and of [train] before they build."""
     notes: list[str] = []
     capped = [t for t in targets if t.rule.rank.policy == "fixed" and t.rule.rank.rank > _shape(t).max_rank]
@@ -131,7 +131,7 @@ def _remarks(manifest: Manifest, targets: Sequence[Target]) -> list[str]:
     return notes
 
 
-def _shape(target: Target) -> FactorShape:
+def _shape(target: TargetModule) -> FactorShape:
     """The factor shape, or for 'auto' the balanced one, which bounds it: 'auto' searches at equal parameters."""
     if target.shape is not None:
         return target.shape
@@ -139,11 +139,11 @@ def _shape(target: Target) -> FactorShape:
     return balanced_shape(module.out_features, module.in_features, tp=target.rule.tp, parallel=parallel_of(module.name))
 
 
-def _cost(target: Target) -> int:
+def _cost(target: TargetModule) -> int:
     return _shape(target).parameters(1)
 
 
-def _plan_module(target: Target, group: Sequence[Target] | None, prune: Prune | None) -> ModulePlan:
+def _plan_module(target: TargetModule, group: Sequence[TargetModule] | None, prune: Prune | None) -> ModulePlan:
     module, rule, policy, shape = target.module, target.rule, target.rule.rank, _shape(target)
     if policy.policy == "fixed":
         low = high = policy.rank
@@ -174,7 +174,9 @@ def _plan_module(target: Target, group: Sequence[Target] | None, prune: Prune | 
     )
 
 
-def _total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Sequence[ModulePlan]) -> tuple[int, int]:
+def _total_parameters(
+    manifest: Manifest, targets: Sequence[TargetModule], planned: Sequence[ModulePlan]
+) -> tuple[int, int]:
     """Fewest and most trainable parameters; a budget is spent to within its largest term, and never exceeded."""
     by_name = {m.name: m for m in planned}
     low = sum(m.parameters_min for m in planned if m.policy != "budget")
@@ -193,7 +195,7 @@ def _total_parameters(manifest: Manifest, targets: Sequence[Target], planned: Se
     return low, high
 
 
-def _plan_ranked(target: Target, method: Method, rank: int) -> ModulePlan:
+def _plan_ranked(target: TargetModule, method: Method, rank: int) -> ModulePlan:
     """A target as a method without Kronecker factors adapts it; rank 0 for methods that take none."""
     count = method.parameters(target.module, rank)
     return ModulePlan(

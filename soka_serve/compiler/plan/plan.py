@@ -13,10 +13,10 @@ from typing import Any
 from soka_serve.base.modules import BaseModules, ModelSize, name_patterns
 from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.targets import Target, describe_not_adapted, resolve_targets
+from soka_serve.base.targets import TargetModule, describe_not_adapted, resolve_targets
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.comparisons import Comparison, compare_methods
-from soka_serve.compiler.plan.estimate import Memory, Setting
+from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup
 from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
 from soka_serve.compiler.plan.modules import ModulePlan, plan_training
 from soka_serve.compiler.plan.policies import PolicyRow, policies_for
@@ -70,7 +70,7 @@ class Plan:
     not_adapted: tuple[str, ...]
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> MemoryEstimate:
         """Estimated training memory of this manifest."""
         return self.comparisons[0].memory
 
@@ -142,10 +142,10 @@ def make_plan(
     )
 
 
-def _memory_setting(manifest: Manifest, layout: BaseModules) -> Setting:
+def _memory_setting(manifest: Manifest, layout: BaseModules) -> TrainingSetup:
     """What the manifest says that training memory depends on."""
     train = manifest.train
-    return Setting(
+    return TrainingSetup(
         size=layout.size,
         modules=layout.modules,
         tokens=train.batch_size * train.max_length,
@@ -156,7 +156,7 @@ def _memory_setting(manifest: Manifest, layout: BaseModules) -> Setting:
     )
 
 
-def _remarks(manifest: Manifest, base: Base, targets: Sequence[Target]) -> list[str]:
+def _remarks(manifest: Manifest, base: Base, targets: Sequence[TargetModule]) -> list[str]:
     """What people should know of the base before they build."""
     notes = []
     others = [t.module.name for t in targets if t.module.projection not in SERVED_PROJECTIONS]

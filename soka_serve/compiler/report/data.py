@@ -26,7 +26,7 @@ class HistoryPoint:
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnswerPair:
     """One held-out problem and the model's answers without and with the adapter (texts as generated, untrusted)."""
 
     prompt: str
@@ -55,7 +55,7 @@ class ReportData:
     seed: int
     modules: Sequence[ModuleInit]
     history: Sequence[HistoryPoint]
-    samples: Sequence[Sample]
+    samples: Sequence[AnswerPair]
     accuracy_before: tuple[int, int] | None
     accuracy_after: tuple[int, int] | None
     trainable_parameters: int

@@ -42,7 +42,7 @@ _SPECTRUM_OF = {"delta": "the fine-tuned change", "gradient": "the first gradien
 
 
 @dataclass(frozen=True)
-class Figure:
+class KeyFigure:
     """One of the key figures at the top of the page."""
 
     label: str
@@ -132,7 +132,7 @@ def _of(accuracy: tuple[int, int]) -> str:
     return f"{count(accuracy[0])} of {count(accuracy[1])}"
 
 
-def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int, int] | None) -> list[Figure]:
+def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int, int] | None) -> list[KeyFigure]:
     figures = []
     losses = _losses(data)
     if after:
@@ -140,10 +140,10 @@ def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int,
         value, note = percent(after[0] / after[1]), f"95% interval {100 * low:.0f}–{100 * high:.0f}%, {_of(after)}"
         if before:
             value = f"{percent(before[0] / before[1])} → {value}"
-        figures.append(Figure("Accuracy before → after" if before else "Accuracy", value, note))
+        figures.append(KeyFigure("Accuracy before → after" if before else "Accuracy", value, note))
     elif len(losses) > 1:
         value = f"{plain(losses[0])} → {plain(losses[-1])}"
-        figures.append(Figure("Training loss", value, "first and last value logged"))
+        figures.append(KeyFigure("Training loss", value, "first and last value logged"))
     if data.trainable_parameters:
         notes = []
         rank_two = data.comparison.get("LoRA r=2", 0)
@@ -151,15 +151,15 @@ def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int,
             notes.append(f"{times(data.trainable_parameters / rank_two)} LoRA r=2 ({count(rank_two)})")
         if data.base_parameters:
             notes.append(f"{percent(data.trainable_parameters / data.base_parameters)} of the base")
-        figures.append(Figure("Trainable parameters", count(data.trainable_parameters), ", ".join(notes)))
+        figures.append(KeyFigure("Trainable parameters", count(data.trainable_parameters), ", ".join(notes)))
     if data.adapter_bytes:
-        figures.append(Figure("Adapter on disk", size(data.adapter_bytes), "the base model stays as it is"))
+        figures.append(KeyFigure("Adapter on disk", size(data.adapter_bytes), "the base model stays as it is"))
     if data.timings_s:
         stages = {stage: seconds for stage, seconds in data.timings_s.items() if stage != "total"}
         total = data.timings_s.get("total", sum(stages.values()))
         longest = max(stages, key=lambda stage: stages[stage], default="")
         note = f"of which {_stage(longest)} {duration(stages[longest])}" if len(stages) > 1 else ""
-        figures.append(Figure("Time to build", duration(total), note))
+        figures.append(KeyFigure("Time to build", duration(total), note))
     return figures
 
 

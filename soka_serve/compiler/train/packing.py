@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import create_masks_for_generate
 
-from soka_serve.data.encode import Encoded, Packed, pack_examples
+from soka_serve.data.encode import EncodedExample, PackedRow, pack_examples
 from soka_serve.errors import PlanError
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ _LAYER_CHANGED = 1e-3  # of the largest value in a layer's output
 class _Pair:
     """Two examples, and the three rows that are compared: both, and both with the tokens of one of them replaced."""
 
-    first: Encoded
-    second: Encoded
+    first: EncodedExample
+    second: EncodedExample
 
     @property
     def spans(self) -> tuple[slice, slice]:
@@ -57,12 +57,12 @@ class _Pair:
         middle, end = len(self.first.input_ids), len(self.first.input_ids) + len(self.second.input_ids)
         return slice(0, middle), slice(middle, end)
 
-    def rows(self) -> list[Packed]:
+    def rows(self) -> list[PackedRow]:
         tokens = sorted({*self.first.input_ids, *self.second.input_ids})
         others = dict(zip(tokens, tokens[1:] + tokens[:1], strict=True))
 
-        def replaced(example: Encoded) -> Encoded:
-            return Encoded([others[token] for token in example.input_ids], example.labels)
+        def replaced(example: EncodedExample) -> EncodedExample:
+            return EncodedExample([others[token] for token in example.input_ids], example.labels)
 
         pairs = (
             [self.first, self.second],
@@ -74,7 +74,7 @@ class _Pair:
 
 def check_packing(
     model: nn.Module,
-    rows: Sequence[Packed],
+    rows: Sequence[PackedRow],
     collate: PadCollator,
     forward: Forward,
     *,
@@ -120,11 +120,11 @@ def check_packing(
     )
 
 
-def _find_pair(rows: Sequence[Packed]) -> _Pair | None:
+def _find_pair(rows: Sequence[PackedRow]) -> _Pair | None:
     for row in rows:
         starts = [index for index, position in enumerate(row.position_ids) if position == 0]
         spans = [slice(a, min(b, a + _TOKENS)) for a, b in pairwise([*starts, len(row.position_ids)])]
-        parts = [Encoded(row.input_ids[span], row.labels[span]) for span in spans[:2]]
+        parts = [EncodedExample(row.input_ids[span], row.labels[span]) for span in spans[:2]]
         if len(parts) == 2 and len({*parts[0].input_ids, *parts[1].input_ids}) > 1:
             return _Pair(*parts)
     return None

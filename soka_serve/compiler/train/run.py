@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.methods import Method, Start
+from soka_serve.compiler.methods import Method, StartingPoint
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.errors import BuildError, name_some
 from soka_serve.io.files import replace_directory, write_text_atomic
@@ -32,7 +32,7 @@ _FOLDERS = ("adapter", "model", "initial")  # of a run, beside its checkpoints
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One training run: what is trained, how, and where it writes.
 
     Args:
@@ -60,10 +60,10 @@ class Run:
         """Where a method that rewrites the base keeps its factors of step 0."""
         return self.work_dir / "initial"
 
-    def start(self, device: torch.device) -> Start:
+    def start(self, device: torch.device) -> StartingPoint:
         """What the method builds its model from."""
         train = self.manifest.train
-        return Start(
+        return StartingPoint(
             targets=self.targets,
             rank=train.method_rank,
             base_name=self.manifest.base.hub or str(self.model_dir.resolve()),
@@ -133,7 +133,7 @@ class TrainResult:
         write_text_atomic(work_dir / "result.json", json.dumps(values | {"directory": self.directory.name}, indent=1))
 
 
-def fingerprint(run: Run, train_set: EncodedSet, processes: int) -> str:
+def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
     """What a resume point belongs to: recipe, base, starting factors, amount of data, number of processes."""
     manifest = run.manifest
     digest = hashlib.sha256()
@@ -155,7 +155,7 @@ def fingerprint(run: Run, train_set: EncodedSet, processes: int) -> str:
     return digest.hexdigest()
 
 
-def prepare_directory(run: Run, identity: str) -> None:
+def prepare_directory(run: TrainingRun, identity: str) -> None:
     """Leave in the work directory what this run can go on from, and nothing else of ours."""
     file = run.work_dir / "run.json"
     try:
@@ -189,7 +189,7 @@ def _refuse_strangers(work_dir: Path) -> None:
         )
 
 
-def finish(run: Run) -> None:
+def finish(run: TrainingRun) -> None:
     """Copy the weights that are kept out of their checkpoint, write the result, and remove the checkpoints."""
     last = resume_points.newest_point(run.work_dir)
     if last is None or not last.final:

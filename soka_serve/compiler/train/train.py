@@ -26,15 +26,15 @@ from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, History, Progress, Pruning, ResumePoints
 from soka_serve.compiler.train.resume import ResumePoint
-from soka_serve.compiler.train.run import Run, TrainResult, fingerprint, finish, prepare_directory
+from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
-from soka_serve.data.collate import PadCollator, Rows, has_target
+from soka_serve.data.collate import PadCollator, TokenDataset, has_target
 from soka_serve.data.encode import pack_examples
 from soka_serve.errors import BuildError, DataError, PlanError
 from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:
-    from soka_serve.data.encode import Encoded, EncodedSet
+    from soka_serve.data.encode import EncodedExample, EncodedSet
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class TrainingData:
     pad_id: int
 
 
-def train(run: Run, data: TrainingData, *, progress: bool) -> TrainResult:
+def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResult:
     """Fine-tune as the manifest says, going on from an interrupted run of the same recipe in the run's directory.
 
     Args:
@@ -101,7 +101,7 @@ def train(run: Run, data: TrainingData, *, progress: bool) -> TrainResult:
 # ---------------------------------------------------------------------------------------------------------- before
 
 
-def _check(run: Run, eval_set: EncodedSet | None) -> None:
+def _check(run: TrainingRun, eval_set: EncodedSet | None) -> None:
     recipe = run.manifest.train
     if run.method.kronecker and not run.factors:
         raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
@@ -114,7 +114,9 @@ def _check(run: Run, eval_set: EncodedSet | None) -> None:
         )
 
 
-def make_rows(run: Run, train_set: EncodedSet, eval_set: EncodedSet | None) -> tuple[Rows, Rows | None]:
+def make_rows(
+    run: TrainingRun, train_set: EncodedSet, eval_set: EncodedSet | None
+) -> tuple[TokenDataset, TokenDataset | None]:
     """Datasets of both parts; examples without a token for the loss are left out, loudly."""
     recipe = run.manifest.train
     kept = _with_targets(train_set.examples, "training")
@@ -123,13 +125,13 @@ def make_rows(run: Run, train_set: EncodedSet, eval_set: EncodedSet | None) -> t
             f"no training examples: {train_set.total} were read, {train_set.dropped} dropped as too long",
             hint='check [train.data], raise train.max_length, or set train.overlong = "truncate"',
         )
-    rows = Rows(pack_examples(kept, recipe.max_length)) if recipe.packing else Rows(kept)
+    rows = TokenDataset(pack_examples(kept, recipe.max_length)) if recipe.packing else TokenDataset(kept)
     if recipe.eval_every is None or eval_set is None:
         return rows, None
-    return rows, Rows(_with_targets(eval_set.examples, "evaluation"))
+    return rows, TokenDataset(_with_targets(eval_set.examples, "evaluation"))
 
 
-def _with_targets(examples: Sequence[Encoded], what: str) -> list[Encoded]:
+def _with_targets(examples: Sequence[EncodedExample], what: str) -> list[EncodedExample]:
     kept = [example for example in examples if has_target(example.labels)]
     if len(kept) < len(examples):
         logger.warning(
@@ -138,7 +140,7 @@ def _with_targets(examples: Sequence[Encoded], what: str) -> list[Encoded]:
     return kept
 
 
-def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trainable:
+def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device) -> Trainable:
     """The model to train: from the start, or as a checkpoint left it (whose ranks may be smaller)."""
     base = run.manifest.base
     if run.method.whole_model:
@@ -156,7 +158,7 @@ def build_model(run: Run, checkpoint: Path | None, device: torch.device) -> Trai
 
 
 def _fit(
-    run: Run,
+    run: TrainingRun,
     model: Trainable,
     arguments: TrainingArguments,
     data: TrainingData,
@@ -223,7 +225,7 @@ def _torch_errors(work_dir: Path, batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _save_untrained(run: Run, model: Trainable, state: PartialState) -> None:
+def _save_untrained(run: TrainingRun, model: Trainable, state: PartialState) -> None:
     """A checkpoint of step 0, final: the initialisation itself."""
     if not state.is_main_process:
         return

@@ -17,7 +17,7 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_adapter, check_no_code
 from soka_serve.base.pretrained import open_model, open_tokenizer
 from soka_serve.errors import CheckpointError, SokaError
-from soka_serve.serving.command import Settings, make_launch
+from soka_serve.serving.command import ServeOptions, make_launch
 from soka_serve.serving.targets import Target
 from tests.support.planted import MODEL, TOKENIZER
 
@@ -164,4 +164,4 @@ def test_one_module_opens_models_and_tokenizers(root: Path) -> None:
 def test_vllm_is_never_told_to_trust_code(tmp_path: Path, option: str) -> None:
     target = Target(given="m", name="m", kind="merged", path=write(tmp_path, {"model_type": "llama"}))
     with pytest.raises(SokaError, match="never run"):
-        make_launch([target], None, Settings(vllm=(option,)))
+        make_launch([target], None, ServeOptions(vllm=(option,)))

@@ -19,7 +19,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.cli import main
 from soka_serve.errors import CheckpointError
 from soka_serve.kron import Factors
-from soka_serve.serving.command import Settings
+from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from tests.support.quantised import METHODS, Tensors, edit_config, gptq, write_copy, write_quantised
 
@@ -209,7 +209,7 @@ def test_integers_that_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_quantised_base_is_served(quantised: Path, tmp_path: Path, method: str) -> None:
     adapter = write_small_adapter(tmp_path / "adapter")
-    targets, launch = plan_launch([str(adapter)], Settings(), base=str(quantised / method))
+    targets, launch = plan_launch([str(adapter)], ServeOptions(), base=str(quantised / method))
     assert len(targets) == 1
     assert str(quantised / method) in launch.command
 
@@ -223,14 +223,14 @@ def test_what_the_headers_still_tell_of_a_shape_is_checked(quantised: Path, tmp_
     }.items():
         adapter = write_small_adapter(tmp_path / name, **sizes)  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match=r"up_proj: ") as caught:
-            plan_launch([str(adapter)], Settings(), base=base)
+            plan_launch([str(adapter)], ServeOptions(), base=base)
         assert "the base" in caught.value.message
     turned = write_small_adapter(tmp_path / "turned", rows=128, columns=352)
     if method == "bitsandbytes":  # one row of bytes: only the engine can tell
-        assert plan_launch([str(turned)], Settings(), base=base)
+        assert plan_launch([str(turned)], ServeOptions(), base=base)
     else:
         with pytest.raises(CheckpointError, match=r"up_proj: .*128, 352"):
-            plan_launch([str(turned)], Settings(), base=base)
+            plan_launch([str(turned)], ServeOptions(), base=base)
 
 
 def test_a_method_that_nobody_knows_is_left_to_the_engine(tmp_path: Path) -> None:
@@ -238,11 +238,11 @@ def test_a_method_that_nobody_knows_is_left_to_the_engine(tmp_path: Path) -> Non
         return {f"{name.removesuffix('.weight')}.codes": torch.zeros(weight.shape[0], 3, dtype=torch.int16)}
 
     base = write_copy(tmp_path / "base", change, {"quantization_config": {"quant_method": "new"}})
-    assert plan_launch([str(write_small_adapter(tmp_path / "adapter"))], Settings(), base=str(base))
+    assert plan_launch([str(write_small_adapter(tmp_path / "adapter"))], ServeOptions(), base=str(base))
 
 
 @pytest.mark.parametrize("said", ["gptq", {}, [1]])
 def test_a_malformed_config_is_not_served(tmp_path: Path, said: object) -> None:
     base = write_copy(tmp_path / "base", lambda name, weight: {name: weight}, {"quantization_config": said})
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config: "):
-        plan_launch([str(write_small_adapter(tmp_path / "adapter"))], Settings(), base=str(base))
+        plan_launch([str(write_small_adapter(tmp_path / "adapter"))], ServeOptions(), base=str(base))

@@ -26,7 +26,7 @@ from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import read_manifest
-from soka_serve.serving.command import Settings, make_launch, parse_options
+from soka_serve.serving.command import ServeOptions, make_launch, parse_options
 from tests.fuzzing.bases import KINDS, change
 
 HUB = "deepseek-ai/DeepSeek-R1-Distill-Llama-Tiny"
@@ -242,7 +242,7 @@ def test_mistrals_own_files_are_left_aside(tmp_path: Path) -> None:
     target = Target(given="m", name="m", kind="merged", path=tmp_path / "m")
 
     def options() -> dict[str, list[str]]:
-        return parse_options(make_launch([target], None, Settings()).command[4:])
+        return parse_options(make_launch([target], None, ServeOptions()).command[4:])
 
     assert "--tokenizer-mode" not in options()
     (tmp_path / "m" / "tekken.json").write_text("{}")

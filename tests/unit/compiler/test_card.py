@@ -11,14 +11,14 @@ import yaml
 
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.report.card import extracted_card, render_card
-from soka_serve.compiler.report.data import ReportData, Sample
+from soka_serve.compiler.report.data import AnswerPair, ReportData
 from tests.support.reports import report_data, spectra
 
 
 @pytest.fixture
 def data() -> ReportData:
     module = spectra(1)[5]
-    sample = Sample("What is 1 + 2?\n", "#### 3", "#### 4", "#### 3", False, True)
+    sample = AnswerPair("What is 1 + 2?\n", "#### 3", "#### 4", "#### 3", False, True)
     return replace(
         report_data([module]),
         base_name="org/model-7b",
@@ -120,7 +120,7 @@ def test_full_fine_tuning_is_a_model_not_an_adapter(data: ReportData) -> None:
 
 def test_model_output_stays_in_its_fence(data: ReportData) -> None:
     hostile = "```\n# Not a heading\n<script>alert(1)</script>\n````"
-    card = render_card(replace(data, samples=[Sample("Q", "A", "", hostile, None, None)], manifest_text=hostile))
+    card = render_card(replace(data, samples=[AnswerPair("Q", "A", "", hostile, None, None)], manifest_text=hostile))
     for language in ("text", "toml"):
         (inside,) = re.findall(rf"^`````{language}\n(.*?)\n`````$", card, flags=re.DOTALL | re.MULTILINE)
         assert hostile in inside

@@ -10,7 +10,7 @@ import pytest
 
 from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.context import Context, check_target, is_whole, prepare, previous_keys
+from soka_serve.compiler.context import Context, check_output, is_whole, prepare, previous_keys
 from soka_serve.compiler.plan.plan import StageStatus
 from soka_serve.compiler.plan.text import render_plan
 from soka_serve.compiler.status import plan, stage_statuses
@@ -73,12 +73,12 @@ def test_a_comment_changes_the_report_and_no_other_stage(tmp_path: Path) -> None
 
 def test_a_build_may_be_replaced(tmp_path: Path) -> None:
     context = _context(tmp_path)
-    check_target(context)
-    context.workspace.target.mkdir(parents=True)
-    check_target(context)  # an empty folder
-    context.workspace.target.rmdir()
+    check_output(context)
+    context.workspace.directory.mkdir(parents=True)
+    check_output(context)  # an empty folder
+    context.workspace.directory.rmdir()
     (_artefact(tmp_path) / ".DS_Store").write_text("a file manager was here")
-    check_target(context)
+    check_output(context)
 
 
 def test_replacing_another_manifests_build_is_said(
@@ -86,7 +86,7 @@ def test_replacing_another_manifests_build_is_said(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)
     _artefact(tmp_path)
-    check_target(_context(tmp_path))
+    check_output(_context(tmp_path))
     assert "was built from first.toml; this build of small.toml replaces it" in caplog.text
 
 
@@ -95,7 +95,7 @@ def test_files_put_into_a_build_are_not_lost(tmp_path: Path) -> None:
     (target / "lora").mkdir()
     (target / "lora" / "adapter_config.json").write_text("{}")
     with pytest.raises(BuildError, match=r"not part of a build: lora/"):
-        check_target(_context(tmp_path))
+        check_output(_context(tmp_path))
 
 
 @pytest.mark.parametrize("what", ["base", "data"])
@@ -108,7 +108,7 @@ def test_a_build_does_not_replace_what_it_reads(tmp_path: Path, what: str) -> No
         (inside / "train.jsonl").write_text('{"prompt": "1", "completion": "2"}\n')
         context = _context(tmp_path, data='jsonl = "build/small/train.jsonl"')
     with pytest.raises(BuildError, match=r"would destroy .*, which is read for it"):
-        check_target(context)
+        check_output(context)
 
 
 def test_a_damaged_lock_is_built_over(
@@ -121,13 +121,13 @@ def test_a_damaged_lock_is_built_over(
     monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)  # the command line turns it off
     assert not is_whole(target)
     assert previous_keys(target) == {}
-    check_target(_context(tmp_path))
+    check_output(_context(tmp_path))
     assert "everything runs again" in caplog.text
     for name in ("notes.md", "adapter/notes.md", "checkpoints/README.md"):
         (target / name).parent.mkdir(exist_ok=True)
         (target / name).write_text("mine")
         with pytest.raises(BuildError, match=f"not part of a build: {name if 'checkpoints' not in name else 'check'}"):
-            check_target(_context(tmp_path))
+            check_output(_context(tmp_path))
         (target / name).unlink()
 
 
@@ -137,13 +137,13 @@ def test_a_lock_of_something_else_is_no_mark_of_a_build(tmp_path: Path, lock: di
     target.mkdir(parents=True)
     write_lock(target / "soka.lock", lock)
     with pytest.raises(BuildError, match=r"no soka\.lock in it says that it is a build"):
-        check_target(_context(tmp_path))
+        check_output(_context(tmp_path))
 
 
 def test_an_empty_folder_in_a_build_is_somebodys_too(tmp_path: Path) -> None:
     (_artefact(tmp_path) / "mine").mkdir()
     with pytest.raises(BuildError, match="not part of a build: mine/"):
-        check_target(_context(tmp_path))
+        check_output(_context(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_a_lock_of_another_form_is_no_build_of_ours(tmp_path: Path, text: str) -
     assert not is_whole(target)
     assert previous_keys(target) == {}
     with pytest.raises(BuildError, match=r"report.html"):
-        check_target(_context(tmp_path))
+        check_output(_context(tmp_path))
 
 
 # --- what `plan` says of the stages -----------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_from_nothing_to_a_finished_build(tmp_path: Path) -> None:
     (tune / "done.json").write_text("{}")
     assert [s.name for s in _statuses(tmp_path).values() if s.cached] == ["tune"]
 
-    target = context.workspace.target
+    target = context.workspace.directory
     target.mkdir(parents=True)
     (target / "report.html").write_text("report")
     write_lock(target / "soka.lock", {"stages": context.keys, "files": {"report.html": 6}})

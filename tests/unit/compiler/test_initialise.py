@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import soka_serve
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.opened import Base
-from soka_serve.base.targets import Target, resolve_targets
+from soka_serve.base.targets import TargetModule, resolve_targets
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.init.initialise import InitRun, share_of
 from soka_serve.compiler.init.result import Initialisation
@@ -27,7 +27,7 @@ from soka_serve.manifest.schema import Manifest
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
-def _targets(*rules: dict[str, Any], base: Path | None = None) -> list[Target]:
+def _targets(*rules: dict[str, Any], base: Path | None = None) -> list[TargetModule]:
     manifest = Manifest.model_validate(
         {
             "schema": 1,
@@ -48,7 +48,7 @@ def _start(base: Base, *rules: dict[str, Any], **options: Any) -> Initialisation
     return _initialise(_targets(*rules), base, **options)
 
 
-def _initialise(targets: list[Target], base: Base, **options: Any) -> Initialisation:
+def _initialise(targets: list[TargetModule], base: Base, **options: Any) -> Initialisation:
     with TemporaryDirectory() as scratch:
         return InitRun(targets, base, Path(scratch), progress=False, **options).initialise()
 
@@ -135,12 +135,12 @@ def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
             assert torch.equal(factors.left, got.factors[name].left)
 
 
-def _in_threads(targets: list[Target], base: Base, count: int) -> list[Initialisation]:
+def _in_threads(targets: list[TargetModule], base: Base, count: int) -> list[Initialisation]:
     """What each of several "processes" gets, which exchange their lists at a barrier."""
     barrier = threading.Barrier(count)
     rounds: list[dict[int, list[Any]]] = []
 
-    class OneOf(Processes):
+    class RankProcesses(Processes):
         def __init__(self, index: int) -> None:
             self.count, self.index, self._rounds = count, index, iter(range(9))
 
@@ -154,7 +154,7 @@ def _in_threads(targets: list[Target], base: Base, count: int) -> list[Initialis
             return [item for i in range(count) for item in rounds[number][i]]
 
     def run(index: int) -> Initialisation:
-        return _initialise(targets, base, processes=OneOf(index))
+        return _initialise(targets, base, processes=RankProcesses(index))
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))

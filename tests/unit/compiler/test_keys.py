@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from soka_serve.compiler.context import prepare
-from soka_serve.compiler.keys import Inputs, stage_keys
+from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.rules import LLAMA_PROJECTIONS
 from soka_serve.manifest.schema import Manifest
 
-INPUTS = Inputs(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
+INPUTS = InputHashes(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
 MODULES = ["model.layers.0.self_attn.q_proj"]
 
 

@@ -22,7 +22,7 @@ from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.preview import preview
 from soka_serve.comparison.run import measure_run
 from soka_serve.comparison.suite import LoadedSuite, parse_suite
-from soka_serve.compiler.methods import FULL, METHODS, Merging, Start, in_manifests
+from soka_serve.compiler.methods import FULL, METHODS, DenseOutput, StartingPoint, in_manifests
 from soka_serve.compiler.methods.lora import Lora
 from soka_serve.io.safetensors import read_header
 from soka_serve.kron import kpsvd
@@ -54,7 +54,7 @@ def build(method: str, folder: Path) -> Any:
         for m in modules():
             shape = balanced_shape(m.out_features, m.in_features)
             factors[m.name] = kpsvd(weights[f"{m.name}.weight"], shape, RANK).factors
-    start = Start(
+    start = StartingPoint(
         targets=[m.name for m in modules()],
         rank=RANK,
         base_name=str(base_directory()),
@@ -145,7 +145,7 @@ class Toy(Lora):
     def parameters(self, module: Module, rank: int) -> int:
         return super().parameters(module, 1)
 
-    def config(self, start: Start) -> Any:
+    def config(self, start: StartingPoint) -> Any:
         return super().config(replace(start, rank=1))
 
 
@@ -183,7 +183,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("dtype", "wide", "others"), [("auto", "F32", "BF16"), ("float16", "F16", "F16")])
 def test_each_weight_keeps_its_own_dtype(tmp_path: Path, base: Path, dtype: Dtype, wide: str, others: str) -> None:
-    FULL.merge(base_directory(), Merging(Base(base), tmp_path / "out", dtype, "base", progress=False))
+    FULL.merge(base_directory(), DenseOutput(Base(base), tmp_path / "out", dtype, "base", progress=False))
     written = read_header(tmp_path / "out" / "model.safetensors")
     assert written[WIDE].dtype == wide
     assert set(Counter(info.dtype for name, info in written.items() if name != WIDE)) == {others}

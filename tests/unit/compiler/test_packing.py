@@ -13,7 +13,7 @@ import transformers as hf
 
 from soka_serve.compiler.train.packing import check_packing
 from soka_serve.data.collate import PadCollator
-from soka_serve.data.encode import Encoded, Packed, pack_examples
+from soka_serve.data.encode import EncodedExample, PackedRow, pack_examples
 from soka_serve.errors import PlanError
 from tests.support.training import VOCABULARY, make_base, run_training
 
@@ -95,13 +95,13 @@ def ready(make: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def examples() -> list[Encoded]:
+def examples() -> list[EncodedExample]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (20, 30, 13)]
-    return [Encoded(tokens, tokens) for tokens in ids]
+    return [EncodedExample(tokens, tokens) for tokens in ids]
 
 
-def check(model: Any, rows: list[Packed] | None = None, *, together: bool = True) -> None:
+def check(model: Any, rows: list[PackedRow] | None = None, *, together: bool = True) -> None:
     @torch.no_grad()
     def forward(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = model(**{k: v for k, v in batch.items() if k != "labels"}).logits

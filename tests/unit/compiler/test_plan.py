@@ -13,7 +13,7 @@ import pytest
 from soka_serve.base.modules import ModelSize, Module, modules_from_config, size_from_config
 from soka_serve.base.opened import Base
 from soka_serve.compiler.methods import METHODS
-from soka_serve.compiler.plan.estimate import Setting, estimate_memory
+from soka_serve.compiler.plan.estimate import TrainingSetup, estimate_memory
 from soka_serve.compiler.plan.plan import make_plan
 from soka_serve.compiler.plan.policies import policies_for
 from soka_serve.compiler.plan.text import render_plan
@@ -263,7 +263,7 @@ def test_default_plan_is_quick_and_without_torch() -> None:
 
 def test_memory_without_modules_is_finite() -> None:
     size = ModelSize(100, 0, 400, "float32", 8, 10, 1)
-    setting = Setting(
+    setting = TrainingSetup(
         size=size,
         modules=[],
         tokens=4,

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from soka_serve.base.modules import Module
-from soka_serve.base.targets import Target
+from soka_serve.base.targets import TargetModule
 from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_targets
 from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.data.collate import IGNORED, PadCollator
-from soka_serve.data.encode import Encoded
+from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import CheckpointError
 from soka_serve.manifest.rules import Adapt
 from tests.support.tiny_models import small_config
@@ -32,13 +32,13 @@ def model() -> Any:
     return LlamaForCausalLM(small_config(**SIZES)).double().eval().requires_grad_(False)
 
 
-def _examples() -> list[Encoded]:
+def _examples() -> list[EncodedExample]:
     """Six examples whose lengths, and shares of trained tokens, differ."""
     generator = torch.Generator().manual_seed(1)
     examples = []
     for length, masked in ((5, 1), (9, 8), (4, 2), (12, 3), (7, 6), (6, 1)):
         ids = torch.randint(3, 32, (length,), generator=generator).tolist()
-        examples.append(Encoded(ids, [IGNORED] * masked + ids[masked:]))
+        examples.append(EncodedExample(ids, [IGNORED] * masked + ids[masked:]))
     return examples
 
 
@@ -47,10 +47,10 @@ def _batches() -> list[Batch]:
     return [collate(examples[i : i + 2]) for i in range(0, 6, 2)]
 
 
-def _target(model: Any, name: str, **rule: Any) -> Target:
+def _target(model: Any, name: str, **rule: Any) -> TargetModule:
     weight = model.get_submodule(name).weight
     module = Module(name, weight.shape[0], weight.shape[1], int(name.split(".")[2]), "float64")
-    return Target(module, Adapt(**rule), (0,), None)
+    return TargetModule(module, Adapt(**rule), (0,), None)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -225,7 +225,7 @@ def test_few_statistics_lie_in_memory_together() -> None:
     sizes = {"q": (64, 64), "k": (64, 64), "o": (64, 64), "gate": (172, 64), "up": (172, 64), "down": (64, 172)}
     for rule, counts in (({"init": "gradient"}, [2, 2, 2]), ({"calibration_batches": 1}, [2, 4])):
         targets = [
-            Target(Module(f"model.layers.0.{name}", *size, 0, "float32"), Adapt(**rule), (0,), None)
+            TargetModule(Module(f"model.layers.0.{name}", *size, 0, "float32"), Adapt(**rule), (0,), None)
             for name, size in sizes.items()
         ]
         most = 172 * 64 + 64 * 64 if "init" in rule else 172 * 172 + 64 * 64

@@ -13,9 +13,9 @@ import pytest
 
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.report.data import (
+    AnswerPair,
     HistoryPoint,
     ReportData,
-    Sample,
     history_points,
     rank_history,
 )
@@ -109,7 +109,7 @@ def test_untrusted_text_stays_text(data: ReportData, hostile: str) -> None:
         name=hostile,
         description=hostile,
         base_name=hostile,
-        samples=[Sample(hostile, hostile, hostile, hostile, False, True)],
+        samples=[AnswerPair(hostile, hostile, hostile, hostile, False, True)],
         manifest_text=hostile,
         data_summary={hostile: hostile},
         lock={hostile: {hostile: hostile}},
@@ -125,7 +125,7 @@ def test_untrusted_text_stays_text(data: ReportData, hostile: str) -> None:
 
 
 def test_characters_that_html_forbids_or_that_reorder_text_are_made_visible(data: ReportData) -> None:
-    html = render_report(replace(data, samples=[Sample("a\x00b", "\x1b[31m", "c\u202ed", "\ud800", None, None)]))
+    html = render_report(replace(data, samples=[AnswerPair("a\x00b", "\x1b[31m", "c\u202ed", "\ud800", None, None)]))
     assert "a␀b" in html
     assert "␛[31m" in html
     assert "c[U+202E]d" in html

@@ -17,9 +17,9 @@ from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
 from soka_serve.base.opened import Base
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.methods import METHODS, Merging, in_manifests
+from soka_serve.compiler.methods import METHODS, DenseOutput, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
-from soka_serve.data.encode import Encoded, EncodedSet
+from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
 from tests.support.training import (
@@ -121,7 +121,9 @@ def test_pissa_trains_what_it_says(base: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])
 def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: str) -> None:
     result = run_training(base, tmp_path / "run", method=method)
-    METHODS[method].merge(result.directory, Merging(Base(base), tmp_path / "merged", "auto", "base", progress=False))
+    METHODS[method].merge(
+        result.directory, DenseOutput(Base(base), tmp_path / "merged", "auto", "base", progress=False)
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert merged.dtype == torch.float32
     trained = logits_of(load_trained(base, result))
@@ -253,7 +255,7 @@ def test_early_stopping_keeps_the_best(base: Path, tmp_path: Path) -> None:
     assert sum(per_batch) / 4 == pytest.approx(evaluated[best], rel=1e-4)
 
 
-NO_LABELS = EncodedSet([Encoded([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)
+NO_LABELS = EncodedSet([EncodedExample([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)
 
 
 @pytest.mark.parametrize(

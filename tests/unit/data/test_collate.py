@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from soka_serve.base.model import load_base
-from soka_serve.data.collate import IGNORED, PadCollator, Rows, has_target
-from soka_serve.data.encode import Encoded, Packed, pack_examples
+from soka_serve.data.collate import IGNORED, PadCollator, TokenDataset, has_target
+from soka_serve.data.encode import EncodedExample, PackedRow, pack_examples
 from tests.support.training import make_base, make_examples
 
 
@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
 
 
 def test_rows_are_padded_to_the_longest() -> None:
-    batch = PadCollator(pad_id=9)([Encoded([1, 2, 3], [IGNORED, 2, 3]), Encoded([4], [4])])
+    batch = PadCollator(pad_id=9)([EncodedExample([1, 2, 3], [IGNORED, 2, 3]), EncodedExample([4], [4])])
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 2, 3], [4, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
@@ -31,13 +31,13 @@ def test_rows_are_padded_to_the_longest() -> None:
 
 
 def test_rows_are_padded_to_a_multiple() -> None:
-    batch = PadCollator(pad_id=0, multiple_of=8)([Encoded([1] * 9, [1] * 9)])
+    batch = PadCollator(pad_id=0, multiple_of=8)([EncodedExample([1] * 9, [1] * 9)])
     assert {tuple(t.shape) for t in batch.values()} == {(1, 16)}
 
 
 def test_packed_rows_have_positions_and_no_mask() -> None:
-    row = Packed([1, 2, 3, 4], [IGNORED, 2, 3, 4], [0, 1, 0, 1])
-    batch = PadCollator(pad_id=9)([row, Packed([5] * 6, [5] * 6, list(range(6)))])
+    row = PackedRow([1, 2, 3, 4], [IGNORED, 2, 3, 4], [0, 1, 0, 1])
+    batch = PadCollator(pad_id=9)([row, PackedRow([5] * 6, [5] * 6, list(range(6)))])
     assert "attention_mask" not in batch
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5]]
     # The first token of an example is never a target, even when its label was left on (label 3 here).
@@ -93,6 +93,6 @@ def test_an_example_with_nothing_to_learn_is_recognised() -> None:
 
 def test_rows_is_a_dataset() -> None:
     examples = make_examples(3).examples
-    rows = Rows(examples)
+    rows = TokenDataset(examples)
     assert len(rows) == 3
     assert rows[1] is examples[1]

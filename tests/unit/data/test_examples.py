@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin.tasks import generate
-from soka_serve.data.encode import MASKED, Encoded, encode_examples, pack_examples
+from soka_serve.data.encode import MASKED, EncodedExample, encode_examples, pack_examples
 from soka_serve.data.examples import DataReader, Example
 from soka_serve.data.rows import UnreachableDataError
 from soka_serve.data.sources import count_examples, data_sha256
@@ -250,12 +250,12 @@ def encode(examples: list[Example], max_length: int = 100, overlong: Any = "drop
 
 def test_prompt_is_masked_and_eos_appended() -> None:
     found = encode([Example("a b", " c")])
-    assert found.examples == [Encoded([0, 2, 6, 3, 6, 4, 1], [MASKED] * 4 + [6, 4, 1])]
+    assert found.examples == [EncodedExample([0, 2, 6, 3, 6, 4, 1], [MASKED] * 4 + [6, 4, 1])]
     assert (found.tokens, found.trained_tokens, found.longest) == (7, 3, 7)
 
 
 def test_whole_text_loss() -> None:
-    assert encode([Example("a", "b")], completion_only=False).examples == [Encoded([0, 2, 3, 1], [0, 2, 3, 1])]
+    assert encode([Example("a", "b")], completion_only=False).examples == [EncodedExample([0, 2, 3, 1], [0, 2, 3, 1])]
 
 
 def test_eos_is_not_doubled() -> None:
@@ -269,7 +269,7 @@ def test_overlong_examples_are_dropped_or_cut() -> None:
     cut = encode(examples, 4, "truncate")
     # The third keeps no trained token, so nothing of it can be learned.
     assert (len(cut.examples), cut.dropped, cut.truncated, cut.longest) == (2, 1, 1, 7)
-    assert cut.examples[1] == Encoded([0, 2, 3, 4], [MASKED, MASKED, 3, 4])
+    assert cut.examples[1] == EncodedExample([0, 2, 3, 4], [MASKED, MASKED, 3, 4])
 
 
 def test_everything_too_long() -> None:
@@ -289,8 +289,8 @@ def test_order_is_kept_across_chunks() -> None:
 
 
 def test_first_fit_by_hand() -> None:
-    def example(length: int, mark: int) -> Encoded:
-        return Encoded([mark] * length, [mark] * length)
+    def example(length: int, mark: int) -> EncodedExample:
+        return EncodedExample([mark] * length, [mark] * length)
 
     rows = pack_examples([example(6, 1), example(7, 2), example(4, 3), example(3, 4), example(10, 5)], 10)
     assert [r.input_ids for r in rows] == [[1] * 6 + [3] * 4, [2] * 7 + [4] * 3, [5] * 10]
@@ -300,13 +300,13 @@ def test_first_fit_by_hand() -> None:
 
 def test_packing_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="11 tokens does not fit rows of 10"):
-        pack_examples([Encoded([0] * 11, [0] * 11)], 10)
+        pack_examples([EncodedExample([0] * 11, [0] * 11)], 10)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 20), max_size=60))
 def test_packing_is_first_fit_and_loses_nothing(lengths: list[int]) -> None:
-    encoded = [Encoded([i] * n, [i] * n) for i, n in enumerate(lengths)]
+    encoded = [EncodedExample([i] * n, [i] * n) for i, n in enumerate(lengths)]
     rows = pack_examples(encoded, 20)
     expected: list[list[int]] = []
     for index, length in enumerate(lengths):  # the obvious quadratic way

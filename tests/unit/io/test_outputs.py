@@ -11,10 +11,10 @@ from soka_serve.comparison.records import Records
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io import files
 from soka_serve.io.lockfile import write_lock
-from soka_serve.io.outputs import Output, check_results
+from soka_serve.io.outputs import OutputKind, check_results
 from soka_serve.io.places import check_place
 
-THINGS = Output("a thing", lambda lock: (lock or {}).get("kind") == "thing", lambda *_: ["a.json", "sub/*.txt"])
+THINGS = OutputKind("a thing", lambda lock: (lock or {}).get("kind") == "thing", lambda *_: ["a.json", "sub/*.txt"])
 
 
 @pytest.fixture

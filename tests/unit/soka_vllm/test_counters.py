@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import REGISTRY
 
-from soka_vllm.counters import _MOST_NAMES, BASE, OTHERS, UNLOADED, Counters, Names
+from soka_vllm.counters import _MOST_NAMES, BASE, OTHERS, UNLOADED, AdapterLabels, Counters
 
 
 @pytest.fixture(autouse=True)
@@ -14,7 +14,7 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_of_a_server() -> None:
-    names = Names()
+    names = AdapterLabels()
     assert names.label(None) == BASE
     assert names.label("a") == "a"  # an engine in the caller's own process is told of no loads
     names.load("b")
@@ -25,7 +25,7 @@ def test_names_of_a_server() -> None:
 
 def test_where_series_cannot_be_taken_back_there_are_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
-    names = Names()
+    names = AdapterLabels()
     labels = set()
     for at in range(3 * _MOST_NAMES):
         names.load(f"a{at}")

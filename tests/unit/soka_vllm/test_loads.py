@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from soka_vllm import engine
-from soka_vllm.engine import Adapters, add_lora, add_request, prefix_keys
+from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys
 from soka_vllm.settings import KEEP_VARIABLE, keep_limit
 
 
@@ -215,8 +215,8 @@ def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:
 # --- what workers are told to keep ------------------------------------------------------------------------------------
 
 
-def kept(limit: int, **sizes: int) -> Adapters:
-    adapters = Adapters(limit)
+def kept(limit: int, **sizes: int) -> EngineAdapters:
+    adapters = EngineAdapters(limit)
     for name, size in sizes.items():
         adapters.nbytes[int(name.removeprefix("a"))] = size
     return adapters
