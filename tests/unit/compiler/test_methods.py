@@ -152,7 +152,7 @@ class Toy(Lora):
 def test_a_further_method_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "toy", Toy("toy", "Toy"))
     suite = parse_suite(SUITE, "s.toml")
-    loaded = LoadedSuite(suite, tmp_path / "s.toml", tmp_path, "0" * 64)
+    loaded = LoadedSuite(suite, tmp_path / "s.toml", tmp_path, SUITE, "0" * 64)
     assert preview(loaded).parameters == {"mine": (counted := 4 * 2 * 128, counted)}
     record = measure_run(loaded, RunSpec("mine", "math", "final", 1e-2, 0, "k"), tmp_path)
     assert record["status"] == "done"

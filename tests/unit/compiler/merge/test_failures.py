@@ -152,14 +152,14 @@ from pathlib import Path
 from soka_serve.compiler.merge import resume as merge_resume
 from soka_serve.compiler.merge.merge import merge
 
-real, base, adapter, out = merge_resume.Finished.add, *map(Path, sys.argv[1:])
+real, base, adapter, out = merge_resume.MergeJournal.add, *map(Path, sys.argv[1:])
 
 def add(self, new, name, digest):
     real(self, new, name, digest)
     if len(self.files) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-merge_resume.Finished.add = add
+merge_resume.MergeJournal.add = add
 merge(adapter, base=base, out=out, verify=False, progress=False)
 """
 
