@@ -184,12 +184,10 @@ def _forwards(walk: LayerWalk, layer: int, hidden: Sequence[Tensor], above: dict
 def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetStatistics]:
     """Gradients, from the last layer to the first that has targets."""
     model, rows, walk = passes.model, passes.rows, passes.walk
-    trained = sum(r.trained for r in rows)
-    loss = [r.trained / trained for r in rows]  # a row's loss is a mean over its own trained tokens
 
     def whole(at: int) -> None:
         with torch.enable_grad():
-            (model(**rows[at].inputs).loss * loss[at]).backward()
+            model(**rows[at].inputs).loss.backward()
 
     for group in passes.outside:
         yield from _stored(_gradients(model, rows, group, whole), group, scratch)
@@ -207,8 +205,7 @@ def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
             run(at)
         hidden = [above[at] for at in range(len(rows))]
     slopes = [
-        walk.loss_gradient(at, hidden[at]) * loss[at] if r.trained else torch.zeros_like(hidden[at])
-        for at, r in enumerate(rows)
+        walk.loss_gradient(at, hidden[at]) if r.trained else torch.zeros_like(hidden[at]) for at, r in enumerate(rows)
     ]
     for layer in range(len(walk.layers) - 1, first - 1, -1):
         below: dict[int, Tensor] = {}
@@ -257,18 +254,19 @@ def _read(file: Path, name: str) -> Tensor:
 
 
 def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run) -> dict[str, Tensor]:
-    """The gradients of a group's weights. `run` adds to them each row's share in the loss over all rows."""
+    """The gradients of a group's weights. `run` gives those of the mean loss of its rows' trained tokens."""
     weights = {t.module.name: cast(nn.Parameter, model.get_submodule(t.module.name).weight) for t in group}
     sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
-    counting: set[str] = set()  # of the rows at hand
+    totals = {t.module.name: sum(r.trained for r in rows if r.batch < t.rule.batches) for t in group}
+    shares: dict[str, float] = {}  # of the rows at hand in the trained tokens of a target's batches
 
     def make_adder(name: str) -> Callable[[Tensor], None]:
         def add(weight: Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
-            if name in counting:
+            if name in shares:
                 # By pieces: adding another dtype makes a copy in the sum's.
                 gradient = cast(Tensor, weight.grad)
                 for total, part in zip(torch.split(sums[name], _ROWS), torch.split(gradient, _ROWS), strict=True):
-                    total.add_(part)
+                    total.add_(part, alpha=shares[name])
             weight.grad = None
 
         return add
@@ -280,8 +278,8 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule
             handles.append(weight.register_post_accumulate_grad_hook(make_adder(name)))  # type: ignore[no-untyped-call]
         for at, r in enumerate(rows):
             if r.trained:
-                counting.clear()
-                counting.update(t.module.name for t in group if r.batch < t.rule.batches)
+                counting = [t.module.name for t in group if r.batch < t.rule.batches]
+                shares = {name: r.trained / totals[name] for name in counting}
                 run(at)
     finally:
         for handle in handles:
@@ -289,13 +287,9 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
-    trained = sum(r.trained for r in rows)
-    for target in group:
-        total = sums[target.module.name]
-        # The mean over the trained tokens of the target's own batches.
-        total.mul_(trained / sum(r.trained for r in rows if r.batch < target.rule.batches))
+    for name, total in sums.items():
         if not math.isfinite(energy_of(total)):
-            raise _not_finite(model, target.module.name, "gradient")
+            raise _not_finite(model, name, "gradient")
     return sums
 
 

@@ -188,6 +188,17 @@ def test_a_module_that_no_token_reaches(routed: Any, caplog: pytest.LogCaptureFi
     assert gradients[query].any()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("walked", [True, False])
+def test_rows_without_trained_tokens_have_a_gradient_of_zero(
+    model: Any, walked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not walked:
+        monkeypatch.setattr(model, "get_decoder", lambda: None)
+    batches = [{**batch, "labels": torch.full_like(batch["labels"], IGNORED)} for batch in _batches()]
+    ((_, gradient, _),) = gather(model, batches, [_target(model, QUERY, init="gradient")])
+    assert not gradient.any()  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("stop_early", [False, True])
 def test_the_model_is_left_as_it_was_found(model: Any, stop_early: bool) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
