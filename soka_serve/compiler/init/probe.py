@@ -2,7 +2,7 @@
 
 The decoder layers are walked one by one (see `walk`), so a whole model costs one forward pass over the batches, and
 for gradients one backward pass as well. In memory lie the hidden states and one layer's statistics in float32:
-gradients of at most six times the largest weight, or moments of at most four of the widest input. A layer that has
+gradients of at most five times the largest weight, or moments of at most four of the widest input. A layer that has
 more is run again.
 """
 
@@ -37,8 +37,7 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Tensor]
 
-_ROWS = 256
-_GRADIENTS_AT_ONCE, _MOMENTS_AT_ONCE = 6, 4  # of the largest weight, of the widest second moment (some share one)
+_GRADIENTS_AT_ONCE, _MOMENTS_AT_ONCE = 5, 4  # of the largest weight, of the widest second moment (some share one)
 
 
 @dataclass(frozen=True)
@@ -255,27 +254,33 @@ def _read(file: Path, name: str) -> Tensor:
 
 def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run) -> dict[str, Tensor]:
     """The gradients of a group's weights. `run` gives those of the mean loss of its rows' trained tokens."""
-    weights = {t.module.name: cast(nn.Parameter, model.get_submodule(t.module.name).weight) for t in group}
-    sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+    modules = {t.module.name: model.get_submodule(t.module.name) for t in group}
+    sums = {
+        name: torch.zeros_like(cast(Tensor, module.weight), dtype=torch.float32) for name, module in modules.items()
+    }
     totals = {t.module.name: sum(r.trained for r in rows if r.batch < t.rule.batches) for t in group}
     shares: dict[str, float] = {}  # of the rows at hand in the trained tokens of a target's batches
 
-    def make_adder(name: str) -> Callable[[Tensor], None]:
-        def add(weight: Tensor) -> None:  # at once, so that one gradient at a time lies beside the sums
-            if name in shares:
-                # By pieces: adding another dtype makes a copy in the sum's.
-                gradient = cast(Tensor, weight.grad)
-                for total, part in zip(torch.split(sums[name], _ROWS), torch.split(gradient, _ROWS), strict=True):
-                    total.add_(part, alpha=shares[name])
-            weight.grad = None
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
+        total = sums[name]
 
-        return add
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+            x: Tensor = (*arguments, *named.values())[0]
 
-    handles = []
+            def add(slope: Tensor) -> None:  # into the sum at once: a weight's own gradient would lie beside it
+                if name in shares:
+                    above, below = (t.reshape(-1, t.shape[-1]).to(total) for t in (slope, x))
+                    total.addmm_(above.t(), below, alpha=shares[name])
+
+            if not output.requires_grad:  # the first module of a pass: no weight is trained
+                output = output.detach().requires_grad_(True)
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    handles = [module.register_forward_hook(make_hook(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        for name, weight in weights.items():
-            weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(make_adder(name)))  # type: ignore[no-untyped-call]
         for at, r in enumerate(rows):
             if r.trained:
                 counting = [t.module.name for t in group if r.batch < t.rule.batches]
@@ -284,9 +289,6 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule
     finally:
         for handle in handles:
             handle.remove()
-        for weight in weights.values():
-            weight.requires_grad_(False)
-            weight.grad = None
     for name, total in sums.items():
         if not math.isfinite(energy_of(total)):
             raise _not_finite(model, name, "gradient")
