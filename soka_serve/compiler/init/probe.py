@@ -274,7 +274,7 @@ def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule
 
             if not output.requires_grad:  # the first module of a pass: no weight is trained
                 output = output.detach().requires_grad_(True)
-            output.register_hook(add)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
 
         return hook
