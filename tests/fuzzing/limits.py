@@ -11,7 +11,7 @@ import resource
 import signal
 import stat
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -35,21 +35,21 @@ class Peak:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Raise where a case takes more than HANG_S, WAIT_S or MEMORY; more memory is not given, which is a MemoryError."""
+def bounded(most: int = MEMORY) -> Iterator[None]:
+    """Raise where a case takes more than HANG_S, WAIT_S or `most` bytes; more are not given, which is a MemoryError."""
     memory = psutil.Process().memory_info()
     limit = resource.getrlimit(resource.RLIMIT_AS)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    resource.setrlimit(resource.RLIMIT_AS, (memory.vms + MEMORY, limit[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (memory.vms + most, limit[1]))
     try:
-        with _timed(signal.ITIMER_PROF, signal.SIGPROF, HANG_S, "processor time"), limited(WAIT_S):
+        with limited(HANG_S):
             yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
         grown = _peak() - memory.rss
         Peak.resident = max(Peak.resident, grown)
-        if grown > MEMORY:
+        if grown > most:
             raise OverLimitError(f"{grown:,} bytes more were resident")
 
 
@@ -61,9 +61,14 @@ def _peak() -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), 0)
 
 
-def limited(seconds: float) -> AbstractContextManager[None]:
-    """Raise where it takes longer, by the clock."""
-    return _timed(signal.ITIMER_REAL, signal.SIGALRM, seconds, "waiting")
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise where it takes more processor time, or WAIT_S by the clock."""
+    with (
+        _timed(signal.ITIMER_PROF, signal.SIGPROF, seconds, "processor time"),
+        _timed(signal.ITIMER_REAL, signal.SIGALRM, WAIT_S, "waiting"),
+    ):
+        yield
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -243,22 +242,16 @@ def test_every_shipped_manifest_plans(path: Path) -> None:
 
 def test_default_plan_is_quick_and_without_torch() -> None:
     code = (
-        "import sys; from pathlib import Path\n"
+        "import sys, time; from pathlib import Path\n"
         "from soka_serve.manifest.read import read_manifest\n"
         "from soka_serve.compiler.plan.plan import make_plan\n"
         "from soka_serve.compiler.plan.text import render_plan\n"
         "render_plan(make_plan(read_manifest(Path(sys.argv[1]))))\n"
         "bad = {'torch', 'transformers', 'datasets', 'numpy', 'peft'} & set(sys.modules)\n"
-        "sys.exit(f'imported {bad}' if bad else 0)"
+        "assert not bad, bad\n"
+        "assert time.process_time() < 2  # of the processor's, which other programs do not lengthen"
     )
-
-    def seconds() -> float:
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", code, str(ROOT / "manifests" / "math.toml")], check=True, cwd=ROOT)
-        return time.monotonic() - started
-
-    # The best of three: a busy machine shall not fail the test.
-    assert min(seconds() for _ in range(3)) < 2
+    subprocess.run([sys.executable, "-c", code, str(ROOT / "manifests" / "math.toml")], check=True, cwd=ROOT)
 
 
 def test_memory_without_modules_is_finite() -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -31,25 +28,13 @@ from soka_vllm.lycoris import read_lycoris
 from soka_vllm.patterns import Matcher, match_for_vllm, matching
 from soka_vllm.stock import look_at_lora
 from tests.fuzzing.adapters import write_good_adapter
-from tests.fuzzing.limits import limited
+from tests.fuzzing.limits import bounded, limited
 from tests.fuzzing.lokr import served
 from tests.fuzzing.spoil import copy_of
 from tests.support import hostile_adapters as hostile
 
-SECONDS, MIB = 10, 512
+SECONDS, MEMORY = 10, 512 << 20
 ANSWER_CHARACTERS = 8000
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """Raise where it takes more than SECONDS or MIB."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + MIB * (1 << 20), before[1]))
-    try:
-        with limited(SECONDS):
-            yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +70,7 @@ def test_hostile_adapters_cost_little(good: Path, start: str, kind: str) -> None
     spoil, reason = KINDS[start][kind]
     with copy_of(good / start) as folder:
         spoil(folder)
-        with bounded():
+        with bounded(MEMORY):
             if not reason:  # a pattern that matches nothing
                 READERS[start](folder)
                 return
@@ -132,13 +117,13 @@ def test_lycoris_products(tmp_path: Path) -> None:
         tensors |= {key + "w1": torch.ones(1, 1), key + "w2_a": torch.ones(16_000, 1)}
         tensors |= {key + "w2_b": torch.ones(1, 16_000)}
     save_file(tensors, tmp_path / "kron.safetensors")
-    with bounded(), pytest.raises(CheckpointError, match="which is too large"):
+    with bounded(MEMORY), pytest.raises(CheckpointError, match="which is too large"):
         read_lycoris(tmp_path, served())
 
 
 def test_good_adapters_are_read_within_the_budget(good: Path) -> None:
     for start, read in READERS.items():
-        with bounded():
+        with bounded(MEMORY):
             read(good / start)
 
 
