@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from soka_serve.base.modules import Module, llama_parameters, modules_from_config
 from soka_serve.base.opened import Base
@@ -17,17 +18,9 @@ from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.rules import RankEnergy, RankFixed
 from soka_serve.manifest.schema import Manifest
+from tests.support.plans import LLAMA2_7B
 
-LLAMA2 = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-    "torch_dtype": "float16",
-}
+LLAMA2 = json.loads((LLAMA2_7B / "config.json").read_text())
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -39,21 +32,6 @@ def manifest(*rules: dict[str, Any]) -> Manifest:
 @pytest.fixture(scope="module")
 def modules() -> list[Module]:
     return modules_from_config(LLAMA2)
-
-
-def write_headers(directory: Path, shapes: dict[str, tuple[str, list[int]]], config: dict[str, Any]) -> None:
-    """A safetensors file of zeros."""
-    width = {"F32": 4, "BF16": 2, "F16": 2}
-    header, end = {}, 0
-    for name, (dtype, shape) in shapes.items():
-        count = width[dtype]
-        for dimension in shape:
-            count *= dimension
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + count]}
-        end += count
-    text = json.dumps(header).encode()
-    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
-    (directory / "config.json").write_text(json.dumps(config))
 
 
 # ------------------------------------------------------------------------------------------------- modules of a base
@@ -93,31 +71,26 @@ def test_config_that_cannot_be(change: dict[str, Any], message: str) -> None:
         modules_from_config(LLAMA2 | change)
 
 
-def write_llama(directory: Path, changes: dict[str, tuple[str, list[int]] | None], **config: Any) -> None:
-    """Headers of a LLaMA of one layer, hidden 8, where `changes` does not say otherwise (None takes a tensor out)."""
-    values = {
-        "model_type": "llama",
-        "hidden_size": 8,
-        "intermediate_size": 6,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 10,
-    } | config
+def write_llama(directory: Path, changes: dict[str, torch.Tensor | None]) -> None:
+    """A LLaMA of zeros, one layer, hidden 8, where `changes` does not say otherwise (None takes a tensor out)."""
+    values = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 6, "vocab_size": 10}
+    values |= {"num_hidden_layers": 1, "num_attention_heads": 2}
     shapes = llama_parameters(values, modules_from_config(values))
-    tensors: dict[str, tuple[str, list[int]] | None] = {n: ("F32", list(shape)) for n, shape in shapes.items()}
-    write_headers(directory, {n: t for n, t in (tensors | changes).items() if t is not None}, values)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()} | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(values))
 
 
 def test_headers_give_dtypes_and_what_the_model_does_not_use(tmp_path: Path) -> None:
     down = "model.layers.0.mlp.down_proj.weight"
     rope = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    mtp = {f"model.layers.1.{name}.weight": ("F32", [8, 8]) for name in ("self_attn.q_proj", "eh_proj")}
-    write_llama(tmp_path, {down: ("BF16", [8, 6]), rope: ("F32", [4]), **mtp})
+    mtp = {f"model.layers.1.{name}.weight": torch.zeros(8, 8) for name in ("eh_proj", "self_attn.q_proj")}
+    write_llama(tmp_path, {down: torch.zeros(8, 6, dtype=torch.bfloat16), rope: torch.zeros(4), **mtp})
     base = Base(tmp_path).layout
     assert [m.projection for m in base.modules] == list(PROJECTIONS)
     assert base.modules[-1] == Module("model.layers.0.mlp.down_proj", 8, 6, 0, "bfloat16")
     assert base.unused == tuple(mtp)
-    assert "2 tensors of 2 modules that the model does not use, such as model.layers.1.self_attn.q_proj.weight" in str(
+    assert "2 tensors of 2 modules that the model does not use, such as model.layers.1.eh_proj.weight" in str(
         base.describe_unused()
     )
     assert base.size.parameters == 2 * 80 + 4 * 64 + 3 * 48 + 3 * 8
@@ -129,7 +102,7 @@ def test_headers_give_dtypes_and_what_the_model_does_not_use(tmp_path: Path) -> 
     [
         ("model.layers.0.mlp.up_proj.weight", None, "model.layers.0.mlp.up_proj.weight is missing"),
         ("lm_head.weight", None, "lm_head.weight is missing"),
-        ("model.norm.weight", ("F32", [9]), r"model.norm.weight is \(9,\), config.json makes it \(8,\)"),
+        ("model.norm.weight", torch.zeros(9), r"model.norm.weight is \(9,\), config.json makes it \(8,\)"),
     ],
 )
 def test_headers_that_do_not_fit_the_config(tmp_path: Path, name: str, tensor: Any, message: str) -> None:

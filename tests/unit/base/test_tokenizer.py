@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,19 +83,13 @@ TEXTS = [
 ]
 
 
-def bpe(size: int, special: list[str], **options: Any) -> tuple[Tokenizer, trainers.BpeTrainer]:
-    tokenizer = Tokenizer(models.BPE(**options))
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    return tokenizer, trainer
-
-
 def corpus() -> list[str]:
     return [p.prompt + p.completion for p in generate("math", "train", 200)]
 
 
 def build_llama2() -> Tokenizer:
     """SentencePiece-like: a space put before every text, spaces as ▁, byte fallback; the layout of Llama 2's file."""
-    tokenizer, trainer = bpe(400, ["<unk>", "<s>", "</s>"], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=["<unk>", "<s>", "</s>", *[f"<0x{i:02X}>" for i in range(256)]],
@@ -124,7 +119,7 @@ def _plain_bytes(text: str) -> str:
 def build_llama3() -> Tokenizer:
     """Byte-level BPE with header tokens; the layout of Llama 3's file."""
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    tokenizer, trainer = bpe(600, special)
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -263,15 +258,9 @@ def _pair(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple[list[
     return pair.input_ids, pair.prompt_length
 
 
-_TOKENIZERS: dict[str, TextTokenizer] = {}
-
-
+@cache
 def _cached(kind: str) -> TextTokenizer:
-    if kind not in _TOKENIZERS:
-        _TOKENIZERS[kind] = TextTokenizer(
-            BUILDERS[kind](), special_tokens={"eos_token": "</s>"}, eos_id=2 if kind == "llama2" else 1
-        )
-    return _TOKENIZERS[kind]
+    return TextTokenizer(BUILDERS[kind](), special_tokens={"eos_token": "</s>"}, eos_id=2 if kind == "llama2" else 1)
 
 
 def test_a_token_across_the_border_is_split_and_counted() -> None:

@@ -87,11 +87,6 @@ def test_a_finetuned_checkpoint_that_was_moved_is_the_same() -> None:
     assert keys("a", "x")["init"] != keys("a", "y")["init"]
 
 
-def test_a_comment_in_the_manifest_reruns_only_the_papers_that_copy_it() -> None:
-    before, after = (stage_keys(_manifest(), i, MODULES) for i in (INPUTS, replace(INPUTS, manifest="commented")))
-    assert [stage for stage in before if before[stage] != after[stage]] == ["report"]
-
-
 def test_other_weights_or_modules_rerun_everything() -> None:
     keys = stage_keys(_manifest(), INPUTS, MODULES)
     for others in (

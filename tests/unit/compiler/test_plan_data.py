@@ -171,12 +171,6 @@ def test_without_a_tokenizer_examples_are_text(tmp_path: Path) -> None:
     assert plan.data.steps is None
 
 
-def test_missing_file_does_not_stop_a_plan(tmp_path: Path) -> None:
-    plan = tiny(tmp_path, "", 'jsonl = "none.jsonl"')
-    assert plan.data.problem is not None
-    assert "none.jsonl: not found" in plan.data.problem
-
-
 def test_chats_without_a_tokenizer(tmp_path: Path) -> None:
     text = '[base]\nhub = "meta-llama/Llama-2-7b-hf"\n[train.data]\njsonl = "x.jsonl"\nmessages = "m"'
     plan = make_plan(load(tmp_path, text), base=Base(LLAMA2_7B))

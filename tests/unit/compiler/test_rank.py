@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -18,39 +20,23 @@ SPECTRA = st.lists(st.integers(0, 10_000), min_size=1, max_size=40).map(
     lambda values: [float(v) for v in sorted(values, reverse=True)]
 )
 THRESHOLDS = st.floats(0.01, 1.0)
-POLICIES = st.one_of(
-    st.builds(RankFixed, rank=st.integers(1, 50)),
-    st.integers(1, 20).flatmap(
-        lambda low: st.integers(low, 30).flatmap(
-            lambda high: st.integers(high, 40).flatmap(
-                lambda pool: st.one_of(
-                    st.builds(
-                        RankEnergy,
-                        policy=st.just("energy"),
-                        threshold=THRESHOLDS,
-                        of=st.sampled_from(["pool", "total"]),
-                        min=st.just(low),
-                        max=st.just(high),
-                        pool=st.just(pool),
-                    ),
-                    st.builds(
-                        RankElbow, policy=st.just("elbow"), min=st.just(low), max=st.just(high), pool=st.just(pool)
-                    ),
-                    st.builds(
-                        RankSpectrum,
-                        policy=st.just("spectrum"),
-                        threshold=THRESHOLDS,
-                        of=st.sampled_from(["pool", "total"]),
-                        combine=st.sampled_from(["min", "max"]),
-                        min=st.just(low),
-                        max=st.just(high),
-                        pool=st.just(pool),
-                    ),
-                )
-            )
-        )
-    ),
-)
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> RankFixed | RankEnergy | RankElbow | RankSpectrum:
+    limits: Any = dict(zip(("min", "max", "pool"), sorted(draw(st.tuples(*[st.integers(1, 40)] * 3))), strict=True))
+    share: Any = {"threshold": draw(THRESHOLDS), "of": draw(st.sampled_from(["pool", "total"]))}
+    combine: Any = draw(st.sampled_from(["min", "max"]))
+    made = (
+        RankFixed(rank=limits["min"]),
+        RankEnergy(policy="energy", **share, **limits),
+        RankElbow(policy="elbow", **limits),
+        RankSpectrum(policy="spectrum", combine=combine, **share, **limits),
+    )
+    return draw(st.sampled_from(made))
+
+
+POLICIES = policies()
 
 
 @given(SPECTRA, THRESHOLDS, THRESHOLDS, st.floats(1.0, 10.0))

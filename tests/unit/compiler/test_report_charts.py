@@ -99,48 +99,21 @@ def test_marks_outside_are_left_out() -> None:
 
 
 def test_numbers_as_people_read_them() -> None:
-    assert [plain(v) for v in (0, 1, 0.25, 1234, 1e-5, 2.5e9, 0.00123)] == [
-        "0",
-        "1",
-        "0.25",
-        "1,234",
-        "1e-5",
-        "2e9",
-        "0.00123",
-    ]
-    assert [percent(v) for v in (0, 1, 0.0213, 0.93, 1e-7, 0.925)] == ["0%", "100%", "2.13%", "93%", "1e-5%", "92.5%"]
-    assert [size(v) for v in (0, 999, 54640, 3.96e6, 13.5e9, 2e12)] == [
-        "0 bytes",
-        "999 bytes",
-        "54.6 kB",
-        "3.96 MB",
-        "13.5 GB",
-        "2 TB",
-    ]
-    assert [duration(v) for v in (0.04, 9.94, 9.96, 59.6, 92, 7213, math.nan)] == [
-        "0.0 s",
-        "9.9 s",
-        "10 s",
-        "1 min 0 s",
-        "1 min 32 s",
-        "2 h 0 min",
-        "–",
-    ]
-    assert [times(v) for v in (0.711, 1, 5.06, 6823.4)] == ["0.71×", "1×", "5.1×", "6,823×"]
-    assert [span(v) for v in ([], [2, 2], [8, 2])] == ["–", "2", "2–8"]
+    for write, values, expected in (
+        (plain, (0, 1, 0.25, 1234, 1e-5, 2.5e9, 0.00123), "0 | 1 | 0.25 | 1,234 | 1e-5 | 2e9 | 0.00123"),
+        (percent, (0, 1, 0.0213, 0.93, 1e-7, 0.925), "0% | 100% | 2.13% | 93% | 1e-5% | 92.5%"),
+        (size, (0, 999, 54640, 3.96e6, 13.5e9, 2e12), "0 bytes | 999 bytes | 54.6 kB | 3.96 MB | 13.5 GB | 2 TB"),
+        (duration, (0.04, 9.94, 9.96, 59.6, 92), "0.0 s | 9.9 s | 10 s | 1 min 0 s | 1 min 32 s"),
+        (duration, (7213, math.nan), "2 h 0 min | –"),
+        (times, (0.711, 1, 5.06, 6823.4), "0.71× | 1× | 5.1× | 6,823×"),
+        (span, ([], [2, 2], [8, 2]), "– | 2 | 2–8"),
+        (value_text, (None, True, False, 4000, 0.5, math.nan, ["a", 1]), "– | yes | no | 4,000 | 0.5 | nan | a, 1"),
+        (value_text, ("x",), "x"),
+        (moment, ("yesterday",), "yesterday"),
+        (count, (12345.6,), "12,346"),
+    ):
+        assert " | ".join(write(value) for value in values) == expected  # type: ignore[operator]
     assert span([0.1, 0.25], percent) == "10–25%"
-    assert [value_text(v) for v in (None, True, False, 4000, 0.5, math.nan, ["a", 1], "x")] == [
-        "–",
-        "yes",
-        "no",
-        "4,000",
-        "0.5",
-        "nan",
-        "a, 1",
-        "x",
-    ]
-    assert moment("yesterday") == "yesterday"
-    assert count(12345.6) == "12,346"
 
 
 def test_flatten_names_leaves_by_their_dotted_key() -> None:
