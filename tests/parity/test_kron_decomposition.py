@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.builtin import base_directory
 from soka_serve.kron import Factors, decompose, dense_delta, kpsvd
 from soka_serve.kron.decompose import Algorithm
 from soka_serve.kron.factors import rearrange, unrearrange
@@ -170,22 +171,14 @@ def test_truncated_is_near_exact_on_decaying_spectra(decay: float) -> None:
     side = shape.max_rank
     vectors = [torch.linalg.qr(oracle.draw(side, side, seed=seed)).Q for seed in (1, 2)]
     matrix = (vectors[0] * torch.arange(1, side + 1).double() ** -decay) @ vectors[1]
-    weight = dense_delta(Factors(matrix.t().reshape(-1, 32, 24), _unit_rows(24, 32), torch.ones(side).double()))
+    units = torch.eye(24 * 32, dtype=torch.float64).reshape(-1, 24, 32)
+    weight = dense_delta(Factors(matrix.t().reshape(-1, 32, 24), units, torch.ones(side).double()))
     for rank in (1, 8, 64):
         assert -1e-5 < deficit(weight.float(), shape, rank) < 0.005
 
 
-def _unit_rows(p: int, q: int) -> Tensor:
-    return torch.eye(p * q, dtype=torch.float64).reshape(-1, p, q)
-
-
 def test_truncated_is_near_exact_on_trained_weights() -> None:
-    from soka_serve.builtin import base_directory
-
-    directory = base_directory()
-    if not (directory / "config.json").exists() or not list(directory.glob("*.safetensors")):
-        pytest.skip("the embedded base is not there; this test needs trained weights")
-    base = Checkpoint.open(directory)
+    base = Checkpoint.open(base_directory())
     names = [name for name, info in base.tensors.items() if name.endswith("_proj.weight") and min(info.shape) >= 64]
     assert len(names) >= 7
     for name in names:

@@ -205,8 +205,6 @@ def test_blocks_of_any_size(
 
 def test_a_training_checkpoint_counts_with_trained_minus_initial(tmp_path: Path) -> None:
     """Trained and initial terms are large and almost cancel, as they do with init = 'weights'."""
-    from soka_serve.peft import build_soka_model
-
     base = write_base(tmp_path / "base", dtype=torch.float32)
     name = "model.layers.1.self_attn.q_proj"
     start = random_factors(64, 64, 4, 3, scale=2.0)
@@ -232,10 +230,16 @@ def test_independent_acceptance_check(tmp_path: Path, root: Path, dtype: torch.d
     base = write_base(tmp_path / "base", dtype=dtype)
     adapter = write_test_adapter(tmp_path / "adapter", base=base)
     merge(adapter, base=base, out=tmp_path / "merged", progress=False)
-    command = [sys.executable, script, "--base", base, "--adapter", adapter, "--merged", tmp_path / "merged"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, script, "--base", base, "--adapter", adapter, "--merged"]
+    found, wrong = (
+        subprocess.run([*command, merged], capture_output=True, text=True, check=False)
+        for merged in (tmp_path / "merged", base)
+    )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert json.loads(found.stdout.splitlines()[-1])["modules"] == len(all_factors())
+    said = json.loads(found.stdout.splitlines()[-1])
+    assert said["modules"] == len(all_factors())
+    assert said["parameters"] == sum(f.parameters for f in all_factors().values())
+    assert wrong.returncode == 1
 
 
 # --- exports: the same delta with fewer terms, and the best LoRA ------------------------------------------------------

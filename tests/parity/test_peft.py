@@ -15,7 +15,19 @@ from soka_serve.kron import Factors
 from soka_serve.kron.apply import Terms
 from soka_serve.peft import SokaConfig, SokaLinear, get_factors, soka_layers
 from soka_serve.peft.layer import stack_difference
-from tests.support.peft_models import adapted, close, logits, oracle_logits, perturb, saved, spread, tiny_llama, tokens
+from tests.support.peft_models import (
+    adapted,
+    close,
+    logits,
+    oracle_logits,
+    oracle_sum,
+    perturb,
+    saved,
+    spread,
+    tiny_llama,
+    tokens,
+    trainable,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -204,12 +216,11 @@ def test_several_adapters_of_different_ranks_and_shapes(tmp_path: Path) -> None:
 
     model.base_model.set_adapter(["default", "other"])
     both = logits(model, ids)
-    sums = {f"{k}": v for k, v in tensors["default"].items()}
-    weights = oracle_sum(base, [sums, tensors["other"]])
-    assert close(both, weights(ids))
+    summed = oracle_sum(base, [(1.0, tensors["default"]), (1.0, tensors["other"])], ids)
+    assert close(both, summed)
 
     model.merge_adapter()
-    assert close(logits(model, ids), weights(ids))
+    assert close(logits(model, ids), summed)
     with pytest.raises(ValueError, match="merged"):
         model.delete_adapter("other")
     model.unmerge_adapter()
@@ -217,7 +228,7 @@ def test_several_adapters_of_different_ranks_and_shapes(tmp_path: Path) -> None:
 
     with pytest.warns(UserWarning, match="Already following adapters were merged default"):
         merge_one_by_one(model)
-    assert close(logits(model, ids), weights(ids))
+    assert close(logits(model, ids), summed)
     model.unmerge_adapter()
     assert torch.equal(logits(model, ids), both)
 
@@ -237,20 +248,6 @@ def test_several_adapters_of_different_ranks_and_shapes(tmp_path: Path) -> None:
 def merge_one_by_one(model: PeftModel) -> None:
     model.merge_adapter(["default"])
     model.merge_adapter(["other"])
-
-
-def oracle_sum(base: nn.Module, adapters: list[dict[str, Tensor]]) -> Any:
-    """Logits of the float64 base with several dense deltas."""
-    from tests.support.peft_models import oracle_weights
-
-    model = tiny_llama(torch.float64)
-    start = {name: value.double() for name, value in base.state_dict().items()}
-    total = dict(start)
-    for tensors in adapters:
-        for name, value in oracle_weights(base, tensors).items():
-            total[name] = total[name] + value - start[name]
-    model.load_state_dict(total)
-    return lambda ids: logits(model, ids)
 
 
 def test_merging_leaves_a_base_shared_with_another_model_alone() -> None:
@@ -294,9 +291,8 @@ def test_factors_cast_to_bfloat16_still_start_at_exactly_zero() -> None:
     """TRL casts the trainable parameters of a quantised model to bfloat16, and leaves buffers alone."""
     ids = tokens()
     model = adapted(dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in trainable(model):
+        parameter.data = parameter.data.to(torch.bfloat16)
     assert torch.equal(logits(model, ids), logits(tiny_llama(torch.bfloat16), ids))
     perturb(model, 0.2)
     assert not torch.equal(logits(model, ids), logits(tiny_llama(torch.bfloat16), ids))

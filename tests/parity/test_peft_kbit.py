@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from soka_serve.kron import dense_delta, kpsvd
 from soka_serve.peft import SokaConfig, get_factors, soka_layers
-from tests.support.peft_models import logits, perturb, tiny_llama, tokens
+from tests.support.peft_models import logits, perturb, steps, tiny_llama, tokens, trainable
 
 pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
 
@@ -67,14 +67,7 @@ def test_step_0_training_and_reload(
     assert torch.equal(logits(model, ids), before)
 
     # Trained as usual: gradients reach the factors through the quantised layers, the base stays as it is.
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = steps(model, torch.optim.AdamW(trainable(model), lr=2e-2), [ids] * 6)
     assert losses[-1] < losses[0] - 0.2
     for name, weight in base_weights(model).items():
         assert torch.equal(weight, weights[name]), name
@@ -137,9 +130,8 @@ def test_gradient_checkpointing_on_a_prepared_model(kind: str, tmp_path: Path) -
     )
     model = get_peft_model(base, SokaConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert trained
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+    assert trainable(model)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable(model))
 
 
 def test_a_repacked_weight_is_read_merged_and_restored_rightly(tmp_path: Path) -> None:

@@ -11,24 +11,18 @@ from torch import Tensor
 
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import Factors
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
-from tests.support.peft_models import logits, oracle_logits, perturb, tiny_llama, tokens
+from tests.support.kron_oracle import draw_factors
+from tests.support.peft_models import logits, oracle_logits, perturb, saved, steps, tiny_llama, tokens, trainable
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
-SHAPES = {Q: (4, 16, 16, 4), DOWN: (4, 28, 16, 4)}
+SHAPES = {Q: FactorShape(4, 16, 16, 4), DOWN: FactorShape(4, 28, 16, 4)}
 
 
-def given(rank: int = 4) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(3)
-    return {
-        name: Factors(
-            left=torch.randn(rank, m, n, generator=generator) / 8,
-            right=torch.randn(rank, p, q, generator=generator) / 8,
-            sigma=torch.rand(rank, generator=generator) + 0.5,
-        )
-        for name, (m, n, p, q) in SHAPES.items()
-    }
+def given() -> dict[str, Factors]:
+    return {name: draw_factors(shape, 4, 3, torch.float32, scale=0.02) for name, shape in SHAPES.items()}
 
 
 def dense(factors: Factors, k: int) -> Tensor:
@@ -67,12 +61,9 @@ def test_dropping_a_term_takes_exactly_its_training_out(initial: bool, tmp_path:
     assert model.peft_config["default"].soka_modules[Q]["rank"] == 3
     assert not torch.equal(logits(model, ids), before)
 
-    model.save_pretrained(str(tmp_path))
+    oracle = oracle_logits(tiny_llama(), saved(model, tmp_path), ids)
     again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
     assert torch.equal(logits(again, ids), logits(model, ids))
-    from safetensors.torch import load_file
-
-    oracle = oracle_logits(tiny_llama(), load_file(tmp_path / "adapter_model.safetensors"), ids)
     assert torch.allclose(logits(model, ids).double(), oracle, atol=1e-4)
 
 
@@ -80,25 +71,11 @@ def test_dropping_a_term_takes_exactly_its_training_out(initial: bool, tmp_path:
 def test_training_goes_on_as_if_the_dropped_terms_had_never_been(initial: bool) -> None:
     """The kept terms' parameters and AdamW state are bit for bit what they were, so the next steps are the same as
     those of a model that is built with the kept terms and given that state."""
-    ids = tokens()
-
-    def steps(model: PeftModel, optimizer: torch.optim.Optimizer, count: int) -> list[float]:
-        losses = []
-        for _ in range(count):
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    def trainable(model: PeftModel) -> list[Tensor]:
-        return [p for p in model.parameters() if p.requires_grad]
-
+    batches = [tokens()] * 3
     keep = {Q: [0, 3], DOWN: [1]}
     model = build_soka_model(tiny_llama(), given(), initial=initial)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    steps(model, optimizer, 3)
+    steps(model, optimizer, batches)
     identities = [id(p) for p in trainable(model)]
     drop_terms(model, keep, optimizer)
     assert [id(p) for p in trainable(model)] == identities
@@ -114,7 +91,7 @@ def test_training_goes_on_as_if_the_dropped_terms_had_never_been(initial: bool) 
     other = torch.optim.AdamW(trainable(fresh), lr=1e-2)
     for mine, theirs in zip(trainable(fresh), trainable(model), strict=True):
         other.state[mine] = {k: v.clone() for k, v in optimizer.state[theirs].items()}
-    assert steps(model, optimizer, 3) == steps(fresh, other, 3)
+    assert steps(model, optimizer, batches) == steps(fresh, other, batches)
 
 
 def test_gradients_are_cut_too() -> None:
@@ -135,9 +112,9 @@ def test_a_checkpoint_with_fewer_terms_loads_into_a_model_with_more(tmp_path: Pa
     drop_terms(model, {Q: [0, 2], DOWN: [3]})
     model.save_pretrained(str(tmp_path))
     resumed = build_soka_model(tiny_llama(), given(), initial=True)
-    parameters = [id(p) for p in resumed.parameters() if p.requires_grad]
+    parameters = [id(p) for p in trainable(resumed)]
     resumed.load_adapter(str(tmp_path), "default", is_trainable=True)
-    assert [id(p) for p in resumed.parameters() if p.requires_grad] == parameters
+    assert [id(p) for p in trainable(resumed)] == parameters
     assert resumed.peft_config["default"].soka_modules[DOWN]["rank"] == 1
     assert torch.equal(logits(resumed, ids), logits(model.eval(), ids))
     resumed(input_ids=ids, labels=ids).loss.backward()
@@ -159,7 +136,7 @@ def test_an_optimizer_whose_state_cannot_be_cut_is_refused() -> None:
 
     ids = tokens()
     model = build_soka_model(tiny_llama(), given(), initial=True)
-    optimizer = Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-3, relative_step=False)
+    optimizer = Adafactor(trainable(model), lr=1e-3, relative_step=False)
     model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     with pytest.raises(BuildError, match="cannot be cut with the terms"):

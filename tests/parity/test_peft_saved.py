@@ -24,8 +24,22 @@ from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.io.safetensors import read_header
 from soka_serve.kron import Factors, recompress, stack_terms
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft import SokaConfig, build_soka_model, get_factors
-from tests.support.peft_models import adapted, close, logits, oracle_logits, perturb, saved, spread, tiny_llama, tokens
+from tests.support.kron_oracle import draw_factors
+from tests.support.peft_models import (
+    adapted,
+    close,
+    logits,
+    oracle_logits,
+    perturb,
+    saved,
+    spread,
+    steps,
+    tiny_llama,
+    tokens,
+    trainable,
+)
 from tests.support.tolerances import TOLERANCE
 
 
@@ -51,29 +65,18 @@ def test_keys_on_disk(tmp_path: Path) -> None:
 
 def test_a_training_checkpoint_resumes_exactly(tmp_path: Path) -> None:
     """Save, load and train on: the same losses as without the break."""
-
-    def run(model: PeftModel, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-        losses = []
-        for step in steps:
-            ids = tokens(seed=step)
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
+    batches = [tokens(seed=seed) for seed in range(6)]
     model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    run(model, optimizer, range(3))
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
+    steps(model, optimizer, batches[:3])
     model.save_pretrained(str(tmp_path))
     state = copy.deepcopy(optimizer.state_dict())
-    straight = run(model, optimizer, range(3, 6))
+    straight = steps(model, optimizer, batches[3:])
 
     again = PeftModel.from_pretrained(tiny_llama(), str(tmp_path), is_trainable=True).eval()
-    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=3e-2)
+    optimizer = torch.optim.AdamW(trainable(again), lr=3e-2)
     optimizer.load_state_dict(state)
-    assert run(again, optimizer, range(3, 6)) == straight
+    assert steps(again, optimizer, batches[3:]) == straight
     for mine, other in zip(get_factors(model)[0].values(), get_factors(again)[0].values(), strict=True):
         assert torch.equal(mine.left, other.left)
 
@@ -117,22 +120,16 @@ def test_another_base_is_an_error(tmp_path: Path) -> None:
         PeftModel.from_pretrained(short, str(tmp_path))
 
 
-def _given(scale: float = 0.3) -> dict[str, Factors]:
-    generator = torch.Generator().manual_seed(7)
-    made = {}
-    for name, spec in spread(tiny_llama()).items():
-        r, (m, n, p, q) = spec["rank"], spec["shape"]
-        made[name] = Factors(
-            left=torch.randn(r, m, n, generator=generator) / (m * n) ** 0.5,
-            right=torch.randn(r, p, q, generator=generator) / (p * q) ** 0.5,
-            sigma=scale * torch.rand(r, generator=generator),
-        )
-    return made
+def _given() -> dict[str, Factors]:
+    return {
+        name: draw_factors(FactorShape(*spec["shape"]), spec["rank"], 7, torch.float32, scale=0.02)
+        for name, spec in spread(tiny_llama()).items()
+    }
 
 
 @pytest.mark.parametrize("initial", [False, True])
 def test_build_and_read_back(initial: bool, tmp_path: Path) -> None:
-    ids, base, given = tokens(), tiny_llama(), _given(3.0)
+    ids, base, given = tokens(), tiny_llama(), _given()
     model = build_soka_model(tiny_llama(), given, initial=initial, base_model="some/base").eval()
     theta, start = get_factors(model)
     assert set(theta) == set(given)
@@ -164,17 +161,13 @@ def test_build_refuses_what_does_not_fit() -> None:
 
 def trained(folder: Path, target: str = "all-linear") -> tuple[PeftModel, Path]:
     """A few real steps from the weights' own components, and the base as a checkpoint."""
-    ids, base = tokens(), tiny_llama()
+    base = tiny_llama()
     base.save_pretrained(folder / "base")
     modules = {n: spec for n, spec in spread(base).items() if target in ("all-linear", n.rpartition(".")[2])}
     targets = target if target == "all-linear" else [target]
     config = SokaConfig(target_modules=targets, soka_modules=modules, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    for _ in range(5):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    steps(model, torch.optim.AdamW(trainable(model), lr=2e-2), [tokens()] * 5)
     return model.eval(), folder / "base"
 
 
@@ -201,7 +194,7 @@ def test_a_finished_adapter_is_what_was_trained(tmp_path: Path, root: Path) -> N
     assert all(adapter.factors[n].rank <= 2 * f.rank for n, f in get_factors(model)[0].items())
     finished = PeftModel.from_pretrained(tiny_llama(), str(folder))
     assert finished.peft_config["default"].inference_mode
-    assert not any(p.requires_grad for p in finished.parameters())
+    assert not trainable(finished)
     assert near(logits(finished, ids), ours)
     assert near(
         logits(finished, ids), oracle_logits(tiny_llama(), load_file(folder / "adapter_model.safetensors"), ids)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from soka_serve.adapter.format import read_adapter
@@ -23,6 +23,7 @@ from tests.support.peft_models import (
     close,
     logits,
     oracle_logits,
+    oracle_sum,
     oracle_weights,
     perturb,
     saved,
@@ -89,7 +90,7 @@ def test_transformers_conv1d(init: str, tmp_path: Path) -> None:
     want, tensors = model(x), saved(model, tmp_path)
     turned = {"0.weight": plain[0].weight.T, "2.weight": plain[2].weight.T}
     oracle = copy.deepcopy(plain)
-    dense = _dense(turned, tensors)
+    dense = oracle_weights(turned, tensors)
     for name in ("0", "2"):
         oracle.get_submodule(name).weight.data = dense[f"{name}.weight"].T.contiguous()
     assert torch.allclose(want, oracle(x), rtol=1e-10, atol=1e-10)
@@ -101,14 +102,6 @@ def test_transformers_conv1d(init: str, tmp_path: Path) -> None:
     assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path))(x), want)
     with pytest.raises(CheckpointError, match=r"fan_in_fan_out: .*PEFT only"):
         read_adapter(tmp_path)
-
-
-def _dense(weights: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    class Holder:
-        def state_dict(self) -> dict[str, Tensor]:
-            return weights
-
-    return oracle_weights(Holder(), tensors)  # type: ignore[arg-type]
 
 
 def test_a_module_of_the_base_may_have_a_name_like_a_part(tmp_path: Path) -> None:
@@ -180,14 +173,8 @@ def test_a_weighted_sum_of_adapters_is_exact(weights: list[float], tmp_path: Pat
     model.base_model.add_weighted_adapter(["default", "other"], weights, "sum")
     model.set_adapter("sum")
     ours = logits(model, ids)
-    start = {name: value.double() for name, value in tiny_llama().state_dict().items()}
-    total = dict(start)
-    for name, weight in zip(("default", "other"), weights, strict=True):
-        for key, value in oracle_weights(tiny_llama(), saved(model, tmp_path / name, name)).items():
-            total[key] = total[key] + weight * (value - start[key])
-    oracle = tiny_llama(torch.float64)
-    oracle.load_state_dict(total)
-    assert close(ours, logits(oracle, ids))
+    folders = [saved(model, tmp_path / name, name) for name in ("default", "other")]
+    assert close(ours, oracle_sum(tiny_llama(), zip(weights, folders, strict=True), ids))
     assert not close(ours, logits(tiny_llama(), ids))
     model.save_pretrained(str(tmp_path / "sum"), selected_adapters=["sum"])
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "sum" / "sum")), ids), ours)

@@ -33,13 +33,15 @@ def draw(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tenso
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def draw_factors(shape: FactorShape, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Factors:
-    """Random terms with sigma of both signs."""
+def draw_factors(
+    shape: FactorShape, rank: int, seed: int = 0, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> Factors:
+    """Random terms with sigma of both signs, of the size of `scale`."""
     m, n, p, q = shape
     return Factors(
         draw(rank, m, n, seed=seed, dtype=dtype),
         draw(rank, p, q, seed=seed + 1, dtype=dtype),
-        draw(rank, seed=seed + 2, dtype=dtype),
+        draw(rank, seed=seed + 2, dtype=dtype) * scale,
     )
 
 

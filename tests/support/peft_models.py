@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,25 @@ def perturb(model: nn.Module, scale: float = 0.05, seed: int = 2) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def oracle_weights(base: nn.Module, tensors: dict[str, Tensor], kron: Any = torch.kron) -> dict[str, Tensor]:
-    """Base weights in float64, plus the delta that tensors named as on disk make; initial factors are subtracted."""
-    weights = {name: value.double() for name, value in base.state_dict().items()}
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[Tensor]) -> list[float]:
+    """The loss of each batch of tokens, in a training step of its own."""
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def oracle_weights(base: Mapping[str, Tensor], tensors: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
+    """Weights in float64, plus `scale` times the delta of tensors named as on disk; initial factors are subtracted."""
+    weights = {name: value.double() for name, value in base.items()}
     for key, left in tensors.items():
         for kind, sign in (("", 1.0), ("_initial", -1.0)):
             if not key.endswith(f".soka_left{kind}"):
@@ -77,17 +94,22 @@ def oracle_weights(base: nn.Module, tensors: dict[str, Tensor], kron: Any = torc
             right = tensors[key.replace("soka_left", "soka_right")].double()
             sigma = tensors[key.replace("soka_left", "soka_sigma")].double()
             for k in range(len(sigma)):
-                weights[f"{module}.weight"] = weights[f"{module}.weight"] + sign * sigma[k] * kron(
-                    left[k].double(), right[k]
-                )
+                delta = sign * scale * sigma[k] * torch.kron(left[k].double(), right[k])
+                weights[f"{module}.weight"] = weights[f"{module}.weight"] + delta
     return weights
 
 
-def oracle_logits(base: nn.Module, tensors: dict[str, Tensor], ids: Tensor, kron: Any = torch.kron) -> Tensor:
-    """Logits of a float64 copy of the base with dense deltas added to its weights."""
-    model = tiny_llama(torch.float64)
-    model.load_state_dict(oracle_weights(base, tensors, kron))
+def oracle_sum(base: nn.Module, adapters: Iterable[tuple[float, dict[str, Tensor]]], ids: Tensor) -> Tensor:
+    """Logits of a float64 copy of the base with weighted dense deltas added to its weights."""
+    model, weights = tiny_llama(torch.float64), base.state_dict()
+    for scale, tensors in adapters:
+        weights = oracle_weights(weights, tensors, scale)
+    model.load_state_dict(weights)
     return logits(model, ids)
+
+
+def oracle_logits(base: nn.Module, tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+    return oracle_sum(base, [(1.0, tensors)], ids)
 
 
 INITS = ("weights", "zero", "random")
@@ -100,9 +122,15 @@ def all_projections(init: Any = "weights", **options: Any) -> SokaConfig:
     return SokaConfig(init_soka_weights=init, **options)
 
 
+def adapted(init: Any = "weights", dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:
+    """The tiny LLaMA with such an adapter, as it starts."""
+    model: PeftModel = get_peft_model(tiny_llama(dtype), all_projections(init, **options)).eval()
+    return model
+
+
 def trained(init: Any = "weights", seed: int = 2, **options: Any) -> PeftModel:
-    """The tiny LLaMA with such an adapter, moved as by training."""
-    model: PeftModel = get_peft_model(tiny_llama(), all_projections(init, **options)).eval()
+    """The same, moved as by training."""
+    model = adapted(init, **options)
     perturb(model, 0.2, seed)
     return model
 
@@ -125,11 +153,3 @@ def two_adapters() -> PeftModel:
     model = trained()
     model.add_adapter("other", SokaConfig(r=2, target_modules=["v_proj", "down_proj"], init_soka_weights="random"))
     return model.eval()
-
-
-def adapted(init: str = "weights", dtype: torch.dtype = torch.float32, **config: Any) -> PeftModel:
-    """A tiny LLaMA with awkward ranks and shapes on every projection."""
-    base = tiny_llama(dtype)
-    config.setdefault("soka_modules", spread(base))
-    config.setdefault("target_modules", "all-linear")
-    return get_peft_model(base, SokaConfig(init_soka_weights=init, task_type="CAUSAL_LM", **config)).eval()  # type: ignore[arg-type]
