@@ -111,13 +111,13 @@ def _statistics(
     """Gradients and input moments of the base over the first batches of a seeded shuffle of the training data."""
     import torch
 
-    from soka_serve.base.model import load_base
+    from soka_serve.compiler.init.placement import load_layered
     from soka_serve.compiler.init.probe import batches_needed, gather
     from soka_serve.data.collate import PadCollator
 
     manifest = context.loaded.manifest
-    model = load_base(context.base.directory, manifest.base.dtype).to(_device() or "cpu")
-    model.requires_grad_(False)
+    device = _device() or torch.device("cpu")
+    model, placement = load_layered(context.base, manifest.base.dtype, device)
     generator = torch.Generator().manual_seed(manifest.train.seed)
     order = torch.randperm(len(training.examples), generator=generator).tolist()
     size = manifest.train.batch_size
@@ -126,9 +126,9 @@ def _statistics(
     for start in range(0, batches_needed(targets) * size, size):
         chosen = [training.examples[i] for i in order[start : start + size]]
         if chosen:
-            batches.append({k: v.to(model.device) for k, v in collate(chosen).items()})
-    yield from gather(model, batches, targets, scratch)
-    del model
+            batches.append({k: v.to(device) for k, v in collate(chosen).items()})
+    yield from gather(model, batches, targets, scratch, placement)
+    del model, placement
     gc.collect()
 
 

@@ -32,6 +32,7 @@ from soka_serve.kron.weighting import InputMoments
 if TYPE_CHECKING:
     from soka_serve.base.targets import TargetModule
     from soka_serve.compiler.init.initialise import TargetStatistics
+    from soka_serve.compiler.init.placement import LayerPlacement
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,11 @@ def batches_needed(targets: Sequence[TargetModule]) -> int:
 
 
 def gather(
-    model: nn.Module, batches: Sequence[Batch], targets: Sequence[TargetModule], scratch: Path | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    targets: Sequence[TargetModule],
+    scratch: Path | None = None,
+    placement: LayerPlacement | None = None,
 ) -> Iterator[TargetStatistics]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
@@ -74,6 +79,7 @@ def gather(
         targets: those whose rule needs them. `init = "gradient"` gives the gradient; any other init with
             `calibration_batches` gives moments.
         scratch: folder where gradients wait for their turn; None: in memory.
+        placement: of the model's layers, where they are not all where they are run.
 
     Yields:
         (target, gradient or None, moments or None), layer by layer: moments from the first to the last, gradients from
@@ -87,9 +93,9 @@ def gather(
     moments = [t for t in targets if t.rule.init != "gradient"]
     gradients = [t for t in targets if t.rule.init == "gradient"]
     if moments:
-        yield from _gather_moments(_Passes.plan(model, rows, moments))
+        yield from _gather_moments(_Passes.plan(model, rows, moments, placement))
     if gradients:
-        yield from _gather_gradients(_Passes.plan(model, rows, gradients), scratch)
+        yield from _gather_gradients(_Passes.plan(model, rows, gradients, placement), scratch)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,13 @@ class _Passes:
     by_layer: dict[int, list[list[TargetModule]]]
 
     @classmethod
-    def plan(cls, model: nn.Module, rows: Sequence[_Rows], targets: Sequence[TargetModule]) -> _Passes:
+    def plan(
+        cls,
+        model: nn.Module,
+        rows: Sequence[_Rows],
+        targets: Sequence[TargetModule],
+        placement: LayerPlacement | None,
+    ) -> _Passes:
         batches = batches_needed(targets)
         rows = [r for r in rows if r.batch < batches]
         walk = None
@@ -119,6 +131,8 @@ class _Passes:
         at_once = _GRADIENTS_AT_ONCE if targets[0].rule.init == "gradient" else _MOMENTS_AT_ONCE
         most = at_once * max(map(_values, targets))
         outside = split_targets(members.pop(None, []), most)
+        if outside and placement is not None:
+            placement.place_all()
         by_layer = {layer: split_targets(group, most) for layer, group in members.items() if layer is not None}
         return cls(model, rows, walk, outside, by_layer)
 

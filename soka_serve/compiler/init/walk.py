@@ -44,7 +44,7 @@ class LayerWalk:
 
     def __init__(self, model: nn.Module, rows: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.rows = model, rows
-        self._decoder, self.name, self.layers = _decoder_layers(model)
+        self._decoder, self.name, self.layers = decoder_layers(model)
         self._calls: list[list[_Call]] = []  # by rows, then by layer
         self.embedded: list[Tensor] = []
         """By rows, the hidden states (rows, tokens, hidden) that the first layer gets."""
@@ -100,20 +100,30 @@ class LayerWalk:
 
     @torch.no_grad()
     def _check(self, at: int) -> None:
-        """One forward pass over some rows, against the walk."""
-        made: list[Any] = []
-        handle = self.layers[-1].register_forward_hook(lambda _, arguments, output: made.append(output))
+        """One forward pass over some rows, and beside each layer the walk's own run of it."""
+        hidden, expected, walking = self.embedded[at], None, False
+
+        def follow(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(_: nn.Module, arguments: Any, output: Any) -> None:
+                nonlocal hidden, expected, walking
+                if walking:
+                    return
+                walking = True
+                hidden, expected = self.run(layer, at, hidden), output
+                walking = False
+                if not isinstance(hidden, Tensor) or hidden.shape != self.embedded[at].shape:
+                    reason = f"layer {layer} returns something else than hidden states of its input's shape"
+                    raise NotWalkableError(reason)
+
+            return hook
+
+        handles = [layer.register_forward_hook(follow(number)) for number, layer in enumerate(self.layers)]
         inputs = self.rows[at]
         try:
             self._decoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         finally:
-            handle.remove()
-        hidden = self.embedded[at]
-        for layer in range(len(self.layers)):
-            hidden = self.run(layer, at, hidden)
-            if not isinstance(hidden, Tensor) or hidden.shape != self.embedded[at].shape:
-                raise NotWalkableError(f"layer {layer} returns something else than hidden states of its input's shape")
-        expected = made[-1]
+            for handle in handles:
+                handle.remove()
         if not isinstance(expected, Tensor) or expected.shape != hidden.shape:
             raise NotWalkableError("a forward pass returns hidden states of another shape")
         difference = float((hidden.float() - expected.float()).norm() / expected.float().norm())
@@ -123,8 +133,8 @@ class LayerWalk:
             )
 
 
-def _decoder_layers(model: nn.Module) -> tuple[nn.Module, str, list[nn.Module]]:
-    """The decoder, the name in `model` of its list of layers, and the layers."""
+def decoder_layers(model: nn.Module) -> tuple[nn.Module, str, list[nn.Module]]:
+    """The decoder, the name in `model` of its list of layers, and the layers. Raises NotWalkableError: it has none."""
     decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
     config = getattr(decoder, "config", None)
     count = getattr(config, "num_hidden_layers", None)
