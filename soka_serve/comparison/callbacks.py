@@ -1,4 +1,4 @@
-"""What a run of a comparison measures while it trains: loss, gradients, time, memory, and right answers."""
+"""What a run of a comparison measures while it trains: loss, gradients, time and memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from soka_serve.builtin.problem import Problem
-from soka_serve.comparison.problems import is_right
-from soka_serve.compiler.answers import generate_answers
-
 
 @dataclass
 class Trace:
@@ -27,9 +23,6 @@ class Trace:
     grad_norm: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
-    correct: dict[int, int] = field(default_factory=dict)
-    """Right answers after so many steps."""
-    peak_bytes: int = 0
 
     def summary(self) -> dict[str, Any]:
         """The trace as a record holds it."""
@@ -38,7 +31,6 @@ class Trace:
             "grad_norm": [float(f"{value:.5g}") for value in self.grad_norm],
             "step_cpu_s": _mean(self.cpu_s[1:] or self.cpu_s),
             "step_wall_s": _mean(self.wall_s[1:] or self.wall_s),
-            "peak_bytes": self.peak_bytes,
         }
 
 
@@ -89,32 +81,3 @@ class Recorder(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-@dataclass(frozen=True)
-class ProblemSet:
-    """Problems to answer: `chats` says that prompts hold their chat template, `longest` is in tokens."""
-
-    problems: Sequence[Problem]
-    tokenizer: Any
-    chats: bool
-    longest: int
-
-
-class AnswerCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Answer the questions `evaluations` times, after equal shares of the steps."""
-
-    def __init__(self, questions: ProblemSet, evaluations: int, trace: Trace, memory: MemoryMeter) -> None:
-        self.questions, self.evaluations, self.trace, self.memory = questions, evaluations, trace, memory
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        steps = {round(state.max_steps * (k + 1) / self.evaluations) for k in range(self.evaluations)}
-        if state.global_step not in steps:
-            return
-        if not self.trace.correct:
-            self.trace.peak_bytes = self.memory.peak_bytes()  # of training, not of answering
-        asked = self.questions
-        prompts = [problem.prompt for problem in asked.problems]
-        texts = generate_answers(kwargs["model"], asked.tokenizer, prompts, asked.longest, templated=asked.chats)
-        right = sum(is_right(problem, text) for problem, text in zip(asked.problems, texts, strict=True))
-        self.trace.correct[state.global_step] = right

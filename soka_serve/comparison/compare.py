@@ -33,10 +33,7 @@ from soka_serve.io.workspace import HashCache, Workspace
 
 @dataclass(frozen=True)
 class CompareResult:
-    """Results of a comparison so far. Paths are None where nothing was written.
-
-    `left` counts the runs that are known to be missing; the grids may still be extended.
-    """
+    """Results of a comparison so far."""
 
     suite: str
     done: int
@@ -57,6 +54,7 @@ class CompareResult:
 def compare(
     suite: Path | str | LoadedSuite,
     *,
+    root: Path | str | None = None,
     work: Path | str = "build/compare",
     out: Path | str | None = None,
     jobs: int = 1,
@@ -70,6 +68,7 @@ def compare(
 
     Args:
         suite: path of the TOML file, or what `read_suite` returned.
+        root: folder that relative paths of the suite start from; default: the suite's own.
         work: folder of the records; suites may share it, and equal runs are not run twice.
         out: JSON file of the results; a Markdown table, an HTML report and the records (OUT.records.jsonl, by which
             another machine goes on) are written beside it.
@@ -87,7 +86,7 @@ def compare(
     """
     from soka_serve.comparison.tables import markdown_table, method_rows
 
-    loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
+    loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite, root)
     folder = given_path(work, "work")
     if out is not None:
         _check_out(given_path(out, "out"))
@@ -136,8 +135,11 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     hashes = HashCache(workspace.hashes)
     digest = base.checkpoint.sha256(hashes.file)
     hashes.save()
-    data = {d.name: data_sha256(d.data, manifest_dir=loaded.directory) for d in loaded.suite.dataset}
-    return RunInputs(digest, data, versions(), "cuda" if has_nvidia_gpu() else "cpu")
+    data, other = (
+        {item.name: data_sha256(item.data, manifest_dir=loaded.directory) for item in items}
+        for items in (loaded.suite.dataset, loaded.suite.other)
+    )
+    return RunInputs(digest, data, other, versions(), "cuda" if has_nvidia_gpu() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,12 @@ def _results(
             "jobs": call.jobs,
         },
         "base_sha256": inputs.base,
+        "data_sha256": dict(inputs.data),
+        "other_sha256": dict(inputs.other),
         "seconds_of_last_call": round(call.seconds, 1),
         "progress": progress_of(cells, records),
         "protocol": suite.protocol.model_dump(mode="json"),
         "recipe": suite.train.model_dump(mode="json"),
-        "loss_reference": suite.loss_reference,
         **summarise(suite, cells, records),
     }
 

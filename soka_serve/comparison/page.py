@@ -8,8 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from soka_serve.comparison.tables import cell_rows, claim_rows, method_rows, number, percent, remarks
-from soka_serve.compiler.report.charts import Mark, Series, chart, linear_axis, log_axis
+from soka_serve.comparison.tables import METRIC_NAMES, claim_text, remarks, spread, tables
+from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis
 from soka_serve.compiler.report.page import environment
 from soka_serve.compiler.report.panels import Panel
 from soka_serve.io.text import count
@@ -25,15 +25,13 @@ def render_html(results: Mapping[str, Any]) -> str:
     context = {
         "results": results,
         "remarks": [text.replace("`", "").replace("**", "") for text in remarks(results)],
-        "front": accuracy_chart(results, drawn),
+        "front": loss_chart(results, drawn),
+        "primary": next((claim_text(claim) for claim in results["claims"] if claim["primary"]), None),
+        "strips": strips(results, drawn),
         "legend": [(name, f"k{i}") for i, name in enumerate(drawn)],
         "losses": _curves(results, drawn, "loss_curve", "training loss"),
         "norms": _curves(results, drawn, "grad_norm_curve", "gradient norm"),
-        "tables": [
-            ("Methods", *method_rows(results)),
-            ("Methods by dataset", *cell_rows(results)),
-            *([("Paired tests", *claim_rows(results))] if results["claims"] else []),
-        ],
+        "tables": tables(results),
         "errors": [(c["method"], c["dataset"], error) for c in results["cells"] for error in c["errors"]],
     }
     page = environment(FOLDER, autoescape=True).get_template("compare.html.jinja").render(context)
@@ -42,28 +40,58 @@ def render_html(results: Mapping[str, Any]) -> str:
 
 def drawn_methods(results: Mapping[str, Any]) -> list[str]:
     """Methods whose curves are drawn, at most eight: those of the claims, else the first ones that have results."""
-    there = [row["name"] for row in results["table"] if row["accuracy"] is not None]
+    there = [row["name"] for row in results["table"] if row["answer_loss"] is not None]
     claimed = {name for claim in results["claims"] for name in (claim["candidate"], claim["reference"])}
     return ([name for name in there if name in claimed] or there)[:_COLOURS]
 
 
-def accuracy_chart(results: Mapping[str, Any], drawn: Sequence[str]) -> Markup | None:
-    """Accuracy against trained parameters, with the Pareto front; None without results."""
-    rows = [row for row in results["table"] if row["accuracy"] is not None]
+def loss_chart(results: Mapping[str, Any], drawn: Sequence[str]) -> Markup | None:
+    """Held-out loss against trained parameters, with the Pareto front; None without results."""
+    rows = [row for row in results["table"] if row["answer_loss"] is not None]
     if not rows:
         return None
-    points = {row["name"]: (row["trainable_parameters"], 100 * row["accuracy"]["mean"]) for row in rows}
+    points = {row["name"]: (row["trainable_parameters"], row["answer_loss"]["mean"]) for row in rows}
     x = log_axis([parameters for parameters, _ in points.values()], "trained parameters", text=count)
-    y = linear_axis([0.0, 100.0], "accuracy, %", zero=True)
+    y = linear_axis([loss for _, loss in points.values()], "held-out loss")
     front = sorted(points[row["name"]] for row in rows if row["pareto"])
     series = [Series(front, "front", tooltip="Pareto front", step=True)]
     for row in rows:
-        name, (parameters, accuracy) = row["name"], points[row["name"]]
-        text = f"{name}: {parameters:,.0f} parameters, {percent(row['accuracy'])}% right"
-        css = f"dot k{drawn.index(name)}" if name in drawn else "dot other"
-        series.append(Series((), css, marks=(Mark(parameters, accuracy, text, label=name),)))
-    summary = f"Accuracy against trained parameters of {len(rows)} methods, with the Pareto front"
+        name, (parameters, loss) = row["name"], points[row["name"]]
+        text = f"{name}: {parameters:,.0f} parameters, held-out loss {spread(row['answer_loss'], '{:.4f}')}"
+        series.append(Series((), _dot(name, drawn), marks=(Mark(parameters, loss, text, label=name),)))
+    summary = f"Held-out loss against trained parameters of {len(rows)} methods, with the Pareto front"
     return chart(series, x, y, summary=summary, size=(900, 420))
+
+
+def _dot(name: str, drawn: Sequence[str]) -> str:
+    return f"dot k{drawn.index(name)}" if name in drawn else "dot other"
+
+
+def strips(results: Mapping[str, Any], drawn: Sequence[str]) -> list[Panel]:
+    """One panel per dataset: a row per method, a dot per seed, a bar at the median, in the primary claim's metric."""
+    metric = next((claim["metric"] for claim in results["claims"] if claim["primary"]), "answer_loss")
+    panels = []
+    for dataset in dict.fromkeys(cell["dataset"] for cell in results["cells"]):
+        cells = [cell for cell in results["cells"] if cell["dataset"] == dataset and cell[metric] is not None]
+        if not cells:
+            continue
+        values = [value for cell in cells for value in cell[metric]["values"]]
+        room = 0.4 * ((max(values) - min(values)) or 1.0)  # for the names behind the dots
+        x = linear_axis([min(values), max(values) + room], METRIC_NAMES[metric])
+        y = Axis(0.0, len(cells) + 1.0, (), "")
+        series = []
+        for row, cell in enumerate(reversed(cells), start=1):
+            name, found = cell["method"], cell[metric]
+            last = max(found["values"])
+            marks = [
+                Mark(value, row, f"{name}, seed {seed}: {value:g}", label=name if value == last else "")
+                for seed, value in zip(cell["seeds"], found["values"], strict=False)
+            ]
+            bar = [(found["median"], row - 0.35), (found["median"], row + 0.35)]
+            series.append(Series(bar, _dot(name, drawn), tooltip=f"{name}: median {found['median']:g}", marks=marks))
+        summary = f"{METRIC_NAMES[metric]} of every seed on {dataset}, {len(cells)} methods"
+        panels.append(Panel(dataset, "", chart(series, x, y, summary=summary, size=(560, 60 + 24 * len(cells)))))
+    return panels
 
 
 def _curves(results: Mapping[str, Any], drawn: Sequence[str], key: str, label: str) -> list[Panel]:
@@ -75,7 +103,7 @@ def _curves(results: Mapping[str, Any], drawn: Sequence[str], key: str, label: s
             Series(
                 [(step, value) for step, value in cells[name][key]],
                 f"k{drawn.index(name)}",
-                tooltip=f"{name}, rate {number(cells[name]['rate'], '{:g}')}",
+                tooltip=name,
             )
             for name in drawn
             if name in cells

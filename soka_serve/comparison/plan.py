@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from soka_serve.comparison.suite import Contender, DataSet, Suite, manifest_of
+from pydantic import ValidationError
+
+from soka_serve.comparison.suite import Contender, DataSet, Setting, Suite, manifest_of
 
 Stage = Literal["sweep", "final"]
 Record = Mapping[str, Any]
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 _KEY_DIGITS = 24
 
 
@@ -25,12 +27,12 @@ def is_key(text: str) -> bool:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run: method, dataset, learning rate, seed, and the key of its record."""
+    """One run: method, dataset, setting, seed, and the key of its record."""
 
     method: str
     dataset: str
     stage: Stage
-    rate: float
+    setting: Setting
     seed: int
     key: str
 
@@ -40,7 +42,8 @@ class RunSpec:
 
     def describe(self) -> dict[str, Any]:
         """The fields that describe the run in its record."""
-        return {name: value for name, value in asdict(self).items() if name != "key"}
+        found = {name: value for name, value in asdict(self).items() if name != "key"}
+        return found | {"setting": dict(self.setting)}
 
     @staticmethod
     def failure(message: str) -> dict[str, Any]:
@@ -48,16 +51,25 @@ class RunSpec:
         return {"status": "failed", "error": message[:500]}
 
     def to_text(self) -> str:
-        """For people: 'lora-r1 on math, rate 0.002, seed 3'."""
-        return f"{self.method} on {self.dataset}, rate {self.rate:g}, seed {self.seed} ({self.stage})"
+        """For people: 'lora-r1 on math, learning_rate 0.002, seed 3 (final)'."""
+        return f"{self.method} on {self.dataset}, {setting_text(self.setting)}, seed {self.seed} ({self.stage})"
+
+
+def setting_text(setting: Setting) -> str:
+    """For people: 'learning_rate 0.002, clip 1'."""
+    return ", ".join(f"{axis} {value:g}" for axis, value in setting)
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Everything that a run depends on, other than the suite: hashes of base and data, versions, the kind of device."""
+    """Everything that a run depends on, other than the suite: hashes of base and data, versions, the kind of device.
+
+    `data` has datasets by name, `other` the texts that nothing is trained on.
+    """
 
     base: str
     data: Mapping[str, str]
+    other: Mapping[str, str]
     versions: Mapping[str, str]
     device: str
 
@@ -70,39 +82,49 @@ class Cell:
     contender: Contender
     dataset: DataSet
     inputs: RunInputs
-    _specs: dict[tuple[Stage, float, int], RunSpec] = field(default_factory=dict, compare=False, repr=False)
+    _specs: dict[tuple[Stage, Setting, int], RunSpec] = field(default_factory=dict, compare=False, repr=False)
 
-    def spec(self, stage: Stage, rate: float, seed: int) -> RunSpec:
+    def spec(self, stage: Stage, setting: Setting, seed: int) -> RunSpec:
         """One of the cell's runs."""
-        asked = (stage, rate, seed)
+        asked = (stage, setting, seed)
         if asked not in self._specs:
-            key = self._key(stage, rate, seed)
-            self._specs[asked] = RunSpec(self.contender.name, self.dataset.name, stage, rate, seed, key)
+            key = self._key(stage, setting, seed)
+            self._specs[asked] = RunSpec(self.contender.name, self.dataset.name, stage, setting, seed, key)
         return self._specs[asked]
 
-    def _key(self, stage: Stage, rate: float, seed: int) -> str:
+    def takes(self, setting: Setting) -> bool:
+        """Whether manifests take the values of a setting."""
+        try:
+            manifest_of(self.suite, self.contender, self.dataset, setting=setting, seed=0)
+        except ValidationError:
+            return False
+        return True
+
+    def _key(self, stage: Stage, setting: Setting, seed: int) -> str:
         """A hash of everything that determines the record."""
         suite, contender, dataset, inputs = self.suite, self.contender, self.dataset, self.inputs
-        manifest = manifest_of(suite, contender, dataset, rate=rate, seed=seed).model_dump(mode="json", by_alias=True)
-        protocol = suite.protocol
+        made = manifest_of(suite, contender, dataset, setting=setting, seed=seed)
+        manifest = made.model_dump(mode="json", by_alias=True)
+        protocol, final = suite.protocol, stage == "final"
+        chosen_by = None if final and dataset.validation == "eval" else protocol.validation
         facts = {
             "record": RECORD_VERSION,
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
-            "contender": contender.model_dump(mode="json", exclude={"name", "rates", "datasets", "priority", "adapt"}),
-            "answers": dataset.answers,
+            "contender": [contender.method, contender.calibration_batches],
+            "problems": [dataset.answers, dataset.validation, protocol.test, chosen_by],
+            "answers": [protocol.answered if final else protocol.choose_by, protocol.max_new_tokens],
             "stage": stage,
-            "problems": [protocol.test, protocol.validation if stage == "sweep" else None, protocol.max_new_tokens],
-            "evaluations": protocol.evaluations if stage == "final" else 1,
             "base": inputs.base,
             "data": inputs.data[dataset.name],
+            "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
             "versions": dict(inputs.versions),
             "device": inputs.device,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]
 
-    def finals(self, rate: float) -> list[RunSpec]:
+    def finals(self, setting: Setting) -> list[RunSpec]:
         """The runs of the results."""
-        return [self.spec("final", rate, seed) for seed in self.suite.protocol.seeds]
+        return [self.spec("final", setting, seed) for seed in self.suite.protocol.seeds]
 
 
 def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
@@ -110,8 +132,7 @@ def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
     return [Cell(suite, m, dataset, inputs) for m in suite.method for dataset in suite.datasets_of(m)]
 
 
-def count_runs(suite: Suite) -> int:
-    """Runs of a suite whose grids need no extension."""
+def runs_per_cell(suite: Suite) -> tuple[int, int]:
+    """Runs of the search and of the results, for a method on a dataset."""
     protocol = suite.protocol
-    per_cell = [len(m.rates) * len(protocol.sweep_seeds) + len(protocol.seeds) for m in suite.method]
-    return sum(n * len(suite.datasets_of(m)) for n, m in zip(per_cell, suite.method, strict=True))
+    return suite.settings * len(protocol.sweep_seeds), len(protocol.seeds)

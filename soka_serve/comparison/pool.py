@@ -15,7 +15,7 @@ from typing import Any
 from soka_serve.comparison.plan import Cell, Record, RunSpec
 from soka_serve.comparison.records import Records, progress_of
 from soka_serve.comparison.suite import LoadedSuite
-from soka_serve.comparison.sweep import choose_rate
+from soka_serve.comparison.sweep import choose
 from soka_serve.io.progress import track
 from soka_serve.io.scoped import scoped_environment
 from soka_serve.io.workspace import Workspace
@@ -41,10 +41,10 @@ def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunS
     found: list[tuple[tuple[int, int, int], RunSpec]] = []
     seen: set[str] = set()
     for cell in cells:
-        choice, missing = choose_rate(cell, records)
+        choice, missing = choose(cell, records)
         seeds = cell.suite.protocol.seeds
-        if choice.rate is not None:
-            missing = [run for run in cell.finals(choice.rate) if run.key not in records]
+        if choice.setting is not None:
+            missing = [run for run in cell.finals(choice.setting) if run.key not in records]
         for run in missing:
             if run.key not in seen:
                 seen.add(run.key)
@@ -90,7 +90,9 @@ def outcome(record: Mapping[str, Any]) -> str:
     """A record in a few words."""
     if record["status"] != "done":
         return f"{record['status']}: {str(record['error']).splitlines()[0]}"
-    return f"{record['correct']}/{record['problems']} right, {record['run_s']:.0f} s"
+    loss = sum(record["answer_loss"]) / len(record["answer_loss"])
+    right = f", {record['correct']}/{record['answered']} right" if record["answered"] else ""
+    return f"held-out loss {loss:.4f}{right}, {record['run_s']:.0f} s"
 
 
 class _Pool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from soka_serve.base.modules import BaseModules
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import resolve_targets
-from soka_serve.comparison.plan import count_runs
+from soka_serve.comparison.plan import runs_per_cell
 from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of, read_suite
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.modules import plan_training
@@ -23,33 +24,45 @@ class Preview:
     parameters: dict[str, tuple[int, int]]
 
     def to_text(self) -> str:
-        """Methods with their parameters, then the runs in the order in which they can start."""
+        """Methods with their parameters, what each is searched over, and what all of it costs."""
         suite = self.loaded.suite
+        protocol, recipe = suite.protocol, cast(Any, suite.train)
         width = max(len(m.name) for m in suite.method)
         lines = [f"{suite.name}: base with {self.base_parameters:,} parameters", ""]
         for contender in suite.method:
             low, high = self.parameters[contender.name]
             count = f"{high:,}" if low == high else f"{low:,} to {high:,}"
             lines.append(f"  {contender.name:<{width}}  {count} trained parameters ({high / self.base_parameters:.3%})")
-        seeds = ", ".join(map(str, suite.protocol.seeds))
-        sweeps = ", ".join(map(str, suite.protocol.sweep_seeds))
-        lines += ["", f"runs, by priority: each rate with seed {sweeps}, then the best rate with seeds {seeds}", ""]
+        sweep, final = runs_per_cell(suite)
+        lines += [
+            "",
+            f"each method on each dataset: {suite.settings} settings x {len(protocol.sweep_seeds)} sweep seeds "
+            f"= {sweep} runs to choose one, then {final} runs of the results; by priority:",
+        ]
         for contender in sorted(suite.method, key=lambda m: m.priority):
-            rates = ", ".join(f"{rate:g}" for rate in contender.rates)
-            for dataset in suite.datasets_of(contender):
-                lines.append(f"  {contender.priority}  {contender.name:<{width}}  on {dataset.name}: rates {rates}")
-        more = suite.protocol.extensions * len(suite.protocol.sweep_seeds)
-        lines += ["", f"{count_runs(suite)} runs; up to {more} more per line where the best rate is at the edge"]
+            grid = "; ".join(f"{axis} {', '.join(f'{v:g}' for v in values)}" for axis, values in contender.grid.items())
+            names = ", ".join(d.name for d in suite.datasets_of(contender))
+            lines.append(f"  {contender.priority}  {contender.name:<{width}}  on {names}: {grid}")
+        cells = sum(len(suite.datasets_of(m)) for m in suite.method)
+        steps = cells * (sweep + final) * recipe.steps
+        forward = cells * (
+            sweep * protocol.validation + final * (protocol.test + 2 * sum(o.examples for o in suite.other))
+        )
+        lines += [
+            "",
+            f"{cells * (sweep + final):,} runs; {steps:,} steps = {steps * recipe.batch_size * recipe.accumulate:,} "
+            f"trained examples of at most {recipe.max_length} tokens; {forward:,} examples forward only",
+        ]
         return "\n".join(lines)
 
 
-def preview(suite: Path | str | LoadedSuite) -> Preview:
+def preview(suite: Path | str | LoadedSuite, root: Path | str | None = None) -> Preview:
     """Check a suite against its base's config, and count.
 
     Raises:
         SokaError: a suite that is wrong, or does not fit its base.
     """
-    loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite)
+    loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite, root)
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
     base.check_adaptable()
     counts = {m.name: _count(loaded, m, base.layout) for m in loaded.suite.method}
@@ -59,11 +72,7 @@ def preview(suite: Path | str | LoadedSuite) -> Preview:
 def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tuple[int, int]:
     """Fewest and most trained parameters of a method."""
     suite = loaded.suite
-    manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], rate=contender.rates[0], seed=0)
+    manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
     targets = resolve_targets(manifest, base.modules)
     planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
-    low, high = planned.parameters_min, planned.parameters_max
-    if manifest.train.sigma_lr == 0:
-        # One scale per term is frozen; the fewest terms are not known exactly, so the lower bound stays loose.
-        return low - sum(m.rank_max for m in planned.modules), high - sum(m.rank_min for m in planned.modules)
-    return low, high
+    return planned.parameters_min, planned.parameters_max

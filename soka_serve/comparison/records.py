@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from soka_serve.comparison.plan import Cell, is_key
-from soka_serve.comparison.sweep import choose_rate
+from soka_serve.comparison.plan import Cell, is_key, runs_per_cell
+from soka_serve.comparison.sweep import choose, sweep_keys
 from soka_serve.errors import DataError
 from soka_serve.io.files import write_text_atomic
 
@@ -102,23 +102,21 @@ def keys_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> 
 
 def run_keys(cell: Cell, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Keys of the runs of a cell that can be told from these records."""
-    choice, _ = choose_rate(cell, records)
-    for rate in choice.rates:
-        yield from (cell.spec("sweep", rate, seed).key for seed in cell.suite.protocol.sweep_seeds)
-    if choice.rate is not None:
-        yield from (run.key for run in cell.finals(choice.rate))
+    choice, missing = choose(cell, records)
+    yield from sweep_keys(cell, choice)
+    yield from (run.key for run in missing)
+    if choice.setting is not None:
+        yield from (run.key for run in cell.finals(choice.setting))
 
 
 def progress_of(cells: list[Cell], records: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """Numbers of runs that are done, that are known to be missing, and that failed."""
+    """Numbers of runs that are done, that are left, and that failed."""
     done: set[str] = set()
     left = 0
     for cell in cells:
         keys = list(run_keys(cell, records))
-        choice, _ = choose_rate(cell, records)
         done |= {key for key in keys if key in records}
-        left += sum(key not in records for key in keys)
-        if choice.rate is None and not choice.failed:
-            left += len(cell.suite.protocol.seeds)
+        if not choose(cell, records)[0].failed:
+            left += sum(runs_per_cell(cell.suite)) - sum(key in records for key in keys)
     failed = sum(records[key]["status"] == "failed" for key in done)
     return {"done": len(done), "left": left, "failed": failed}

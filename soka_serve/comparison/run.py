@@ -1,7 +1,7 @@
-"""One run of a comparison: one method, dataset, learning rate and seed, trained and measured, as a record.
+"""One run of a comparison: one method, dataset, setting and seed, trained and measured, as a record.
 
 It goes through what `soka-serve build` goes through: the same encoding, initialisation, Trainer and data order. It
-leaves out what only a build needs (resume points, export), and answers problems with the model in memory.
+leaves out what only a build needs (resume points, export), and measures the model in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,26 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.base.model import quiet_bars
-from soka_serve.comparison.callbacks import AnswerCallback, MemoryMeter, ProblemSet, Recorder, Trace
+from soka_serve.comparison.callbacks import MemoryMeter, Recorder, Trace
+from soka_serve.comparison.held_out import HeldOut, HeldOutReader, is_right, without
 from soka_serve.comparison.plan import RunSpec
-from soka_serve.comparison.problems import test_problems, validation_problems
-from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of
-from soka_serve.compiler.context import Context, prepare
+from soka_serve.comparison.suite import LoadedSuite, manifest_of
+from soka_serve.compiler.answers import generate_answers
+from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
-from soka_serve.data.collate import PadCollator
+from soka_serve.data.collate import IGNORED, PadCollator
+from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import DivergedError
 from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_serve.io.workspace import Workspace
-from soka_serve.kron import Factors
 from soka_serve.manifest.read import LoadedManifest
 
 _BATCHES_HASHED = 50
+_ROWS = 4  # of a forward pass that measures losses: logits of a large vocabulary take much memory
 
 
 def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any]:
@@ -53,75 +55,64 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
     """
     started = time.monotonic()
     memory, trace = MemoryMeter(), Trace()
-    suite, dataset, contender = loaded.suite, spec.dataset_of(loaded.suite), loaded.suite.contender(spec.method)
-    manifest = manifest_of(suite, contender, dataset, rate=spec.rate, seed=spec.seed)
-    as_manifest = LoadedManifest(manifest, loaded.path, loaded.directory, "", loaded.sha256)
     record: dict[str, Any] = {"status": "done", "error": None}
-    final = spec.stage == "final"
     with tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder, quiet_bars(), warnings.catch_warnings():
         # Of libraries, about their own insides; a comparison of eleven methods would drown in them.
         warnings.simplefilter("ignore")
-        workspace = Workspace(Path(folder), spec.key)
-        workspace.cache.mkdir(parents=True)
-        context = prepare(as_manifest, workspace, progress=False)
-        tokenizer = context.base.tokenizer
-        choose = test_problems if final else validation_problems
-        problems = choose(dataset, suite.protocol, loaded.directory, tokenizer)
-        trial = _Trial(context, contender, workspace.cache, tokenizer.pad_id)
+        trial = _Trial(loaded, spec, Path(folder))
         trainable = [p for p in trial.model.parameters() if p.requires_grad]
-        questions = ProblemSet(
-            problems,
-            context.base.transformers_tokenizer,
-            chats=dataset.data.messages is not None,
-            longest=suite.protocol.max_new_tokens,
-        )
-        evaluations = suite.protocol.evaluations if final else 1
-        prepared_s = time.monotonic() - started
-        trainer = trial.trainer([Recorder(trace), AnswerCallback(questions, evaluations, trace, memory)])
+        before = trial.other_losses()
+        record["prepare_s"] = round(time.monotonic() - started, 2)
         try:
-            trainer.train()
+            trial.trainer([Recorder(trace)]).train()
         except DivergedError as error:
             record.update(status="diverged", error=error.message)
-        record["base_parameters"] = context.base.layout.size.parameters
+        record["peak_bytes"] = memory.peak_bytes()  # of training, not of measuring
+        record["base_parameters"] = trial.context.base.layout.size.parameters
         record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
-        if final:
-            record["adapter_bytes"] = trial.size_on_disk()
         record["batches_sha256"] = trial.collator.digest()
-    correct = 0 if record["status"] == "diverged" else trace.correct.get(trainer.state.max_steps, 0)
-    return {
-        **record,
-        "correct": correct,
-        "best_correct": max([correct, *trace.correct.values()]),
-        "correct_at": {str(step): right for step, right in trace.correct.items()},
-        "problems": len(problems),
-        **trace.summary(),
-        "prepare_s": round(prepared_s, 2),
-        "run_s": round(time.monotonic() - started, 2),
-    }
+        record |= trial.answers() if record["status"] == "done" else {"answered": 0, "correct": 0, "answer_loss": None}
+        if trial.final:
+            after = trial.other_losses() if record["status"] == "done" else dict.fromkeys(before)
+            record["other"] = {name: [before[name], after[name]] for name in before}
+            record["adapter_bytes"] = trial.size_on_disk()
+            record["claims_sha256"] = loaded.suite.claims_sha256
+    return {**record, **trace.summary(), "run_s": round(time.monotonic() - started, 2)}
 
 
 class _Trial:
-    """The model of one run with its data, to be trained."""
+    """The model of one run with its data, to be trained and measured."""
 
-    def __init__(self, context: Context, contender: Contender, folder: Path, pad_id: int) -> None:
-        self.context, self.contender, self.folder = context, contender, folder
-        manifest, method = context.loaded.manifest, METHODS[contender.method]
-        training, _ = encode(context)
-        start = init_stage(context, training) if method.kronecker else None
+    def __init__(self, loaded: LoadedSuite, spec: RunSpec, folder: Path) -> None:
+        suite, self.dataset = loaded.suite, spec.dataset_of(loaded.suite)
+        self.protocol, self.contender = suite.protocol, suite.contender(spec.method)
+        self.final = spec.stage == "final"
+        manifest = manifest_of(suite, self.contender, self.dataset, setting=spec.setting, seed=spec.seed)
+        workspace = Workspace(folder, spec.key)
+        workspace.cache.mkdir(parents=True)
+        as_manifest = LoadedManifest(manifest, loaded.path, loaded.directory, "", loaded.sha256)
+        self.context, self.folder = prepare(as_manifest, workspace, progress=False), workspace.cache
+        tokenizer, method = self.context.base.tokenizer, METHODS[self.contender.method]
+        reader = HeldOutReader(self.protocol, loaded.directory, tokenizer, manifest.train.max_length)
+        test, validation = reader.problems(self.dataset)
+        self.held_out: HeldOut = test if self.final else validation
+        self.other = {text.name: reader.other(text) for text in suite.other if self.final}
+        training = without(encode(self.context)[0], self.dataset, test, validation)
+        start = init_stage(self.context, training) if method.kronecker else None
         self.run = TrainingRun(
-            model_dir=context.base.directory,
+            model_dir=self.context.base.directory,
             manifest=manifest,
             method=method,
-            targets=[t.module.name for t in context.targets],
-            work_dir=folder,
-            factors={n: _fold(f, contender.fold_sigma) for n, f in start.factors.items()} if start else {},
+            targets=[t.module.name for t in self.context.targets],
+            work_dir=self.folder,
+            factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
             batches=self._calibration,
         )
-        self.arguments = make_arguments(manifest.train, folder, name=contender.name, evaluate=False)
+        self.arguments = make_arguments(manifest.train, self.folder, name=self.contender.name, evaluate=False)
         self.arguments.save_strategy = SaveStrategy.NO
         self.rows, _ = make_rows(self.run, training, None)
-        self.collator = _HashingCollator(PadCollator(pad_id, 1 if self.arguments.use_cpu else 8))
+        self.collator = _HashingCollator(PadCollator(tokenizer.pad_id, 1 if self.arguments.use_cpu else 8))
         PartialState()
         set_seed(manifest.train.seed)  # as train() does: the random factors of LoRA and others
         self.model = build_model(self.run, None, self.arguments.device)
@@ -154,6 +145,33 @@ class _Trial:
         trainer.remove_callback(PrinterCallback)
         return trainer
 
+    def answers(self) -> dict[str, Any]:
+        """Loss of each held-out answer, and how many of those that the model writes itself are right."""
+        asked = self.held_out.problems
+        if self.final:
+            asked = asked[: self.protocol.answered]
+        elif self.protocol.choose_by == "loss":
+            asked = ()
+        texts = generate_answers(
+            self.model,
+            self.context.base.transformers_tokenizer,
+            [problem.prompt for problem in asked],
+            self.protocol.max_new_tokens,
+            templated=self.dataset.data.messages is not None,
+        )
+        losses = answer_losses(self.model, self.held_out.encoded, self.collator.collator)
+        return {
+            "answered": len(asked),
+            "correct": sum(is_right(problem, text) for problem, text in zip(asked, texts, strict=True)),
+            "answer_loss": [round(loss, 5) for loss in losses],
+        }
+
+    def other_losses(self) -> dict[str, float]:
+        """Mean loss of each text that nothing is trained on."""
+        collate = self.collator.collator
+        found = {name: answer_losses(self.model, examples, collate) for name, examples in self.other.items()}
+        return {name: round(sum(losses) / len(losses), 5) for name, losses in found.items()}
+
     def size_on_disk(self) -> int:
         """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""
         method, trained = self.run.method, self.folder / "trained"
@@ -168,14 +186,32 @@ class _Trial:
         return (self.folder / "out" / WEIGHTS_FILE).stat().st_size
 
 
-def _fold(factors: Factors, how: str) -> Factors:
-    """Take sigma into the factors, and leave 1 in its place."""
-    if how == "no":
-        return factors
-    left_power = 1.0 if how == "left" else 0.5
-    sigma = factors.sigma[:, None, None]
-    ones = torch.ones_like(factors.sigma)
-    return Factors(factors.left * sigma**left_power, factors.right * sigma ** (1 - left_power), ones)
+@torch.no_grad()
+def answer_losses(model: Any, examples: Sequence[EncodedExample], collate: PadCollator) -> list[float]:
+    """Mean cross-entropy (nats per token) of each example's labelled tokens, in the order of the examples.
+
+    The model is put in evaluation mode meanwhile.
+    """
+    losses = [0.0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(order), _ROWS):
+            chosen = order[start : start + _ROWS]
+            batch: Mapping[str, torch.Tensor] = collate([examples[at] for at in chosen])
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels = batch["labels"][:, 1:]
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+            each = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
+            )
+            means = each.sum(1) / (labels != IGNORED).sum(1)
+            for at, loss in zip(chosen, means.tolist(), strict=True):
+                losses[at] = loss
+    finally:
+        model.train(training)
+    return losses
 
 
 class _HashingCollator:

@@ -1,9 +1,9 @@
-"""A comparison suite: which methods are trained on which data, at which learning rates, with which seeds.
+"""A comparison suite: which methods are trained on which data, what is tried for each, and which claims are tested.
 
-    [[method]] x [[dataset]] x rates x seeds
+    [[method]] x [[dataset]] x settings x seeds
 
 Fields that a manifest has too are the manifest's own: [base], [[dataset]] data, [[method]] adapt, and in [train] the
-keys of the recipe that every method shares.
+keys of the recipe that every method shares. A setting is one value for each axis of a method's `grid`.
 """
 
 from __future__ import annotations
@@ -11,25 +11,37 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeAlias, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from soka_serve.compiler.methods import METHODS
+from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.files import sha256_text
-from soka_serve.manifest.fields import FormatVersion, PositiveInt, Text
+from soka_serve.io.places import given_path
+from soka_serve.manifest.fields import FormatVersion, PositiveInt
+from soka_serve.manifest.locate import locate
 from soka_serve.manifest.nodes import TomlPath, one_of
-from soka_serve.manifest.problems import show
+from soka_serve.manifest.problems import dotted, show
 from soka_serve.manifest.read import name_key, parse_toml, read_text, validate
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Manifest, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
-SHARED_KEYS = (
-    "max_length", "overlong", "packing", "completion_only", "steps", "batch_size", "accumulate", "schedule",
-    "warmup_frac", "weight_decay", "max_grad_norm", "gradient_checkpointing", "precision",
-)  # fmt: skip
+Setting: TypeAlias = tuple[tuple[str, float], ...]
+"""A value for each axis, in the order of the grid."""
+
+AXES = {"learning_rate": "train.learning_rate", "clip": "train.max_grad_norm"}
+"""Short names of axes; `scale` is `adapt.scale` for SoKA and `train.method_scale` for the others."""
+
+_FEWEST_SEEDS = 5  # whose sign-flip test can give less than 5%: 1 / 2**5
+
+_OWN_KEYS = {
+    "method", "method_rank", "method_scale", "data", "epochs", "learning_rate", "left_lr", "right_lr", "sigma_lr",
+    "seed", "log_every", "eval_every", "save_every", "early_stopping", "report_to", "prune",
+}  # fmt: skip
+SHARED_KEYS = tuple(name for name in Train.model_fields if name not in _OWN_KEYS)
 
 
 def _known_method(value: object) -> object:
@@ -40,17 +52,21 @@ def _known_method(value: object) -> object:
     return value
 
 
-MethodName = Annotated[str, BeforeValidator(_known_method), WithJsonSchema({"type": "string", "enum": list(METHODS)})]
-Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
-Rate = Annotated[float, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("a value is written twice")
     return values
 
+
+MethodName = Annotated[str, BeforeValidator(_known_method), WithJsonSchema({"type": "string", "enum": list(METHODS)})]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(_distinct)]
+Values = Annotated[
+    tuple[Annotated[int | float, Field(gt=0), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})], ...],
+    Field(strict=False, min_length=1),
+    AfterValidator(_distinct),
+    AfterValidator(lambda values: tuple(sorted(values))),
+]
 
 _fields: dict[str, Any] = {
     name: (Train.model_fields[name].annotation, Train.model_fields[name]) for name in SHARED_KEYS
@@ -60,31 +76,27 @@ Recipe = create_model("Recipe", __base__=Table, __doc__="The part of [train] tha
 
 
 class Protocol(Table):
-    """How learning rates are chosen and results are measured."""
+    """How settings are chosen and results are measured."""
 
-    seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
-        (0, 1, 2, 3, 4), strict=False, min_length=1, description="Seeds of the runs at the chosen learning rate."
+    seeds: Seeds = Field((0, 1, 2, 3, 4), strict=False, min_length=1, description="Seeds of the results.")
+    sweep_seeds: Seeds = Field(
+        (100, 101, 102), strict=False, min_length=1, description="Seeds that settings are chosen by."
     )
-    sweep_seeds: Annotated[tuple[Seed, ...], AfterValidator(_distinct)] = Field(
-        (100,), strict=False, min_length=1, description="Seeds of the runs that the learning rate is chosen by."
+    settings: PositiveInt | None = Field(
+        None,
+        description="Settings that are tried for every method and dataset, each with every sweep seed; default: what "
+        "one pass over the axes of the largest grid takes.",
     )
-    extensions: Annotated[int, Field(ge=0, le=8)] = Field(
-        2, description="How often the grid is extended by one rate while the best one is at its edge."
+    choose_by: Literal["loss", "accuracy"] = Field(
+        "loss", description="What chooses a setting: loss or accuracy of the answers to the validation problems."
     )
-    validation: PositiveInt = Field(100, description="Held-out problems that learning rates are chosen by.")
+    validation: PositiveInt = Field(100, description="Held-out problems that settings are chosen by.")
     test: PositiveInt = Field(200, description="Held-out problems of the results; none of the validation problems.")
-    evaluations: PositiveInt = Field(
-        2,
-        description="How often a run answers the test problems: after equal shares of its steps, the last at its end.",
+    answered: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="How many test problems the model answers in words, for its accuracy; default: all of them."
     )
     max_new_tokens: PositiveInt = Field(96, description="Longest answer, tokens.")
     loss_window: PositiveInt = Field(10, description="Steps that the training loss is averaged over.")
-    loss_reference: Text | None = Field(
-        None,
-        description="Method whose mean final training loss is the one that 'steps to the loss' counts to; default: the "
-        "first reference of the first claim.",
-        examples=["lora-r1"],
-    )
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
@@ -93,8 +105,10 @@ class Protocol(Table):
             if both:
                 yield (
                     ("sweep_seeds",),
-                    f"{', '.join(map(str, both))} stands in seeds too: no run of the results may choose a rate",
+                    f"{', '.join(map(str, both))} stands in seeds too: no run of the results may choose a setting",
                 )
+        if seen.knows("answered", "test") and (seen.values["answered"] or 0) > seen.values["test"]:
+            yield ("answered",), f"answered is larger than test ({seen.show('test')})"
 
 
 class DataSet(Table):
@@ -107,22 +121,36 @@ class DataSet(Table):
         description="How an answer is marked: a builtin family's own way; the number after '####'; the content of the "
         "first \\boxed{}; or equality with the completion.",
     )
+    validation: Literal["eval", "train"] = Field(
+        "eval",
+        description="Where the validation problems of data of your own come from: the evaluation data, behind the test "
+        "problems; or the training data's end, which is then not trained on.",
+    )
+    loss_targets: Values = Field((), description="Training losses that steps are counted to.", examples=[[0.5, 0.2]])
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
-        if seen.knows("data", "answers"):
+        if seen.knows("data", "answers", "validation"):
             data = seen.values["data"]
             builtin = value_of(data, "builtin") is not None
-            if builtin and seen.values["answers"] != "builtin":
-                yield ("answers",), "answers belongs to data of your own; builtin families mark their own answers"
+            for name in seen.has("answers", "validation") if builtin else ():
+                yield (name,), f"{name} belongs to data of your own; builtin families have their own"
             if not builtin and seen.values["answers"] == "builtin":
                 yield (), "answers is required for data of your own: 'hashes', 'boxed' or 'exact'"
             if not builtin and not any(value_of(data, name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
                 yield ("data",), "a comparison needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 
+class Other(Table):
+    """Text that nothing is trained on: the rise of the loss on its completions is what a method forgets."""
+
+    name: Name = Field(description="What results call it.", examples=["english"])
+    data: Data = Field(description="Its training part is read, as in a manifest's [train.data].")
+    examples: PositiveInt = Field(64, description="How many examples, from the first that fit max_length.")
+
+
 class Contender(Table):
-    """One method with everything but its learning rate."""
+    """One method with everything but its setting."""
 
     name: Name = Field(description="What results call it.", examples=["soka-r1"])
     method: MethodName = Field(description="What is trained.")
@@ -132,35 +160,23 @@ class Contender(Table):
         "ends with it. soka reads adapt; osf trains half of each weight's singular directions.",
     )
     adapt: Adapt = Field(default_factory=lambda: Adapt(), description="Modules; for soka also init, rank and shape.")
-    rates: Annotated[tuple[Rate, ...], AfterValidator(_distinct)] = Field(
-        strict=False, min_length=1, description="Learning rates to try.", examples=[[1e-3, 2e-3, 4e-3]]
+    grid: dict[str, Values] = Field(
+        min_length=1,
+        description="Axes and the values to try: learning_rate, clip, scale, or any key of a manifest with its table "
+        "('train.warmup_frac', 'adapt.rank.parameters'). The first axis is searched first.",
+        examples=[{"learning_rate": [1e-3, 2e-3, 4e-3], "clip": [0.3, 1.0]}],
     )
     datasets: tuple[Name, ...] | None = Field(None, strict=False, description="Datasets to run on; default: all.")
     priority: PositiveInt = Field(1, description="Runs with a smaller number come first.")
-    fold_sigma: Literal["no", "left", "both"] = Field(
-        "no",
-        description="soka: multiply sigma into the left factors, or its root into both, and keep it fixed at 1.",
-    )
-    left_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="As in a manifest.")
-    right_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="As in a manifest.")
-    sigma_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="As in a manifest.")
     calibration_batches: PositiveInt = Field(
         8, description="corda and eva: training batches that their initialisation reads."
     )
-
-    @field_validator("rates")
-    @classmethod
-    def _sorted(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted(rates))
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
         if not seen.knows("method"):
             return
         method = METHODS[seen.values["method"]]
-        if not method.kronecker:
-            for name in seen.has("fold_sigma", "left_lr", "right_lr", "sigma_lr"):
-                yield (name,), f"{name} belongs to method = 'soka'; the method is {method.name!r}"
         if not method.ranked:
             instead = "; write adapt = { rank = { ... } }" if method.kronecker else ""
             for name in seen.has("rank"):
@@ -168,17 +184,49 @@ class Contender(Table):
         if not method.reads_batches:
             for name in seen.has("calibration_batches"):
                 yield (name,), f"calibration_batches belongs to corda and eva; the method is {method.name!r}"
-        if seen.has("fold_sigma") and seen.has("sigma_lr"):
-            yield ("sigma_lr",), "sigma_lr does not go with fold_sigma, which keeps sigma fixed"
+        if seen.knows("grid") and "scale" in seen.values["grid"] and not (method.scaled or method.kronecker):
+            yield ("grid", "scale"), f"scale does not go with method = {method.name!r}"
+
+    def key_of(self, axis: str) -> str:
+        """The manifest's key that an axis sets, with its table: 'train.learning_rate'."""
+        if axis == "scale":
+            return "adapt.scale" if METHODS[self.method].kronecker else "train.method_scale"
+        return AXES.get(axis, axis)
+
+    @property
+    def first_pass(self) -> int:
+        """Settings that one search along each axis tries."""
+        return 1 + sum(len(values) - 1 for values in self.grid.values())
 
 
 class Claim(Table):
-    """A method that is tested against others, seed by seed."""
+    """One contrast between two methods, stated before the runs of the results; the program says true or false."""
 
     candidate: Name = Field(description="Name of a method.", examples=["soka-r1"])
-    references: tuple[Name, ...] = Field(
-        strict=False, min_length=1, description="Names of methods it is compared with.", examples=[["lora-r1"]]
+    reference: Name = Field(description="Name of the method that it is compared with.", examples=["lora-r1"])
+    dataset: Name | None = Field(None, description="Name of a dataset; default: the mean over all.")
+    metric: Literal["answer_loss", "accuracy", "steps_to_loss", "forgetting", "grad_noise"] = Field(
+        "answer_loss", description="What is compared; steps_to_loss is to the smallest of loss_targets."
     )
+    relation: Literal["better", "no worse"] = Field(
+        "better", description="Better than the reference, or worse by less than `margin`."
+    )
+    margin: Annotated[float, Field(ge=0)] = Field(0.0, description="In the metric's unit; 'no worse' needs one.")
+    pairs: Literal["seeds", "examples"] = Field(
+        "seeds",
+        description="What is paired: seeds, or test examples, each with its mean over the seeds (answer_loss only). "
+        "The test speaks for further seeds, or for further examples.",
+    )
+    primary: bool = Field(False, description="The one contrast that is tested without correction.")
+
+    @classmethod
+    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
+        if seen.knows("pairs", "metric") and seen.values["pairs"] == "examples" and seen.has("metric"):
+            yield ("pairs",), f"only answer_loss is measured per example; the metric is {seen.show('metric')}"
+        if seen.knows("relation", "margin"):
+            relation, margin = seen.values["relation"], seen.values["margin"]
+            if (relation == "no worse") != (margin > 0):
+                yield ("margin",), "relation = 'no worse' needs a margin above 0, and 'better' has none"
 
 
 class Suite(Table):
@@ -191,36 +239,45 @@ class Suite(Table):
     train: Recipe = Field(description="What all methods share of a manifest's [train].")
     protocol: Protocol = Field(default_factory=lambda: Protocol(), description="How it is measured.")
     dataset: tuple[DataSet, ...] = Field(strict=False, min_length=1, description="Datasets.")
+    other: tuple[Other, ...] = Field((), strict=False, description="Text that shows what is forgotten.")
     method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods.")
-    claim: tuple[Claim, ...] = Field((), strict=False, description="Paired tests.")
+    claim: tuple[Claim, ...] = Field((), strict=False, description="Contrasts that are tested.")
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
-        names: dict[str, list[str]] = {}
+        if not seen.knows("dataset", "method", "other"):
+            return
+        names = {table: [value_of(item, "name") for item in seen.values[table]] for table in ("dataset", "method")}
+        for table in ("dataset", "method", "other"):
+            found = [value_of(item, "name") for item in seen.values[table]]
+            for i, name in enumerate(found):
+                if name in found[:i]:
+                    yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
 
         def unknown(kind: str, name: str) -> str:
             return f"no {kind} is called {show(name)}; there are {', '.join(names[kind])}"
 
-        for table in ("dataset", "method"):
-            if not seen.knows(table):
-                return
-            names[table] = [value_of(item, "name") for item in seen.values[table]]
-            for i, name in enumerate(names[table]):
-                if name in names[table][:i]:
-                    yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
         for i, contender in enumerate(seen.values["method"]):
             for name in value_of(contender, "datasets") or ():
                 if name not in names["dataset"]:
                     yield ("method", i, "datasets"), unknown("dataset", name)
-        for i, claim in enumerate(seen.values["claim"] if seen.knows("claim") else ()):
-            for key in ("candidate", "references"):
-                value = value_of(claim, key)
-                for name in (value,) if isinstance(value, str) else value or ():
-                    if name not in names["method"]:
-                        yield ("claim", i, key), unknown("method", name)
-        reference = value_of(seen.values["protocol"], "loss_reference") if seen.knows("protocol") else None
-        if reference is not None and reference not in names["method"]:
-            yield ("protocol", "loss_reference"), unknown("method", reference)
+        yield from _effort(seen.values["method"])
+        claims = seen.values["claim"] if seen.knows("claim") else ()
+        for i, claim in enumerate(claims):
+            for key, kind in (("candidate", "method"), ("reference", "method"), ("dataset", "dataset")):
+                name = value_of(claim, key)
+                if name is not None and name not in names[kind]:
+                    yield ("claim", i, key), unknown(kind, name)
+            if value_of(claim, "metric") == "forgetting" and not seen.values["other"]:
+                yield ("claim", i, "metric"), "forgetting is measured on [[other]] texts, and there are none"
+        if claims and seen.knows("protocol"):
+            pairs = len(value_of(seen.values["protocol"], "seeds") or Protocol.model_fields["seeds"].default)
+            for i, claim in enumerate(claims if pairs < _FEWEST_SEEDS else ()):
+                if value_of(claim, "pairs") != "examples":
+                    enough = f"give {_FEWEST_SEEDS} of them, or write pairs = 'examples'"
+                    yield ("claim", i, "pairs"), f"{pairs} seeds cannot show anything at 5%: {enough}"
+        if claims and sum(bool(value_of(claim, "primary")) for claim in claims) != 1:
+            yield ("claim",), "exactly one claim is the primary one: write primary = true in it"
 
     def datasets_of(self, contender: Contender) -> list[DataSet]:
         """The datasets that a method runs on."""
@@ -231,11 +288,23 @@ class Suite(Table):
         return next(m for m in self.method if m.name == name)
 
     @property
-    def loss_reference(self) -> str | None:
-        """The method whose final training loss 'steps to the loss' counts to."""
-        if self.protocol.loss_reference is not None:
-            return self.protocol.loss_reference
-        return self.claim[0].references[0] if self.claim else None
+    def settings(self) -> int:
+        """Settings that are tried for each method on each dataset: the same number for all."""
+        return self.protocol.settings or max(m.first_pass for m in self.method)
+
+    @property
+    def claims_sha256(self) -> str:
+        """Hash of the claims, which every record of a result holds: it shows whether they came before the runs."""
+        return sha256_text("\n".join(claim.model_dump_json() for claim in self.claim))
+
+
+def _effort(contenders: tuple[object, ...]) -> Iterator[tuple[Key, str]]:
+    """Refuse a suite in which some methods are searched and others are not."""
+    grids = [value_of(contender, "grid") or {} for contender in contenders]
+    searched = [any(len(values) > 1 for values in grid.values()) for grid in grids]
+    for i, found in enumerate(searched):
+        if not found and any(searched):
+            yield ("method", i, "grid"), "one setting, and other methods have a choice: give an axis a second value"
 
 
 @dataclass(frozen=True)
@@ -253,15 +322,20 @@ class LoadedSuite:
         return name_key(path, self.text, str(self.path))
 
 
-def read_suite(path: str | Path) -> LoadedSuite:
+def read_suite(path: str | Path, root: str | Path | None = None) -> LoadedSuite:
     """Read, parse and validate a suite.
+
+    Args:
+        path: the TOML file.
+        root: what its relative paths start from; default: its own folder.
 
     Raises:
         ManifestError: the file cannot be read, is not TOML, or does not follow the schema; holds all problems.
     """
     path = Path(path)
     text = read_text(path)
-    return LoadedSuite(parse_suite(text, str(path)), path, path.absolute().parent, text, sha256_text(text))
+    directory = path.absolute().parent if root is None else given_path(root, "root").absolute()
+    return LoadedSuite(parse_suite(text, str(path)), path, directory, text, sha256_text(text))
 
 
 def parse_suite(text: str, file: str) -> Suite:
@@ -270,22 +344,57 @@ def parse_suite(text: str, file: str) -> Suite:
     Raises:
         ManifestError: everything that is wrong, each with its place.
     """
-    return validate(Suite, parse_toml(text, file), text, file)
+    suite = validate(Suite, parse_toml(text, file), text, file)
+    positions = locate(text)
+    problems = []
+    for i, contender in enumerate(suite.method):
+        for axis, values in contender.grid.items():
+            path = ("method", i, "grid", axis)
+            for message in filter(None, (_refusal(suite, contender, axis, value) for value in values)):
+                problems.append(ManifestProblem(dotted(path), message, *(positions.value(path) or (0, 0))))
+                break
+    if problems:
+        raise ManifestError(file, problems)
+    return suite
 
 
-def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, rate: float, seed: int) -> Manifest:
-    """The manifest of one run. A method that manifests do not know has the recipe of `lora`."""
+def _refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str | None:
+    """Why an axis or one of its values cannot be set; None if it can."""
+    key = contender.key_of(axis)
+    if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in ("steps", "seed", "data"):
+        return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
+    try:
+        manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=((axis, value),), seed=0)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            return f"sets {key}, and manifests have no such key"
+        return f"sets {key}, which does not take {value:g}: {first['msg']}"
+    return None
+
+
+def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, setting: Setting, seed: int) -> Manifest:
+    """The manifest of one run. A method that manifests do not know has the recipe of `lora`.
+
+    Raises:
+        pydantic.ValidationError: the setting has a key that manifests lack, or a value that it does not take.
+    """
     shared: Any = suite.train
     train = Train(
         method=cast(Any, contender.method if METHODS[contender.method].in_manifests else "lora"),
         method_rank=contender.rank,
         data=dataset.data,
-        learning_rate=rate,
-        left_lr=contender.left_lr,
-        right_lr=contender.right_lr,
-        sigma_lr=0.0 if contender.fold_sigma != "no" else contender.sigma_lr,
         seed=seed,
         log_every=1,
         **{name: getattr(shared, name) for name in SHARED_KEYS},
     )
-    return Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
+    manifest = Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
+    values = manifest.model_dump(by_alias=True, exclude_none=True)
+    for axis, value in setting:
+        table, *inner, key = contender.key_of(axis).split(".")
+        for start in values["adapt"] if table == "adapt" else (values["train"],):
+            place = start
+            for name in inner:
+                place = place.setdefault(name, {})
+            place[key] = value
+    return Manifest.model_validate(values)

@@ -1,83 +1,155 @@
-"""Which learning rate a sweep chooses: the best of the grid, which grows while the best one is at its edge.
+"""Which setting a search chooses: along one axis at a time, the same number of settings for every method.
 
-A sweep has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
+The search begins in the middle of the grid and tries all values of one axis after the other, each time from the best
+setting so far (coordinate search). Then, as long as settings are left: beyond an end of an axis where the best value
+lies, along the axes through the best setting, and between the best value and its neighbours.
+
+A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from soka_serve.comparison.plan import Cell, Record, RunSpec
+from soka_serve.comparison.suite import Setting
+
+Grid = Mapping[str, Sequence[float]]
+Score = tuple[float, float]
+"""What a setting is chosen by, and what decides between equals; more is better."""
 
 
 @dataclass(frozen=True)
-class RateChoice:
-    """The rate that the sweep of a cell chose. `rate` is None as long as it is not decided, or if every run failed.
+class Choice:
+    """What the search of a cell has found so far.
 
-    `at_edge`: the best rate is the smallest or largest that was tried, after all extensions.
+    `scores` has every setting that was tried (None where all its runs failed). `setting` is None as long as the search
+    goes on, and if every run failed. `border` names the axes on which the chosen value is the smallest or the largest
+    that was tried.
     """
 
-    rates: tuple[float, ...]
-    scores: Mapping[float, float]
-    rate: float | None
-    at_edge: bool
+    scores: Mapping[Setting, Score | None]
+    setting: Setting | None = None
+    border: tuple[str, ...] = ()
     failed: bool = False
 
 
-def choose_rate(cell: Cell, records: Mapping[str, Record]) -> tuple[RateChoice, list[RunSpec]]:
-    """The choice as far as a cell's sweep has come, and the sweep runs that it still needs."""
-    rates = cell.contender.rates
-    extensions = 0
-    while True:
-        runs = {rate: [cell.spec("sweep", rate, s) for s in cell.suite.protocol.sweep_seeds] for rate in rates}
-        missing = [run for rate in rates for run in runs[rate] if run.key not in records]
+def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
+    """The choice as far as a cell's search has come, and the sweep runs that it needs next."""
+    grid = cell.contender.grid
+    scores: dict[Setting, Score | None] = {}
+    while settings := _next(grid, scores, cell):
+        runs = {s: [cell.spec("sweep", s, seed) for seed in cell.suite.protocol.sweep_seeds] for s in settings}
+        missing = [run for found in runs.values() for run in found if run.key not in records]
         if missing:
-            return RateChoice(rates, {}, None, False), missing
-        ranked: list[tuple[float, float, float]] = []
-        for rate in rates:
-            found = [(_score(records[run.key]), _last_loss(records[run.key])) for run in runs[rate]]
-            known = [(score, loss) for score, loss in found if score is not None]
-            if known:
-                count = len(known)
-                # Equal accuracy: the lower training loss decides, then the smaller rate.
-                ranked.append((sum(s for s, _ in known) / count, -sum(x for _, x in known) / count, -rate))
-        scores = {-rate: score for score, _, rate in ranked}
-        if not ranked:
-            return RateChoice(rates, scores, None, False, failed=True), []
-        best = -max(ranked)[2]
-        edge = best in (rates[0], rates[-1])
-        if not edge or extensions == cell.suite.protocol.extensions or len(rates) == 1:
-            # A suite with a single rate has been told which one to take.
-            return RateChoice(rates, scores, best, edge and len(rates) > 1), []
-        rates, extensions = extend(rates, best), extensions + 1
+            return Choice(scores), missing
+        scores |= {s: _score([records[run.key] for run in found]) for s, found in runs.items()}
+        if not any(scores.values()):
+            return Choice(scores, failed=True), []
+    best = _best(scores)
+    border = tuple(
+        axis
+        for axis, value in best
+        if len(tried := _tried(scores, axis)) > 1 and value in (min(tried), max(tried)) and len(grid[axis]) > 1
+    )
+    return Choice(scores, best, border), []
 
 
-def _score(record: Record) -> float | None:
-    """The score that decides a sweep: the share of right answers; 0 of a diverged run, None of a failed one."""
-    if record["status"] == "failed":
-        return None
-    return float(record["correct"] / record["problems"]) if record["status"] == "done" else 0.0
+def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> list[Setting]:
+    """The settings to try next; empty when the search is over."""
+    left = cell.suite.settings - len(scores)
+    if left <= 0:
+        return []
+    if not scores:
+        start = tuple((axis, values[len(values) // 2]) for axis, values in grid.items())
+        return _line(start, next(iter(grid)), grid)[:left]
+    best = _best(scores)
+    unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
+    for line in (
+        *(_line(best, axis, grid) for axis in unseen),
+        *(_with(best, axis, _beyond(best, axis, scores)) for axis in grid),
+        *(_line(best, axis, grid) for axis in grid),
+        *(_with(best, axis, _between(best, axis, scores)) for axis in grid),
+    ):
+        fresh = [setting for setting in line if setting not in scores and cell.takes(setting)]
+        if fresh:
+            return fresh[:left]
+    return []
 
 
-def _last_loss(record: Record) -> float:
-    """Mean training loss of the last tenth of the steps; infinite for a run that did not get there."""
-    losses = record.get("loss") or []
-    if record["status"] != "done" or not losses:
-        return math.inf
-    tail = losses[-max(len(losses) // 10, 1) :]
-    return float(sum(tail) / len(tail))
+def _best(scores: Mapping[Setting, Score | None]) -> Setting:
+    """The best setting; among equals the one that was tried first."""
+    return max(scores, key=lambda setting: scores[setting] or (-math.inf, -math.inf))
 
 
-def extend(rates: tuple[float, ...], best: float) -> tuple[float, ...]:
-    """The grid with one more rate beyond the edge where the best one is; as it is when that is inside.
+def _tried(scores: Mapping[Setting, Score | None], axis: str) -> set[float]:
+    return {dict(setting)[axis] for setting in scores}
 
-    >>> extend((1.0, 2.0, 4.0), 4.0), extend((1.0, 2.0, 4.0), 1.0), extend((1.0, 2.0, 4.0), 2.0)
-    ((1.0, 2.0, 4.0, 8.0), (0.5, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0))
+
+def _with(setting: Setting, axis: str, values: Sequence[float]) -> list[Setting]:
+    """The setting with other values on one axis."""
+    return [tuple((name, value if name == axis else old) for name, old in setting) for value in values]
+
+
+def _line(setting: Setting, axis: str, grid: Grid) -> list[Setting]:
+    """The settings along an axis, those near the given one first."""
+    values = list(grid[axis])
+    here = dict(setting)[axis]
+    return _with(setting, axis, sorted(values, key=lambda value: abs(math.log(value / here))))
+
+
+def _beyond(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]) -> list[float]:
+    """One value more beyond the end at which the setting lies, as far as the two last values are apart."""
+    here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
+    if len(tried) < 2 or here not in (tried[0], tried[-1]):
+        return []
+    return _rounded(here * here / (tried[1] if here == tried[0] else tried[-2]), tried)
+
+
+def _between(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]) -> list[float]:
+    """The geometric means of the setting's value and its neighbours on an axis."""
+    here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
+    at = tried.index(here)
+    return [
+        value
+        for neighbour in tried[max(at - 1, 0) : at + 2]
+        if neighbour != here
+        for value in _rounded(math.sqrt(here * neighbour), tried)
+    ]
+
+
+def _rounded(value: float, like: Sequence[float]) -> list[float]:
+    """A value to six digits; none where the axis has whole numbers only."""
+    return [] if all(isinstance(v, int) for v in like) else [float(f"{value:.6g}")]
+
+
+def _score(records: Sequence[Record]) -> Score | None:
+    """Mean over the seeds of the accuracy, where answers were marked, then of minus the loss.
+
+    A diverged run has accuracy 0 and an infinite loss; a failed one is left out.
     """
-    if best == rates[-1]:
-        return (*rates, float(f"{rates[-1] ** 2 / rates[-2]:.6g}"))
-    if best == rates[0]:
-        return (float(f"{rates[0] ** 2 / rates[1]:.6g}"), *rates)
-    return rates
+    known = [record for record in records if record["status"] != "failed"]
+    if not known:
+        return None
+    accuracy = sum((_accuracy(record) for record in known), 0.0) / len(known)
+    loss = sum((_loss(record) for record in known), 0.0) / len(known)
+    return (accuracy, -loss) if known[0]["answered"] else (-loss, 0.0)
+
+
+def _accuracy(record: Record) -> float:
+    return float(record["correct"] / record["answered"]) if record["status"] == "done" and record["answered"] else 0.0
+
+
+def _loss(record: Record) -> float:
+    if record["status"] != "done":
+        return math.inf
+    losses = record["answer_loss"]
+    return float(sum(losses) / len(losses))
+
+
+def sweep_keys(cell: Cell, choice: Choice) -> Iterator[str]:
+    """Keys of the sweep runs that a choice rests on."""
+    for setting in choice.scores:
+        yield from (cell.spec("sweep", setting, seed).key for seed in cell.suite.protocol.sweep_seeds)

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_METRIC_NAMES = {
-    "accuracy": "accuracy, points",
+METRIC_NAMES = {
+    "answer_loss": "held-out loss",
+    "accuracy": "accuracy",
     "steps_to_loss": "steps to the loss",
-    "grad_norm_cv": "variation of the gradient norm",
+    "forgetting": "forgetting",
+    "grad_noise": "gradient noise",
 }
+_VERDICTS = {True: "true", False: "false", None: "undecided"}
 
 
 def render_markdown(results: Mapping[str, Any]) -> str:
-    """The tables of the results: methods, cells, tests, and what must be known to read them."""
+    """The tables of the results: claims, methods, cells, and what must be known to read them."""
     suite, state = results["suite"], results["progress"]
     lines = [f"# {suite['name']}", ""]
     if suite["description"]:
         lines += [suite["description"], ""]
     lines += [f"`{results['command']}`", "", *remarks(results), ""]
-    lines += ["## Methods", "", *markdown_table(*method_rows(results)), ""]
-    lines += ["## Methods by dataset", "", *markdown_table(*cell_rows(results)), ""]
-    if results["claims"]:
-        lines += ["## Paired tests", "", *markdown_table(*claim_rows(results)), ""]
+    for title, head, rows in tables(results):
+        lines += [f"## {title}", "", *markdown_table(head, rows), ""]
     problems = [f"- {c['method']} on {c['dataset']}: {error}" for c in results["cells"] for error in c["errors"]]
     if problems:
         lines += ["## Runs that failed", "", *problems, ""]
@@ -30,37 +31,55 @@ def render_markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, head and rows of every table."""
+    found = [("Methods", *method_rows(results)), ("Methods by dataset", *cell_rows(results))]
+    return [("Claims", *claim_rows(results)), *found] if results["claims"] else found
+
+
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """How to read the numbers, in sentences."""
     protocol = results["protocol"]
-    seeds = len(protocol["seeds"])
+    settings, sweeps = results["settings_per_method"], len(protocol["sweep_seeds"])
     said = [
-        f"Mean over {seeds} seeds with 95% confidence intervals (Student's t, over seeds; those of "
-        f"accuracies are cut at 0 and 100%). Every method has its own "
-        f"learning rate, chosen on {protocol['validation']} validation problems with other seeds; accuracy is on "
-        f"{protocol['test']} test problems that share none with those. Best is the best of {protocol['evaluations']} "
-        "looks at the test problems during the run, and so flatters.",
-        "A diverged run counts with accuracy 0; a failed one does not count and is named. A run that does not reach "
-        "the target loss counts with one step more than it has. Steps are counted to the mean final training loss of "
-        f"`{results['loss_reference']}` (running mean of {protocol['loss_window']} steps). Gradient norms are those "
-        "before clipping, after warm-up. AdaLoRA's training loss includes its own penalty.",
+        f"Mean over {len(protocol['seeds'])} seeds with 95% confidence intervals (Student's t, over seeds; those of "
+        f"accuracies are cut at 0 and 100%). The setting of every method was chosen among {settings}, by coordinate "
+        f"search, by the {protocol['choose_by']} on {protocol['validation']} validation problems with {sweeps} other "
+        f"seeds. Results are on {protocol['test']} test problems that share none with those.",
+        "Held-out loss: nats per token of the right answer. Forgetting: rise of that loss on text that nothing was "
+        "trained on. Steps to the loss: first step at which the running mean of "
+        f"{protocol['loss_window']} training losses is at most the suite's smallest target; a run that does not get "
+        "there counts with one step more than it has. Gradient noise: standard deviation of the logarithm of the norm "
+        "before clipping, after warm-up, around its trend. A diverged run has accuracy 0 and no loss; a failed one "
+        "does not count and is named. AdaLoRA's training loss includes its own penalty.",
     ]
+    if results["claims"]:
+        said.append(
+            "Claims: one-sided sign-flip tests at 5%, the primary one as it is, the others after Holm's correction. "
+            "False means that the results do not show it."
+        )
+    if changed := results["claims_changed_after"]:
+        said.append(f"**The claims are not those of {changed} of {results['results']} results: they were changed.**")
+    if not results["effort_equal"]:
+        said.append("**Not every method was tried with as many settings** (see the table by dataset).")
     if not results["data_order_equal"]:
         said.append("**The methods did not see the same batches in the same order.**")
     unfinished = [row["name"] for row in results["table"] if not row["complete"]]
     if unfinished:
         said.append(f"Not finished, with fewer seeds or datasets than the others: {', '.join(unfinished)}.")
-    edges = [f"{c['method']} on {c['dataset']}" for c in results["cells"] if c["best_rate_at_edge"]]
-    if edges:
-        said.append(f"The best learning rate is at the edge of the grid, after all extensions: {', '.join(edges)}.")
+    borders = [
+        f"{c['method']} on {c['dataset']} ({', '.join(c['at_border'])})" for c in results["cells"] if c["at_border"]
+    ]
+    if borders:
+        said.append(f"**The best value is the smallest or largest that was tried**: {'; '.join(borders)}.")
     return said
 
 
 def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """One row per method, over its datasets."""
     head = [
-        "method", "datasets", "trained parameters", "adapter, kB", "accuracy, %", "best, %", "steps to the loss",
-        "reached", "gradient norm", "its variation", "step, CPU ms", "peak, MB", "Pareto",
+        "method", "datasets", "trained parameters", "stored, kB", "held-out loss", "accuracy, %", "forgetting",
+        "steps to the loss", "reached", "gradient noise", "step, CPU ms", "peak, MB", "Pareto",
     ]  # fmt: skip
     rows = [
         [
@@ -68,12 +87,12 @@ def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
             str(len(row["datasets"])),
             number(row["trainable_parameters"], "{:,.0f}"),
             number(row["adapter_bytes"], "{:,.0f}", 1e-3),
+            spread(row["answer_loss"], "{:.4f}"),
             percent(row["accuracy"]),
-            percent(row["best_accuracy"]),
+            spread(row["forgetting"], "{:+.4f}"),
             spread(row["steps_to_loss"], "{:.0f}"),
             number(row["reached"], "{:.0%}"),
-            number(row["grad_norm"], "{:.3g}"),
-            spread(row["grad_norm_cv"], "{:.2f}"),
+            spread(row["grad_noise"], "{:.3f}"),
             number(row["step_cpu_s"], "{:.0f}", 1e3),
             number(row["peak_bytes"], "{:.0f}", 1e-6),
             "yes" if row["pareto"] else "",
@@ -86,19 +105,23 @@ def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """One row per method and dataset."""
     head = [
-        "method", "dataset", "rate", "seeds", "accuracy, %", "steps to the loss", "final loss", "gradient variation",
-        "diverged",
+        "method", "dataset", "settings", "chosen", "seeds", "held-out loss", "its median", "accuracy, %", "forgetting",
+        "median steps to", "final loss", "gradient noise", "diverged",
     ]  # fmt: skip
     rows = [
         [
             cell["method"],
             cell["dataset"],
-            number(cell["rate"], "{:g}") + (" (edge)" if cell["best_rate_at_edge"] else ""),
+            str(cell["settings"]),
+            _setting(cell),
             str(len(cell["seeds"])),
+            spread(cell["answer_loss"], "{:.4f}"),
+            number(cell["answer_loss"] and cell["answer_loss"]["median"], "{:.4f}"),
             percent(cell["accuracy"]),
-            spread(cell["steps_to_loss"], "{:.0f}"),
+            _each(cell["forgetting_of"], "{:+.4f}"),
+            _each(cell["median_steps_to"], "{:g}"),
             number(cell["final_loss"], "{:.4f}"),
-            spread(cell["grad_norm_cv"], "{:.2f}"),
+            spread(cell["grad_noise"], "{:.3f}"),
             str(cell["diverged"] or ""),
         ]
         for cell in results["cells"]
@@ -106,37 +129,41 @@ def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
+def _setting(cell: Mapping[str, Any]) -> str:
+    """'learning_rate 0.002, clip 1 (border)'."""
+    marks = dict.fromkeys(cell["at_border"], " (border)")
+    return ", ".join(f"{axis} {value:g}{marks.get(axis, '')}" for axis, value in (cell["setting"] or {}).items()) or "–"
+
+
+def _each(values: Mapping[str, float], form: str) -> str:
+    return "; ".join(f"{name}: {form.format(value)}" for name, value in values.items()) or "–"
+
+
 def claim_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """One row per test."""
-    head = [
-        "measure", "candidate", "reference", "dataset", "pairs", "difference", "better in", "p", "p (Holm)", "verdict",
-    ]  # fmt: skip
-    rows = []
-    for claim in results["claims"]:
-        scale = 100 if claim["metric"] == "accuracy" else 1
-        better = claim["wins"] if claim["more_is_better"] else claim["losses"]
-        rows.append(
-            [
-                _METRIC_NAMES[claim["metric"]],
-                claim["candidate"],
-                claim["reference"],
-                claim["dataset"],
-                str(claim["pairs"]),
-                spread(claim["difference"], "{:+.2f}", scale),
-                f"{better} of {claim['pairs']}",
-                number(claim["p"], "{:.3g}"),
-                number(claim["p_holm"], "{:.3g}"),
-                verdict(claim),
-            ]
-        )
+    """One row per claim."""
+    head = ["claim", "on", "pairs", "difference", "median", "better in", "p", "p (Holm)", "verdict"]
+    rows = [
+        [
+            claim_text(claim),
+            claim["dataset"] or "all",
+            f"{claim['n']} {claim['pairs']}",
+            spread(claim["difference"], "{:+.4f}"),
+            number(claim["median"], "{:+.4f}"),
+            f"{claim['better_in']} of {claim['n']}",
+            number(claim["p"], "{:.3g}"),
+            "primary" if claim["primary"] else number(claim["p_corrected"], "{:.3g}"),
+            _VERDICTS[claim["holds"]] + (f": {claim['undecided']}" if claim["undecided"] else ""),
+        ]
+        for claim in results["claims"]
+    ]
     return head, rows
 
 
-def verdict(claim: Mapping[str, Any]) -> str:
-    """What a test says at the level of 5% after correction: better, worse, or no difference shown."""
-    if claim["p_holm"] is None or claim["p_holm"] > 0.05:
-        return "no difference shown"
-    return "better" if (claim["difference"]["mean"] > 0) == claim["more_is_better"] else "worse"
+def claim_text(claim: Mapping[str, Any]) -> str:
+    """'soka-r1 is no worse than lora-r2 in held-out loss (margin 0.01)'."""
+    relation = "better than" if claim["relation"] == "better" else "no worse than"
+    margin = f" (margin {claim['margin']:g})" if claim["margin"] else ""
+    return f"{claim['candidate']} is {relation} {claim['reference']} in {METRIC_NAMES[claim['metric']]}{margin}"
 
 
 def number(value: float | None, form: str, scale: float = 1.0) -> str:

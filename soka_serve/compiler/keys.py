@@ -80,7 +80,8 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
-    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | {"data"})
+    unread = {"data"} if method.scaled else {"data", "method_scale"}
+    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread)
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None)

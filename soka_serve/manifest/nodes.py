@@ -106,6 +106,7 @@ def policies_of(node: Node) -> dict[str, Node]:
 def below(node: Node, part: str | int) -> Node | None:
     """The node of a key in a table, or of an item in an array."""
     child = node.get("properties", {}).get(part) if isinstance(part, str) else node.get("items")
+    child = child or node.get("additionalProperties") or None  # of a table whose keys are free
     return resolve(child) if child is not None else None
 
 

@@ -154,6 +154,9 @@ class Train(Table):
         "soka", description="What is trained; the others are PEFT baselines over the same modules, data and schedule."
     )
     method_rank: PositiveInt = Field(2, description="Rank of the lora, pissa and lokr baselines; soka reads [[adapt]].")
+    method_scale: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="Factor of the lora, pissa and lokr baselines' update, alpha / rank; soka reads [[adapt]]."
+    )
     data: Data = Field(description="The training data.")
     max_length: PositiveInt = Field(512, description="Longest example, tokens.")
     overlong: Literal["drop", "truncate"] = Field(

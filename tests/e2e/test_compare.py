@@ -17,7 +17,7 @@ from tests.support.builds import run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITE = "eval/suites/quick.toml"
-RUNS = 7  # three rates, and two seeds for each of two methods
+RUNS = 10  # three settings, and two seeds, for each of two methods
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,7 @@ def test_the_dry_run_trains_nothing(tmp_path: Path) -> None:
     done = run(SUITE, "--work", str(tmp_path / "work"), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "8,796 trained parameters" in done.stdout
-    assert f"{RUNS} runs" in done.stdout
+    assert f"{RUNS} runs; 60 steps" in done.stdout
     assert not (tmp_path / "work").exists()
 
 
@@ -84,14 +84,17 @@ def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
     assert results["data_order_equal"] is True
     assert {row["name"]: row["trainable_parameters"] for row in results["table"]} == {"soka-r1": 8796, "lora-r1": 9344}
     assert all(row["complete"] and row["accuracy"]["n"] == 2 for row in results["table"])
-    assert {row["dataset"] for row in results["claims"]} == {"math", "all"}
+    assert results["effort_equal"] is True
+    assert results["claims_changed_after"] == 0
+    assert [(claim["n"], claim["undecided"]) for claim in results["claims"]] == [(8, None)]
     assert {run["stage"] for run in results["runs"]} == {"sweep", "final"}
     for cell in results["cells"]:
-        assert cell["rate"] in cell["rates"]
+        assert cell["setting"] in [{k: v for k, v in tried.items() if k != "score"} for tried in cell["tried"]]
+        assert cell["forgetting_of"].keys() == {"easy"}
         assert cell["adapter_bytes"] > 4 * cell["trainable_parameters"]
         assert cell["grad_norm"] > 0
     assert "| soka-r1 |" in out.with_suffix(".md").read_text()
-    assert out.with_suffix(".html").read_text().count("<svg") == 3
+    assert out.with_suffix(".html").read_text().count("<svg") == 4
 
     elsewhere = run(SUITE, "--work", str(tmp_path / "elsewhere"), "--limit-runs", "0", "--out", str(out))
     assert f"{RUNS} runs done, 0 left, 0 failed" in elsewhere.stdout, elsewhere.stderr

@@ -34,9 +34,9 @@ schema = 1
 name = "s"
 base = { path = "base" }
 train = { steps = 1, batch_size = 2 }
-protocol = { seeds = [0], validation = 2, test = 2, evaluations = 1, max_new_tokens = 4, extensions = 0 }
+protocol = { seeds = [0], validation = 2, test = 2, max_new_tokens = 4 }
 dataset = [{ name = "math", data = { builtin = "math", limit = 8 } }]
-method = [{ name = "a", method = "lora", rates = [1e-3] }]
+method = [{ name = "a", method = "lora", grid = { learning_rate = [1e-3] } }]
 """
 # Everything that opens a model or tokenizer, called as the commands call it.
 OPENERS = {

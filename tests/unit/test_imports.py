@@ -16,7 +16,7 @@ LIGHT = (
     "soka_serve.comparison.compare",
     "soka_serve.comparison.page",
     "soka_serve.comparison.preview",
-    "soka_serve.comparison.problems",
+    "soka_serve.comparison.held_out",
     "soka_serve.compiler.context",
     "soka_serve.compiler.methods",
     "soka_serve.compiler.plan.plan",

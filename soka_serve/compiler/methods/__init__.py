@@ -1,8 +1,8 @@
 """The registry of training methods: one row each; the rest of the compiler asks the row and compares no names.
 
 A further method is a file here, or an option of one that is here, and a row in `METHODS`. What is held equal: the
-modules, the data, the schedule, and alpha such that a rank-r update has no further factor (B A for LoRA), so that the
-learning rate is the only scale; each file names its exceptions. Methods that are not `in_manifests` are trained by
+modules, the data, the schedule, and alpha = scale * rank, so that a rank-r update has no factor but `scale`; each file
+names its exceptions. Methods that are not `in_manifests` are trained by
 comparisons only: no engine that we serve with loads what they make.
 
 Importing this package loads neither torch nor PEFT.

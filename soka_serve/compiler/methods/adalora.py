@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.compiler.methods.method import StartingPoint
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class AdaLora(PeftMethod):
     """PEFT's AdaLoRA; `rank` is the mean rank that it ends with."""
 
+    scaled: ClassVar[bool] = True
+
     def parameters(self, module: Module, rank: int) -> int:
         return lora_parameters(module, start_rank(rank)) + start_rank(rank)
 
@@ -34,7 +36,7 @@ class AdaLora(PeftMethod):
         return AdaLoraConfig(
             target_r=start.rank,
             init_r=start_rank(start.rank),
-            lora_alpha=start_rank(start.rank),
+            lora_alpha=start.scale * start_rank(start.rank),
             total_step=steps,
             tinit=steps // 10,
             tfinal=steps // 3,

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from soka_serve.compiler.methods.lora import lora_options
 from soka_serve.compiler.methods.method import StartingPoint, Trainable
-from soka_serve.compiler.methods.peft_method import common_options
 from soka_serve.compiler.methods.rewriting import RewritingLora
 
 if TYPE_CHECKING:
@@ -26,13 +26,7 @@ class Corda(RewritingLora):
         from peft.tuners.lora.config import CordaConfig
 
         corda = CordaConfig(corda_method="ipm")
-        return LoraConfig(
-            r=start.rank,
-            lora_alpha=start.rank,
-            init_lora_weights="corda",
-            corda_config=corda,
-            **common_options(start),
-        )
+        return LoraConfig(init_lora_weights="corda", corda_config=corda, **lora_options(start))
 
     def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         from peft.tuners.lora.corda import preprocess_corda

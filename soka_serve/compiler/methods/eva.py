@@ -6,9 +6,8 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.lora import Lora
+from soka_serve.compiler.methods.lora import Lora, lora_options
 from soka_serve.compiler.methods.method import StartingPoint, Trainable
-from soka_serve.compiler.methods.peft_method import common_options
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -24,9 +23,7 @@ class Eva(Lora):
         from peft import EvaConfig, LoraConfig
 
         eva = EvaConfig(rho=1.0, use_label_mask=False)
-        return LoraConfig(
-            r=start.rank, lora_alpha=start.rank, init_lora_weights="eva", eva_config=eva, **common_options(start)
-        )
+        return LoraConfig(init_lora_weights="eva", eva_config=eva, **lora_options(start))
 
     def adapt(self, model: Any, config: PeftConfig, start: StartingPoint) -> Trainable:
         from peft import initialize_lora_eva_weights

@@ -1,7 +1,7 @@
 """LoKr: one Kronecker product per weight (arXiv:2309.14859), as PEFT has it.
 
-PEFT's balanced factorisation, alpha = rank. The smaller factor is full, the larger one of low rank where that is
-smaller.
+PEFT's balanced factorisation, alpha = scale * rank. The smaller factor is full, the larger one of low rank where that
+is smaller.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from soka_serve.compiler.methods.method import StartingPoint
-from soka_serve.compiler.methods.peft_method import PeftMethod, common_options
+from soka_serve.compiler.methods.peft_method import PeftMethod, alpha, common_options
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -23,6 +23,7 @@ class Lokr(PeftMethod):
     """PEFT's LoKr with its defaults."""
 
     needs_plugin: ClassVar[bool] = True
+    scaled: ClassVar[bool] = True
 
     def parameters(self, module: Module, rank: int) -> int:
         in_small, in_large = _split(module.in_features)
@@ -33,7 +34,7 @@ class Lokr(PeftMethod):
     def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoKrConfig
 
-        return LoKrConfig(r=start.rank, alpha=start.rank, **common_options(start))
+        return LoKrConfig(r=start.rank, alpha=alpha(start), **common_options(start))
 
 
 def _split(dimension: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ class StartingPoint:
     Args:
         targets: full names of the modules to adapt.
         rank: rank of the adapter, for methods that are `ranked`.
+        scale: alpha over the rank, for methods that are `scaled`.
         base_name: what adapter_config.json names as the base.
         device: where the model will be trained.
         steps: optimiser steps of the run; None where the manifest counts epochs.
@@ -40,6 +41,7 @@ class StartingPoint:
 
     targets: Sequence[str]
     rank: int
+    scale: float
     base_name: str
     device: torch.device
     steps: int | None
@@ -79,6 +81,8 @@ class Method(ABC):
 
     ranked: ClassVar[bool] = True
     """It takes a rank of its own; SoKA reads the ranks of [[adapt]]."""
+    scaled: ClassVar[bool] = False
+    """Its update has a factor: `train.method_scale`."""
     kronecker: ClassVar[bool] = False
     """It trains Kronecker factors, which stage `init` finds by the rules of [[adapt]]."""
     whole_model: ClassVar[bool] = False

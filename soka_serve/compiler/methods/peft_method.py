@@ -59,3 +59,9 @@ class PeftMethod(Method):
 def common_options(start: StartingPoint) -> dict[str, Any]:
     """The options that all configs share."""
     return {"target_modules": sorted(start.targets), "task_type": "CAUSAL_LM"}
+
+
+def alpha(start: StartingPoint) -> float:
+    """scale * rank; whole numbers as PEFT writes them."""
+    found = start.scale * start.rank
+    return int(found) if found.is_integer() else found

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from soka_serve.compiler.methods.lora import lora_options
 from soka_serve.compiler.methods.method import StartingPoint
-from soka_serve.compiler.methods.peft_method import common_options
 from soka_serve.compiler.methods.rewriting import RewritingLora
 
 if TYPE_CHECKING:
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pissa(RewritingLora):
-    """PEFT's PiSSA. alpha = rank is no choice here: the factors *are* parts of the weight."""
+    """PEFT's PiSSA. Its product is a part of the weight at any scale, which only says how large the factors are."""
 
     def config(self, start: StartingPoint) -> PeftConfig:
         from peft import LoraConfig
 
-        return LoraConfig(r=start.rank, lora_alpha=start.rank, init_lora_weights="pissa", **common_options(start))
+        return LoraConfig(init_lora_weights="pissa", **lora_options(start))

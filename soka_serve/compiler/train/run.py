@@ -66,6 +66,7 @@ class TrainingRun:
         return StartingPoint(
             targets=self.targets,
             rank=train.method_rank,
+            scale=train.method_scale,
             base_name=self.manifest.base.hub or str(self.model_dir.resolve()),
             device=device,
             steps=train.steps,

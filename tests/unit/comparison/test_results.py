@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from soka_serve.comparison.page import accuracy_chart, render_html
+from soka_serve.comparison.page import loss_chart, render_html, strips
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells
 from soka_serve.comparison.records import Records
 from soka_serve.comparison.results import summarise
 from soka_serve.comparison.stats import (
-    coefficient_of_variation,
     holm,
     interval,
-    paired_test,
+    median,
+    noise,
     pareto_front,
     running_mean,
+    sign_flip,
     steps_to,
 )
 from soka_serve.comparison.suite import Suite, parse_suite
-from soka_serve.comparison.tables import percent, render_markdown, verdict
+from soka_serve.comparison.tables import percent, render_markdown
 from soka_serve.errors import DataError
 
 SUITE = """
@@ -37,45 +39,69 @@ builtin = "tiny"
 steps = 4
 warmup_frac = 0.25
 [protocol]
-seeds = [0, 1, 2]
+seeds = [0, 1, 2, 3, 4]
+sweep_seeds = [100]
 loss_window = 2
 [[dataset]]
 name = "math"
 data = { builtin = "math" }
+loss_targets = [2.0, 5.5]
+[[other]]
+name = "code"
+data = { builtin = "code" }
 [[method]]
 name = "new"
 method = "soka"
-rates = [1.0]
+grid = { learning_rate = [1.0] }
 [[method]]
 name = "old"
 method = "lora"
-rates = [2.0]
+grid = { learning_rate = [2.0] }
 [[claim]]
 candidate = "new"
-references = ["old"]
+reference = "old"
+primary = true
+[[claim]]
+candidate = "new"
+reference = "old"
+pairs = "examples"
+[[claim]]
+candidate = "new"
+reference = "old"
+metric = "accuracy"
+dataset = "math"
+[[claim]]
+candidate = "old"
+reference = "new"
+metric = "forgetting"
+relation = "no worse"
+margin = 0.5
 """
 LOSSES = {"new": [8.0, 3.0, 1.0, 1.0], "old": [8.0, 4.0, 2.0, 2.0]}
-RIGHT = {"new": [60, 70, 80], "old": [50, 62, 70]}
-PARAMETERS = {"new": 100, "old": 200}
+RIGHT = {"new": [60, 70, 80, 70, 70], "old": [50, 62, 70, 71, 60]}
+ANSWERS = {"new": [0.1, 0.4], "old": [0.3, 0.4]}  # loss of two test answers, plus a hundredth of the seed
 
 
-def made(name: str, correct: int, **others: Any) -> dict[str, Any]:
+def made(suite: Suite, name: str, seed: int, **others: Any) -> dict[str, Any]:
     return {
         "status": "done",
         "error": None,
         "method": name,
         "dataset": "math",
-        "correct": correct,
-        "best_correct": correct + 1,
-        "problems": 100,
+        "seed": seed,
+        "correct": RIGHT[name][seed],
+        "answered": 100,
+        "answer_loss": [loss + seed / 100 for loss in ANSWERS[name]],
+        "other": {"code": [1.0, 1.2 if name == "new" else 1.4]},
         "loss": LOSSES[name],
-        "grad_norm": [9.0, 1.0, 2.0, 3.0],
-        "trainable_parameters": PARAMETERS[name],
+        "grad_norm": [9.0, 1.0, 2.0, 1.0],
+        "trainable_parameters": 100 if name == "new" else 200,
         "adapter_bytes": 400,
         "step_cpu_s": 0.1,
         "step_wall_s": 0.2,
         "peak_bytes": 1000,
         "batches_sha256": "same",
+        "claims_sha256": suite.claims_sha256,
     } | others
 
 
@@ -86,17 +112,18 @@ def suite() -> Suite:
 
 @pytest.fixture
 def cells(suite: Suite) -> list[Cell]:
-    return list_cells(suite, RunInputs("b", {"math": "m"}, {}, "cpu"))
+    return list_cells(suite, RunInputs("b", {"math": "m"}, {"code": "c"}, {}, "cpu"))
 
 
 @pytest.fixture
-def records(cells: list[Cell]) -> dict[str, dict[str, Any]]:
+def records(suite: Suite, cells: list[Cell]) -> dict[str, dict[str, Any]]:
     found = {}
     for cell in cells:
-        name, rate = cell.contender.name, cell.contender.rates[0]
-        found[cell.spec("sweep", rate, 100).key] = made(name, 50)
-        for seed, right in enumerate(RIGHT[name]):
-            found[cell.spec("final", rate, seed).key] = made(name, right, seed=seed)
+        name, values = cell.contender.name, cell.contender.grid["learning_rate"]
+        setting = (("learning_rate", values[0]),)
+        found[cell.spec("sweep", setting, 100).key] = made(suite, name, 0)
+        for run in cell.finals(setting):
+            found[run.key] = made(suite, name, run.seed)
     return found
 
 
@@ -105,63 +132,87 @@ def complete(suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
         "command": "soka-serve compare s.toml",
         "suite": {"name": "s", "description": "<b>&"},
         "versions": {"torch": "1"},
-        "progress": {"done": 8, "left": 0, "failed": 0},
+        "progress": {"done": 12, "left": 0, "failed": 0},
         "protocol": suite.protocol.model_dump(mode="json"),
-        "loss_reference": suite.loss_reference,
         **summarise(suite, cells, records),
     }
 
 
-def test_accuracy_steps_and_gradients(suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]) -> None:
+def final_keys(cell: Cell) -> list[str]:
+    return [run.key for run in cell.finals((("learning_rate", cell.contender.grid["learning_rate"][0]),))]
+
+
+def test_losses_accuracy_steps_forgetting_and_gradients(
+    suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
+) -> None:
     found = summarise(suite, cells, records)
     new, old = found["table"]
-    assert new["accuracy"]["mean"] == pytest.approx(0.7)
-    assert (new["accuracy"]["low"], new["accuracy"]["high"]) == pytest.approx((0.7 - 0.248414, 0.7 + 0.248414))
-    assert new["best_accuracy"]["mean"] == pytest.approx(0.71)
-    # The reference ends at a mean loss of 2, which the new method has after three steps: (3 + 1) / 2.
-    assert found["loss_targets"] == {"math": 2.0}
+    assert new["answer_loss"]["mean"] == pytest.approx(0.25 + 0.02)
+    assert new["answer_loss"]["values"] == pytest.approx([0.25 + seed / 100 for seed in range(5)])
+    assert (new["accuracy"]["mean"], new["accuracy"]["median"]) == (0.7, 0.7)
+    # The mean of two losses is 5.5 after two steps, and (3 + 1) / 2 after three; the other one has 6, 3, 2.
+    assert found["cells"][0]["median_steps_to"] == {"2": 3, "5.5": 2}
     assert (new["steps_to_loss"]["mean"], old["steps_to_loss"]["mean"]) == (3, 4)
-    # The first step is warm-up: 1, 2, 3 are left.
-    assert (new["grad_norm"], new["grad_norm_cv"]["mean"]) == (2.0, 0.5)
+    assert (new["forgetting"]["mean"], old["forgetting"]["mean"]) == pytest.approx((0.2, 0.4))
+    # The first step is warm-up: 1, 2, 1 are left.
+    assert new["grad_norm"] == pytest.approx(4 / 3, abs=1e-5)
+    assert new["grad_noise"]["mean"] == pytest.approx(math.log(2) / math.sqrt(2), abs=1e-5)
     assert (new["pareto"], old["pareto"]) == (True, False)
-    assert found["data_order_equal"] is True
+    assert (found["data_order_equal"], found["effort_equal"], found["claims_changed_after"]) == (True, True, 0)
     assert found["cells"][0]["loss_curve"] == [[2, 5.5], [3, 2.0], [4, 1.0]]
 
 
-def test_paired_tests(suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]) -> None:
-    claims = {(c["metric"], c["dataset"]): c for c in summarise(suite, cells, records)["claims"]}
-    accuracy = claims["accuracy", "math"]
-    assert accuracy["difference"]["mean"] == pytest.approx((0.10 + 0.08 + 0.10) / 3, abs=1e-5)
-    assert (accuracy["wins"], accuracy["losses"], accuracy["pairs"]) == (3, 0, 3)
-    assert accuracy["p"] == pytest.approx(0.0051, abs=1e-4)
-    assert verdict(accuracy) == "better"
-    assert verdict(claims["steps_to_loss", "all"]) == "better"  # fewer
-    assert verdict(claims["grad_norm_cv", "math"]) == "no difference shown"
-
-
-def test_diverged_counts_as_zero_and_failed_is_named(
+def test_claims_are_true_or_false_by_the_sign_flip_test(
     suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
 ) -> None:
-    keys = [run.key for run in cells[0].finals(1.0)]
-    records[keys[0]] = made("new", 60, status="diverged", error="the loss is nan")
-    records[keys[1]] = {"status": "failed", "error": "out of <memory>", "method": "new", "dataset": "math"}
+    primary, examples, accuracy, forgets = summarise(suite, cells, records)["claims"]
+    # Five pairs that all differ by -0.1: one of 32 patterns.
+    assert primary["difference"]["mean"] == pytest.approx(-0.1)
+    assert (primary["n"], primary["better_in"], primary["p"], primary["holds"]) == (5, 5, 1 / 32, True)
+    # Two examples differ by -0.2 and 0: that is no evidence about further examples.
+    assert (examples["n"], examples["p"], examples["holds"]) == (2, 0.5, False)
+    assert accuracy["difference"]["mean"] == pytest.approx((0.10 + 0.08 + 0.10 - 0.01 + 0.10) / 5)
+    assert (accuracy["better_in"], accuracy["p"]) == (4, 2 / 32)
+    # Worse by 0.2, which is less than the margin of 0.5; one of three secondary claims.
+    assert (forgets["p"], forgets["p_corrected"], forgets["holds"]) == (1 / 32, 3 / 32, False)
+
+
+@pytest.mark.parametrize("status", ["diverged", "failed", "missing"])
+def test_a_claim_is_undecided_while_a_run_is_not_there(
+    suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]], status: str
+) -> None:
+    key = final_keys(cells[0])[0]
+    if status == "missing":
+        del records[key]
+    elif status == "failed":
+        records[key] = {"status": "failed", "error": "out of <memory>"}
+    else:
+        records[key] = made(suite, "new", 0, status="diverged", answer_loss=None)
     found = complete(suite, cells, records)
+    assert found["claims"][0]["holds"] is None
+    assert f"new on math {'are missing' if status == 'missing' else status}" in render_markdown(found)
     new = found["table"][0]
-    assert new["accuracy"]["mean"] == pytest.approx((0 + 0.8) / 2)
-    assert (new["diverged"], new["errors"], new["complete"]) == (1, ["out of <memory>"], False)
-    assert new["reached"] == 0.5
-    assert "new on math: out of <memory>" in render_markdown(found)
-    assert "out of &lt;memory&gt;" in render_html(found)
+    assert new["answer_loss"]["n"] == 4
+    assert new["accuracy"]["n"] == (5 if status == "diverged" else 4)
+    assert (new["diverged"], new["complete"]) == ((1, True) if status == "diverged" else (0, False))
+    if status == "failed":
+        assert "new on math: out of <memory>" in render_markdown(found)
+        assert "out of &lt;memory&gt;" in render_html(found)
 
 
-def test_other_batches_are_told(suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]) -> None:
-    records[cells[0].finals(1.0)[0].key]["batches_sha256"] = "other"
+def test_what_makes_a_comparison_unfair_is_told(
+    suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
+) -> None:
+    first = records[final_keys(cells[0])[0]]
+    first.update(batches_sha256="other", claims_sha256="of before")
     found = complete(suite, cells, records)
     assert found["data_order_equal"] is False
-    assert "did not see the same batches" in render_markdown(found)
+    text = render_markdown(found | {"effort_equal": False})
+    for said in ("did not see the same batches", "not those of 1 of 10 results", "was tried with as many settings"):
+        assert said in text
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 5])
+@pytest.mark.parametrize("kept", [0, 1, 2, 7])
 def test_an_unfinished_comparison_can_be_reported(
     suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]], kept: int
 ) -> None:
@@ -175,12 +226,17 @@ def test_the_page_is_whole_and_escaped(suite: Suite, cells: list[Cell], records:
     page = render_html(found)
     assert "<b>&" not in page
     assert "&lt;b&gt;&amp;" in page
-    assert page.count("<svg") == 3  # accuracy; loss and gradient norm of one dataset
+    assert page.count("<svg") == 4  # loss and parameters; every seed; loss and gradient norm of one dataset
     assert "http" not in page.split("</style>")[1]  # nothing is fetched
-    svg = accuracy_chart(found, ["new"])
-    assert svg is not None
-    labels = [t.text for t in ElementTree.fromstring(svg).iter("text") if t.get("class") == "label"]
-    assert labels == ["new", "old"]
+    (strip,) = strips(found, ["new"])
+    assert strip.svg is not None
+    assert sum("seed" in (t.text or "") for t in ElementTree.fromstring(strip.svg).iter("title")) == 10
+    for svg in (loss_chart(found, ["new"]), strip.svg):
+        assert svg is not None
+        assert sorted(t.text or "" for t in ElementTree.fromstring(svg).iter("text") if t.get("class") == "label") == [
+            "new",
+            "old",
+        ]
 
 
 def test_percentages_stay_between_0_and_100() -> None:
@@ -213,26 +269,17 @@ def test_the_interval_is_students_t() -> None:
     assert interval([]) is None
 
 
-def test_the_paired_test_is_scipys() -> None:
-    a, b = [0.8, 0.7, 0.9, 0.75, 0.85], [0.7, 0.72, 0.8, 0.7, 0.7]
-    found = paired_test(a, b)
-    assert found is not None
-    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue)
-    assert (found.pairs, found.wins, found.losses) == (5, 4, 1)
-    assert found.difference.mean == pytest.approx(0.076)
-
-
-def test_paired_values_without_spread() -> None:
-    same = paired_test([0.5, 0.6], [0.5, 0.6])
-    shifted = paired_test([0.5, 0.75], [0.25, 0.5])
-    single = paired_test([0.5], [0.4])
-    assert same is not None
-    assert (same.p, same.wins, same.losses) == (1.0, 0, 0)
-    assert shifted is not None
-    assert shifted.p == 0.0
-    assert single is not None
-    assert single.p is None
-    assert paired_test([], []) is None
+def test_the_sign_flip_test_counts_patterns() -> None:
+    values = [-0.3, 0.1, -0.2, -0.25, 0.05, -0.4]
+    sums = [sum(s * v for s, v in zip(signs, values, strict=True)) for signs in itertools.product((1, -1), repeat=6)]
+    assert sign_flip(values) == sum(s <= sum(values) + 1e-12 for s in sums) / 64
+    many = [*values, *values, *values]  # too many to count: scipy draws patterns too
+    drawn = stats.permutation_test(
+        (many,), np.sum, permutation_type="samples", alternative="less", n_resamples=20_000, rng=1
+    )
+    assert sign_flip(many) == pytest.approx(drawn.pvalue, abs=2e-3)
+    assert sign_flip([0.0, 0.0]) == 1.0
+    assert sign_flip([]) is None
 
 
 def test_holm_on_a_worked_example() -> None:
@@ -256,7 +303,14 @@ def test_steps_to_a_loss_of_the_running_mean() -> None:
     assert steps_to(losses, 9.9, 7) is None
 
 
-def test_coefficient_of_variation() -> None:
-    assert coefficient_of_variation([1.0, 3.0]) == pytest.approx(math.sqrt(2) / 2)
-    assert coefficient_of_variation([2.0]) is None
-    assert coefficient_of_variation([0.0, 0.0]) is None
+def test_noise_is_what_is_left_without_the_trend() -> None:
+    drawn = np.random.default_rng(0).normal(0.0, 0.3, 4000)
+    trend = np.linspace(5.0, -5.0, 4000)
+    assert noise(list(np.exp(drawn + trend))) == pytest.approx(0.3, rel=0.05)
+    assert noise([2.0, 2.0]) == 0.0
+    assert noise([2.0]) is None
+    assert noise([1.0, 0.0]) is None
+
+
+def test_the_median_of_even_numbers_is_between() -> None:
+    assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0])) == (2.0, 2.5)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from soka_serve.comparison.plan import Cell, RunInputs, RunSpec, list_cells
+from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
-from soka_serve.comparison.suite import Suite, manifest_of, parse_suite, read_suite
-from soka_serve.comparison.sweep import choose_rate, extend
+from soka_serve.comparison.suite import Setting, manifest_of, parse_suite, read_suite
+from soka_serve.comparison.sweep import choose
 from soka_serve.errors import ManifestError
+from soka_serve.manifest.read import parse_manifest
 
 SUITES = Path(__file__).resolve().parents[3] / "eval" / "suites"
 
@@ -29,13 +31,14 @@ data = { builtin = "math" }
 [[method]]
 name = "a"
 method = "lora"
-rates = [4e-3, 1e-3]
+grid = { learning_rate = [4e-3, 1e-3], scale = [1.0, 2.0] }
 [[method]]
 name = "b"
 method = "soka"
-rates = [1e-2]
+grid = { learning_rate = [1e-2, 2e-2], "train.sigma_lr" = [0.5] }
 adapt = { init = "random", rank = { policy = "fixed", rank = 2 } }
 """
+CLAIM = '[[claim]]\ncandidate = "b"\nreference = "a"\nprimary = true\n'
 
 
 def problems(text: str) -> str:
@@ -46,19 +49,25 @@ def problems(text: str) -> str:
 
 def test_a_suite_and_its_defaults() -> None:
     suite = parse_suite(GOOD, "s.toml")
-    assert suite.method[0].rates == (1e-3, 4e-3)  # in order, however they were written
+    assert suite.method[0].grid == {"learning_rate": (1e-3, 4e-3), "scale": (1.0, 2.0)}  # in order
     assert suite.protocol.seeds == (0, 1, 2, 3, 4)
-    assert [d.name for d in suite.datasets_of(suite.method[1])] == ["math"]
-    assert suite.loss_reference is None
+    assert suite.settings == 3  # one pass over the larger grid, and as many for the other method
+    assert runs_per_cell(suite) == (9, 5)
 
 
-def test_the_manifest_of_a_run_has_the_methods_rule_and_the_shared_recipe() -> None:
+def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() -> None:
     suite = parse_suite(GOOD, "s.toml")
-    manifest = manifest_of(suite, suite.contender("b"), suite.dataset[0], rate=1e-2, seed=7)
+    setting = (("learning_rate", 1e-2), ("train.sigma_lr", 0.5))
+    manifest = manifest_of(suite, suite.contender("b"), suite.dataset[0], setting=setting, seed=7)
     assert (manifest.train.method, manifest.train.learning_rate, manifest.train.seed) == ("soka", 1e-2, 7)
-    assert (manifest.train.steps, manifest.train.batch_size) == (3, 8)
-    assert manifest.adapt[0].init == "random"
-    assert manifest.adapt[0].rank.policy == "fixed"
+    assert (manifest.train.steps, manifest.train.batch_size, manifest.train.sigma_lr) == (3, 8, 0.5)
+    assert manifest.adapt == (suite.contender("b").adapt,)
+    lora = manifest_of(suite, suite.contender("a"), suite.dataset[0], setting=(("scale", 2.0), ("clip", 0.2)), seed=7)
+    assert (lora.train.method_scale, lora.train.max_grad_norm) == (2.0, 0.2)
+    ranked = GOOD.replace('"train.sigma_lr" = [0.5]', '"adapt.rank.rank" = [2, 4]')
+    suite = parse_suite(ranked, "s.toml")
+    made = manifest_of(suite, suite.contender("b"), suite.dataset[0], setting=(("adapt.rank.rank", 4),), seed=0)
+    assert made.adapt[0].rank.rank == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -67,19 +76,24 @@ def test_the_manifest_of_a_run_has_the_methods_rule_and_the_shared_recipe() -> N
         ("steps = 3", "stepz = 3", "s.toml:7:1: train.stepz: unknown key (did you mean 'steps'?)"),
         ("steps = 3", "", "train.steps: required, but missing"),
         ("steps = 3", "steps = 3\nlearning_rate = 1e-3", "train.learning_rate: unknown key"),
-        ('method = "lora"', 'method = "LoRa"', "(did you mean 'lora'?)"),
-        ("rates = [1e-2]", "rates = [0.0]", "method[1].rates[0]: expected a number, above 0; got 0.0"),
-        ("rates = [1e-2]", "rates = [1e-2, 1e-2]", "a value is written twice"),
-        ("rates = [1e-2]", "rates = []", "method[1].rates: expected an array of numbers, at least 1"),
-        ("rates = [1e-2]", "rates = [1e-2]\nrank = 2", "rank does not go with method = 'soka'"),
-        ("rates = [4e-3", "sigma_lr = 0.0\nrates = [4e-3", "sigma_lr belongs to method = 'soka'; the method is 'lora'"),
-        ("rates = [4e-3", "calibration_batches = 2\nrates = [4e-3", "calibration_batches belongs to corda and eva"),
+        ('method = "lora"', 'method = "LoRA"', "(did you mean 'lora'?)"),
+        ("[1e-2, 2e-2]", "[0.0, 1.0]", "method[1].grid.learning_rate[0]: expected"),
+        ("[1e-2, 2e-2]", "[1e-2, 1e-2]", "a value is written twice"),
+        ("[1e-2, 2e-2]", "[]", "method[1].grid.learning_rate: expected an array"),
+        ("[1e-2, 2e-2]", "[1e-2]", "other methods have a choice: give an axis a second value"),
+        ('"train.sigma_lr"', '"train.sigma"', "s.toml:18:56: method[1].grid"),
+        ('"train.sigma_lr"', '"train.sigma"', "sets train.sigma, and manifests have no such key"),
+        ('"train.sigma_lr" = [0.5]', '"train.warmup_frac" = [0.5, 2.0]', "train.warmup_frac, which does not take 2: "),
+        ('"train.sigma_lr"', '"train.steps"', "expected learning_rate, clip, scale, or a key of [train] or [[adapt]]"),
+        ('"train.sigma_lr"', '"rate"', "expected learning_rate, clip, scale, or a key of [train] or [[adapt]]"),
+        ('method = "lora"', 'method = "full"', "scale does not go with method = 'full'"),
+        ("adapt =", "rank = 2\nadapt =", "rank does not go with method = 'soka'"),
+        ('method = "lora"', 'method = "lora"\ncalibration_batches = 2', "calibration_batches belongs to corda and eva"),
         ('name = "b"', 'name = "a"', 'method[1].name: "a" is the name of another method already'),
-        ("rates = [1e-2]", 'rates = [1e-2]\ndatasets = ["x"]', 'no dataset is called "x"; there are math'),
+        ("adapt =", 'datasets = ["x"]\nadapt =', 'no dataset is called "x"; there are math'),
         ("steps = 3", "steps = 3\n[protocol]\nsweep_seeds = [4]", "4 stands in seeds too"),
-        ("steps = 3", 'steps = 3\n[protocol]\nloss_reference = "z"', 'no method is called "z"; there are a, b'),
-        ("[[dataset]]", '[[claim]]\ncandidate = "b"\nreferences = ["z"]\n[[dataset]]', 'no method is called "z"'),
-        ('{ builtin = "math" }', '{ builtin = "math" }\nanswers = "boxed"', "builtin families mark their own answers"),
+        ("steps = 3", "steps = 3\n[protocol]\nanswered = 201", "answered is larger than test (200, the default)"),
+        ('{ builtin = "math" }', '{ builtin = "math" }\nanswers = "boxed"', "builtin families have their own"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }', "answers is required for data of your own"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }\nanswers = "exact"', "a comparison needs evaluation data"),
         ("schema = 1", "schema = true", "schema: expected the integer 1; got true"),
@@ -91,14 +105,30 @@ def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
     assert message in problems(GOOD.replace(old, new, 1))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"b"', '"z"', 'claim[0].candidate: no method is called "z"; there are a, b'),
+        ("primary = true", "", "exactly one claim is the primary one"),
+        ("primary = true\n", 'primary = true\ndataset = "code"\n', 'no dataset is called "code"'),
+        ("primary", 'relation = "no worse"\nprimary', "relation = 'no worse' needs a margin above 0"),
+        ("primary", "margin = 0.1\nprimary", "'better' has none"),
+        ("primary", 'metric = "forgetting"\nprimary', "forgetting is measured on [[other]] texts, and there are none"),
+        ("primary", 'metric = "accuracy"\npairs = "examples"\nprimary', "only answer_loss is measured per example"),
+        ("primary = true\n", "primary = true\n[protocol]\nseeds = [0, 1]\n", "2 seeds cannot show anything at 5%"),
+    ],
+)
+def test_claims_that_cannot_be_tested_are_refused(old: str, new: str, message: str) -> None:
+    parse_suite(GOOD + CLAIM, "s.toml")
+    assert message in problems(GOOD + CLAIM.replace(old, new, 1))
+
+
 def test_everything_that_is_wrong_is_said_at_once() -> None:
-    text = GOOD.replace("steps = 3", "stepz = 3").replace('"lora"', '"lara"').replace("[1e-2]", "[-1.0]")
-    assert len(problems(text).splitlines()) == 4  # steps is missing, too
+    text = GOOD.replace("steps = 3", "stepz = 3").replace('"lora"', '"lara"').replace("[1e-2, 2e-2]", "[-1.0]")
+    assert {line.split(": ")[1] for line in problems(text).splitlines()} >= {"train.stepz", "method[0].method"}
 
 
 def test_manifests_are_still_explained_as_manifests() -> None:
-    from soka_serve.manifest.read import parse_manifest
-
     problems(GOOD.replace("steps = 3", "stepz = 3"))
     with pytest.raises(ManifestError, match="unknown key"):
         parse_manifest(GOOD, "m.toml")
@@ -108,23 +138,13 @@ def test_manifests_are_still_explained_as_manifests() -> None:
 def test_the_suites_of_the_repository_can_be_planned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     suite = read_suite(file).suite
+    assert sum(claim.primary for claim in suite.claim) == 1
+    if suite.base.path is not None:
+        return  # a model of the user's, which is not there
     made = preview(file)
     assert set(made.parameters) == {m.name for m in suite.method}
     assert all(0 < low <= high <= made.base_parameters for low, high in made.parameters.values())
-    assert f"{suite.method[0].name}" in made.to_text()
-
-
-def test_the_paper_suite_tests_its_claim_with_a_quarter_fewer_parameters() -> None:
-    file = SUITES / "paper.toml"
-    suite, parameters = read_suite(file).suite, preview(file).parameters
-    named = {name for claim in suite.claim for name in (claim.candidate, *claim.references)}
-    for init in ("calibrated", "weights", "zero"):
-        assert parameters[f"soka-{init}-5of7"][1] <= 0.75 * parameters["lora-r1"][0]
-        assert parameters[f"soka-{init}-14000"][1] <= 0.75 * parameters["lora-r2"][0]
-    # The claim is about all families, and comes before everything else.
-    for name in named:
-        assert suite.contender(name).datasets is None
-        assert suite.contender(name).priority == 1
+    assert " runs; " in made.to_text()
 
 
 # --- which runs a comparison has --------------------------------------------------------------------------------------
@@ -139,7 +159,8 @@ builtin = "tiny"
 steps = 20
 [protocol]
 seeds = [0, 1]
-extensions = 2
+sweep_seeds = [100]
+settings = 5
 [[dataset]]
 name = "math"
 data = { builtin = "math" }
@@ -149,107 +170,99 @@ data = { builtin = "code" }
 [[method]]
 name = "first"
 method = "lora"
-rates = [1.0, 2.0, 4.0]
+grid = { learning_rate = [1.0, 2.0, 4.0], clip = [1.0, 2.0] }
 [[method]]
 name = "second"
 method = "soka"
-rates = [1.0]
+grid = { learning_rate = [1.0, 2.0] }
 priority = 2
 datasets = ["code"]
 """
-INPUTS = RunInputs("base", {"math": "m", "code": "c"}, {"torch": "1"}, "cpu")
+INPUTS = RunInputs("base", {"math": "m", "code": "c"}, {}, {"torch": "1"}, "cpu")
+START: Setting = (("learning_rate", 2.0), ("clip", 2.0))
 
 Records = dict[str, dict[str, Any]]
 
 
-def suite(text: str = TEXT) -> Suite:
-    return parse_suite(text, "s.toml")
+def cells_of(text: str = TEXT, inputs: RunInputs = INPUTS) -> list[Cell]:
+    return list_cells(parse_suite(text, "s.toml"), inputs)
 
 
-def cell(text: str = TEXT, inputs: RunInputs = INPUTS) -> Cell:
-    return list_cells(suite(text), inputs)[0]
+def record(loss: float, status: str = "done", right: int = 0, answered: int = 0) -> dict[str, Any]:
+    return {"status": status, "answered": answered, "correct": right, "answer_loss": [loss]}
 
 
-def record(correct: int, loss: float = 1.0, status: str = "done") -> dict[str, Any]:
-    return {"status": status, "correct": correct, "problems": 100, "loss": [loss] * 20}
+def search(cell: Cell, loss: Callable[..., float | dict[str, Any]]) -> tuple[list[list[Setting]], Records]:
+    """Run a search to its end; what it tried, batch by batch."""
+    records: Records = {}
+    batches = []
+    while runs := choose(cell, records)[1]:
+        batches.append([run.setting for run in runs])
+        for run in runs:
+            found = loss(*dict(run.setting).values())
+            records[run.key] = found if isinstance(found, dict) else record(found)
+    return batches, records
 
 
-def sweep(of: Cell, scores: dict[float, int]) -> Records:
-    return {of.spec("sweep", rate, 100).key: record(right) for rate, right in scores.items()}
+def test_one_axis_after_the_other_is_searched_from_the_middle() -> None:
+    cell = cells_of()[0]
+    batches, records = search(cell, lambda rate, clip: abs(rate - 2.0) + abs(clip - 1.0))
+    rates = [[("learning_rate", r), ("clip", 2.0)] for r in (2.0, 1.0, 4.0)]
+    assert [list(map(list, batch)) for batch in batches[:2]] == [rates, [[("learning_rate", 2.0), ("clip", 1.0)]]]
+    choice, _ = choose(cell, records)
+    assert choice.setting == (("learning_rate", 2.0), ("clip", 1.0))
+    # The last of the five goes beyond the border, where it is worse.
+    assert batches[2:] == [[(("learning_rate", 2.0), ("clip", 0.5))]]
+    assert choice.border == ()
 
 
-def rates(runs: list[RunSpec]) -> list[float]:
-    return [run.rate for run in runs]
+def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> None:
+    first, _, second = cells_of()
+    for cell, loss in ((first, lambda rate, clip: -rate * clip), (second, lambda rate: -rate)):
+        choice, _ = choose(cell, search(cell, loss)[1])
+        assert len(choice.scores) == 5
+        assert choice.border == tuple(dict(choice.setting or ()))
+    assert [dict(s)["learning_rate"] for s in choice.scores] == [2.0, 1.0, 4.0, 8.0, 16.0]
+    inside, _ = choose(second, search(second, lambda rate: abs(rate - 1.5))[1])
+    assert inside.setting == (("learning_rate", 1.41421),)  # the grid is refined where its best value lies inside
+    assert inside.border == ()
 
 
-def test_the_sweep_comes_first() -> None:
-    choice, missing = choose_rate(cell(), {})
-    assert choice.rate is None
-    assert [(run.stage, run.rate, run.seed) for run in missing] == [("sweep", r, 100) for r in (1.0, 2.0, 4.0)]
+def test_whole_numbers_stay_whole_and_values_that_no_manifest_takes_are_left_out() -> None:
+    text = TEXT.replace(
+        "learning_rate = [1.0, 2.0] }", '"adapt.rank.rank" = [1, 2], "train.warmup_frac" = [0.3, 0.6] }'
+    )
+    cell = cells_of(text)[2]
+    choice, _ = choose(cell, search(cell, lambda rank, warmup: -rank * warmup)[1])
+    assert {dict(s)["adapt.rank.rank"] for s in choice.scores} == {1, 2}
+    assert max(dict(s)["train.warmup_frac"] for s in choice.scores) < 1  # 1.2 would be the next
 
 
-def test_a_best_rate_inside_the_grid_is_taken() -> None:
-    one = cell()
-    choice, missing = choose_rate(one, sweep(one, {1.0: 10, 2.0: 30, 4.0: 20}))
-    assert (choice.rate, choice.at_edge, missing) == (2.0, False, [])
-    assert choice.scores == {1.0: 0.1, 2.0: 0.3, 4.0: 0.2}
+def test_accuracy_decides_where_it_is_measured_then_the_loss() -> None:
+    cell = cells_of()[2]
+    right = {1.0: 5, 2.0: 5, 4.0: 4}
+    _, records = search(cell, lambda rate: record(rate, right=right.get(rate, 0), answered=10))
+    assert choose(cell, records)[0].setting == (("learning_rate", 1.0),)
 
 
-def test_a_best_rate_at_the_edge_extends_the_grid_until_it_is_inside() -> None:
-    one = cell()
-    scores = {1.0: 10, 2.0: 20, 4.0: 30}
-    choice, missing = choose_rate(one, sweep(one, scores))
-    assert choice.rate is None
-    assert rates(missing) == [8.0]
-    choice, missing = choose_rate(one, sweep(one, scores | {8.0: 25}))
-    assert (choice.rate, choice.at_edge, missing) == (4.0, False, [])
-
-
-def test_the_grid_is_extended_at_most_so_often_and_the_edge_is_told() -> None:
-    one = cell()
-    scores = {1.0: 10, 2.0: 20, 4.0: 30, 8.0: 40}
-    assert rates(choose_rate(one, sweep(one, scores))[1]) == [16.0]
-    choice, missing = choose_rate(one, sweep(one, scores | {16.0: 50}))
-    assert (choice.rate, choice.at_edge, missing) == (16.0, True, [])
-
-
-def test_both_edges() -> None:
-    assert extend((1.0, 2.0, 4.0), 1.0) == (0.5, 1.0, 2.0, 4.0)
-    assert extend((1.0, 3.0), 3.0) == (1.0, 3.0, 9.0)
-
-
-def test_equal_accuracy_is_decided_by_the_training_loss() -> None:
-    one = cell()
-    records = {one.spec("sweep", rate, 100).key: record(0, loss) for rate, loss in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))}
-    assert choose_rate(one, records)[0].rate == 2.0
-
-
-def test_diverged_runs_count_as_zero_and_failed_ones_do_not_count() -> None:
-    one = cell()
-    keys = {rate: one.spec("sweep", rate, 100).key for rate in (1.0, 2.0, 4.0)}
-    failed = {"status": "failed", "error": "no"}
-    diverged = record(90, status="diverged")
-    choice, _ = choose_rate(one, {keys[1.0]: record(1), keys[2.0]: record(5), keys[4.0]: diverged})
-    assert choice.rate == 2.0
-    choice, _ = choose_rate(one, {keys[1.0]: failed, keys[2.0]: record(5), keys[4.0]: record(3)})
-    assert choice.rate == 2.0
-    choice, missing = choose_rate(one, dict.fromkeys(keys.values(), failed))
-    assert (choice.rate, choice.failed, missing) == (None, True, [])
-
-
-def test_a_single_rate_is_taken_as_told() -> None:
-    one = list_cells(suite(), INPUTS)[2]
-    choice, missing = choose_rate(one, sweep(one, {1.0: 10}))
-    assert (choice.rate, choice.at_edge, missing) == (1.0, False, [])
+def test_diverged_runs_are_the_worst_and_failed_ones_do_not_count() -> None:
+    cell = cells_of()[2]
+    failed, diverged = {"status": "failed", "error": "no"}, record(0.0, status="diverged")
+    _, records = search(cell, lambda rate: {2.0: failed, 1.0: diverged}.get(rate, rate))
+    choice, _ = choose(cell, records)
+    assert choice.setting is not None
+    assert dict(choice.setting)["learning_rate"] not in (1.0, 2.0)
+    batches, records = search(cell, lambda rate: failed)
+    assert (len(batches), choose(cell, records)[0].failed) == (1, True)  # it stops where nothing works
 
 
 def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
-    cells = list_cells(suite(), INPUTS)
+    cells = cells_of()
     runs = next_runs(cells, {})
     assert [(r.method, r.dataset) for r in runs] == [("first", "math")] * 3 + [("first", "code")] * 3 + [
         ("second", "code")
-    ]
-    records = sweep(cells[0], {1.0: 1, 2.0: 3, 4.0: 2}) | sweep(cells[1], {1.0: 1, 2.0: 3, 4.0: 2})
+    ] * 2
+    records = {k: r for cell in cells[:2] for k, r in search(cell, lambda rate, clip: rate * clip)[1].items()}
     runs = next_runs(cells, records)
     assert [(r.stage, r.method, r.dataset, r.seed) for r in runs] == [
         ("final", "first", "math", 0),
@@ -257,42 +270,48 @@ def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
         ("final", "first", "math", 1),
         ("final", "first", "code", 1),
         ("sweep", "second", "code", 100),
+        ("sweep", "second", "code", 100),
     ]
-    records |= {run.key: record(1) for run in runs}
-    runs = next_runs(cells, records)
-    records |= {run.key: record(1) for run in runs}
-    assert next_runs(cells, records) == []
+    while runs := next_runs(cells, records):
+        records |= {run.key: record(1.0) for run in runs}
+    assert len(records) == 3 * (5 + 2)
 
 
 def test_a_run_is_filed_under_everything_that_determines_it() -> None:
-    key = cell().spec("final", 2.0, 0).key
-    assert cell().spec("final", 2.0, 0).key == key
-    assert len({cell().spec("final", rate, seed).key for rate in (1.0, 2.0) for seed in (0, 1)}) == 4
-    assert cell().spec("sweep", 2.0, 0).key != key
-    # Rates, seeds, priorities and names say which runs there are, and change none.
-    same = TEXT.replace("[1.0, 2.0, 4.0]", "[2.0]").replace("seeds = [0, 1]", "seeds = [0]").replace("first", "other")
-    assert cell(same).spec("final", 2.0, 0).key == key
+    def key(text: str = TEXT, inputs: RunInputs = INPUTS, stage: Any = "final") -> str:
+        return cells_of(text, inputs)[0].spec(stage, START, 0).key
+
+    assert key() == key()
+    cell = cells_of()[0]
+    other = (("learning_rate", 1.0), ("clip", 2.0))
+    assert len({cell.spec("final", setting, seed).key for setting in (START, other) for seed in (0, 1)}) == 4
+    assert key(stage="sweep") != key()
+    # Grids, seeds, priorities, names and how settings are chosen say which runs there are, and change none.
+    for old, new in (
+        ("[1.0, 2.0, 4.0]", "[2.0, 3.0]"),
+        ("seeds = [0, 1]", "seeds = [0]"),
+        ("first", "other"),
+        ("[protocol]", "[protocol]\nvalidation = 20"),
+    ):
+        assert key(TEXT.replace(old, new, 1)) == key(), new
+    assert key(TEXT.replace("[protocol]", "[protocol]\nvalidation = 20"), stage="sweep") != key(stage="sweep")
     for old, new in (
         ("steps = 20", "steps = 21"),
         ("steps = 20", "steps = 20\nbatch_size = 4"),
         ("[protocol]", "[protocol]\ntest = 10"),
+        ("[protocol]", "[protocol]\nanswered = 10"),
         ("[protocol]", "[protocol]\nmax_new_tokens = 10"),
         ('method = "lora"', 'method = "dora"'),
         ('method = "lora"', 'method = "lora"\nrank = 2'),
         ('method = "lora"', 'method = "lora"\nadapt = { modules = ["q_proj"] }'),
+        ("[[method]]", '[[other]]\nname = "o"\ndata = { builtin = "code" }\n[[method]]'),
     ):
-        assert cell(TEXT.replace(old, new, 1)).spec("final", 2.0, 0).key != key, new
+        inputs = RunInputs(INPUTS.base, INPUTS.data, {"o": "o"}, INPUTS.versions, "cpu")
+        assert key(TEXT.replace(old, new, 1), inputs) != key(), new
     for inputs in (
-        RunInputs("other", INPUTS.data, INPUTS.versions, "cpu"),
-        RunInputs("base", {"math": "x", "code": "c"}, INPUTS.versions, "cpu"),
-        RunInputs("base", INPUTS.data, {"torch": "2"}, "cpu"),
-        RunInputs("base", INPUTS.data, INPUTS.versions, "cuda"),
+        RunInputs("other", INPUTS.data, {}, INPUTS.versions, "cpu"),
+        RunInputs("base", {"math": "x", "code": "c"}, {}, INPUTS.versions, "cpu"),
+        RunInputs("base", INPUTS.data, {}, {"torch": "2"}, "cpu"),
+        RunInputs("base", INPUTS.data, {}, INPUTS.versions, "cuda"),
     ):
-        assert cell(inputs=inputs).spec("final", 2.0, 0).key != key
-
-
-@pytest.mark.parametrize("validation", [10, 20])
-def test_validation_problems_do_not_change_the_results(validation: int) -> None:
-    text = TEXT.replace("[protocol]", f"[protocol]\nvalidation = {validation}")
-    assert cell(text).spec("final", 2.0, 0).key == cell().spec("final", 2.0, 0).key
-    assert cell(text).spec("sweep", 2.0, 0).key != cell().spec("sweep", 2.0, 0).key
+        assert key(inputs=inputs) != key()

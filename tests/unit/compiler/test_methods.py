@@ -31,6 +31,7 @@ from soka_serve.manifest.schema import Train
 
 ADAPTERS = [name for name, method in METHODS.items() if not method.whole_model]
 RANK = 2
+SCALE = 3.0  # of the update, for the methods that have one
 
 
 def modules() -> list[Module]:
@@ -57,6 +58,7 @@ def build(method: str, folder: Path) -> Any:
     start = StartingPoint(
         targets=[m.name for m in modules()],
         rank=RANK,
+        scale=SCALE,
         base_name=str(base_directory()),
         device=torch.device("cpu"),
         steps=10,
@@ -134,7 +136,7 @@ data = { builtin = "math", limit = 8 }
 name = "mine"
 method = "toy"
 rank = 3
-rates = [1e-2]
+grid = { learning_rate = [1e-2], scale = [2.0] }
 adapt = { modules = ["q_proj"] }
 """
 
@@ -154,10 +156,12 @@ def test_a_further_method_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pyte
     suite = parse_suite(SUITE, "s.toml")
     loaded = LoadedSuite(suite, tmp_path / "s.toml", tmp_path, SUITE, "0" * 64)
     assert preview(loaded).parameters == {"mine": (counted := 4 * 2 * 128, counted)}
-    record = measure_run(loaded, RunSpec("mine", "math", "final", 1e-2, 0, "k"), tmp_path)
+    record = measure_run(
+        loaded, RunSpec("mine", "math", "final", (("learning_rate", 1e-2), ("scale", 2.0)), 0, "k"), tmp_path
+    )
     assert record["status"] == "done"
     assert record["trainable_parameters"] == counted
-    assert len(record["loss"]) == 2
+    assert len(record["loss"]) == len(record["answer_loss"]) == 2
     assert record["adapter_bytes"] > 4 * counted
 
 

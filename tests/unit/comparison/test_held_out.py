@@ -1,0 +1,106 @@
+"""What a comparison measures by is never trained on, and its losses are the model's own, example by example."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from soka_serve.base.model import load_base
+from soka_serve.base.opened import Base
+from soka_serve.builtin import base_directory
+from soka_serve.comparison.held_out import HeldOutReader, without
+from soka_serve.comparison.run import answer_losses
+from soka_serve.comparison.suite import DataSet, Other, Protocol
+from soka_serve.data.collate import PadCollator
+from soka_serve.data.encode import EncodedSet
+from soka_serve.errors import DataError
+
+
+def write(path: Path, questions: list[str]) -> None:
+    path.write_text(
+        "".join(json.dumps({"prompt": q, "completion": f" so\n#### {i}"}) + "\n" for i, q in enumerate(questions))
+    )
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> HeldOutReader:
+    write(tmp_path / "train.jsonl", [f"Train {i}" for i in range(6)])
+    write(tmp_path / "test.jsonl", ["Long " * 60, *(f"Test {i}" for i in range(5))])
+    return HeldOutReader(Protocol(test=3, validation=2), tmp_path, Base(base_directory()).tokenizer, 64)
+
+
+def dataset(**others: Any) -> DataSet:
+    data = {"jsonl": "train.jsonl", "eval_jsonl": "test.jsonl"}
+    return DataSet.model_validate({"name": "own", "data": data, "answers": "hashes"} | others)
+
+
+def trained(reader: HeldOutReader) -> EncodedSet:
+    rows = reader.other(Other.model_validate({"name": "all", "data": {"jsonl": "train.jsonl"}}))
+    return EncodedSet(rows, len(rows), 0, 0)
+
+
+def test_test_problems_come_first_of_those_that_fit_then_validation(reader: HeldOutReader) -> None:
+    test, validation = reader.problems(dataset())
+    assert [p.prompt for p in test.problems] == ["Test 0", "Test 1", "Test 2"]
+    assert [p.prompt for p in validation.problems] == ["Test 3", "Test 4"]
+    assert [p.answer for p in test.problems] == ["1", "2", "3"]
+    assert len(without(trained(reader), dataset(), test, validation).examples) == 6
+
+
+def test_validation_from_the_training_data_is_not_trained_on(reader: HeldOutReader) -> None:
+    own = dataset(validation="train")
+    test, validation = reader.problems(own)
+    assert [p.prompt for p in validation.problems] == ["Train 4", "Train 5"]
+    kept = without(trained(reader), own, test, validation).examples
+    assert len(kept) == 4
+    assert not {tuple(e.input_ids) for e in kept} & {tuple(e.input_ids) for e in validation.encoded}
+
+
+def test_what_would_measure_what_was_seen_is_refused(reader: HeldOutReader, tmp_path: Path) -> None:
+    write(tmp_path / "test.jsonl", ["Test 0", "Test 1", "Test 2", "Test 1", "Test 3"])
+    with pytest.raises(DataError, match="1 validation problems have the prompt of a test problem"):
+        reader.problems(dataset())
+    write(tmp_path / "test.jsonl", [f"Train {i}" for i in range(5)])
+    for own, leaked in ((dataset(), 5), (dataset(validation="train"), 3)):
+        with pytest.raises(DataError, match=f"{leaked} training examples are held-out problems too"):
+            without(trained(reader), own, *reader.problems(own))
+
+
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        (["Test 0", "Long " * 60, "Test 1"], r"2 test problems have at most train.max_length = 64 .*asks for 3"),
+        (["a", "b", "c", "d"], "1 validation problems have at most"),
+    ],
+)
+def test_too_few_problems_are_told(reader: HeldOutReader, tmp_path: Path, questions: list[str], message: str) -> None:
+    write(tmp_path / "test.jsonl", questions)
+    with pytest.raises(DataError, match=message):
+        reader.problems(dataset())
+
+
+def test_an_answer_of_another_kind_is_told(reader: HeldOutReader) -> None:
+    with pytest.raises(DataError, match="evaluation example 0 has no answer of the kind 'boxed'"):
+        reader.problems(dataset(answers="boxed"))
+
+
+def test_built_in_problems_must_fit(tmp_path: Path) -> None:
+    own = DataSet.model_validate({"name": "math", "data": {"builtin": "math"}})
+    tokenizer = Base(base_directory()).tokenizer
+    with pytest.raises(DataError, match="held-out problems are longer than"):
+        HeldOutReader(Protocol(test=2, validation=2), tmp_path, tokenizer, 8).problems(own)
+
+
+def test_losses_are_those_of_each_example_alone(reader: HeldOutReader) -> None:
+    model = load_base(base_directory(), "float32").train()
+    test, _ = reader.problems(dataset())
+    examples = [*test.encoded, *trained(reader).examples]
+    found = answer_losses(model, examples, PadCollator(0))
+    assert model.training
+    for example, loss in zip(examples, found, strict=True):
+        ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+        assert loss == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
