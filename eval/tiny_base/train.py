@@ -34,7 +34,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, save_tokenizer, train_tokenizer
-from soka_serve.base.pretrained import open_model, open_tokenizer
+from soka_serve.base.opened import Base
+from soka_serve.base.pretrained import open_model
 from soka_serve.builtin.problem import draw_difference, draw_product, draw_sum
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, draw_problems
 from soka_serve.compiler.answers import measure
@@ -166,7 +167,7 @@ def train(
 
 def evaluate(directory: Path, limit: int) -> dict[str, float]:
     """Greedy accuracy, from 0 to 1, on the first `limit` test problems of every family."""
-    model, tokenizer = open_model(directory, dtype=torch.float32), open_tokenizer(directory)
+    model, tokenizer = open_model(directory, dtype=torch.float32), Base(directory).tokenizer
     accuracy = {}
     for family in FAMILIES:
         result = measure(model, family, limit, max_new_tokens=64, tokenizer=tokenizer, batch_size=128)

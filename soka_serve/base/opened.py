@@ -22,7 +22,7 @@ from soka_serve.base.weight_map import WeightMap
 class Base:
     """A base model. Each part of it is read when it is first asked for, and kept; errors are CheckpointErrors.
 
-    Only `transformers_tokenizer` and `tokenizer` import torch, and `layout` and `weights` of an architecture that is
+    Only `tokenizer` imports torch, and `layout` and `weights` of an architecture that is
     not LLaMA-like.
 
     Args:
@@ -81,17 +81,9 @@ class Base:
         return self.folder if place == self.directory else ModelFolder(place)
 
     @cached_property
-    def transformers_tokenizer(self) -> Any:
-        """The tokenizer as transformers opens it."""
-        from soka_serve.base.pretrained import open_tokenizer
-
-        return open_tokenizer(self.tokenizer_folder.directory)
-
-    @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer as servers open it."""
-        _ = self.tokenizer_folder.backend  # says what is wrong with tokenizer.json; a class may do without it
-        return open_served(self.tokenizer_folder, self.transformers_tokenizer)
+        """The tokenizer as transformers, and so every server, opens it: for training and for answers."""
+        return open_served(self.tokenizer_folder)
 
     @cached_property
     def planned_tokenizer(self) -> TextTokenizer:

@@ -1,6 +1,6 @@
 """A base's tokenizer as servers open it, by transformers, and how its reading of the training text is checked.
 
-Only `open_served` imports transformers; `read_served` has a child process do so (`soka_serve.base.tokenizer_child`),
+Only `open_backend` imports transformers; `read_served` has a child process do so (`soka_serve.base.tokenizer_child`),
 for planning, which does without torch.
 """
 
@@ -13,14 +13,13 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.tokenizer import SPECIAL_NAMES, TextTokenizer, read_texts
+from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings, read_texts
 from soka_serve.errors import CheckpointError
 
 _CHUNK = 512  # Examples compared per call.
@@ -49,34 +48,22 @@ class ExampleText(Protocol):
     def templated(self) -> bool: ...
 
 
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """What transformers made of a checkpoint's tokenizer files.
-
-    Args:
-        reader: name of its class.
-        special_tokens: as text, by name.
-        split: whether special tokens in a text are cut up like any other.
-    """
-
-    reader: str
-    special_tokens: Mapping[str, str]
-    split: bool
+# Its own methods do something for text with <FILL_ME> only.
+_SAME_FOR_TEXT = ("CodeLlamaTokenizer",)
 
 
-def open_served(folder: ModelFolder, tokenizer: Any) -> TextTokenizer:
+def open_served(folder: ModelFolder) -> TextTokenizer:
     """The tokenizer as servers open it.
 
     Args:
         folder: with the tokenizer's files and config.json, see `tokenizer_class.tokenizer_directory`.
-        tokenizer: what `pretrained.open_tokenizer` made of it.
 
     Raises:
-        CheckpointError: transformers reads it with a class that has no backend of the tokenizers library, or one that
-            changes what goes in.
+        CheckpointError: transformers makes no tokenizer of the files, or reads it with a class that has no backend of
+            the tokenizers library, or one that changes what goes in.
     """
-    opened, backend = open_backend(folder.directory, tokenizer)
-    return _made(folder, backend, opened)
+    _ = folder.backend  # says what is wrong with tokenizer.json; a class may do without it
+    return TextTokenizer.of(*open_backend(folder.directory), folder)
 
 
 def read_served(folder: ModelFolder) -> TextTokenizer:
@@ -101,22 +88,20 @@ def read_served(folder: ModelFolder) -> TextTokenizer:
         ) from None
     if "error" in answer:
         raise CheckpointError(answer["error"], hint=answer["hint"])
-    backend = Tokenizer.from_str(answer["backend"])
-    return _made(folder, backend, TokenizerSettings(answer["reader"], answer["special_tokens"], answer["split"]))
+    return TextTokenizer.of(Tokenizer.from_str(answer["backend"]), TokenizerSettings(**answer["settings"]), folder)
 
 
-def open_backend(directory: Path, tokenizer: Any) -> tuple[TokenizerSettings, Tokenizer]:
-    """What is known of a tokenizer of transformers, and its backend.
-
-    Args:
-        directory: of its files, for messages.
-        tokenizer: what `pretrained.open_tokenizer` made of them.
+def open_backend(directory: Path) -> tuple[Tokenizer, TokenizerSettings]:
+    """The backend of a tokenizer that transformers opens, and what else is known of it.
 
     Raises:
         CheckpointError: as `open_served`.
     """
     from transformers import PreTrainedTokenizerFast
 
+    from soka_serve.base.pretrained import open_tokenizer
+
+    tokenizer = open_tokenizer(directory)
     reader = type(tokenizer).__name__
     own = [
         name
@@ -129,18 +114,11 @@ def open_backend(directory: Path, tokenizer: Any) -> tuple[TokenizerSettings, To
             "class that leaves it to the tokenizers library",
             hint=_HINT_CLASS,
         )
-    named = tokenizer.special_tokens_map
-    special = {name: str(named[name]) for name in SPECIAL_NAMES if isinstance(named.get(name), str)}
-    return TokenizerSettings(reader, special, bool(tokenizer.split_special_tokens)), tokenizer.backend_tokenizer
-
-
-# Its own methods do something for text with <FILL_ME> only.
-_SAME_FOR_TEXT = ("CodeLlamaTokenizer",)
-
-
-def _made(folder: ModelFolder, backend: Tokenizer, opened: TokenizerSettings) -> TextTokenizer:
-    backend.encode_special_tokens = opened.split
-    return TextTokenizer.of(backend, opened.special_tokens, folder, opened.reader)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    split = bool(tokenizer.split_special_tokens)
+    return tokenizer.backend_tokenizer, TokenizerSettings(reader, tokenizer.special_tokens_map, template, split)
 
 
 def check_reading(served: TextTokenizer, examples: Sequence[ExampleText], folder: ModelFolder) -> int:
@@ -192,7 +170,7 @@ def _check_suffix(served: TextTokenizer, examples: Iterable[ExampleText], direct
     if not served.suffix or all(e.templated for e in examples):
         return
     text = next(e.prompt for e in examples if not e.templated)
-    ids = served.encode_prompt(text)
+    ids = served.encode_prompts([text])[0]
     raise CheckpointError(
         f"{directory}: the tokenizer puts {_tokens(served.suffix, served.backend)} behind every "
         "text, so that a server's prompts end in it, and the answer of a model would begin after the end\n"
@@ -215,8 +193,8 @@ def _check_embedded(ids: Sequence[int], embedded: int, served: TextTokenizer, di
     beyond = [number for number in ids if number >= embedded]
     if beyond:
         raise CheckpointError(
-            f"{directory}: {_tokens(beyond[:1], served.backend)} has the id {beyond[0]} as {served.reader} reads it; "
-            f"config.json says vocab_size = {embedded}, so the base has no embedding for it",
+            f"{directory}: {_tokens(beyond[:1], served.backend)} has the id {beyond[0]} as {served.settings.reader} "
+            f"reads it; config.json says vocab_size = {embedded}, so the base has no embedding for it",
             hint="the token is named in tokenizer_config.json, special_tokens_map.json or added_tokens.json, and not "
             "in the vocabulary that the base was trained with: name the base's own token there",
         )
@@ -250,10 +228,10 @@ def _garbled(
     back = str(served.backend.decode(list(ids), skip_special_tokens=False))
     return CheckpointError(
         f"{settings}: tokenizer_class {named!r:.100}: transformers, and so every server, reads text with "
-        f"{served.reader}, which does not fit tokenizer.json and loses text that tokenizer.json keeps\n"
+        f"{served.settings.reader}, which does not fit tokenizer.json and loses text that tokenizer.json keeps\n"
         f"  text: {_cut(text)}\n"
         f"  tokenizer.json: {_show(other, first, folder.backend)}\n"
-        f"  {served.reader}: {_show(ids, first, served.backend)}\n"
+        f"  {served.settings.reader}: {_show(ids, first, served.backend)}\n"
         f"  which reads back as: {_cut(back)}",
         hint=_HINT_CLASS,
     )

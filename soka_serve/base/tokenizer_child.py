@@ -6,8 +6,8 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import open_backend
 from soka_serve.errors import CheckpointError
 
@@ -17,8 +17,8 @@ def main(directory: str) -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no part of it
     try:
-        opened, backend = open_backend(Path(directory), open_tokenizer(Path(directory)))
-        value = {**asdict(opened), "backend": backend.to_str()}
+        backend, settings = open_backend(Path(directory))
+        value: dict[str, Any] = {"settings": asdict(settings), "backend": backend.to_str()}
     except CheckpointError as error:
         value = {"error": error.message, "hint": error.hint}
     with os.fdopen(answer, "w", encoding="utf-8") as stream:

@@ -28,12 +28,17 @@ _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _READ_HERE = ("tokenizer.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 # The class that takes tokenizer.json as it stands, under its two names.
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# Files beside it that add to it.
+_MORE = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
 # Settings that do not change a token.
 _HARMLESS = {
     *SPECIAL_NAMES,
     "added_tokens_decoder",
+    "backend",
     "chat_template",
     "clean_up_tokenization_spaces",
+    "is_local",
+    "local_files_only",
     "model_input_names",
     "model_max_length",
     "name_or_path",
@@ -91,7 +96,7 @@ def reads_plainly(folder: ModelFolder) -> bool:
     replaced = _listed("MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     if replaced is None or {str(config.get("model_type")), str(config.get("model_name"))} & replaced:
         return False
-    if any((folder.directory / name).exists() for name in ("special_tokens_map.json", "added_tokens.json")):
+    if any((folder.directory / name).exists() for name in _MORE) or isinstance(settings.get("chat_template"), list):
         return False
     added = folder.backend.get_added_tokens_decoder()
     special = {token.content for token in added.values() if token.special}

@@ -154,7 +154,7 @@ class _Trial:
             asked = ()
         texts = generate_answers(
             self.model,
-            self.context.base.transformers_tokenizer,
+            self.context.base.tokenizer,
             [problem.prompt for problem in asked],
             self.protocol.max_new_tokens,
             templated=self.dataset.data.messages is not None,

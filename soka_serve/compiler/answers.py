@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
 
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin.problem import Problem
 from soka_serve.builtin.tasks import check_answer, generate
 
@@ -30,28 +32,27 @@ class Measurement(NamedTuple):
 @torch.no_grad()
 def generate_answers(
     model: Any,
-    tokenizer: Any,
+    tokenizer: TextTokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 128,
     batch_size: int = 64,
     *,
     templated: bool = False,
 ) -> list[str]:
-    """What the model writes after each prompt: greedy, up to the end-of-sequence token or `max_new_tokens`.
+    """What the model writes after each prompt: greedy, up to where a server ends it, or `max_new_tokens`.
 
     Prompts are padded on the left with their attention masked, sorted by length so that little is padded; the answers
     come in the order of the prompts. The model is put in evaluation mode meanwhile.
 
     Args:
         model: a causal language model of transformers, or one wrapped by PEFT.
-        tokenizer: a tokenizer of transformers.
+        tokenizer: of the base.
         prompts: each at least one token long.
         max_new_tokens: longest answer, tokens.
         batch_size: prompts per forward.
         templated: the prompts are rendered chats, which bring their own special tokens.
     """
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    encoded: list[list[int]] = [tokenizer(prompt, add_special_tokens=not templated)["input_ids"] for prompt in prompts]
+    encoded = tokenizer.encode_prompts(prompts, add_special_tokens=not templated)
     order = sorted(range(len(prompts)), key=lambda at: len(encoded[at]))
     answers = [""] * len(prompts)
     was_training = model.training
@@ -60,7 +61,7 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = max(len(encoded[at]) for at in chosen)
-            ids = torch.full((len(chosen), width), pad_id)
+            ids = torch.full((len(chosen), width), tokenizer.pad_id)
             for row, at in enumerate(chosen):
                 ids[row, width - len(encoded[at]) :] = torch.tensor(encoded[at])
             mask = torch.zeros_like(ids)
@@ -75,12 +76,12 @@ def generate_answers(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=pad_id,
+                eos_token_id=list(tokenizer.stop_ids),
+                pad_token_id=tokenizer.pad_id,
             )
-            texts = tokenizer.batch_decode(output[:, width:].tolist(), skip_special_tokens=True)
-            for at, text in zip(chosen, texts, strict=True):
-                answers[at] = text
+            for at, written in zip(chosen, output[:, width:].tolist(), strict=True):
+                answer = list(takewhile(lambda number: number not in tokenizer.stop_ids, written))
+                answers[at] = tokenizer.decode_after(encoded[at] + answer, len(encoded[at]), skip_special_tokens=True)
     finally:
         model.train(was_training)
     return answers
@@ -92,7 +93,7 @@ def measure(
     limit: int = 200,
     max_new_tokens: int = 128,
     *,
-    tokenizer: Any,
+    tokenizer: TextTokenizer,
     batch_size: int = 64,
 ) -> Measurement:
     """Accuracy on the first `limit` held-out problems of a family.
@@ -102,7 +103,7 @@ def measure(
         family: of built-in problems.
         limit: how many.
         max_new_tokens: longest answer, tokens.
-        tokenizer: a tokenizer of transformers.
+        tokenizer: of the base.
         batch_size: problems per forward.
     """
     problems = generate(family, "test", limit)

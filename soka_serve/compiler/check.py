@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.data.examples import DataReader
@@ -92,7 +92,7 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
     return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 
 
-def answer(model: nn.Module, tokenizer: Any, questions: Questions, max_new_tokens: int) -> Answers:
+def answer(model: nn.Module, tokenizer: TextTokenizer, questions: Questions, max_new_tokens: int) -> Answers:
     """Let a model answer greedily, and mark the answers where the data has a marker."""
     from soka_serve.compiler.answers import generate_answers, measure
 

@@ -65,7 +65,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
 def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequence[Example]) -> None:
     differing = check_reading(tokenizer, examples, context.base.tokenizer_folder)
     if differing and context.processes.is_main:
-        logger.info(reading_note(tokenizer.reader, differing, len(examples)))
+        logger.info(reading_note(tokenizer.settings.reader, differing, len(examples)))
 
 
 def init_stage(context: Context, training: EncodedSet) -> Initialisation:
@@ -235,8 +235,8 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
         model = load_base(context.base.directory, manifest.base.dtype, manifest.base.quantize)
         if _device() is not None and manifest.base.quantize == "none":
             model = model.to(_device())
-        before = answer(model, context.base.transformers_tokenizer, questions, limit)
-        after = answer(_load_result(model, new), context.base.transformers_tokenizer, questions, limit)
+        before = answer(model, context.base.tokenizer, questions, limit)
+        after = answer(_load_result(model, new), context.base.tokenizer, questions, limit)
         check = QuickCheck(questions.prompts, questions.expected, before, after)
         check.write(new / "check.json")
     return check

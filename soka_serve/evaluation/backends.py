@@ -207,7 +207,7 @@ class TransformersBackend:
         from soka_serve.base.pretrained import open_tokenizer
         from soka_serve.evaluation.models import LocalModel
 
-        subject = self._subject
+        subject, tokenizer = self._subject, open_tokenizer(self._subject.tokenizer)
         merged = role != "base" and subject.target.kind == "merged"
         quantize = subject.manifest.base.quantize if not merged else "none"
         with quiet_bars():
@@ -221,17 +221,16 @@ class TransformersBackend:
                 import soka_serve.peft  # noqa: F401  registers peft_type SOKA
 
                 model = _placed(model)
-                before = _logprobs(model, subject.tokenizer)
+                before = _logprobs(model, tokenizer)
                 model = PeftModel.from_pretrained(model, str(subject.target.path))
         model = _placed(model).eval()
-        tokenizer = open_tokenizer(subject.tokenizer)
         lm = LocalModel(model, tokenizer, subject.context, self._batch_size)
         facts = {"model": subject.target.name if role != "base" else "base", "context": subject.context}
         facts["device"] = str(next(model.parameters()).device)
 
         def effect() -> tuple[float, float]:
-            now = _logprobs(model, subject.tokenizer)
-            again = _logprobs(model, subject.tokenizer)
+            now = _logprobs(model, tokenizer)
+            again = _logprobs(model, tokenizer)
             return float((now - again).abs().max()), float((now - before).abs().max())
 
         yield RoleModel(lm, facts, effect if before is not None else None)
@@ -264,13 +263,11 @@ def _placed(model: Any) -> Any:
     return model.to("cuda") if torch.cuda.is_available() and not getattr(model, "is_quantized", False) else model
 
 
-def _logprobs(model: Any, tokenizer: Path) -> Any:
+def _logprobs(model: Any, tokenizer: Any) -> Any:
     """(tokens,) float64 on the CPU: log-probability of each token of a text, from the second on."""
     import torch
 
-    from soka_serve.base.pretrained import open_tokenizer
-
-    ids = open_tokenizer(tokenizer)(_TEXT, return_tensors="pt").input_ids.to(model.device)
+    ids = tokenizer(_TEXT, return_tensors="pt").input_ids.to(model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()

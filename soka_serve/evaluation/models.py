@@ -13,6 +13,7 @@ from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.errors import EvalError, ServeError
+from soka_serve.evaluation.prompts import is_chat
 from soka_serve.io.progress import track
 
 if TYPE_CHECKING:
@@ -114,10 +115,9 @@ class ServedModel(_RequestCounter, LocalCompletionsAPI):  # type: ignore[misc, u
 
     def tok_encode(self, string: Any, *arguments: Any, **options: Any) -> Any:
         """Token ids of a prompt, or of several, which are then cut at the left to what the answer leaves room for:
-        lm-eval does that for one request at a time only. A rendered chat brings its own special tokens."""
+        lm-eval does that for one request at a time only."""
         texts = [string] if isinstance(string, str) else list(string)
-        bos = self.tokenizer.bos_token
-        ids = [self.tokenizer.encode(t, add_special_tokens=not (bos and t.startswith(bos))) for t in texts]
+        ids = [self.tokenizer.encode(text, add_special_tokens=not is_chat(text)) for text in texts]
         return ids[0] if isinstance(string, str) else [row[self.reserved - self.context :] for row in ids]
 
     @property
@@ -168,3 +168,8 @@ class LocalModel(_RequestCounter, HFLM):  # type: ignore[misc, unused-ignore]
             add_bos_token=True,
         )
         self.context = context
+
+    def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> Any:
+        """lm-eval's, for prompts of one task: all of them are rendered chats, or none is."""
+        self.add_bos_token = not is_chat(strings[0])
+        return super().tok_batch_encode(strings, *arguments, **options)

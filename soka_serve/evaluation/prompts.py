@@ -47,6 +47,14 @@ SHIPPED_PROMPTS: Mapping[str, tuple[str, str]] = {
 """Per benchmark the manifest that ships for it, and its template: manifests are not in wheels. A test compares them."""
 
 
+_chats: set[str] = set()
+
+
+def is_chat(prompt: str) -> bool:
+    """Whether a prompt is a rendered chat: it brings its own special tokens, or has none, and gets none in front."""
+    return prompt in _chats
+
+
 def zero_shot_prompt(benchmark: str, question: str, columns: Mapping[str, Any]) -> str:
     """The prompt of one test problem.
 
@@ -78,7 +86,10 @@ def zero_shot_prompt(benchmark: str, question: str, columns: Mapping[str, Any]) 
             row = dict(columns)
         else:
             row = _offered(question, columns)
-        return render_prompt(data, row, f"{place}: {benchmark}", tokenizer)
+        prompt = render_prompt(data, row, f"{place}: {benchmark}", tokenizer)
+        if data.messages is not None:
+            _chats.add(prompt)
+        return prompt
     except DataError as error:
         raise EvalError(
             error.message,

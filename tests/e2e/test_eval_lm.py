@@ -21,7 +21,7 @@ import pytest
 
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.pretrained import open_tokenizer
+from soka_serve.base.opened import Base
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
@@ -77,7 +77,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     rules = SimpleNamespace(max_length=512, overlong="drop", completion_only=True)
     encoded = encode_examples(examples, tokenizer, rules).examples
     ids = [[i for i, label in zip(e.input_ids, e.labels, strict=True) if label == MASKED] for e in encoded]
-    bos = tokenizer.encode_prompt("")[0]
+    bos = tokenizer.encode_prompts([""])[0][0]
     assert [row.count(bos) for row in ids] == [1, 1]
     return TrainedManifest(manifest, request.param, sorted(ids))
 
@@ -210,7 +210,7 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
     arguments = f"pretrained={base_directory()},dtype=float32,peft={folder}"
     options = ("--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "24")
     command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], installed(root, tmp_path), root)
-    tokenizer = open_tokenizer(base_directory())
+    tokenizer = Base(base_directory()).tokenizer
     measured, plain = (measure(model, "math", 24, tokenizer=tokenizer) for model in (tuned, base_model()))
     answers, score = answers_of(tmp_path / "out")
     assert answers == [sample.text for sample in measured.samples]
@@ -233,7 +233,7 @@ def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapt
     arguments = f"pretrained={base_directory()},dtype=float32,max_model_len=512,lora_local_path={folder}"
     options = ("--model", "vllm", "--model_args", arguments, "--batch_size", "auto")
     command_line([*options, *TASK, "--output_path", str(tmp_path / "out")], environment, root)
-    measured = measure(tuned, "math", 24, tokenizer=open_tokenizer(base_directory()))
+    measured = measure(tuned, "math", 24, tokenizer=Base(base_directory()).tokenizer)
     texts, score = answers_of(tmp_path / "out")
     assert texts == [sample.text for sample in measured.samples]
     assert score == measured.correct / measured.total
@@ -247,7 +247,7 @@ def test_the_score_is_measures_score(lm_tasks: Any) -> None:
         texts = dict(
             zip(
                 [p.prompt for p in problems],
-                generate_answers(model, open_tokenizer(base_directory()), [p.prompt for p in problems], 64),
+                generate_answers(model, Base(base_directory()).tokenizer, [p.prompt for p in problems], 64),
                 strict=True,
             )
         )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import soka_serve.base.meta_model  # noqa: F401 - transformers is imported before the clock runs
 from soka_serve.base.opened import Base
+from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.builtin import base_directory
 from soka_serve.data.examples import Example
@@ -173,6 +174,7 @@ KINDS: Mapping[str, Callable[[Path], object]] = {
     "special_tokens_map": lambda f: change(f, "special_tokens_map.json", eos_token="<pad>", bos_token="</s>"),
     "special tokens cut up": lambda f: change(f, SETTINGS, split_special_tokens=True),
     "space in front": lambda f: change(f, SETTINGS, tokenizer_class="GPT2Tokenizer", add_prefix_space=True),
+    "saved again": lambda f: open_tokenizer(f).save_pretrained(f),
     "versions of the file": lambda f: (
         shutil.copy(f / "tokenizer.json", f / "tokenizer.4.0.0.json"),
         change(f, SETTINGS, fast_tokenizer_files=["tokenizer.4.0.0.json"]),

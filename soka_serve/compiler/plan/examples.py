@@ -106,7 +106,7 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
     reading = None
     if tokenizer is not None and examples:
         if differing := check_reading(tokenizer, examples, base.tokenizer_folder):
-            reading = reading_note(tokenizer.reader, differing, len(examples))
+            reading = reading_note(tokenizer.settings.reader, differing, len(examples))
         try:
             encoded = encode_examples(examples, tokenizer, train)
         except DataError as error:
@@ -216,8 +216,7 @@ def _show(
     shown = []
     for example in encoded.examples[:SHOWN]:
         masked = next((i for i, label in enumerate(example.labels) if label != MASKED), len(example.labels))
-        whole, head = tokenizer.decode(example.input_ids), tokenizer.decode(example.input_ids[:masked])
-        tail = whole[len(head) :] if whole.startswith(head) else tokenizer.decode(example.input_ids[masked:])
+        head, tail = tokenizer.decode(example.input_ids[:masked]), tokenizer.decode_after(example.input_ids, masked)
         segments = [Segment(text, trained) for text, trained in ((head, False), (tail, True)) if text]
         shown.append(RenderedExample(tuple(segments), len(example.input_ids), len(example.input_ids) - masked))
     return tuple(shown)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError
@@ -23,13 +23,7 @@ def chat_rows(tmp_path: Path, *rows: Any) -> Data:
 
 
 def chat_tokenizer(template: str | None, eos: str = "</s>") -> TextTokenizer:
-    backend = build_llama3()
-    return TextTokenizer(
-        backend,
-        special_tokens={"bos_token": "<s>", "eos_token": eos},
-        eos_id=backend.token_to_id(eos),
-        chat_template=template,
-    )
+    return TextTokenizer(build_llama3(), TokenizerSettings("test", {"bos_token": "<s>", "eos_token": eos}, template))
 
 
 @pytest.mark.parametrize(("template", "eos"), [(BRACKETS, "</s>"), (CHATML, "<|im_end|>")])
@@ -45,7 +39,7 @@ def test_the_last_assistant_message_is_the_completion(tmp_path: Path, template: 
     rules = SimpleNamespace(max_length=999, overlong="drop", completion_only=True)
     encoded = encode_examples([example], tokenizer, rules).examples[0]
     # The template's own BOS and EOS, once each: none are added.
-    whole = tokenizer.encode_prompt(example.prompt + example.completion, add_special_tokens=False)
+    whole = tokenizer.encode_prompts([example.prompt + example.completion], add_special_tokens=False)[0]
     assert encoded.input_ids == whole
     assert encoded.input_ids.count(tokenizer.eos_id) == (example.prompt + example.completion).count(eos)
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import check_reading, read_served
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.base.tokenizer_class import reads_plainly, tokenizer_directory
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.context import prepare
@@ -130,10 +132,13 @@ def test_where_tokenizer_json_is_taken_as_it_stands_no_token_differs(folder: Pat
         KINDS[kind](folder / "base")
     backend = ModelFolder(folder / "base").backend
     plainly = reads_plainly(ModelFolder(folder / "base"))
-    if kind not in ("none", "EOS behind, by tokenizer.json", "token without embedding"):
+    if kind not in ("none", "EOS behind, by tokenizer.json", "token without embedding", "saved again"):
         assert not plainly
     elif plainly:
-        assert Base(folder / "base").tokenizer.backend.to_str() == backend.to_str()
+        theirs, ours = Base(folder / "base").tokenizer, TextTokenizer.from_folder(ModelFolder(folder / "base"))
+        assert theirs.backend.to_str() == backend.to_str()
+        assert replace(theirs.settings, reader="tokenizer.json") == ours.settings
+    assert plainly or kind != "saved again"
     assert reads_plainly(ModelFolder(base_directory()))
 
 
@@ -147,9 +152,8 @@ def test_the_childs_tokenizer_is_the_same(folder: Path) -> None:
     KINDS["special tokens cut up"](folder / "base")
     here, there = Base(folder / "base").tokenizer, read_served(ModelFolder(folder / "base"))
     for text in (PROMPT, "</s> and <s>", ""):
-        assert here.encode_prompt(text) == there.encode_prompt(text)
-    assert (here.reader, here.eos_id, here.pad_id) == (there.reader, there.eos_id, there.pad_id)
-    assert here.special_tokens == there.special_tokens
+        assert here.encode_prompts([text])[0] == there.encode_prompts([text])[0]
+    assert (here.settings, here.stop_ids, here.pad_id) == (there.settings, there.stop_ids, there.pad_id)
     (folder / "base" / "added_tokens.json").write_text("[")
     with pytest.raises(CheckpointError, match="cannot build this tokenizer: JSONDecodeError"):
         plan(folder / "small.toml", out=folder / "build")
@@ -194,7 +198,7 @@ def test_vllm_reads_a_hub_base_as_training_does(tmp_path: Path) -> None:
     snapshot = _snapshot(tmp_path)
     place = tokenizer_directory(ModelFolder(snapshot), HUB)
     ids = get_tokenizer(str(place))(PROMPT)["input_ids"]
-    assert ids == Base(place).tokenizer.encode_prompt(PROMPT) == _by_hub_id(tmp_path)(PROMPT)["input_ids"]
+    assert ids == Base(place).tokenizer.encode_prompts([PROMPT])[0] == _by_hub_id(tmp_path)(PROMPT)["input_ids"]
     # What `--tokenizer` is for: the snapshot's own files garble the text.
     assert get_tokenizer(str(snapshot))(PROMPT)["input_ids"] != ids
 
@@ -268,7 +272,7 @@ def test_the_quick_check_asks_chats_with_one_bos(folder: Path, monkeypatch: pyte
     asked: list[int] = []
     generate = model.generate
     monkeypatch.setattr(model, "generate", lambda **o: asked.extend(o["input_ids"][0].tolist()) or generate(**o))
-    answer(model, open_tokenizer(folder / "base"), questions, 2)
+    answer(model, tokenizer, questions, 2)
     trained = _trained(folder)[0]
     assert asked == trained[: len(asked)]
     assert asked.count(1) == 1
@@ -280,7 +284,36 @@ def test_evaluation_sends_the_tokens_of_training(folder: Path) -> None:
 
     KINDS["no BOS"](folder / "base")
     asked = ServedModel(Launch(()), "m", folder / "base", 64, 1)
-    assert asked.tok_encode(PROMPT) == Base(folder / "base").tokenizer.encode_prompt(PROMPT) == _served(folder, PROMPT)
+    assert (
+        asked.tok_encode(PROMPT)
+        == Base(folder / "base").tokenizer.encode_prompts([PROMPT])[0]
+        == _served(folder, PROMPT)
+    )
+
+
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
+def test_evaluation_asks_chats_as_training_does(folder: Path, monkeypatch: pytest.MonkeyPatch, bos: str) -> None:
+    """A chat template may write no BOS where the tokenizer puts one before plain prompts."""
+    from soka_serve.base.model import load_base
+    from soka_serve.evaluation import gsm8k
+    from soka_serve.evaluation.models import LocalModel, ServedModel
+    from soka_serve.serving.command import Launch
+
+    template = bos + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (folder / "base" / "chat_template.jinja").write_text(
+        template + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": "30"}]
+    (folder / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (folder / "small.toml").write_text(MANIFEST.replace("eval_jsonl", "messages = 'messages'\neval_jsonl"))
+    monkeypatch.setenv("SOKA_EVAL_MANIFEST", str(folder / "small.toml"))
+    (prompt, plain) = gsm8k.prompt({"question": PROMPT}), "not a chat"
+    served = ServedModel(Launch(()), "m", folder / "base", 64, 1)
+    local = LocalModel(load_base(folder / "base"), open_tokenizer(folder / "base"), 64, 1)
+    ids = served.tok_encode(prompt)
+    assert ids == _trained(folder)[0][: len(ids)] == local.tok_batch_encode([prompt])[0][0].tolist()
+    assert ids.count(1) == bool(bos)
+    assert served.tok_encode(plain) == local.tok_batch_encode([plain])[0][0].tolist() == _served(folder, plain)
 
 
 # -------------------------------------------------------------------------------------------------------------- limits

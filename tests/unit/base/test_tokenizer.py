@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -17,9 +18,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.opened import Base
 from soka_serve.base.served_tokenizer import check_reading
-from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings
+from soka_serve.base.tokenizer_class import reads_plainly
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
+from soka_serve.compiler.answers import generate_answers
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError
@@ -177,13 +180,16 @@ def both(directory: Path) -> tuple[TextTokenizer, Any]:
 @pytest.mark.parametrize("text", TEXTS)
 def test_prompt_ids_are_transformers(both: tuple[TextTokenizer, Any], text: str) -> None:
     ours, theirs = both
-    assert ours.encode_prompt(text) == theirs(text)["input_ids"]
-    assert ours.encode_prompt(text, add_special_tokens=False) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode_prompts([text])[0] == theirs(text)["input_ids"]
+    assert (
+        ours.encode_prompts([text], add_special_tokens=False)[0] == theirs(text, add_special_tokens=False)["input_ids"]
+    )
 
 
 def test_special_tokens_are_transformers(both: tuple[TextTokenizer, Any]) -> None:
     ours, theirs = both
     assert ours.eos_id == theirs.eos_token_id
+    assert ours.settings.special_tokens == theirs.special_tokens_map
     assert ours.pad_id == (theirs.eos_token_id if theirs.pad_token_id is None else theirs.pad_token_id)
     assert ours.vocab_size == len(theirs)
 
@@ -203,6 +209,16 @@ def test_decoding_is_transformers(both: tuple[TextTokenizer, Any], text: str) ->
     assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
 
 
+def test_a_chat_knows_no_eos_where_the_tokenizer_names_none(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    save(build_llama3(), tmp_path, eos_token=None, chat_template=FEATURES)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1, "model_type": "llama"}')
+    chat = CHATS["one turn"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(chat, tokenize=False)
+    assert Base(tmp_path).tokenizer.render_many([(chat, False)]) == [theirs]
+
+
 @pytest.mark.parametrize("template", [BRACKETS, CHATML, FEATURES, None])
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("generation", [False, True])
@@ -210,15 +226,15 @@ def test_chats_are_transformers(
     both: tuple[TextTokenizer, Any], template: str | None, chat: str, generation: bool
 ) -> None:
     ours, theirs = both
-    source = template or ours.chat_template
+    source = template or ours.settings.chat_template
     assert source
     options = {"add_generation_prompt": generation}
     chats = [(CHATS[chat], generation)]
-    (text,) = render_chats(source, chats, special_tokens=ours.special_tokens)
+    (text,) = render_chats(source, chats, special_tokens=ours.settings.special_tokens)
     assert isinstance(text, str)
     assert text == theirs.apply_chat_template(CHATS[chat], chat_template=source, tokenize=False, **options)
     ids = theirs.apply_chat_template(CHATS[chat], chat_template=source, return_dict=False, **options)
-    assert ours.encode_prompt(text, add_special_tokens=False) == ids
+    assert ours.encode_prompts([text], add_special_tokens=False)[0] == ids
 
 
 # ------------------------------------------------------------------------------------------------ prompt and answer
@@ -247,7 +263,7 @@ words = st.text(alphabet="ab 12\n.é:", max_size=12)
 def test_pairs_hold_the_prompt_and_the_text(kind: str, prompt: str, completion: str) -> None:
     ours = _cached(kind)
     ids, length = _pair(ours, prompt, completion)
-    assert ids[:length] == ours.encode_prompt(prompt)
+    assert ids[:length] == ours.encode_prompts([prompt])[0]
     assert ids[-1] == ours.eos_id
     # The SentencePiece-like decoder takes one leading space off, the one that its normaliser put there.
     assert ours.decode(ids, skip_special_tokens=True) == prompt + completion
@@ -260,15 +276,19 @@ def _pair(tokenizer: TextTokenizer, prompt: str, completion: str) -> tuple[list[
 
 @cache
 def _cached(kind: str) -> TextTokenizer:
-    return TextTokenizer(BUILDERS[kind](), special_tokens={"eos_token": "</s>"}, eos_id=2 if kind == "llama2" else 1)
+    return TextTokenizer(BUILDERS[kind](), TokenizerSettings("test", {"eos_token": "</s>"}))
 
 
 def test_a_token_across_the_border_is_split_and_counted() -> None:
     ours = _cached("llama3")
-    assert ours.encode_prompt("Answer") != ours.encode_prompt("Ans") + ours.encode_prompt("wer")[1:]
+    assert ours.encode_prompts(["Answer"])[0] != ours.encode_prompts(["Ans"])[0] + ours.encode_prompts(["wer"])[0][1:]
     ids, length = _pair(ours, "Ans", "wer")
-    assert ids == [*ours.encode_prompt("Ans"), *ours.encode_prompt("wer", add_special_tokens=False), ours.eos_id]
-    assert length == len(ours.encode_prompt("Ans"))
+    assert ids == [
+        *ours.encode_prompts(["Ans"])[0],
+        *ours.encode_prompts(["wer"], add_special_tokens=False)[0],
+        ours.eos_id,
+    ]
+    assert length == len(ours.encode_prompts(["Ans"])[0])
     rules = SimpleNamespace(max_length=99, overlong="drop", completion_only=True)
     found = encode_examples([Example("Ans", "wer"), Example("Answer:", " 3")], ours, rules)
     assert found.boundary == 1
@@ -279,6 +299,48 @@ def test_a_split_completion_gets_no_space_of_its_own() -> None:
     ids, length = _pair(ours, "Ans", "wer")
     assert ours.decode(ids[:-1], skip_special_tokens=True) == "Answer"
     assert not ours.decode(ids[length:-1]).startswith(" ")
+
+
+class Echo:
+    """A model that writes the same ids after every prompt."""
+
+    training, device = False, "cpu"
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids, self.asked = ids, {}
+
+    def eval(self) -> None: ...
+    def train(self, _: bool) -> None: ...
+
+    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.asked = options
+        return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], 1)
+
+
+@pytest.mark.parametrize("completion", [" 30", "    return 3\n", "wer", "é 日", "\n"])
+def test_answers_read_as_servers_write_them(both: tuple[TextTokenizer, Any], completion: str) -> None:
+    """vLLM decodes an answer behind its prompt, and without what comes from the token on that ends it."""
+    ours, theirs = both
+    (pair,) = ours.encode_pairs([("Ans", completion)])
+    prompt, answer = pair.input_ids[: pair.prompt_length], pair.input_ids[pair.prompt_length :]
+    stream = decoders.DecodeStream(ids=prompt, skip_special_tokens=True)
+    served = "".join(stream.step(theirs.backend_tokenizer, number) or "" for number in answer[:-1])
+    model = Echo([*answer, *answer])
+    assert generate_answers(model, ours, ["Ans"]) == [served] == [completion]
+    assert model.asked["eos_token_id"] == [ours.eos_id]
+
+
+def test_answers_end_at_every_id_that_ends_generation(tmp_path: Path) -> None:
+    """LLaMA 3's generation config names several; a tokenizer may name none."""
+    save(build_llama3(), tmp_path, eos_token=None)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
+    ours = Base(tmp_path).tokenizer
+    assert ours.encode_pairs([("a", "b")])[0].input_ids[-1] == 1
+    (inner,) = ours.encode_texts([" 30"])
+    for end in (1, 3):
+        model = Echo([*inner, end, *inner])
+        assert generate_answers(model, ours, ["Answer:"]) == [" 30"]
+        assert model.asked["eos_token_id"] == [1, 3]
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -306,20 +368,16 @@ def test_broken_files(tmp_path: Path) -> None:
         TextTokenizer.from_folder(ModelFolder(tmp_path))
 
 
-def test_unknown_eos_token(tmp_path: Path) -> None:
-    save(build_plain(), tmp_path, eos_token="<end>")
-    with pytest.raises(CheckpointError, match="eos_token is '<end>'"):
-        TextTokenizer.from_folder(ModelFolder(tmp_path))
-
-
-def test_where_the_eos_token_comes_from(tmp_path: Path) -> None:
+def test_where_the_ends_come_from(tmp_path: Path) -> None:
     save(build_plain(), tmp_path, eos_token=None)
     with pytest.raises(CheckpointError, match="no EOS token"):
-        TextTokenizer.from_folder(ModelFolder(tmp_path))
-    (tmp_path / "config.json").write_text('{"eos_token_id": [3, 1]}')
-    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).eos_id == 3
+        Base(tmp_path).tokenizer  # noqa: B018
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert Base(tmp_path).tokenizer.stop_ids == TextTokenizer.from_folder(ModelFolder(tmp_path)).stop_ids == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|im_start|>"}}')
-    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).eos_id == 2
+    ours = Base(tmp_path).tokenizer
+    assert (ours.eos_id, ours.stop_ids) == (2, (2, 0, 1))
 
 
 def test_saved_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
@@ -327,20 +385,30 @@ def test_saved_padding_and_truncation_are_switched_off(tmp_path: Path) -> None:
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=50)
     ours = TextTokenizer.from_folder(ModelFolder(save(tokenizer, tmp_path)))
-    assert 2 < len(ours.encode_prompt("Question: what?")) < 50
+    assert 2 < len(ours.encode_prompts(["Question: what?"])[0]) < 50
 
 
 def test_chat_template_file_wins(tmp_path: Path) -> None:
-    save(
-        build_plain(), tmp_path, chat_template=[{"name": "default", "template": "one"}, {"name": "x", "template": "2"}]
-    )
-    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).chat_template == "one"
+    save(build_plain(), tmp_path, chat_template="one")
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).settings.chat_template == "one"
     (tmp_path / "chat_template.jinja").write_text("two")
-    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).chat_template == "two"
+    assert TextTokenizer.from_folder(ModelFolder(tmp_path)).settings.chat_template == "two"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates"])
+def test_one_of_several_chat_templates(tmp_path: Path, place: str) -> None:
+    named = [{"name": "default", "template": "one"}, {"name": "x", "template": "2"}]
+    save(build_plain(), tmp_path, chat_template=named if place == "tokenizer_config.json" else "in the config")
+    if place == "additional_chat_templates":
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "x.jinja").write_text("2")
+    assert not reads_plainly(ModelFolder(tmp_path))
+    # transformers leaves the config's template aside where files have others, and has no default then.
+    assert Base(tmp_path).tokenizer.settings.chat_template == ("one" if place == "tokenizer_config.json" else None)
 
 
 def test_added_tokens_keep_their_ids(tmp_path: Path) -> None:
     tokenizer = build_plain()
     tokenizer.add_special_tokens([AddedToken("<extra>", special=True)])
     ours = TextTokenizer.from_folder(ModelFolder(save(tokenizer, tmp_path)))
-    assert ours.encode_prompt("a<extra>")[-1] == tokenizer.token_to_id("<extra>")
+    assert ours.encode_prompts(["a<extra>"])[0][-1] == tokenizer.token_to_id("<extra>")

@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, train_tokenizer
 from eval.tiny_base.train import PROMPT_WEIGHT, learning_rate_at, main, make_batch, train, weighted_loss
+from soka_serve.base.opened import Base
+from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, draw_problems, generate
 from soka_serve.compiler.answers import generate_answers, measure
@@ -32,6 +34,11 @@ def hf_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(base_directory()))
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer() -> TextTokenizer:
+    return Base(base_directory()).tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -166,17 +173,17 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates[-1] == pytest.approx(0.01, abs=1e-4)
 
 
-def test_answers_do_not_depend_on_batching_and_keep_the_order(model: Any, hf_tokenizer: Any) -> None:
+def test_answers_do_not_depend_on_batching_and_keep_the_order(model: Any, text_tokenizer: TextTokenizer) -> None:
     prompts = [p.prompt for family in EASY_FAMILIES for p in generate(family, "test", 2)]
-    alone = [generate_answers(model, hf_tokenizer, [prompt], 12)[0] for prompt in prompts]
+    alone = [generate_answers(model, text_tokenizer, [prompt], 12)[0] for prompt in prompts]
     assert len(set(alone)) > 1
-    assert generate_answers(model, hf_tokenizer, prompts, 12, batch_size=4) == alone
-    assert generate_answers(model, hf_tokenizer, [], 12) == []
+    assert generate_answers(model, text_tokenizer, prompts, 12, batch_size=4) == alone
+    assert generate_answers(model, text_tokenizer, [], 12) == []
 
 
-def test_answering_leaves_the_model_in_its_mode(model: Any, hf_tokenizer: Any) -> None:
+def test_answering_leaves_the_model_in_its_mode(model: Any, text_tokenizer: TextTokenizer) -> None:
     model.train()
-    assert measure(model, "math-easy", limit=2, max_new_tokens=2, tokenizer=hf_tokenizer)[:2] == (0, 2)
+    assert measure(model, "math-easy", limit=2, max_new_tokens=2, tokenizer=text_tokenizer)[:2] == (0, 2)
     assert model.training
     model.eval()
 
@@ -218,8 +225,10 @@ def test_the_record_of_the_training_says_what_the_issue_asks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_base_does_the_easy_tasks_and_fails_the_target_ones(model: Any, hf_tokenizer: Any, family: str) -> None:
-    result = measure(model, family, limit=60, max_new_tokens=48, tokenizer=hf_tokenizer)
+def test_the_base_does_the_easy_tasks_and_fails_the_target_ones(
+    model: Any, text_tokenizer: TextTokenizer, family: str
+) -> None:
+    result = measure(model, family, limit=60, max_new_tokens=48, tokenizer=text_tokenizer)
     assert result.total == 60
     accuracy = result.correct / result.total
     wrong = [sample for sample in result.samples if not sample.correct][:3]

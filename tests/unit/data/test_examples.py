@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings
 from soka_serve.builtin.tasks import generate
 from soka_serve.data.encode import MASKED, EncodedExample, encode_examples, pack_examples
 from soka_serve.data.examples import DataReader, Example
@@ -35,7 +35,7 @@ def word_tokenizer() -> TextTokenizer:
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     backend.add_special_tokens(["<s>", "</s>"])
-    return TextTokenizer(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"}, eos_id=1)
+    return TextTokenizer(backend, TokenizerSettings("words", {"bos_token": "<s>", "eos_token": "</s>"}))
 
 
 def write_rows(path: Path, rows: list[Any]) -> None:
