@@ -54,35 +54,23 @@ MODELS = {
     "embedded": [Module(128, (128, 64, 64)), Module(128, (128,)), Module(128, (352, 352)), Module(352, (128,))],
     "mid": [Module(768, (768, 256, 256)), Module(768, (768,)), Module(768, (2048, 2048)), Module(2048, (768,))],
     "llama-2-7b": [
-        Module(4096, (4096, 4096, 4096)),
-        Module(4096, (4096,)),
-        Module(4096, (11008, 11008)),
-        Module(11008, (4096,)),
+        Module(4096, (4096, 4096, 4096)), Module(4096, (4096,)), Module(4096, (11008, 11008)), Module(11008, (4096,)),
     ],
-}
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, list[Any]]] = {
     "cpu": {
-        "models": ["embedded", "mid"],
-        "dtypes": ["float32", "bfloat16"],
-        "ranks": [1, 4],
-        "tokens": [1, 8, 64, 512],
-        "adapters": [1, 8, 64],
+        "models": ["embedded", "mid"], "dtypes": ["float32", "bfloat16"],
+        "ranks": [1, 4], "tokens": [1, 8, 64, 512], "adapters": [1, 8, 64],
     },
     "cuda": {
-        "models": ["llama-2-7b"],
-        "dtypes": ["bfloat16"],
-        "ranks": [1, 4, 16],
-        "tokens": [1, 8, 64, 512],
-        "adapters": [1, 8, 64, 256],
+        "models": ["llama-2-7b"], "dtypes": ["bfloat16"],
+        "ranks": [1, 4, 16], "tokens": [1, 8, 64, 512], "adapters": [1, 8, 64, 256],
     },
     "interpreter": {
-        "models": ["embedded"],
-        "dtypes": ["float32", "bfloat16"],
-        "ranks": [1, 4],
-        "tokens": [1, 8],
-        "adapters": [1, 8],
+        "models": ["embedded"], "dtypes": ["float32", "bfloat16"],
+        "ranks": [1, 4], "tokens": [1, 8], "adapters": [1, 8],
     },
-}
+}  # fmt: skip
 Way = Callable[[], object]
 
 

@@ -24,32 +24,23 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # fewer processes 
 from eval.record import make_parser, write_record
 from soka_serve.errors import SokaError
 from soka_serve.serving.doctor import find_engine
-from tests.support.served_models import (
-    ARCHITECTURES,
-    EXPERTS,
-    Architecture,
-    difference,
-    expected,
-    served,
-    write_checkpoint,
-    write_random_adapter,
-)
+from tests.support import served_models as models
 
 
-def measure(architecture: Architecture, folder: Path) -> dict[str, Any]:
+def measure(architecture: models.Architecture, folder: Path) -> dict[str, Any]:
     """What is said of one architecture."""
     started = time.monotonic()
-    base = write_checkpoint(folder / "base", architecture)
-    adapter = write_random_adapter(folder / "adapter", base)
-    plain, adapted = expected(base, adapter, architecture)
+    base = models.write_checkpoint(folder / "base", architecture)
+    adapter = models.write_random_adapter(folder / "adapter", base)
+    plain, adapted = models.expected(base, adapter, architecture)
     found: dict[str, Any] = {"architecture": architecture.name, "config": architecture.config}
     try:
-        with served(base, adapter, folder / "vllm.log") as ask:
-            found["base_difference"] = difference(ask("base"), plain)
-            found["adapter_difference"] = difference(ask("adapter"), adapted)
+        with models.served(base, adapter, folder / "vllm.log") as ask:
+            found["base_difference"] = models.difference(ask("base"), plain)
+            found["adapter_difference"] = models.difference(ask("adapter"), adapted)
     except SokaError as error:
         found["error"] = error.message.replace(str(base), "BASE")
-    found |= {"effect": difference(plain, adapted), "attention": architecture.attention}
+    found |= {"effect": models.difference(plain, adapted), "attention": architecture.attention}
     return {**found, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -59,7 +50,7 @@ def main() -> None:
     given = parser.parse_args()
     engine = find_engine()
     rows = []
-    for architecture in (*ARCHITECTURES, *EXPERTS):
+    for architecture in (*models.ARCHITECTURES, *models.EXPERTS):
         if not given.only or architecture.name in given.only:
             with tempfile.TemporaryDirectory(prefix="soka-served-") as folder:
                 rows.append(measure(architecture, Path(folder)))

@@ -30,29 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.fleet.caches import (
-    ADAPTERS,
-    EXPONENTS,
-    HOST_COUNTS,
-    SEEDS,
-    TRACE,
-    added_times,
-    bookkeeping_ms,
-    check_managers,
-    hit_rates,
-    load_times,
-    waiting_rows,
-)
-from eval.fleet.memory import (
-    PARALLEL,
-    check_files,
-    check_loader,
-    check_measured_slots,
-    memory_of,
-    models,
-    unset_slot,
-    write_soka,
-)
+from eval.fleet import caches, memory
 from eval.fleet.page import page
 from eval.record import make_parser, write_record
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -62,17 +40,17 @@ from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE
 MEASURED = Path(__file__).parents[1] / "results" / "serve_cpu.json"
 
 
-def fleet(memory: Mapping[str, Any]) -> dict[str, Any]:
+def fleet(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """Bytes of all adapters: on disk, and in the memory of one worker and of a machine with as many as there can be."""
     totals: dict[str, Any] = {}
-    for name, rows in memory.items():
+    for name, rows in sizes.items():
         totals[name] = {}
         for kind, row in rows.items():
             most = max(row["per_gpu"])
             totals[name][kind] = {
-                "disk_bytes": {d: ADAPTERS * (b + row["config_bytes"]) for d, b in row["file_bytes"].items()},
-                "host_bytes_per_worker": ADAPTERS * row["host_bytes_per_worker"],
-                "host_bytes_all_workers": {most: ADAPTERS * row["per_gpu"][most]["host_bytes_all_workers"]},
+                "disk_bytes": {d: caches.ADAPTERS * (b + row["config_bytes"]) for d, b in row["file_bytes"].items()},
+                "host_bytes_per_worker": caches.ADAPTERS * row["host_bytes_per_worker"],
+                "host_bytes_all_workers": {most: caches.ADAPTERS * row["per_gpu"][most]["host_bytes_all_workers"]},
             }
     return totals
 
@@ -83,41 +61,41 @@ def work_out() -> dict[str, Any]:
     os.environ |= {SLOT_VARIABLE: str(10**9), LORA_VARIABLE: "0"}
     os.environ.pop(KEEP_VARIABLE, None)
     measured = json.loads(MEASURED.read_text())["models"]
-    bases = models()
-    checks: dict[str, Any] = {"slot_bytes_as_measured": check_measured_slots(bases, measured), "loader": {}}
+    bases = memory.models()
+    checks: dict[str, Any] = {"slot_bytes_as_measured": memory.check_measured_slots(bases, measured), "loader": {}}
     shown = {name: model for name, model in bases.items() if name != "embedded"}
-    memory = {}
+    sizes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        checks["file_bytes_as_written"] = check_files(bases["embedded"], Path(scratch))
+        checks["file_bytes_as_written"] = memory.check_files(bases["embedded"], Path(scratch))
         for name, model in shown.items():
-            adapter = write_soka(Path(scratch) / name, model, 1)
-            memory[name] = memory_of(model, (adapter / CONFIG_FILE).stat().st_size)
-            per_gpu = memory[name]["soka_1"]["per_gpu"]
-            assert (adapter / WEIGHTS_FILE).stat().st_size == memory[name]["soka_1"]["file_bytes"]["float32"]
+            adapter = memory.write_soka(Path(scratch) / name, model, 1)
+            sizes[name] = memory.memory_of(model, (adapter / CONFIG_FILE).stat().st_size)
+            per_gpu = sizes[name]["soka_1"]["per_gpu"]
+            assert (adapter / WEIGHTS_FILE).stat().st_size == sizes[name]["soka_1"]["file_bytes"]["float32"]
             values = {ranks: row["slot_values"] for ranks, row in per_gpu.items()}
-            checks["loader"][name] = check_loader(name, model, adapter, values)
-    unset = {n: {r: unset_slot(m, r) for r in PARALLEL if r <= m.kv_heads} for n, m in shown.items()}
+            checks["loader"][name] = memory.check_loader(name, model, adapter, values)
+    unset = {n: {r: memory.unset_slot(m, r) for r in memory.PARALLEL if r <= m.kv_heads} for n, m in shown.items()}
     for slots, host in ((8, 256), (64, 1000), (64, 64)):
-        check_managers(slots, host, 8000)
+        caches.check_managers(slots, host, 8000)
     checks["caches"] = (
         "8,000 requests as in vLLM's managers and the plugin's engine: slots 8, 64, 64; host 256, 1000, 64"
     )
-    rates = [row for exponent in EXPONENTS for row in hit_rates(exponent)]
+    rates = [row for exponent in caches.EXPONENTS for row in caches.hit_rates(exponent)]
     gaps = [abs(row["hit_rate"] - row["che"]) for row in rates]
     checks["largest_difference_from_che"] = round(max(gaps), 6)
     checks["largest_se_of_a_hit_rate"] = max(row["se"] for row in rates)
-    times = load_times(bases, measured)
+    times = caches.load_times(bases, measured)
     return {
-        "memory": {name: {"unset_slot_bytes": unset[name], "adapters": rows} for name, rows in memory.items()},
+        "memory": {name: {"unset_slot_bytes": unset[name], "adapters": rows} for name, rows in sizes.items()},
         "caches": {
-            "requests": len(SEEDS) * (TRACE - ADAPTERS),
+            "requests": len(caches.SEEDS) * (caches.TRACE - caches.ADAPTERS),
             "hit_rates": rates,
             "load_times": times,
-            "added": added_times(rates, times),
-            "bookkeeping_ms": {host: bookkeeping_ms(host) for host in HOST_COUNTS},
+            "added": caches.added_times(rates, times),
+            "bookkeeping_ms": {host: caches.bookkeeping_ms(host) for host in caches.HOST_COUNTS},
         },
-        "waiting": [row for exponent in EXPONENTS for row in waiting_rows(exponent)],
-        "fleet": fleet(memory),
+        "waiting": [row for exponent in caches.EXPONENTS for row in caches.waiting_rows(exponent)],
+        "fleet": fleet(sizes),
         "checks": checks,
     }
 
@@ -131,7 +109,7 @@ def main() -> None:
     found = work_out()
     said = {
         "what": "calculated and simulated; load times and slot bytes that it builds on are measured (serve_cpu.json)",
-        "seeds": SEEDS,
+        "seeds": caches.SEEDS,
         "processor_seconds": round(time.process_time() - start, 1),
         **found,
     }

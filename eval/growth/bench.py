@@ -35,26 +35,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from eval.growth.measures import (
-    LEAST_CALLS,
-    LORA_RANK,
-    SEED,
-    Effort,
-    base_work,
-    compute_size,
-    constant,
-    delta_work,
-    kpsvd_work,
-    layer_work,
-    measure_init,
-    measure_kpsvd,
-    measure_merge,
-    measure_operator,
-    measure_slots,
-    measure_training,
-    operator_work,
-    per_layer,
-)
+from eval.growth import measures
 from eval.growth.page import Curve, Panel, Point, render
 from eval.record import make_parser, write_record
 from soka_serve.io.text import count, size
@@ -116,126 +97,127 @@ def one_time(name: str, work: Callable[..., float], key: str, theory: str) -> tu
 
 def operator_panels(theory: str) -> tuple[Panel, ...]:
     """The chart of a study of the plugin's operator."""
-    return one_time("soka::add_kron", operator_work, "operator", theory)
+    return one_time("soka::add_kron", measures.operator_work, "operator", theory)
 
 
 def training_panels(theory: str) -> tuple[Panel, ...]:
     """The chart of a study of the training layer."""
     lines = (
-        Curve("layer_s", "SoKA's layer", layer_work),
-        Curve("base_s", "the frozen layer alone", base_work),
-        Curve("delta_s", "the delta alone", delta_work),
+        Curve("layer_s", "SoKA's layer", measures.layer_work),
+        Curve("base_s", "the frozen layer alone", measures.base_work),
+        Curve("delta_s", "the delta alone", measures.delta_work),
     )
     return (Panel("processor time", seconds_text, theory, lines),)
 
 
 def size_panel(quantity: str, text: Callable[[float], str], key: str, theory: str) -> Panel:
     """One of the two charts of adapter sizes."""
-    lines = (("soka1", "SoKA, rank 1"), ("soka4", "SoKA, rank 4"), ("lora", f"LoRA, rank {LORA_RANK}"))
+    lines = (("soka1", "SoKA, rank 1"), ("soka4", "SoKA, rank 4"), ("lora", f"LoRA, rank {measures.LORA_RANK}"))
     return Panel(quantity, text, theory, tuple(Curve(f"{name}_{key}", title) for name, title in lines))
 
 
 STUDIES = {
     "kpsvd-size": Study(
-        "KPSVD against the side of the weight", measure_kpsvd,
+        "KPSVD against the side of the weight", measures.measure_kpsvd,
         "side", (512, 1024, 2048, 4096), {"rank": 16}, (128, 256, 512), {"rank": 4},
-        one_time("KPSVD", kpsvd_work, "kpsvd",
+        one_time("KPSVD", measures.kpsvd_work, "kpsvd",
             "2: a Krylov block is multiplied by all n² values of the weight, and back. The number of blocks depends on "
             "the spectrum, up to 12."),
     ),
     "kpsvd-rank": Study(
-        "KPSVD against rank", measure_kpsvd,
+        "KPSVD against rank", measures.measure_kpsvd,
         "rank", (4, 8, 16, 32, 64, 128), {"side": 2048}, (2, 8, 32), {"side": 256},
-        one_time("KPSVD", kpsvd_work, "kpsvd",
+        one_time("KPSVD", measures.kpsvd_work, "kpsvd",
             "Below 1: a block has rank + max(8, rank / 8) columns. Orthogonalising them costs n · columns² more, which "
             "tells at high ranks."),
     ),
     "init-layers": Study(
-        "Stage init against layers", measure_init,
+        "Stage init against layers", measures.measure_init,
         "layers", (1, 2, 4, 8), {"hidden": 512, "rank": 16}, (1, 2, 3), {"hidden": 128, "rank": 4},
         (
             Panel("processor time", seconds_text, "1: every layer has the same seven weights.",
-                (Curve("init_s", "init", per_layer),)),
+                (Curve("init_s", "init", measures.per_layer),)),
             Panel("peak of its own memory", size,
                 "0: one weight is decomposed at a time. The chosen terms of all layers are read at the end, and tell "
                 "when they outweigh one decomposition.",
-                (Curve("init_peak_bytes", "init", constant),)),
+                (Curve("init_peak_bytes", "init", measures.constant),)),
         ),
     ),
     "init-data-layers": Study(
-        "Stage init with activation weighting against layers", measure_init,
+        "Stage init with activation weighting against layers", measures.measure_init,
         "layers", (2, 4, 8, 16, 32), {"hidden": 256, "rank": 1, "batches": 2},
         (1, 2, 3), {"hidden": 128, "rank": 1, "batches": 1},
         (
             Panel("processor time", seconds_text, "1: every layer is run once, and has the same seven weights.",
-                (Curve("init_s", "init", per_layer), Curve("forward_s", "forward pass", per_layer))),
+                (Curve("init_s", "init", measures.per_layer), Curve("forward_s", "forward pass", measures.per_layer))),
             Panel("peak of its own memory", size, "0: one layer's moments at a time, beside the hidden states.",
-                (Curve("init_peak_bytes", "init", constant),)),
+                (Curve("init_peak_bytes", "init", measures.constant),)),
         ),
     ),
     "merge-layers": Study(
-        "Merge against layers", measure_merge,
+        "Merge against layers", measures.measure_merge,
         "layers", (1, 2, 4, 8), {"hidden": 1024, "rank": 8}, (1, 2, 3), {"hidden": 256, "rank": 4},
         (
             Panel("processor time", seconds_text,
                 "1: all values are read, hashed, summed and written once. Verification looks at a sample of at most 16 "
                 "tensors: below 1 while that counts.",
-                (Curve("plain_s", "not verified", per_layer), Curve("verified_s", "verified", per_layer))),
+                (Curve("plain_s", "not verified", measures.per_layer),
+                 Curve("verified_s", "verified", measures.per_layer))),
             Panel("peak of its own memory", size,
                 "Near 0: blocks of a few MiB, whatever the layers, and the adapter's terms, which do grow with them.",
-                (Curve("plain_peak_bytes", "not verified", constant),
-                 Curve("verified_peak_bytes", "verified", constant))),
+                (Curve("plain_peak_bytes", "not verified", measures.constant),
+                 Curve("verified_peak_bytes", "verified", measures.constant))),
         ),
     ),
     "serve-tokens": Study(
-        "Serving operator against tokens", measure_operator,
+        "Serving operator against tokens", measures.measure_operator,
         "tokens", (1, 4, 16, 64, 256, 1024), {"rank": 4, "adapters": 1, "width": 4096},
         (1, 8, 64), {"rank": 2, "adapters": 1, "width": 256},
         operator_panels("1: a token costs rank · m · q · (n + p) multiply-adds. Calling torch costs the same for any "
             "number of tokens, so below 1 for few."),
     ),
     "serve-rank": Study(
-        "Serving operator against rank", measure_operator,
+        "Serving operator against rank", measures.measure_operator,
         "rank", (1, 2, 4, 8, 16, 32), {"tokens": 64, "adapters": 1, "width": 4096},
         (1, 2, 4), {"tokens": 16, "adapters": 1, "width": 256},
         operator_panels("1: a term costs tokens · m · q · (n + p) multiply-adds. Reading inputs and adding to outputs "
             "does not depend on the rank, so below 1 for few terms."),
     ),
     "serve-adapters": Study(
-        "Serving operator against adapters in the batch", measure_operator,
+        "Serving operator against adapters in the batch", measures.measure_operator,
         "adapters", (1, 2, 4, 8, 16, 32, 64), {"tokens": 64, "rank": 4, "width": 4096},
         (1, 4, 16), {"tokens": 16, "rank": 2, "width": 256},
         operator_panels("0: the same multiply-adds. From the second adapter on every token gets a copy of its factors, "
             "a step that a power does not describe."),
     ),
     "serve-slots": Study(
-        "Filling a slot against slots", measure_slots,
+        "Filling a slot against slots", measures.measure_slots,
         "slots", (8, 32, 128, 512, 1024), {"width": 1024, "rank": 1}, (2, 4, 8), {"width": 128, "rank": 1},
-        one_time("one layer's factors", constant, "fill", "0: where another adapter's were, there is room."),
+        one_time("one layer's factors", measures.constant, "fill", "0: where another adapter's were, there is room."),
     ),
     "serve-width": Study(
-        "Serving operator against width", measure_operator,
+        "Serving operator against width", measures.measure_operator,
         "width", (1024, 2048, 4096, 8192), {"tokens": 64, "rank": 4, "adapters": 1},
         (64, 128, 256), {"tokens": 16, "rank": 2, "adapters": 1},
         operator_panels("1.5 between squares: m = n = p = q = √width make it 2 · width^1.5 multiply-adds a token and "
             "term. Twice a square needs fewer."),
     ),
     "train-tokens": Study(
-        "Training layer against tokens", measure_training,
+        "Training layer against tokens", measures.measure_training,
         "tokens", (64, 128, 256, 512, 1024, 2048, 4096), {"rank": 4, "width": 2048},
         (16, 64, 256), {"rank": 2, "width": 256},
         training_panels("1: every product is proportional to the tokens, but for building a dense delta, where that "
             "is chosen."),
     ),
     "train-rank": Study(
-        "Training layer against rank", measure_training,
+        "Training layer against rank", measures.measure_training,
         "rank", (1, 2, 4, 8, 16, 32), {"tokens": 512, "width": 2048},
         (1, 2, 4), {"tokens": 64, "width": 256},
         training_panels("The delta 1, the frozen layer 0, the whole between them. Where building the dense delta is "
             "chosen, more terms cost next to nothing."),
     ),
     "size-width": Study(
-        "Adapter of one LLaMA layer against hidden size (computed)", compute_size,
+        "Adapter of one LLaMA layer against hidden size (computed)", measures.compute_size,
         "width", (512, 1024, 2048, 4096, 8192, 16384), {}, (512, 1024, 2048), {},
         (
             size_panel("trained parameters", count, "parameters",
@@ -248,7 +230,7 @@ STUDIES = {
 }  # fmt: skip
 
 
-def run_study(name: str, study: Study, effort: Effort, small: bool) -> dict[str, Any]:
+def run_study(name: str, study: Study, effort: measures.Effort, small: bool) -> dict[str, Any]:
     """Measure all points of a study and fit its curves."""
     settings, points = study.settings(small), []
     for setting in settings:
@@ -305,16 +287,16 @@ def main() -> None:
     found: dict[str, Any] = {
         "threads": options.threads,
         "small": options.small,
-        "seed": SEED,
+        "seed": measures.SEED,
         "load_average_at_start": os.getloadavg()[0],
         "series": {},
     }
-    effort = Effort(options.threads, options.seconds)
+    effort = measures.Effort(options.threads, options.seconds)
     panels = {name: study.panels for name, study in STUDIES.items()}
     for name in names:
         found["series"][name] = run_study(name, STUDIES[name], effort, options.small)
         record = write_record(options, found)
-        options.out.with_suffix(".html").write_text(render(record, panels, LEAST_CALLS))
+        options.out.with_suffix(".html").write_text(render(record, panels, measures.LEAST_CALLS))
 
 
 if __name__ == "__main__":
