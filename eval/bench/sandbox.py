@@ -46,9 +46,9 @@ from eval.record import make_parser, write_record  # noqa: E402
 from soka_serve.evaluation.sandbox import confine  # noqa: E402
 from tests.support.hostile_effects import ATTACKS, Attack  # noqa: E402
 from tests.support.hostile_world import CLAIM, use_of, world  # noqa: E402
+from tests.support.sandboxed import USER, identity, mounted_disk, outside  # noqa: E402
 
-USER = 65533
-IDENTITY: dict[str, Any] = {"user": USER, "group": USER, "extra_groups": []}
+IDENTITY = identity()
 PYTHON = "/usr/bin/python3"
 _NAME = re.compile(r"/\S*soka-outside-\w+")  # of the folder outside, another in each run
 BARE = (PYTHON, "-s", "-S", "-P", "-B", "-X", "utf8", "-c")
@@ -112,9 +112,7 @@ print(json.dumps([run(int(sys.argv[1])) for _ in range(int(sys.argv[2]))]))
 
 def as_user(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
     """Run a command as the ordinary user."""
-    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    more = {"cwd": "/", "env": environment | more.pop("env", {}), **more}
-    return subprocess.run(command, capture_output=True, text=True, check=False, **IDENTITY, **more)
+    return outside(command, env={"PATH": "/usr/bin:/bin"}, timeout=None, **IDENTITY, **more)
 
 
 def killed_in_time(command: Sequence[str], text: str, **more: Any) -> str:
@@ -144,17 +142,13 @@ def own_disk() -> Iterator[str]:
     """A folder of the user's on an ext4 file system of 512 MiB."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o755)
-        image, place = Path(folder, "image"), Path(folder, "disk")
-        with image.open("wb") as file:
-            file.truncate(512 << 20)
+        place = Path(folder, "disk")
         place.mkdir()
-        subprocess.run(["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=1", image], check=True)
-        subprocess.run(["mount", "-o", "loop", image, place], check=True)
-        try:
+        with mounted_disk(Path(folder, "image"), place) as mounted:
+            if not mounted:
+                sys.exit("no disk can be mounted here")
             os.chown(place, USER, USER)
             yield str(place)
-        finally:
-            subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @dataclass(frozen=True)

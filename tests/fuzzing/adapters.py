@@ -14,10 +14,10 @@ from soka_serve.adapter.format import read_adapter, write_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError
-from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
 from tests.fuzzing.limits import bounded, run
 from tests.support import hostile_adapters as hostile
+from tests.support.kron_oracle import draw_factors
 
 KINDS = hostile.WEIGHTS | hostile.CONFIG | hostile.LOCK | hostile.SOKA
 SLOW = ("300,000 tensors", "SoKA with 20,000 modules")  # read as a large model's: seconds each
@@ -25,15 +25,12 @@ SLOW = ("300,000 tensors", "SoKA with 20,000 modules")  # read as a large model'
 
 def write_good_adapter(folder: Path) -> None:
     """An adapter of the embedded base, on three projections of its first layer."""
-    generator = torch.Generator().manual_seed(0)
     checkpoint = Checkpoint.open(base_directory())
     factors = {}
     for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
         out_features, in_features = checkpoint.tensors[f"model.layers.0.{name}.weight"].shape
-        m, n, p, q = FactorShape(8, 8, out_features // 8, in_features // 8)
-        left = torch.randn(2, m, n, generator=generator)
-        right = torch.randn(2, p, q, generator=generator)
-        factors[f"model.layers.0.{name}"] = Factors(left, right, torch.full((2,), 0.01))
+        shape = FactorShape(8, 8, out_features // 8, in_features // 8)
+        factors[f"model.layers.0.{name}"] = draw_factors(shape, 2, dtype=torch.float32, scale=0.01)
     lock = {"base": {"name": "tiny", "sha256": checkpoint.sha256()}}
     write_adapter(folder, factors, base_model=str(base_directory()), lock=lock)
 

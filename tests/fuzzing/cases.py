@@ -23,10 +23,15 @@ from tests.fuzzing.spoil import copy_of, spoil_files
 Check = Callable[[st.DrawFn, Path], bool]
 
 
-def _adapter(draw: st.DrawFn, good: Path) -> bool:
-    with copy_of(good / "adapter") as folder:
-        spoil_files(draw, folder, KINDS)
-        return check_adapter(folder)
+def _spoilt(name: str, spoil: Callable[[st.DrawFn, Path], None], check: Callable[[Path], bool]) -> Check:
+    """A copy of what was prepared under a name, spoilt and checked; with no name an empty folder."""
+
+    def case(draw: st.DrawFn, good: Path) -> bool:
+        with copy_of(good / name) if name else tempfile.TemporaryDirectory() as place:
+            spoil(draw, Path(place))
+            return check(Path(place))
+
+    return case
 
 
 def _lokr(draw: st.DrawFn, good: Path) -> bool:
@@ -46,36 +51,10 @@ def _manifest(draw: st.DrawFn, good: Path) -> bool:
         return check_plan(draw(spoilt_manifests() if kind == "spoilt" else hostile_manifests()), folder)
 
 
-def _base(draw: st.DrawFn, good: Path) -> bool:
-    with copy_of(good / "base") as folder:
-        spoil_base(draw, folder)
-        return check_base(folder)
-
-
 def _output(draw: st.DrawFn, good: Path) -> bool:
     with tempfile.TemporaryDirectory() as place:
         fill(draw, good, Path(place))
         return check_output(draw, good, Path(place))
-
-
-def _cache(draw: st.DrawFn, good: Path) -> bool:
-    with tempfile.TemporaryDirectory() as place:
-        spoil_cache(draw, Path(place))
-        return check_cache(Path(place))
-
-
-def _frame(draw: st.DrawFn, good: Path) -> bool:
-    return check_frame(draw(frames()))
-
-
-def _launch(draw: st.DrawFn, good: Path) -> bool:
-    return check_launch(draw) if draw(st.booleans()) else check_log(draw)
-
-
-def _tokenizer(draw: st.DrawFn, good: Path) -> bool:
-    with tempfile.TemporaryDirectory() as place:
-        spoil_tokenizer(draw, Path(place))
-        return check_tokenizer(Path(place))
 
 
 def _nothing(folder: Path) -> None:
@@ -83,15 +62,21 @@ def _nothing(folder: Path) -> None:
 
 
 CASES: dict[str, tuple[Callable[[Path], object], Check]] = {
-    "adapters": (lambda place: write_good_adapter(place / "adapter"), _adapter),
+    "adapters": (
+        lambda place: write_good_adapter(place / "adapter"),
+        _spoilt("adapter", lambda draw, folder: spoil_files(draw, folder, KINDS), check_adapter),
+    ),
     "lokr": (write_good_lokr, _lokr),
     "manifests": (_nothing, _manifest),
-    "bases": (lambda place: shutil.copytree(base_directory(), place / "base"), _base),
+    "bases": (
+        lambda place: shutil.copytree(base_directory(), place / "base"),
+        _spoilt("base", spoil_base, check_base),
+    ),
     "outputs": (write_outputs, _output),
-    "caches": (_nothing, _cache),
-    "frames": (_nothing, _frame),
-    "launches": (_nothing, _launch),
-    "tokenizers": (_nothing, _tokenizer),
+    "caches": (_nothing, _spoilt("", spoil_cache, check_cache)),
+    "frames": (_nothing, lambda draw, _: check_frame(draw(frames()))),
+    "launches": (_nothing, lambda draw, _: check_launch(draw) if draw(st.booleans()) else check_log(draw)),
+    "tokenizers": (_nothing, _spoilt("", spoil_tokenizer, check_tokenizer)),
 }
 """By name: a function that prepares an empty folder, and one that draws and checks a case with what was prepared;
 it returns whether what was drawn was still good."""

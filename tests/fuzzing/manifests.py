@@ -162,6 +162,8 @@ _SAID = (
     | st.fixed_dictionaries({"quant_method": _METHODS, "bits": st.sampled_from([4, "4", None, [4], 10**99])})
     | st.fixed_dictionaries({"quantization_config": st.fixed_dictionaries({"quant_method": _METHODS})})
 )
+_AUTO = [{"AutoConfig": "x.Y"}, {"AutoModelForCausalLM": ["x.Y", None]}]
+_VALUES_OF_KEYS: list[object] = [None, [], {}, "x", ["x", "y"], 3, "llama", *_AUTO]
 _TOLERATED = [
     {"lm_head.weight": "shard.safetensors"},
     {"lm_head.weight": "shard.safetensors", "model.layers.0.self_attn.rotary_emb.inv_freq": "shard.safetensors"},
@@ -191,18 +193,7 @@ def _lay_out_base(draw: st.DrawFn, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     for _ in range(draw(st.integers(0, 2))):
         key = draw(st.sampled_from([*_QUANTISED, "auto_map", "model_type", "architectures", "vocab_size"]))
-        values = [
-            None,
-            [],
-            {},
-            "x",
-            ["x", "y"],
-            {"AutoConfig": "x.Y"},
-            {"AutoModelForCausalLM": ["x.Y", None]},
-            3,
-            "llama",
-        ]
-        config[key] = draw(_SAID if key in _QUANTISED else st.sampled_from(values))
+        config[key] = draw(_SAID if key in _QUANTISED else st.sampled_from(_VALUES_OF_KEYS))
     (folder / "config.json").write_text(json.dumps(config))
     if draw(st.booleans()):
         index: dict[str, object] = {

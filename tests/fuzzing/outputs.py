@@ -17,32 +17,16 @@ from tests.fuzzing.spoil import NODES
 
 _STARTS = ("nothing", "empty", "base", "base and a merged lock", "merged", "export", "adapter", "models")
 _OWN = (
-    "model.safetensors",
-    "config.json",
-    "soka.lock",
-    "README.md",
-    "model.safetensors.index.json",
-    "adapter_config.json",
+    *("model.safetensors", "config.json", "soka.lock", "README.md"),
+    *("model.safetensors.index.json", "adapter_config.json"),
 )
 _NOTES = (
-    "notes.md",
-    ".hidden",
-    "sub/notes.md",
-    "model.safetensors.bak",
-    "adapter/x",
-    "Config.json",
-    "\x1b[31m\n",
-    "x.bin",
+    *("notes.md", ".hidden", "sub/notes.md", "model.safetensors.bak", "adapter/x", "Config.json"),
+    *("\x1b[31m\n", "x.bin"),
 )
 _NAMED = ("../x", "notes.md", "sub/notes.md", "/nonexistent/x", "model.safetensors", "soka.lock", "*", "")
 _LOCKS = (
-    "",
-    "=",
-    "kind = 'merged'",
-    "kind = ['merged']",
-    "[kind]",
-    "[export]\nto = 'soka'",
-    "export = 1",
+    *("", "=", "kind = 'merged'", "kind = ['merged']", "[kind]", "[export]\nto = 'soka'", "export = 1"),
     "a" + ".a" * 30_000,
 )
 
@@ -50,13 +34,8 @@ _LOCKS = (
 def write_outputs(folder: Path) -> None:
     """An adapter and what the commands make of it: `adapter`, `merged` and `export`."""
     write_good_adapter(folder / "adapter")
-    assert (
-        run(
-            "merge", str(folder / "adapter"), "--base", "tiny", "--out", str(folder / "merged"), "--no-verify"
-        ).exit_code
-        == 0
-    )
-    assert run("export", str(folder / "adapter"), "--out", str(folder / "export")).exit_code == 0
+    for command, out, *options in (("merge", "merged", "--base", "tiny", "--no-verify"), ("export", "export")):
+        assert run(command, str(folder / "adapter"), "--out", str(folder / out), *options).exit_code == 0
 
 
 def fill(draw: st.DrawFn, good: Path, place: Path) -> None:

@@ -1,19 +1,68 @@
-"""Running one program in the sandbox, and what is left of it, for its tests."""
+"""Running one program in the sandbox, and what is left of it, for its tests; other users, and disks of their own."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from soka_serve.evaluation.sandbox import Program, Verdict, run_programs
 
+ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("assert f(1) == 2", "assert f(2) == 3")
 RIGHT = "def f(x):\n    return x + 1\n"
+USER = 65533
+"""An ordinary user, of whom there are no processes."""
+
+
+def identity(user: int = USER) -> dict[str, Any]:
+    """The arguments of `subprocess` for a user."""
+    return {"user": user, "group": user, "extra_groups": []}
+
+
+def outside(command: Sequence[str], **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command with this package, and nothing else of this environment, in the root folder."""
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | more.pop("env", {})
+    options = {"cwd": "/", "env": environment, "timeout": 100, **more}
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+@cache
+def others_python() -> str | None:
+    """A Python that another user than root can run with this package; this one where root does not run the tests."""
+    if os.geteuid() != 0:
+        return sys.executable
+    code = "import sys, soka_serve.evaluation.sandbox; sys.exit(sys.version_info < (3, 11))"
+    for python in (sys.executable, "/usr/bin/python3"):
+        with suppress(OSError):
+            if outside([python, "-c", code], **identity()).returncode == 0:
+                return python
+    return None
+
+
+@contextmanager
+def mounted_disk(image: Path, place: str | Path) -> Iterator[bool]:
+    """An ext4 file system of 512 MiB at `place`; yields whether it could be made and mounted."""
+    with image.open("wb") as file:
+        file.truncate(512 << 20)
+    try:
+        for command in (["mkfs.ext4", "-q", "-m", "0", "-E", "lazy_itable_init=1"], ["mount", "-o", "loop"]):
+            subprocess.run([*command, image, *[place] * (command[0] == "mount")], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 def run(code: str, tests: tuple[str, ...] = TESTS, *, timeout_s: float = 5, setup: str = "") -> Verdict:

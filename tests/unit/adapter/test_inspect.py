@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -158,12 +156,3 @@ def test_damaged_adapter(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match="no such file"):
         inspect(adapter)
-
-
-def test_no_torch(tmp_path: Path) -> None:
-    adapter = write_test_adapter(tmp_path / "a")
-    code = (
-        "import sys; from pathlib import Path; from soka_serve.adapter.inspect import inspect\n"
-        f"inspect(Path({str(adapter)!r})).to_text(); sys.exit('torch' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -369,11 +367,3 @@ def test_not_finite() -> None:
     tensor[1, 2], tensor[3, 3] = float("nan"), float("-inf")
     with pytest.raises(CheckpointError, match=r"layer\.weight: 2 of 20 values are NaN or infinite"):
         check_finite(tensor, "layer.weight")
-
-
-def test_no_torch_for_headers(single: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from soka_serve.base.checkpoint import Checkpoint\n"
-        f"c = Checkpoint.open(Path({str(single)!r})); c.sha256(); sys.exit('torch' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -361,12 +359,3 @@ def test_hash_of_a_local_dataset_directory(tmp_path: Path, dataset: Path) -> Non
     before = data_sha256(data, manifest_dir=tmp_path)
     write_rows(dataset / "data" / "test.jsonl", [{"question": "new", "answer": "u"}])
     assert data_sha256(data, manifest_dir=tmp_path) != before
-
-
-def test_no_torch() -> None:
-    code = (
-        "import sys, soka_serve.data.examples, soka_serve.base.targets, soka_serve.compiler.plan.text\n"
-        "bad = {'torch', 'transformers', 'datasets', 'numpy', 'peft'} & set(sys.modules)\n"
-        "sys.exit(f'imported {bad}' if bad else 0)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

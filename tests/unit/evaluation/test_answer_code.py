@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,16 +53,18 @@ def test_code_is_found(text: str, code: str) -> None:
     ],
 )
 def test_a_right_program_is_found_in_every_dress(text: str) -> None:
-    names: dict[str, object] = {}
-    exec(extract_code(text, names=["f"]), names)
-    assert names["f"](1) == 2  # type: ignore[operator]
+    assert defined(text, "f")["f"](1) == 2
+
+
+def defined(text: str, *names: str, prompt: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    exec(extract_code(text, names=names, prompt=prompt), found)
+    return found
 
 
 def test_blocks_that_need_each_other_are_put_together() -> None:
     text = f"A helper:\n```python\n{WRONG}\n```\nand\n```python\nfrom math import floor\n{F}\n```"
-    names: dict[str, object] = {}
-    exec(extract_code(text, names=["f", "g"]), names)
-    assert {"f", "g"} <= names.keys()
+    assert {"f", "g"} <= defined(text, "f", "g").keys()
 
 
 @pytest.mark.parametrize(
@@ -77,9 +80,7 @@ def test_blocks_that_need_each_other_are_put_together() -> None:
     ],
 )
 def test_what_the_prompt_leaves_open_is_known(prompt: str, answer: str) -> None:
-    names: dict[str, object] = {}
-    exec(extract_code(answer, names=["f"], prompt=prompt), names)
-    assert names["f"](1) == 2  # type: ignore[operator]
+    assert defined(answer, "f", prompt=prompt)["f"](1) == 2
 
 
 def test_reference_programs_pass_in_every_dress(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,8 @@ from soka_serve.manifest.read import read_manifest
 
 pytestmark = pytest.mark.usefixtures("plain_evaluation")
 
+MBPP = {"text": "Add.", "task_id": 11, "test_setup_code": "", "test_list": ["assert f(1) == 2"], "code": "x = 1"}
+
 
 def manifest(folder: Path, data: str) -> str:
     file = folder / "mine.toml"
@@ -75,22 +77,20 @@ def test_math_rows_keep_their_columns(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_benchmarks_own_columns_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MBPP's `text` has no tests; CodeFeedback's `query` is a whole question."""
-    doc = {"text": "Add.", "task_id": 11, "test_setup_code": "", "test_list": ["assert f(1) == 2"], "code": "x = 1"}
     own = manifest(tmp_path, "jsonl = 'x'\nprompt = '{{ text }}|{{ test_list[0] }}'")
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", own)
-    assert mbpp.prompt(doc) == "Add.|assert f(1) == 2"
+    assert mbpp.prompt(MBPP) == "Add.|assert f(1) == 2"
     prompts._trained_on.cache_clear()
     manifest(tmp_path, "jsonl = 'x'\nprompt = '{{ query }}'")
-    assert mbpp.prompt(doc) == "Add.\nYour code should pass these tests:\nassert f(1) == 2"
+    assert mbpp.prompt(MBPP) == "Add.\nYour code should pass these tests:\nassert f(1) == 2"
 
 
 @pytest.mark.parametrize("column", ["answer", "code", "input"])
 def test_a_column_that_is_not_offered_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str) -> None:
     path = manifest(tmp_path, f"jsonl = 'x'\nprompt = '{{{{ query }}}} {{{{ {column} }}}}'")
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", path)
-    doc = {"text": "Add.", "task_id": 11, "test_setup_code": "", "test_list": ["assert f(1) == 2"], "code": "x = 1"}
     with pytest.raises(EvalError, match=f"train.data.prompt names column '{column}', which the row does not have"):
-        mbpp.prompt(doc)
+        mbpp.prompt(MBPP)
 
 
 def test_a_builtin_manifest_has_no_prompt_for_a_benchmark(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,8 +101,6 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from soka_serve.io import files
-from soka_serve.io import leftovers
-from soka_serve.io import places
 if sys.argv[2] == "renames":
     files._renameat2 = lambda: None
     rename, done = Path.rename, []

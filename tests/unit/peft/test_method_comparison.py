@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import soka_serve.peft
 from soka_serve.peft import SokaConfig
-from tests.support.peft_models import VOCABULARY, logits, tokens
+from tests.support.peft_models import VOCABULARY, logits, steps, tokens
 
 FOLDER = Path(__file__).resolve().parents[3] / "eval" / "peft_method_comparison"
 EXPERIMENTS = FOLDER / "experiments" / "soka"
@@ -97,14 +97,7 @@ def test_a_small_llama_of_the_same_proportions_trains_and_reloads(name: str, tmp
     assert torch.equal(before, logits(base(), ids))
 
     options = json.loads((EXPERIMENTS / name / "training_params.json").read_text())["optimizer_kwargs"]
-    optimizer = torch.optim.AdamW(model.parameters(), **options)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = steps(model, torch.optim.AdamW(model.parameters(), **options), [ids] * 3)
     assert all(math.isfinite(loss) for loss in losses)
     assert losses[-1] < losses[0]
     after = logits(model, ids)

@@ -210,13 +210,6 @@ def test_half_precision(tmp_path: Path) -> None:
 # --- PEFT's: the delta is PEFT's own ----------------------------------------------------------------------------------
 
 
-class Model(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.nn.Linear(24, 36, bias=False)
-        self.second = torch.nn.Linear(36, 10, bias=False)
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -229,7 +222,8 @@ class Model(torch.nn.Module):
 def test_delta_is_pefts(tmp_path: Path, settings: dict[str, object]) -> None:
     torch.manual_seed(0)
     config = LoKrConfig(target_modules=["first", "second"], init_weights=False, **settings)
-    model = get_peft_model(Model(), config)
+    layers = {"first": torch.nn.Linear(24, 36, bias=False), "second": torch.nn.Linear(36, 10, bias=False)}
+    model = get_peft_model(torch.nn.ModuleDict(layers), config)
     model.save_pretrained(tmp_path)
     factors = read_lokr(tmp_path)
     assert sorted(factors) == ["first", "second"]

@@ -204,23 +204,14 @@ def test_requests_carry_the_folders() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """build/{math,flat,empty,linked,mixed,up}, and an adapter outside."""
-
-    def adapter(directory: Path) -> None:
-        directory.mkdir(parents=True)
-        (directory / "adapter_config.json").write_text("{}")
-        (directory / "adapter_model.safetensors").write_text("")
-
     build = tmp_path / "build"
-    adapter(tmp_path / "outside")
-    adapter(build / "math" / "adapter")
-    adapter(build / "flat")
-    adapter(build / ".hidden")
+    for adapter in (tmp_path / "outside", *(build / name for name in ("math/adapter", "flat", ".hidden", "mixed"))):
+        write(adapter, "{}")
     (build / "empty").mkdir()
     (build / "linked").symlink_to(tmp_path / "outside")
     (build / "up").symlink_to(tmp_path)
     (build / "alias").symlink_to(build / "math")
     (build / "loop").symlink_to(build / "loop")
-    adapter(build / "mixed")
     (build / "mixed" / "adapter_model.safetensors").unlink()
     (build / "mixed" / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
     return build
@@ -254,17 +245,9 @@ def test_what_lies_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lies_in(folder / "flat", [folder])
     assert lies_in(folder / "math" / ".." / "flat", [folder])
     assert lies_in(outside, [folder, outside])
-    for path in (
-        outside,
-        folder / ".." / "outside",
-        folder / "linked",
-        folder / "mixed",
-        folder / "loop",
-        Path("/etc"),
-    ):
-        assert not lies_in(path, [folder])
-    for path in (folder / "nowhere", folder / "flat" / "adapter_config.json", folder / "a\x00b"):
-        assert not lies_in(path, [folder])
+    for name in ("../outside", "linked", "mixed", "loop", "/etc", "nowhere", "flat/adapter_config.json", "a\x00b"):
+        assert not lies_in(folder / name, [folder])
+    assert not lies_in(outside, [folder])
     assert not lies_in(folder / "flat", [])
     # A sibling whose name begins alike is another folder.
     assert not lies_in(folder / "flat", [folder.parent / "bui"])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import pytest
+
+from tests.support.sandboxed import identity, others_python, outside
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,17 +74,9 @@ ROOTS = {
 }
 
 
-def outcome(before: str, root: Path, scratch: str, python: str = sys.executable, **user: object) -> list[object]:
+def outcome(before: str, scratch: str, python: str = sys.executable, **user: object) -> list[object]:
     """What right programs get where `before` was done to the process that runs them."""
-    done = subprocess.run(
-        [python, "-c", RUN.format(before=before), scratch],
-        env={"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": scratch},
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **user,  # type: ignore[call-overload]
-    )
+    done = outside([python, "-c", RUN.format(before=before), scratch], env={"TMPDIR": scratch}, **user)
     assert done.returncode == 0, done.stderr
     found = ast.literal_eval(done.stdout)
     assert isinstance(found, list)
@@ -97,29 +89,27 @@ def right_or_refused(found: list[object]) -> bool:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_machine_is_no_wrong_answer(name: str, root: Path, scratches: str) -> None:
-    found = outcome(FAILURES[name], root, scratches)
+def test_a_failing_machine_is_no_wrong_answer(name: str, scratches: str) -> None:
+    found = outcome(FAILURES[name], scratches)
     assert right_or_refused(found), found
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_a_root_with_less_than_all_is_no_wrong_answer(name: str, root: Path, scratches: str) -> None:
+def test_a_root_with_less_than_all_is_no_wrong_answer(name: str, scratches: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, who gives up a part of it")
-    found = outcome(ROOTS[name], root, scratches)
+    found = outcome(ROOTS[name], scratches)
     assert right_or_refused(found), found
 
 
 @pytest.mark.parametrize("most", range(4))
-def test_a_fork_that_is_refused_is_no_wrong_answer(most: int, root: Path) -> None:
+def test_a_fork_that_is_refused_is_no_wrong_answer(most: int) -> None:
     """A user who may have no, one, two or three processes more."""
-    python = "/usr/bin/python3"
-    if os.geteuid() != 0 or not Path(python).exists() or sys.version_info[:2] != (3, 11):
+    if os.geteuid() != 0 or (python := others_python()) is None:
         pytest.skip("needs root, and a Python that another user can run")
-    identity = 60_000 + most  # of whom there are no processes
+    user = 60_000 + most  # of whom there are no processes
     with tempfile.TemporaryDirectory() as folder:
-        os.chown(folder, identity, identity)
+        os.chown(folder, user, user)
         limit = LIMIT.format("RLIMIT_NPROC", 1 + 1 + most)  # itself, its thread
-        user = {"user": identity, "group": identity, "extra_groups": []}
-        found = outcome(limit, root, folder, python, **user)
+        found = outcome(limit, folder, python, **identity(user))
     assert right_or_refused(found), found

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +17,7 @@ from soka_serve.evaluation.sandbox import Program, Verdict, check_sandbox, requi
 from soka_serve.evaluation.sandbox import confine as lock
 from soka_serve.io import child_signals
 from tests.support.hostile import TRICKS
-from tests.support.sandboxed import RIGHT, TESTS, run
+from tests.support.sandboxed import RIGHT, TESTS, USER, identity, others_python, outside, run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
@@ -193,39 +191,19 @@ print(os.getuid(), verdict.passed, verdict.reason)
 """
 
 
-def test_it_needs_no_privilege(root: Path) -> None:
+def test_it_needs_no_privilege() -> None:
     """The whole sandbox, run by a user who is not root and owns the file outside."""
-    python = next((p for p in (sys.executable, "/usr/bin/python3") if os.geteuid() or enters(p)), None)
-    if python is None:
+    if (python := others_python()) is None:
         pytest.skip("this test is run by root, and every Python here lies where only root may enter")
     with tempfile.TemporaryDirectory() as folder:
         mine = Path(folder, "mine")
         mine.write_text("kept")
-        user: dict[str, Any] = {}
-        if os.geteuid() == 0:
-            user = {"user": 65533, "group": 65533, "extra_groups": []}
-            for place in (Path(folder), mine):
-                os.chown(place, 65533, 65533)
-        done = subprocess.run(
-            [python, "-c", UNPRIVILEGED, str(mine)],
-            **user,
-            env={"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.stdout == f"{65533 if user else os.geteuid()} True \n", done.stdout + done.stderr
+        user = identity() if os.geteuid() == 0 else {}
+        for place in (Path(folder), mine) if user else ():
+            os.chown(place, USER, USER)
+        done = outside([python, "-c", UNPRIVILEGED, str(mine)], **user)
+        assert done.stdout == f"{USER if user else os.geteuid()} True \n", done.stdout + done.stderr
         assert mine.read_text() == "kept"
-
-
-def enters(python: str) -> bool:
-    """Whether another user than root can run this interpreter."""
-    try:
-        command = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
-        return subprocess.run(command, user=65533, group=65533, extra_groups=[], env={}, check=False).returncode == 0
-    except OSError:
-        return False
 
 
 def test_frames_from_a_program_are_not_believed() -> None:

@@ -15,7 +15,7 @@ import pytest
 from soka_serve.errors import SandboxError
 from soka_serve.evaluation.sandbox import Program, Verdict, run_programs
 from soka_serve.evaluation.sandbox.runner import Runner
-from tests.support.sandboxed import RIGHT, TESTS
+from tests.support.sandboxed import RIGHT, TESTS, identity, others_python, outside
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
 
@@ -35,28 +35,12 @@ except SandboxError as error:
     print(error.message)
 runner.close()
 """
-    other = ["setpriv", "--reuid=65531", "--regid=65531", "--clear-groups"] if os.geteuid() == 0 else []
-    root = Path(__file__).resolve().parents[4]
-    python = sys.executable if not other else "/usr/bin/python3"
-    if other and not readable_by_others(root):
-        pytest.skip("this test is run by root, and the package lies where only root may enter")
-    environment = {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "PATH": os.environ["PATH"]}
-    done = subprocess.run(
-        [*other, python, "-c", script],
-        env=environment,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    if (python := others_python()) is None:
+        pytest.skip("this test is run by root, and no Python and package lie where others may enter")
+    done = outside([python, "-c", script], **(identity(65531) if os.geteuid() == 0 else {}))
     assert done.stdout == (
         "the sandbox cannot run programs here: no process can be made: Resource temporarily unavailable\n"
     ), done.stderr
-
-
-def readable_by_others(path: Path) -> bool:
-    return all(place.stat().st_mode & 0o005 == 0o005 for place in (path, *path.parents))
 
 
 def test_a_supervisor_that_always_ends_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
