@@ -1,7 +1,7 @@
 """A base's tokenizer as servers open it, by transformers, and how its reading of the training text is checked.
 
-Only `open_backend` imports transformers; `read_served` has a child process do so (`soka_serve.base.tokenizer_child`),
-for planning, which does without torch.
+Only `open_backend` imports transformers; `read_served` has a child process do so, for planning, which does without
+torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ _CHILD_S = 300.0
 # torch takes most of the time of importing transformers, and no tokenizer needs it.
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); sys.modules['torch'] = None; "
-    "from soka_serve.base.tokenizer_child import main; main(sys.argv[2])"
+    "from soka_serve.base.served_tokenizer import answer_parent; answer_parent(sys.argv[2])"
 )
 _HINT_CLASS = (
     "tokenizer.json is what the base was trained with, as a rule: set tokenizer_class to PreTrainedTokenizerFast in "
@@ -89,6 +90,19 @@ def read_served(folder: ModelFolder) -> TextTokenizer:
     if "error" in answer:
         raise CheckpointError(answer["error"], hint=answer["hint"])
     return TextTokenizer.of(Tokenizer.from_str(answer["backend"]), TokenizerSettings(**answer["settings"]), folder)
+
+
+def answer_parent(directory: str) -> None:
+    """In the process of `read_served`: open the tokenizer in `directory`, and write it, or the error, as JSON."""
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no part of it
+    try:
+        backend, settings = open_backend(Path(directory))
+        value: dict[str, Any] = {"settings": asdict(settings), "backend": backend.to_str()}
+    except CheckpointError as error:
+        value = {"error": error.message, "hint": error.hint}
+    with os.fdopen(answer, "w", encoding="utf-8") as stream:
+        json.dump(value, stream)
 
 
 def open_backend(directory: Path) -> tuple[Tokenizer, TokenizerSettings]:

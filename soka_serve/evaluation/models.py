@@ -173,3 +173,13 @@ class LocalModel(_RequestCounter, HFLM):  # type: ignore[misc, unused-ignore]
         """lm-eval's, for prompts of one task: all of them are rendered chats, or none is."""
         self.add_bos_token = not is_chat(strings[0])
         return super().tok_batch_encode(strings, *arguments, **options)
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """lm-eval's, but an answer is decoded behind a letter: alone, a space that it begins with may be lost."""
+        if isinstance(tokens, int):
+            return str(super().tok_decode(tokens, skip_special_tokens))
+        letter = self.tokenizer.encode("a", add_special_tokens=False)
+        head, whole = (
+            super(LocalModel, self).tok_decode(ids, skip_special_tokens) for ids in (letter, letter + tokens)
+        )
+        return str(whole[len(head) :])

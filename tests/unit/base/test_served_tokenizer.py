@@ -30,6 +30,7 @@ from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import read_manifest
 from soka_serve.serving.command import ServeOptions, make_launch, parse_options
 from tests.fuzzing.bases import KINDS, change
+from tests.unit.base.test_tokenizer import LLAMA_CLASS, build_llama2, save
 
 HUB = "deepseek-ai/DeepSeek-R1-Distill-Llama-Tiny"
 PROMPT = "Question: Max has 30 pens.\nAnswer:"
@@ -314,6 +315,17 @@ def test_evaluation_asks_chats_as_training_does(folder: Path, monkeypatch: pytes
     assert ids == _trained(folder)[0][: len(ids)] == local.tok_batch_encode([prompt])[0][0].tolist()
     assert ids.count(1) == bool(bos)
     assert served.tok_encode(plain) == local.tok_batch_encode([plain])[0][0].tolist() == _served(folder, plain)
+
+
+def test_answers_keep_the_space_that_they_begin_with_in_transformers_too(tmp_path: Path) -> None:
+    from soka_serve.base.model import load_base
+    from soka_serve.evaluation.models import LocalModel
+
+    tokenizer = open_tokenizer(save(build_llama2(), tmp_path, **LLAMA_CLASS))
+    local = LocalModel(load_base(base_directory()), tokenizer, 64, 1)
+    (pair,) = Base(tmp_path).tokenizer.encode_pairs([("def f():\n", "    return 3")])
+    assert local.tok_decode(pair.input_ids[pair.prompt_length :]) == "    return 3"
+    assert local.tok_decode(tokenizer.eos_token_id, skip_special_tokens=False) == "</s>"
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
