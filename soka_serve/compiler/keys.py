@@ -17,7 +17,7 @@ from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
 from soka_serve.manifest.schema import Manifest
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
-STAGE_VERSIONS = {"init": 1, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
+STAGE_VERSIONS = {"init": 2, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
 
 # Keys of [train] that do not change what is learned.
 _TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}

@@ -27,6 +27,7 @@ from soka_serve.kron.shapes import FactorShape
 _POWER_STEPS = 20
 _POWER_CHANGE = 1e-5  # of a unit vector
 _ROWS = 256
+_TOKENS = 1024
 _ROOT_DAMPING = 1e-3  # share of the mean eigenvalue; only the start of the least squares depends on it
 
 
@@ -40,7 +41,11 @@ class InputMoments:
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
         self.tokens = 0
-        self._sum: Tensor | None = None
+        self._sum: Tensor | None = (
+            None  # of what does not wait: in its lower blocks, until `_known_sum` fills the others
+        )
+        self._waiting: list[Tensor] = []  # a product of few tokens takes longest to read and write the sum
+        self._filled = False
         self._fits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # several modules may share these inputs
 
     @torch.no_grad()
@@ -58,10 +63,21 @@ class InputMoments:
             raise ValueError("expected finite inputs; got NaN, infinity or values whose squares overflow")
         if self._sum is None:
             self._sum = torch.zeros(self.in_features, self.in_features, dtype=flat.dtype, device=flat.device)
-        flat = flat.to(self._sum)
-        self._sum.addmm_(flat.t(), flat)  # in place: a sum may be the largest tensor there is
+        self._waiting.append(flat.to(self._sum, copy=True))
         self.tokens += flat.shape[0]
         self._fits.clear()
+        if sum(map(len, self._waiting)) >= _TOKENS:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        """Add what waits to the lower blocks of the sum, in place: it may be the largest tensor there is."""
+        assert self._sum is not None
+        flat = torch.cat(self._waiting)
+        self._waiting.clear()
+        self._filled = False
+        for start in range(0, self.in_features, _ROWS):
+            stop = start + _ROWS
+            self._sum[start:stop, :stop].addmm_(flat[:, start:stop].t(), flat[:, :stop])
 
     def moment(self) -> Tensor:
         """The mean: (in_features, in_features).
@@ -86,6 +102,13 @@ class InputMoments:
     def _known_sum(self) -> Tensor:
         if self._sum is None or not self.tokens:
             raise ValueError("no inputs were accumulated; the moment is undefined")
+        if self._waiting:
+            self._add_waiting()
+        if not self._filled:
+            for start in range(0, self.in_features, _ROWS):
+                stop = start + _ROWS
+                self._sum[:start, start:stop] = self._sum[start:stop, :start].t()
+            self._filled = True
         return self._sum
 
     def fit_kronecker(self, shape: FactorShape) -> tuple[Tensor, Tensor]:

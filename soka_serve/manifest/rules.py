@@ -136,8 +136,9 @@ class Adapt(Table):
     )
     calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
         None,
-        description="Training batches whose activations weight the decomposition (0: none); with init = 'gradient', "
-        "the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', else 0.",
+        description="Training batches whose activations at trained tokens weight the decomposition (0: none); with "
+        "init = 'gradient', the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', "
+        "else 0.",
         examples=[8],
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")

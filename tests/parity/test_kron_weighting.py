@@ -35,16 +35,21 @@ def output_error(weight: Tensor, factors: Factors, inputs: Tensor) -> float:
     return float((inputs.double() @ left_over.t()).norm() / (inputs.double() @ weight.double().t()).norm())
 
 
-def test_moments_add_up_over_batches_of_any_form() -> None:
-    inputs = correlated_inputs(24, tokens=300)
-    expected = inputs.double().t() @ inputs.double() / 300
-    moments = InputMoments(24)
-    moments.accumulate(inputs[:100])
-    moments.accumulate(inputs[100:299].view(1, 199, 24))
-    moments.accumulate(inputs[299])
-    moments.accumulate(inputs[:0])
-    assert moments.tokens == 300
-    torch.testing.assert_close(moments.moment().double(), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("width", [24, 600])
+def test_moments_add_up_over_batches_of_any_form(width: int) -> None:
+    """Whether they are asked for meanwhile or not, and when their inputs are overwritten."""
+    inputs = correlated_inputs(width, tokens=1500)
+    moments = InputMoments(width)
+    for start, stop in ((0, 100), (100, 299), (299, 300), (300, 300), (300, 1400), (1400, 1500)):
+        part = inputs[start:stop].clone()
+        moments.accumulate(part.view(1, stop - start, width) if start else part)
+        part.zero_()
+        assert moments.tokens == stop
+        if stop != 300:
+            expected = inputs[:stop].double().t() @ inputs[:stop].double() / stop
+            torch.testing.assert_close(moments.moment().double(), expected, rtol=1e-4, atol=1e-4)
+    moments.accumulate(inputs[0])
+    assert moments.tokens == 1501
     half = moments_of(inputs.bfloat16())
     assert half.moment().dtype == torch.float32
 

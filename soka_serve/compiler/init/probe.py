@@ -8,26 +8,20 @@ more is run again.
 
 from __future__ import annotations
 
-import copy
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from soka_serve.compiler.init.collect import Batch, Rows, Run, collect_gradients, collect_moments, rows_of
 from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
-from soka_serve.data.collate import IGNORED
-from soka_serve.errors import CheckpointError
 from soka_serve.io.files import disk_errors
-from soka_serve.io.safetensors import check_finite
-from soka_serve.kron.decompose import energy_of
-from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import TargetModule
@@ -36,23 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Batch = Mapping[str, Tensor]
-
 _GRADIENTS_AT_ONCE, _MOMENTS_AT_ONCE = 5, 4  # of the largest weight, of the widest second moment (some share one)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of equal length of one batch, without padding."""
-
-    batch: int
-    inputs: Batch
-    trained: int
-    """Tokens that the loss is taken over."""
-
-
-Run = Callable[[int], object]
-"""Runs the whole model or one layer, forwards or there and back, on the rows of a number."""
 
 
 def batches_needed(targets: Sequence[TargetModule]) -> int:
@@ -69,9 +47,9 @@ def gather(
 ) -> Iterator[TargetStatistics]:
     """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
 
-    Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over all inputs of the module,
-    each time that it is called, padding left out. Modules with the same inputs (query, key and value; gate and up)
-    share one object of moments.
+    Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over the inputs of the module
+    at the trained positions but for a row's first (`Rows.weighing`), each time that it is called. Modules with the same
+    inputs (query, key and value; gate and up) share one object of moments.
 
     Args:
         model: the base, in evaluation mode, its parameters frozen; left as it was found.
@@ -83,13 +61,13 @@ def gather(
 
     Yields:
         (target, gradient or None, moments or None), layer by layer: moments from the first to the last, gradients from
-        the last to the first. Let go of one before asking for the next. A module that no token reached (an expert that
-        none was routed to) has a gradient of zero; instead of moments it has None, and a warning.
+        the last to the first. Let go of one before asking for the next. A module that no trained token reached (an
+        expert that none was routed to) has a gradient of zero; instead of moments it has None, and a warning.
 
     Raises:
         CheckpointError: a gradient or an input that is not finite.
     """
-    rows = list(_rows_of(batches))
+    rows = list(rows_of(batches))
     moments = [t for t in targets if t.rule.init != "gradient"]
     gradients = [t for t in targets if t.rule.init == "gradient"]
     if moments:
@@ -103,7 +81,7 @@ class _Passes:
     """What is run, and whose statistics each run gathers."""
 
     model: nn.Module
-    rows: Sequence[_Rows]
+    rows: Sequence[Rows]
     walk: LayerWalk | None
     """None: each pass runs the whole model."""
     outside: list[list[TargetModule]]
@@ -114,7 +92,7 @@ class _Passes:
     def plan(
         cls,
         model: nn.Module,
-        rows: Sequence[_Rows],
+        rows: Sequence[Rows],
         targets: Sequence[TargetModule],
         placement: LayerPlacement | None,
     ) -> _Passes:
@@ -155,21 +133,11 @@ def _values(target: TargetModule) -> int:
     return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
 
 
-def _rows_of(batches: Sequence[Batch]) -> Iterator[_Rows]:
-    """The rows of batches (batch, tokens), padded at their ends, as rows of equal length."""
-    for number, batch in enumerate(batches):
-        lengths = batch["attention_mask"].sum(1)
-        for length in sorted(set(lengths.tolist())):
-            inputs = {key: value[lengths == length, :length] for key, value in batch.items()}
-            # A row's first label has nothing before it to be predicted from.
-            yield _Rows(number, inputs, int((inputs["labels"][:, 1:] != IGNORED).sum()))
-
-
 def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
     """Moments, from the first layer to the last."""
     model, rows, walk = passes.model, passes.rows, passes.walk
     for group in passes.outside:
-        yield from _moments(model, rows, group, lambda at: model(**rows[at].inputs))
+        yield from collect_moments(model, rows, group, lambda at: model(**rows[at].inputs))
     if walk is None or not passes.by_layer:
         return
     hidden = walk.embedded
@@ -177,7 +145,7 @@ def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
         above: dict[int, Tensor] = {}
         run = _forwards(walk, layer, hidden, above)
         for group in passes.by_layer.get(layer, []):
-            yield from _moments(model, rows, group, run)
+            yield from collect_moments(model, rows, group, run)
         for at in range(len(rows)):
             if at not in above:
                 run(at)
@@ -203,7 +171,7 @@ def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
             model(**rows[at].inputs).loss.backward()
 
     for group in passes.outside:
-        yield from _stored(_gradients(model, rows, group, whole), group, scratch)
+        yield from _stored(collect_gradients(model, rows, group, whole), group, scratch)
     if walk is None or not passes.by_layer:
         return
     first = min(passes.by_layer)
@@ -218,15 +186,15 @@ def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
             run(at)
         hidden = [above[at] for at in range(len(rows))]
     slopes = [
-        walk.loss_gradient(at, hidden[at]) if r.trained else torch.zeros_like(hidden[at]) for at, r in enumerate(rows)
+        walk.loss_gradient(at, hidden[at]) if r.tokens else torch.zeros_like(hidden[at]) for at, r in enumerate(rows)
     ]
     for layer in range(len(walk.layers) - 1, first - 1, -1):
         below: dict[int, Tensor] = {}
         back = _backwards(walk, layer, inputs.pop(layer), slopes, below)
         for group in passes.by_layer.get(layer, []):
-            yield from _stored(_gradients(model, rows, group, back), group, scratch)
+            yield from _stored(collect_gradients(model, rows, group, back), group, scratch)
         for at, r in enumerate(rows):
-            if r.trained and at not in below and layer > first:
+            if r.tokens and at not in below and layer > first:
                 back(at)
         slopes = [below.get(at, slope) for at, slope in enumerate(slopes)]
 
@@ -264,132 +232,3 @@ def _stored(
 def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
         return cast(Tensor, tensors.get_tensor(name)).clone()  # not a view of the mapped file
-
-
-def _gradients(model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run) -> dict[str, Tensor]:
-    """The gradients of a group's weights. `run` gives those of the mean loss of its rows' trained tokens."""
-    modules = {t.module.name: model.get_submodule(t.module.name) for t in group}
-    sums = {
-        name: torch.zeros_like(cast(Tensor, module.weight), dtype=torch.float32) for name, module in modules.items()
-    }
-    totals = {t.module.name: sum(r.trained for r in rows if r.batch < t.rule.batches) for t in group}
-    shares: dict[str, float] = {}  # of the rows at hand in the trained tokens of a target's batches
-
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor]:
-        total = sums[name]
-
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-            x: Tensor = (*arguments, *named.values())[0]
-
-            def add(slope: Tensor) -> None:  # into the sum at once: a weight's own gradient would lie beside it
-                if name in shares:
-                    above, below = (t.reshape(-1, t.shape[-1]).to(total) for t in (slope, x))
-                    total.addmm_(above.t(), below, alpha=shares[name])
-
-            if not output.requires_grad:  # the first module of a pass: no weight is trained
-                output = output.detach().requires_grad_(True)
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-            return output
-
-        return hook
-
-    handles = [module.register_forward_hook(make_hook(name), with_kwargs=True) for name, module in modules.items()]
-    try:
-        for at, r in enumerate(rows):
-            if r.trained:
-                counting = [t.module.name for t in group if r.batch < t.rule.batches]
-                shares = {name: r.trained / totals[name] for name in counting}
-                run(at)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, total in sums.items():
-        if not math.isfinite(energy_of(total)):
-            raise _not_finite(model, name, "gradient")
-    return sums
-
-
-def _moments(
-    model: nn.Module, rows: Sequence[_Rows], group: list[TargetModule], run: Run
-) -> Iterator[TargetStatistics]:
-    """The moments of a group's inputs, each module's over the rows of its own batches."""
-    shared = _SharedMoments({t.module.name: t.module.in_features for t in group})
-    seen: dict[str, list[Tensor]] = {}  # of the rows at hand, in the order of calls
-    wanted: set[str] = set()
-
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if name in wanted:
-                x: Tensor = (*arguments, *named.values())[0]
-                seen.setdefault(name, []).append(x)  # itself: who sees the same tensor shares its moments
-
-        return hook
-
-    handles = [
-        model.get_submodule(t.module.name).register_forward_pre_hook(make_hook(t.module.name), with_kwargs=True)
-        for t in group
-    ]
-    try:
-        for at, r in enumerate(rows):
-            wanted = {t.module.name for t in group if r.batch < t.rule.batches}
-            run(at)
-            for name in shared.add(seen):
-                raise _not_finite(model, name, "inputs")
-            seen.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
-    for target in group:
-        moments = shared.by_name.pop(target.module.name, None)
-        if moments is None:
-            logger.warning(
-                "%s: no token of the calibration batches reached it; its inputs do not weigh its start",
-                target.module.name,
-            )
-        yield target, None, moments
-
-
-class _SharedMoments:
-    """Moments of modules' inputs, one object for all modules that have always seen the same tensors."""
-
-    def __init__(self, widths: Mapping[str, int]) -> None:
-        self._widths = widths
-        self.by_name: dict[str, InputMoments] = {}
-
-    def add(self, seen: Mapping[str, Sequence[Tensor]]) -> list[str]:
-        """Adds what each module saw in one run, tensors (..., in); the modules whose inputs are not finite."""
-        same: dict[tuple[int, ...], list[str]] = {}
-        for name, tensors in seen.items():
-            if any(x.numel() for x in tensors):
-                same.setdefault(tuple(map(id, tensors)), []).append(name)
-        for names in same.values():
-            for moments in {id(m): m for m in map(self.by_name.get, names)}.values():
-                members = [name for name in names if self.by_name.get(name) is moments]
-                try:
-                    self._share(moments, members, seen[names[0]])
-                except ValueError:
-                    return members
-        return []
-
-    def _share(self, moments: InputMoments | None, members: list[str], tensors: Sequence[Tensor]) -> None:
-        """Adds the same tensors to the moments that these modules, and perhaps others, have had so far."""
-        if moments is None:
-            moments = InputMoments(self._widths[members[0]])
-        elif sum(m is moments for m in self.by_name.values()) > len(members):
-            moments = copy.deepcopy(moments)  # the others saw something else this time
-        self.by_name.update(dict.fromkeys(members, moments))
-        for x in tensors:
-            moments.accumulate(x)
-
-
-def _not_finite(model: nn.Module, name: str, what: str) -> CheckpointError:
-    """The weight that is to blame, where one is."""
-    for weight_name, weight in model.named_parameters():
-        try:
-            check_finite(weight.detach(), weight_name)
-        except CheckpointError as error:
-            return error
-    return CheckpointError(
-        f"{name}: its {what} on the training data hold NaN or infinity",
-        hint="The base's weights are finite; a base in float16 may overflow where bfloat16 does not.",
-    )

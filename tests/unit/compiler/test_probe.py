@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from soka_serve.base.modules import Module
 from soka_serve.base.targets import TargetModule
-from soka_serve.compiler.init.probe import Batch, batches_needed, gather, split_targets
+from soka_serve.compiler.init.collect import Batch
+from soka_serve.compiler.init.probe import batches_needed, gather, split_targets
 from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
@@ -45,6 +46,14 @@ def _examples() -> list[EncodedExample]:
 def _batches() -> list[Batch]:
     examples, collate = _examples(), PadCollator(pad_id=0)
     return [collate(examples[i : i + 2]) for i in range(0, 6, 2)]
+
+
+def _weighing(example: EncodedExample, x: torch.Tensor) -> torch.Tensor:
+    """Inputs of an example where the next token is trained, but for the first; all of those that were routed."""
+    x = x[0] if x.ndim > 2 else x  # (tokens, ...)
+    labels = [*example.labels[1:], IGNORED]
+    positions = [at for at, label in enumerate(labels) if at and label != IGNORED]
+    return x[positions] if len(x) == len(labels) else x
 
 
 def _target(model: Any, name: str, **rule: Any) -> TargetModule:
@@ -79,7 +88,7 @@ def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
     found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
     seen: dict[str, list[torch.Tensor]] = {QUERY: [], DOWN: []}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0][0]))
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0]))
         for name in seen
     ]
     for example in _examples()[:4]:
@@ -87,7 +96,7 @@ def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
     for handle in handles:
         handle.remove()
     for name, asked in ((QUERY, 2), (DOWN, 4)):
-        x = torch.cat(seen[name][:asked]).double()
+        x = torch.cat([_weighing(*pair) for pair in zip(_examples()[:asked], seen[name], strict=False)])
         moments = found[name]
         assert moments is not None
         assert moments.tokens == len(x)
@@ -161,18 +170,30 @@ def test_moments_of_inputs_of_other_shapes(
     for target in targets:
         name, width = target.module.name, target.module.in_features
         seen: list[torch.Tensor] = []
+        calls: list[torch.Tensor] = []
         handle = model.get_submodule(name).register_forward_pre_hook(
-            lambda _, x, named, seen=seen, width=width: seen.append([*x, *named.values()][0].reshape(-1, width)),
-            with_kwargs=True,
+            lambda _, x, named, calls=calls: calls.append([*x, *named.values()][0]), with_kwargs=True
         )
         for example in _examples()[: 2 * target.rule.batches]:
             model(input_ids=torch.tensor([example.input_ids]))
+            seen += [_weighing(example, x).reshape(-1, width) for x in calls]
+            calls.clear()
         handle.remove()
         x = torch.cat(seen)
         moments = found[name]
         assert moments is not None, name
         assert moments.tokens == len(x), name
         torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+def test_rows_whose_first_position_alone_is_trained_give_no_moments(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = torch.tensor([[3, 4]])
+    batch = {"input_ids": ids, "labels": torch.tensor([[IGNORED, 4]]), "attention_mask": torch.ones_like(ids)}
+    ((_, _, moments),) = gather(model, [batch], [_target(model, QUERY)])
+    assert moments is None
+    assert "no trained token" in caplog.text
 
 
 def test_a_module_that_no_token_reaches(routed: Any, caplog: pytest.LogCaptureFixture) -> None:
