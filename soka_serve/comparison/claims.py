@@ -18,6 +18,12 @@ Records = Mapping[Place, Mapping[int, Mapping[str, Any]]]
 Runs = Mapping[Place, Mapping[int, Mapping[str, float]]]
 
 
+def rises(record: Mapping[str, Any], name: str | None = None) -> list[float]:
+    """How much the loss of each example that nothing was trained on has risen: of one text, or of all."""
+    texts = record["other"].values() if name is None else (record["other"][name],)
+    return [after - before for t in texts for before, after in zip(t["before"], t["after"], strict=True)]
+
+
 def judge(suite: Suite, finals: Records, runs: Runs) -> list[dict[str, Any]]:
     """Every claim with its sign-flip test: the primary one at 5%, the others at 5% after Holm's correction.
 
@@ -83,7 +89,8 @@ def _by_example(claim: Claim, names: list[str], finals: Records) -> list[float]:
     """Candidate minus reference, example by example, each the mean over the seeds."""
 
     def means(method: str, name: str) -> list[float]:
-        each = [record["answer_loss"] for record in finals[method, name].values()]
+        records = finals[method, name].values()
+        each = [rises(record) if claim.metric == "forgetting" else record["answer_loss"] for record in records]
         return [math.fsum(column) / len(column) for column in zip(*each, strict=True)]
 
     return [

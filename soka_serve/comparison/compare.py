@@ -18,8 +18,8 @@ from typing import Any
 from soka_serve.base.resolve import resolve_base
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
+from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
-from soka_serve.comparison.suite import LoadedSuite, read_suite
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from soka_serve.comparison.suite import Contender, DataSet, Setting, Suite, manifest_of
+from soka_serve.comparison.settings import Setting, manifest_of
+from soka_serve.comparison.suite import Contender, DataSet, Suite
 
 Stage = Literal["sweep", "final"]
 Record = Mapping[str, Any]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.comparison.plan import Cell, Record, RunSpec
+from soka_serve.comparison.read import LoadedSuite
 from soka_serve.comparison.records import Records, progress_of
-from soka_serve.comparison.suite import LoadedSuite
 from soka_serve.comparison.sweep import choose
 from soka_serve.io.progress import track
 from soka_serve.io.scoped import scoped_environment

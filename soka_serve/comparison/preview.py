@@ -10,7 +10,9 @@ from soka_serve.base.modules import BaseModules
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.targets import resolve_targets
 from soka_serve.comparison.plan import runs_per_cell
-from soka_serve.comparison.suite import Contender, LoadedSuite, manifest_of, read_suite
+from soka_serve.comparison.read import LoadedSuite, read_suite
+from soka_serve.comparison.settings import manifest_of
+from soka_serve.comparison.suite import Contender
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.modules import plan_training
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from soka_serve.comparison.claims import judge
+from soka_serve.comparison.claims import judge, rises
 from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
 from soka_serve.comparison.stats import interval, median, noise, pareto_front, running_mean, steps_to
@@ -92,7 +92,7 @@ def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]
         if len(record["loss"]) >= window:
             found["final_loss"] = running_mean(record["loss"], window)[-1]
         if record["other"]:
-            found["forgetting"] = math.fsum(b - a for a, b in record["other"].values()) / len(record["other"])
+            found["forgetting"] = math.fsum(rises(record)) / len(rises(record))
     return found | {name: record[name] for name in RECORDED if record.get(name) is not None}
 
 
@@ -127,7 +127,7 @@ def _cell(
         **_averages(list(runs.values())),
         "median_steps_to": {f"{t:g}": median(found) for t, found in reached.items() if found},
         "forgetting_of": {
-            name: _mean([record["other"][name][1] - record["other"][name][0] for record in done])
+            name: _mean([rise for record in done for rise in rises(record, name)])
             for name in (done[0]["other"] if done else ())
         },
         "loss_curve": _mean_curve([r["loss"] for r in done], window),
@@ -208,4 +208,4 @@ def _same_order(finals: Finals) -> bool:
 
 def _compact(record: Record) -> dict[str, Any]:
     """A record as results hold it, without what is measured per step and per example (the records' file has that)."""
-    return {k: v for k, v in record.items() if k not in ("loss", "grad_norm", "answer_loss")}
+    return {k: v for k, v in record.items() if k not in ("loss", "grad_norm", "answer_loss", "other")}

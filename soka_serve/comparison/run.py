@@ -23,7 +23,8 @@ from soka_serve.base.model import quiet_bars
 from soka_serve.comparison.callbacks import MemoryMeter, Recorder, Trace
 from soka_serve.comparison.held_out import HeldOut, HeldOutReader, is_right, without
 from soka_serve.comparison.plan import RunSpec
-from soka_serve.comparison.suite import LoadedSuite, manifest_of
+from soka_serve.comparison.read import LoadedSuite
+from soka_serve.comparison.settings import manifest_of
 from soka_serve.compiler.answers import generate_answers
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
@@ -74,7 +75,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         record |= trial.answers() if record["status"] == "done" else {"answered": 0, "correct": 0, "answer_loss": None}
         if trial.final:
             after = trial.other_losses() if record["status"] == "done" else dict.fromkeys(before)
-            record["other"] = {name: [before[name], after[name]] for name in before}
+            record["other"] = {name: {"before": before[name], "after": after[name]} for name in before}
             record["adapter_bytes"] = trial.size_on_disk()
             record["claims_sha256"] = loaded.suite.claims_sha256
     return {**record, **trace.summary(), "run_s": round(time.monotonic() - started, 2)}
@@ -159,18 +160,19 @@ class _Trial:
             self.protocol.max_new_tokens,
             templated=self.dataset.data.messages is not None,
         )
-        losses = answer_losses(self.model, self.held_out.encoded, self.collator.collator)
         return {
             "answered": len(asked),
             "correct": sum(is_right(problem, text) for problem, text in zip(asked, texts, strict=True)),
-            "answer_loss": [round(loss, 5) for loss in losses],
+            "answer_loss": self._losses(self.held_out.encoded),
         }
 
-    def other_losses(self) -> dict[str, float]:
-        """Mean loss of each text that nothing is trained on."""
-        collate = self.collator.collator
-        found = {name: answer_losses(self.model, examples, collate) for name, examples in self.other.items()}
-        return {name: round(sum(losses) / len(losses), 5) for name, losses in found.items()}
+    def other_losses(self) -> dict[str, list[float]]:
+        """Loss of each example of the texts that nothing is trained on."""
+        return {name: self._losses(examples) for name, examples in self.other.items()}
+
+    def _losses(self, examples: Sequence[EncodedExample]) -> list[float]:
+        found = answer_losses(self.model, examples, self.collator.collator)
+        return [round(loss, 5) for loss in found]
 
     def size_on_disk(self) -> int:
         """Bytes of the tensors that a user keeps: a finished adapter of the untouched base, or the whole model."""

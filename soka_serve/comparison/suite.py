@@ -9,33 +9,25 @@ keys of the recipe that every method shares. A setting is one value for each axi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, WithJsonSchema, create_model
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
 from soka_serve.compiler.methods import METHODS
-from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.files import sha256_text
-from soka_serve.io.places import given_path
 from soka_serve.manifest.fields import FormatVersion, PositiveInt
-from soka_serve.manifest.locate import locate
-from soka_serve.manifest.nodes import TomlPath, one_of
-from soka_serve.manifest.problems import dotted, show
-from soka_serve.manifest.read import name_key, parse_toml, read_text, validate
+from soka_serve.manifest.nodes import one_of
+from soka_serve.manifest.problems import show
 from soka_serve.manifest.rules import Adapt
-from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Manifest, Train
+from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
-
-Setting: TypeAlias = tuple[tuple[str, float], ...]
-"""A value for each axis, in the order of the grid."""
 
 AXES = {"learning_rate": "train.learning_rate", "clip": "train.max_grad_norm"}
 """Short names of axes; `scale` is `adapt.scale` for SoKA and `train.method_scale` for the others."""
 
 _FEWEST_SEEDS = 5  # whose sign-flip test can give less than 5%: 1 / 2**5
+_PER_EXAMPLE = ("answer_loss", "forgetting")  # metrics
 
 _OWN_KEYS = {
     "method", "method_rank", "method_scale", "data", "epochs", "learning_rate", "left_lr", "right_lr", "sigma_lr",
@@ -214,15 +206,16 @@ class Claim(Table):
     margin: Annotated[float, Field(ge=0)] = Field(0.0, description="In the metric's unit; 'no worse' needs one.")
     pairs: Literal["seeds", "examples"] = Field(
         "seeds",
-        description="What is paired: seeds, or test examples, each with its mean over the seeds (answer_loss only). "
+        description="What is paired: seeds, or examples, each with its mean over the seeds (answer_loss, forgetting). "
         "The test speaks for further seeds, or for further examples.",
     )
     primary: bool = Field(False, description="The one contrast that is tested without correction.")
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
-        if seen.knows("pairs", "metric") and seen.values["pairs"] == "examples" and seen.has("metric"):
-            yield ("pairs",), f"only answer_loss is measured per example; the metric is {seen.show('metric')}"
+        by_example = seen.knows("pairs", "metric") and seen.values["pairs"] == "examples"
+        if by_example and (metric := seen.values["metric"]) not in _PER_EXAMPLE:
+            yield ("pairs",), f"{one_of(list(_PER_EXAMPLE))} is measured per example; the metric is {metric!r}"
         if seen.knows("relation", "margin"):
             relation, margin = seen.values["relation"], seen.values["margin"]
             if (relation == "no worse") != (margin > 0):
@@ -305,96 +298,3 @@ def _effort(contenders: tuple[object, ...]) -> Iterator[tuple[Key, str]]:
     for i, found in enumerate(searched):
         if not found and any(searched):
             yield ("method", i, "grid"), "one setting, and other methods have a choice: give an axis a second value"
-
-
-@dataclass(frozen=True)
-class LoadedSuite:
-    """A suite and where it came from; relative paths in it start from `directory`."""
-
-    suite: Suite
-    path: Path
-    directory: Path
-    text: str
-    sha256: str
-
-    def name_key(self, path: TomlPath) -> str:
-        """A key for messages: 'suite.toml:4:1: base.path'."""
-        return name_key(path, self.text, str(self.path))
-
-
-def read_suite(path: str | Path, root: str | Path | None = None) -> LoadedSuite:
-    """Read, parse and validate a suite.
-
-    Args:
-        path: the TOML file.
-        root: what its relative paths start from; default: its own folder.
-
-    Raises:
-        ManifestError: the file cannot be read, is not TOML, or does not follow the schema; holds all problems.
-    """
-    path = Path(path)
-    text = read_text(path)
-    directory = path.absolute().parent if root is None else given_path(root, "root").absolute()
-    return LoadedSuite(parse_suite(text, str(path)), path, directory, text, sha256_text(text))
-
-
-def parse_suite(text: str, file: str) -> Suite:
-    """Parse and validate a suite's text; `file` is what errors call it.
-
-    Raises:
-        ManifestError: everything that is wrong, each with its place.
-    """
-    suite = validate(Suite, parse_toml(text, file), text, file)
-    positions = locate(text)
-    problems = []
-    for i, contender in enumerate(suite.method):
-        for axis, values in contender.grid.items():
-            path = ("method", i, "grid", axis)
-            for message in filter(None, (_refusal(suite, contender, axis, value) for value in values)):
-                problems.append(ManifestProblem(dotted(path), message, *(positions.value(path) or (0, 0))))
-                break
-    if problems:
-        raise ManifestError(file, problems)
-    return suite
-
-
-def _refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str | None:
-    """Why an axis or one of its values cannot be set; None if it can."""
-    key = contender.key_of(axis)
-    if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in ("steps", "seed", "data"):
-        return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
-    try:
-        manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=((axis, value),), seed=0)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            return f"sets {key}, and manifests have no such key"
-        return f"sets {key}, which does not take {value:g}: {first['msg']}"
-    return None
-
-
-def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, setting: Setting, seed: int) -> Manifest:
-    """The manifest of one run. A method that manifests do not know has the recipe of `lora`.
-
-    Raises:
-        pydantic.ValidationError: the setting has a key that manifests lack, or a value that it does not take.
-    """
-    shared: Any = suite.train
-    train = Train(
-        method=cast(Any, contender.method if METHODS[contender.method].in_manifests else "lora"),
-        method_rank=contender.rank,
-        data=dataset.data,
-        seed=seed,
-        log_every=1,
-        **{name: getattr(shared, name) for name in SHARED_KEYS},
-    )
-    manifest = Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
-    values = manifest.model_dump(by_alias=True, exclude_none=True)
-    for axis, value in setting:
-        table, *inner, key = contender.key_of(axis).split(".")
-        for start in values["adapt"] if table == "adapt" else (values["train"],):
-            place = start
-            for name in inner:
-                place = place.setdefault(name, {})
-            place[key] = value
-    return Manifest.model_validate(values)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from soka_serve.comparison.plan import Cell, Record, RunSpec
-from soka_serve.comparison.suite import Setting
+from soka_serve.comparison.settings import Setting
 
 Grid = Mapping[str, Sequence[float]]
 Score = tuple[float, float]

@@ -15,8 +15,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import torch  # noqa: E402
 
 from soka_serve.comparison.plan import RunSpec  # noqa: E402
+from soka_serve.comparison.read import LoadedSuite  # noqa: E402
 from soka_serve.comparison.run import measure_run  # noqa: E402
-from soka_serve.comparison.suite import LoadedSuite  # noqa: E402
 from soka_serve.errors import SokaError  # noqa: E402
 from soka_serve.io.files import write_text_atomic  # noqa: E402
 

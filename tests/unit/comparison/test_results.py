@@ -14,6 +14,7 @@ from scipy import stats
 
 from soka_serve.comparison.page import loss_chart, render_html, strips
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells
+from soka_serve.comparison.read import parse_suite
 from soka_serve.comparison.records import Records
 from soka_serve.comparison.results import summarise
 from soka_serve.comparison.stats import (
@@ -26,7 +27,7 @@ from soka_serve.comparison.stats import (
     sign_flip,
     steps_to,
 )
-from soka_serve.comparison.suite import Suite, parse_suite
+from soka_serve.comparison.suite import Suite
 from soka_serve.comparison.tables import percent, render_markdown
 from soka_serve.errors import DataError
 
@@ -92,7 +93,7 @@ def made(suite: Suite, name: str, seed: int, **others: Any) -> dict[str, Any]:
         "correct": RIGHT[name][seed],
         "answered": 100,
         "answer_loss": [loss + seed / 100 for loss in ANSWERS[name]],
-        "other": {"code": [1.0, 1.2 if name == "new" else 1.4]},
+        "other": {"code": {"before": [1.0, 2.0], "after": [1.1, 2.3] if name == "new" else [1.3, 2.5]}},
         "loss": LOSSES[name],
         "grad_norm": [9.0, 1.0, 2.0, 1.0],
         "trainable_parameters": 100 if name == "new" else 200,

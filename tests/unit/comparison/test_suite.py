@@ -11,7 +11,8 @@ import pytest
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
-from soka_serve.comparison.suite import Setting, manifest_of, parse_suite, read_suite
+from soka_serve.comparison.read import parse_suite, read_suite
+from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose
 from soka_serve.errors import ManifestError
 from soka_serve.manifest.read import parse_manifest
@@ -114,7 +115,11 @@ def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
         ("primary", 'relation = "no worse"\nprimary', "relation = 'no worse' needs a margin above 0"),
         ("primary", "margin = 0.1\nprimary", "'better' has none"),
         ("primary", 'metric = "forgetting"\nprimary', "forgetting is measured on [[other]] texts, and there are none"),
-        ("primary", 'metric = "accuracy"\npairs = "examples"\nprimary', "only answer_loss is measured per example"),
+        (
+            "primary",
+            'metric = "accuracy"\npairs = "examples"\nprimary',
+            "'answer_loss' or 'forgetting' is measured per example",
+        ),
         ("primary = true\n", "primary = true\n[protocol]\nseeds = [0, 1]\n", "2 seeds cannot show anything at 5%"),
     ],
 )

@@ -20,8 +20,8 @@ from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.preview import preview
+from soka_serve.comparison.read import LoadedSuite, parse_suite
 from soka_serve.comparison.run import measure_run
-from soka_serve.comparison.suite import LoadedSuite, parse_suite
 from soka_serve.compiler.methods import FULL, METHODS, DenseOutput, StartingPoint, in_manifests
 from soka_serve.compiler.methods.lora import Lora
 from soka_serve.io.safetensors import read_header
