@@ -26,6 +26,7 @@ from soka_serve.serving.client import Client, Endpoint
 from soka_serve.serving.command import Launch, ServeOptions
 
 if TYPE_CHECKING:
+    from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.evaluation.models import LocalModel, ServedModel
 
 logger = logging.getLogger(__name__)
@@ -204,10 +205,10 @@ class TransformersBackend:
     @contextmanager
     def _load(self, role: str) -> Iterator[RoleModel]:
         from soka_serve.base.model import load_base, quiet_bars
-        from soka_serve.base.pretrained import open_tokenizer
+        from soka_serve.base.opened import Base
         from soka_serve.evaluation.models import LocalModel
 
-        subject, tokenizer = self._subject, open_tokenizer(self._subject.tokenizer)
+        subject, tokenizer = self._subject, Base(self._subject.tokenizer).tokenizer
         merged = role != "base" and subject.target.kind == "merged"
         quantize = subject.manifest.base.quantize if not merged else "none"
         with quiet_bars():
@@ -263,11 +264,11 @@ def _placed(model: Any) -> Any:
     return model.to("cuda") if torch.cuda.is_available() and not getattr(model, "is_quantized", False) else model
 
 
-def _logprobs(model: Any, tokenizer: Any) -> Any:
+def _logprobs(model: Any, tokenizer: TextTokenizer) -> Any:
     """(tokens,) float64 on the CPU: log-probability of each token of a text, from the second on."""
     import torch
 
-    ids = tokenizer(_TEXT, return_tensors="pt").input_ids.to(model.device)
+    ids = torch.tensor(tokenizer.encode_prompts([_TEXT]), device=model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].double()
     return torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[:, 0].cpu()

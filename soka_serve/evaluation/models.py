@@ -19,6 +19,7 @@ from soka_serve.io.progress import track
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.serving.client import Endpoint
 
 logger = logging.getLogger(__name__)
@@ -152,16 +153,20 @@ class LocalModel(_RequestCounter, HFLM):  # type: ignore[misc, unused-ignore]
 
     Args:
         model: of transformers, with or without an adapter.
-        tokenizer: of transformers.
+        tokenizer: of the base, opened from a folder.
         context: the longest context.
         batch_size: sequences at once.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, context: int, batch_size: int) -> None:
+    def __init__(self, model: Any, tokenizer: TextTokenizer, context: int, batch_size: int) -> None:
+        self._reader = tokenizer
+        opened = open_tokenizer(Path(tokenizer.directory))
+        if opened.pad_token is None:  # lm-eval would add a token that the model has no embedding for
+            opened.pad_token = opened.convert_ids_to_tokens(tokenizer.pad_id)
         super().__init__(
             pretrained=model,
             backend="causal",
-            tokenizer=tokenizer,
+            tokenizer=opened,
             trust_remote_code=False,
             batch_size=batch_size,
             max_length=context,
@@ -169,17 +174,19 @@ class LocalModel(_RequestCounter, HFLM):  # type: ignore[misc, unused-ignore]
         )
         self.context = context
 
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends an answer, also where the tokenizer names none."""
+        return self._reader.eos_id
+
     def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> Any:
         """lm-eval's, for prompts of one task: all of them are rendered chats, or none is."""
         self.add_bos_token = not is_chat(strings[0])
         return super().tok_batch_encode(strings, *arguments, **options)
 
-    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
-        """lm-eval's, but an answer is decoded behind a letter: alone, a space that it begins with may be lost."""
+    def tok_decode(self, tokens: int | list[int], skip_special_tokens: bool = True) -> str:
+        """Text of an id, or of an answer, which is decoded behind a letter: alone, it may lose a space."""
         if isinstance(tokens, int):
-            return str(super().tok_decode(tokens, skip_special_tokens))
-        letter = self.tokenizer.encode("a", add_special_tokens=False)
-        head, whole = (
-            super(LocalModel, self).tok_decode(ids, skip_special_tokens) for ids in (letter, letter + tokens)
-        )
-        return str(whole[len(head) :])
+            return self._reader.decode([tokens], skip_special_tokens=skip_special_tokens)
+        (letter,) = self._reader.encode_texts(["a"])
+        return self._reader.decode_after(letter + tokens, len(letter), skip_special_tokens=skip_special_tokens)

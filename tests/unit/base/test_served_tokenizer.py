@@ -310,7 +310,7 @@ def test_evaluation_asks_chats_as_training_does(folder: Path, monkeypatch: pytes
     monkeypatch.setenv("SOKA_EVAL_MANIFEST", str(folder / "small.toml"))
     (prompt, plain) = gsm8k.prompt({"question": PROMPT}), "not a chat"
     served = ServedModel(Launch(()), "m", folder / "base", 64, 1)
-    local = LocalModel(load_base(folder / "base"), open_tokenizer(folder / "base"), 64, 1)
+    local = LocalModel(load_base(folder / "base"), Base(folder / "base").tokenizer, 64, 1)
     ids = served.tok_encode(prompt)
     assert ids == _trained(folder)[0][: len(ids)] == local.tok_batch_encode([prompt])[0][0].tolist()
     assert ids.count(1) == bool(bos)
@@ -321,11 +321,24 @@ def test_answers_keep_the_space_that_they_begin_with_in_transformers_too(tmp_pat
     from soka_serve.base.model import load_base
     from soka_serve.evaluation.models import LocalModel
 
-    tokenizer = open_tokenizer(save(build_llama2(), tmp_path, **LLAMA_CLASS))
+    tokenizer = Base(save(build_llama2(), tmp_path, **LLAMA_CLASS)).tokenizer
     local = LocalModel(load_base(base_directory()), tokenizer, 64, 1)
-    (pair,) = Base(tmp_path).tokenizer.encode_pairs([("def f():\n", "    return 3")])
+    (pair,) = tokenizer.encode_pairs([("def f():\n", "    return 3")])
     assert local.tok_decode(pair.input_ids[pair.prompt_length :]) == "    return 3"
-    assert local.tok_decode(tokenizer.eos_token_id, skip_special_tokens=False) == "</s>"
+
+
+def test_evaluation_of_a_base_whose_tokenizer_names_neither_end_nor_padding(folder: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from soka_serve.base.model import load_base
+    from soka_serve.evaluation.models import LocalModel
+
+    change(folder / "base", "tokenizer_config.json", eos_token=None, pad_token=None)
+    local = LocalModel(load_base(folder / "base"), Base(folder / "base").tokenizer, 64, 2)
+    asked = [(PROMPT, {"until": [], "max_gen_toks": 8}), (f"{PROMPT} 30\n{PROMPT}", {"until": [], "max_gen_toks": 8})]
+    found = local.generate_until([Instance("generate_until", {}, request, 0) for request in asked])
+    assert all(found)
+    assert local.tokenizer.pad_token_id == local.eot_token_id == 2
 
 
 # -------------------------------------------------------------------------------------------------------------- limits
