@@ -190,7 +190,7 @@ class TextTokenizer:
         Raises:
             DataError: the tokenizer has no chat template.
         """
-        if self.settings.chat_template is None:
+        if not isinstance(self.settings.chat_template, str):
             raise DataError(
                 f"{self.directory}: no chat template, but train.data.messages asks for one",
                 hint="Use prompt and completion templates instead, or a base with a chat template.",

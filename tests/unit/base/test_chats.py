@@ -22,7 +22,7 @@ def chat_rows(tmp_path: Path, *rows: Any) -> Data:
     return Data(jsonl="chat.jsonl", messages="messages")
 
 
-def chat_tokenizer(template: str | None, eos: str = "</s>") -> TextTokenizer:
+def chat_tokenizer(template: Any, eos: str = "</s>") -> TextTokenizer:
     return TextTokenizer(build_llama3(), TokenizerSettings("test", {"bos_token": "<s>", "eos_token": eos}, template))
 
 
@@ -77,8 +77,9 @@ def test_rows_that_are_no_chats(tmp_path: Path, row: Any, message: str) -> None:
 
 def test_chats_need_a_template_and_a_tokenizer(tmp_path: Path) -> None:
     data = chat_rows(tmp_path, {"messages": CHATS["one turn"]})
-    with pytest.raises(DataError, match="no chat template"):
-        DataReader(data, tmp_path, tokenizer=chat_tokenizer(None)).examples("train")
+    for template in (None, 3):
+        with pytest.raises(DataError, match="no chat template"):
+            DataReader(data, tmp_path, tokenizer=chat_tokenizer(template)).examples("train")
     with pytest.raises(DataError, match="need the base's tokenizer"):
         DataReader(data, tmp_path).examples("train")
 

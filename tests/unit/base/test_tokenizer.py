@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,7 +21,6 @@ from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings
 from soka_serve.base.tokenizer_class import reads_plainly
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
-from soka_serve.compiler.answers import generate_answers
 from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import Example
 from soka_serve.errors import CheckpointError
@@ -299,48 +297,6 @@ def test_a_split_completion_gets_no_space_of_its_own() -> None:
     ids, length = _pair(ours, "Ans", "wer")
     assert ours.decode(ids[:-1], skip_special_tokens=True) == "Answer"
     assert not ours.decode(ids[length:-1]).startswith(" ")
-
-
-class Echo:
-    """A model that writes the same ids after every prompt."""
-
-    training, device = False, "cpu"
-
-    def __init__(self, ids: list[int]) -> None:
-        self.ids, self.asked = ids, {}
-
-    def eval(self) -> None: ...
-    def train(self, _: bool) -> None: ...
-
-    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        self.asked = options
-        return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], 1)
-
-
-@pytest.mark.parametrize("completion", [" 30", "    return 3\n", "wer", "é 日", "\n"])
-def test_answers_read_as_servers_write_them(both: tuple[TextTokenizer, Any], completion: str) -> None:
-    """vLLM decodes an answer behind its prompt, and without what comes from the token on that ends it."""
-    ours, theirs = both
-    (pair,) = ours.encode_pairs([("Ans", completion)])
-    prompt, answer = pair.input_ids[: pair.prompt_length], pair.input_ids[pair.prompt_length :]
-    stream = decoders.DecodeStream(ids=prompt, skip_special_tokens=True)
-    served = "".join(stream.step(theirs.backend_tokenizer, number) or "" for number in answer[:-1])
-    model = Echo([*answer, *answer])
-    assert generate_answers(model, ours, ["Ans"]) == [served] == [completion]
-    assert model.asked["eos_token_id"] == [ours.eos_id]
-
-
-def test_answers_end_at_every_id_that_ends_generation(tmp_path: Path) -> None:
-    """LLaMA 3's generation config names several; a tokenizer may name none."""
-    save(build_llama3(), tmp_path, eos_token=None)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 3]}')
-    ours = Base(tmp_path).tokenizer
-    assert ours.encode_pairs([("a", "b")])[0].input_ids[-1] == 1
-    (inner,) = ours.encode_texts([" 30"])
-    for end in (1, 3):
-        model = Echo([*inner, end, *inner])
-        assert generate_answers(model, ours, ["Answer:"]) == [" 30"]
-        assert model.asked["eos_token_id"] == [1, 3]
 
 
 # ------------------------------------------------------------------------------------------------------------ files
