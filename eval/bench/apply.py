@@ -4,7 +4,7 @@
 
 Forward, and forward with backward, in milliseconds (best of several), on the CPU or `--device cuda`; all ways of one
 case in one process, one after the other, so that only their ratios should be compared. "left", "right" and "dense"
-are the orders of `apply_kron`; "fused" is `linear_with_delta` with the delta built, which includes the base layer;
+are the orders of `apply_kron`; "fused" is `linear_with_delta` with its own choice, which includes the base layer;
 "base" is that layer alone (its weight frozen) and "lora" two thin matrices with at least as many parameters.
 """
 
@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from eval.record import make_parser, write_record
 from soka_serve.kron import apply_kron, linear_with_delta
-from soka_serve.kron.cost import choose_order
+from soka_serve.kron.cost import choose_ways
 from soka_serve.kron.shapes import FactorShape
 
 CASES = [
@@ -59,7 +59,7 @@ def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: in
         "left": (lambda: apply_kron(x, *factors, order="left"), (x, *factors)),
         "right": (lambda: apply_kron(x, *factors, order="right"), (x, *factors)),
         "dense": (lambda: apply_kron(x, *factors, order="dense"), (x, *factors)),
-        "fused": (lambda: linear_with_delta(x, weight, None, factors, order="dense"), (x, *factors)),
+        "fused": (lambda: linear_with_delta(x, weight, None, factors), (x, *factors)),
         "base": (lambda: linear(x, weight), (x,)),
         "lora": (lambda: linear(linear(x, down), up), (x, down, up)),
     }
@@ -68,8 +68,8 @@ def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: in
         "rank": rank,
         "tokens": tokens,
         "lora_rank": lora_rank,
-        "auto": choose_order(shape, rank, tokens),
-        "auto_linear": choose_order(shape, rank, tokens, dense_products=1),
+        "auto": choose_ways(shape, rank, tokens),
+        "auto_linear": choose_ways(shape, rank, tokens, fused=True),
     }
     for name, (forward, leaves) in ways.items():
         with torch.no_grad():

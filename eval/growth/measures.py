@@ -31,7 +31,7 @@ from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.probe import gather
 from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.kron import apply_kron, kpsvd
-from soka_serve.kron.cost import apply_cost, choose_order
+from soka_serve.kron.cost import Ways, apply_cost, choose_ways
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.peft import SokaConfig, SokaLinear
 from soka_vllm.slots import SlotStore
@@ -203,19 +203,15 @@ def measure_training(effort: Effort, *, tokens: int, rank: int, width: int) -> P
     x, grad = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
     trained = [p for p in layer.parameters() if p.requires_grad]
 
-    def delta() -> Tensor:
-        factors = layer.delta("default")
-        return apply_kron(x, factors.left, factors.right, factors.sigma)
-
+    theta, initial = layer.terms("default")
     ways: dict[str, tuple[Callable[[], Tensor], list[Tensor]]] = {
         "layer": (lambda: layer(x), [x, *trained]),
         "base": (lambda: linear(x, base.weight), [x]),
-        "delta": (delta, [x, *trained]),
+        "delta": (lambda: apply_kron(x, *theta, initial=initial), [x, *trained]),
     }
-    found: Point = {
-        "layer_order": choose_order(shape, 2 * rank, tokens, dense_products=1),
-        "delta_order": choose_order(shape, 2 * rank, tokens),
-    }
+    found: Point = {}
+    for part, fused in (("layer", True), ("delta", False)):
+        found |= {f"{part}_{k}": v for k, v in _ways(tokens, rank, width, fused)._asdict().items()}
     for key, (forward, leaves) in ways.items():
         found |= timed(key, lambda f=forward, t=leaves: torch.autograd.grad(f(), t, grad), effort.seconds)  # type: ignore[misc]
     return found
@@ -226,18 +222,22 @@ def base_work(*, tokens: int, width: int, **_: int) -> float:
     return 2 * tokens * width * width
 
 
-def delta_work(*, tokens: int, rank: int, width: int, dense_products: int = 3) -> float:
-    """Multiply-adds of the delta in the order that is chosen; of 2 * rank terms, as the initial ones are subtracted."""
-    shape, terms = balanced_shape(width, width), 2 * rank
-    if choose_order(shape, terms, tokens, dense_products=dense_products) == "dense":
-        return (dense_products * tokens + 3 * terms) * width * width
-    # Seven products, of which a forward has two: those, the first one again, and two gradients of each.
-    return 3.5 * tokens * apply_cost(shape, terms)
+def _ways(tokens: int, rank: int, width: int, fused: bool) -> Ways:
+    return choose_ways(balanced_shape(width, width), rank, tokens, stacked=2 * rank, fused=fused)
+
+
+def delta_work(*, tokens: int, rank: int, width: int, fused: bool = False) -> float:
+    """Multiply-adds of the delta, the ways that are chosen: products of 2 * rank terms, as the initial ones are
+    subtracted, and gradients of `rank`."""
+    ways, full = _ways(tokens, rank, width, fused), width * width
+    small = tokens * apply_cost(balanced_shape(width, width), rank)
+    product = 2 * (2 * rank + (0 if fused else tokens)) * full if ways.product == "dense" else 4 * small
+    return product + ((tokens + 2 * rank) * full if ways.gradients == "dense" else 2 * small)
 
 
 def layer_work(*, tokens: int, rank: int, width: int) -> float:
     """Multiply-adds of SoKA's layer; a delta that is built there shares the base's products."""
-    return base_work(tokens=tokens, width=width) + delta_work(tokens=tokens, rank=rank, width=width, dense_products=1)
+    return base_work(tokens=tokens, width=width) + delta_work(tokens=tokens, rank=rank, width=width, fused=True)
 
 
 def compute_size(_: Effort, *, width: int) -> Point:

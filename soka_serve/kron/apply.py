@@ -8,20 +8,22 @@ which copies the activations or keeps anything but the inputs for the backward (
 - dense: the delta is built for the moment, and multiplied by all tokens at once.
 
 Both orders take all terms at once, so the sum over terms happens in the accumulator of the second product, and long
-inputs go through in pieces, so that Z stays small. `soka_serve.kron.cost` chooses among the three.
+inputs go through in pieces, so that Z stays small. The gradients of the factors have the same three ways: from small
+intermediates of either order, or from the dense gradient. `soka_serve.kron.cost` chooses for the product and for the
+gradients apart: building a delta is cheap, its dense gradient is one more product of the layer's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from soka_serve.kron.cost import Order, choose_order
-from soka_serve.kron.factors import rearrange, unrearrange
+from soka_serve.kron.cost import Order, Ways, choose_ways
+from soka_serve.kron.factors import Factors, rearrange, stack_difference, unrearrange
 from soka_serve.kron.shapes import FactorShape
 
 Terms = tuple[Tensor, Tensor, Tensor]  # left (r, m, n), right (r, p, q), sigma (r,)
@@ -29,22 +31,25 @@ Terms = tuple[Tensor, Tensor, Tensor]  # left (r, m, n), right (r, p, q), sigma 
 _PIECE_VALUES = {"cpu": 1 << 21, "cuda": 1 << 26}  # most values of an intermediate: 8 MiB keeps to caches on a CPU
 
 
-def apply_kron(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor, *, order: Order = "auto") -> Tensor:
+def apply_kron(
+    x: Tensor, left: Tensor, right: Tensor, sigma: Tensor, *, initial: Terms | None = None, order: Order = "auto"
+) -> Tensor:
     """The delta times each row of `x`.
 
-    Semantics: y[..., :] = sum over k of sigma[k] * kron(left[k], right[k]) @ x[..., :].
+    Semantics: y[..., :] = sum over k of sigma[k] * kron(left[k], right[k]) @ x[..., :], minus the same with `initial`.
 
     Args:
         x: (..., in) with in = n*q, floating point; any leading dimensions, none and empty ones included.
         left: (r, m, n). r = 0 gives zeros.
         right: (r, p, q).
         sigma: (r,).
+        initial: left, right and sigma of as many terms to subtract, which get no gradient (`stack_difference`).
         order: which factor meets the input first, or "dense"; "auto" chooses by shape, rank and number of tokens
-            (`choose_order`).
+            (`choose_ways`).
 
     Returns:
         (..., out) with out = m*p, in the dtype of `x` (under autocast, in the autocast dtype, as a linear layer).
-        Differentiable once in all four tensors.
+        Differentiable once in `x`, `left`, `right` and `sigma`.
 
     Precision: float32 and float64 inputs are computed in that dtype. Half precision is computed in float32 on the
     CPU and rounded once; on a GPU the products run in half precision with float32 accumulation, the sum over terms
@@ -53,8 +58,9 @@ def apply_kron(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor, *, order: 
     Raises:
         ValueError: the tensors do not fit together.
     """
-    _check(x, left, right, sigma)
-    return _with_autocast(x, lambda inputs: _apply(inputs, None, None, (left, right, sigma), order, len(left)))
+    terms = (left, right, sigma)
+    _check(x, terms, initial)
+    return _with_autocast(x, lambda inputs: _apply(inputs, (None, None), terms, initial, order))
 
 
 def linear_with_delta(
@@ -63,43 +69,38 @@ def linear_with_delta(
     bias: Tensor | None,
     terms: Terms,
     *,
-    trained_left: int | None = None,
+    initial: Terms | None = None,
     order: Order = "auto",
 ) -> Tensor:
     """A frozen linear layer and a delta together: x (weight + delta)^T + bias.
 
-    With the delta built ("dense") the layer's own two products, forward and to its input, serve the delta as well, so
-    the price of training it is one more product, its dense gradient; that is the faster way for many tokens and small
-    layers. The sum weight + delta is formed in the dtype of the computation; in the other orders the second product
-    adds to the layer's output, and to its input's gradient, in place. A half-precision weight would swallow a small
-    delta, so there the delta is applied apart and added. Where the delta is exactly zero, the result is the layer's.
+    With the delta built ("dense") the layer's own two products, forward and to its input, serve the delta as well. The
+    sum weight + delta is formed in the dtype of the computation; in the other orders the second product adds to the
+    layer's output, and to its input's gradient, in place. A half-precision weight would swallow a small delta, so there
+    the delta is applied apart and added. Where the delta is exactly zero, the result is the layer's.
 
     Args:
         x: (..., in).
         weight: (out, in). Where it or the bias needs a gradient, the delta is applied apart.
         bias: (out,) or None.
-        terms, order: left, right and sigma, and the order, as for `apply_kron`.
-        trained_left: how many terms, from the first, have a left factor that needs a gradient; the others' is zero.
-            None: all.
+        terms, initial, order: left, right and sigma, those to subtract, and the order, as for `apply_kron`.
 
     Returns:
-        (..., out), as `apply_kron`. Differentiable once in `x` and the terms.
+        (..., out), as `apply_kron`. Differentiable once in `x` and `terms`.
 
     Raises:
         ValueError: the tensors do not fit together.
     """
-    _check(x, *terms)
-    shape, rank = _shape_of(terms), len(terms[0])
+    _check(x, terms, initial)
+    shape = _shape_of(terms)
     if tuple(weight.shape) != (shape.out_features, shape.in_features):
         raise ValueError(f"expected a weight of shape {(shape.out_features, shape.in_features)}; got {weight.shape}")
-    if order == "auto":
-        order = choose_order(shape, rank, x.numel() // shape.in_features, dense_products=1)
     exact = weight.dtype == x.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     if exact and frozen:
-        return _apply(x, weight, bias, terms, order, rank if trained_left is None else trained_left)
+        return _apply(x, (weight, bias), terms, initial, order)
     base = torch.nn.functional.linear(x, weight, bias)
-    return base + apply_kron(x, *terms, order=order).to(base.dtype)
+    return base + apply_kron(x, *terms, initial=initial, order=order).to(base.dtype)
 
 
 def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -113,24 +114,24 @@ def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         return function(x)
 
 
-def _apply(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: Terms, order: Order, trained_left: int
-) -> Tensor:
-    left, right, sigma = terms
-    shape = _shape_of(terms)
+_Layer = tuple[Tensor | None, Tensor | None]  # frozen weight and bias
+
+
+def _apply(x: Tensor, layer: _Layer, terms: Terms, initial: Terms | None, order: Order) -> Tensor:
+    shape, rank = _shape_of(terms), len(terms[0])
     tokens = x.numel() // shape.in_features
     if order == "auto":
-        order = choose_order(shape, left.shape[0], tokens)
+        stacked = rank if initial is None else 2 * rank
+        ways = choose_ways(shape, rank, tokens, stacked=stacked, fused=layer[0] is not None)
+    else:
+        ways = Ways(order, order)
     work = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.dtype
     inputs = x.to(work).reshape(tokens, shape.in_features).contiguous()
-    # Scaled before the cast: sigma and left are trained in float32, and their product is rounded once.
-    scaled, right = (left * sigma[:, None, None]).to(work), right.to(work)
-    function = {"dense": _Dense, "left": _LeftFirst, "right": _RightFirst}[order]
-    out = function.apply(inputs, weight, bias, scaled, right, trained_left)  # type: ignore[no-untyped-call]
+    out = _Product.apply(ways, inputs, *layer, *terms, *(initial or ()))  # type: ignore[no-untyped-call]
     return cast(Tensor, out).reshape(*x.shape[:-1], shape.out_features).to(x.dtype)
 
 
-def _shape_of(terms: Terms) -> FactorShape:
+def _shape_of(terms: tuple[Tensor, ...]) -> FactorShape:
     return FactorShape(*terms[0].shape[1:], *terms[1].shape[1:])
 
 
@@ -147,164 +148,115 @@ def _without_autocast(backward: Callable[[Any, Tensor], _Grads]) -> Callable[[An
     return run
 
 
-class _Dense(torch.autograd.Function):
-    """(T, in), frozen weight and bias or None, scaled left (r, m, n), right (r, p, q) -> (T, out).
+class _Product(torch.autograd.Function):
+    """Ways, (T, in), frozen weight and bias or None, theta's left, right and sigma, theta0's or nothing -> (T, out).
 
-    Of left's gradients only those of the first `some` terms are wanted. An autograd function takes each tensor as an
-    argument of its own, hence seven of them here and in the two others.
+    Only theta's r terms have gradients, so those cost r terms; what is applied has 2r where there is a theta0.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
+        ctx: Any, ways: Ways, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, *terms: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, left, right)
-        ctx.some = some
-        return torch.nn.functional.linear(inputs, _dense_sum(weight, left, right), bias)
+        ctx.save_for_backward(inputs, weight, *terms)
+        ctx.ways = ways
+        left, right = _applied(terms, inputs.dtype)
+        if ways.product == "dense":
+            return torch.nn.functional.linear(inputs, _dense_sum(weight, left, right), bias)
+        out = None if weight is None else torch.nn.functional.linear(inputs, weight, bias)
+        return _in_order(ways.product, inputs, left, right, out)
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, weight, left, right = ctx.saved_tensors
-        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
-        grad_inputs = grad_left = grad_right = None
+        inputs, weight, *terms = ctx.saved_tensors
+        _, need_inputs, _, _, need_left, need_right, need_sigma, *_ = ctx.needs_input_grad
+        ways: Ways = ctx.ways
+        grad = grad.contiguous()
+        grad_inputs = grad_left = grad_right = grad_sigma = None
         if need_inputs:
-            grad_inputs = grad @ _dense_sum(weight, left, right)
-        if need_left or need_right:
-            matrix = rearrange(grad.t() @ inputs, FactorShape(*left.shape[1:], *right.shape[1:]))
-            grad_left = (right[: ctx.some].flatten(1) @ matrix.t()).view(-1, *left.shape[1:])
-            grad_left = _with_zeros(grad_left, left)
-            grad_right = (left.flatten(1) @ matrix).view_as(right)
-        return grad_inputs, None, None, grad_left, grad_right, None
+            left, right = _applied(terms, grad.dtype)
+            if ways.product == "dense":
+                grad_inputs = grad @ _dense_sum(weight, left, right)
+            else:  # the transposed delta, through the same intermediate
+                out = None if weight is None else grad @ weight
+                order: Order = "left" if ways.product == "right" else "right"
+                grad_inputs = _in_order(order, grad, left.transpose(1, 2), right.transpose(1, 2), out)
+        if need_left or need_right or need_sigma:
+            left, right, sigma = terms[:3]
+            scaled, right = _applied(terms[:3], grad.dtype)
+            on_scaled, grad_right = _gradients(
+                ways.gradients, inputs, grad, scaled, right, (need_left or need_sigma, need_right)
+            )
+            if on_scaled is not None:
+                grad_left, grad_sigma = on_scaled * sigma[:, None, None], (on_scaled * left).sum((1, 2))
+        return None, grad_inputs, None, None, grad_left, grad_right, grad_sigma, *(None for _ in terms[3:])
+
+
+def _applied(terms: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Left, scaled by sigma, and right of the terms that are applied: theta's, or those of theta - theta0.
+
+    Scaled before the cast: sigma and left are trained in float32, and their product is rounded once.
+    """
+    factors = Factors(*terms[:3])
+    if len(terms) > 3:
+        factors = stack_difference(factors, Factors(*terms[3:]))
+    return (factors.left * factors.sigma[:, None, None]).to(dtype), factors.right.to(dtype)
 
 
 def _dense_sum(weight: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    delta = unrearrange(left.flatten(1).t() @ right.flatten(1), FactorShape(*left.shape[1:], *right.shape[1:]))
+    delta = unrearrange(left.flatten(1).t() @ right.flatten(1), _shape_of((left, right)))
     return delta if weight is None else delta.add_(weight)
 
 
-def _with_zeros(grad: Tensor, like: Tensor) -> Tensor:
-    """The gradient of the first terms, with zeros for the others, in the dtype of `like`."""
-    missing = grad.new_zeros(like.shape[0] - grad.shape[0], *like.shape[1:])
-    return torch.cat((grad, missing)).to(like.dtype)
-
-
-class _LeftFirst(torch.autograd.Function):
-    """As `_Dense`, with left applied first, some tokens at a time; all of one dtype."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, left, right)
-        ctx.some = some
-        rank, m, _ = left.shape
-        p, q = right.shape[1:]
-        stacked = right.transpose(1, 2).reshape(rank * q, p)
-        out, beta = _start(inputs, weight, bias, m * p)
-        for x, y in _pieces(left, right, inputs, out):
+def _in_order(order: Order, inputs: Tensor, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    """(T, in) times the delta, one factor after the other, some tokens at a time; added to `out` in place."""
+    rank, m, n = left.shape
+    p, q = right.shape[1:]
+    beta = 0 if out is None else 1
+    out = inputs.new_empty(len(inputs), m * p) if out is None else out
+    stacked = right.transpose(1, 2).reshape(rank * q, p) if order == "left" else left.permute(1, 2, 0).reshape(m, -1)
+    for x, y in _pieces(left, right, inputs, out):
+        if order == "left":
             y.view(-1, p).addmm_(_left_middle(x, left, q), stacked, beta=beta)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, weight, left, right = ctx.saved_tensors
-        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
-        rank, m, n = left.shape
-        p, q = right.shape[1:]
-        some: int = ctx.some
-        grad, grad_inputs, beta = _start_back(grad, weight, n * q, wanted=need_inputs)
-        grad_left, grad_right = _sums(left, m * some, n), _sums(right, p, rank * q)
-        to_right = right.transpose(0, 1).reshape(p, rank * q)
-        to_left = left.permute(2, 1, 0).reshape(n, m * rank)
-        for x, g, gx in _pieces(left, right, inputs, grad, inputs if grad_inputs is None else grad_inputs):
-            tokens, rows = x.shape[0], g.view(-1, p)
-            if need_right:
-                grad_right += rows.t() @ _left_middle(x, left, q)
-            if not (need_inputs or need_left):
-                continue
-            back = (rows @ to_right).view(tokens, m, rank, q)
-            if grad_inputs is not None:
-                terms = back.view(tokens, m * rank, q)
-                gx.view(tokens, n, q).baddbmm_(to_left.expand(tokens, -1, -1), terms, beta=beta)
-            if need_left:
-                # Summed over tokens and q: copies with q running last, then one product.
-                back = back[:, :, :some].reshape(tokens, m * some, q)
-                grad_left += _rows_first(back) @ _rows_first(x.view(tokens, n, q)).t()
-        all_left = _with_zeros(grad_left.view(m, some, n).transpose(0, 1), left) if need_left else None
-        all_right = grad_right.view(p, rank, q).transpose(0, 1).to(right.dtype) if need_right else None
-        return grad_inputs, None, None, all_left, all_right, None
+        else:
+            middle = _right_middle(x, right).view(len(x), n * rank, p)
+            y.view(-1, m, p).baddbmm_(stacked.expand(len(x), -1, -1), middle, beta=beta)
+    return out
 
 
-class _RightFirst(torch.autograd.Function):
-    """As `_LeftFirst`, with the two products in the other order."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, left: Tensor, right: Tensor, some: int
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, left, right)
-        ctx.some = some
-        rank, m, n = left.shape
-        p = right.shape[1]
-        stacked = left.permute(1, 2, 0).reshape(m, n * rank)
-        out, beta = _start(inputs, weight, bias, m * p)
-        for x, y in _pieces(left, right, inputs, out):
-            tokens = x.shape[0]
-            middle = _right_middle(x, right).view(tokens, n * rank, p)
-            y.view(tokens, m, p).baddbmm_(stacked.expand(tokens, -1, -1), middle, beta=beta)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, weight, left, right = ctx.saved_tensors
-        need_inputs, _, _, need_left, need_right, _ = ctx.needs_input_grad
-        rank, m, n = left.shape
-        p, q = right.shape[1:]
-        some: int = ctx.some
-        grad, grad_inputs, beta = _start_back(grad, weight, n * q, wanted=need_inputs)
-        grad_left, grad_right = _sums(left, m, n * some), _sums(right, rank * p, q)
-        to_left = left.permute(2, 0, 1).reshape(n * rank, m)
-        to_right = right.reshape(rank * p, q)
-        for x, g, gx in _pieces(left, right, inputs, grad, inputs if grad_inputs is None else grad_inputs):
-            tokens = x.shape[0]
-            columns = g.view(tokens, m, p)
-            if need_left:
-                middle = _right_middle(x, right[:some]).view(tokens, n * some, p)
-                grad_left += _rows_first(columns) @ _rows_first(middle).t()
-            if not (need_inputs or need_right):
-                continue
-            back = torch.matmul(to_left, columns).view(tokens * n, rank * p)
-            if grad_inputs is not None:
-                gx.view(-1, q).addmm_(back, to_right, beta=beta)
-            if need_right:
-                grad_right += back.t() @ x.view(-1, q)
-        all_left = _with_zeros(grad_left.view(m, n, some).permute(2, 0, 1), left) if need_left else None
-        all_right = grad_right.view(rank, p, q).to(right.dtype) if need_right else None
-        return grad_inputs, None, None, all_left, all_right, None
+def _gradients(
+    way: Order, inputs: Tensor, grad: Tensor, left: Tensor, right: Tensor, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of left and right, (r, m, n) and (r, p, q), in float32 at least; None where they are not wanted."""
+    rank, m, n = left.shape
+    p, q = right.shape[1:]
+    if way == "left":  # the transposed problem, right factors first
+        turned = _gradients("right", grad, inputs, left.transpose(1, 2), right.transpose(1, 2), wanted)
+        return cast("tuple[Tensor, Tensor]", tuple(None if g is None else g.transpose(1, 2) for g in turned))
+    if way == "dense":
+        matrix = rearrange(grad.t() @ inputs, _shape_of((left, right)))
+        grad_left = (right.flatten(1) @ matrix.t()).view_as(left) if wanted[0] else None
+        return grad_left, (left.flatten(1) @ matrix).view_as(right) if wanted[1] else None
+    grad_left, grad_right = _sums(left, m, n * rank), _sums(right, rank * p, q)
+    to_left = left.permute(2, 0, 1).reshape(n * rank, m)
+    for x, g in _pieces(left, right, inputs, grad):
+        columns = g.view(-1, m, p)
+        if wanted[0]:
+            middle = _right_middle(x, right).view(-1, n * rank, p)
+            grad_left += _rows_first(columns) @ _rows_first(middle).t()
+        if wanted[1]:
+            grad_right += torch.matmul(to_left, columns).view(-1, rank * p).t() @ x.view(-1, q)
+    return (
+        grad_left.view(m, n, rank).permute(2, 0, 1) if wanted[0] else None,
+        grad_right.view(rank, p, q) if wanted[1] else None,
+    )
 
 
 def _sums(like: Tensor, rows: int, columns: int) -> Tensor:
     """Zeros in float32 at least, to which the pieces' gradients are added."""
     return torch.zeros(rows, columns, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-
-
-def _start(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, width: int) -> tuple[Tensor, int]:
-    """What a delta's product is added to, and the factor of it: the linear layer's output, or nothing (0)."""
-    if weight is None:
-        return inputs.new_empty(inputs.shape[0], width), 0
-    return torch.nn.functional.linear(inputs, weight, bias), 1
-
-
-def _start_back(grad: Tensor, weight: Tensor | None, width: int, *, wanted: bool) -> tuple[Tensor, Tensor | None, int]:
-    """The gradient, contiguous, and what `_start` gives for the inputs' gradient, if that is wanted."""
-    grad = grad.contiguous()
-    return (grad, *_start(grad, None if weight is None else weight.t(), None, width)) if wanted else (grad, None, 0)
 
 
 def _pieces(left: Tensor, right: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -338,16 +290,18 @@ def _rows_first(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1).reshape(rows, tokens * cols)
 
 
-def _check(x: Tensor, left: Tensor, right: Tensor, sigma: Tensor) -> None:
+def _check(x: Tensor, terms: Terms, initial: Terms | None) -> None:
+    left, right, sigma = terms
     fits = (
         left.ndim == right.ndim == 3
         and sigma.ndim == 1
         and left.shape[0] == right.shape[0] == sigma.shape[0]
         and x.ndim >= 1
         and x.shape[-1] == left.shape[2] * right.shape[2]
+        and (initial is None or [t.shape for t in initial] == [t.shape for t in terms])
     )
     if not fits:
         raise ValueError(
-            "expected x (..., n*q), left (r, m, n), right (r, p, q), sigma (r,); got "
-            f"{tuple(x.shape)}, {tuple(left.shape)}, {tuple(right.shape)}, {tuple(sigma.shape)}"
+            "expected x (..., n*q), left (r, m, n), right (r, p, q), sigma (r,), and initial terms alike; got "
+            + ", ".join(str(tuple(t.shape)) for t in (x, *terms, *(initial or ())))
         )

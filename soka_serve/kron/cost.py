@@ -1,21 +1,28 @@
-"""Cost of multiplying a delta with activations, and the choice of the cheapest of the three ways.
+"""Cost of multiplying a delta with activations, and the choice of the cheapest ways.
 
 `soka_serve.kron.apply` explains the ways; `eval/bench/apply.py` measures them against each other.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from soka_serve.kron.shapes import FactorShape
 
 Order = Literal["auto", "left", "right", "dense"]
 
-# Work is counted in multiply-adds of a large matrix product, forward and backward together, fitted to what
-# eval/bench/apply.py measured on a CPU from 128 to 4096 features: the factors' two products with their gradients and
-# the recomputed intermediate cost 5 for each multiply-add, and every value that moves through memory costs 200.
-_FACTOR_PRODUCTS = 5
-_MOVED_VALUE = 200
+# Work is counted in multiply-adds of a large matrix product, fitted to what eval/bench/apply.py measured on a CPU from
+# 128 to 4096 features: a small product costs so much for each multiply-add, and every value that it moves so much.
+_SMALL_PRODUCT = 2
+_MOVED_VALUE = 40
+_BUILT_VALUE = 60  # of a delta that is built, or of a dense gradient that is reduced to the factors'
+
+
+class Ways(NamedTuple):
+    """How the delta is multiplied (forward, and to the input's gradient), and how the factors' gradients are made."""
+
+    product: Order
+    gradients: Order
 
 
 def apply_cost(shape: FactorShape, rank: int, order: Order = "auto") -> int:
@@ -37,27 +44,31 @@ def cheaper_order(shape: FactorShape) -> Literal["left", "right"]:
     return "left" if apply_cost(shape, 1, "left") <= apply_cost(shape, 1, "right") else "right"
 
 
-def choose_order(
-    shape: FactorShape, rank: int, tokens: int, *, dense_products: int = 3
-) -> Literal["left", "right", "dense"]:
-    """What "auto" means: dense where building the delta and multiplying all tokens at once is less work.
+def choose_ways(shape: FactorShape, rank: int, tokens: int, *, stacked: int | None = None, fused: bool = False) -> Ways:
+    """What "auto" means: dense where building the delta, or its gradient, is less work than small products.
 
     Args:
-        shape, rank, tokens: the case.
-        dense_products: large products that the dense way takes, forward and backward together: 3 alone, 1 more than
-            the layer's own where those carry the delta as well (`linear_with_delta`).
+        shape, rank, tokens: the case; `rank` terms have gradients.
+        stacked: how many terms are applied (twice the rank where initial ones are subtracted); default: the rank.
+        fused: a built delta is multiplied together with the layer's weight (`linear_with_delta`), at no cost.
 
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=4, tokens=2048)
-    'left'
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=64, tokens=2048)
-    'dense'
-    >>> choose_order(FactorShape(64, 64, 64, 64), rank=64, tokens=1)
-    'left'
+    >>> choose_ways(FactorShape(64, 64, 64, 64), rank=1, tokens=2048)
+    Ways(product='left', gradients='left')
+    >>> choose_ways(FactorShape(64, 64, 64, 64), rank=1, tokens=2048, fused=True)
+    Ways(product='dense', gradients='left')
+    >>> choose_ways(FactorShape(64, 64, 64, 64), rank=64, tokens=2048, fused=True)
+    Ways(product='dense', gradients='dense')
+    >>> choose_ways(FactorShape(64, 64, 64, 64), rank=64, tokens=1)
+    Ways(product='left', gradients='left')
     """
-    order = cheaper_order(shape)
-    middle = rank * (shape.m * shape.q if order == "left" else shape.n * shape.p)
-    moved = shape.in_features + shape.out_features + middle
-    factors = tokens * (_FACTOR_PRODUCTS * apply_cost(shape, rank) + _MOVED_VALUE * moved)
-    build = 3 * (rank + _MOVED_VALUE)  # per value of the delta: made twice, its gradient reduced to the factors'
-    dense = (tokens * dense_products + build) * apply_cost(shape, rank, "dense")
-    return "dense" if dense < factors else order
+    order, full = cheaper_order(shape), apply_cost(shape, 1, "dense")
+    middle = shape.m * shape.q if order == "left" else shape.n * shape.p
+
+    def small(terms: int) -> int:  # two products and what they move, for all tokens
+        moved = shape.in_features + shape.out_features + 2 * terms * middle
+        return tokens * (_SMALL_PRODUCT * apply_cost(shape, terms) + _MOVED_VALUE * moved)
+
+    applied = rank if stacked is None else stacked
+    built = (applied + _BUILT_VALUE + (0 if fused else tokens)) * full
+    reduced = (rank + _BUILT_VALUE + tokens) * full
+    return Ways("dense" if built < small(applied) else order, "dense" if reduced < 2 * small(rank) else order)

@@ -183,6 +183,29 @@ def stack_terms(*factors: Factors, signs: Sequence[float] | None = None) -> Fact
     )
 
 
+def stack_difference(theta: Factors, initial: Factors) -> Factors:
+    """K(theta) - K(initial) as one stack of 2r terms that is exactly zero where theta equals initial.
+
+    Semantics: sigma L (x) R - sigma0 L0 (x) R0 = (sigma L - sigma0 L0) (x) R + sigma0 L0 (x) (R - R0), term by term.
+
+    Stacking theta and -initial instead would leave the cancellation to the rounding of a long sum. Here it happens
+    between the factors themselves: at step 0 one factor of every term is exactly 0, so the adapted model equals its
+    base bit for bit in every dtype, and a low-precision GEMM afterwards rounds a small number, not a small difference
+    of large ones. It costs the same. Differentiable; gradients are those of K(theta).
+
+    Args:
+        theta: r terms, any float dtype.
+        initial: r terms of the same shape; cast to theta's dtype first, so that both are rounded alike.
+    """
+    sigma = theta.sigma[:, None, None]
+    sigma_initial = initial.sigma.to(theta.sigma.dtype)[:, None, None]
+    right_initial = initial.right.to(theta.right.dtype)
+    scaled_initial = sigma_initial * initial.left.to(theta.left.dtype)
+    left = torch.cat([sigma * theta.left - scaled_initial, scaled_initial])
+    right = torch.cat([theta.right, theta.right - right_initial])
+    return Factors(left=left, right=right, sigma=torch.ones(len(left), dtype=left.dtype, device=left.device))
+
+
 def energy_by_term(theta: Factors, initial: Factors | None = None) -> Tensor:
     """What each term adds to the weight, as a squared Frobenius norm: (r,), in the factors' dtype.
 

@@ -16,39 +16,18 @@ from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.kron import Factors, apply_kron, dense_delta, kpsvd, linear_with_delta
+from soka_serve.kron.factors import stack_difference
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.merging import MergingLayer
 from soka_serve.peft.parts import PARTS, Parts
 
 if TYPE_CHECKING:
+    from soka_serve.kron.apply import Terms
     from soka_serve.peft.config import SokaConfig
 
 log = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for rows that no adapter changes
-
-
-def stack_difference(theta: Factors, initial: Factors) -> Factors:
-    """K(theta) - K(initial) as one stack of 2r terms that is exactly zero where theta equals initial.
-
-    Semantics: sigma L (x) R - sigma0 L0 (x) R0 = (sigma L - sigma0 L0) (x) R + sigma0 L0 (x) (R - R0), term by term.
-
-    Stacking theta and -initial instead would leave the cancellation to the rounding of a long sum. Here it happens
-    between the factors themselves: at step 0 one factor of every term is exactly 0, so the adapted model equals its
-    base bit for bit in every dtype, and a low-precision GEMM afterwards rounds a small number, not a small difference
-    of large ones. It costs the same. Differentiable; gradients are those of K(theta).
-
-    Args:
-        theta: r terms, any float dtype.
-        initial: r terms of the same shape; cast to theta's dtype first, so that both are rounded alike.
-    """
-    sigma = theta.sigma[:, None, None]
-    sigma_initial = initial.sigma.to(theta.sigma.dtype)[:, None, None]
-    right_initial = initial.right.to(theta.right.dtype)
-    scaled_initial = sigma_initial * initial.left.to(theta.left.dtype)
-    left = torch.cat([sigma * theta.left - scaled_initial, scaled_initial])
-    right = torch.cat([theta.right, theta.right - right_initial])
-    return Factors(left=left, right=right, sigma=torch.ones(len(left), dtype=left.dtype, device=left.device))
 
 
 class SokaLayer(MergingLayer):
@@ -267,15 +246,9 @@ class SokaLinear(nn.Module, SokaLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         active = [name for name in cast("list[str]", self.active_adapters) if name in self.soka_left]
         if not self.merged and len(active) == 1 and not args and not kwargs and self._is_plain(x, active[0]):
-            factors = self.delta(active[0])
+            terms, initial = self.terms(active[0])
             base: Any = self.base_layer
-            return linear_with_delta(
-                x,
-                base.weight,
-                base.bias,
-                (factors.left, factors.right, factors.sigma),
-                trained_left=len(self.soka_sigma[active[0]]),  # those behind are theta0's (`stack_difference`)
-            )
+            return linear_with_delta(x, base.weight, base.bias, terms, initial=initial)
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if not self.merged:
             for adapter in active:
@@ -328,12 +301,21 @@ class SokaLinear(nn.Module, SokaLayer):
         )
 
     def _apply_delta(self, x: Tensor, adapter: str) -> Tensor:
-        factors = self.delta(adapter)
+        terms, initial = self.terms(adapter)
         if not torch.is_autocast_enabled(x.device.type):  # apply_kron itself follows autocast
-            x = x.to(torch.promote_types(x.dtype, factors.left.dtype))
+            x = x.to(torch.promote_types(x.dtype, terms[0].dtype))
         if adapter in self.soka_dropout:
             x = self.soka_dropout[adapter](x)
-        return apply_kron(x, factors.left, factors.right, factors.sigma)
+        return apply_kron(x, *terms, initial=initial)
+
+    def terms(self, adapter: str) -> tuple[Terms, Terms | None]:
+        """Theta's left, right and sigma, and the initial ones where there are any; checked to be loaded."""
+        self.check_loaded(adapter)
+        theta, initial = (
+            cast("Terms", tuple(store[adapter] for name in names if adapter in (store := getattr(self, name))))
+            for names in (self.adapter_layer_names, self.initial_names)
+        )
+        return theta, initial or None
 
     def extra_repr(self) -> str:
         parts = []

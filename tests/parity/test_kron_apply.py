@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 
 from soka_serve.kron import Factors, apply_kron, linear_with_delta
 from soka_serve.kron import apply as kron_apply
-from soka_serve.kron.cost import Order, apply_cost, choose_order
+from soka_serve.kron.cost import Order, Ways, apply_cost, choose_ways
 from soka_serve.kron.shapes import FactorShape
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import RELATIVE_ERROR, relative_error
@@ -160,9 +160,12 @@ def test_cheaper_order_is_taken_and_costs_are_counted() -> None:
     assert apply_cost(shape, 2, "left") == 2 * (16 * 8 * 16 + 16 * 16 * 8)
     assert apply_cost(shape, 2, "right") == 2 * (8 * 16 * 8 + 16 * 8 * 8)
     assert apply_cost(shape, 2) == apply_cost(shape, 2, "right")
-    assert choose_order(shape, 1, tokens=1) == "right"
-    assert choose_order(shape, 64, tokens=4096) == "dense"
-    assert choose_order(FactorShape(64, 64, 64, 64), 1, tokens=4096, dense_products=1) == "left"
+    assert choose_ways(shape, 1, tokens=1) == Ways("right", "right")
+    assert choose_ways(shape, 64, tokens=4096) == Ways("dense", "dense")
+    large = FactorShape(64, 64, 64, 64)
+    assert choose_ways(large, 1, tokens=4096, fused=True) == Ways("dense", "left")
+    assert choose_ways(large, 1, tokens=16, fused=True) == Ways("left", "left")
+    assert choose_ways(large, 2, tokens=256, stacked=4) == choose_ways(large, 2, tokens=256) == Ways("left", "left")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -188,27 +191,27 @@ def test_linear_with_delta(order: Order, dtype: torch.dtype, bias: bool) -> None
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("trained", [0, 1, 3])
-def test_gradients_of_some_left_factors_only(order: Order, trained: int) -> None:
-    """Those that are asked for, and all others, are what they are when all left factors are trained."""
+@pytest.mark.parametrize("alone", [False, True])
+def test_initial_terms_are_subtracted_and_get_no_gradient(order: Order, alone: bool) -> None:
+    """Values and gradients of x (weight + delta - initial delta)^T, with and without the weight."""
     for shape in oracle.SHAPES:
-        factors = oracle.draw_factors(shape, 3)
-        leaves = (factors.left.requires_grad_(), factors.right.requires_grad_(), factors.sigma.requires_grad_())
+        theta, start = oracle.draw_factors(shape, 3), oracle.draw_factors(shape, 3, seed=20)
+        leaves = (theta.left.requires_grad_(), theta.right.requires_grad_(), theta.sigma.requires_grad_())
+        initial = (start.left.requires_grad_(), start.right, start.sigma)
         weight = oracle.draw(shape.out_features, shape.in_features, seed=3)
         x = oracle.draw(5, shape.in_features, seed=9).requires_grad_()
-        every, some = (
-            torch.autograd.grad(
-                linear_with_delta(x, weight, None, leaves, order=order, trained_left=count).square().sum(),
-                (x, *leaves[:2]),
-            )
-            for count in (None, trained)
-        )
-        assert relative_error(some[0], every[0]) < RELATIVE_ERROR[torch.float64]
-        assert relative_error(some[2], every[2]) < RELATIVE_ERROR[torch.float64]
-        assert bool((some[1][trained:] == 0).all())
-        assert bool((every[1] != 0).any())
-        if trained:
-            assert relative_error(some[1][:trained], every[1][:trained]) < RELATIVE_ERROR[torch.float64]
+        delta = torch.stack([s * torch.kron(a, b) for a, b, s in zip(*leaves, strict=True)]).sum(0)
+        total = delta - oracle.oracle_delta(Factors(start.left.detach(), *initial[1:])) + (0 if alone else weight)
+        if alone:
+            y = apply_kron(x, *leaves, initial=initial, order=order)
+        else:
+            y = linear_with_delta(x, weight, None, leaves, initial=initial, order=order)
+        assert relative_error(y, x @ total.t()) < RELATIVE_ERROR[torch.float64]
+        actual, expected = (torch.autograd.grad(t.square().sum(), (x, *leaves)) for t in (y, x @ total.t()))
+        for one, other in zip(actual, expected, strict=True):
+            assert relative_error(one, other) < 10 * RELATIVE_ERROR[torch.float64]
+    with pytest.raises(ValueError, match="initial terms alike"):
+        apply_kron(x, *leaves, initial=(start.left[:1], start.right[:1], start.sigma[:1]))
 
 
 def test_gradients_do_not_depend_on_autocast_around_the_backward() -> None:

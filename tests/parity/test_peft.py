@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from soka_serve.kron import Factors
 from soka_serve.kron.apply import Terms
+from soka_serve.kron.factors import stack_difference
 from soka_serve.peft import SokaConfig, SokaLinear, get_factors, soka_layers
-from soka_serve.peft.layer import stack_difference
 from tests.support.peft_models import (
     adapted,
     close,
@@ -159,22 +159,27 @@ def _without_sigma(theta: Factors, initial: Factors) -> Factors:
     return stack_difference(Factors(theta.left, theta.right, ones), Factors(initial.left, initial.right, ones))
 
 
-def _swapped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, **_: Any) -> Tensor:
-    left, right, sigma = terms
+def _stacked(terms: Terms, initial: Terms) -> Terms:
+    both = stack_difference(Factors(*terms), Factors(*initial))
+    return both.left, both.right, both.sigma
+
+
+def _swapped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, initial: Terms) -> Tensor:
+    left, right, sigma = _stacked(terms, initial)
     delta = sum(s * torch.kron(b, a) for s, a, b in zip(sigma, left, right, strict=True))
     return nn.functional.linear(x, weight + delta, bias)
 
 
-def _reshaped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, **_: Any) -> Tensor:
-    left, right, sigma = terms
+def _reshaped(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, initial: Terms) -> Tensor:
+    left, right, sigma = _stacked(terms, initial)
     matrix = (sigma[:, None] * left.flatten(1)).T @ right.flatten(1)
     return nn.functional.linear(x, weight + matrix.reshape(weight.shape), bias)
 
 
 BROKEN: dict[str, tuple[str, Any]] = {
-    "none": ("soka_serve.peft.layer.stack_difference", stack_difference),
-    "dropped sigma": ("soka_serve.peft.layer.stack_difference", _without_sigma),
-    "dropped initial factors": ("soka_serve.peft.layer.stack_difference", lambda theta, initial: theta),
+    "none": ("soka_serve.kron.apply.stack_difference", stack_difference),
+    "dropped sigma": ("soka_serve.kron.apply.stack_difference", _without_sigma),
+    "dropped initial factors": ("soka_serve.kron.apply.stack_difference", lambda theta, initial: theta),
     "swapped Kronecker order": ("soka_serve.peft.layer.linear_with_delta", _swapped),
     "plain reshape": ("soka_serve.peft.layer.linear_with_delta", _reshaped),
 }
