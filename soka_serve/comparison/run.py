@@ -135,13 +135,15 @@ class _Trial:
 
     def trainer(self, callbacks: list[Any]) -> SokaTrainer:
         """The Trainer of builds, without resume points."""
+        train = self.run.manifest.train
         trainer = SokaTrainer(
-            self.run.manifest.train,
+            train,
             model=self.model,
             args=self.arguments,
             train_dataset=self.rows,
             data_collator=self.collator,
             callbacks=[*self.run.method.callbacks(), *callbacks],
+            optimizers=(self.run.method.optimizer(self.model, train.learning_rate, train.weight_decay), None),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

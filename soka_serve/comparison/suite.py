@@ -148,8 +148,8 @@ class Contender(Table):
     method: MethodName = Field(description="What is trained.")
     rank: PositiveInt = Field(
         1,
-        description="Rank of lora, pissa, rslora, dora, lokr, corda and eva; adalora begins with half as much more and "
-        "ends with it. soka reads adapt; osf trains half of each weight's singular directions.",
+        description="Rank of lora, pissa, rslora, dora, lokr, cdka, corda and eva; adalora begins with half as much "
+        "more and ends with it. soka reads adapt; osf trains half of each weight's singular directions.",
     )
     adapt: Adapt = Field(default_factory=lambda: Adapt(), description="Modules; for soka also init, rank and shape.")
     grid: dict[str, Values] = Field(

@@ -11,6 +11,7 @@ Importing this package loads neither torch nor PEFT.
 from __future__ import annotations
 
 from soka_serve.compiler.methods.adalora import AdaLora
+from soka_serve.compiler.methods.cdka import Cdka
 from soka_serve.compiler.methods.corda import Corda
 from soka_serve.compiler.methods.eva import Eva
 from soka_serve.compiler.methods.full import Full
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
         Lora("rslora", "rsLoRA", options={"use_rslora": True}),
         Dora("dora", "DoRA", options={"use_dora": True}),
         Lokr("lokr", "LoKr", in_manifests=True),
+        Cdka("cdka", "CDKA"),
         AdaLora("adalora", "AdaLoRA"),
         Corda("corda", "CorDA"),
         Eva("eva", "EVA"),

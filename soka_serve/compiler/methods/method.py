@@ -121,6 +121,10 @@ class Method(ABC):
         """Callbacks that the Trainer needs."""
         return []
 
+    def optimizer(self, model: Any, rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
+        """The optimiser of a method with rates of its own; None for the Trainer's."""
+        return None
+
     def collect(self, checkpoint: Path, out: Path, *, initial_dir: Path, base_dir: Path) -> None:
         """Write the trained weights of a checkpoint into `out`, which exists, without what only resuming needs.
 

@@ -107,6 +107,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
     """
 
+    _first_multiplier = 1.0  # of the rate of an optimiser that is given
+
     def __init__(self, recipe: Train, **others: Any) -> None:
         self.recipe = recipe
         self.optimizer: Any

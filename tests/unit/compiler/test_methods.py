@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -28,6 +29,7 @@ from soka_serve.io.safetensors import read_header
 from soka_serve.kron import kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Train
+from soka_serve.peft import soka_layers
 
 ADAPTERS = [name for name, method in METHODS.items() if not method.whole_model]
 RANK = 2
@@ -96,6 +98,18 @@ def test_parameters_are_what_peft_counts(method: str, tmp_path: Path) -> None:
     assert sum(METHODS[method].parameters(m, RANK) for m in modules()) == count
 
 
+def test_the_components_of_cdka_have_one_rate_and_a_fixed_factor(tmp_path: Path) -> None:
+    model = build("cdka", tmp_path)
+    for name, layer in soka_layers(model).items():
+        out_features, in_features = layer.get_base_layer().weight.shape
+        factors = layer.theta("default")
+        assert factors.shape == (out_features // 2, 2, 2, in_features // 2), name
+        assert torch.allclose(factors.sigma, torch.tensor(SCALE * RANK / math.sqrt(RANK * 2)))
+    optimizer = METHODS["cdka"].optimizer(model, 0.5, 0.0)
+    assert optimizer is not None
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+
+
 def test_adalora_reallocates_its_ranks_from_the_callback(tmp_path: Path) -> None:
     model = build("adalora", tmp_path).train()
     (callback,) = METHODS["adalora"].callbacks()
@@ -138,6 +152,11 @@ method = "toy"
 rank = 3
 grid = { learning_rate = [1e-2], scale = [2.0] }
 adapt = { modules = ["q_proj"] }
+[[method]]
+name = "cdka"
+method = "cdka"
+grid = { learning_rate = [1e-2], scale = [2.0] }
+adapt = { modules = ["q_proj"] }
 """
 
 
@@ -155,10 +174,11 @@ def test_a_further_method_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(METHODS, "toy", Toy("toy", "Toy"))
     suite = parse_suite(SUITE, "s.toml")
     loaded = LoadedSuite(suite, tmp_path / "s.toml", tmp_path, SUITE, "0" * 64)
-    assert preview(loaded).parameters == {"mine": (counted := 4 * 2 * 128, counted)}
-    record = measure_run(
-        loaded, RunSpec("mine", "math", "final", (("learning_rate", 1e-2), ("scale", 2.0)), 0, "k"), tmp_path
-    )
+    assert preview(loaded).parameters == dict.fromkeys(("mine", "cdka"), (counted := 4 * 2 * 128, counted))
+    setting = (("learning_rate", 1e-2), ("scale", 2.0))
+    other = measure_run(loaded, RunSpec("cdka", "math", "sweep", setting, 0, "j"), tmp_path)
+    assert (other["status"], other["trainable_parameters"]) == ("done", counted)
+    record = measure_run(loaded, RunSpec("mine", "math", "final", setting, 0, "k"), tmp_path)
     assert record["status"] == "done"
     assert record["trainable_parameters"] == counted
     assert len(record["loss"]) == len(record["answer_loss"]) == 2
