@@ -7,6 +7,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import soka_serve.base.meta_model  # noqa: F401 - transformers is imported befor
 from soka_serve.base.opened import Base
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import check_reading
+from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.base.tokenizer_class import reads_plainly
 from soka_serve.builtin import base_directory
 from soka_serve.data.examples import Example
 from soka_serve.errors import SokaError, is_printable
@@ -201,7 +204,7 @@ def spoil_tokenizer(draw: st.DrawFn, folder: Path) -> None:
         else:
             try:
                 KINDS[kind](folder)
-            except (LookupError, TypeError, AttributeError):  # of files that are spoilt already
+            except (LookupError, TypeError, AttributeError, SokaError):  # of files that are spoilt already
                 return
 
 
@@ -218,7 +221,7 @@ def _set_a_key(draw: st.DrawFn, file: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> bool:
-    """Opening a tokenizer and reading text with it gives tokens or a message, within the limits.
+    """Opening a tokenizer and reading text with it gives tokens, the same in plans, or a message, within the limits.
 
     Returns:
         Whether there are tokens.
@@ -228,7 +231,15 @@ def check_tokenizer(folder: Path) -> bool:
             base = Base(folder)
             tokenizer = base.tokenizer
             check_reading(tokenizer, _EXAMPLES, base.tokenizer_folder)
-            tokenizer.encode_pairs([(e.prompt, e.completion) for e in _EXAMPLES])
+            read = _readings(tokenizer)
         except SokaError:
             return False
+    if reads_plainly(base.tokenizer_folder):
+        assert _readings(base.planned_tokenizer) == read
     return True
+
+
+def _readings(tokenizer: TextTokenizer) -> tuple[object, ...]:
+    pairs = tokenizer.encode_pairs([(e.prompt, e.completion) for e in _EXAMPLES])
+    settings = replace(tokenizer.settings, reader="")
+    return pairs, settings, tokenizer.stop_ids, tokenizer.pad_id
