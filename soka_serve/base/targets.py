@@ -141,7 +141,8 @@ def resolve_targets(
 
     Raises:
         PlanError: everything that does not fit, in one error: patterns that match nothing, layers that are not there,
-            shapes that do not divide, `init = 'delta'` without `finetuned`, nothing left enabled.
+            shapes that do not divide, `init = 'delta'` without `finetuned`, `weighting` of nothing, nothing left
+            enabled.
     """
     matched, problems = _match_rules(manifest.adapt, modules, left_out, name_key)
     chosen_rules = {name: cascade([manifest.adapt[i] for i in hits]) for name, hits in matched.items() if hits}
@@ -156,6 +157,8 @@ def resolve_targets(
             index = _setter(manifest, hits_of, "init")
             message = "'delta' needs `finetuned`, the fully fine-tuned checkpoint"
             failures.setdefault((index, "init", message), []).append(module.name)
+        if problem := _weighting_problem(rule):
+            failures.setdefault((_setter(manifest, hits_of, "weighting"), "weighting", problem), []).append(module.name)
         try:
             targets.append(TargetModule(module, rule, hits_of, _resolve_shape(module, rule)))
         except PlanError as error:
@@ -221,6 +224,17 @@ def cascade(rules: Sequence[Adapt]) -> Adapt:
     """One rule that takes each key from the last of `rules` that sets it."""
     values = {key: getattr(rule, key) for rule in rules for key in sorted(rule.model_fields_set)}
     return Adapt().model_copy(update=values)
+
+
+def _weighting_problem(rule: Adapt) -> str | None:
+    if rule.weighting != "both":
+        return None
+    if rule.shape == "auto":
+        return "'both' needs a factor shape that is known beforehand; shape is 'auto'"
+    if rule.init == "gradient" or not rule.batches:
+        given = "" if rule.init == "gradient" else " and no calibration_batches"
+        return f"'both' weights a decomposition by calibration batches; there is none with init = {rule.init!r}{given}"
+    return None
 
 
 def _resolve_shape(module: Module, rule: Adapt) -> FactorShape | None:

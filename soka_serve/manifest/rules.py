@@ -141,6 +141,11 @@ class Adapt(Table):
         "else 0.",
         examples=[8],
     )
+    weighting: Literal["inputs", "both"] = Field(
+        "inputs",
+        description="What the calibration batches tell that weights the decomposition: the layer's inputs, or also the "
+        "loss's gradients by its outputs ('both'), which takes a backward pass as well.",
+    )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -18,6 +18,7 @@ from soka_serve.io.files import disk_errors
 from soka_serve.io.safetensors import check_finite
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.decompose import energy_of
+from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.shape_search import search_shape
 from soka_serve.kron.shapes import FactorShape, candidate_shapes, parallel_of
 from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
@@ -31,6 +32,16 @@ logger = logging.getLogger(__name__)
 
 # Terms computed for a fixed rank, so that the report can show what was cut off.
 FIXED_POOL = 32
+
+
+class TargetStatistics(NamedTuple):
+    """A target, with what a pass over data tells of it, as far as its rule needs that."""
+
+    target: TargetModule
+    gradient: Tensor | None = None
+    """(out, in), of the mean loss, in float32."""
+    moments: InputMoments | None = None
+    outputs: OutputMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -120,28 +131,29 @@ def _most_terms(target: TargetModule) -> int:
     return policy.rank if isinstance(policy, RankFixed) else policy.max
 
 
-def decompose(
-    target: TargetModule, matrix: DecompositionInput, file: Path, *, moments: InputMoments | None = None, seed: int = 0
-) -> Candidate:
+def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *, seed: int = 0) -> Candidate:
     """Kronecker-decompose one target.
 
     Args:
-        target: the module, its rule and its factor shape (None: `shape = "auto"` is searched here).
+        known: the module, its rule and its factor shape (None: `shape = "auto"` is searched here), with the moments of
+            its inputs and of its outputs' gradients, which weigh the decomposition.
         matrix: what `read_matrix` read.
         file: where the terms are written (safetensors: left, right, sigma, in float32).
-        moments: second moments of the module's inputs, which weigh the decomposition.
         seed: of the randomised range finder, and of the `zero` and `random` initialisations.
 
     Raises:
         PlanError: the gradient is zero.
     """
+    target, outputs, values = known.target, known.outputs, matrix.values
     shape, most = target.shape, _most_terms(target)
     if shape is None:
-        shape, most = _search_shape(target, matrix.values, most, seed)
+        shape, most = _search_shape(target, values, most, seed)
     pool = pool_size(target, shape)
-    problem = None if moments is None else OutputError(matrix.values, shape, moments)
+    if outputs is not None:
+        values = outputs.weigh(values)
+    problem = None if known.moments is None else OutputError(values, shape, known.moments)
     if problem is None:
-        decomposition = kpsvd(matrix.values, shape, pool, seed=seed)
+        decomposition = kpsvd(values, shape, pool, seed=seed)
     else:
         decomposition = weighted_kpsvd(problem, pool, seed=seed)
     sigma = tuple(decomposition.factors.sigma.tolist())
@@ -151,6 +163,8 @@ def decompose(
         # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.
         rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
         factors = refine_terms(problem, decomposition.factors.terms(slice(0, rank)))
+    if outputs is not None:
+        factors = outputs.take_out(factors)
     factors = factors.to(dtype=torch.float32, device=torch.device("cpu"))
     # Root mean square of all the terms of the weight, but for their number: the size that its terms typically have.
     factors = _scale(target, factors, sigma, matrix.weight_norm / shape.max_rank**0.5, seed)

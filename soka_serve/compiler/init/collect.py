@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.data.collate import IGNORED
 from soka_serve.errors import CheckpointError
 from soka_serve.io.safetensors import check_finite
 from soka_serve.kron.decompose import energy_of
+from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import TargetModule
-    from soka_serve.compiler.init.initialise import TargetStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +90,7 @@ def collect_gradients(model: nn.Module, rows: Sequence[Rows], group: list[Target
                     above, below = (t.reshape(-1, t.shape[-1]).to(total) for t in (slope, x))
                     total.addmm_(above.t(), below, alpha=shares[name])
 
-            if not output.requires_grad:  # the first module of a pass: no weight is trained
-                output = output.detach().requires_grad_(True)
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-            return output
+            return _with_hook(output, add)
 
         return hook
 
@@ -115,41 +113,66 @@ def collect_gradients(model: nn.Module, rows: Sequence[Rows], group: list[Target
 def collect_moments(
     model: nn.Module, rows: Sequence[Rows], group: list[TargetModule], run: Run
 ) -> Iterator[TargetStatistics]:
-    """The moments of a group's inputs, each module's over the rows of its own batches."""
+    """The moments of a group's inputs, each module's over the rows of its own batches.
+
+    With `weighting = "both"` also those of the gradients of its outputs, at the same positions, of the sum of the loss
+    over the trained tokens; `run` then goes back, too, for the mean loss of its rows.
+    """
     shared = _SharedMoments({t.module.name: t.module.in_features for t in group})
+    outputs = {t.module.name: OutputMoments(t.shape) for t in group if t.rule.weighting == "both" and t.shape}
     seen: dict[str, list[Tensor]] = {}  # of the rows at hand, in the order of calls
     wanted: set[str] = set()
+    positions, tokens = torch.empty(0), 0  # of the rows at hand
 
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if name in wanted:
-                x: Tensor = (*arguments, *named.values())[0]
-                seen.setdefault(name, []).append(x)  # itself: who sees the same tensor shares its moments
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], Tensor | None]:
+        def add(slope: Tensor) -> None:
+            try:
+                outputs[name].accumulate(_select(slope, positions) * tokens)
+            except ValueError as error:
+                raise _not_finite(model, name, "outputs' gradients") from error
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor | None:
+            if name not in wanted:
+                return None
+            x: Tensor = (*arguments, *named.values())[0]
+            seen.setdefault(name, []).append(x)  # itself: who sees the same tensor shares its moments
+            return _with_hook(output, add) if name in outputs else None
 
         return hook
 
     handles = [
-        model.get_submodule(t.module.name).register_forward_pre_hook(make_hook(t.module.name), with_kwargs=True)
+        model.get_submodule(t.module.name).register_forward_hook(make_hook(t.module.name), with_kwargs=True)
         for t in group
     ]
     try:
         for at, r in enumerate(rows):
             wanted = {t.module.name for t in group if r.batch < t.rule.batches}
+            positions, tokens = r.weighing, r.tokens
+            if not tokens:
+                continue
             run(at)
-            for name in shared.add(seen, r.weighing):
+            for name in shared.add(seen, positions):
                 raise _not_finite(model, name, "inputs")
             seen.clear()
     finally:
         for handle in handles:
             handle.remove()
     for target in group:
-        moments = shared.by_name.pop(target.module.name, None)
+        name = target.module.name
+        moments = shared.by_name.pop(name, None)
         if moments is None:
             logger.warning(
-                "%s: no trained token of the calibration batches reached it; its inputs do not weigh its start",
-                target.module.name,
+                "%s: no trained token of the calibration batches reached it; its inputs do not weigh its start", name
             )
-        yield target, None, moments
+        yield TargetStatistics(target, moments=moments, outputs=outputs.pop(name, None))
+
+
+def _with_hook(output: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+    """The output, handing its gradient to `add`."""
+    if not output.requires_grad:  # the first module of a pass: no weight is trained
+        output = output.detach().requires_grad_(True)
+    output.register_hook(add)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _SharedMoments:
@@ -159,6 +182,7 @@ class _SharedMoments:
         self._widths = widths
         self.by_name: dict[str, InputMoments] = {}
 
+    @torch.no_grad()
     def add(self, seen: Mapping[str, Sequence[Tensor]], positions: Tensor) -> list[str]:
         """Adds what each module saw in one run, tensors (..., in), at some positions (rows, tokens).
 

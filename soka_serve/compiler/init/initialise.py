@@ -20,7 +20,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soka_serve.compiler.init.candidate import Candidate, decompose, read_matrix
+from soka_serve.compiler.init.candidate import Candidate, TargetStatistics, decompose, read_matrix
 from soka_serve.compiler.init.rank import choose_rank, spread_budget
 from soka_serve.compiler.init.result import Initialisation, ModuleInit
 from soka_serve.compiler.processes import Processes
@@ -34,12 +34,8 @@ if TYPE_CHECKING:
 
     from soka_serve.base.opened import Base
     from soka_serve.base.targets import TargetModule
-    from soka_serve.kron.weighting import InputMoments
 
 INITIAL_KINDS = ("weights", "gradient", "random")
-
-# A target with its gradient and the moments of its inputs, as far as its rule needs them.
-TargetStatistics = tuple["TargetModule", "torch.Tensor | None", "InputMoments | None"]
 
 
 def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) -> dict[str, int]:
@@ -157,23 +153,23 @@ class InitRun:
         enabled = self.progress and self.processes.is_main
         with track(len(mine), "KPSVD", unit="module", enabled=enabled) as step:
             numbers = count()  # `enumerate` would hold a gradient until the next one is there
-            for target, gradient, moments in self._with_statistics(mine):
-                name, tuned = target.module.name, self.finetuned.get(target.rule.finetuned or "")
+            for known in self._with_statistics(mine):
+                name, tuned = known.target.module.name, self.finetuned.get(known.target.rule.finetuned or "")
                 file = self.scratch / f"{next(numbers)}.safetensors"
                 matrix = read_matrix(
-                    target,
+                    known.target,
                     self.base.weights,
                     finetuned=None if tuned is None else tuned.weights,
-                    gradient=gradient,
+                    gradient=known.gradient,
                     device=self.device,
                 )
-                yield decompose(target, matrix, file, moments=moments, seed=seeds[name])
+                yield decompose(known, matrix, file, seed=seeds[name])
                 step(name)
-                del matrix, gradient, moments  # else they would lie beside the next ones
+                del matrix, known  # else they would lie beside the next ones
 
     def _with_statistics(self, targets: Sequence[TargetModule]) -> Iterator[TargetStatistics]:
         """The targets with what their rules need: first those that need no data."""
-        yield from ((target, None, None) for target in targets if not target.rule.batches)
+        yield from (TargetStatistics(target) for target in targets if not target.rule.batches)
         if needing := [target for target in targets if target.rule.batches]:
             assert self.statistics is not None
             yield from self.statistics(needing)

@@ -19,13 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.compiler.init.collect import Batch, Rows, Run, collect_gradients, collect_moments, rows_of
 from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:
     from soka_serve.base.targets import TargetModule
-    from soka_serve.compiler.init.initialise import TargetStatistics
     from soka_serve.compiler.init.placement import LayerPlacement
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def gather(
     scratch: Path | None = None,
     placement: LayerPlacement | None = None,
 ) -> Iterator[TargetStatistics]:
-    """For each target: the gradient (out, in) of the loss in float32, or the moments of its inputs.
+    """For each target: the gradient of the loss, or the moments of its inputs and perhaps of its outputs' gradients.
 
     Semantics: loss = mean over all trained tokens of the asked batches; moments = X^T X over the inputs of the module
     at the trained positions but for a row's first (`Rows.weighing`), each time that it is called. Modules with the same
@@ -55,25 +55,26 @@ def gather(
         model: the base, in evaluation mode, its parameters frozen; left as it was found.
         batches: input_ids, labels and attention_mask (batch, tokens), on the model's device, padded at their ends.
         targets: those whose rule needs them. `init = "gradient"` gives the gradient; any other init with
-            `calibration_batches` gives moments.
+            `calibration_batches` gives moments, with `weighting = "both"` also those of the outputs.
         scratch: folder where gradients wait for their turn; None: in memory.
         placement: of the model's layers, where they are not all where they are run.
 
     Yields:
-        (target, gradient or None, moments or None), layer by layer: moments from the first to the last, gradients from
-        the last to the first. Let go of one before asking for the next. A module that no trained token reached (an
+        Layer by layer: moments of inputs alone from the first to the last, what takes a pass back from the last to the
+        first. Let go of one before asking for the next. A module that no trained token reached (an
         expert that none was routed to) has a gradient of zero; instead of moments it has None, and a warning.
 
     Raises:
         CheckpointError: a gradient or an input that is not finite.
     """
     rows = list(rows_of(batches))
-    moments = [t for t in targets if t.rule.init != "gradient"]
-    gradients = [t for t in targets if t.rule.init == "gradient"]
-    if moments:
-        yield from _gather_moments(_Passes.plan(model, rows, moments, placement))
-    if gradients:
-        yield from _gather_gradients(_Passes.plan(model, rows, gradients, placement), scratch)
+    kinds: dict[str, list[TargetModule]] = {"inputs": [], "both": [], "gradient": []}
+    for target in targets:
+        kinds["gradient" if target.rule.init == "gradient" else target.rule.weighting].append(target)
+    for kind, members in kinds.items():
+        if members:
+            passes = _Passes.plan(model, rows, members, placement)
+            yield from _gather_moments(passes) if kind == "inputs" else _gather_backwards(passes, scratch)
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,21 @@ def _forwards(walk: LayerWalk, layer: int, hidden: Sequence[Tensor], above: dict
     return run
 
 
-def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetStatistics]:
-    """Gradients, from the last layer to the first that has targets."""
+def _gather_backwards(passes: _Passes, scratch: Path | None) -> Iterator[TargetStatistics]:
+    """Gradients, or moments with those of outputs, from the last layer to the first that has targets."""
     model, rows, walk = passes.model, passes.rows, passes.walk
+
+    def collect(group: list[TargetModule], run: Run) -> Iterator[TargetStatistics]:
+        if group[0].rule.init == "gradient":
+            return _stored(collect_gradients(model, rows, group, run), group, scratch)
+        return collect_moments(model, rows, group, run)
 
     def whole(at: int) -> None:
         with torch.enable_grad():
             model(**rows[at].inputs).loss.backward()
 
     for group in passes.outside:
-        yield from _stored(collect_gradients(model, rows, group, whole), group, scratch)
+        yield from collect(group, whole)
     if walk is None or not passes.by_layer:
         return
     first = min(passes.by_layer)
@@ -192,7 +198,7 @@ def _gather_gradients(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
         below: dict[int, Tensor] = {}
         back = _backwards(walk, layer, inputs.pop(layer), slopes, below)
         for group in passes.by_layer.get(layer, []):
-            yield from _stored(collect_gradients(model, rows, group, back), group, scratch)
+            yield from collect(group, back)
         for at, r in enumerate(rows):
             if r.tokens and at not in below and layer > first:
                 back(at)
@@ -224,7 +230,7 @@ def _stored(
         gradients.clear()
     for target in group:
         name = target.module.name
-        yield target, gradients.pop(name) if file is None else _read(file, name), None
+        yield TargetStatistics(target, gradients.pop(name) if file is None else _read(file, name))
     if file is not None:
         file.unlink()
 

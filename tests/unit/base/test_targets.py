@@ -252,6 +252,21 @@ def test_delta_without_finetuned_after_the_cascade(modules: list[Module]) -> Non
         resolve_targets(broken, modules)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"shape": "auto"}, "needs a factor shape that is known beforehand"),
+        ({"init": "gradient"}, "there is none with init = 'gradient'"),
+        ({"init": "zero"}, "there is none with init = 'zero' and no calibration_batches"),
+        ({"calibration_batches": 0}, "there is none with init = 'weights' and no calibration_batches"),
+    ],
+)
+def test_outputs_that_cannot_be_weighed(modules: list[Module], rule: dict[str, Any], message: str) -> None:
+    assert {t.rule.weighting for t in resolve_targets(manifest({"weighting": "both"}), modules)} == {"both"}
+    with pytest.raises(PlanError, match=rf"adapt\[0\]\.weighting: .*{message}"):
+        resolve_targets(manifest({"weighting": "both"}, {"modules": ["q_proj"], **rule}), modules)
+
+
 def test_tensor_parallel_shapes(modules: list[Module]) -> None:
     targets = resolve_targets(manifest({"tp": 8}), modules)
     for target in targets:

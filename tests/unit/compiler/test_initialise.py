@@ -17,11 +17,14 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.opened import Base
 from soka_serve.base.targets import TargetModule, resolve_targets
 from soka_serve.builtin import base_directory
+from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.compiler.init.initialise import InitRun, share_of
 from soka_serve.compiler.init.result import Initialisation
 from soka_serve.compiler.processes import Processes
 from soka_serve.errors import BuildError, CheckpointError, PlanError, SokaError
 from soka_serve.kron import dense_delta, kpsvd, stack_terms
+from soka_serve.kron.output_weighting import OutputMoments
+from soka_serve.kron.weighting import InputMoments
 from soka_serve.manifest.schema import Manifest
 
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -114,12 +117,32 @@ def test_auto_shapes_fit(base: Base) -> None:
 def test_gradient_follows_the_gradient(base: Base) -> None:
     targets = _targets({"modules": ["q_proj"], "layers": [0], "init": "gradient"})
     gradient = torch.randn(128, 128, generator=torch.Generator().manual_seed(1))
-    started = _initialise(targets, base, statistics=lambda asked: [(target, gradient, None) for target in asked])
+    started = _initialise(targets, base, statistics=lambda asked: [TargetStatistics(t, gradient) for t in asked])
     got = dense_delta(started.factors[QUERY])
     best = dense_delta(kpsvd(gradient, started.modules[0].factor_shape, 1).factors)
     torch.testing.assert_close(got / got.norm(), best / best.norm(), rtol=1e-3, atol=1e-5)
     with pytest.raises(PlanError, match=r"gradient.*zero"):
-        _initialise(targets, base, statistics=lambda asked: [(t, torch.zeros(128, 128), None) for t in asked])
+        _initialise(targets, base, statistics=lambda asked: [TargetStatistics(t, torch.zeros(128, 128)) for t in asked])
+
+
+@pytest.mark.parametrize("rank", [{"policy": "fixed", "rank": 2}, {"policy": "budget", "parameters": 1026}])
+def test_outputs_weigh_the_decomposition(base: Base, rank: dict[str, Any]) -> None:
+    rule = {"modules": ["q_proj"], "layers": [0], "calibration_batches": 1, "weighting": "both", "rank": rank}
+    targets = _targets(rule)
+    assert targets[0].shape is not None
+    generator = torch.Generator().manual_seed(1)
+    inputs, plain = (torch.randn(500, 128, generator=generator) for _ in range(2))
+    gradients = plain * torch.logspace(-1.5, 0.5, 128)
+    moments, outputs = InputMoments(128), OutputMoments(targets[0].shape)
+    moments.accumulate(inputs)
+    outputs.accumulate(gradients)
+    weight = base.checkpoint.read(f"{QUERY}.weight").float()
+    errors = []
+    for given in (None, outputs):
+        known = [TargetStatistics(targets[0], moments=moments, outputs=given)]
+        rest = weight - dense_delta(_initialise(targets, base, statistics=lambda _, k=known: k).factors[QUERY])
+        errors.append(float((gradients @ rest @ inputs.t()).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:

@@ -112,8 +112,8 @@ def test_every_module_of_a_llama_is_the_list_of_its_projections() -> None:
 
 # What builds of the shipped manifests have in their soka.lock: another key here throws away every user's caches.
 KEYS = {
-    "math": {"init": "572fb6eaac1d4915", "tune": "7cdb83860001977a", "export": "86108a6708b4c55d"},
-    "code": {"init": "6f9a4d3bbff6a5d1", "tune": "68bee83ef807a7de", "export": "71c0db5036c62bfb"},
+    "math": {"init": "91d11736d4d591c9", "tune": "e8f2adbed413b5c0", "export": "aacc2bd0ecedd28a"},
+    "code": {"init": "4cea6773811d13d1", "tune": "2c7866586580631d", "export": "6d5d581c42642713"},
 }
 
 

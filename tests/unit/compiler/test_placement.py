@@ -36,7 +36,7 @@ def _statistics(model: Any, placement: LayerPlacement | None, rule: dict[str, An
     ids = torch.randint(3, 96, (3, 2, 11), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]
     found = {}
-    for target, gradient, moments in gather(model, batches, targets, None, placement):
+    for target, gradient, moments, _ in gather(model, batches, targets, None, placement):
         found[target.module.name] = gradient if moments is None else moments.moment()
         if placement is not None and placement._parts:
             cast = [layer.mlp.up_proj.weight.dtype == torch.float32 for layer in model.model.layers]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import CheckpointError
+from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.rules import Adapt
 from tests.support.tiny_models import small_config
 
@@ -69,7 +71,7 @@ def test_gradients_are_those_of_the_asked_batches_together(model: Any, tmp_path:
         _target(model, QUERY, init="gradient", calibration_batches=2),
         _target(model, DOWN, init="gradient", calibration_batches=3),
     ]
-    found = {target.module.name: gradient for target, gradient, _ in gather(model, _batches(), targets, scratch)}
+    found = {target.module.name: gradient for target, gradient, *_ in gather(model, _batches(), targets, scratch)}
     assert not list(tmp_path.iterdir())
     for name, asked in ((QUERY, 4), (DOWN, 6)):
         weight = model.get_submodule(name).weight.requires_grad_(True)
@@ -85,7 +87,7 @@ def test_gradients_are_those_of_the_asked_batches_together(model: Any, tmp_path:
 
 def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
     targets = [_target(model, name, calibration_batches=asked) for name, asked in ((QUERY, 1), (DOWN, 2))]
-    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    found = {target.module.name: moments for target, _, moments, _ in gather(model, _batches(), targets)}
     seen: dict[str, list[torch.Tensor]] = {QUERY: [], DOWN: []}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0]))
@@ -101,6 +103,39 @@ def test_moments_are_the_products_of_what_the_layer_saw(model: Any) -> None:
         assert moments is not None
         assert moments.tokens == len(x)
         torch.testing.assert_close(moments.moment().double(), x.t() @ x / len(x), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("walked", [True, False])
+def test_moments_of_outputs_are_those_of_the_summed_loss(
+    model: Any, walked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not walked:
+        monkeypatch.setattr(model, "get_decoder", lambda: None)
+    targets = [_target(model, name, calibration_batches=2, weighting="both") for name in (QUERY, DOWN)]
+    targets = [replace(t, shape=balanced_shape(t.module.out_features, t.module.in_features)) for t in targets]
+    found = {known.target.module.name: known for known in gather(model, _batches(), targets)}
+    alone = [replace(t, rule=t.rule.model_copy(update={"weighting": "inputs"})) for t in targets]
+    for target, _, moments, none in gather(model, _batches(), alone):
+        name, shape = target.module.name, target.shape
+        assert none is None
+        assert moments is not None
+        assert shape is not None
+        torch.testing.assert_close(found[name].moments.moment(), moments.moment())  # type: ignore[union-attr]
+        expected = torch.zeros(shape.m, shape.m), torch.zeros(shape.p, shape.p)
+        for example in _examples()[:4]:
+            made: list[torch.Tensor] = []
+            weight = model.get_submodule(name).weight.requires_grad_(True)
+            handle = model.get_submodule(name).register_forward_hook(lambda _, x, y, made=made: made.append(y))
+            labels = torch.tensor([example.labels])
+            loss = model(input_ids=torch.tensor([example.input_ids]), labels=labels).loss
+            (slope,) = torch.autograd.grad(loss * (labels[:, 1:] != IGNORED).sum(), made)
+            handle.remove()
+            weight.requires_grad_(False)
+            by_row = _weighing(example, slope).float().view(-1, shape.m, shape.p)
+            expected[0].add_(torch.einsum("tip,tjp->ij", by_row, by_row))
+            expected[1].add_(torch.einsum("tip,tiq->pq", by_row, by_row))
+        for mine, plain in zip(found[name].outputs._sums, expected, strict=True):  # type: ignore[union-attr]
+            torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-7)
 
 
 class Experts(nn.Module):
@@ -166,7 +201,7 @@ def test_moments_of_inputs_of_other_shapes(
     model = request.getfixturevalue(which)
     names = [f"model.layers.1.mlp.{module}" for module in modules]
     targets = [_target(model, name, calibration_batches=2 + index % 2) for index, name in enumerate(names)]
-    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    found = {target.module.name: moments for target, _, moments, _ in gather(model, _batches(), targets)}
     for target in targets:
         name, width = target.module.name, target.module.in_features
         seen: list[torch.Tensor] = []
@@ -191,7 +226,7 @@ def test_rows_whose_first_position_alone_is_trained_give_no_moments(
 ) -> None:
     ids = torch.tensor([[3, 4]])
     batch = {"input_ids": ids, "labels": torch.tensor([[IGNORED, 4]]), "attention_mask": torch.ones_like(ids)}
-    ((_, _, moments),) = gather(model, [batch], [_target(model, QUERY)])
+    ((_, _, moments, _),) = gather(model, [batch], [_target(model, QUERY)])
     assert moments is None
     assert "no trained token" in caplog.text
 
@@ -199,12 +234,12 @@ def test_rows_whose_first_position_alone_is_trained_give_no_moments(
 def test_a_module_that_no_token_reaches(routed: Any, caplog: pytest.LogCaptureFixture) -> None:
     idle, query = "model.layers.1.mlp.idle", QUERY.replace("layers.0", "layers.1")
     targets = [_target(routed, name, calibration_batches=1) for name in (idle, query)]
-    found = {target.module.name: moments for target, _, moments in gather(routed, _batches(), targets)}
+    found = {target.module.name: moments for target, _, moments, _ in gather(routed, _batches(), targets)}
     assert found[idle] is None
     assert found[query] is not None
     assert [r.getMessage().partition(":")[0] for r in caplog.records] == [idle]
     targets = [_target(routed, name, init="gradient") for name in (idle, query)]
-    gradients = {target.module.name: gradient for target, gradient, _ in gather(routed, _batches(), targets)}
+    gradients = {target.module.name: gradient for target, gradient, *_ in gather(routed, _batches(), targets)}
     assert not gradients[idle].any()  # type: ignore[union-attr]
     assert gradients[query].any()  # type: ignore[union-attr]
 
@@ -216,7 +251,7 @@ def test_rows_without_trained_tokens_have_a_gradient_of_zero(
     if not walked:
         monkeypatch.setattr(model, "get_decoder", lambda: None)
     batches = [{**batch, "labels": torch.full_like(batch["labels"], IGNORED)} for batch in _batches()]
-    ((_, gradient, _),) = gather(model, batches, [_target(model, QUERY, init="gradient")])
+    ((_, gradient, *_),) = gather(model, batches, [_target(model, QUERY, init="gradient")])
     assert not gradient.any()  # type: ignore[union-attr]
 
 
@@ -288,7 +323,7 @@ def test_each_layer_is_run_once_for_all_its_modules(model: Any, rule: dict[str, 
         layer.mlp.register_forward_hook(lambda *_, at=at: calls.__setitem__(at, calls[at] + 1))
         for at, layer in enumerate(model.model.layers)
     ]
-    found = {target.module.name: moments for target, _, moments in gather(model, _batches(), targets)}
+    found = {target.module.name: moments for target, _, moments, _ in gather(model, _batches(), targets)}
     for handle in handles:
         handle.remove()
     rows, check = 6, 2
@@ -320,10 +355,10 @@ def test_layers_that_cannot_be_walked_take_a_pass_of_the_whole(
     model: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     targets = [_target(model, DOWN, calibration_batches=2), _target(model, QUERY, init="gradient")]
-    walked = {t.module.name: (gradient, moments) for t, gradient, moments in gather(model, _batches(), targets)}
+    walked = {t.module.name: (gradient, moments) for t, gradient, moments, _ in gather(model, _batches(), targets)}
     assert not caplog.records
     monkeypatch.setattr(model, "get_decoder", lambda: None)
-    whole = {t.module.name: (gradient, moments) for t, gradient, moments in gather(model, _batches(), targets)}
+    whole = {t.module.name: (gradient, moments) for t, gradient, moments, _ in gather(model, _batches(), targets)}
     assert "cannot be run one by one" in caplog.text
     torch.testing.assert_close(walked[QUERY][0], whole[QUERY][0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(walked[DOWN][1].moment(), whole[DOWN][1].moment(), rtol=1e-9, atol=1e-12)  # type: ignore[union-attr]
