@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from soka_serve.base.tokenizer import TextTokenizer, TokenPair
 from soka_serve.data.examples import Example
 from soka_serve.errors import DataError
+from soka_serve.io.progress import track
 from soka_serve.manifest.schema import Train
 
 MASKED = -100  # The label that cross-entropy ignores, in torch and transformers.
@@ -70,13 +71,10 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
     Raises:
         DataError: every example was dropped.
     """
-    from tqdm import tqdm
-
     kept: list[EncodedExample] = []
     max_length = train.max_length
     dropped = truncated = boundary = longest = 0
-    # The bar appears only when tokenising takes longer than two seconds.
-    with tqdm(total=len(examples), desc="tokenise", unit="example", delay=2, leave=False) as bar:
+    with track(len(examples), "tokenise", unit="example") as advance:
         for start in range(0, len(examples), _CHUNK):
             chunk = examples[start : start + _CHUNK]
             for pair in _encode_chunk(chunk, tokenizer):
@@ -92,7 +90,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
                         continue
                     truncated += 1
                 kept.append(EncodedExample(ids, labels))
-            bar.update(len(chunk))
+            advance(by=len(chunk))
     if examples and not kept:
         raise DataError(
             f"train: all {len(examples)} examples are longer than max_length = {max_length} tokens (the longest has "
