@@ -33,12 +33,13 @@ from soka_serve.io.workspace import HashCache, Workspace
 
 @dataclass(frozen=True)
 class CompareResult:
-    """Results of a comparison so far."""
+    """Results of a comparison so far. `hours_left` is for one core, at the mean time of the runs that are done."""
 
     suite: str
     done: int
     left: int
     failed: int
+    hours_left: float | None
     table: str
     written: tuple[Path, ...]
 
@@ -46,7 +47,8 @@ class CompareResult:
         """For people."""
         state = f"{self.done} runs done, {self.left} left, {self.failed} failed"
         if self.left:
-            state += "; the same command goes on"
+            time_left = "" if self.hours_left is None else f" (about {self.hours_left:.1f} h of a core)"
+            state += f"; the same command goes on{time_left}"
         return "\n".join([self.table, "", state, *(f"wrote {path}" for path in self.written)])
 
 
@@ -106,11 +108,14 @@ def compare(
     call = _CallRecord(command or f"soka-serve compare {loaded.path}", jobs, seconds)
     results = _results(loaded, cells, records, inputs, call)
     counted = results["progress"]
+    left = counted["left"] if next_runs(cells, records) else 0
+    took = [run["run_s"] for run in results["runs"] if "run_s" in run]
     return CompareResult(
         suite=loaded.suite.name,
         done=counted["done"],
-        left=counted["left"] if next_runs(cells, records) else 0,
+        left=left,
         failed=counted["failed"],
+        hours_left=left * sum(took) / len(took) / 3600 if took else None,
         table="\n".join(markdown_table(*method_rows(results))),
         written=() if out is None else _write(results, Path(out), store.to_lines(cells)),
     )

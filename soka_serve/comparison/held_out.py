@@ -8,7 +8,14 @@ from pathlib import Path
 
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin.problem import Problem
-from soka_serve.builtin.tasks import check_answer, extract_boxed, extract_hashes, generate, generate_validation
+from soka_serve.builtin.tasks import (
+    DEFAULT_COUNTS,
+    check_answer,
+    extract_boxed,
+    extract_hashes,
+    generate,
+    generate_validation,
+)
 from soka_serve.comparison.suite import DataSet, Other, Protocol
 from soka_serve.data.encode import MASKED, EncodedExample, EncodedSet
 from soka_serve.data.examples import DataReader, Example
@@ -49,9 +56,7 @@ class HeldOutReader:
         """
         protocol, family = self.protocol, dataset.data.builtin
         if family is not None:
-            test = self._encode_all(generate(family, "test", protocol.test))
-            validation = self._encode_all(generate_validation(family, protocol.validation, protocol.test))
-            return test, validation
+            return self._builtin(family, dataset.test_seed)
         reader = DataReader(dataset.data, self.directory, tokenizer=self.tokenizer)
         found = self._fitting(reader.examples("eval"))
         if dataset.validation == "train":
@@ -67,6 +72,18 @@ class HeldOutReader:
                 hint="what chooses a setting may not be in the results: give other data, or remove what stands twice",
             )
         return test, validation
+
+    def _builtin(self, family: str, test_seed: int | None) -> tuple[HeldOut, HeldOut]:
+        """Test and validation problems that share neither arithmetic nor function."""
+        protocol = self.protocol
+        if test_seed is None:
+            test = generate(family, "test", protocol.test)
+            validation = generate_validation(family, protocol.validation, protocol.test)
+        else:
+            besides = max(DEFAULT_COUNTS["test"], protocol.validation)
+            test = generate_validation(family, protocol.test, besides, test_seed)
+            validation = generate(family, "test", protocol.validation)
+        return self._encode_all(test), self._encode_all(validation)
 
     def other(self, text: Other) -> list[EncodedExample]:
         """The examples of a text that nothing is trained on.

@@ -112,7 +112,7 @@ class Cell:
             "record": RECORD_VERSION,
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
             "contender": [contender.method, contender.calibration_batches],
-            "problems": [dataset.answers, dataset.validation, protocol.test, chosen_by],
+            "problems": [dataset.answers, dataset.validation, dataset.test_seed, protocol.test, chosen_by],
             "answers": [protocol.answered if final else protocol.choose_by, protocol.max_new_tokens],
             "stage": stage,
             "base": inputs.base,

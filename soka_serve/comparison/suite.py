@@ -118,6 +118,12 @@ class DataSet(Table):
         description="Where the validation problems of data of your own come from: the evaluation data, behind the test "
         "problems; or the training data's end, which is then not trained on.",
     )
+    test_seed: Annotated[int, Field(ge=2, lt=2**32)] | None = Field(
+        None,
+        description="For a builtin family: draw other test problems than the 500 that builds measure by, and share "
+        "neither arithmetic nor function with them; validation problems are the first of those 500.",
+        examples=[2],
+    )
     loss_targets: Values = Field((), description="Training losses that steps are counted to.", examples=[[0.5, 0.2]])
 
     @classmethod
@@ -129,6 +135,8 @@ class DataSet(Table):
                 yield (name,), f"{name} belongs to data of your own; builtin families have their own"
             if not builtin and seen.values["answers"] == "builtin":
                 yield (), "answers is required for data of your own: 'hashes', 'boxed' or 'exact'"
+            for name in () if builtin else seen.has("test_seed"):
+                yield (name,), "test_seed belongs to builtin families; data of your own has its own test problems"
             if not builtin and not any(value_of(data, name) for name in ("eval_jsonl", "eval_split", "eval_frac")):
                 yield ("data",), "a comparison needs evaluation data: eval_jsonl, eval_split or eval_frac"
 

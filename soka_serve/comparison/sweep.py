@@ -105,24 +105,19 @@ def _beyond(setting: Setting, axis: str, scores: Mapping[Setting, Score | None])
     here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
     if len(tried) < 2 or here not in (tried[0], tried[-1]):
         return []
-    return _rounded(here * here / (tried[1] if here == tried[0] else tried[-2]), tried)
+    return [_rounded(here * here / (tried[1] if here == tried[0] else tried[-2]))]
 
 
 def _between(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]) -> list[float]:
     """The geometric means of the setting's value and its neighbours on an axis."""
     here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
     at = tried.index(here)
-    return [
-        value
-        for neighbour in tried[max(at - 1, 0) : at + 2]
-        if neighbour != here
-        for value in _rounded(math.sqrt(here * neighbour), tried)
-    ]
+    return [_rounded(math.sqrt(here * near)) for near in tried[max(at - 1, 0) : at + 2] if near != here]
 
 
-def _rounded(value: float, like: Sequence[float]) -> list[float]:
-    """A value to six digits; none where the axis has whole numbers only."""
-    return [] if all(isinstance(v, int) for v in like) else [float(f"{value:.6g}")]
+def _rounded(value: float) -> float:
+    """To six digits. Keys that take whole numbers refuse it, and keep to their grid."""
+    return float(f"{value:.6g}")
 
 
 def _score(records: Sequence[Record]) -> Score | None:

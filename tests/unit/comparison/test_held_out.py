@@ -12,6 +12,7 @@ import torch
 from soka_serve.base.model import load_base
 from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
 from soka_serve.comparison.held_out import HeldOutReader, without
 from soka_serve.comparison.run import answer_losses
 from soka_serve.comparison.suite import DataSet, Other, Protocol
@@ -86,6 +87,17 @@ def test_too_few_problems_are_told(reader: HeldOutReader, tmp_path: Path, questi
 def test_an_answer_of_another_kind_is_told(reader: HeldOutReader) -> None:
     with pytest.raises(DataError, match="evaluation example 0 has no answer of the kind 'boxed'"):
         reader.problems(dataset(answers="boxed"))
+
+
+@pytest.mark.parametrize("family", ["math", "boxed", "code"])
+def test_fresh_test_problems_are_none_of_those_that_were_looked_at(tmp_path: Path, family: str) -> None:
+    tokenizer = Base(base_directory()).tokenizer
+    reader = HeldOutReader(Protocol(test=200, validation=200), tmp_path, tokenizer, 128)
+    own = DataSet.model_validate({"name": family, "data": {"builtin": family}, "test_seed": 2})
+    test, validation = reader.problems(own)
+    looked_at = [problem.prompt for problem in generate(family, "test", 500)]
+    assert not {problem.prompt for problem in test.problems} & set(looked_at)
+    assert [problem.prompt for problem in validation.problems] == looked_at[:200]
 
 
 def test_built_in_problems_must_fit(tmp_path: Path) -> None:

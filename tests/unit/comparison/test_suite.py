@@ -95,6 +95,7 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ("steps = 3", "steps = 3\n[protocol]\nsweep_seeds = [4]", "4 stands in seeds too"),
         ("steps = 3", "steps = 3\n[protocol]\nanswered = 201", "answered is larger than test (200, the default)"),
         ('{ builtin = "math" }', '{ builtin = "math" }\nanswers = "boxed"', "builtin families have their own"),
+        ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }\ntest_seed = 2', "test_seed belongs to builtin families"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }', "answers is required for data of your own"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }\nanswers = "exact"', "a comparison needs evaluation data"),
         ("schema = 1", "schema = true", "schema: expected the integer 1; got true"),
