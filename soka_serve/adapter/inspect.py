@@ -343,9 +343,9 @@ def _module_table(modules: Sequence[ModuleInfo]) -> str:
             row.append(" ".join(map(str, m.factor_shape)))
         rows.append([*row, str(m.rank), f"{m.parameters:,}", f"{m.delta_norm:.4g}"])
         if has_terms:
-            shown = ", ".join(f"{s:.3g}" for s in m.sigma[:_SHOWN_SIGMAS])
-            rows[-1].append(shown + (", ..." if len(m.sigma) > _SHOWN_SIGMAS else ""))
-    return "\n".join(table([[*head, *(["sigma"] if has_terms else [])], *rows], right=range(1, len(head))))
+            shown = ", ".join(f"{s:.3g}" for s in m.term_norms[:_SHOWN_SIGMAS])
+            rows[-1].append(shown + (", ..." if len(m.term_norms) > _SHOWN_SIGMAS else ""))
+    return "\n".join(table([[*head, *(["|terms|"] if has_terms else [])], *rows], right=range(1, len(head))))
 
 
 def _group_table(groups: Sequence[TensorGroup]) -> str:

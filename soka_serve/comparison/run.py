@@ -143,7 +143,7 @@ class _Trial:
             train_dataset=self.rows,
             data_collator=self.collator,
             callbacks=[*self.run.method.callbacks(), *callbacks],
-            optimizers=(self.run.method.optimizer(self.model, train.learning_rate, train.weight_decay), None),
+            optimizers=(self.run.method.optimizer(self.model, train.rate, train.weight_decay), None),
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -17,7 +17,7 @@ from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
 from soka_serve.manifest.schema import Manifest
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
-STAGE_VERSIONS = {"init": 2, "tune": 1, "export": 1, "merge": 1, "check": 1, "report": 1}
+STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "report": 1}
 
 # Keys of [train] that do not change what is learned.
 _TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
@@ -81,7 +81,7 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
     unread = {"data"} if method.scaled else {"data", "method_scale"}
-    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread)
+    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None)

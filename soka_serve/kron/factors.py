@@ -5,6 +5,7 @@ Kronecker order is numpy's: kron(left, right)[i*p + a, j*q + b] = left[i, j] * r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,22 @@ class Factors:
         """The same terms in another dtype or on another device."""
         return Factors(*(t.to(device=device, dtype=dtype) for t in (self.left, self.right, self.sigma)))
 
+    def with_unit_rms(self) -> Factors:
+        """The same terms, the entries of left and of right with a root mean square of 1 each; sigma takes the rest.
+
+        A factor of zeros stays as it is.
+        """
+        lefts, rights = (t.square().mean((1, 2)).sqrt() for t in (self.left, self.right))
+        lefts, rights = (torch.where(size > 0, size, 1.0) for size in (lefts, rights))
+        left, right = self.left / lefts[:, None, None], self.right / rights[:, None, None]
+        return Factors(left, right, self.sigma * lefts * rights)
+
+    def with_size(self, size: float) -> Factors:
+        """The same terms times one number, such that sigma's root mean square is `size`; zeros become `size` each."""
+        typical = self.sigma.square().mean().sqrt()
+        sigma = self.sigma / typical if typical > 0 else torch.ones_like(self.sigma)
+        return Factors(self.left, self.right, sigma * size)
+
     def terms(self, index: int | slice | Sequence[int] | Tensor) -> Factors:
         """The chosen terms, in the order of `index`; one number gives a single term."""
         if isinstance(index, int):
@@ -66,6 +83,36 @@ class Factors:
         elif not isinstance(index, slice | Tensor):
             index = list(index)
         return Factors(self.left[index], self.right[index], self.sigma[index])
+
+
+def typical_entry(weight_norm: float, shape: FactorShape) -> float:
+    """Root mean square of a weight's entries; a norm of zero counts as that of a weight that keeps its inputs' size.
+
+    Args:
+        weight_norm: the weight's Frobenius norm.
+        shape: a factor shape of it.
+    """
+    if weight_norm == 0:
+        return 1 / math.sqrt(shape.in_features)
+    return weight_norm / math.sqrt(shape.out_features * shape.in_features)
+
+
+def random_terms(
+    rank: int, shape: FactorShape, sigma: float, generator: torch.Generator | None = None, *, zero: bool = False
+) -> Factors:
+    """Terms of normally distributed factors whose entries have a root mean square of 1 (float32, on the CPU).
+
+    Args:
+        rank, shape: number of terms, and their factor shape.
+        sigma: scale of every term.
+        generator: of the numbers; None is torch's own.
+        zero: leave Right zero, so that the delta is zero and Left begins to learn with Right's second step (KronA).
+    """
+    m, n, p, q = shape
+    left = torch.randn(rank, m, n, generator=generator)
+    right = torch.zeros(rank, p, q) if zero else torch.randn(rank, p, q, generator=generator)
+    terms = Factors(left, right, torch.ones(rank)).with_unit_rms()
+    return Factors(terms.left, terms.right, torch.full((rank,), sigma))
 
 
 def rearrange(weight: Tensor, shape: FactorShape) -> Tensor:

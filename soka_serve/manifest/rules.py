@@ -21,6 +21,7 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 
 DEFAULT_CALIBRATION_BATCHES = 8
+DEFAULT_SCALE = 1.0
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
 
@@ -146,6 +147,11 @@ class Adapt(Table):
         description="What the calibration batches tell that weights the decomposition: the layer's inputs, or also the "
         "loss's gradients by its outputs ('both'), which takes a backward pass as well.",
     )
+    scale: Annotated[float, Field(gt=0)] = Field(
+        DEFAULT_SCALE,
+        description="Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
+        "of the weight's typical entry: SoKA's alpha. Not for init = 'delta', which has its size from the delta.",
+    )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
 
     @property
@@ -185,6 +191,8 @@ class Adapt(Table):
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         if len(keys.has("finetuned", "init")) == 2 and keys.knows("init") and keys.values["init"] != "delta":
             yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {keys.values['init']!r}"
+        if len(keys.has("scale", "init")) == 2 and keys.knows("init") and keys.values["init"] == "delta":
+            yield ("scale",), "scale does not go with init = 'delta', whose terms have the delta's own size"
         if keys.has("calibration_batches", "init") and keys.knows("calibration_batches", "init"):
             batches, init = keys.values["calibration_batches"], keys.values["init"]
             if batches and init in ("zero", "random"):

@@ -18,6 +18,9 @@ from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
 SCHEMA_VERSION = 1
 
+SOKA_RATE = 0.3
+_OTHER_RATE = 2e-3
+
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -179,7 +182,14 @@ class Train(Table):
     )
     batch_size: PositiveInt = Field(8, description="Examples per device and step.")
     accumulate: PositiveInt = Field(1, description="Batches summed into one optimiser step.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-3, description="Peak learning rate of AdamW.")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Peak learning rate of AdamW. For soka it is the share of a layer's output that a step changes at "
+        "most, at every width, factor shape and rank. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
+            "RATE", f"{SOKA_RATE:g}"
+        ),
+        examples=[SOKA_RATE],
+    )
     left_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="Multiplier on the learning rate for left factors.")
     right_lr: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Multiplier on the learning rate for right factors."
@@ -188,7 +198,12 @@ class Train(Table):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_frac: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of the steps spent warming up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradients are clipped to this norm.")
+    clip: Annotated[float, Field(gt=1)] = Field(
+        3.0, description="Gradients are clipped to this multiple of the median norm of the last 32 steps."
+    )
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Clip gradients to this norm instead of by `clip`.", examples=[1.0]
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward; saves memory.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Autocast dtype of the computation; trained factors stay float32."
@@ -211,10 +226,19 @@ class Train(Table):
     )
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
 
+    @property
+    def rate(self) -> float:
+        """The peak learning rate: what the manifest says, or the method's default."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return SOKA_RATE if self.method == "soka" else _OTHER_RATE
+
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         if len(keys.has("epochs", "steps")) == 2:
             yield ("steps",), "steps and epochs exclude each other"
+        if len(keys.has("clip", "max_grad_norm")) == 2:
+            yield ("max_grad_norm",), "max_grad_norm and clip exclude each other"
         if keys.has("early_stopping") and not keys.has("eval_every"):
             yield ("early_stopping",), "early_stopping needs eval_every"
         if keys.has("prune") and keys.knows("method") and keys.values["method"] != "soka":

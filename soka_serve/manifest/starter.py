@@ -18,13 +18,21 @@ _WIDTH = 100
 # default or, where there is none, at an example.
 _KEYS: dict[str, dict[str, Any]] = {
     "[base]": {"builtin": "tiny", "path": None, "hub": None, "revision": None, "dtype": None, "quantize": None},
-    "[[adapt]]": {"modules": ..., "layers": None, "shape": None, "init": ..., "calibration_batches": None, "rank": ...},
+    "[[adapt]]": {
+        "modules": ...,
+        "layers": None,
+        "shape": None,
+        "init": ...,
+        "scale": None,
+        "calibration_batches": None,
+        "rank": ...,
+    },
     "[train]": {
         "method": None,
         "steps": 300,
         "epochs": None,
         "batch_size": 32,
-        "learning_rate": ...,
+        "learning_rate": 1.5,
         "max_length": None,
         "precision": None,
         "gradient_checkpointing": None,

@@ -18,6 +18,7 @@ from soka_serve.peft.factors import build_soka_model, drop_terms, get_factors, s
 from soka_serve.peft.hotswap import hotswap_adapter
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.model import SokaModel
+from soka_serve.peft.optimizer import create_soka_optimizer
 from soka_serve.peft.patches import apply_patches
 
 registration.register(SokaConfig, SokaModel)
@@ -28,6 +29,7 @@ __all__ = [
     "SokaLinear",
     "SokaModel",
     "build_soka_model",
+    "create_soka_optimizer",
     "drop_terms",
     "get_factors",
     "hotswap_adapter",

@@ -12,13 +12,19 @@ from peft.utils.other import get_pattern_key
 
 from soka_serve.adapter.format import keys_with_meaning
 from soka_serve.errors import CheckpointError
+from soka_serve.manifest.rules import DEFAULT_SCALE
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.registration import NAME, add_peft_type
 
 SOKA_FORMAT = 1
 
 # Fields that readers of format 1 may not know: written only where they are used, and what they are where they are not.
-OPTIONAL: dict[str, Any] = {"rank_pattern": {}, "soka_dropout": 0.0, "fan_in_fan_out": False}
+OPTIONAL: dict[str, Any] = {
+    "rank_pattern": {},
+    "soka_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "init_scale": DEFAULT_SCALE,
+}
 
 
 @dataclass
@@ -63,6 +69,13 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             "factors, so that nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). "
             "'random': all random, from torch's own generator, so that the adapter has an effect at once; for tests. "
             "False: empty until they are loaded; a forward before that is an error."
+        },
+    )
+    init_scale: float = field(
+        default=DEFAULT_SCALE,
+        metadata={
+            "help": "Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
+            "of the weight's typical entry (SoKA's alpha); of 1/sqrt(in) where the weight is not in memory."
         },
     )
     rank_pattern: dict[str, int] = field(
@@ -119,6 +132,8 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             problems.append(f"init_soka_weights must be 'weights', 'zero', 'random' or False, not {init!r}")
         if init in ("zero", "random") and self.soka_initial:
             problems.append(f"soka_initial does not go with init_soka_weights = {init!r}, which has no initial factors")
+        if not isinstance(self.init_scale, int | float) or not self.init_scale > 0:
+            problems.append(f"init_scale must be above 0, not {self.init_scale!r}")
         if not isinstance(self.soka_dropout, int | float) or not 0 <= self.soka_dropout < 1:
             problems.append(f"soka_dropout must be from 0 to below 1, not {self.soka_dropout!r}")
         for name, rank in self.rank_pattern.items():
@@ -171,13 +186,13 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         The config of an adapter that was built says `init_soka_weights: false`: its factors lie in the file next to it,
         and loading must not decompose the base again.
         """
-        init = self.init_soka_weights
+        asked = self.init_soka_weights, self.init_scale
         if getattr(self, "_is_built", False):
-            self.init_soka_weights = False
+            self.init_soka_weights, self.init_scale = False, DEFAULT_SCALE
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.init_soka_weights = init
+            self.init_soka_weights, self.init_scale = asked
 
     def rank_of(self, module: str) -> int:
         """The number of terms that is asked for: `soka_modules`, else `rank_pattern`, else `r`."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.kron import Factors, apply_kron, dense_delta, kpsvd, linear_with_delta
-from soka_serve.kron.factors import stack_difference
+from soka_serve.kron.factors import random_terms, stack_difference, typical_entry
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.merging import MergingLayer
 from soka_serve.peft.parts import PARTS, Parts
@@ -124,7 +124,7 @@ class SokaLayer(MergingLayer):
                 shape.max_rank,
             )
             rank = shape.max_rank
-        factors = self._initial_values(rank, shape, init, config.seed, dtype)
+        factors = self._initial_values(rank, shape, config, dtype)
         for part in PARTS:
             value = getattr(factors, part)
             getattr(self, f"soka_{part}")[adapter] = value
@@ -142,29 +142,25 @@ class SokaLayer(MergingLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _initial_values(
-        self, rank: int, shape: FactorShape, init: str | bool, seed: int, dtype: torch.dtype
-    ) -> Factors:
-        m, n, p, q = shape
+    def _initial_values(self, rank: int, shape: FactorShape, config: SokaConfig, dtype: torch.dtype) -> Factors:
+        if config.init_soka_weights is False:
+            m, n, p, q = shape
+            sizes = ((rank, m, n), (rank, p, q), (rank,))
+            return Factors(*(torch.full(size, float("nan"), dtype=dtype) for size in sizes))
+        weight, init = self._float_weight().to(dtype), config.init_soka_weights
+        is_whole = not weight.is_meta and weight.shape == (self.out_features, self.in_features)
+        if init == "weights" and not is_whole:
+            raise SokaError(
+                f"{self.module_name}: init_soka_weights = 'weights' decomposes the weight, which is not in memory "
+                "here (offloaded, or sharded by DeepSpeed or tensor parallelism)",
+                hint="adapt the model before it is sharded, or build the factors with `soka-serve build`",
+            )
+        size = config.init_scale * typical_entry(float(weight.norm()) if is_whole else 0.0, shape)
         if init == "weights":
-            weight = self._float_weight().to(dtype)
-            if weight.is_meta or weight.shape != (self.out_features, self.in_features):
-                raise SokaError(
-                    f"{self.module_name}: init_soka_weights = 'weights' decomposes the weight, which is not in memory "
-                    "here (offloaded, or sharded by DeepSpeed or tensor parallelism)",
-                    hint="adapt the model before it is sharded, or build the factors with `soka-serve build`",
-                )
-            return kpsvd(weight, shape, rank, seed=seed).factors
-        if init in ("zero", "random"):
-            seed ^= zlib.crc32(self.module_name.encode())
-            generator = torch.Generator().manual_seed(seed) if init == "zero" else None
-            left = torch.empty(rank, m, n, dtype=dtype).uniform_(-(n**-0.5), n**-0.5, generator=generator)
-            right = torch.zeros(rank, p, q, dtype=dtype)
-            if init == "random":
-                right.uniform_(-(q**-0.5), q**-0.5)
-            return Factors(left=left, right=right, sigma=torch.ones(rank, dtype=dtype))
-        sizes = ((rank, m, n), (rank, p, q), (rank,))
-        return Factors(*(torch.full(size, float("nan"), dtype=dtype) for size in sizes))
+            return kpsvd(weight, shape, rank, seed=config.seed).factors.with_unit_rms().with_size(size)
+        seed = config.seed ^ zlib.crc32(self.module_name.encode())
+        generator = torch.Generator().manual_seed(seed) if init == "zero" else None
+        return random_terms(rank, shape, size, generator, zero=init == "zero").to(dtype)
 
     def check_loaded(self, adapter: str) -> None:
         """Refuse to compute with factors that were made to be loaded and never were.

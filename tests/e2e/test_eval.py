@@ -44,7 +44,7 @@ rank = { policy = "fixed", rank = 4 }
 steps = 120
 batch_size = 16
 max_length = 128
-learning_rate = 5e-3
+learning_rate = 0.5
 data = { builtin = "math" }
 [output]
 write = ["adapter", "merged"]

@@ -81,7 +81,7 @@ def test_killed_at_every_kind_of_point(base: Path, tmp_path: Path, method: str) 
 def test_killed_with_early_stopping(base: Path, tmp_path: Path) -> None:
     """The count of evaluations without improvement and the best one survive; pruning goes on in between."""
     options = OPTIONS | {
-        "steps": 60, "learning_rate": 5e-2, "eval_every": 2, "early_stopping": 3, "schedule": "constant",
+        "steps": 60, "learning_rate": 2.0, "eval_every": 2, "early_stopping": 3, "schedule": "constant",
         "save_every": 5, "log_every": 1, "rank": 3, "prune": PRUNE,
     }  # fmt: skip
     assert run(base, tmp_path / "whole", "", options) == 0

@@ -64,7 +64,7 @@ def reports_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"two-{rank}.json").read_text()) for rank in range(2)]
 
 
-OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 3e-3}
+OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
 
 

@@ -62,12 +62,13 @@ def make_examples(count: int = 64, seed: int = 0) -> EncodedSet:
 
 
 def make_factors(base: Path, rank: int = 2, modules: list[str] | None = None) -> dict[str, Factors]:
-    """Principal Kronecker components of every projection."""
+    """Principal Kronecker components of every projection, as stage `init` gives them with `scale = 1`."""
     weights = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     factors = {}
     for name in modules or target_names():
         weight = weights[f"{name}.weight"]
-        factors[name] = kpsvd(weight, balanced_shape(*weight.shape), rank).factors
+        terms = kpsvd(weight, balanced_shape(*weight.shape), rank).factors.with_unit_rms()
+        factors[name] = terms.with_size(float(weight.square().mean().sqrt()))
     return factors
 
 
@@ -78,7 +79,7 @@ def make_manifest(**options: Any) -> Manifest:
         "data": {"jsonl": "unused.jsonl"} | ({"eval_jsonl": "unused.jsonl"} if "eval_every" in options else {}),
         "steps": 4,
         "batch_size": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 1e-2 if "method" in options else 5e-2,
         "max_length": 16,
         "log_every": 1,
     } | options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from soka_serve.io.files import disk_errors
 from soka_serve.io.safetensors import check_finite
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.decompose import energy_of
+from soka_serve.kron.factors import random_terms, typical_entry
 from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.shape_search import search_shape
 from soka_serve.kron.shapes import FactorShape, candidate_shapes, parallel_of
@@ -106,20 +108,50 @@ class Candidate:
     most: int
     """Most terms it may get: the policy's, or as many as cost the same where `auto` chose a costlier shape."""
     file: Path
+    size: float
+    """Root mean square of sigma at the start: the rule's scale times that of the weight's entries."""
+    seed: int
 
     def read(self, rank: int) -> Factors:
-        """The leading `rank` terms, in float32 on the CPU."""
+        """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
+        rule = self.target.rule
+        if rule.init in ("zero", "random"):
+            generator = torch.Generator().manual_seed(self.seed)
+            return random_terms(rank, self.shape, self.size, generator, zero=rule.init == "zero")
+        crossed = rule.init == "gradient"
+        found = self._read_crossed(rank) if crossed else self._read_terms(range(rank), range(rank))
+        found = found.with_unit_rms()
+        return found if rule.init == "delta" or not rank else found.with_size(self.size)
+
+    def _read_crossed(self, rank: int) -> Factors:
+        """Left from the gradient's term k, Right from its term k + rank, all of one size.
+
+        The first update of Left then adds left[k + rank] x right[k + rank] to the delta, and that of Right adds
+        left[k] x right[k]: together the best approximation of the gradient by 2 rank terms (LoRA-GA, arXiv:2407.05000,
+        has the same for matrix ranks). From one term for both, they would add the same one twice.
+        """
+        period = min(2 * rank, len(self.sigma))
+        if period < 2 * rank:
+            logger.info("%s: the gradient has %d terms; %d were asked for", self.target.module.name, period, 2 * rank)
+        rights = [(k + rank) % period for k in range(rank)]
+        terms = self._read_terms(range(rank), rights)
+        return Factors(terms.left, terms.right, torch.ones(rank))
+
+    def _read_terms(self, lefts: Sequence[int], rights: Sequence[int]) -> Factors:
         with safe_open(self.file, framework="pt") as file:
-            # Cloned: a slice may be a view of the mapped file.
-            return Factors(*(file.get_slice(part)[:rank].clone() for part in ("left", "right", "sigma")))
+            # Indexed: a slice may be a view of the mapped file.
+            left, right, sigma = (file.get_tensor(part) for part in ("left", "right", "sigma"))
+            return Factors(left[list(lefts)], right[list(rights)], sigma[list(lefts)])
 
 
 def pool_size(target: TargetModule, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
     policy = target.rule.rank
-    if not isinstance(policy, RankFixed):
+    if target.rule.init == "gradient":
+        wanted = max(policy.pool if not isinstance(policy, RankFixed) else FIXED_POOL, 2 * _most_terms(target))
+    elif not isinstance(policy, RankFixed):
         wanted = policy.pool
-    elif target.rule.init != "gradient" and target.rule.batches:
+    elif target.rule.batches:
         wanted = policy.rank  # every further term costs least squares on the whole moment
     else:
         wanted = max(policy.rank, FIXED_POOL)
@@ -156,22 +188,30 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
         decomposition = kpsvd(values, shape, pool, seed=seed)
     else:
         decomposition = weighted_kpsvd(problem, pool, seed=seed)
-    sigma = tuple(decomposition.factors.sigma.tolist())
-    factors = decomposition.factors.terms(slice(0, min(most, shape.max_rank)))
+    # The moment is normalised within a module; with its size back, energies of modules are output energies and compare.
+    inputs = 1.0 if known.moments is None else known.moments.mean_square()
+    energy = decomposition.total_energy * inputs
+    sigma = tuple((decomposition.factors.sigma.double() * inputs**0.5).tolist())
+    if target.rule.init == "gradient" and not (sigma and sigma[0] > 0):
+        raise PlanError(
+            f"{target.module.name}: the gradient over the calibration batches is zero",
+            hint="Check that the completions are not empty (an expert may get no token), or use init = 'weights'.",
+        )
+    kept = 2 * most if target.rule.init == "gradient" else most
+    factors = decomposition.factors.terms(slice(0, min(kept, shape.max_rank)))
     policy = target.rule.rank
     if problem is not None and not isinstance(policy, RankBudget):
         # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.
-        rank = min(choose_rank(sigma, decomposition.total_energy, policy), most)
+        rank = min(choose_rank(sigma, energy, policy), most)
         factors = refine_terms(problem, decomposition.factors.terms(slice(0, rank)))
     if outputs is not None:
         factors = outputs.take_out(factors)
     factors = factors.to(dtype=torch.float32, device=torch.device("cpu"))
-    # Root mean square of all the terms of the weight, but for their number: the size that its terms typically have.
-    factors = _scale(target, factors, sigma, matrix.weight_norm / shape.max_rank**0.5, seed)
     parts = {part: getattr(factors, part).contiguous() for part in ("left", "right", "sigma")}
     with disk_errors(file):
         save_file(parts, file, metadata={"format": "pt"})
-    return Candidate(target, shape, sigma, decomposition.total_energy, most, file)
+    size = target.rule.scale * typical_entry(matrix.weight_norm, shape)
+    return Candidate(target, shape, sigma, energy, most, file, size, seed)
 
 
 def _search_shape(target: TargetModule, values: Tensor, most: int, seed: int) -> tuple[FactorShape, int]:
@@ -183,28 +223,3 @@ def _search_shape(target: TargetModule, values: Tensor, most: int, seed: int) ->
     shape = search_shape(values, candidates, most, seed=seed)
     logger.info("%s: auto shape %s", module.name, tuple(shape))
     return shape, max(1, candidates[0].parameters(most) // shape.parameters(1))
-
-
-def _scale(target: TargetModule, factors: Factors, sigma: tuple[float, ...], typical: float, seed: int) -> Factors:
-    """The factors that training starts from: scaled, or drawn, where the rule's init asks for that."""
-    init = target.rule.init
-    if init == "gradient":
-        if not sigma or sigma[0] == 0.0:
-            raise PlanError(
-                f"{target.module.name}: the gradient over the calibration batches is zero",
-                hint="Check that the completions are not empty (an expert may get no token), or use init = 'weights'.",
-            )
-        return Factors(factors.left, factors.right, factors.sigma * (typical / sigma[0]))
-    if init in ("zero", "random"):
-        generator = torch.Generator().manual_seed(seed)
-        left = _random_units(factors.left.shape, generator)
-        right = torch.zeros_like(factors.right) if init == "zero" else _random_units(factors.right.shape, generator)
-        return Factors(left, right, torch.full_like(factors.sigma, typical))
-    return factors
-
-
-def _random_units(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Random factors (r, x, y), each of norm 1."""
-    factors: torch.Tensor = torch.randn(shape, generator=generator)
-    norms: torch.Tensor = factors.flatten(1).norm(dim=1)
-    return factors / norms[:, None, None]

@@ -7,13 +7,16 @@ Initialisations (`[[adapt]] init`):
 - `weights`: principal Kronecker components of W. The base is never rewritten: the adapter is K(theta) - K(theta0), so
   it is zero at step 0 in every dtype. Differs from the paper, which freezes W - K(theta0): same function and gradients.
 - `delta`: Kronecker components of (fine-tuned W) - W; nothing is subtracted, the adapter starts as that delta.
-- `gradient`: components of the first full gradient, scaled to the weight's own terms; K(theta) - K(theta0) again.
+- `gradient`: components of the first full gradient, Left and Right from different ones; K(theta) - K(theta0) again.
 - `zero`: left random, right zero (the KronA baseline).
-- `random`: both random, of the size of the weight's own terms; K(theta) - K(theta0) again.
+- `random`: both random; K(theta) - K(theta0) again.
+
+All but `delta` give terms of the size that the rule's `scale` says.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,13 +30,15 @@ from soka_serve.compiler.processes import Processes
 from soka_serve.errors import PlanError
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
-from soka_serve.manifest.rules import RankBudget
+from soka_serve.manifest.rules import RankBudget, RankFixed, RankPolicy
 
 if TYPE_CHECKING:
     import torch
 
     from soka_serve.base.opened import Base
     from soka_serve.base.targets import TargetModule
+
+logger = logging.getLogger(__name__)
 
 INITIAL_KINDS = ("weights", "gradient", "random")
 
@@ -59,6 +64,25 @@ def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) ->
         costs = {c.target.module.name: c.shape.parameters(1) for c in members}
         ranks.update(spread_budget(spectra, costs, policy))
     return ranks
+
+
+def warn_of_maxima(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> None:
+    """Warn of rank policies that gave each of several modules the most terms they may: they selected nothing."""
+    members: dict[RankPolicy, list[Candidate]] = {}
+    for candidate in candidates:
+        members.setdefault(candidate.target.rule.rank, []).append(candidate)
+    for policy, group in members.items():
+        if isinstance(policy, RankFixed) or len(group) < 2 or policy.min == policy.max:
+            continue
+        if all(ranks[c.target.module.name] == min(c.most, c.shape.max_rank) for c in group):
+            logger.warning(
+                "rank policy %r gave each of its %d modules the most terms that it may, %d: it selected nothing; "
+                "lower its threshold or budget, or say rank = { policy = 'fixed', rank = %d }",
+                policy.policy,
+                len(group),
+                policy.max,
+                policy.max,
+            )
 
 
 def assemble(
@@ -142,6 +166,8 @@ class InitRun:
         order = {t.module.name: i for i, t in enumerate(self.targets)}
         everybodys = sorted(self.processes.gather(mine), key=lambda c: order[c.target.module.name])
         ranks = choose_ranks(everybodys, self.budgets)
+        if self.processes.is_main:
+            warn_of_maxima(everybodys, ranks)
         terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in mine]
         terms = [(name, factors) for name, factors in terms if factors.rank]
         return assemble(everybodys, ranks, dict(self.processes.gather(terms)))

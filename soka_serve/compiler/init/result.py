@@ -19,8 +19,9 @@ from soka_serve.kron.shapes import FactorShape
 class ModuleInit:
     """What was decided for one module.
 
-    `sigma` is the candidate pool's spectrum, descending; `total_energy` the squared Frobenius norm of what was
-    decomposed (the weight, the delta or the gradient; in the weighted norm where activations weigh it).
+    `sigma` is the candidate pool's spectrum, descending, whose squares are energies; `total_energy` is that of all that
+    was decomposed: the squared Frobenius norm of the weight, the delta or the gradient, or, where activations weigh the
+    weight, the mean squared norm of its outputs. Factors of the start are scaled otherwise (`[[adapt]] scale`).
     """
 
     module: str

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Spectrum:
     """The terms of one module as they are now.
 
-    `sigma` are the trained scales; `energy` is the squared Frobenius norm of what each term adds to the base: of
-    sigma L (x) R, minus the initial term where there is one (so it is 0 at step 0).
+    `sigma` are the Frobenius norms of the trained terms, sigma ||L|| ||R||; `energy` is the squared Frobenius norm of
+    what each term adds to the base: of sigma L (x) R, minus the initial term where there is one (so it is 0 at step 0).
     """
 
     sigma: tuple[float, ...]
@@ -74,7 +74,7 @@ def read_spectra(model: nn.Module) -> dict[str, Spectrum]:
     for name, layer in soka_layers(model, ADAPTER).items():
         theta, initial = _whole(layer.theta(ADAPTER)), layer.initial(ADAPTER)
         energy = energy_by_term(theta, None if initial is None else _whole(initial))
-        values = torch.stack([theta.sigma, energy]).tolist()
+        values = torch.stack([energy_by_term(theta).sqrt(), energy]).tolist()
         spectra[name] = Spectrum(tuple(values[0]), tuple(values[1]))
     return spectra
 

@@ -140,7 +140,7 @@ def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
     digest = hashlib.sha256()
     recipe = {
         "base": manifest.base.model_dump(mode="json"),
-        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC),
+        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC) | {"learning_rate": manifest.train.rate},
         "targets": list(run.targets),
         "initial": sorted(run.initial),
         "examples": len(train_set.examples),

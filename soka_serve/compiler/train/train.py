@@ -179,7 +179,7 @@ def _fit(
     callbacks.append(
         ResumePoints(
             run.work_dir,
-            facts=lambda: {"prune": pruning.facts()} if pruning else {},
+            facts=lambda: {"norms": list(trainer.clip.norms)} | ({"prune": pruning.facts()} if pruning else {}),
             elapsed_s=point.facts["elapsed_s"] if point else 0.0,
         )
     )
@@ -187,6 +187,7 @@ def _fit(
         callbacks.append(Progress(bar))
     trainer = SokaTrainer(
         recipe,
+        point.facts["norms"] if point else (),
         model=model,
         args=arguments,
         train_dataset=rows,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
+from soka_serve.compiler.train.clip import RelativeClip
 from soka_serve.compiler.train.packing import check_packing
 from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.schema import Train
+from soka_serve.peft.optimizer import parameter_groups
 
 _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
@@ -43,11 +46,11 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulate,
         optim="adamw_torch_fused",
-        learning_rate=train.learning_rate,
+        learning_rate=train.rate,
         weight_decay=train.weight_decay,
         lr_scheduler_type="constant_with_warmup" if warm_constant else train.schedule,
         warmup_steps=train.warmup_frac,  # below 1 it is a share of the steps, rounded up
-        max_grad_norm=train.max_grad_norm,
+        max_grad_norm=math.inf if train.max_grad_norm is None else train.max_grad_norm,
         bf16=train.precision == "bfloat16",
         fp16=train.precision == "float16",
         use_cpu=use_cpu,
@@ -104,20 +107,22 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Args:
         recipe: the manifest's [train] table.
+        norms: the gradients' norms that an interrupted run has noted for its clip.
         others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
     """
 
     _first_multiplier = 1.0  # of the rate of an optimiser that is given
 
-    def __init__(self, recipe: Train, **others: Any) -> None:
+    def __init__(self, recipe: Train, norms: Iterable[float] = (), **others: Any) -> None:
         self.recipe = recipe
         self.optimizer: Any
         self.control: Any
         self._packing_checked = False
+        self.clip = RelativeClip(recipe.clip, norms)
         super().__init__(**others)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW with one parameter group per (multiplier, weight decay); a multiplier of 0 freezes the parameters.
+        """AdamW, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
 
         Weight decay spares biases and norms, as the Trainer's own groups do. For SoKA it pulls the trained factors to
         zero, hence with `init = "weights"` the model towards W - K(theta0), not towards the base.
@@ -125,29 +130,18 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self.optimizer is not None:  # given to the constructor
             return self.optimizer
         target = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(target))
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in target.named_parameters():
-            multiplier = learning_rate_multiplier(name, self.recipe)
-            if multiplier == 0:
-                parameter.requires_grad_(False)
-            if parameter.requires_grad:
-                key = (multiplier, self.args.weight_decay if name in decayed else 0.0)
-                groups.setdefault(key, []).append(parameter)
+        multipliers = {part: getattr(self.recipe, f"{part}_lr") for part in ("left", "right", "sigma")}
+        decayed = self.get_decay_parameter_names(target)
+        rate = self.args.learning_rate
+        groups = parameter_groups(target, rate, multipliers, self.args.weight_decay, set(decayed))
         if not groups:
             raise PlanError(
                 "nothing is left to train: left_lr, right_lr and sigma_lr are all 0",
                 hint="raise one of them, or set steps = 0 to export the initialisation",
             )
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-        self.optimizer = optimizer_class(
-            [
-                {"params": parameters, "lr": self.args.learning_rate * multiplier, "weight_decay": decay}
-                for (multiplier, decay), parameters in groups.items()
-            ],
-            **options,
-        )
-        self._first_multiplier = next(iter(groups))[0]
+        self.optimizer = optimizer_class(groups, **options)
+        self._first_multiplier = groups[0]["lr"] / rate
         return self.optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -171,6 +165,15 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 + ('; "bfloat16" overflows later than "float16"' if self.args.fp16 else ""),
             )
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip the gradients; returns their norm before."""
+        if self.recipe.max_grad_norm is None:
+            self.args.max_grad_norm = self.clip.limit
+        norm = super()._clip_grad_norm(model)
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.clip.add(float(whole))
+        return norm
 
     def _check_packing(self, wrapped: nn.Module) -> None:
         """`check_packing`, with the forward pass that training has (wrappers, autocast, devices), but for dropout."""
@@ -231,11 +234,3 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Skip loading except under FSDP: the model was built from the checkpoint, whose ranks may be smaller."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-
-def learning_rate_multiplier(parameter: str, train: Train) -> float:
-    """The manifest's multiplier for a parameter, by its name; 1 for all but SoKA's factors."""
-    for part, multiplier in (("left", train.left_lr), ("right", train.right_lr), ("sigma", train.sigma_lr)):
-        if f".soka_{part}." in parameter:
-            return multiplier
-    return 1.0

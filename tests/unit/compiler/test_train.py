@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from soka_serve.base.opened import Base
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS, DenseOutput, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
+from soka_serve.compiler.train.clip import RelativeClip
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
@@ -45,7 +47,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("method", in_manifests())
 def test_every_method_learns(base: Path, tmp_path: Path, method: str) -> None:
     """20 steps lower the loss, and what is on disk changes the untouched base's answers."""
-    rate = 3e-3 if method == "full" else 1e-2
+    rate = {"full": 3e-3, "soka": 5e-2}.get(method, 1e-2)
     result = run_training(base, tmp_path, method=method, steps=20, learning_rate=rate)
     losses = [line["loss"] for line in read_history(result.history)]
     assert len(losses) == result.steps == result.steps_run == result.steps_planned == 20
@@ -146,20 +148,37 @@ def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part:
     assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values()) - frozen
 
 
-def test_a_multiplier_scales_the_first_step(base: Path, tmp_path: Path) -> None:
-    """AdamW's first step moves each value by the learning rate, so by multiplier times learning rate."""
+def test_the_first_step_moves_each_factor_by_its_rate(base: Path, tmp_path: Path) -> None:
+    """AdamW's first step moves each value by its rate: lr RMS / (rank sqrt(width modules))."""
     result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, schedule="constant")
     adapter = read_adapter(result.directory)
-    start = make_factors(base)
-    moved = {
-        part: torch.cat(
-            [(getattr(adapter.factors[n], part) - getattr(f, part)).abs().flatten() for n, f in start.items()]
-        )
-        for part in ("left", "right")
-    }
-    assert moved["left"].median().item() == pytest.approx(4e-2, rel=1e-3)
-    assert moved["right"].median().item() == pytest.approx(1e-2, rel=1e-3)
-    assert read_history(result.history)[0]["learning_rate"] == pytest.approx(1e-2)
+    starts = make_factors(base)
+    for name, start in starts.items():
+        for part, multiplier, width in (("left", 4, start.shape.n), ("right", 1, start.shape.q), ("sigma", 1, 1)):
+            before, after = getattr(start, part), getattr(adapter.factors[name], part)
+            expected = (
+                5e-2 * multiplier * float(before.square().mean().sqrt()) / (width * len(starts)) ** 0.5 / start.rank
+            )
+            assert (after - before).abs().median().item() == pytest.approx(expected, rel=1e-3), (name, part)
+    assert read_history(result.history)[0]["learning_rate"] == pytest.approx(5e-2)
+
+
+def test_clip_is_relative_to_the_median_of_the_norms_before() -> None:
+    clip = RelativeClip(2.0, [1.0] * 7)
+    assert clip.limit == math.inf
+    for norm in (math.inf, math.nan, 100.0):
+        clip.add(norm)
+    assert clip.limit == 2.0
+    for _ in range(32):
+        clip.add(4.0)
+    assert clip.limit == 8.0
+
+
+@pytest.mark.parametrize("options", [{"clip": 1.01}, {"max_grad_norm": 0.01}])
+def test_clipping_changes_what_is_learned(base: Path, tmp_path: Path, options: dict[str, float]) -> None:
+    plain = tensors_of(run_training(base, tmp_path / "plain", steps=12))
+    clipped = tensors_of(run_training(base, tmp_path / "clipped", steps=12, **options))
+    assert any(not torch.equal(clipped[name], tensor) for name, tensor in plain.items())
 
 
 def test_gradient_checkpointing_changes_nothing(base: Path, tmp_path: Path) -> None:

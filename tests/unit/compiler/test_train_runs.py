@@ -18,6 +18,7 @@ from soka_serve.compiler.train.resume import newest_point
 from soka_serve.compiler.train.run import TrainResult
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import dense_delta
+from soka_serve.kron.factors import energy_by_term
 from soka_serve.manifest.schema import Prune
 from tests.support.training import (
     make_base,
@@ -95,7 +96,7 @@ def test_history_has_every_module(base: Path, tmp_path: Path) -> None:
     adapter = read_adapter(result.directory)
     for name, state in last.items():
         assert state["rank"] == 2
-        assert state["sigma"] == pytest.approx(adapter.factors[name].sigma.tolist())
+        assert state["sigma"] == pytest.approx(energy_by_term(adapter.factors[name]).sqrt().tolist())
         assert 1 <= state["effective_rank"] <= 2 + 1e-9
 
 

@@ -1,0 +1,129 @@
+"""Learning rates of the factors: one `lr` that means the same at every width, factor shape and number of terms.
+
+A term's output is sigma * Left X Right^T, with X the token as an (n, q) matrix. An optimiser such as Adam moves every
+entry of a parameter by about its rate. A move of Left by `e` in one direction of its rows changes the output by up to
+e * sigma * n * RMS(X Right^T), and one of Right by e * sigma * q * RMS(Left X); with entries of RMS 1, and X of RMS x,
+these are e * sigma * x * n sqrt(q) and e * sigma * x * q sqrt(n). The term itself gives sigma * x * sqrt(n q). So
+
+    rate of Left  = lr * RMS(Left) / sqrt(n) / c
+    rate of Right = lr * RMS(Right) / sqrt(q) / c
+    rate of sigma = lr * RMS(sigma) / c
+
+each change a term's output by a share lr / c of itself at most. The terms of one module see the same gradients, so what
+they change adds up; modules change different things. Hence c = r * sqrt(N), with r the module's number of terms and N
+the number of modules, and all together change what the model computes alike. This c is measured, not derived
+(docs/training.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soka_serve.peft.layer import SokaLayer
+from soka_serve.peft.parts import PARTS
+
+
+def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """What to multiply `lr` by, for every factor of a model's SoKA adapters that needs gradients.
+
+    Collective where parameters are sharded (FSDP 2), since the whole of each is measured.
+
+    Args:
+        multipliers: further ones, of "left", "right" and "sigma".
+    """
+    trained = {
+        layer: [name for name in layer.adapter_names() if _is_trained(layer, name)]
+        for layer in model.modules()
+        if isinstance(layer, SokaLayer)
+    }
+    modules = sum(len(names) for names in trained.values())
+    return {
+        parameter: multiplier * multipliers[part] / math.sqrt(modules)
+        for layer, names in trained.items()
+        for name in names
+        for part, parameter, multiplier in _law(layer, name)
+        if parameter.requires_grad
+    }
+
+
+def _is_trained(layer: SokaLayer, adapter: str) -> bool:
+    return any(getattr(layer.theta(adapter), part).requires_grad for part in PARTS)
+
+
+def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
+    """(part, parameter, multiplier) of one adapter of a layer. Zeros, which have no size, count as ones."""
+    (rank, _, n), q = layer.soka_left[adapter].shape, layer.soka_right[adapter].shape[2]
+    for part, width in zip(PARTS, (n, q, 1), strict=True):
+        parameter = getattr(layer, f"soka_{part}")[adapter]
+        size = float(_whole(parameter).float().square().mean().sqrt())
+        yield part, parameter, (size if size > 0 else 1.0) / math.sqrt(width) / rank
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def parameter_groups(
+    model: nn.Module, lr: float, multipliers: Mapping[str, float], weight_decay: float, decayed: Collection[str]
+) -> list[dict[str, Any]]:
+    """Groups of an optimiser: each factor alone, in the model's order, then what else needs gradients, at `lr`.
+
+    Their number depends on the model's structure alone, so that an optimiser's state fits whatever was trained.
+
+    Args:
+        multipliers: of "left", "right" and "sigma"; parameters with 0 are frozen.
+        decayed: names of the parameters that `weight_decay` is for.
+    """
+    rates = learning_rates(model, multipliers)
+    groups: list[dict[str, Any]] = []
+    others: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = weight_decay if name in decayed else 0.0
+        if rates.get(parameter) == 0:
+            parameter.requires_grad_(False)
+        elif parameter in rates:
+            groups.append({"params": [parameter], "lr": lr * rates[parameter], "weight_decay": decay})
+        elif parameter.requires_grad:
+            others.setdefault(decay, []).append(parameter)
+    return groups + [{"params": found, "lr": lr, "weight_decay": decay} for decay, found in others.items()]
+
+
+def create_soka_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    lr: float,
+    left_lr: float = 1.0,
+    right_lr: float = 1.0,
+    sigma_lr: float = 1.0,
+    weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimiser for a model with SoKA adapters, with the rates of this module; for a training loop of your own.
+
+    >>> import peft, soka_serve.peft
+    >>> base = torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False))
+    >>> model = peft.get_peft_model(base, soka_serve.peft.SokaConfig(target_modules=["0"]))
+    >>> optimizer = soka_serve.peft.create_soka_optimizer(model, lr=0.03)
+    >>> len(optimizer.param_groups)
+    3
+
+    Args:
+        model: its parameters that need gradients are trained; those that are no factors (`modules_to_save`) at `lr`.
+        optimizer_cls: an optimiser that normalises gradients, as AdamW does.
+        lr: share of the layers' outputs that a step changes at most, all adapted modules together.
+        left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
+        weight_decay: of all trained parameters. It pulls factors to zero, not to where they started.
+        kwargs: for `optimizer_cls`, such as `betas`.
+
+    With the Trainer: `Trainer(..., optimizers=(optimizer, None))`.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    multipliers = {"left": left_lr, "right": right_lr, "sigma": sigma_lr}
+    return optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names), **kwargs)

@@ -1,0 +1,75 @@
+"""Learning rates of the factors."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
+
+SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
+
+
+def _adapted(shape: tuple[int, int, int, int], **options: object) -> tuple[nn.Module, nn.Module]:
+    m, n, p, q = shape
+    base = nn.Sequential(nn.Linear(n * q, m * p, bias=False))
+    model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], shape=list(shape), **options))
+    return model, soka_layers(model)["0"]
+
+
+@pytest.mark.parametrize(("shape", "scale"), [*zip(SHAPES, (1.0, 0.1, 1.0, 0.1), strict=True)])
+@pytest.mark.parametrize("part", ["left", "right", "sigma"])
+def test_a_step_changes_an_output_by_lr_times_the_typical_one(
+    shape: tuple[int, int, int, int], scale: float, part: str
+) -> None:
+    """A step aligns with the one output that is asked for; normal entries are sqrt(2/pi) of their RMS in the mean."""
+    width = shape[1] * shape[3]
+    others = {f"{name}_lr": 0.0 for name in ("left", "right", "sigma") if name != part}
+    changes = []
+    for seed in range(48):
+        torch.manual_seed(seed)
+        model, layer = _adapted(shape, init_soka_weights="random", init_scale=scale)
+        typical = scale * layer.get_base_layer().weight.square().mean().sqrt()
+        x = torch.randn(1, width)
+        optimizer = create_soka_optimizer(model, lr=0.01, **others)
+        before = model(x)[0, 3]
+        before.backward()
+        optimizer.step()
+        changes.append(((before - model(x)[0, 3]) / (typical * x.norm())).item())
+    assert sum(changes) / 48 == pytest.approx(0.01 * math.sqrt(2 / math.pi), rel=0.25)
+
+
+def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
+    """Finished adapters have factors of unit norm."""
+    moved = []
+    for size in (1.0, 1 / 16):
+        model, layer = _adapted((16, 16, 16, 16))
+        with torch.no_grad():
+            layer.soka_left["default"].mul_(size)
+            layer.soka_sigma["default"].div_(size)
+        before = layer.soka_left["default"].clone()
+        model(torch.ones(1, 256)).sum().backward()
+        create_soka_optimizer(model, lr=0.01).step()
+        moved.append((layer.soka_left["default"] - before).norm() / before.norm())
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
+
+
+def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model = peft.get_peft_model(base, SokaConfig(target_modules=["0", "1"], rank_pattern={"0": 6}, r=3))
+    lefts = [group["lr"] for group in create_soka_optimizer(model, lr=0.3).param_groups[::3]]
+    assert lefts == pytest.approx([0.3 / 2 / 6 / math.sqrt(2), 0.3 / 2 / 3 / math.sqrt(2)])
+
+
+def test_other_parameters_are_trained_at_lr_and_a_part_with_zero_is_frozen() -> None:
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], modules_to_save=["1"], init_soka_weights="zero"))
+    optimizer = create_soka_optimizer(model, torch.optim.SGD, lr=0.5, sigma_lr=0.0, momentum=0.9)
+    left, right, others = optimizer.param_groups
+    assert left["lr"] == right["lr"] == pytest.approx(0.25)  # Right of zeros counts as one of ones
+    assert (others["lr"], len(others["params"]), others["momentum"]) == (0.5, 2, 0.9)
+    assert not soka_layers(model)["0"].soka_sigma["default"].requires_grad
