@@ -47,7 +47,7 @@ class CompareResult:
         """For people."""
         state = f"{self.done} runs done, {self.left} left, {self.failed} failed"
         if self.left:
-            time_left = "" if self.hours_left is None else f" (about {self.hours_left:.1f} h of a core)"
+            time_left = "" if self.hours_left is None else f" (about {self.hours_left:.2g} h of a core)"
             state += f"; the same command goes on{time_left}"
         return "\n".join([self.table, "", state, *(f"wrote {path}" for path in self.written)])
 

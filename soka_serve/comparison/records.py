@@ -102,9 +102,8 @@ def keys_of(cells: Sequence[Cell], records: Mapping[str, Mapping[str, Any]]) -> 
 
 def run_keys(cell: Cell, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Keys of the runs of a cell that can be told from these records."""
-    choice, missing = choose(cell, records)
+    choice, _ = choose(cell, records)
     yield from sweep_keys(cell, choice)
-    yield from (run.key for run in missing)
     if choice.setting is not None:
         yield from (run.key for run in cell.finals(choice.setting))
 

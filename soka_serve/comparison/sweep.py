@@ -25,15 +25,16 @@ Score = tuple[float, float]
 class Choice:
     """What the search of a cell has found so far.
 
-    `scores` has every setting that was tried (None where all its runs failed). `setting` is None as long as the search
-    goes on, and if every run failed. `border` names the axes on which the chosen value is the smallest or the largest
-    that was tried.
+    `scores` has every setting that was tried (None where all its runs failed), `trying` those whose runs are not all
+    there. `setting` is None as long as the search goes on, and if every run failed. `border` names the axes on which
+    the chosen value is the smallest or the largest that was tried.
     """
 
     scores: Mapping[Setting, Score | None]
     setting: Setting | None = None
     border: tuple[str, ...] = ()
     failed: bool = False
+    trying: tuple[Setting, ...] = ()
 
 
 def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
@@ -44,7 +45,7 @@ def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunS
         runs = {s: [cell.spec("sweep", s, seed) for seed in cell.suite.protocol.sweep_seeds] for s in settings}
         missing = [run for found in runs.values() for run in found if run.key not in records]
         if missing:
-            return Choice(scores), missing
+            return Choice(scores, trying=tuple(settings)), missing
         scores |= {s: _score([records[run.key] for run in found]) for s, found in runs.items()}
         if not any(scores.values()):
             return Choice(scores, failed=True), []
@@ -145,6 +146,6 @@ def _loss(record: Record) -> float:
 
 
 def sweep_keys(cell: Cell, choice: Choice) -> Iterator[str]:
-    """Keys of the sweep runs that a choice rests on."""
-    for setting in choice.scores:
+    """Keys of the sweep runs that a choice rests on, or will."""
+    for setting in (*choice.scores, *choice.trying):
         yield from (cell.spec("sweep", setting, seed).key for seed in cell.suite.protocol.sweep_seeds)

@@ -12,6 +12,7 @@ from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cel
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
 from soka_serve.comparison.read import parse_suite, read_suite
+from soka_serve.comparison.records import keys_of, progress_of
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose
 from soka_serve.errors import ManifestError
@@ -281,6 +282,13 @@ def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
     while runs := next_runs(cells, records):
         records |= {run.key: record(1.0) for run in runs}
     assert len(records) == 3 * (5 + 2)
+
+
+def test_runs_of_a_setting_that_is_being_tried_are_counted_and_handed_on() -> None:
+    cells = cells_of()[2:]
+    records = {run.key: record(1.0) for run in next_runs(cells, {})[:1]}
+    assert progress_of(cells, records) == {"done": 1, "left": 6, "failed": 0}
+    assert set(records) < set(keys_of(cells, records))
 
 
 def test_a_run_is_filed_under_everything_that_determines_it() -> None:
