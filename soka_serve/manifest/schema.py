@@ -204,6 +204,9 @@ class Train(Table):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Clip gradients to this norm instead of by `clip`.", examples=[1.0]
     )
+    group_by_length: bool = Field(
+        True, description="Put examples of similar lengths in a batch, which leaves little padding."
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward; saves memory.")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Autocast dtype of the computation; trained factors stay float32."

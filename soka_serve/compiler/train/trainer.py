@@ -15,7 +15,9 @@ from transformers import Trainer, TrainingArguments
 
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.packing import check_packing
+from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.schema import Train
 from soka_serve.peft.optimizer import parameter_groups
@@ -143,6 +145,22 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.optimizer = optimizer_class(groups, **options)
         self._first_multiplier = groups[0]["lr"] / rate
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's own, or one that puts examples of similar lengths together."""
+        if not self.recipe.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        rows = (self.train_dataset if train_dataset is None else train_dataset).rows
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroups([len(row.input_ids) for row in rows], group, self.recipe.seed)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's loss, in training and evaluation, with logits of the positions that count alone."""
+        head = output_layer(self.accelerator.unwrap_model(model)) if self.args.n_gpu <= 1 else None
+        if head is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with trained_positions(head, inputs) as batch:
+            return super().compute_loss(model, batch, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.

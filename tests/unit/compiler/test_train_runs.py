@@ -148,8 +148,9 @@ def test_no_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes through; the half-written resume point is not taken for a whole one."""
-    whole = tensors_of(run_training(base, tmp_path / "whole", steps=6, save_every=2))
+    """It passes through; the half-written resume point is not taken for a whole one. An epoch has four steps."""
+    options: dict[str, Any] = {"steps": 6, "save_every": 2, "train_set": make_examples(16)}
+    whole = tensors_of(run_training(base, tmp_path / "whole", **options))
     save = torch.save
 
     def interrupted(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -160,12 +161,12 @@ def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run_training(base, tmp_path / "cut", steps=6, save_every=2)
+            run_training(base, tmp_path / "cut", **options)
     assert (tmp_path / "cut" / "checkpoint-4").exists()
     point = newest_point(tmp_path / "cut")
     assert point is not None
     assert point.step == 2
-    resumed = tensors_of(run_training(base, tmp_path / "cut", steps=6, save_every=2))
+    resumed = tensors_of(run_training(base, tmp_path / "cut", **options))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
