@@ -23,7 +23,7 @@ from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
-AXES = {"learning_rate": "train.learning_rate", "clip": "train.max_grad_norm"}
+AXES = {"learning_rate": "train.learning_rate", "clip": "train.clip"}
 """Short names of axes; `scale` is `adapt.scale` for SoKA and `train.method_scale` for the others."""
 
 _FEWEST_SEEDS = 5  # whose sign-flip test can give less than 5%: 1 / 2**5

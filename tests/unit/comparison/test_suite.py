@@ -64,8 +64,8 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
     assert (manifest.train.method, manifest.train.learning_rate, manifest.train.seed) == ("soka", 1e-2, 7)
     assert (manifest.train.steps, manifest.train.batch_size, manifest.train.sigma_lr) == (3, 8, 0.5)
     assert manifest.adapt == (suite.contender("b").adapt,)
-    lora = manifest_of(suite, suite.contender("a"), suite.dataset[0], setting=(("scale", 2.0), ("clip", 0.2)), seed=7)
-    assert (lora.train.method_scale, lora.train.max_grad_norm) == (2.0, 0.2)
+    lora = manifest_of(suite, suite.contender("a"), suite.dataset[0], setting=(("scale", 2.0), ("clip", 1.5)), seed=7)
+    assert (lora.train.method_scale, lora.train.clip) == (2.0, 1.5)
     ranked = GOOD.replace('"train.sigma_lr" = [0.5]', '"adapt.rank.rank" = [2, 4]')
     suite = parse_suite(ranked, "s.toml")
     made = manifest_of(suite, suite.contender("b"), suite.dataset[0], setting=(("adapt.rank.rank", 4),), seed=0)
@@ -177,7 +177,7 @@ data = { builtin = "code" }
 [[method]]
 name = "first"
 method = "lora"
-grid = { learning_rate = [1.0, 2.0, 4.0], clip = [1.0, 2.0] }
+grid = { learning_rate = [1.0, 2.0, 4.0], scale = [1.0, 2.0] }
 [[method]]
 name = "second"
 method = "soka"
@@ -186,7 +186,7 @@ priority = 2
 datasets = ["code"]
 """
 INPUTS = RunInputs("base", {"math": "m", "code": "c"}, {}, {"torch": "1"}, "cpu")
-START: Setting = (("learning_rate", 2.0), ("clip", 2.0))
+START: Setting = (("learning_rate", 2.0), ("scale", 2.0))
 
 Records = dict[str, dict[str, Any]]
 
@@ -213,19 +213,19 @@ def search(cell: Cell, loss: Callable[..., float | dict[str, Any]]) -> tuple[lis
 
 def test_one_axis_after_the_other_is_searched_from_the_middle() -> None:
     cell = cells_of()[0]
-    batches, records = search(cell, lambda rate, clip: abs(rate - 2.0) + abs(clip - 1.0))
-    rates = [[("learning_rate", r), ("clip", 2.0)] for r in (2.0, 1.0, 4.0)]
-    assert [list(map(list, batch)) for batch in batches[:2]] == [rates, [[("learning_rate", 2.0), ("clip", 1.0)]]]
+    batches, records = search(cell, lambda rate, scale: abs(rate - 2.0) + abs(scale - 1.0))
+    rates = [[("learning_rate", r), ("scale", 2.0)] for r in (2.0, 1.0, 4.0)]
+    assert [list(map(list, batch)) for batch in batches[:2]] == [rates, [[("learning_rate", 2.0), ("scale", 1.0)]]]
     choice, _ = choose(cell, records)
-    assert choice.setting == (("learning_rate", 2.0), ("clip", 1.0))
+    assert choice.setting == (("learning_rate", 2.0), ("scale", 1.0))
     # The last of the five goes beyond the border, where it is worse.
-    assert batches[2:] == [[(("learning_rate", 2.0), ("clip", 0.5))]]
+    assert batches[2:] == [[(("learning_rate", 2.0), ("scale", 0.5))]]
     assert choice.border == ()
 
 
 def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> None:
     first, _, second = cells_of()
-    for cell, loss in ((first, lambda rate, clip: -rate * clip), (second, lambda rate: -rate)):
+    for cell, loss in ((first, lambda rate, scale: -rate * scale), (second, lambda rate: -rate)):
         choice, _ = choose(cell, search(cell, loss)[1])
         assert len(choice.scores) == 5
         assert choice.border == tuple(dict(choice.setting or ()))
@@ -269,7 +269,7 @@ def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
     assert [(r.method, r.dataset) for r in runs] == [("first", "math")] * 3 + [("first", "code")] * 3 + [
         ("second", "code")
     ] * 2
-    records = {k: r for cell in cells[:2] for k, r in search(cell, lambda rate, clip: rate * clip)[1].items()}
+    records = {k: r for cell in cells[:2] for k, r in search(cell, lambda rate, scale: rate * scale)[1].items()}
     runs = next_runs(cells, records)
     assert [(r.stage, r.method, r.dataset, r.seed) for r in runs] == [
         ("final", "first", "math", 0),
@@ -297,7 +297,7 @@ def test_a_run_is_filed_under_everything_that_determines_it() -> None:
 
     assert key() == key()
     cell = cells_of()[0]
-    other = (("learning_rate", 1.0), ("clip", 2.0))
+    other = (("learning_rate", 1.0), ("scale", 2.0))
     assert len({cell.spec("final", setting, seed).key for setting in (START, other) for seed in (0, 1)}) == 4
     assert key(stage="sweep") != key()
     # Grids, seeds, priorities, names and how settings are chosen say which runs there are, and change none.
