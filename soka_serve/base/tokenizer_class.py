@@ -96,7 +96,8 @@ def reads_plainly(folder: ModelFolder) -> bool:
     replaced = _listed("MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS")
     if replaced is None or {str(config.get("model_type")), str(config.get("model_name"))} & replaced:
         return False
-    if any((folder.directory / name).exists() for name in _MORE) or isinstance(settings.get("chat_template"), list):
+    several = isinstance(settings.get("chat_template"), list | dict)
+    if several or any((folder.directory / name).exists() for name in _MORE):
         return False
     added = folder.backend.get_added_tokens_decoder()
     special = {token.content for token in added.values() if token.special}
