@@ -68,11 +68,12 @@ def plain_evaluation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def lm_tasks() -> Any:
-    """lm-eval's tasks: ours, without its own, whose index takes seconds."""
-    from soka_serve.evaluation.tasks import tasks_directory
-    from tests.support.scripted import TaskManager
+    """lm-eval's manager of our tasks."""
+    import tests.support.scripted  # noqa: F401  imports lm-eval without its warnings
+    from soka_serve.evaluation.harness import task_manager
+    from soka_serve.evaluation.tasks import own_task_names
 
-    return TaskManager(include_path=str(tasks_directory()), include_defaults=False)
+    return task_manager(own_task_names())
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 from soka_serve.errors import EvalError
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
 from soka_serve.evaluation.subject import Evaluation
-from soka_serve.evaluation.tasks import tasks_directory
+from soka_serve.evaluation.tasks import lm_eval_manager, own_task_names
 from soka_serve.io.scoped import scoped_environment
 
 logger = logging.getLogger(__name__)
@@ -41,30 +41,32 @@ def task_environment(evaluation: Evaluation) -> AbstractContextManager[None]:
 @contextmanager
 def quiet_harness() -> Iterator[None]:
     """Without what lm-eval says of its own insides, and without its asking git for the commit of the user's folder,
-    which it would take for its own. What it says of requests that fail is shown; its bars are on a terminal only, where
-    there are none of ours."""
+    which it would take for its own, and pip for what is installed, which takes a second for each part and is kept
+    nowhere. What it says of requests that fail is shown; its bars are on a terminal only, where there are none of
+    ours."""
     from lm_eval import evaluator
     from tqdm import tqdm
 
     talkative = [logging.getLogger(f"lm_eval.{part}") for part in ("evaluator", "models.huggingface", "tasks", "api")]
     levels = [each.level for each in talkative]
-    ask_git, make_bar = evaluator.get_git_commit_hash, tqdm.__init__
+    ask_git, ask_pip, make_bar = evaluator.get_git_commit_hash, evaluator.add_env_info, tqdm.__init__
     for each in talkative:
         each.setLevel(logging.ERROR)
     evaluator.get_git_commit_hash = lambda: None
+    evaluator.add_env_info = lambda found: None
     if not sys.stderr.isatty():
         # Not by TQDM_DISABLE: vLLM divides by what a bar of that kind has not measured.
         tqdm.__init__ = partialmethod(make_bar, disable=True)
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash, tqdm.__init__ = ask_git, make_bar
+        evaluator.get_git_commit_hash, evaluator.add_env_info, tqdm.__init__ = ask_git, ask_pip, make_bar
         for each, level in zip(talkative, levels, strict=True):
             each.setLevel(level)
 
 
 def task_manager(tasks: Sequence[str]) -> Any:
-    """lm-eval's TaskManager with our tasks.
+    """lm-eval's TaskManager with our tasks, and with its own where one that is not ours is among `tasks`.
 
     Args:
         tasks: names that it must know.
@@ -74,10 +76,7 @@ def task_manager(tasks: Sequence[str]) -> Any:
     """
     from difflib import get_close_matches
 
-    from lm_eval.tasks import TaskManager
-
-    logger.info("reading lm-eval's tasks: some 15,000, which takes 10 seconds to a minute")
-    manager: Any = TaskManager(include_path=str(tasks_directory()))
+    manager = lm_eval_manager(foreign=not set(tasks) <= set(own_task_names()))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         near = get_close_matches(unknown[0], manager.all_tasks, n=3)

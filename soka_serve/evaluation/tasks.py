@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import cache
@@ -11,6 +12,8 @@ from typing import Any
 from soka_serve.builtin.tasks import TARGET_FAMILIES
 from soka_serve.errors import EvalError
 from soka_serve.manifest.schema import Manifest
+
+logger = logging.getLogger(__name__)
 
 
 def tasks_directory() -> Path:
@@ -85,17 +88,22 @@ def _runs_code(name: str, tasks: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 @cache
-def _foreign_index() -> Mapping[str, Any]:
-    """lm-eval's own tasks; reading their files takes seconds."""
+def lm_eval_manager(*, foreign: bool) -> Any:
+    """lm-eval's TaskManager with our tasks; `foreign`: with its own too.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+    """
     from lm_eval.tasks import TaskManager
 
-    index: Mapping[str, Any] = TaskManager().task_index
-    return index
+    if foreign:
+        logger.info("reading lm-eval's tasks: some 15,000, which takes 10 seconds to a minute")
+    return TaskManager(include_path=str(tasks_directory()), include_defaults=foreign)
 
 
 def _foreign_runs_code(names: Iterable[str]) -> bool:
     try:
-        index = _foreign_index()
+        index = lm_eval_manager(foreign=True).task_index
     except ImportError:
         raise EvalError(
             f"{', '.join(names)}: not tasks of soka-serve, and lm-eval is not installed to know others",

@@ -30,7 +30,7 @@ from soka_serve.data.encode import MASKED, encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.evaluation.tasks import own_task_names, tasks_directory
 from soka_serve.manifest.read import read_manifest
-from tests.support.scripted import OF_LM_EVAL, evaluate, lm_eval, metrics
+from tests.support.scripted import OF_LM_EVAL, evaluate, metrics, simple_evaluate
 from tests.support.serving import ONE_PROCESS, base_model, random_factors, with_delta
 
 pytestmark = [pytest.mark.usefixtures("plain_evaluation"), *OF_LM_EVAL]
@@ -102,9 +102,7 @@ def test_hf_sends_the_ids_of_training(lm_tasks: Any, measured: TrainedManifest) 
             sent.append(options["input_ids"][0].tolist())
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
-    lm_eval.simple_evaluate(
-        model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks, bootstrap_iters=0, gen_kwargs={"max_gen_toks": 4}
-    )
+    simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks, gen_kwargs={"max_gen_toks": 4})
     assert sorted(sent) == measured.prompt_ids
 
 
@@ -146,7 +144,7 @@ def test_local_completions_sends_the_ids_of_training(
             add_bos_token=add_bos_token,
             max_length=1024,
         )
-        found = lm_eval.simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks, bootstrap_iters=0)
+        found = simple_evaluate(model=model, tasks=["soka_gsm8k"], task_manager=lm_tasks)
         server.shutdown()
     sent = sorted(_Recorder.prompts)
     needed = measured.kind == "templates"

@@ -14,8 +14,8 @@ with warnings.catch_warnings():
     import lm_eval
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
-    from lm_eval.tasks import TaskManager as TaskManager
 
+from soka_serve.evaluation.harness import quiet_harness
 
 # Warnings of lm-eval and of what it imports, not of ours.
 OF_LM_EVAL = [
@@ -54,10 +54,13 @@ class ScriptedModel(LM):  # type: ignore[misc]
 
 def evaluate(manager: Any, tasks: Sequence[str], answer: Callable[..., str], **more: Any) -> tuple[Any, ScriptedModel]:
     model = ScriptedModel(answer)
-    found = lm_eval.simple_evaluate(
-        model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **more
-    )
-    return found, model
+    return simple_evaluate(model=model, tasks=list(tasks), task_manager=manager, log_samples=True, **more), model
+
+
+def simple_evaluate(**options: Any) -> Any:
+    """lm-eval's, as `soka-serve eval` calls it."""
+    with quiet_harness():
+        return lm_eval.simple_evaluate(bootstrap_iters=0, **options)
 
 
 def metrics(found: Any, task: str) -> dict[str, float]:

@@ -18,6 +18,7 @@ from soka_serve.data.examples import DataReader
 from soka_serve.errors import EvalError, SandboxError
 from soka_serve.evaluation import gsm8k, math_task, mbpp, prompts, sources, tasks
 from soka_serve.evaluation.backends import own_dtype
+from soka_serve.evaluation.harness import task_manager
 from soka_serve.evaluation.prompts import SHIPPED_PROMPTS, zero_shot_prompt
 from soka_serve.manifest.read import read_manifest
 
@@ -305,6 +306,9 @@ def test_which_of_lm_evals_own_tasks_run_code() -> None:
     assert not tasks.needs_code_execution(["minerva_math", "gsm8k", "soka_math"])
     with pytest.raises(EvalError, match="soka_gsm9k: no such task; ours are soka_builtin"):
         tasks.needs_code_execution(["soka_gsm9k"])
+    assert {"soka_gsm8k", "gsm8k"} <= set(task_manager(["soka_gsm8k", "gsm8k"]).all_tasks)
+    with pytest.raises(EvalError, match="gsm9k: no such lm-eval task"):
+        task_manager(["gsm9k"])
 
 
 def test_the_docs_name_every_task_and_every_file(root: Path) -> None:
