@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.builds import run_cli
+from tests.conftest import ROOT
+from tests.support.builds import run_cli, start_cli
 
-ROOT = Path(__file__).resolve().parents[2]
 SUITE = "eval/suites/quick.toml"
 RUNS = 10  # three settings, and two seeds, for each of two methods
 
@@ -48,19 +45,12 @@ def test_a_suite_that_is_wrong_is_a_message(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "results.json"
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "soka_serve", "compare", SUITE, "--work", str(work)],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=log,
-        )
-        while not list((work / "records").glob("*.json")):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    process = start_cli("compare", SUITE, "--work", work, cwd=ROOT, log=tmp_path / "log")
+    while not list((work / "records").glob("*.json")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
     before = {name: (work / "records" / f"{name}.json").stat().st_mtime_ns for name in records(work)}
     assert 1 <= len(before) < RUNS
 

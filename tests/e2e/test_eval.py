@@ -63,8 +63,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def _eval(folder: Path, results: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_cli("eval", "sums.toml", "--results", results, *arguments, cwd=folder, timeout_s=900)
+def _eval(folder: Path, results: str, *arguments: str, host: str = "soka") -> subprocess.CompletedProcess[str]:
+    return run_cli("eval", "sums.toml", "--results", results, *arguments, cwd=folder, timeout_s=900, host=host)
 
 
 def _record(folder: Path, results: str, backend: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_transformers(folder: Path, local: dict[str, Any]) -> None:
 
 
 def test_vllm_scores_the_same(folder: Path, local: dict[str, Any]) -> None:
-    done = _eval(folder, "served", "--limit", str(LIMIT), "--fail-under", "0.4")
+    done = _eval(folder, "served", "--limit", str(LIMIT), "--fail-under", "0.4", host="vllm")
     assert done.returncode == 0, done.stderr
     record = _record(folder, "served", "vllm")
     (ours,), (theirs,) = record["scores"], local["scores"]

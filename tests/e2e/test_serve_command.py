@@ -83,7 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path) -> Iterator[Command]:
-    running = Command(folder, "math.toml", "code.toml", "--builds", "build", "--", "--max-num-seqs", "64")
+    options = ("--builds", "build", "--", "--max-num-seqs", "64")
+    running = Command(folder, "math.toml", "code.toml", *options, fresh=True)
     try:
         running.wait_ready()
         yield running
@@ -287,7 +288,8 @@ def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> Non
 
 def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -> None:
     target = f"math={folder / 'build' / 'math'}"
-    running = Command(tmp_path, target, "--", "--api-server-count", "2", "--max-model-len", "256")
+    # prometheus_client reads at its import that the counts of several processes are added.
+    running = Command(tmp_path, target, "--", "--api-server-count", "2", "--max-model-len", "256", fresh=True)
     try:
         running.wait_ready()
         deadline = time.monotonic() + START_S

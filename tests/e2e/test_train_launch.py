@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +15,63 @@ from safetensors.torch import load_file
 
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.run import TrainResult
-from tests.support.preloaded import start
+from tests.conftest import ROOT
+from tests.support.preloaded import run, start
 from tests.support.serving import free_port
 from tests.support.training import make_base, run_training
 
-
-@pytest.fixture(scope="module")
-def root() -> Path:
-    """The repository's root."""
-    return Path(__file__).resolve().parents[2]
-
-
-MODULE = "tests.support.train_launched"
-
-
-def launch(root: Path, folder: Path, name: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Train in two processes with a shipped config: from `base` to `two`."""
-    config = root / "eval" / "configs" / f"{name}.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0", "-m", MODULE, str(folder / "base"), str(folder / "two")]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, json.dumps(options)],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def launch_as(reports: list[dict[str, Any]], folder: Path, work_dir: Path, **options: Any) -> list[tuple[int, str]]:
-    """Train in processes with the environments of reported ones; the exit code and the log of each."""
-    port = {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
-    programs = []
-    for rank, report in enumerate(reports):
-        command = [MODULE, folder / "base", work_dir, json.dumps(options)]
-        with Path(os.devnull).open() as nothing, (folder / f"{rank}.log").open("w") as log:
-            files = (nothing, log, log)
-            programs.append(start("soka", command, cwd=folder, files=files, env=report["environment"] | port))
-    return [(program.wait(300), (folder / f"{rank}.log").read_text()) for rank, program in enumerate(programs)]
-
-
-def reports_of(folder: Path) -> list[dict[str, Any]]:
-    """What the two processes of the first run noted."""
-    return [json.loads((folder / f"two-{rank}.json").read_text()) for rank in range(2)]
-
-
+# What `accelerate launch` says to the processes that it starts.
+LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
 OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
 
 
+def environments(config: str, folder: Path) -> list[dict[str, str]]:
+    """What `accelerate launch` gives each of two processes with a shipped config."""
+    file = ROOT / "eval" / "configs" / f"{config}.yaml"
+    command = ["accelerate.commands.launch", "--config_file", file, "--main_process_port", "0", "--no_python"]
+    noting = ["sh", "-c", f"env -0 > {folder}/environment-$RANK"]
+    done = run("soka", [*command, *noting], cwd=folder, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    texts = [(folder / f"environment-{rank}").read_text().split("\0")[:-1] for rank in range(2)]
+    return [dict(line.split("=", 1) for line in text if line.startswith(LAUNCHED)) for text in texts]
+
+
+@dataclass
+class Launched:
+    """A config's name, the environments that it makes, and the folder of its runs, with `base` in it."""
+
+    config: str
+    environments: list[dict[str, str]]
+    folder: Path
+
+    def train(self, work_dir: str, **options: Any) -> list[tuple[int, str]]:
+        """Train in two processes with these environments; the exit code and the log of each."""
+        port = {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
+        command = ["tests.support.train_launched", self.folder / "base", self.folder / work_dir, json.dumps(options)]
+        programs = []
+        for rank, environment in enumerate(self.environments):
+            with Path(os.devnull).open() as nothing, (self.folder / f"{rank}.log").open("w") as log:
+                files = (nothing, log, log)
+                programs.append(start("soka", command, cwd=self.folder, files=files, env=environment | port))
+        return [(program.wait(300), (self.folder / f"{rank}.log").read_text()) for rank, program in enumerate(programs)]
+
+
 @pytest.fixture(scope="module", params=sorted(KINDS))
-def whole(request: pytest.FixtureRequest, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A finished run of two processes, plain or sharded (FSDP 2, made to run on CPUs): (config, its folder)."""
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """With a finished run in `two`, plain or sharded (FSDP 2, made to run on CPUs)."""
     folder = tmp_path_factory.mktemp(request.param)
     make_base(folder / "base")
-    done = launch(root, folder, request.param, **OPTIONS, batch_size=2)
-    assert done.returncode == 0, done.stderr
-    return request.param, folder
+    launched = Launched(request.param, environments(request.param, folder), folder)
+    for code, log in launched.train("two", **OPTIONS, batch_size=2):
+        assert code == 0, log
+    return launched
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_with_twice_the_batch(whole: tuple[str, Path]) -> None:
+def test_two_processes_train_like_one_with_twice_the_batch(whole: Launched) -> None:
     """Same losses, same weights; only the first process writes."""
-    name, folder = whole
+    folder = whole.folder
     result = TrainResult.read(folder / "two")
     history = read_history(result.history)
     losses = [line["loss"] for line in history]
@@ -99,32 +89,31 @@ def test_two_processes_train_like_one_with_twice_the_batch(whole: tuple[str, Pat
     assert tensors.keys() == alone.keys()
     for key, tensor in alone.items():
         torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-3)
-    reports = reports_of(folder)
-    assert [(r["environment"]["WORLD_SIZE"], r["sharded"]) for r in reports] == [("2", [KINDS[name]])] * 2
+    reports = [json.loads((folder / f"two-{rank}.json").read_text()) for rank in range(2)]
+    assert [report["sharded"] for report in reports] == [[KINDS[whole.config]]] * 2
     assert {"history.jsonl", "adapter_model.safetensors"} <= set(reports[0]["written"])
     # Its random state is all that the second process adds to a resume point.
     assert reports[1]["written"] == ["rng_state_1.pth"]
 
 
 @pytest.mark.slow
-def test_two_processes_resume(whole: tuple[str, Path]) -> None:
+def test_two_processes_resume(whole: Launched) -> None:
     """A run that dies after its first resume point goes on, and ends with the weights of one that did not."""
-    _, folder = whole
-    cut = folder / "cut"
-    for code, log in launch_as(reports_of(folder), folder, cut, **OPTIONS, batch_size=2, diverge_at=6):
+    cut = whole.folder / "cut"
+    for code, log in whole.train("cut", **OPTIONS, batch_size=2, diverge_at=6):
         assert code == 1
         assert "training diverged: the loss is nan at step 6 of 8" in log
     assert (cut / "checkpoint-4" / "complete.json").exists()
-    for code, log in launch_as(reports_of(folder), folder, cut, **OPTIONS, batch_size=2):
+    for code, log in whole.train("cut", **OPTIONS, batch_size=2):
         assert code == 0, log
     tensors = load_file(cut / "adapter" / "adapter_model.safetensors")
-    for key, tensor in load_file(folder / "two" / "adapter" / "adapter_model.safetensors").items():
+    for key, tensor in load_file(whole.folder / "two" / "adapter" / "adapter_model.safetensors").items():
         assert torch.equal(tensors[key], tensor)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("multi_cpu", "MULTI_GPU"), ("fsdp", "FSDP")])
-def test_accelerate_reads_the_configs(root: Path, name: str, kind: str) -> None:
-    config = load_config_from_file(str(root / "eval" / "configs" / f"{name}.yaml"))
+def test_accelerate_reads_the_configs(name: str, kind: str) -> None:
+    config = load_config_from_file(str(ROOT / "eval" / "configs" / f"{name}.yaml"))
     assert isinstance(config, ClusterConfig)
     assert config.distributed_type == kind
     assert config.num_processes == 2

@@ -59,9 +59,11 @@ def write_manifest(
     return path
 
 
-def run_cli(*arguments: str | Path, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run soka-serve in a process of its own."""
-    return preloaded.run("soka", ["soka_serve", *arguments], cwd=cwd, timeout=timeout_s)
+def run_cli(
+    *arguments: str | Path, cwd: Path, timeout_s: float = 300, host: str = "soka"
+) -> subprocess.CompletedProcess[str]:
+    """Run soka-serve in a process of its own; `host` "vllm" is for what starts vLLM."""
+    return preloaded.run(host, ["soka_serve", *arguments], cwd=cwd, timeout=timeout_s)
 
 
 def start_cli(*arguments: str | Path, cwd: Path, log: Path | None = None) -> preloaded.Program:

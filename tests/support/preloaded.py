@@ -4,7 +4,7 @@ Importing vLLM takes ten seconds of processor time in each of a server's process
 A host process imports them once. For each program it forks a child, which gets its own arguments, environment, working
 directory, files and session, and runs as `python -m MODULE` does. The host has one thread and runs nothing of a model.
 The program's own worker processes are forked, too: as vLLM's server forks its engine and workers on GPUs, where its CPU
-builds spawn them otherwise.
+builds spawn them otherwise. So are the programs in PRELOAD that it starts by subprocess, as `soka-serve serve` does.
 
 `python -m tests.support.preloaded vllm|soka SOCKET` is the host; it ends with the process that started it.
 """
@@ -291,8 +291,34 @@ def _exit(code: int) -> NoReturn:
     os._exit(code)
 
 
+class ForkingPopen(subprocess.Popen[bytes]):
+    """Forks for `python -m MODULE` where MODULE is one of `modules`, whose imports are there; else as ever."""
+
+    modules: tuple[str, ...] = ()
+
+    def _execute_child(self, command: Any, executable: Any, prepare: Any, *given: Any) -> None:
+        if list(command[:2]) != [sys.executable, "-m"] or command[2] not in self.modules:
+            super()._execute_child(command, executable, prepare, *given)  # type: ignore[misc]
+            return
+        _, _, cwd, env, _, _, _, *ends = given
+        self.pid = os.fork()
+        if self.pid == 0:
+            atexit._clear()
+            os.setsid()
+            for number, file in enumerate((ends[0], ends[3], ends[5])):
+                if file != -1:
+                    os.dup2(file, number)
+            if prepare is not None:
+                prepare()
+            _exit(_exit_code({"arguments": command[2:], "cwd": cwd or str(Path.cwd()), "env": dict(env or os.environ)}))
+        self._child_created = True
+        self._close_pipe_fds(*ends[:6])  # type: ignore[attr-defined]
+
+
 def _import_nothing_again(name: str) -> None:
     """Fork where a program asks for processes that import everything anew."""
+    ForkingPopen.modules = (*PRELOAD[name], "soka_serve.serving.vllm_command")
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
     get_context = multiprocessing.get_context
 
     def forking(method: str | None = None) -> Any:

@@ -12,13 +12,19 @@ import time
 import urllib.request
 from pathlib import Path
 
+from tests.support import preloaded
+
 START_S = 900
 
 
 class Command:
-    """A running `soka-serve serve`."""
+    """A running `soka-serve serve`.
 
-    def __init__(self, folder: Path, *arguments: str | Path, **environment: str) -> None:
+    Args:
+        fresh: in an interpreter of its own, and vLLM in others, as a user starts it: a minute of processor time.
+    """
+
+    def __init__(self, folder: Path, *arguments: str | Path, fresh: bool = False, **environment: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -36,11 +42,15 @@ class Command:
         }
         given = list(map(str, arguments))
         cut = given.index("--") if "--" in given else len(given)
-        command = [sys.executable, "-m", "soka_serve", "serve", *given[:cut], "--port", str(self.port), *given[cut:]]
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=self.environment
-            )
+        command = ["soka_serve", "serve", *given[:cut], "--port", str(self.port), *given[cut:]]
+        self.process: subprocess.Popen[bytes] | preloaded.Program
+        with self.output.open("w") as output, Path(os.devnull).open() as nothing:
+            if fresh:
+                command = [sys.executable, "-m", *command]
+                self.process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, env=self.environment)
+            else:
+                files = (nothing, output, output)
+                self.process = preloaded.start("vllm", command, cwd=folder, files=files, env=self.environment)
 
     @property
     def text(self) -> str:
@@ -68,7 +78,7 @@ class Command:
             assert time.monotonic() < deadline, self.text
             self.group()
             time.sleep(0.2)
-        return self.process.returncode
+        return self.process.wait()
 
     def group(self) -> list[int]:
         """The running processes of vLLM's group, which is known once this was called while soka-serve ran."""

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 
-# What `accelerate launch` says to the processes that it starts.
-LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
-
 
 def watch_sharding() -> set[str]:
     """Collects the types of the trained parameters as they are in a training step."""
@@ -80,8 +77,7 @@ def main() -> None:
         fail_at(options.pop("diverge_at"))
     run_training(base, work_dir, **options)
     rank = int(os.environ.get("RANK", "0"))
-    launched = {key: value for key, value in os.environ.items() if key.startswith(LAUNCHED)}
-    report = {"written": sorted(written), "sharded": sorted(sharded), "environment": launched}
+    report = {"written": sorted(written), "sharded": sorted(sharded)}
     work_dir.with_name(f"{work_dir.name}-{rank}.json").write_text(json.dumps(report))
 
 
