@@ -16,6 +16,7 @@ from tests.support import preloaded
 from tests.support.builds import write_manifest
 from tests.support.served_models import (
     ARCHITECTURES,
+    FUSED,
     Architecture,
     difference,
     expected,
@@ -25,7 +26,7 @@ from tests.support.served_models import (
 )
 from tests.support.serving import ONE_PROCESS
 
-CHOSEN = [a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")]
+CHOSEN = [*(a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")), FUSED]
 
 
 @pytest.mark.slow

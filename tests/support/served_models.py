@@ -22,7 +22,7 @@ from tests.support.serving import Server, free_port, running
 from tests.support.tiny_models import random_factors
 
 VOCABULARY = 96
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 # Longer than the sliding windows below, so that they are felt.
 PROMPT = [5, 17, 40, 41, 2, 77, 30, 9, 9, 61, 12, 3, 88, 54, 23, 70, 19, 33, 6, 47, 95, 11, 58, 26]
 
@@ -76,6 +76,8 @@ ARCHITECTURES = (
     Architecture("Cohere", "CohereConfig", {"logit_scale": 0.5}),
     Architecture("SmolLM3", "SmolLM3Config", {"no_rope_layers": [1, 0]}),
 )
+# Its qkv_proj and gate_up_proj are one weight each.
+FUSED = Architecture("Phi-3", "Phi3Config")
 # Refused on CPUs.
 EXPERTS = (
     Architecture("Mixtral", "MixtralConfig", {"num_local_experts": 4, "head_dim": 32}),
