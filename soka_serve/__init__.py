@@ -31,18 +31,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SokaError",
-    "__version__",
-    "build",
-    "compare",
-    "evaluate",
-    "export",
-    "extract",
-    "inspect",
-    "merge",
-    "plan",
-]
+__all__ = ["SokaError", "__version__", "build", "compare", "evaluate", "export", "extract", "inspect", "merge", "plan"]
 
 # Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
 # would put the module in the function's place.

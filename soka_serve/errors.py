@@ -66,12 +66,8 @@ def printable(text: object, limit: int = 300, *, keep: str = "") -> str:
     whole = str(text)
     shown = whole[:limit]
     if not shown.isprintable():
-        shown = "".join(
-            c.encode("unicode_escape").decode()
-            if c not in keep and (c in _REORDERING or unicodedata.category(c) in _HIDDEN)
-            else c
-            for c in shown
-        )
+        hidden = {c for c in shown if c not in keep and (c in _REORDERING or unicodedata.category(c) in _HIDDEN)}
+        shown = "".join(c.encode("unicode_escape").decode() if c in hidden else c for c in shown)
     return shown if len(whole) <= limit else f"{shown}... ({len(whole)} characters)"
 
 

@@ -27,12 +27,7 @@ _logger = logging.getLogger("vllm.soka")
 
 
 def load_adapter(
-    directory: Path,
-    kind: str,
-    lora_request: Any,
-    manager: Any,
-    dtype: torch.dtype,
-    budget: ReadingBudget | None = None,
+    directory: Path, kind: str, lora_request: Any, manager: Any, dtype: torch.dtype, budget: ReadingBudget | None = None
 ) -> Any:
     """Read a Kronecker adapter as a vLLM LoRAModel.
 

@@ -53,7 +53,11 @@ class LokrFiles:
         return {name: FactorShape(*left.shape, *right.shape) for name, (left, right, _) in self.modules.items()}
 
     def read(self) -> dict[str, Factors]:
-        """See `read_lokr`."""
+        """By full module name one term of float32 factors; sigma is LoKr's scale.
+
+        Raises:
+            CheckpointError: values that are not finite, or a file that is truncated.
+        """
         factors, problems = {}, []
         for name, (left, right, scale) in self.modules.items():
             self.budget.check_time(self.directory)
@@ -66,25 +70,17 @@ class LokrFiles:
         return factors
 
 
-def read_lokr(directory: Path, budget: ReadingBudget | None = None) -> dict[str, Factors]:
-    """Read a LoKr adapter that PEFT wrote, for linear layers.
+def look_at_lokr(directory: Path, budget: ReadingBudget) -> LokrFiles:
+    """Check a LoKr adapter that PEFT wrote, for linear layers, without reading its values.
 
     Args:
         directory: holds adapter_config.json and adapter_model.safetensors.
         budget: what reading it may take.
 
-    Returns:
-        By full module name one term of float32 factors; sigma is LoKr's scale.
-
     Raises:
         CheckpointError: what is wrong: files missing, truncated or too large, tensors missing, unknown or of wrong
-            shape, values that are not finite, whole modules saved along.
+            shape, whole modules saved along.
     """
-    return look_at_lokr(directory, budget or ReadingBudget()).read()
-
-
-def look_at_lokr(directory: Path, budget: ReadingBudget) -> LokrFiles:
-    """All of `read_lokr` but the reading of values; raises what it raises."""
     config = read_json(directory / CONFIG_FILE, budget)
     tensors = read_header(directory / WEIGHTS_FILE, budget)
     problems = []

@@ -64,7 +64,11 @@ class LycorisFiles:
         return frozenset(part.rank for part in self.modules.values() if part.rank is not None)
 
     def read(self) -> dict[str, Factors]:
-        """See `read_lycoris`."""
+        """One float32 term per module, by its name with "_" for "."; sigma is alpha over the rank.
+
+        Raises:
+            CheckpointError: a scale that the file does not hold, values that are not finite.
+        """
         factors, problems = {}, []
         for name, part in self.modules.items():
             self.budget.check_time(self.file)
@@ -91,26 +95,17 @@ def find_lycoris(directory: Path, budget: ReadingBudget | None = None) -> Path |
     return files[0] if any(key.partition(".")[2].startswith("lokr_") for key in keys) else None
 
 
-def read_lycoris(directory: Path, budget: ReadingBudget | None = None) -> dict[str, Factors]:
-    """Read a LoKr adapter that LyCORIS wrote.
+def look_at_lycoris(directory: Path, budget: ReadingBudget) -> LycorisFiles:
+    """Check a LoKr adapter that LyCORIS wrote without reading its values.
 
     Args:
         directory: holds the file, see `find_lycoris`.
         budget: what reading it may take.
 
-    Returns:
-        One float32 term per module, by the module's name with "_" for "."; sigma is alpha over the rank. `unflatten`
-        gives the names.
-
     Raises:
-        CheckpointError: what is wrong: made for a diffusion model, weight-decomposed, convolutions, a scale that the
-            file does not hold, tensors missing, unknown, of wrong shape or too large, values that are not finite.
+        CheckpointError: what is wrong: made for a diffusion model, weight-decomposed, convolutions, tensors missing,
+            unknown, of wrong shape or too large.
     """
-    return look_at_lycoris(directory, budget or ReadingBudget()).read()
-
-
-def look_at_lycoris(directory: Path, budget: ReadingBudget) -> LycorisFiles:
-    """All of `read_lycoris` but the reading of values; raises what it raises."""
     file = find_lycoris(directory, budget)
     if file is None:
         raise CheckpointError(f"{directory}: expected one safetensors file with LyCORIS's lokr_ tensors")
@@ -131,7 +126,7 @@ def look_at_lycoris(directory: Path, budget: ReadingBudget) -> LycorisFiles:
 
 
 def unflatten(adapter: Mapping[str, T], names: Iterable[str], prefixes: Sequence[str] = ()) -> dict[str, T]:
-    """What is by flattened name, as `read_lycoris`'s result is, by the modules' own names; others keep theirs.
+    """What is by flattened name, as those of `LycorisFiles` are, by the modules' own names; others keep theirs.
 
     Args:
         adapter: by flattened name.

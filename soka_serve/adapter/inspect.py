@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,11 @@ Array = NDArray[np.float64]
 
 _PART = re.compile(r"^(?:base_model\.model\.)?(.+)\.(soka_\w+|lora_[AB]\.weight)$")
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
+# What a config says, by how it is called here.
+_SAID = {
+    **{"architecture": "architectures", "layers": "num_hidden_layers", "hidden": "hidden_size"},
+    **{"heads": "num_attention_heads", "kv heads": "num_key_value_heads", "vocabulary": "vocab_size"},
+}
 _SHOWN_SIGMAS = 4
 _SHOWN_CHARACTERS = 2000  # of a fact
 
@@ -137,12 +142,9 @@ def _build(path: Path) -> Inspection:
     if others:
         facts["files"] = ", ".join(others)
     # The lock of the build says it all; its parts repeat it.
-    bare = tuple(Inspection(p.path, p.kind, p.facts, p.modules, p.groups, {}, p.parts) for p in parts)
-    return Inspection(path, "build", facts, provenance=lock or _first_lock(parts), parts=bare)
-
-
-def _first_lock(parts: Sequence[Inspection]) -> dict[str, Any]:
-    return next((p.provenance for p in parts if p.provenance), {})
+    bare = tuple(replace(p, provenance={}) for p in parts)
+    provenance = lock or next((p.provenance for p in parts if p.provenance), {})
+    return Inspection(path, "build", facts, provenance=provenance, parts=bare)
 
 
 def _model(path: Path) -> Inspection:
@@ -152,16 +154,8 @@ def _model(path: Path) -> Inspection:
     config = folder.config
     said = text_config(config)
     facts: dict[str, str | int | float] = {}
-    for label, key in (
-        ("architecture", "architectures"),
-        ("layers", "num_hidden_layers"),
-        ("hidden", "hidden_size"),
-        ("heads", "num_attention_heads"),
-        ("kv heads", "num_key_value_heads"),
-        ("vocabulary", "vocab_size"),
-    ):
-        value = said.get(key)
-        if value is not None:
+    for label, key in _SAID.items():
+        if (value := said.get(key)) is not None:
             facts[label] = ", ".join(map(str, value)) if isinstance(value, list) else value
     facts["tied embeddings"] = "yes" if config.get("tie_word_embeddings") else "no"
     if (quantised := read_quantisation(folder)) is not None:
@@ -185,25 +179,22 @@ def _adapter(path: Path) -> Inspection:
     tensors = read_header(path / WEIGHTS_FILE, budget)
     budget.take_values(path, sum(info.numel for info in tensors.values()))
     modules = _modules(config, tensors)
-    is_checkpoint = bool(config.get("soka_initial"))
+    kind: Kind = "training checkpoint" if config.get("soka_initial") else "adapter"
     facts: dict[str, str | int | float] = {"method": str(config.get("peft_type"))}
     if config.get("base_model_name_or_path"):
         facts["base"] = str(config["base_model_name_or_path"])
     trained = [t for t in tensors.values() if not t.name.endswith("_initial")]
     facts |= _totals(trained)
-    if is_checkpoint:
-        facts["initial factors"] = (
-            f"{sum(t.numel for t in tensors.values()) - int(facts['parameters']):,} values, frozen"
-        )
+    if kind == "training checkpoint":
+        initial = sum(t.numel for t in tensors.values()) - int(facts["parameters"])
+        facts["initial factors"] = f"{initial:,} values, frozen"
     if modules:
         ranks = [m.rank for m in modules]
         facts["modules"] = len(modules)
         facts["rank"] = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else ranks[0]
         facts["delta norm"] = f"{float(np.sqrt(sum(m.delta_norm**2 for m in modules))):.4g} over all modules"
     groups = () if modules else _group(tensors.values())
-    return Inspection(
-        path, "training checkpoint" if is_checkpoint else "adapter", facts, modules, groups, lock_of(path)
-    )
+    return Inspection(path, kind, facts, modules, groups, lock_of(path))
 
 
 def _modules(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[ModuleInfo, ...]:
@@ -275,32 +266,24 @@ def _read(module: str, parts: Mapping[str, TensorInfo], part: str) -> Array:
     return values.astype(np.float64).reshape(info.shape)
 
 
-def _totals(tensors: Any) -> dict[str, str | int | float]:
-    listed = list(tensors)
-    dtypes = sorted({t.dtype for t in listed})
+def _totals(tensors: Collection[TensorInfo]) -> dict[str, str | int | float]:
     return {
-        "tensors": len(listed),
-        "parameters": sum(t.numel for t in listed),
-        "bytes": sum(t.nbytes for t in listed),
-        "dtype": ", ".join(dtypes),
+        "tensors": len(tensors),
+        "parameters": sum(t.numel for t in tensors),
+        "bytes": sum(t.nbytes for t in tensors),
+        "dtype": ", ".join(sorted({t.dtype for t in tensors})),
     }
 
 
-def _group(tensors: Any) -> tuple[TensorGroup, ...]:
+def _group(tensors: Collection[TensorInfo]) -> tuple[TensorGroup, ...]:
     groups: dict[tuple[str, str, tuple[int, ...]], list[TensorInfo]] = {}
     for info in tensors:
         groups.setdefault((_NUMBER.sub(".*", info.name), info.dtype, info.shape), []).append(info)
-    return tuple(
-        TensorGroup(
-            infos[0].name if len(infos) == 1 else name,
-            dtype,
-            shape,
-            len(infos),
-            sum(i.numel for i in infos),
-            sum(i.nbytes for i in infos),
-        )
-        for (name, dtype, shape), infos in sorted(groups.items(), key=lambda item: item[0][0])
-    )
+    found = []
+    for (name, dtype, shape), same in sorted(groups.items(), key=lambda item: item[0][0]):
+        sizes = sum(i.numel for i in same), sum(i.nbytes for i in same)
+        found.append(TensorGroup(same[0].name if len(same) == 1 else name, dtype, shape, len(same), *sizes))
+    return tuple(found)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -338,10 +321,8 @@ def _module_table(modules: Sequence[ModuleInfo]) -> str:
     head = ["module", "weight", *(["factors m n p q"] if has_terms else []), "rank", "parameters", "|delta|"]
     rows = []
     for m in modules:
-        row = [m.module, _by(m.weight_shape)]
-        if has_terms:
-            row.append(" ".join(map(str, m.factor_shape)))
-        rows.append([*row, str(m.rank), f"{m.parameters:,}", f"{m.delta_norm:.4g}"])
+        shape = [" ".join(map(str, m.factor_shape))] if has_terms else []
+        rows.append([m.module, _by(m.weight_shape), *shape, str(m.rank), f"{m.parameters:,}", f"{m.delta_norm:.4g}"])
         if has_terms:
             shown = ", ".join(f"{s:.3g}" for s in m.term_norms[:_SHOWN_SIGMAS])
             rows[-1].append(shown + (", ..." if len(m.term_norms) > _SHOWN_SIGMAS else ""))

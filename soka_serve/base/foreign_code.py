@@ -107,9 +107,8 @@ def _has_model(kind: object) -> bool:
     if not isinstance(kind, str):
         return False
     configs = transformers_source("auto_mappings.py") + transformers_source("configuration_auto.py")
-    causal = re.search(
-        r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES\b.*?^\)", transformers_source("modeling_auto.py"), re.M | re.S
-    )
+    models = transformers_source("modeling_auto.py")
+    causal = re.search(r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES\b.*?^\)", models, re.M | re.S)
     return _has_key(configs, kind) and (causal is None or _has_key(causal[0], kind))
 
 

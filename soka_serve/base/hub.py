@@ -27,35 +27,27 @@ def fetch_snapshot(repository: str, revision: str | None, *, weights: bool) -> P
     Raises:
         CheckpointError: gated, no such model or revision, or not to be reached; the hint says what to do.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     name = f"hub model {repository!r}" + (f" at revision {revision!r}" if revision else "")
     patterns = [*_CONFIG_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    unreachable = errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError
     try:
         directory = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{name} is gated: its owner must grant you access",
             hint=f"accept the licence at https://huggingface.co/{repository}, then run `hf auth login` or set HF_TOKEN",
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{name}: no such revision", hint="give a branch, tag or commit that exists") from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
             f"{name}: not found", hint="check the id; a private model needs `hf auth login` or HF_TOKEN"
         ) from error
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise CheckpointError(f"{name}: not a valid id", hint="hub ids look like 'owner/name'") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
+    except (*unreachable, ConnectionError, TimeoutError) as error:
         bundled = _BUNDLED / repository.replace("/", "--")
         if not weights and (bundled / "config.json").is_file():
             warn(log, "%s cannot be reached; planning with the config inside the package", name)

@@ -40,11 +40,7 @@ def quiet_bars() -> Iterator[None]:
 
 
 def load_base(
-    directory: Path,
-    dtype: Dtype = "auto",
-    quantize: Quantize = "none",
-    *,
-    device: torch.device | None = None,
+    directory: Path, dtype: Dtype = "auto", quantize: Quantize = "none", *, device: torch.device | None = None
 ) -> PreTrainedModel:
     """Read a causal language model from a local checkpoint (safetensors only, no remote code).
 
@@ -106,10 +102,7 @@ def _quantization(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
     )
 
 

@@ -35,11 +35,7 @@ def open_base(name: str, revision: str | None = None) -> Base:
 
 
 def resolve_base(
-    table: schema.Base,
-    *,
-    manifest_dir: Path,
-    weights: bool = True,
-    name_key: Callable[[TomlPath], str] | None = None,
+    table: schema.Base, *, manifest_dir: Path, weights: bool = True, name_key: Callable[[TomlPath], str] | None = None
 ) -> Base:
     """A manifest's base model, fetched first if it is on the hub.
 

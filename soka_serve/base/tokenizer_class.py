@@ -33,32 +33,15 @@ _MORE = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templa
 # Settings that do not change a token.
 _HARMLESS = {
     *SPECIAL_NAMES,
-    "added_tokens_decoder",
-    "backend",
-    "chat_template",
-    "clean_up_tokenization_spaces",
-    "is_local",
-    "local_files_only",
-    "model_input_names",
-    "model_max_length",
-    "name_or_path",
-    "padding_side",
-    "tokenizer_class",
+    *("added_tokens_decoder", "backend", "chat_template", "clean_up_tokenization_spaces", "is_local"),
+    *("local_files_only", "model_input_names", "model_max_length", "name_or_path", "padding_side", "tokenizer_class"),
 }
 
 # What a class may read, beside config.json.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "tekken.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt"),
 )
 
 

@@ -61,11 +61,9 @@ def generate_answers(
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = max(len(encoded[at]) for at in chosen)
-            ids = torch.full((len(chosen), width), tokenizer.pad_id)
+            ids, mask = torch.full((len(chosen), width), tokenizer.pad_id), torch.zeros(len(chosen), width).long()
             for row, at in enumerate(chosen):
                 ids[row, width - len(encoded[at]) :] = torch.tensor(encoded[at])
-            mask = torch.zeros_like(ids)
-            for row, at in enumerate(chosen):
                 mask[row, width - len(encoded[at]) :] = 1
             output = model.generate(
                 input_ids=ids.to(model.device),

@@ -53,11 +53,7 @@ class BuildResult:
 
 @one_command()
 def build(
-    manifest: Path | str | LoadedManifest,
-    *,
-    out: Path | str | None = None,
-    force: bool = False,
-    progress: bool = True,
+    manifest: Path | str | LoadedManifest, *, out: Path | str | None = None, force: bool = False, progress: bool = True
 ) -> BuildResult:
     """Compile a manifest into an adapter and, when asked, a merged model.
 

@@ -83,9 +83,8 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
 
         problems = generate(data.builtin, "test", min(limit, SAMPLES))
         return Questions(data.builtin, limit, [p.prompt for p in problems], [p.completion for p in problems])
-    examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples(
-        "eval", limit=min(limit, SAMPLES)
-    )
+    reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
+    examples = reader.examples("eval", limit=min(limit, SAMPLES))
     if not examples:
         return None
     prompts, expected = [e.prompt for e in examples], [e.completion for e in examples]
@@ -98,9 +97,8 @@ def answer(model: nn.Module, tokenizer: TextTokenizer, questions: Questions, max
 
     if questions.family is None:
         prompts, chats = questions.prompts, questions.templated
-        return Answers(
-            None, None, generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats), None
-        )
+        texts = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats)
+        return Answers(None, None, texts, None)
     marked = measure(model, questions.family, questions.limit, max_new_tokens, tokenizer=tokenizer)
     first = marked.samples[:SAMPLES]
     return Answers(marked.correct, marked.total, [s.text for s in first], [s.correct for s in first])

@@ -138,14 +138,9 @@ def _targets(base: Base, rule: Mapping[str, object]) -> list[TargetModule]:
     from soka_serve.base.targets import resolve_targets
     from soka_serve.manifest.schema import Manifest
 
-    manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "base": {"path": str(base.directory)},
-            "adapt": [rule],
-            "train": {"steps": 0, "data": {"builtin": "math"}},
-        }
-    )
+    train = {"steps": 0, "data": {"builtin": "math"}}
+    tables = {"schema": 1, "base": {"path": str(base.directory)}, "adapt": [rule], "train": train}
+    manifest = Manifest.model_validate(tables)
     return resolve_targets(manifest, base.layout.modules, base.layout.left_out)
 
 

@@ -137,9 +137,9 @@ def _report_data(context: Context, new: Path, made: StageResults, lock: dict[str
         created=lock["created"],
         versions=lock["versions"],
         seed=manifest.train.seed,
-        modules=[replace(m, rank=lock["ranks"].get(m.module, m.rank)) for m in made.start.modules]
-        if made.start
-        else [],
+        modules=[
+            replace(m, rank=lock["ranks"].get(m.module, m.rank)) for m in (made.start.modules if made.start else ())
+        ],
         history=history_points(log),
         samples=_samples(check) if check else [],
         accuracy_before=check.before.accuracy if check else None,

@@ -47,14 +47,9 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
     _check_reading(context, tokenizer, examples)
     training = encode_examples(examples, tokenizer, train)
     if training.dropped or training.truncated:
-        logger.warning(
-            "%d of %d examples are longer than max_length = %d tokens: %d dropped, %d truncated",
-            training.dropped + training.truncated,
-            training.total,
-            train.max_length,
-            training.dropped,
-            training.truncated,
-        )
+        text = "%d of %d examples are longer than max_length = %d tokens: %d dropped, %d truncated"
+        over = training.dropped, training.truncated
+        logger.warning(text, sum(over), training.total, train.max_length, *over)
     if train.eval_every is None:
         return training, None
     held_out = DataReader(train.data, directory, train.seed, tokenizer).examples("eval")
@@ -205,16 +200,8 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
         return
     with context.stage("merge", "adding the adapter to the base weights"):
         source = trained.directory if context.method.whole_model else new / "adapter"
-        context.method.merge(
-            source,
-            DenseOutput(
-                base=context.base,
-                out=new / "merged",
-                dtype=context.loaded.manifest.output.merged_dtype,
-                base_name=context.inputs.base_name,
-                progress=context.progress,
-            ),
-        )
+        dtype, name = context.loaded.manifest.output.merged_dtype, context.inputs.base_name
+        context.method.merge(source, DenseOutput(context.base, new / "merged", dtype, name, context.progress))
 
 
 def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickCheck | None:

@@ -212,9 +212,8 @@ class TransformersBackend:
         merged = role != "base" and subject.target.kind == "merged"
         quantize = subject.manifest.base.quantize if not merged else "none"
         with quiet_bars():
-            model: Any = load_base(
-                subject.target.path if merged else subject.base, subject.manifest.serve.dtype, quantize
-            )
+            place = subject.target.path if merged else subject.base
+            model: Any = load_base(place, subject.manifest.serve.dtype, quantize)
             before = None
             if role != "base" and not merged:
                 from peft import PeftModel
@@ -230,8 +229,7 @@ class TransformersBackend:
         facts["device"] = str(next(model.parameters()).device)
 
         def effect() -> tuple[float, float]:
-            now = _logprobs(model, tokenizer)
-            again = _logprobs(model, tokenizer)
+            now, again = (_logprobs(model, tokenizer) for _ in range(2))
             return float((now - again).abs().max()), float((now - before).abs().max())
 
         yield RoleModel(lm, facts, effect if before is not None else None)

@@ -107,16 +107,10 @@ def clean(answer: str) -> str:
     """
     answer = answer.strip().rstrip(".").strip("$")
     answer = _TEXT.sub(r"\1", answer)
-    for spelling, plain in (
-        ("\\left", ""),
-        ("\\right", ""),
-        ("\\dfrac", "\\frac"),
-        ("\\tfrac", "\\frac"),
-        ("^{\\circ}", ""),
-        ("^\\circ", ""),
-        ("\\$", ""),
-    ):
-        answer = answer.replace(spelling, plain)
+    for spelling in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        answer = answer.replace(spelling, "")
+    for spelling in ("\\dfrac", "\\tfrac"):
+        answer = answer.replace(spelling, "\\frac")
     answer = _SPACING.sub("", answer)
     return re.sub(r"\s+", "", answer).rstrip(".")
 

@@ -92,8 +92,7 @@ def zero_shot_prompt(benchmark: str, question: str, columns: Mapping[str, Any]) 
         return prompt
     except DataError as error:
         raise EvalError(
-            error.message,
-            hint=f"A prompt for {benchmark} may use the columns above. {error.hint or ''}".strip(),
+            error.message, hint=f"A prompt for {benchmark} may use the columns above. {error.hint or ''}".strip()
         ) from None
 
 

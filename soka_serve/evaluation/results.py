@@ -108,24 +108,13 @@ def collect(parts: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[
         # The task (or group) itself first, then what it consists of.
         for name in sorted(result["results"], key=lambda name: name != task):
             ours, theirs = result["results"][name], base["results"][name]
+            asked = int(result["problems"].get(name, sum(result["problems"].values())))
             for metric, value in ours.items():
                 kind, _, filtered = metric.partition(",")
-                if kind in ("alias", "name", "sample_len", "sample_count") or kind.endswith("_stderr"):
-                    continue
-                if not isinstance(value, int | float):
-                    continue
-                error = f"{kind}_stderr,{filtered}"
-                found.append(
-                    Score(
-                        task=name,
-                        metric=metric,
-                        problems=int(result["problems"].get(name, sum(result["problems"].values()))),
-                        base=float(theirs[metric]),
-                        result=float(value),
-                        base_stderr=_number(theirs.get(error)),
-                        result_stderr=_number(ours.get(error)),
-                    )
-                )
+                told = kind in ("alias", "name", "sample_len", "sample_count") or kind.endswith("_stderr")
+                if not told and isinstance(value, int | float):
+                    errors = (_number(each.get(f"{kind}_stderr,{filtered}")) for each in (theirs, ours))
+                    found.append(Score(name, metric, asked, float(theirs[metric]), float(value), *errors))
     return tuple(dict.fromkeys(found))
 
 

@@ -127,13 +127,5 @@ def _write(
     record = make_record(evaluation, parts, scores, seed=SEED)
     write_text_atomic(json_file, json.dumps(record, indent=1) + "\n")
     write_text_atomic(table_file, document(record, table(scores, evaluation.subject.target.name)))
-    return EvalResult(
-        str(evaluation.loaded.manifest.name),
-        evaluation.backend.name,
-        tasks,
-        scores,
-        record,
-        json_file,
-        table_file,
-        missed(scores, tasks, thresholds),
-    )
+    name, under = str(evaluation.loaded.manifest.name), missed(scores, tasks, thresholds)
+    return EvalResult(name, evaluation.backend.name, tasks, scores, record, json_file, table_file, under)

@@ -35,20 +35,13 @@ SOURCES = {
 }
 
 SUBJECTS = (
-    "algebra",
-    "counting_and_probability",
-    "geometry",
-    "intermediate_algebra",
-    "number_theory",
-    "prealgebra",
-    "precalculus",
+    *("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory"),
+    *("prealgebra", "precalculus"),
 )
-SOURCES.update(
-    {
-        f"math_{name}/test": BenchmarkSplit(f"math_{name}.jsonl", "EleutherAI/hendrycks_math", "test", name)
-        for name in SUBJECTS
-    }
-)
+SOURCES |= {
+    f"math_{name}/test": BenchmarkSplit(f"math_{name}.jsonl", "EleutherAI/hendrycks_math", "test", name)
+    for name in SUBJECTS
+}
 
 
 def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,11 +59,9 @@ def read_rows(name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     try:
         rows = list(_local_rows(Path(folder), source) if folder else _hub_rows(source))
     except DataError as error:
-        hint = (
-            f"{DATA_VARIABLE} is set, so the hub is not asked; unset it, or put {source.file} there."
-            if folder
-            else f"Set {DATA_VARIABLE} to a folder with {source.file}, or let the hub be reached (HF_HUB_OFFLINE=0)."
-        )
+        hint = f"Set {DATA_VARIABLE} to a folder with {source.file}, or let the hub be reached (HF_HUB_OFFLINE=0)."
+        if folder:
+            hint = f"{DATA_VARIABLE} is set, so the hub is not asked; unset it, or put {source.file} there."
         raise EvalError(error.message, hint=hint) from None
     for where, row in rows:
         missing = [column for column in columns if column not in row]

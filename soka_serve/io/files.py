@@ -126,9 +126,8 @@ def _renameat2() -> Callable[[bytes, bytes], int] | None:
     function.restype = ctypes.c_int
 
     def exchange(first: bytes, second: bytes) -> int:
-        if function(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0:
-            return 0
-        return ctypes.get_errno()
+        failed = function(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE)
+        return ctypes.get_errno() if failed else 0
 
     return exchange
 
@@ -258,12 +257,8 @@ def _discard(old: Path, target: Path, added: list[str]) -> None:
 def _keep(directory: Path, target: Path, added: list[str]) -> None:
     kept = target.with_name(f"{target.name}.earlier-{secrets.token_hex(3)}")
     directory.rename(kept)
-    log.warning(
-        "%s: while its successor was made, there came or changed: %s; the earlier folder is kept whole as %s",
-        target,
-        name_some(added),
-        kept,
-    )
+    text = "%s: while its successor was made, there came or changed: %s; the earlier folder is kept whole as %s"
+    log.warning(text, target, name_some(added), kept)
 
 
 def _tidy(directory: Path) -> None:

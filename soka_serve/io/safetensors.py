@@ -24,29 +24,14 @@ if TYPE_CHECKING:
 
 # safetensors dtype -> (bits per element, torch's name; empty where torch has no such dtype)
 DTYPES: dict[str, tuple[int, str]] = {
-    "F64": (64, "float64"),
-    "F32": (32, "float32"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F6_E2M3": (6, ""),
-    "F6_E3M2": (6, ""),
-    "F4": (4, ""),
-    "I64": (64, "int64"),
-    "I32": (32, "int32"),
-    "I16": (16, "int16"),
-    "I8": (8, "int8"),
-    "U64": (64, "uint64"),
-    "U32": (32, "uint32"),
-    "U16": (16, "uint16"),
-    "U8": (8, "uint8"),
-    "BOOL": (8, "bool"),
-    "C64": (64, "complex64"),
-}
+    "F64": (64, "float64"), "F32": (32, "float32"), "F16": (16, "float16"), "BF16": (16, "bfloat16"),
+    "F8_E4M3": (8, "float8_e4m3fn"), "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"), "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F6_E2M3": (6, ""), "F6_E3M2": (6, ""), "F4": (4, ""),
+    "I64": (64, "int64"), "I32": (32, "int32"), "I16": (16, "int16"), "I8": (8, "int8"),
+    "U64": (64, "uint64"), "U32": (32, "uint32"), "U16": (16, "uint16"), "U8": (8, "uint8"),
+    "BOOL": (8, "bool"), "C64": (64, "complex64"),
+}  # fmt: skip
 STORED_NAMES = {name: stored for stored, (_, name) in DTYPES.items() if name}  # by torch's name
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})

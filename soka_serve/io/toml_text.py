@@ -49,18 +49,11 @@ def parse_toml(text: str) -> dict[str, Any]:
             dots = 0
             depth += (mark in "[{") - (mark in "]}")
             brackets += mark in "[{"
-        what = (
-            f"a key of more than {MAX_PARTS} parts"
-            if dots >= MAX_PARTS
-            else f"brackets more than {MAX_DEPTH} deep"
-            if depth > MAX_DEPTH
-            else f"more than {MAX_BRACKETS} tables and lists"
-            if brackets > MAX_BRACKETS
-            else None
-        )
-        if what:
+        if dots >= MAX_PARTS or depth > MAX_DEPTH or brackets > MAX_BRACKETS:
+            key = f"a key of more than {MAX_PARTS} parts" if dots >= MAX_PARTS else None
+            deep = f"brackets more than {MAX_DEPTH} deep" if depth > MAX_DEPTH else None
             line = text.count("\n", 0, token.start()) + 1
-            raise ValueError(f"{what} (at line {line})")
+            raise ValueError(f"{key or deep or f'more than {MAX_BRACKETS} tables and lists'} (at line {line})")
     return tomllib.loads(text)
 
 

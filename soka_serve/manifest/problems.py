@@ -16,20 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from soka_serve.errors import ManifestProblem
+from soka_serve.manifest import nodes
 from soka_serve.manifest.locate import Positions
-from soka_serve.manifest.nodes import (
-    Location,
-    Node,
-    TomlPath,
-    below,
-    expected,
-    nodes_of,
-    one_of,
-    policies_of,
-    quote,
-    tables,
-    walk,
-)
 from soka_serve.manifest.schema import Manifest
 
 _MOST = 100  # problems that are explained; a file of another kind may have thousands
@@ -58,14 +46,14 @@ def explain(error: ValidationError, positions: Positions, model: type[BaseModel]
     below_it = {location[:i] for d in details for location in [d["loc"]] for i in range(len(location))}
     # When every rule of an array is wrong, pydantic also calls the array too short.
     details = [d for d in details if not (d["type"] == "too_short" and d["loc"] in below_it)]
-    with nodes_of(model):
+    with nodes.nodes_of(model):
         problems = dict.fromkeys(_explain_one(d, positions) for d in details[:_MOST])
     found = sorted(problems, key=lambda p: (p.line, p.column))
     more = len(details) - _MOST
     return [*found, ManifestProblem("", f"and {more:,} more problems")] if more > 0 else found
 
 
-def dotted(path: TomlPath) -> str:
+def dotted(path: nodes.TomlPath) -> str:
     """Spell a path as messages show it.
 
     >>> dotted(("adapt", 1, "rank", "a b"))
@@ -103,18 +91,18 @@ def show(value: object) -> str:
 
 
 def _explain_one(detail: ErrorDetails, positions: Positions) -> ManifestProblem:
-    location = walk(detail["loc"])
+    location = nodes.walk(detail["loc"])
     kind, value = detail["type"], detail["input"]
     if kind == "missing":
         return _missing(location, positions)
     if kind == "union_tag_not_found":
         return _missing_policy(location, positions)
     if kind == "union_tag_invalid":
-        words = list(policies_of(location.node or {}))
+        words = list(nodes.policies_of(location.node or {}))
         path = (*location.path, "policy")
         came = value["policy"] if isinstance(value, Mapping) else value
         return _problem(
-            path, f"expected {one_of(words)}; got {show(came)}", positions.value(path), _did_you_mean(came, words)
+            path, f"expected {nodes.one_of(words)}; got {show(came)}", positions.value(path), _did_you_mean(came, words)
         )
     if kind == "extra_forbidden":
         return _unknown(location, positions)
@@ -123,24 +111,24 @@ def _explain_one(detail: ErrorDetails, positions: Positions) -> ManifestProblem:
     if kind in ("value_error", "layers"):
         return _problem(location.path, detail["msg"].removeprefix("Value error, "), positions.value(location.path))
     context = detail.get("ctx", {})
-    wanted = context["expected"] if kind == "expected" else expected(location.node or {})
+    wanted = context["expected"] if kind == "expected" else nodes.expected(location.node or {})
     words = context.get("words") or _words(location.node)
     hint = _did_you_mean(value, words) or _hint(location, value)
     return _problem(location.path, f"expected {wanted}; got {show(value)}", positions.value(location.path), hint)
 
 
 def _problem(
-    path: TomlPath, message: str, position: tuple[int, int] | None, hint: str | None = None
+    path: nodes.TomlPath, message: str, position: tuple[int, int] | None, hint: str | None = None
 ) -> ManifestProblem:
     line, column = position or (0, 0)
     return ManifestProblem(dotted(path), message, line, column, hint)
 
 
-def _missing(location: Location, positions: Positions) -> ManifestProblem:
+def _missing(location: nodes.Location, positions: Positions) -> ManifestProblem:
     node = location.node or {}
     raw = location.table["properties"][location.path[-1]]
     what = raw.get("description") or node.get("description", "")
-    text = f"required, but missing; expected {expected(node)}"
+    text = f"required, but missing; expected {nodes.expected(node)}"
     hint = (
         f"write {location.path[-1]} = {node['const']} on the first line"
         if location.path == ("schema",)
@@ -149,31 +137,31 @@ def _missing(location: Location, positions: Positions) -> ManifestProblem:
     return _problem(location.path, text, positions.value(location.path[:-1]), hint or None)
 
 
-def _missing_policy(location: Location, positions: Positions) -> ManifestProblem:
-    words = list(policies_of(location.node or {}))
+def _missing_policy(location: nodes.Location, positions: Positions) -> ManifestProblem:
+    words = list(nodes.policies_of(location.node or {}))
     hint = 'for example rank = { policy = "fixed", rank = 1 }'
-    message = f"required, but missing; expected {one_of(words)}"
+    message = f"required, but missing; expected {nodes.one_of(words)}"
     return _problem((*location.path, "policy"), message, positions.value(location.path), hint)
 
 
-def _unknown(location: Location, positions: Positions) -> ManifestProblem:
+def _unknown(location: nodes.Location, positions: Positions) -> ManifestProblem:
     key = str(location.path[-1])
     known = list(location.table["properties"])
     position = positions.key(location.path)
     owners = [policy for policy, table in location.policies.items() if key in table["properties"]]
     if owners:
         own = location.table["properties"]["policy"]["const"]
-        belongs = f"{key} belongs to policy {one_of(owners)}; this rule's policy is {quote(own)}"
+        belongs = f"{key} belongs to policy {nodes.one_of(owners)}; this rule's policy is {nodes.quote(own)}"
         return _problem(location.path, f"unknown key: {belongs}", position)
     if key in _REFUSED_KEYS:
         return _problem(location.path, "unknown key", position, _REFUSED_KEYS[key])
-    elsewhere = dict.fromkeys(header for header, table in tables() if key in table["properties"])
+    elsewhere = dict.fromkeys(header for header, table in nodes.tables() if key in table["properties"])
     renamed = _FOREIGN_KEYS.get(key)
     hint: str | None
     if elsewhere and renamed not in known:
         hint = f"{key} belongs {_in(list(elsewhere))}"
     elif renamed in known:
-        hint = f"did you mean {quote(renamed)}?"
+        hint = f"did you mean {nodes.quote(renamed)}?"
     else:
         hint = _did_you_mean(key, known) or f"known here: {', '.join(known)}"
     return _problem(location.path, "unknown key", position, hint)
@@ -184,7 +172,7 @@ def _in(headers: list[str]) -> str:
     return " or ".join(f"in {header}" if header else "at the top of the file, before every table" for header in headers)
 
 
-def _words(node: Node | None) -> list[str]:
+def _words(node: nodes.Node | None) -> list[str]:
     """The strings that a node accepts, for 'did you mean'."""
     node = node or {}
     return [word for word in [*node.get("enum", ()), node.get("const")] if isinstance(word, str)]
@@ -195,10 +183,10 @@ def _did_you_mean(came: object, words: list[str]) -> str | None:
         return None
     folded = {word.lower(): word for word in words}
     close = get_close_matches(came.lower().replace("-", "_"), folded, n=1)
-    return f"did you mean {quote(folded[close[0]])}?" if close else None
+    return f"did you mean {nodes.quote(folded[close[0]])}?" if close else None
 
 
-def _hint(location: Location, value: Any) -> str | None:
+def _hint(location: nodes.Location, value: Any) -> str | None:
     """What to write instead of a value of the wrong type, where it is plain."""
     node = location.node or {}
     kind = node.get("type")
@@ -212,12 +200,12 @@ def _hint(location: Location, value: Any) -> str | None:
         return f"write {int(value)}"
     if kind == "string" and isinstance(value, int | float) and not isinstance(value, bool):
         return f'write "{show(value)}", in quotes'
-    if kind == "array" and "properties" in (below(node, 0) or {}):
+    if kind == "array" and "properties" in (nodes.below(node, 0) or {}):
         return f"write [[{name}]], with double brackets" if isinstance(value, Mapping) else None
     if kind == "array" and isinstance(value, str):
         return f"write [{show(value)}]"
     if kind == "object" and isinstance(value, list):
         return f"write [{name}], with single brackets"
-    if policies_of(node) and type(value) is int and value > 0:
+    if nodes.policies_of(node) and type(value) is int and value > 0:
         return f'write {name} = {{ policy = "fixed", rank = {value} }}'
     return None

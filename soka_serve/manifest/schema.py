@@ -114,9 +114,8 @@ class Data(Table):
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
         if value is not None:
-            from soka_serve.manifest.templates import (
-                parse_template,  # deferred: `schema` and `--help` never need Jinja2
-            )
+            # Deferred: `schema` and `--help` never need Jinja2.
+            from soka_serve.manifest.templates import parse_template
 
             parse_template(value)  # nothing is rendered here
         return value

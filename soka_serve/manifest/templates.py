@@ -14,15 +14,8 @@ from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError, meta, nod
 from jinja2.sandbox import SandboxedEnvironment
 
 from soka_serve.errors import DataError
+from soka_serve.manifest import template_env
 from soka_serve.manifest.template_child import MAX_TEXT, RenderResult, render
-from soka_serve.manifest.template_env import (
-    MAX_TEMPLATE,
-    NullValueError,
-    is_plain,
-    names_of,
-    own_names,
-    row_environment,
-)
 
 DEFAULT_PROMPT = "{{ prompt }}"
 DEFAULT_COMPLETION = "{{ completion }}"
@@ -37,10 +30,10 @@ def parse_template(text: str, environment: SandboxedEnvironment | None = None) -
     Raises:
         ValueError: it does not parse, or is too long; says where.
     """
-    if len(text) > MAX_TEMPLATE:
-        raise ValueError(f"the template has {len(text):,} characters; at most {MAX_TEMPLATE:,} are read")
+    if len(text) > template_env.MAX_TEMPLATE:
+        raise ValueError(f"the template has {len(text):,} characters; at most {template_env.MAX_TEMPLATE:,} are read")
     try:
-        tree = (environment or row_environment()).parse(text)
+        tree = (environment or template_env.row_environment()).parse(text)
     except TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno} of the template: {error.message}") from None
     except RecursionError:
@@ -78,17 +71,19 @@ class RowTemplate:
             tree = parse_template(text)
         except ValueError as error:
             raise DataError(f"{key}: {str(error).replace('line', 'template line', 1)}") from None
-        self._names = names_of(tree)
+        self._names = template_env.names_of(tree)
         # Jinja evaluates constants when it compiles, and when it looks for variables.
         self._template: Any = None
-        if is_plain(tree, text):
+        if template_env.is_plain(tree, text):
             try:
-                self._template = row_environment().from_string(text)
+                self._template = template_env.row_environment().from_string(text)
             except TemplateSyntaxError as error:  # a filter or test that there is not
                 raise DataError(f"{key}: template line {error.lineno}: {error.message}") from None
             self.columns = frozenset(meta.find_undeclared_variables(tree))
         else:
-            self.columns = self._names - own_names(tree) - frozenset(row_environment().globals)
+            self.columns = (
+                self._names - template_env.own_names(tree) - frozenset(template_env.row_environment().globals)
+            )
             (compiled,) = render("row", text, [])
             if compiled.text is None:
                 raise self._error(compiled, {}, "")
@@ -126,7 +121,7 @@ class RowTemplate:
             text = str(self._template.render(row))
         except UndefinedError as error:
             return self._error(RenderResult(None, "undefined", str(error.message)), row, where)
-        except NullValueError:
+        except template_env.NullValueError:
             return self._error(RenderResult(None, "null"), row, where)
         except _FAILURES as error:
             return self._error(RenderResult(None, "fails", str(error), error=type(error).__name__), row, where)
@@ -196,8 +191,8 @@ def render_chats(
     Returns:
         The texts in order; the error in place of one that fails. Chats after one that is beyond a limit may be missing.
     """
-    if len(source) > MAX_TEMPLATE:
-        return [DataError(f"{name} has {len(source):,} characters; at most {MAX_TEMPLATE:,} are read")]
+    if len(source) > template_env.MAX_TEMPLATE:
+        return [DataError(f"{name} has {len(source):,} characters; at most {template_env.MAX_TEMPLATE:,} are read")]
     shared = {"tools": None, "documents": None, **special_tokens}
     sent = [{**shared, "messages": list(messages), "add_generation_prompt": header} for messages, header in chats]
     found: list[str | DataError] = []

@@ -1,10 +1,11 @@
 """The configuration of a SoKA adapter, as PEFT reads and writes it (adapter_config.json)."""
 
+# ruff: noqa: RUF009 - `_field` gives each class a field of its own, as `dataclasses.field` does
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
@@ -27,6 +28,12 @@ OPTIONAL: dict[str, Any] = {
 }
 
 
+def _field(told: str, default: Any = None, *, factory: Any = MISSING) -> Any:
+    """A field with what PEFT's command lines tell of it."""
+    given = {"default": default} if factory is MISSING else {"default_factory": factory}
+    return field(**given, metadata={"help": told})
+
+
 @dataclass
 class SokaConfig(PeftConfig):  # type: ignore[misc]
     """Configuration of a SoKA adapter: its modules, their numbers of terms, and how the factors start.
@@ -38,70 +45,49 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         CheckpointError: `soka_format` is one that this version does not read.
     """
 
-    r: int = field(default=1, metadata={"help": "Number of Kronecker terms per module, unless soka_modules says."})
-    shape: str | list[int] = field(
-        default="balanced",
-        metadata={"help": "Factor shape: 'balanced' (fewest parameters per term) or [m, n, p, q] for every module."},
+    r: int = _field("Number of Kronecker terms per module, unless soka_modules says.", 1)
+    shape: str | list[int] = _field(
+        "Factor shape: 'balanced' (fewest parameters per term) or [m, n, p, q] for every module.", "balanced"
     )
-    target_modules: list[str] | set[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Module names or endings, a regular expression (a string), or 'all-linear'. None: PEFT's default "
-            "LoRA targets of the architecture."
-        },
+    target_modules: list[str] | set[str] | str | None = _field(
+        "Module names or endings, a regular expression (a string), or 'all-linear'. None: PEFT's default LoRA targets "
+        "of the architecture."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Module names or endings, or a regular expression, to leave out."}
+    exclude_modules: list[str] | str | None = _field("Module names or endings, or a regular expression, to leave out.")
+    layers_to_transform: list[int] | int | None = _field("Adapt these layers only; target_modules must then be a list.")
+    layers_pattern: list[str] | str | None = _field(
+        "Name of the list of layers, for layers_to_transform, such as 'layers'."
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Adapt these layers only; target_modules must then be a list."}
+    modules_to_save: list[str] | None = _field("Other modules that are trained and saved whole, such as 'lm_head'.")
+    init_soka_weights: Literal["weights", "zero", "random", False] = _field(
+        "'weights': principal Kronecker components of each weight, subtracted again as frozen initial factors, so that "
+        "nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). 'random': all random, from "
+        "torch's own generator, so that the adapter has an effect at once; for tests. False: empty until they are "
+        "loaded; a forward before that is an error.",
+        "weights",
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, for layers_to_transform, such as 'layers'."}
+    init_scale: float = _field(
+        "Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share of the "
+        "weight's typical entry (SoKA's alpha); of 1/sqrt(in) where the weight is not in memory.",
+        DEFAULT_SCALE,
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Other modules that are trained and saved whole, such as 'lm_head'."}
+    rank_pattern: dict[str, int] = _field(
+        "Number of terms by module name, ending or regular expression; overrides r.", factory=dict
     )
-    init_soka_weights: Literal["weights", "zero", "random", False] = field(
-        default="weights",
-        metadata={
-            "help": "'weights': principal Kronecker components of each weight, subtracted again as frozen initial "
-            "factors, so that nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). "
-            "'random': all random, from torch's own generator, so that the adapter has an effect at once; for tests. "
-            "False: empty until they are loaded; a forward before that is an error."
-        },
+    soka_dropout: float = _field("Share of the inputs that the delta does not see in training, 0 to below 1.", 0.0)
+    fan_in_fan_out: bool = _field(
+        "The adapted weights are stored (in, out), as transformers' Conv1D does. Set by itself.", False
     )
-    init_scale: float = field(
-        default=DEFAULT_SCALE,
-        metadata={
-            "help": "Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
-            "of the weight's typical entry (SoKA's alpha); of 1/sqrt(in) where the weight is not in memory."
-        },
+    seed: int = _field("Seed of the initialisations 'weights' and 'zero'.", 0)
+    soka_modules: dict[str, dict[str, Any]] = _field(
+        "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r, rank_pattern "
+        "and shape; complete after the adapter was built.",
+        factory=dict,
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "Number of terms by module name, ending or regular expression; overrides r."},
+    soka_initial: bool = _field(
+        "The adapter holds frozen initial factors too. Set by init_soka_weights = 'weights'.", False
     )
-    soka_dropout: float = field(
-        default=0.0, metadata={"help": "Share of the inputs that the delta does not see in training, 0 to below 1."}
-    )
-    fan_in_fan_out: bool = field(
-        default=False,
-        metadata={"help": "The adapted weights are stored (in, out), as transformers' Conv1D does. Set by itself."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the initialisations 'weights' and 'zero'."})
-    soka_modules: dict[str, dict[str, Any]] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r, "
-            "rank_pattern and shape; complete after the adapter was built."
-        },
-    )
-    soka_initial: bool = field(
-        default=False,
-        metadata={"help": "The adapter holds frozen initial factors too. Set by init_soka_weights = 'weights'."},
-    )
-    soka_format: int = field(default=SOKA_FORMAT, metadata={"help": "Version of the adapter's format on disk."})
+    soka_format: int = _field("Version of the adapter's format on disk.", SOKA_FORMAT)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -120,11 +120,8 @@ def drop_terms(
             problems.append(f"{name}: cannot keep terms {list(indices)} of {rank}")
     if problems:
         raise PlanError("; ".join(problems))
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise BuildError("terms cannot be pruned while several processes train", hint="leave [train.prune] out")
     config: SokaConfig = cast("Any", peft_model).peft_config[adapter_name]
     changed = {}

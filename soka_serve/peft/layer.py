@@ -116,13 +116,8 @@ class SokaLayer(MergingLayer):
         dtype = torch.float64 if self.get_base_layer().weight.dtype == torch.float64 else torch.float32
         init = config.init_soka_weights
         if rank > shape.max_rank:
-            log.warning(
-                "%s: %d terms asked for, the factor shape %s has at most %d",
-                self.module_name,
-                rank,
-                list(shape),
-                shape.max_rank,
-            )
+            asked = self.module_name, rank, list(shape), shape.max_rank
+            log.warning("%s: %d terms asked for, the factor shape %s has at most %d", *asked)
             rank = shape.max_rank
         factors = self._initial_values(rank, shape, config, dtype)
         for part in PARTS:

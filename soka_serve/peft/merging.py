@@ -161,13 +161,9 @@ class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
         if self.quantization_backend is None:
             return {"weight": base.weight.data.to("cpu")}
         state = getattr(base, "state", None)  # Linear8bitLt holds the quantised weight there after the first forward
-        return {
-            "weight": base.weight,
-            "attributes": dict(
-                vars(base.weight)
-            ),  # PEFT marks the old Params4bit as not quantised when it sets a new one
-            "state": {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)},
-        }
+        kept = {name: getattr(state, name) for name in ("CB", "SCB") if hasattr(state, name)}
+        # The attributes, as PEFT marks the old Params4bit as not quantised when it sets a new one.
+        return {"weight": base.weight, "attributes": dict(vars(base.weight)), "state": kept}
 
     def _restore(self, snapshot: dict[str, Any]) -> None:
         base = self.get_base_layer()

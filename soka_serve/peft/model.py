@@ -57,13 +57,8 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         except Exception:
             config.soka_modules = before
             raise
-        config.record(
-            {
-                layer.module_name: layer.spec(adapter_name)
-                for layer in model.modules()
-                if isinstance(layer, SokaLayer) and adapter_name in layer.soka_left
-            }
-        )
+        layers = [m for m in model.modules() if isinstance(m, SokaLayer) and adapter_name in m.soka_left]
+        config.record({layer.module_name: layer.spec(adapter_name) for layer in layers})
 
     @staticmethod
     def _check_target_module_exists(peft_config: SokaConfig, key: str) -> Any:

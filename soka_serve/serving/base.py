@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from soka_serve.adapter.served_base import served_sha256
 from soka_serve.base.modules import text_config
 from soka_serve.base.opened import Base
 from soka_serve.base.packed_shapes import check_packed
@@ -16,7 +17,7 @@ from soka_serve.base.resolve import open_base, resolve_base
 from soka_serve.base.tokenizer_class import tokenizer_directory
 from soka_serve.errors import CheckpointError, SokaError, joined
 from soka_serve.io.files import is_own, is_own_file
-from soka_serve.io.own_cache import HASHES_FILE, own_hashes
+from soka_serve.io.own_cache import HASHES_FILE
 from soka_serve.io.workspace import HashCache
 from soka_serve.manifest import schema
 from soka_serve.serving.targets import Target, check_served_layout
@@ -137,16 +138,7 @@ def _check_hashes(targets: Sequence[Target], base: Base) -> None:
             logger.warning("%s has no soka.lock: whether it was made for this base cannot be checked", target.given)
     if not expected:
         return
-    hashes = own_hashes()
-    for known in _build_hashes(targets):
-        hashes.adopt(known, checkpoint.files)
-    if sum(f.stat().st_size for f in checkpoint.files if not hashes.knows(f)) > 1_000_000_000:
-        logger.info("hashing the base's weights in %s, once", checkpoint.directory)
-    actual = checkpoint.sha256(hashes.file)
-    try:
-        hashes.save()
-    except SokaError as error:
-        logger.warning("the base will be hashed again next time: %s", error.message)
+    actual = served_sha256(checkpoint.directory, logger, _build_hashes(targets))
     others = [t for t in targets if t.base_sha256 not in ("", actual)]
     if others and quantised is not None:
         logger.warning(

@@ -180,8 +180,7 @@ def _check_engine(base: ServedBase) -> None:
         )
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip().lower() in ("1", "true"):
         raise SokaError(
-            "VLLM_USE_RUST_FRONTEND is set: the plugin checks adapters in vLLM's Python front end",
-            hint="Unset it.",
+            "VLLM_USE_RUST_FRONTEND is set: the plugin checks adapters in vLLM's Python front end", hint="Unset it."
         )
 
 

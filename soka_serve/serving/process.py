@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from soka_serve.errors import ServeError, SokaError, printable
@@ -124,22 +124,17 @@ class Server:
         self.log = log
         self.ready_s = 0.0
         self._client = Client(launch)
-        environment = {**os.environ, **launch.environment}
-        out = None if log is None else log.open("wb")
-        try:
+        with nullcontext() if log is None else log.open("wb") as out:
             # A group of its own: Ctrl-C in the terminal reaches this program alone, which ends the group in order.
             self._process = subprocess.Popen(
                 launch.command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=None if out is None else subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **launch.environment},
                 start_new_session=True,
                 preexec_fn=_begin,  # no threads run yet, which could hold locks
             )
-        finally:
-            if out is not None:
-                out.close()
 
     def wait_healthy(self, timeout_s: float) -> None:
         """Wait until it answers, showing progress; `ready_s` is then how long it took.

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
 from soka_serve.errors import SokaError, is_printable
 from soka_serve.io.budget import ReadingBudget
-from soka_vllm.lokr import read_lokr
-from soka_vllm.lycoris import read_lycoris
+from soka_vllm.lokr import look_at_lokr
+from soka_vllm.lycoris import look_at_lycoris
 from tests.fuzzing.limits import bounded
 from tests.fuzzing.spoil import spoil_files
 from tests.support import hostile_adapters as hostile
@@ -79,7 +79,7 @@ def check_lokr(folder: Path, kind: str) -> bool:
     """
     try:
         with bounded():
-            factors = (read_lokr if kind == "peft" else read_lycoris)(folder, served())
+            factors = (look_at_lokr if kind == "peft" else look_at_lycoris)(folder, served()).read()
     except SokaError as error:
         _check_message(error.message)
         return False

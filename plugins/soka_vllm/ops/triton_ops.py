@@ -146,16 +146,4 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
     programs, constants, options = configure(tokens * len(widths), x.dtype, values.dtype)
     launch: Any = _add_kron_kernel[tokens, len(widths), programs]
     slots, in_features = table.shape[1], x.shape[1]
-    launch(
-        out,
-        x,
-        token_slots,
-        values,
-        table,
-        slots,
-        in_features,
-        out.stride(0),
-        x.stride(0),
-        **constants,
-        **options,
-    )
+    launch(out, x, token_slots, values, table, slots, in_features, out.stride(0), x.stride(0), **constants, **options)

@@ -31,20 +31,9 @@ LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE
 
 # What belongs to a model beside its weights and config. Everything else in the base's directory stays there.
 _COPIED = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    *LICENCES,
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", *LICENCES),
 )
 
 
@@ -97,11 +86,8 @@ def copy_side_files(base: Base, new: Path, dtype: str | None, base_name: str | N
     else:
         _copy(directory / "config.json", new / "config.json")
     weights = {f.name for f in base.checkpoint.files}
-    left = [
-        f.name
-        for f in sorted(directory.iterdir())
-        if f.is_file() and f.name not in weights and not (new / f.name).exists()
-    ]
+    files = [f.name for f in sorted(directory.iterdir()) if f.is_file()]
+    left = [name for name in files if name not in weights and not (new / name).exists()]
     if left:
         log.info("merge: not copied from the base: %s", ", ".join(left))
     return [*copied, "config.json"]
@@ -132,11 +118,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_papers(
-    new: Path,
-    directory: Path,
-    sources: Sequence[tuple[AdapterSource, float]],
-    dtype: str,
-    base_sha256: str | None,
+    new: Path, directory: Path, sources: Sequence[tuple[AdapterSource, float]], dtype: str, base_sha256: str | None
 ) -> None:
     """soka.lock and a short model card, without paths of this machine."""
     adapters = [(source.adapter, weight) for source, weight in sources]

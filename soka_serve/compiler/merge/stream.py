@@ -163,13 +163,7 @@ def single_threaded_torch() -> Iterator[None]:
 
 
 def write_file(
-    target: Path,
-    plan: FilePlan,
-    *,
-    advance: Callable[[int], None],
-    stop: Event,
-    digest: Hash | None,
-    direct: bool,
+    target: Path, plan: FilePlan, *, advance: Callable[[int], None], stop: Event, digest: Hash | None, direct: bool
 ) -> None:
     """Write one merged file.
 

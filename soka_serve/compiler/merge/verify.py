@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soka_serve.adapter.format import Adapter
+from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.opened import Base
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import BuildError, CheckpointError, name_some
@@ -54,30 +55,30 @@ def verify_tensors(directory: Path, original: Base, adapters: Sequence[tuple[Ada
         for module in adapter.factors:
             deltas.setdefault(original.weights.get(module).name, []).append((adapter, module, weight))
     others = [n for n, t in checkpoint.tensors.items() if n not in deltas and t.shape]
-    worst = 0.0
-    names = list(deltas)
+    worst, damaged = 0.0, list[str]()
+    for name, row, got, base in _sample(directory, checkpoint, list(deltas)):
+        exact = base[0].double()
+        want = exact + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
+        worst = max(worst, _check_row(name, row, got[0], want, exact))
+    for name, row, got, base in _sample(directory, checkpoint, others):
+        if not _is_kept(got, base):
+            raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
+        if base.is_floating_point() and not bool(torch.isfinite(base.float()).all()) and name not in damaged:
+            damaged.append(name)
+    if damaged:
+        where = checkpoint.directory, name_some(damaged)
+        log.warning("the base %s holds NaN or infinity in %s; copied as it is", *where)
+    log.info("verify: sampled weights are within %.2f ulp of base + delta", worst)
+    return worst
+
+
+def _sample(directory: Path, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """Some rows of some tensors: name, index, the row as written and as in the base, (1, ...) each."""
     for name in [names[i] for i in _spread(len(names), _SAMPLED_TENSORS)]:
         info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
         for row in _spread(info.shape[0], _SAMPLED_ROWS):
-            got = read_tensor(written, slice(row, row + 1))[0]
-            base = read_tensor(info, slice(row, row + 1))[0].double()
-            want = base + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
-            worst = max(worst, _check_row(name, row, got, want, base))
-    damaged: list[str] = []
-    for name in [others[i] for i in _spread(len(others), _SAMPLED_TENSORS)] if others else []:
-        info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
-        for row in _spread(info.shape[0], _SAMPLED_ROWS):
-            got, base = (read_tensor(t, slice(row, row + 1)) for t in (written, info))
-            if not _is_kept(got, base):
-                raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
-            if base.is_floating_point() and not bool(torch.isfinite(base.float()).all()) and name not in damaged:
-                damaged.append(name)
-    if damaged:
-        log.warning(
-            "the base %s holds NaN or infinity in %s; copied as it is", checkpoint.directory, name_some(damaged)
-        )
-    log.info("verify: sampled weights are within %.2f ulp of base + delta", worst)
-    return worst
+            got, base = (read_tensor(each, slice(row, row + 1)) for each in (written, info))
+            yield name, row, got, base
 
 
 def _is_kept(got: Tensor, base: Tensor) -> bool:
@@ -148,9 +149,8 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
             return open_model(path, dtype=torch.float32).eval()
 
     def answer(model: Any) -> Tensor:
-        ids = torch.randint(
-            model.config.get_text_config().vocab_size, _PROBE, generator=torch.Generator().manual_seed(0)
-        )
+        words, generator = model.config.get_text_config().vocab_size, torch.Generator().manual_seed(0)
+        ids = torch.randint(words, _PROBE, generator=generator)
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
 
     try:

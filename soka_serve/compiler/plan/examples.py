@@ -20,6 +20,7 @@ from soka_serve.manifest.schema import Manifest, Train
 
 SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
 SHOWN = 3
+_COUNTS = ("tokens", "trained_tokens", "dropped", "truncated", "boundary", "longest")  # of an `EncodedSet`
 
 _MIXING_LAYERS = {"linear_attention", "conv", "mamba", "hybrid", "recurrent"}
 _MIXING_KEYS = {"linear_conv_kernel_dim", "conv_L_cache", "mamba_d_state", "mamba_n_heads", "state_size", "ssm_cfg"}
@@ -119,12 +120,7 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
         examples=total,
         sampled=len(examples),
         encoded=encoded is not None,
-        tokens=encoded.tokens if encoded else None,
-        trained_tokens=encoded.trained_tokens if encoded else None,
-        dropped=encoded.dropped if encoded else None,
-        truncated=encoded.truncated if encoded else None,
-        boundary=encoded.boundary if encoded else None,
-        longest=encoded.longest if encoded else None,
+        **{name: getattr(encoded, name) if encoded else None for name in _COUNTS},
         rows=rows,
         steps=_steps(train, rows),
         shown=_show(examples, encoded, tokenizer, train.completion_only),

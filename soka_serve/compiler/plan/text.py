@@ -37,14 +37,13 @@ def render_plan(plan: Plan, *, every: bool = False, color: bool | None = None) -
         _section("Trainable parameters", _parameters(plan), paint),
         _section(f"GPU memory, estimated for {plan.batch_tokens:,} tokens a batch", _memory(plan), paint),
         _section("Data", _data(plan.data), paint),
-        *(
-            [_section("Examples (the loss is taken over ⟦ ⟧)", _examples(plan.data.shown, paint), paint)]
-            if plan.data.shown
-            else []
-        ),
-        *([_section("Stages", _stages(plan), paint)] if plan.stages is not None or plan.stages_problem else []),
-        *([_section("Rules near the budget", _policies(plan.policies, plan), paint)] if plan.policies else []),
     ]
+    if plan.data.shown:
+        sections.append(_section("Examples (the loss is taken over ⟦ ⟧)", _examples(plan.data.shown, paint), paint))
+    if plan.stages is not None or plan.stages_problem:
+        sections.append(_section("Stages", _stages(plan), paint))
+    if plan.policies:
+        sections.append(_section("Rules near the budget", _policies(plan.policies, plan), paint))
     return "\n\n".join(sections)
 
 
@@ -143,13 +142,11 @@ def _parameters(plan: Plan) -> str:
                 f"{'<= ' if comparison is plan.comparisons[0] else ''}{bytes_text(comparison.adapter_bytes)}",
             )
         )
-    note = ""
+    text = _table(rows, right=(1, 2, 3))
     if any(m.init in ("weights", "gradient", "random") for m in plan.modules):
-        note = (
-            "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
-            f"({plan.adapter_dtype})."
-        )
-    return _table(rows, right=(1, 2, 3)) + note
+        text += "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
+        text += f"({plan.adapter_dtype})."
+    return text
 
 
 def _memory(plan: Plan) -> str:
@@ -158,10 +155,8 @@ def _memory(plan: Plan) -> str:
         memory = comparison.memory
         parts = (memory.base, memory.trained, memory.activations, memory.logits, memory.overhead, memory.total)
         rows.append((comparison.name, *map(bytes_text, parts)))
-    return (
-        _table(rows, right=range(1, 7))
-        + "\n  Estimated, not measured; formulas and assumptions: soka_serve/compiler/plan/estimate.py."
-    )
+    note = "\n  Estimated, not measured; formulas and assumptions: soka_serve/compiler/plan/estimate.py."
+    return _table(rows, right=range(1, 7)) + note
 
 
 def _data(data: DataPlan) -> str:
@@ -173,15 +168,9 @@ def _data(data: DataPlan) -> str:
         lines[0] += f": {total} training examples"
     if data.encoded and data.tokens is not None and data.trained_tokens is not None:
         sample = "" if data.exact else f" (of the first {data.sampled:,}, which the figures here are about)"
-        cut = [
-            f"{count:,} {what}"
-            for count, what in (
-                (data.dropped, "dropped as too long"),
-                (data.truncated, "truncated"),
-                (data.boundary, "split where a token would have joined prompt and completion"),
-            )
-            if count
-        ]
+        counts = {"dropped as too long": data.dropped, "truncated": data.truncated}
+        counts |= {"split where a token would have joined prompt and completion": data.boundary}
+        cut = [f"{count:,} {what}" for what, count in counts.items() if count]
         lines.append(
             f"  {data.tokens:,} tokens, {data.trained_tokens:,} of them trained on; longest {data.longest:,}{sample}"
         )

@@ -159,9 +159,8 @@ def _heat_map(
             values = places[projection, layer]
             where = "outside the layers" if layer is None else f"layer {layer}"
             several = f" (mean of {len(values)}, {span(values, text)})" if len(values) > 1 else ""
-            cells.append(
-                HeatCell(text(mean), f"{projection}, {where}: {text(mean)}{several}", _shade(scale(mean), low, high))
-            )
+            tooltip = f"{projection}, {where}: {text(mean)}{several}"
+            cells.append(HeatCell(text(mean), tooltip, _shade(scale(mean), low, high)))
         rows.append((projection, cells))
     return HeatMap(title, ["–" if layer is None else str(layer) for layer in layers], rows)
 
@@ -181,11 +180,9 @@ def curves(history: Sequence[HistoryPoint]) -> list[Panel]:
         ("grad_norm", "Gradient norm", "before clipping"),
         ("learning_rate", "Learning rate", "set by the schedule"),
     ):
-        points = logged(history, field)
-        if points:
-            panels.append(
-                _curve(title, note, [Series(points, "main", marks=_dots(points, title.lower()))], title.lower())
-            )
+        if points := logged(history, field):
+            line = Series(points, "main", marks=_dots(points, title.lower()))
+            panels.append(_curve(title, note, [line], title.lower()))
     return panels
 
 
@@ -230,6 +227,5 @@ def pruning(rank_over_time: Mapping[str, Sequence[tuple[int, int]]]) -> Panel | 
         total += changes[step]
         points.append((float(step), float(total)))
     note = f"all weights together, {count(points[0][1])} at first, {count(points[-1][1])} at the end"
-    return _curve(
-        "Terms kept", note, [Series(points, "main", step=True, marks=_dots(points, "terms"))], "terms", log=False
-    )
+    line = Series(points, "main", step=True, marks=_dots(points, "terms"))
+    return _curve("Terms kept", note, [line], "terms", log=False)

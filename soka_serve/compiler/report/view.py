@@ -12,18 +12,7 @@ from soka_serve.compiler.methods import FULL, LORA
 from soka_serve.compiler.report.charts import Axis
 from soka_serve.compiler.report.data import HistoryPoint, ReportData
 from soka_serve.compiler.report.panels import curves, heat_maps, layer_span, logged, pruning, spectra
-from soka_serve.io.text import (
-    accuracy_interval,
-    count,
-    duration,
-    flatten,
-    percent,
-    plain,
-    size,
-    span,
-    times,
-    words,
-)
+from soka_serve.io.text import accuracy_interval, count, duration, flatten, percent, plain, size, span, times, words
 
 _MOST_SAMPLES = 40
 _STARTS = {
@@ -166,11 +155,8 @@ def _figures(data: ReportData, before: tuple[int, int] | None, after: tuple[int,
 def _sizes(data: ReportData) -> list[SizeRow]:
     """This adapter among the other methods, fewest parameters first; empty when there is nothing to compare."""
     own = data.trainable_parameters
-    others = [
-        (FULL.label if name == FULL.name else name, number, False)
-        for name, number in data.comparison.items()
-        if number > 0
-    ]
+    named = {FULL.label if name == FULL.name else name: number for name, number in data.comparison.items()}
+    others = [(name, number, False) for name, number in named.items() if number > 0]
     if own <= 0 or not others:
         return []
     rows = sorted([("this adapter", own, True), *others], key=lambda row: row[1])

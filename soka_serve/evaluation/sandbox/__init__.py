@@ -69,11 +69,7 @@ def check_sandbox() -> None:
 
 
 def run_programs(
-    programs: Sequence[Program],
-    *,
-    allow_code_execution: bool,
-    timeout_s: float = TIMEOUT_S,
-    workers: int | None = None,
+    programs: Sequence[Program], *, allow_code_execution: bool, timeout_s: float = TIMEOUT_S, workers: int | None = None
 ) -> list[Verdict]:
     """Run each program against its tests.
 

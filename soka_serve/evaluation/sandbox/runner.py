@@ -24,14 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.errors import SandboxError, printable
-from soka_serve.evaluation.sandbox.wire import (
-    MAX_FRAME_BYTES,
-    WireError,
-    encode_frame,
-    read_frame,
-    send_with_descriptors,
-    write_all,
-)
+from soka_serve.evaluation.sandbox import wire
 
 _PREFIX = "soka-sandbox-"
 _ABANDONED_S = 60.0
@@ -122,8 +115,8 @@ class Runner:
             "tests": {"setup": program.setup, "tests": program.tests, "names": program.names, "nonce": nonce},
         }
         try:
-            frames = {name: encode_frame(part, MAX_FRAME_BYTES // 2) for name, part in parts.items()}
-        except WireError:
+            frames = {name: wire.encode_frame(part, wire.MAX_FRAME_BYTES // 2) for name, part in parts.items()}
+        except wire.WireError:
             return Verdict(False, "the program is too long")
         # Less CPU time than wall-clock time: a busy machine does not end a program, an endless loop is ended early.
         settings = {"timeout_s": timeout_s, "cpu_s": max(2, math.ceil(timeout_s / 2))}
@@ -176,11 +169,11 @@ class Runner:
         answer = None
         try:
             backstop.start()
-            with contextlib.suppress(WireError, BrokenPipeError, ConnectionResetError):
-                send_with_descriptors(caller, settings, pipes.theirs if pipes else ())
+            with contextlib.suppress(wire.WireError, BrokenPipeError, ConnectionResetError):
+                wire.send_with_descriptors(caller, settings, pipes.theirs if pipes else ())
                 if pipes:
                     pipes.hand_over(frames)
-                answer = read_frame(caller.fileno())
+                answer = wire.read_frame(caller.fileno())
             if answer is not None and pipes:
                 answer["report"] = pipes.report()
         finally:
@@ -236,13 +229,13 @@ class _Pipes:
         self._close(*self.theirs)
         for fd, name in ((self._code, "code"), (self._tests, "tests")):
             with contextlib.suppress(BrokenPipeError):  # its process has ended; the answer says how
-                write_all(fd, frames[name])
+                wire.write_all(fd, frames[name])
             self._close(fd)
 
     def report(self) -> dict[str, Any] | None:
         """The tests' report. Its writers are dead when the supervisor has answered, so this does not wait."""
-        with contextlib.suppress(WireError):
-            return read_frame(self._report, _MAX_REPORT_BYTES)
+        with contextlib.suppress(wire.WireError):
+            return wire.read_frame(self._report, _MAX_REPORT_BYTES)
         return None
 
     def close(self) -> None:

@@ -192,11 +192,8 @@ def _fraction(text: str) -> Fraction:
     return Fraction(text)
 
 
-_TIMES: Mapping[str, Callable[[str], Any]] = {
-    "datetime": datetime.fromisoformat,
-    "date": date.fromisoformat,
-    "time": time.fromisoformat,
-}
+_TIMES: Mapping[str, Callable[[str], Any]]
+_TIMES = {"datetime": datetime.fromisoformat, "date": date.fromisoformat, "time": time.fromisoformat}
 
 
 def decode(data: Any, handle: Callable[[int], Any]) -> Any:

@@ -22,8 +22,8 @@ from soka_serve.io.budget import ReadingBudget, open_regular, read_limited
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.safetensors import read_header
 from soka_serve.io.toml_text import parse_toml
-from soka_vllm.lokr import look_at_lokr, read_lokr
-from soka_vllm.lycoris import read_lycoris
+from soka_vllm.lokr import look_at_lokr
+from soka_vllm.lycoris import look_at_lycoris
 from soka_vllm.patterns import Matcher, match_for_vllm, matching
 from soka_vllm.stock import look_at_lora
 from tests.fuzzing.adapters import write_good_adapter
@@ -54,7 +54,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "soka": lambda folder: (read_lock(folder / LOCK_FILE, served()), read_adapter(folder, served())),
-    "lokr": lambda folder: read_lokr(folder, served()),
+    "lokr": lambda folder: look_at_lokr(folder, served()).read(),
     "lora": lambda folder: look_at_lora(folder, served()),
 }
 KINDS = {
@@ -117,7 +117,7 @@ def test_lycoris_products(tmp_path: Path) -> None:
         tensors |= {key + "w2_b": torch.ones(1, 16_000)}
     save_file(tensors, tmp_path / "kron.safetensors")
     with bounded(MEMORY), pytest.raises(CheckpointError, match="which is too large"):
-        read_lycoris(tmp_path, served())
+        look_at_lycoris(tmp_path, served()).read()
 
 
 def test_good_adapters_are_read_within_the_budget(good: Path) -> None:
@@ -141,7 +141,7 @@ def test_values_on_the_disk_and_products_count(good: Path) -> None:
 
 def test_time_runs_out(good: Path) -> None:
     with pytest.raises(CheckpointError, match="reading has taken 0 s"):
-        read_lokr(good / "lokr", ReadingBudget(seconds=-1))
+        look_at_lokr(good / "lokr", ReadingBudget(seconds=-1))
 
 
 def test_files_that_are_small_or_compressed_are_no_holes(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from peft import LoKrConfig, get_peft_model
 from safetensors.torch import save_file
 
 from soka_serve.errors import CheckpointError
+from soka_serve.io.budget import ReadingBudget
 from soka_serve.kron import dense_delta
-from soka_vllm.lokr import read_lokr
-from soka_vllm.lycoris import find_lycoris, read_lycoris, unflatten
+from soka_vllm.lokr import look_at_lokr
+from soka_vllm.lycoris import find_lycoris, look_at_lycoris, unflatten
 
 FIRST, SECOND = "lycoris_model_layers_0_self_attn_q_proj.", "lycoris_model_layers_0_mlp_down_proj."
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.norm"]
@@ -48,7 +49,7 @@ def test_the_delta(tmp_path: Path) -> None:
     written = tensors()
     save_file(written, tmp_path / "kron.safetensors")
     assert find_lycoris(tmp_path) == tmp_path / "kron.safetensors"
-    read = unflatten(read_lycoris(tmp_path), NAMES)
+    read = unflatten(look_at_lycoris(tmp_path, ReadingBudget()).read(), NAMES)
     assert sorted(read) == sorted(NAMES[:2])
     second = (written[SECOND + f"{w}_a"] @ written[SECOND + f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
     for name, want in (
@@ -90,7 +91,7 @@ def test_what_is_refused(tmp_path: Path, edit: Callable[[dict[str, torch.Tensor]
     edit(written)
     save_file(written, tmp_path / "kron.safetensors")
     with pytest.raises(CheckpointError, match=message):
-        read_lycoris(tmp_path)
+        look_at_lycoris(tmp_path, ReadingBudget()).read()
 
 
 def test_other_directories_are_none_of_its(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_other_directories_are_none_of_its(tmp_path: Path) -> None:
 
 def test_names_that_may_mean_two_modules(tmp_path: Path) -> None:
     save_file(tensors(), tmp_path / "kron.safetensors")
-    read = read_lycoris(tmp_path)
+    read = look_at_lycoris(tmp_path, ReadingBudget()).read()
     with pytest.raises(
         ValueError, match=r"may mean model\.layers\.0\.self_attn\.q_proj or model\.layers\.0\.self\.attn"
     ):
@@ -117,7 +118,7 @@ def test_names_that_may_mean_two_modules(tmp_path: Path) -> None:
 def test_modules_that_another_rank_names(tmp_path: Path) -> None:
     """Of those only how their names begin is known."""
     save_file(tensors(), tmp_path / "kron.safetensors")
-    read = unflatten(read_lycoris(tmp_path), [], ["model.layers.0."])
+    read = unflatten(look_at_lycoris(tmp_path, ReadingBudget()).read(), [], ["model.layers.0."])
     assert sorted(read) == ["model.layers.0.mlp_down_proj", "model.layers.0.self_attn_q_proj"]
 
 
@@ -165,7 +166,7 @@ def test_what_lycoris_computes(tmp_path: Path, options: dict[str, Any], bypass: 
 
     model, network = trained(tmp_path, **options, bypass_mode=bypass)
     network.train()
-    read = unflatten(read_lycoris(tmp_path), [name for name, _ in model.named_children()])
+    read = unflatten(look_at_lycoris(tmp_path, ReadingBudget()).read(), [name for name, _ in model.named_children()])
     assert len(read) == 4
     for name, layer in model.named_children():
         x = torch.randn(5, layer.in_features)
@@ -193,14 +194,14 @@ def test_what_lycoris_computes(tmp_path: Path, options: dict[str, Any], bypass: 
 def test_what_lycoris_trains_and_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     trained(tmp_path, **options)
     with pytest.raises(CheckpointError, match=message):
-        read_lycoris(tmp_path)
+        look_at_lycoris(tmp_path, ReadingBudget()).read()
 
 
 @LYCORIS
 def test_half_precision(tmp_path: Path) -> None:
     """`save_weights` casts alpha too."""
     model, network = trained(tmp_path, torch.bfloat16, rs_lora=True, lora_dim=3)
-    read = unflatten(read_lycoris(tmp_path), [name for name, _ in model.named_children()])
+    read = unflatten(look_at_lycoris(tmp_path, ReadingBudget()).read(), [name for name, _ in model.named_children()])
     for lora in network.loras:
         want = lora.get_weight(None).detach()
         delta = dense_delta(read[lora.lora_name.removeprefix("lycoris_")])
@@ -225,7 +226,7 @@ def test_delta_is_pefts(tmp_path: Path, settings: dict[str, object]) -> None:
     layers = {"first": torch.nn.Linear(24, 36, bias=False), "second": torch.nn.Linear(36, 10, bias=False)}
     model = get_peft_model(torch.nn.ModuleDict(layers), config)
     model.save_pretrained(tmp_path)
-    factors = read_lokr(tmp_path)
+    factors = look_at_lokr(tmp_path, ReadingBudget()).read()
     assert sorted(factors) == ["first", "second"]
     for name, read in factors.items():
         want = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
