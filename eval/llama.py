@@ -70,12 +70,7 @@ def write_model(
 def start_of(base: Path, rule: dict[str, Any]) -> tuple[Manifest, Base, list[TargetModule]]:
     """A manifest with one rule on a checkpoint, the checkpoint opened, and what the rule adapts."""
     manifest = Manifest.model_validate(
-        {
-            "schema": 1,
-            "base": {"path": str(base)},
-            "adapt": [rule],
-            "train": {"steps": 0, "data": {"builtin": "math"}},
-        }
+        {"schema": 1, "base": {"path": str(base)}, "adapt": [rule], "train": {"steps": 0, "data": {"builtin": "math"}}}
     )
     opened = Base(base)
     return manifest, opened, resolve_targets(manifest, opened.layout.modules)

@@ -36,11 +36,7 @@ RULES: dict[str, dict[str, Any]] = {
     "weights, fixed 64": {"calibration_batches": 0, "rank": {"policy": "fixed", "rank": 64}},
     "weights, elbow, max 64": {"calibration_batches": 0, "rank": {"policy": "elbow", "max": 64}},
     "weights, budget, max 64": {"calibration_batches": 0, "rank": BUDGET},
-    "weights, auto shape, fixed 8": {
-        "calibration_batches": 0,
-        "shape": "auto",
-        "rank": {"policy": "fixed", "rank": 8},
-    },
+    "weights, auto shape, fixed 8": {"calibration_batches": 0, "shape": "auto", "rank": {"policy": "fixed", "rank": 8}},
     "delta, budget, max 64": {"init": "delta", "finetuned": "tuned", "rank": BUDGET},
     "gradient, budget, max 64": {"init": "gradient", "calibration_batches": 2, "rank": BUDGET},
     "weights, activation weighting, fixed 1": {"calibration_batches": 2, "rank": {"policy": "fixed", "rank": 1}},

@@ -283,10 +283,7 @@ def word(result: dict[str, Any]) -> str:
 def table(attacks: dict[str, dict[str, Any]]) -> str:
     """What each way contains, for a reader."""
     ways = list(next(iter(attacks.values())))
-    rows = [
-        ["attack", *ways],
-        *([name, *(word(of[w]) for w in ways)] for name, of in attacks.items()),
-    ]
+    rows = [["attack", *ways], *([name, *(word(of[w]) for w in ways)] for name, of in attacks.items())]
     rows.append(["contained", *(f"{sum(of[w]['contained'] for of in attacks.values())}/{len(attacks)}" for w in ways)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

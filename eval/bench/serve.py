@@ -79,10 +79,7 @@ def make_models(folder: Path) -> dict[str, Model]:
     config = LlamaConfig(**SMALL_LLAMA, vocab_size=32768, tie_word_embeddings=True, max_position_embeddings=1024)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "model")
     models = {}
-    for name, directory, dtype in (
-        ("embedded", base_directory(), "float32"),
-        ("100M", folder / "model", "bfloat16"),
-    ):
+    for name, directory, dtype in (("embedded", base_directory(), "float32"), ("100M", folder / "model", "bfloat16")):
         model = open_model(directory)
         assert name == "embedded" or model.num_parameters() >= 100e6
         weights = {n.removesuffix(".weight"): tuple(p.shape) for n, p in model.named_parameters() if "_proj" in n}

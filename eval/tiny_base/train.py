@@ -120,15 +120,7 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(
-    tokenizer: Tokenizer,
-    *,
-    steps: int,
-    batch_size: int,
-    peak: float,
-    seed: int,
-    out: Path,
-) -> LlamaForCausalLM:
+def train(tokenizer: Tokenizer, *, steps: int, batch_size: int, peak: float, seed: int, out: Path) -> LlamaForCausalLM:
     """Train a model from random weights; `batch_size` rows from each of the four sources per step.
 
     Every 500 steps the model is written to `out`, where it can be measured while training goes on.

@@ -68,10 +68,7 @@ CASES: dict[str, tuple[Callable[[Path], object], Check]] = {
     ),
     "lokr": (write_good_lokr, _lokr),
     "manifests": (_nothing, _manifest),
-    "bases": (
-        lambda place: shutil.copytree(base_directory(), place / "base"),
-        _spoilt("base", spoil_base, check_base),
-    ),
+    "bases": (lambda place: shutil.copytree(base_directory(), place / "base"), _spoilt("base", spoil_base, check_base)),
     "outputs": (write_outputs, _output),
     "caches": (_nothing, _spoilt("", spoil_cache, check_cache)),
     "frames": (_nothing, lambda draw, _: check_frame(draw(frames()))),

@@ -15,16 +15,7 @@ from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError
 from soka_serve.peft import SokaConfig
-from tests.support.peft_models import (
-    INITS,
-    close,
-    logits,
-    perturb,
-    saved,
-    tiny_llama,
-    tokens,
-    trained,
-)
+from tests.support.peft_models import INITS, close, logits, perturb, saved, tiny_llama, tokens, trained
 
 
 class _Block(nn.Module):

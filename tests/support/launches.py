@@ -24,6 +24,13 @@ def run_serve(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["serve", *map(str, arguments)])
 
 
+def refused(*arguments: str | Path) -> str:
+    """What `serve` says when it refuses these arguments, without a try."""
+    done = run_serve(*arguments, "--dry-run")
+    assert done.exit_code == 2, done.output
+    return done.output
+
+
 def write_small_adapter(
     folder: Path, *, module: str = PROJECTION, base: str | None = None, sha256: str | None = None
 ) -> Path:

@@ -234,17 +234,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "nested without end": (lambda f: (f / "adapter_config.json").write_text("[" * 99999), "not JSON that can be read"),
     "missing tensor": (_tensors(lambda t: t.pop(LEFT)), rf"missing {LEFT}"),
     "unknown tensor": (_tensors(lambda t: t.update(stray=torch.ones(1))), "does not name: stray"),
-    "wrong shape": (
-        _tensors(lambda t: t.update({LEFT: torch.ones(2, 4, 2)})),
-        r"\(2, 4, 2\), .*\(2, 2, 4\)",
-    ),
+    "wrong shape": (_tensors(lambda t: t.update({LEFT: torch.ones(2, 4, 2)})), r"\(2, 4, 2\), .*\(2, 2, 4\)"),
     "NaN": (_tensors(lambda t: t[LEFT].view(-1)[3].fill_(float("nan"))), f"{LEFT} has values that are not finite"),
     "integers": (_tensors(lambda t: t.update({LEFT: torch.ones(2, 2, 4, dtype=torch.int64)})), f"{LEFT} is I64"),
     "initial missing": (_config(soka_initial=True), r"missing .*soka_left_initial"),
-    "initial not named": (
-        lambda f: (_with_initial(f), _edit_config(f, soka_initial=False)),
-        "not name:.*_initial",
-    ),
+    "initial not named": (lambda f: (_with_initial(f), _edit_config(f, soka_initial=False)), "not name:.*_initial"),
     "pickle": (lambda f: (f / "adapter_model.bin").write_bytes(b"x"), r"pickles.*adapter_model\.bin"),
 }
 

@@ -70,11 +70,7 @@ def test_generation_does_not_depend_on_the_process() -> None:
     code = "from soka_serve.builtin.tasks import generate; print(generate('math', 'test', 20)[-1].prompt)"
     for hash_seed in ("0", "7"):
         result = subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
+            [sys.executable, "-c", code], env={"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True
         )
         assert result.stdout.rstrip("\n") == generate("math", "test", 20)[-1].prompt
 

@@ -178,8 +178,7 @@ def test_chats_without_a_tokenizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [('{"q": 1}\n', "names column 'prompt'"), ("{\n", "malformed JSON"), ("", "empty")],
+    ("content", "message"), [('{"q": 1}\n', "names column 'prompt'"), ("{\n", "malformed JSON"), ("", "empty")]
 )
 def test_data_that_is_there_but_wrong_stops_a_plan(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "d.jsonl").write_text(content)

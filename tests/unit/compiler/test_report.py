@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.report.data import (
-    AnswerPair,
-    HistoryPoint,
-    ReportData,
-    history_points,
-    rank_history,
-)
+from soka_serve.compiler.report.data import AnswerPair, HistoryPoint, ReportData, history_points, rank_history
 from soka_serve.compiler.report.page import render_report, write_report
 from soka_serve.errors import BuildError
 from tests.support.reports import report_data, spectra

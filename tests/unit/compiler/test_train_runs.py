@@ -20,14 +20,7 @@ from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import dense_delta
 from soka_serve.kron.factors import energy_by_term
 from soka_serve.manifest.schema import Prune
-from tests.support.training import (
-    make_base,
-    make_examples,
-    make_factors,
-    run_training,
-    target_names,
-    tensors_of,
-)
+from tests.support.training import make_base, make_examples, make_factors, run_training, target_names, tensors_of
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,7 @@ from soka_serve.io import progress
     ],
 )
 def test_lines(
-    total: int,
-    unit: str,
-    by: int,
-    lines: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    total: int, unit: str, by: int, lines: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)

@@ -30,31 +30,28 @@ from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from soka_serve.serving.slots import slot_values
 from tests.support.builds import write_manifest
-from tests.support.launches import options_of, run_serve, write_small_adapter
+from tests.support.launches import options_of, refused, run_serve, write_small_adapter
 
 
 def test_what_is_not_built_or_out_of_date(tmp_path: Path, built: Path) -> None:
     manifest = write_manifest(tmp_path, steps=2)
-    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
-    assert done.exit_code == 2
-    assert "not built" in done.output
-    assert f"soka-serve build {manifest} --out {tmp_path / 'build'}" in done.output
+    said = refused(manifest, "--out", tmp_path / "build")
+    assert "not built" in said
+    assert f"soka-serve build {manifest} --out {tmp_path / 'build'}" in said
 
     shutil.copytree(built / "build", tmp_path / "build")
     assert run_serve(manifest, "--out", tmp_path / "build", "--dry-run").exit_code == 0
     write_manifest(tmp_path, steps=3)
-    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
-    assert done.exit_code == 2
-    assert "earlier manifest" in done.output
-    assert "soka-serve build" in done.output
+    said = refused(manifest, "--out", tmp_path / "build")
+    assert "earlier manifest" in said
+    assert "soka-serve build" in said
 
     write_manifest(tmp_path, steps=2)
     weights = tmp_path / "build/small/adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
-    assert done.exit_code == 2
-    assert "adapter_model.safetensors" in done.output
-    assert "--force" in done.output
+    said = refused(manifest, "--out", tmp_path / "build")
+    assert "adapter_model.safetensors" in said
+    assert "--force" in said
 
 
 def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,37 +82,31 @@ def test_a_base_that_was_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     other.write_bytes(data)
     (tmp_path / "moved").rename(tmp_path / "third")
     manifest.write_text(manifest.read_text().replace('path = "moved"', 'path = "third"'))
-    done = run_serve(manifest, "--out", tmp_path / "build", "--dry-run")
-    assert done.exit_code == 2
-    assert "is of other weights of the base" in done.output
-    assert "earlier manifest" not in done.output
+    said = refused(manifest, "--out", tmp_path / "build")
+    assert "is of other weights of the base" in said
+    assert "earlier manifest" not in said
     for place in ("moved", "third"):
-        assert str((tmp_path / place).resolve()) in done.output
+        assert str((tmp_path / place).resolve()) in said
 
 
 def test_everything_that_is_wrong_is_said_at_once(built: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "ia3").mkdir()
     (tmp_path / "ia3/adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    done = run_serve("nowhere", tmp_path / "empty", tmp_path / "ia3", "nowhere.toml", "--dry-run")
-    assert done.exit_code == 2
+    said = refused("nowhere", tmp_path / "empty", tmp_path / "ia3", "nowhere.toml")
     for word in ("nowhere: no such", "neither an adapter", "IA3", "nowhere.toml"):
-        assert word in done.output
-    assert "Traceback" not in done.output
+        assert word in said
+    assert "Traceback" not in said
 
 
 def test_names(built: Path) -> None:
     build = built / "build/small"
-    done = run_serve(built / "small.toml", build, "--out", built / "build", "--dry-run")
-    assert done.exit_code == 2
-    assert "would all be served as 'small'" in done.output
-    done = run_serve(f"tiny={build}", "--dry-run")
-    assert done.exit_code == 2
-    assert "its name is the base's" in done.output
-    assert "cannot name" in run_serve(f"a,b={build}", "--dry-run").output
-    assert "NAME=TARGET" in run_serve("=x", "--dry-run").output
-    assert "served alone" in run_serve(f"a={build}", build / "merged", "--dry-run").output
-    assert "nothing to serve" in run_serve("--dry-run").output
+    assert "would all be served as 'small'" in refused(built / "small.toml", build, "--out", built / "build")
+    assert "its name is the base's" in refused(f"tiny={build}")
+    assert "cannot name" in refused(f"a,b={build}")
+    assert "NAME=TARGET" in refused("=x")
+    assert "served alone" in refused(f"a={build}", build / "merged")
+    assert "nothing to serve" in refused()
 
 
 def test_modules_that_cannot_be_served(tmp_path: Path) -> None:
@@ -123,9 +114,7 @@ def test_modules_that_cannot_be_served(tmp_path: Path) -> None:
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1}))
     names = [f"base_model.model.lm_head.lora_{part}.weight" for part in "AB"]
     save_file({name: torch.ones(1, 1) for name in names}, tmp_path / "lora/adapter_model.safetensors")
-    done = run_serve(tmp_path / "lora", "--dry-run")
-    assert done.exit_code == 2
-    assert "lm_head" in done.output
+    assert "lm_head" in refused(tmp_path / "lora")
 
 
 @pytest.mark.parametrize("module", ["self_attn.qkv_proj", "mlp.gate_up_proj"])
@@ -144,14 +133,12 @@ def test_a_bare_model_is_no_base_to_serve(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
     adapter = write_small_adapter(tmp_path / "adapter", base=str(base))
     for target in (adapter, base):
-        done = run_serve(target, "--dry-run")
-        assert done.exit_code == 2
-        assert "a bare model (architectures = ['LlamaModel'] in its config.json)" in done.output
+        assert "a bare model (architectures = ['LlamaModel'] in its config.json)" in refused(target)
     (base / "config.json").write_text(json.dumps(config))
     tensors = load_file(base / "model.safetensors")
     save_file({n.removeprefix("model."): t for n, t in tensors.items()}, base / "model.safetensors")
     for target in (adapter, base):
-        assert "a bare model (with tensors such as 'layers.0." in run_serve(target, "--dry-run").output
+        assert "a bare model (with tensors such as 'layers.0." in refused(target)
 
 
 def test_one_base(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,11 +219,7 @@ def test_a_base_whose_hub_id_stands_for_another_tokenizer_class(tmp_path: Path) 
 
 # By layer of the embedded base as vLLM packs them: factor shapes that 2 ranks cannot share out evenly, nor 4.
 LAYERS = [
-    {
-        "self_attn.q_proj": (8, 16, 16, 8),
-        "self_attn.k_proj": (4, 128, 16, 1),
-        "self_attn.v_proj": (64, 128, 1, 1),
-    },
+    {"self_attn.q_proj": (8, 16, 16, 8), "self_attn.k_proj": (4, 128, 16, 1), "self_attn.v_proj": (64, 128, 1, 1)},
     {"mlp.gate_proj": (11, 8, 32, 16), "mlp.up_proj": (176, 128, 2, 1)},
     {"self_attn.o_proj": (128, 1, 1, 128)},
     {"mlp.down_proj": (8, 11, 16, 32)},

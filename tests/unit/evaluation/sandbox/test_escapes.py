@@ -16,10 +16,7 @@ from soka_serve.evaluation.sandbox import Verdict
 from soka_serve.evaluation.sandbox import confine as lock
 from tests.support.sandboxed import RIGHT, alive, children, run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")]
 
 
 # ------------------------------------------------------------------------------------------------ breaking out

@@ -20,10 +20,7 @@ from tests.support.hostile_effects import ATTACKS
 from tests.support.hostile_world import harms
 from tests.support.sandboxed import RIGHT, TESTS, identity, mounted_disk, others_python, outside, run
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")]
 
 if platform.machine() != "x86_64":
     ATTACKS = {}  # they name system calls by x86-64's numbers

@@ -11,10 +11,7 @@ import pytest
 
 from tests.support.sandboxed import identity, others_python, outside
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")]
 
 RUN = """
 import os, sys, traceback
