@@ -100,15 +100,23 @@ def output_error(weight: Tensor, factors: Factors, moment: Tensor) -> float:
 
 
 def mean_errors(weights: dict[str, Tensor], sums: Sums, test: Sums, kind: str, rank: int) -> dict[str, float]:
-    """Geometric mean over the modules, all and by projection."""
-    errors: dict[str, list[float]] = {}
+    """Over the modules, all and by projection."""
+    errors: dict[str, float] = {}
     for name, weight in weights.items():
         source, parts = (test, ("trained",)) if kind == "oracle" else (sums, KINDS[kind])
         factors = decompose(weight, source.moments(name, parts) if parts else None, rank)
         error = output_error(weight, factors, test.moments(name, ("trained",)).moment())
-        errors.setdefault(name.rpartition(".")[2], []).append(error)
-    errors["all"] = [error for found in errors.values() for error in found]
-    return {name: round(math.exp(sum(map(math.log, e)) / len(e)), 5) for name, e in errors.items()}
+        errors[name] = error
+    return geometric_mean(errors)
+
+
+def geometric_mean(values: dict[str, float]) -> dict[str, float]:
+    """Of values by module: by projection, and over all."""
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        for group in (name.rpartition(".")[2], "all"):
+            groups.setdefault(group, []).append(math.log(value))
+    return {group: round(math.exp(sum(logs) / len(logs)), 5) for group, logs in groups.items()}
 
 
 def main() -> None:
