@@ -104,7 +104,10 @@ def _draw_two_steps(rng: Random, kind: float) -> Draft | None:
         else:
             given = f"${letter} = {first.first}$ and ${other} = {letter} {_tail(first)}$"
             question = rng.choice(
-                (f"If {given}, what is ${other} {_tail(second)}$?", f"Let {given}. Find ${other} {_tail(second)}$.")
+                (
+                    f"If {given}, what is ${other} {_tail(second)}$?",
+                    f"Let {given}. Find ${other} {_tail(second)}$.",
+                )
             )
     if not 2 <= second.result <= LARGEST or one_step_reaches(numbers, second.result):
         return None

@@ -66,7 +66,12 @@ _LIST_ACTIONS = (
 
 
 def _assemble(
-    family: str, rng: Random, argument: str, words: list[str], lines: list[str], calls: list[tuple[object, int]]
+    family: str,
+    rng: Random,
+    argument: str,
+    words: list[str],
+    lines: list[str],
+    calls: list[tuple[object, int]],
 ) -> Problem:
     name = rng.choice(NAMES)
     tests = tuple(f"assert {name}({given!r}) == {result}" for given, result in calls)

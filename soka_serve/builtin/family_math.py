@@ -32,7 +32,11 @@ _PRODUCTS = (
 )
 _MORE = ("{n} buys {b} more.", "{n} finds {b} more.", "{m} gives {n} {b} more.", "{n} gets {b} from {m}.")
 _FEWER = ("{n} loses {b}.", "{n} gives {b} to {m}.", "{m} takes {b} away.", "{n} sells {b} of the {i}.")
-_QUESTIONS = ("How many {i} does {n} have?", "How many {i} does {n} have now?", "How many {i} are there in the end?")
+_QUESTIONS = (
+    "How many {i} does {n} have?",
+    "How many {i} does {n} have now?",
+    "How many {i} are there in the end?",
+)
 _TOGETHER = "How many {i} do they have together?"
 
 
