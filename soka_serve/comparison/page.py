@@ -75,17 +75,17 @@ def strips(results: Mapping[str, Any], drawn: Sequence[str]) -> list[Panel]:
         cells = [cell for cell in results["cells"] if cell["dataset"] == dataset and cell[metric] is not None]
         if not cells:
             continue
-        values = [value for cell in cells for value in cell[metric]["values"]]
+        values = [value for cell in cells for value in cell[metric]["values"].values()]
         room = 0.4 * ((max(values) - min(values)) or 1.0)  # for the names behind the dots
         x = linear_axis([min(values), max(values) + room], METRIC_NAMES[metric])
         y = Axis(0.0, len(cells) + 1.0, (), "")
         series = []
         for row, cell in enumerate(reversed(cells), start=1):
             name, found = cell["method"], cell[metric]
-            last = max(found["values"])
+            last = max(found["values"], key=lambda seed: found["values"][seed])  # at whose dot the name stands
             marks = [
-                Mark(value, row, f"{name}, seed {seed}: {value:g}", label=name if value == last else "")
-                for seed, value in zip(cell["seeds"], found["values"], strict=False)
+                Mark(value, row, f"{name}, seed {seed}: {value:g}", label=name if seed == last else "")
+                for seed, value in found["values"].items()
             ]
             bar = [(found["median"], row - 0.35), (found["median"], row + 0.35)]
             series.append(Series(bar, _dot(name, drawn), tooltip=f"{name}: median {found['median']:g}", marks=marks))

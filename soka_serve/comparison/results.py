@@ -124,7 +124,7 @@ def _cell(
         "diverged": sum(r["status"] == "diverged" for r in finals.values()),
         "diverged_in_sweep": sum(r["status"] == "diverged" for r in sweeps),
         "errors": sorted({r["error"] for r in (*sweeps, *finals.values()) if r["status"] == "failed"}),
-        **_averages(list(runs.values())),
+        **_averages(runs),
         "median_steps_to": {f"{t:g}": median(found) for t, found in reached.items() if found},
         "forgetting_of": {
             name: _mean([rise for record in done for rise in rises(record, name)])
@@ -135,18 +135,18 @@ def _cell(
     }
 
 
-def _averages(runs: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _averages(runs: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """Mean with interval, median and values of what is tested; plain means of the rest."""
     found: dict[str, Any] = {}
     for name in SPREAD:
-        values = [run[name] for run in runs if name in run]
-        summary = interval(values)
-        found[name] = (
-            None
-            if summary is None
-            else _rounded({**asdict(summary), "median": median(values)}) | {"values": [_six(v) for v in values]}
-        )
-    return found | {name: _mean([run[name] for run in runs if name in run]) for name in MEANS}
+        values = {str(seed): run[name] for seed, run in runs.items() if name in run}
+        summary = interval(list(values.values()))
+        if summary is not None:
+            found[name] = _rounded({**asdict(summary), "median": median(list(values.values()))})
+            found[name]["values"] = _rounded(values)
+        else:
+            found[name] = None
+    return found | {name: _mean([run[name] for run in runs.values() if name in run]) for name in MEANS}
 
 
 def _six(value: float) -> float:
@@ -181,10 +181,10 @@ def _method(
     mine = [c for c in per_cell if c["method"] == name]
     there = [runs[name, c["dataset"]] for c in mine if runs[name, c["dataset"]]]
     seeds = [s for s in suite.protocol.seeds if there and all(s in cell for cell in there)]
-    by_seed = []
+    by_seed = {}
     for seed in seeds:
         keys = set.intersection(*(set(cell[seed]) for cell in there))
-        by_seed.append({key: math.fsum(cell[seed][key] for cell in there) / len(there) for key in keys})
+        by_seed[seed] = {key: math.fsum(cell[seed][key] for cell in there) / len(there) for key in keys}
     return {
         "name": name,
         "method": suite.contender(name).method,

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from eval.suites.prepare import split_mbpp
+from soka_serve.builtin import base_directory
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
@@ -142,16 +144,24 @@ def test_manifests_are_still_explained_as_manifests() -> None:
 
 
 @pytest.mark.parametrize("file", sorted(SUITES.glob("*.toml")), ids=lambda path: path.stem)
-def test_the_suites_of_the_repository_can_be_planned(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_suites_of_the_repository_can_be_planned(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     suite = read_suite(file).suite
     assert sum(claim.primary for claim in suite.claim) == 1
-    if suite.base.path is not None:
-        return  # a model of the user's, which is not there
-    made = preview(file)
+    (tmp_path / "smollm2").symlink_to(base_directory())  # in place of a model of the user's
+    made = preview(file, tmp_path)
     assert set(made.parameters) == {m.name for m in suite.method}
     assert all(0 < low <= high <= made.base_parameters for low, high in made.parameters.values())
     assert " runs; " in made.to_text()
+
+
+def test_tasks_of_mbpp_that_stand_in_the_test_are_not_trained_on() -> None:
+    tasks = [(10, "prompt"), (11, "a"), (510, "b"), (511, "c"), (601, "d"), (602, "a"), (974, "e")]
+    train, test = split_mbpp([{"task_id": number, "text": text, "code": "x\r\n"} for number, text in tasks])
+    assert [row["task_id"] for row in test] == [11, 510]
+    assert [(row["task_id"], row["code"]) for row in train] == [(601, "x\n"), (974, "x\n")]
 
 
 # --- which runs a comparison has --------------------------------------------------------------------------------------
