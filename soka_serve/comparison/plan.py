@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
+from soka_serve.compiler.keys import STAGE_VERSIONS
 
 Stage = Literal["sweep", "final"]
 Record = Mapping[str, Any]
@@ -109,7 +110,7 @@ class Cell:
         protocol, final = suite.protocol, stage == "final"
         chosen_by = None if final and dataset.validation == "eval" else protocol.validation
         facts = {
-            "record": RECORD_VERSION,
+            "record": [RECORD_VERSION, STAGE_VERSIONS["init"], STAGE_VERSIONS["tune"]],
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
             "contender": [contender.method, contender.calibration_batches],
             "problems": [dataset.answers, dataset.validation, dataset.test_seed, protocol.test, chosen_by],

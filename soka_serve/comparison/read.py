@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from soka_serve.comparison.settings import refusal
@@ -12,8 +14,10 @@ from soka_serve.io.files import sha256_text
 from soka_serve.io.places import given_path
 from soka_serve.manifest.locate import locate
 from soka_serve.manifest.nodes import TomlPath
-from soka_serve.manifest.problems import dotted
+from soka_serve.manifest.problems import dotted, show
 from soka_serve.manifest.read import name_key, parse_toml, read_text, validate
+
+_FEWEST_SEEDS = 5  # whose sign-flip test can give less than 5%: 1 / 2**5
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,65 @@ def parse_suite(text: str, file: str) -> Suite:
     """
     suite = validate(Suite, parse_toml(text, file), text, file)
     positions = locate(text)
-    problems = []
-    for i, contender in enumerate(suite.method):
-        for axis, values in contender.grid.items():
-            path = ("method", i, "grid", axis)
-            for message in filter(None, (refusal(suite, contender, axis, value) for value in values)):
-                problems.append(ManifestProblem(dotted(path), message, *(positions.value(path) or (0, 0))))
-                break
-    if problems:
+    if problems := [
+        ManifestProblem(dotted(path), message, *(positions.value(path) or (0, 0)))
+        for path, message in (*_names(suite), *_grids(suite), *_claims(suite))
+    ]:
         raise ManifestError(file, problems)
     return suite
+
+
+def _names(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
+    """Names that stand twice."""
+    for table in ("dataset", "method", "other"):
+        names = [item.name for item in getattr(suite, table)]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
+
+
+def _grids(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
+    """Datasets that are not there, axes that no manifest has, and methods that are not searched while others are."""
+    searched = [any(len(values) > 1 for values in contender.grid.values()) for contender in suite.method]
+    for i, contender in enumerate(suite.method):
+        for name in contender.datasets or ():
+            yield from _unknown(("method", i, "datasets"), "dataset", name, [d.name for d in suite.dataset])
+        if any(searched) and not searched[i]:
+            yield ("method", i, "grid"), "one setting, and other methods have a choice: give an axis a second value"
+        for axis, values in contender.grid.items():
+            refused = filter(None, (refusal(suite, contender, axis, value) for value in values))
+            for message in islice(refused, 1):
+                yield ("method", i, "grid", axis), message
+
+
+def _claims(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
+    """Claims that no results could decide."""
+    methods, datasets = [m.name for m in suite.method], [d.name for d in suite.dataset]
+    seeds = len(suite.protocol.seeds)
+    for i, claim in enumerate(suite.claim):
+        asked = [d for d in suite.dataset if claim.dataset in (None, d.name)]
+        if claim.dataset is not None:
+            yield from _unknown(("claim", i, "dataset"), "dataset", claim.dataset, datasets)
+        for key in ("candidate", "reference"):
+            name = getattr(claim, key)
+            yield from _unknown(("claim", i, key), "method", name, methods)
+            runs_on = [m.datasets for m in suite.method if m.name == name and m.datasets is not None]
+            if lacking := [d.name for d in asked if runs_on and d.name not in runs_on[0]]:
+                yield ("claim", i, key), f"{name} does not run on {', '.join(lacking)}"
+        lacks = {
+            "forgetting": not suite.other and "[[other]] texts",
+            "accuracy": suite.protocol.answered == 0 and "answers, and protocol.answered is 0",
+            "steps_to_loss": not all(d.loss_targets for d in asked) and "loss_targets in each [[dataset]]",
+        }.get(claim.metric)
+        if lacks:
+            yield ("claim", i, "metric"), f"{claim.metric} needs {lacks}"
+        if claim.pairs == "seeds" and seeds < _FEWEST_SEEDS:
+            enough = f"give {_FEWEST_SEEDS} of them, or write pairs = 'examples'"
+            yield ("claim", i, "pairs"), f"{seeds} seeds cannot show anything at 5%: {enough}"
+    if suite.claim and sum(claim.primary for claim in suite.claim) != 1:
+        yield ("claim",), "exactly one claim is the primary one: write primary = true in it"
+
+
+def _unknown(path: TomlPath, kind: str, name: str, names: Sequence[str]) -> Iterator[tuple[TomlPath, str]]:
+    if name not in names:
+        yield path, f"no {kind} is called {show(name)}; there are {', '.join(names)}"

@@ -7,6 +7,7 @@ leaves out what only a build needs (resume points, export), and measures the mod
 from __future__ import annotations
 
 import hashlib
+import math
 import tempfile
 import time
 import warnings
@@ -40,6 +41,7 @@ from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import LoadedManifest
 
 _BATCHES_HASHED = 50
+_NO_ANSWERS: dict[str, Any] = {"answered": 0, "correct": 0, "answer_loss": None}
 _ROWS = 4  # of a forward pass that measures losses: logits of a large vocabulary take much memory
 
 
@@ -72,7 +74,9 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         record["base_parameters"] = trial.context.base.layout.size.parameters
         record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
         record["batches_sha256"] = trial.collator.digest()
-        record |= trial.answers() if record["status"] == "done" else {"answered": 0, "correct": 0, "answer_loss": None}
+        record |= trial.answers() if record["status"] == "done" else _NO_ANSWERS
+        if not all(map(math.isfinite, record["answer_loss"] or ())):
+            record |= {"status": "diverged", "error": "a held-out loss is not finite"} | _NO_ANSWERS
         if trial.final:
             after = trial.other_losses() if record["status"] == "done" else dict.fromkeys(before)
             record["other"] = {name: {"before": before[name], "after": after[name]} for name in before}

@@ -20,7 +20,7 @@ def refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str 
     if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in ("steps", "seed", "data"):
         return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
     try:
-        manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=((axis, value),), seed=0)
+        manifest_of(suite, contender, suite.dataset[0], setting=((axis, value),), seed=0)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":

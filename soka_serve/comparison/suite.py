@@ -18,7 +18,6 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.io.files import sha256_text
 from soka_serve.manifest.fields import FormatVersion, PositiveInt
 from soka_serve.manifest.nodes import one_of
-from soka_serve.manifest.problems import show
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
@@ -26,7 +25,6 @@ from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 AXES = {"learning_rate": "train.learning_rate", "clip": "train.clip"}
 """Short names of axes; `scale` is `adapt.scale` for SoKA and `train.method_scale` for the others."""
 
-_FEWEST_SEEDS = 5  # whose sign-flip test can give less than 5%: 1 / 2**5
 _PER_EXAMPLE = ("answer_loss", "forgetting")  # metrics
 
 _OWN_KEYS = {
@@ -244,42 +242,6 @@ class Suite(Table):
     method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods.")
     claim: tuple[Claim, ...] = Field((), strict=False, description="Contrasts that are tested.")
 
-    @classmethod
-    def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
-        if not seen.knows("dataset", "method", "other"):
-            return
-        names = {table: [value_of(item, "name") for item in seen.values[table]] for table in ("dataset", "method")}
-        for table in ("dataset", "method", "other"):
-            found = [value_of(item, "name") for item in seen.values[table]]
-            for i, name in enumerate(found):
-                if name in found[:i]:
-                    yield (table, i, "name"), f"{show(name)} is the name of another {table} already"
-
-        def unknown(kind: str, name: str) -> str:
-            return f"no {kind} is called {show(name)}; there are {', '.join(names[kind])}"
-
-        for i, contender in enumerate(seen.values["method"]):
-            for name in value_of(contender, "datasets") or ():
-                if name not in names["dataset"]:
-                    yield ("method", i, "datasets"), unknown("dataset", name)
-        yield from _effort(seen.values["method"])
-        claims = seen.values["claim"] if seen.knows("claim") else ()
-        for i, claim in enumerate(claims):
-            for key, kind in (("candidate", "method"), ("reference", "method"), ("dataset", "dataset")):
-                name = value_of(claim, key)
-                if name is not None and name not in names[kind]:
-                    yield ("claim", i, key), unknown(kind, name)
-            if value_of(claim, "metric") == "forgetting" and not seen.values["other"]:
-                yield ("claim", i, "metric"), "forgetting is measured on [[other]] texts, and there are none"
-        if claims and seen.knows("protocol"):
-            pairs = len(value_of(seen.values["protocol"], "seeds") or Protocol.model_fields["seeds"].default)
-            for i, claim in enumerate(claims if pairs < _FEWEST_SEEDS else ()):
-                if value_of(claim, "pairs") != "examples":
-                    enough = f"give {_FEWEST_SEEDS} of them, or write pairs = 'examples'"
-                    yield ("claim", i, "pairs"), f"{pairs} seeds cannot show anything at 5%: {enough}"
-        if claims and sum(bool(value_of(claim, "primary")) for claim in claims) != 1:
-            yield ("claim",), "exactly one claim is the primary one: write primary = true in it"
-
     def datasets_of(self, contender: Contender) -> list[DataSet]:
         """The datasets that a method runs on."""
         return [d for d in self.dataset if contender.datasets is None or d.name in contender.datasets]
@@ -297,12 +259,3 @@ class Suite(Table):
     def claims_sha256(self) -> str:
         """Hash of the claims, which every record of a result holds: it shows whether they came before the runs."""
         return sha256_text("\n".join(claim.model_dump_json() for claim in self.claim))
-
-
-def _effort(contenders: tuple[object, ...]) -> Iterator[tuple[Key, str]]:
-    """Refuse a suite in which some methods are searched and others are not."""
-    grids = [value_of(contender, "grid") or {} for contender in contenders]
-    searched = [any(len(values) > 1 for values in grid.values()) for grid in grids]
-    for i, found in enumerate(searched):
-        if not found and any(searched):
-            yield ("method", i, "grid"), "one setting, and other methods have a choice: give an axis a second value"

@@ -131,7 +131,7 @@ def _score(records: Sequence[Record]) -> Score | None:
         return None
     accuracy = sum((_accuracy(record) for record in known), 0.0) / len(known)
     loss = sum((_loss(record) for record in known), 0.0) / len(known)
-    return (accuracy, -loss) if known[0]["answered"] else (-loss, 0.0)
+    return (accuracy, -loss) if any(record["answered"] for record in known) else (-loss, 0.0)
 
 
 def _accuracy(record: Record) -> float:

@@ -118,11 +118,17 @@ def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
         ("primary = true\n", 'primary = true\ndataset = "code"\n', 'no dataset is called "code"'),
         ("primary", 'relation = "no worse"\nprimary', "relation = 'no worse' needs a margin above 0"),
         ("primary", "margin = 0.1\nprimary", "'better' has none"),
-        ("primary", 'metric = "forgetting"\nprimary', "forgetting is measured on [[other]] texts, and there are none"),
+        ("primary", 'metric = "forgetting"\nprimary', "forgetting needs [[other]] texts"),
         (
             "primary",
             'metric = "accuracy"\npairs = "examples"\nprimary',
             "'answer_loss' or 'forgetting' is measured per example",
+        ),
+        ("primary", 'metric = "steps_to_loss"\nprimary', "steps_to_loss needs loss_targets in each [[dataset]]"),
+        (
+            "primary = true\n",
+            'metric = "accuracy"\nprimary = true\n[protocol]\nanswered = 0\n',
+            "accuracy needs answers, and protocol.answered is 0",
         ),
         ("primary = true\n", "primary = true\n[protocol]\nseeds = [0, 1]\n", "2 seeds cannot show anything at 5%"),
     ],
@@ -130,6 +136,11 @@ def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
 def test_claims_that_cannot_be_tested_are_refused(old: str, new: str, message: str) -> None:
     parse_suite(GOOD + CLAIM, "s.toml")
     assert message in problems(GOOD + CLAIM.replace(old, new, 1))
+
+
+def test_a_claim_on_a_dataset_that_a_method_does_not_run_on_is_refused() -> None:
+    claim = '[[claim]]\ncandidate = "second"\nreference = "first"\npairs = "examples"\nprimary = true\n'
+    assert "claim[0].candidate: second does not run on math" in problems(TEXT + claim)
 
 
 def test_everything_that_is_wrong_is_said_at_once() -> None:
@@ -260,6 +271,18 @@ def test_accuracy_decides_where_it_is_measured_then_the_loss() -> None:
     right = {1.0: 5, 2.0: 5, 4.0: 4}
     _, records = search(cell, lambda rate: record(rate, right=right.get(rate, 0), answered=10))
     assert choose(cell, records)[0].setting == (("learning_rate", 1.0),)
+
+
+def test_a_diverged_seed_is_one_of_several() -> None:
+    cell = cells_of(TEXT.replace("sweep_seeds = [100]", "sweep_seeds = [100, 101]"))[2]
+    records: Records = {}
+    while runs := choose(cell, records)[1]:
+        for run in runs:
+            good = dict(run.setting)["learning_rate"] == 1.0
+            records[run.key] = record(1.0, right=10 if good else 1, answered=10)
+            if good and run.seed == 100:
+                records[run.key] = record(0.0, status="diverged")
+    assert choose(cell, records)[0].setting == (("learning_rate", 1.0),)  # half right, against a tenth
 
 
 def test_diverged_runs_are_the_worst_and_failed_ones_do_not_count() -> None:

@@ -178,6 +178,9 @@ def test_a_further_method_is_a_class_and_a_row(tmp_path: Path, monkeypatch: pyte
     setting = (("learning_rate", 1e-2), ("scale", 2.0))
     other = measure_run(loaded, RunSpec("cdka", "math", "sweep", setting, 0, "j"), tmp_path)
     assert (other["status"], other["trainable_parameters"]) == ("done", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr("soka_serve.comparison.run.answer_losses", lambda model, examples, collate: [math.nan] * 2)
+        assert measure_run(loaded, RunSpec("cdka", "math", "sweep", setting, 0, "j"), tmp_path)["status"] == "diverged"
     record = measure_run(loaded, RunSpec("mine", "math", "final", setting, 0, "k"), tmp_path)
     assert record["status"] == "done"
     assert record["trainable_parameters"] == counted
