@@ -268,19 +268,6 @@ def test_the_quick_check_asks_chats_with_one_bos(folder: Path, monkeypatch: pyte
     assert asked.count(1) == 1
 
 
-def test_evaluation_sends_the_tokens_of_training(folder: Path) -> None:
-    from soka_serve.evaluation.models import ServedModel
-    from soka_serve.serving.command import Launch
-
-    KINDS["no BOS"](folder / "base")
-    asked = ServedModel(Launch(()), "m", folder / "base", 64, 1)
-    assert (
-        asked.tok_encode(PROMPT)
-        == Base(folder / "base").tokenizer.encode_prompts([PROMPT])[0]
-        == _served(folder, PROMPT)
-    )
-
-
 @pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
 def test_evaluation_asks_chats_as_training_does(folder: Path, monkeypatch: pytest.MonkeyPatch, bos: str) -> None:
     """A chat template may write no BOS where the tokenizer puts one before plain prompts."""
