@@ -20,17 +20,9 @@ from soka_serve.builtin import base_directory
 from soka_serve.errors import CheckpointError, PlanError
 
 SMALL: dict[str, Any] = {
-    "vocab_size": 626,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": 626, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 LLAMA = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

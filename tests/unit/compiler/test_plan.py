@@ -213,15 +213,9 @@ def test_baseline_parameters_are_peft_s(tmp_path: Path, method: str) -> None:
 
 def test_qwen2_biases_and_tied_embeddings() -> None:
     config = {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    }
+        "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    }  # fmt: skip
     assert size_from_config(config, modules_from_config(config)).parameters == 494_032_768  # Qwen2-0.5B
 
 

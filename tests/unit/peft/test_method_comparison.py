@@ -27,26 +27,14 @@ STATED = {
     for name, modules, terms, start, count in ROW.findall((FOLDER / "README.md").read_text())
 }
 LLAMA_3_2_3B = {
-    "vocab_size": 128256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
+    "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
 # The same proportions: 3 query heads for one of keys and values, MLP of 8/3 of the hidden size.
 TINY = {
-    **LLAMA_3_2_3B,
-    "vocab_size": VOCABULARY,
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
+    **LLAMA_3_2_3B, "vocab_size": VOCABULARY, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
 
 
 def read(name: str) -> SokaConfig:
