@@ -111,6 +111,8 @@ class Candidate:
     size: float
     """Root mean square of sigma at the start: the rule's scale times that of the weight's entries."""
     seed: int
+    is_greedy: bool
+    """Its terms were found one after the other, and could be fitted together once their number is known."""
 
     def read(self, rank: int) -> Factors:
         """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
@@ -210,8 +212,9 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     parts = {part: getattr(factors, part).contiguous() for part in ("left", "right", "sigma")}
     with disk_errors(file):
         save_file(parts, file, metadata={"format": "pt"})
+    is_greedy = problem is not None and isinstance(policy, RankBudget)
     size = target.rule.scale * typical_entry(matrix.weight_norm, shape)
-    return Candidate(target, shape, sigma, energy, most, file, size, seed)
+    return Candidate(target, shape, sigma, energy, most, file, size, seed, is_greedy)
 
 
 def _search_shape(target: TargetModule, values: Tensor, most: int, seed: int) -> tuple[FactorShape, int]:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,6 +115,12 @@ def assemble(
     )
 
 
+def _with_rank(candidate: Candidate, rank: int) -> TargetModule:
+    """The candidate's target, asking for this number of terms of the shape that was found."""
+    rule = candidate.target.rule.model_copy(update={"rank": RankFixed(rank=rank)})
+    return replace(candidate.target, rule=rule, shape=candidate.shape)
+
+
 def share_of(targets: Sequence[TargetModule], process: int, processes: int) -> list[TargetModule]:
     """The targets that one process decomposes: largest first, dealt round, so that the shares are alike."""
     by_size = sorted(targets, key=lambda t: (-t.module.out_features * t.module.in_features, t.module.name))
@@ -162,26 +167,27 @@ class InitRun:
         Memory: above the base, less than 6 times the largest weight in float32, at LLaMA-2-7B's shapes and rank 8 also
         with `calibration_batches`, whose moments have in_features^2 values; eval/bench/init.py measures it.
         """
-        mine = list(self._decompose())
+        mine = list(self._decompose(share_of(self.targets, self.processes.index, self.processes.count)))
         order = {t.module.name: i for i, t in enumerate(self.targets)}
         everybodys = sorted(self.processes.gather(mine), key=lambda c: order[c.target.module.name])
         ranks = choose_ranks(everybodys, self.budgets)
         if self.processes.is_main:
             warn_of_maxima(everybodys, ranks)
-        terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in mine]
+        # A budget decides the ranks when all modules are known: its terms are then fitted together in a second pass.
+        settled = [_with_rank(c, rank) for c in mine if c.is_greedy and (rank := ranks[c.target.module.name])]
+        again = {c.target.module.name: c for c in self._decompose(settled)}
+        last = [again.get(c.target.module.name, c) for c in mine]
+        terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in last]
         terms = [(name, factors) for name, factors in terms if factors.rank]
         return assemble(everybodys, ranks, dict(self.processes.gather(terms)))
 
-    def _decompose(self) -> Iterator[Candidate]:
-        """Decompose this process's share of the targets."""
-        seeds = {t.module.name: self.seed * 1_000_003 + i for i, t in enumerate(self.targets)}
-        mine = share_of(self.targets, self.processes.index, self.processes.count)
-        enabled = self.progress and self.processes.is_main
+    def _decompose(self, mine: Sequence[TargetModule]) -> Iterator[Candidate]:
+        """Decompose targets of this process, each into a file of its own in the scratch folder."""
+        order = {t.module.name: i for i, t in enumerate(self.targets)}
+        enabled = self.progress and self.processes.is_main and bool(mine)
         with track(len(mine), "KPSVD", unit="module", enabled=enabled) as step:
-            numbers = count()  # `enumerate` would hold a gradient until the next one is there
             for known in self._with_statistics(mine):
                 name, tuned = known.target.module.name, self.finetuned.get(known.target.rule.finetuned or "")
-                file = self.scratch / f"{next(numbers)}.safetensors"
                 matrix = read_matrix(
                     known.target,
                     self.base.weights,
@@ -189,7 +195,8 @@ class InitRun:
                     gradient=known.gradient,
                     device=self.device,
                 )
-                yield decompose(known, matrix, file, seed=seeds[name])
+                file = self.scratch / f"{order[name]}.safetensors"
+                yield decompose(known, matrix, file, seed=self.seed * 1_000_003 + order[name])
                 step(name)
                 del matrix, known  # else they would lie beside the next ones
 

@@ -128,6 +128,20 @@ def test_a_budget_goes_where_the_outputs_are_large(base: Base) -> None:
     assert energies[2] == pytest.approx(float((10 * x @ weight.t()).square().sum() / 512), rel=0.01)
 
 
+def test_a_budgets_terms_are_fitted_together_as_fixed_ones_are(base: Base) -> None:
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 128)
+    moments = InputMoments(128)
+    moments.accumulate(x)
+    found = []
+    for rank in ({"policy": "budget", "parameters": 800, "max": 3}, {"policy": "fixed", "rank": 3}):
+        targets = _targets({"modules": ["q_proj"], "layers": [0], "calibration_batches": 1, "rank": rank})
+        known = lambda asked: [TargetStatistics(t, moments=moments) for t in asked]  # noqa: E731
+        found.append(_initialise(targets, base, statistics=known))
+    for part in ("left", "right", "sigma"):
+        assert torch.equal(*(getattr(f.factors[QUERY], part) for f in found))
+    assert len(found[0].modules[0].sigma) == 64, "the report shows the candidates of the budget"
+
+
 def test_zero_starts_at_nothing_and_can_learn(base: Base) -> None:
     started = _start(base, {"modules": ["q_proj"], "init": "zero"})
     factors = started.factors[QUERY]
