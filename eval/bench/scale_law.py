@@ -1,10 +1,10 @@
 """Whether one `learning_rate` and one `scale` are right at every rank and start: short trainings on GSM8K.
 
-    python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.jsonl --runs weights:1:1:0.03 lora:2:1:0.001
+    python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.json --runs weights:1:1:0.3 lora:2:1:0.001
 
 A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted, gradient, random, zero, or lora (PEFT's, alpha = rank,
-where SCALE multiplies alpha). `--data` holds gsm8k_train.jsonl and gsm8k_test.jsonl. Rows are appended as JSON lines;
-a run that has one is not made again. Each row has the loss per step, of examples that were not seen before, so that it
+where SCALE multiplies alpha). `--data` holds gsm8k_train.jsonl and gsm8k_test.jsonl. A run that has its row in `--out`
+already is not made again. Each row has the loss per step, of examples that were not seen before, so that it
 is a held-out loss as well; the gradient's norm per step before any clipping; and the mean loss per completion token of
 the same held-out examples for every run: `after` training (of the base: RATE 0), and `cut`, with only as many terms
 served as were trained.
@@ -24,7 +24,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from eval.record import make_parser
+from eval.record import make_parser, write_record
 from soka_serve.base.model import load_base
 from soka_serve.compiler.context import Context, prepare
 from soka_serve.compiler.stages import encode, init_stage
@@ -33,6 +33,8 @@ from soka_serve.kron import Factors, recompress
 from soka_serve.manifest.read import read_manifest
 from soka_serve.peft import build_soka_model, create_soka_optimizer, soka_layers
 
+# Options that a row repeats.
+SHARED = ("steps", "batch", "warmup", "tokens", "held_out", "layers", "calibration_batches")
 # INIT as a manifest says it; what starts without looking at data has no calibration.
 WITHOUT_DATA = {"weights": "weights", "random": "random", "zero": "zero"}
 MANIFEST = """
@@ -82,12 +84,12 @@ class Bench:
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.folder = Path(options.out).with_suffix(".cache").absolute()
+        self.folder = options.out.with_suffix(".cache").absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
         context = self.prepare("weights", 1, 0)
         training, held_out = encode(context)
         assert held_out is not None
-        self.base = load_base(Path(options.base), "float32").requires_grad_(False)
+        self.base = load_base(options.base, "float32").requires_grad_(False)
         self.training, self.held_out = training.examples, held_out.examples[: options.held_out]
 
     def prepare(self, init: str, rank: int, seed: int) -> Context:
@@ -95,8 +97,8 @@ class Bench:
         words = {
             "INIT": WITHOUT_DATA.get(init, "gradient" if init == "gradient" else "weights"),
             "BATCHES": 0 if init in WITHOUT_DATA else self.options.calibration_batches,
-            "BASE": Path(self.options.base).absolute(),
-            "DATA": Path(self.options.data).absolute(),
+            "BASE": self.options.base.absolute(),
+            "DATA": self.options.data.absolute(),
             "LAYERS": self.options.layers,
             "RANK": rank,
             "SEED": seed,
@@ -206,8 +208,8 @@ def _loss(model: Any, example: Any) -> Tensor:
 
 def main() -> None:
     parser = make_parser("eval.bench.scale_law", __doc__, needs_out=True)
-    parser.add_argument("--base", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=[])
     parser.add_argument("--calibration-batches", type=int, default=8)
     parser.add_argument("--layers", default="all", help="adapt these layers only, as in a manifest")
@@ -218,19 +220,17 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    out = Path(options.out)
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    shared = {name: getattr(options, name) for name in ("steps", "batch", "warmup", "tokens", "held_out", "layers")}
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    shared = {name: getattr(options, name) for name in SHARED}
     bench = Bench(options)
     for text in options.runs:
         key = {**vars(Run.parse(text)), **shared}
         if any(all(row.get(k) == v for k, v in key.items()) for row in rows):
             continue
-        row = {**key, **bench.train(Run.parse(text))}
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        later = row["losses"][len(row["losses"]) // 2 :]
-        print(text, sum(later) / len(later), row["after"], row["step_s"], flush=True)
+        rows.append({**key, **bench.train(Run.parse(text))})
+        write_record(options, {"rows": rows}, machine={"threads": 1})
+        later = rows[-1]["losses"][options.steps // 2 :]
+        print(text, sum(later) / max(1, len(later)), rows[-1]["after"], rows[-1]["step_s"], flush=True)
 
 
 if __name__ == "__main__":
