@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
-from soka_serve.comparison.stats import holm, interval, median, sign_flip
+from soka_serve.comparison.stats import holm, interval, sign_flip
 from soka_serve.comparison.suite import Claim, Suite
 
 LEVEL = 0.05

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 from soka_serve.comparison.claims import judge, rises
 from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
-from soka_serve.comparison.stats import interval, median, noise, pareto_front, running_mean, steps_to
+from soka_serve.comparison.stats import interval, noise, pareto_front, running_mean, steps_to
 from soka_serve.comparison.suite import DataSet, Suite
 from soka_serve.comparison.sweep import Choice, choose
 from soka_serve.compiler.report.charts import thin

@@ -82,16 +82,6 @@ def sign_flip(values: Sequence[float]) -> float | None:
     return float((signs @ found <= found.sum() + tolerance).mean())
 
 
-def median(values: Sequence[float]) -> float:
-    """The middle value; of an even number the mean of the two.
-
-    >>> median([3.0, 1.0, 2.0, 10.0])
-    2.5
-    """
-    ordered, n = sorted(values), len(values)
-    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-
-
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down correction over the values that are not None.
 

@@ -20,7 +20,6 @@ from soka_serve.comparison.results import summarise
 from soka_serve.comparison.stats import (
     holm,
     interval,
-    median,
     noise,
     pareto_front,
     running_mean,
@@ -311,7 +310,3 @@ def test_noise_is_what_is_left_without_the_trend() -> None:
     assert noise([2.0, 2.0]) == 0.0
     assert noise([2.0]) is None
     assert noise([1.0, 0.0]) is None
-
-
-def test_the_median_of_even_numbers_is_between() -> None:
-    assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0])) == (2.0, 2.5)
