@@ -172,12 +172,7 @@ def _results(
             "sha256": loaded.sha256,
         },
         "versions": versions(),
-        "hardware": {
-            "machine": platform.machine(),
-            "cpus": os.cpu_count(),
-            "device": inputs.device,
-            "jobs": call.jobs,
-        },
+        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "device": inputs.device, "jobs": call.jobs},
         "base_sha256": inputs.base,
         "data_sha256": dict(inputs.data),
         "other_sha256": dict(inputs.other),

@@ -100,11 +100,7 @@ def _curves(results: Mapping[str, Any], drawn: Sequence[str], key: str, label: s
     for dataset in dict.fromkeys(cell["dataset"] for cell in results["cells"]):
         cells = {c["method"]: c for c in results["cells"] if c["dataset"] == dataset and c[key]}
         lines = [
-            Series(
-                [(step, value) for step, value in cells[name][key]],
-                f"k{drawn.index(name)}",
-                tooltip=name,
-            )
+            Series([(step, value) for step, value in cells[name][key]], f"k{drawn.index(name)}", tooltip=name)
             for name in drawn
             if name in cells
         ]

@@ -105,8 +105,7 @@ def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterato
     batches = {
         templated: iter(
             tokenizer.encode_pairs(
-                [(e.prompt, e.completion) for e in chunk if e.templated == templated],
-                add_special_tokens=not templated,
+                [(e.prompt, e.completion) for e in chunk if e.templated == templated], add_special_tokens=not templated
             )
         )
         for templated in {e.templated for e in chunk}

@@ -58,9 +58,7 @@ def hub_rows(
     stream = is_local or ((stream or limit is not None) and not datasets.config.HF_HUB_OFFLINE)
     try:
         builder = datasets.load_dataset_builder(
-            str(local.absolute()) if is_local else name,
-            name=data.config,
-            revision=None if is_local else data.revision,
+            str(local.absolute()) if is_local else name, name=data.config, revision=None if is_local else data.revision
         )
         _check_format(name, builder)
         iterator = iter(_rows_of(builder, split, local=is_local, stream=stream, limit=limit))

@@ -106,13 +106,7 @@ def balanced_shape(out_features: int, in_features: int, *, tp: int = 1, parallel
 
 
 def check_shape(
-    shape: Sequence[int],
-    out_features: int,
-    in_features: int,
-    *,
-    module: str,
-    tp: int = 1,
-    parallel: Parallel = "none",
+    shape: Sequence[int], out_features: int, in_features: int, *, module: str, tp: int = 1, parallel: Parallel = "none"
 ) -> FactorShape:
     """The explicit factor shape [m, n, p, q] as a `FactorShape`, checked against the weight of `module`.
 

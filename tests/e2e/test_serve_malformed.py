@@ -16,15 +16,7 @@ import pytest
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
 from tests.support.hostile_adapters import hole
 from tests.support.malformed import HOSTILE, MALFORMED
-from tests.support.serve_adapters import (
-    BETA,
-    LOKR,
-    LORA,
-    TARGET_OPTIONS,
-    clear_jobs,
-    write_peft,
-    write_soka,
-)
+from tests.support.serve_adapters import BETA, LOKR, LORA, TARGET_OPTIONS, clear_jobs, write_peft, write_soka
 from tests.support.serving import ONE_PROCESS, Server, base_model, random_factors, serve
 
 pytestmark = pytest.mark.slow

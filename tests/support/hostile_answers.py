@@ -59,10 +59,7 @@ ANSWERS = {
     ),
     "strings in millions": ("def f():\n    return ['a'] * 500_000", "assert f() == ['a']"),
     "no number": ("def f():\n    return float('nan')", "assert f() == f()"),
-    "no number that raises": (
-        "import decimal\ndef f():\n    return decimal.Decimal('sNaN')",
-        "assert f() == 1",
-    ),
+    "no number that raises": ("import decimal\ndef f():\n    return decimal.Decimal('sNaN')", "assert f() == 1"),
     "text that is no text": ("def f():\n    return '\\ud800' * 1000", "assert f().encode() == b''"),
     "a time beyond all times": (
         "import datetime\nclass D(datetime.timedelta):\n    days = 10**12\ndef f():\n    return D()",
@@ -140,9 +137,6 @@ SLOW = {
         "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))\ndef f():\n    time.sleep(99)",
         "assert f() == 1",
     ),
-    "both ends closed": (
-        "import os, time\ndef f():\n    os.closerange(3, 64)\n    time.sleep(99)",
-        "assert f() == 1",
-    ),
+    "both ends closed": ("import os, time\ndef f():\n    os.closerange(3, 64)\n    time.sleep(99)", "assert f() == 1"),
 }
 """Programs that want time, each with a test that needs an answer."""

@@ -72,10 +72,7 @@ METHODS: dict[str, tuple[Callable[[str, torch.Tensor], Tensors], dict[str, Any]]
     "bitsandbytes": (bnb, {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
     "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
     "mxfp8": (mx, {"quant_method": "mxfp8"}),
-    "compressed-tensors": (
-        packed,
-        {"quant_method": "compressed-tensors", "format": "pack-quantized", **_PACKED},
-    ),
+    "compressed-tensors": (packed, {"quant_method": "compressed-tensors", "format": "pack-quantized", **_PACKED}),
 }
 
 

@@ -16,11 +16,7 @@ from pathlib import Path
 import torch
 import vllm
 from vllm.config import LoRAConfig, ParallelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    init_distributed_environment,
-    initialize_model_parallel,
-)
+from vllm.distributed import get_tensor_model_parallel_rank, init_distributed_environment, initialize_model_parallel
 from vllm.lora import utils as lora_utils
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
@@ -76,11 +72,7 @@ class AdaptedLayer:
         self.weights = [0.1 * torch.randn(size, case.inputs) for size in case.sizes]
         self.nothing = [torch.zeros(size, case.inputs).double() for size in case.sizes]
         self.config = LoRAConfig(
-            max_lora_rank=8,
-            max_loras=SLOTS,
-            max_cpu_loras=SLOTS,
-            lora_dtype=torch.float32,
-            fully_sharded_loras=sharded,
+            max_lora_rank=8, max_loras=SLOTS, max_cpu_loras=SLOTS, lora_dtype=torch.float32, fully_sharded_loras=sharded
         )
         self.punica = PunicaWrapperCPU(64, 8, "cpu")
         self.one = len(case.packed) <= 1

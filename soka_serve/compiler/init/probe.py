@@ -91,11 +91,7 @@ class _Passes:
 
     @classmethod
     def plan(
-        cls,
-        model: nn.Module,
-        rows: Sequence[Rows],
-        targets: Sequence[TargetModule],
-        placement: LayerPlacement | None,
+        cls, model: nn.Module, rows: Sequence[Rows], targets: Sequence[TargetModule], placement: LayerPlacement | None
     ) -> _Passes:
         batches = batches_needed(targets)
         rows = [r for r in rows if r.batch < batches]

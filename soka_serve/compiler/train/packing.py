@@ -64,22 +64,12 @@ class _Pair:
         def replaced(example: EncodedExample) -> EncodedExample:
             return EncodedExample([others[token] for token in example.input_ids], example.labels)
 
-        pairs = (
-            [self.first, self.second],
-            [replaced(self.first), self.second],
-            [self.first, replaced(self.second)],
-        )
+        pairs = ([self.first, self.second], [replaced(self.first), self.second], [self.first, replaced(self.second)])
         return [pack_examples(pair, self.spans[1].stop)[0] for pair in pairs]
 
 
 def check_packing(
-    model: nn.Module,
-    rows: Sequence[PackedRow],
-    collate: PadCollator,
-    forward: Forward,
-    *,
-    half: bool,
-    together: bool,
+    model: nn.Module, rows: Sequence[PackedRow], collate: PadCollator, forward: Forward, *, half: bool, together: bool
 ) -> None:
     """Refuse to train where the examples of a row see each other.
 
@@ -115,8 +105,7 @@ def check_packing(
         logger.info("packing: given masks: %s", still)
     layer = _find_layer(model, pair, collate, forward, together)
     raise PlanError(
-        f"train.packing: {layer} do not keep the examples of a row apart: {problem}",
-        hint="set train.packing = false",
+        f"train.packing: {layer} do not keep the examples of a row apart: {problem}", hint="set train.packing = false"
     )
 
 
