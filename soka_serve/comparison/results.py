@@ -13,7 +13,7 @@ from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
 from soka_serve.comparison.stats import interval, noise, pareto_front, running_mean, steps_to
 from soka_serve.comparison.suite import DataSet, Suite
-from soka_serve.comparison.sweep import Choice, choose
+from soka_serve.comparison.sweep import Choice, choose, seeds_that_agree
 from soka_serve.compiler.report.charts import thin
 
 CURVE_POINTS = 50
@@ -121,6 +121,7 @@ def _cell(
         "tried": [{**dict(s), "score": score and score[0]} for s, score in choice.scores.items()],
         "setting": None if choice.setting is None else dict(choice.setting),
         "at_border": list(choice.border),
+        "sweep_seeds_that_agree": None if choice.setting is None else seeds_that_agree(cell, choice, records),
         "seeds": sorted(finals),
         "diverged": sum(r["status"] == "diverged" for r in finals.values()),
         "diverged_in_sweep": sum(r["status"] == "diverged" for r in sweeps),

@@ -145,6 +145,15 @@ def _loss(record: Record) -> float:
     return float(sum(losses) / len(losses))
 
 
+def seeds_that_agree(cell: Cell, choice: Choice, records: Mapping[str, Record]) -> int:
+    """How many sweep seeds would have chosen the same setting by themselves, of those that were tried."""
+    own = [
+        {setting: _score([records[cell.spec("sweep", setting, seed).key]]) for setting in choice.scores}
+        for seed in cell.suite.protocol.sweep_seeds
+    ]
+    return sum(_best(scores) == choice.setting for scores in own)
+
+
 def sweep_keys(cell: Cell, choice: Choice) -> Iterator[str]:
     """Keys of the sweep runs that a choice rests on, or will."""
     for setting in (*choice.scores, *choice.trying):

@@ -105,8 +105,8 @@ def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """One row per method and dataset."""
     head = [
-        "method", "dataset", "settings", "chosen", "seeds", "held-out loss", "its median", "accuracy, %", "forgetting",
-        "median steps to", "final loss", "gradient noise", "diverged",
+        "method", "dataset", "settings", "chosen", "sweep seeds that agree", "seeds", "held-out loss", "its median",
+        "accuracy, %", "forgetting", "median steps to", "final loss", "gradient noise", "diverged",
     ]  # fmt: skip
     rows = [
         [
@@ -114,6 +114,7 @@ def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             cell["dataset"],
             str(cell["settings"]),
             _setting(cell),
+            number(cell["sweep_seeds_that_agree"], f"{{}} of {len(results['protocol']['sweep_seeds'])}"),
             str(len(cell["seeds"])),
             spread(cell["answer_loss"], "{:.4f}"),
             number(cell["answer_loss"] and cell["answer_loss"]["median"], "{:.4f}"),

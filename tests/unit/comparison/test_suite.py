@@ -16,7 +16,7 @@ from soka_serve.comparison.preview import preview
 from soka_serve.comparison.read import parse_suite, read_suite
 from soka_serve.comparison.records import keys_of, progress_of
 from soka_serve.comparison.settings import Setting, manifest_of
-from soka_serve.comparison.sweep import choose
+from soka_serve.comparison.sweep import choose, seeds_that_agree
 from soka_serve.errors import ManifestError
 from soka_serve.manifest.read import parse_manifest
 
@@ -282,7 +282,9 @@ def test_a_diverged_seed_is_one_of_several() -> None:
             records[run.key] = record(1.0, right=10 if good else 1, answered=10)
             if good and run.seed == 100:
                 records[run.key] = record(0.0, status="diverged")
-    assert choose(cell, records)[0].setting == (("learning_rate", 1.0),)  # half right, against a tenth
+    choice, _ = choose(cell, records)
+    assert choice.setting == (("learning_rate", 1.0),)  # half right, against a tenth
+    assert seeds_that_agree(cell, choice, records) == 1
 
 
 def test_diverged_runs_are_the_worst_and_failed_ones_do_not_count() -> None:
