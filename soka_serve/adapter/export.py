@@ -87,7 +87,7 @@ def export(
     out: str | Path,
     *,
     to: Form = "soka",
-    rank: int | None = None,
+    rank: int | Literal["trained"] | None = None,
     dtype: str = "float32",
     progress: bool = False,
 ) -> ExportResult:
@@ -101,7 +101,8 @@ def export(
         source: directory of a finished adapter or of a training checkpoint.
         out: directory of the export; an earlier export in it is replaced as a whole, anything else refused.
         to: "soka" or "lora".
-        rank: most terms per module, or the LoRA rank (then required; modules with fewer dimensions are padded).
+        rank: most terms per module, "trained" for as many as a training checkpoint trained, or the LoRA rank (then
+            required; modules with fewer dimensions are padded).
         dtype: of the written tensors.
         progress: show progress.
 
@@ -111,6 +112,7 @@ def export(
         BuildError: disk full and the like, or `out` holds something else.
     """
     _check_request(to, rank)
+    lora_rank = rank if isinstance(rank, int) else 1
     out, read_from, stored = given_path(out, "out"), Path(source), getattr(torch, dtype)
     EXPORTED.check(out, keep=[read_from])
     read = read_source(read_from)
@@ -122,8 +124,8 @@ def export(
                 ranks = [f.rank for f in written.values()]
                 parameters = sum(f.parameters for f in written.values())
             else:
-                tensors, energies = _to_lora(adapter, rank or 1, stored, advance)
-                ranks, parameters = [rank or 1], sum(t.numel() for t in tensors.values())
+                tensors, energies = _to_lora(adapter, lora_rank, stored, advance)
+                ranks, parameters = [lora_rank], sum(t.numel() for t in tensors.values())
         total = math.fsum(e for e, _ in energies.values())
         result = ExportResult(
             out=out,
@@ -138,34 +140,36 @@ def export(
         if to == "soka":
             write_adapter(new, written, base_model=adapter.base_model or "unknown", dtype=stored, lock=lock)
         else:
-            _write_lora(new, adapter, tensors, rank or 1)
+            _write_lora(new, adapter, tensors, lora_rank)
             write_lock(new / LOCK_FILE, lock)
         write_text_atomic(new / CARD_FILE, _card(read, result))
     return result
 
 
-def _check_request(to: str, rank: int | None) -> None:
+def _check_request(to: str, rank: int | str | None) -> None:
     if to not in ("soka", "lora"):
         raise SokaError(f"to: expected 'soka' or 'lora'; got {to!r}")
     if to == "lora" and rank is None:
         raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
-    if rank is not None and rank < 1:
-        raise SokaError(f"rank: expected at least 1; got {rank}")
+    if rank == "trained" and to == "soka":
+        return
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise SokaError(f"rank: expected at least 1; got {rank!r}")
 
 
 _Energies = dict[str, tuple[float, float]]  # by module: the delta's energy, and what is lost of it
 
 
 def _to_soka(
-    adapter: Adapter, rank: int | None, dtype: torch.dtype, advance: Any
+    adapter: Adapter, rank: int | Literal["trained"] | None, dtype: torch.dtype, advance: Any
 ) -> tuple[dict[str, Factors], _Energies]:
     written: dict[str, Factors] = {}
     energies: _Energies = {}
-    for name in adapter.factors:
+    for name, factors in adapter.factors.items():
         delta = adapter.delta_factors(name)
         # Orthonormal terms in float64: their energies add up, and the first ones are the best.
         exact, _ = recompress(delta.to(torch.float64))
-        kept, _ = recompress(delta, rank=rank)
+        kept, _ = recompress(delta, rank=factors.rank if rank == "trained" else rank)
         energy = _energy(exact)
         written[name] = kept.to(dtype)
         rest, _ = recompress(stack_terms(exact, written[name].to(torch.float64), signs=(1, -1)))

@@ -84,7 +84,8 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
-    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None)
+    terms = [output.adapter_terms] if output.adapter_terms != "all" else []
+    keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)
     if "merged" in output.write or method.whole_model:
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
     keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)

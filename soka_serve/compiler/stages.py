@@ -175,7 +175,9 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
             logger.info("export: method = %r makes no adapter; the trained model goes to merged/", context.method.name)
         return
     with context.stage("export", "writing the adapter"):
-        context.dropped_energy_frac = context.method.export(trained.directory, new / "adapter", output.adapter_dtype)
+        context.dropped_energy_frac = context.method.export(
+            trained.directory, new / "adapter", output.adapter_dtype, output.adapter_terms
+        )
         _name_base(new / "adapter", context.inputs.base_name)
 
 

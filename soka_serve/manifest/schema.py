@@ -261,6 +261,11 @@ class Output(Table):
         ("adapter",), strict=False, min_length=1, description="'adapter', 'merged' (a dense model), or both."
     )
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the factors.")
+    adapter_terms: Literal["all", "trained"] = Field(
+        "all",
+        description="Terms that are stored, merged and served. 'all' is exact: trained minus initial ones, up to twice "
+        "as many as were trained. 'trained' keeps the best ones, as many as were trained; the report has what is lost.",
+    )
     merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the merged model; 'auto' is the base's own."
     )
@@ -330,6 +335,10 @@ class Manifest(Table):
             bits = value_of(keys.values["base"], "quantize")
             if bits not in (None, "none"):
                 yield ("base", "quantize"), f"a base in {bits} cannot be trained whole: method = 'full' needs 'none'"
+        if keys.knows("output", "train") and value_of(keys.values["output"], "adapter_terms") == "trained":
+            method = value_of(keys.values["train"], "method")
+            if method not in (None, "soka"):
+                yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
             deltas = [i for i, rule in rules if value_of(rule, "init") == "delta"]

@@ -79,7 +79,7 @@ def make_manifest(**options: Any) -> Manifest:
         "data": {"jsonl": "unused.jsonl"} | ({"eval_jsonl": "unused.jsonl"} if "eval_every" in options else {}),
         "steps": 4,
         "batch_size": 4,
-        "learning_rate": 1e-2 if "method" in options else 5e-2,
+        "learning_rate": 5e-2 if options.get("method", "soka") == "soka" else 1e-2,
         "max_length": 16,
         "log_every": 1,
     } | options

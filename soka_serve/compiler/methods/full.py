@@ -40,7 +40,7 @@ class Full(Method):
         config["use_cache"] = original.get("use_cache", True)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def export(self, trained: Path, out: Path, dtype: str) -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
         raise NotImplementedError("full fine-tuning makes no adapter: merge() writes what it trained")
 
     def merge(self, source: Path, merging: DenseOutput) -> None:

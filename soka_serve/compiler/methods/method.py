@@ -138,13 +138,14 @@ class Method(ABC):
             shutil.copy2(checkpoint / name, out / name)
 
     @abstractmethod
-    def export(self, trained: Path, out: Path, dtype: str) -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
         """Write the finished adapter into `out`, a directory to make.
 
         Args:
             trained: what `collect` wrote.
             out: directory of the adapter.
             dtype: of the tensors, for SoKA; the others stay in float32.
+            terms: for SoKA, "all", or the best ones of each module, as many as were "trained".
 
         Returns:
             The share of the delta's energy that was dropped.

@@ -43,7 +43,7 @@ class PeftMethod(Method):
         load_adapter_weights(adapted, checkpoint)
         return adapted
 
-    def export(self, trained: Path, out: Path, dtype: str) -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
         shutil.copytree(trained, out)
         return 0.0
 

@@ -40,10 +40,10 @@ class Soka(Method):
 
         return load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
 
-    def export(self, trained: Path, out: Path, dtype: str) -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
         from soka_serve.adapter.export import export
 
-        return export(trained, out, dtype=dtype).dropped_energy_frac
+        return export(trained, out, dtype=dtype, rank="trained" if terms == "trained" else None).dropped_energy_frac
 
     def merge(self, source: Path, merging: DenseOutput) -> None:
         from soka_serve.compiler.merge.merge import MergeRun

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from soka_serve.adapter.export import export
 from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
 from soka_serve.base.opened import Base
@@ -75,6 +76,10 @@ def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path
         assert not torch.equal(adapter.factors[name].left, start.left)
         assert adapter.factors[name].left.dtype == torch.float32
     assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
+    whole = export(result.directory, tmp_path / "whole")
+    assert (whole.ranks, whole.dropped_energy_frac < 1e-9) == ((4, 4), True)
+    cut = export(result.directory, tmp_path / "cut", rank="trained")
+    assert (cut.ranks, 0 < cut.dropped_energy_frac < 0.9) == ((2, 2), True)
 
 
 def test_zero_steps_export_the_initialisation(base: Path, tmp_path: Path) -> None:

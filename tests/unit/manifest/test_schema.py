@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from soka_serve.manifest.nodes import tables
 from soka_serve.manifest.read import json_schema
-from soka_serve.manifest.schema import Base, Data, Manifest, Train
+from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.schema import Base, Data, Manifest, Output, Train
 from soka_serve.manifest.starter import starter_manifest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -121,6 +122,14 @@ def test_python_callers_meet_the_same_checks() -> None:
         Train(data=Data(builtin="math"), steps=1, epochs=1)
     with pytest.raises(ValidationError, match="needs evaluation data"):
         Train(data=Data(jsonl="x"), eval_every=1)
+    with pytest.raises(ValidationError, match="max_grad_norm and clip exclude each other"):
+        Train(steps=1, data=Data(builtin="math"), clip=2.0, max_grad_norm=1.0)
+    with pytest.raises(ValidationError, match="scale does not go with init = 'delta'"):
+        Adapt(init="delta", scale=0.5)
+    with pytest.raises(ValidationError, match="adapter_terms belongs to method = 'soka'; the method is 'lora'"):
+        Manifest.model_validate(
+            {**MINIMAL, "train": {**MINIMAL["train"], "method": "lora"}, "output": Output(adapter_terms="trained")}
+        )
     with pytest.raises(ValidationError, match="trained whole"):
         Manifest.model_validate(
             {**MINIMAL, "base": Base(builtin="tiny", quantize="8bit"), "train": {**MINIMAL["train"], "method": "full"}}
