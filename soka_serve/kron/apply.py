@@ -29,6 +29,7 @@ from soka_serve.kron.shapes import FactorShape
 Terms = tuple[Tensor, Tensor, Tensor]  # left (r, m, n), right (r, p, q), sigma (r,)
 
 _PIECE_VALUES = {"cpu": 1 << 21, "cuda": 1 << 26}  # most values of an intermediate: 8 MiB keeps to caches on a CPU
+_ADDED_APART = 4  # most terms that are added to a weight one by one: more are summed in one product
 
 
 def apply_kron(
@@ -158,9 +159,9 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, ways: Ways, inputs: Tensor, weight: Tensor | None, bias: Tensor | None, *terms: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, *terms)
-        ctx.ways = ways
         left, right = _applied(terms, inputs.dtype)
+        ctx.save_for_backward(inputs, weight, left, right, *terms[:3])
+        ctx.ways = ways
         if ways.product == "dense":
             return torch.nn.functional.linear(inputs, _dense_sum(weight, left, right), bias)
         out = None if weight is None else torch.nn.functional.linear(inputs, weight, bias)
@@ -170,13 +171,12 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     @_without_autocast
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        inputs, weight, *terms = ctx.saved_tensors
-        _, need_inputs, _, _, need_left, need_right, need_sigma, *_ = ctx.needs_input_grad
+        inputs, weight, left, right, *theta = ctx.saved_tensors
+        _, need_inputs, _, _, need_left, need_right, need_sigma, *others = ctx.needs_input_grad
         ways: Ways = ctx.ways
         grad = grad.contiguous()
         grad_inputs = grad_left = grad_right = grad_sigma = None
         if need_inputs:
-            left, right = _applied(terms, grad.dtype)
             if ways.product == "dense":
                 grad_inputs = grad @ _dense_sum(weight, left, right)
             else:  # the transposed delta, through the same intermediate
@@ -184,14 +184,11 @@ class _Product(torch.autograd.Function):
                 order: Order = "left" if ways.product == "right" else "right"
                 grad_inputs = _in_order(order, grad, left.transpose(1, 2), right.transpose(1, 2), out)
         if need_left or need_right or need_sigma:
-            left, right, sigma = terms[:3]
-            scaled, right = _applied(terms[:3], grad.dtype)
-            on_scaled, grad_right = _gradients(
-                ways.gradients, inputs, grad, scaled, right, (need_left or need_sigma, need_right)
-            )
+            wanted = (need_left or need_sigma, need_right)
+            on_scaled, grad_right = _gradients(ways.gradients, inputs, grad, *_applied(theta, grad.dtype), wanted)
             if on_scaled is not None:
-                grad_left, grad_sigma = on_scaled * sigma[:, None, None], (on_scaled * left).sum((1, 2))
-        return None, grad_inputs, None, None, grad_left, grad_right, grad_sigma, *(None for _ in terms[3:])
+                grad_left, grad_sigma = on_scaled * theta[2][:, None, None], (on_scaled * theta[0]).sum((1, 2))
+        return None, grad_inputs, None, None, grad_left, grad_right, grad_sigma, *(None for _ in others)
 
 
 def _applied(terms: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -206,8 +203,16 @@ def _applied(terms: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _dense_sum(weight: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    delta = unrearrange(left.flatten(1).t() @ right.flatten(1), _shape_of((left, right)))
-    return delta if weight is None else delta.add_(weight)
+    """(out, in): the delta, added to the weight where there is one; few terms one by one, in place."""
+    m, n, p, q = shape = _shape_of((left, right))
+    if weight is None or not 1 <= len(left) <= _ADDED_APART:
+        delta = unrearrange(left.flatten(1).t() @ right.flatten(1), shape)
+        return delta if weight is None else delta.add_(weight)
+    terms = zip(left.view(-1, m, 1, n, 1), right.view(-1, 1, p, 1, q), strict=True)
+    total = torch.addcmul(weight.reshape(m, p, n, q), *next(terms))
+    for term in terms:
+        total.addcmul_(*term)
+    return total.view(m * p, n * q)
 
 
 def _in_order(order: Order, inputs: Tensor, left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
@@ -239,24 +244,20 @@ def _gradients(
         matrix = rearrange(grad.t() @ inputs, _shape_of((left, right)))
         grad_left = (right.flatten(1) @ matrix.t()).view_as(left) if wanted[0] else None
         return grad_left, (left.flatten(1) @ matrix).view_as(right) if wanted[1] else None
-    grad_left, grad_right = _sums(left, m, n * rank), _sums(right, rank * p, q)
-    to_left = left.permute(2, 0, 1).reshape(n * rank, m)
-    for x, g in _pieces(left, right, inputs, grad):
-        columns = g.view(-1, m, p)
-        if wanted[0]:
-            middle = _right_middle(x, right).view(-1, n * rank, p)
-            grad_left += _rows_first(columns) @ _rows_first(middle).t()
-        if wanted[1]:
-            grad_right += torch.matmul(to_left, columns).view(-1, rank * p).t() @ x.view(-1, q)
-    return (
-        grad_left.view(m, n, rank).permute(2, 0, 1) if wanted[0] else None,
-        grad_right.view(rank, p, q) if wanted[1] else None,
+    # In float32 at least, to which the pieces' gradients are added.
+    grad_left, grad_right = (
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (left, right)
     )
-
-
-def _sums(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros in float32 at least, to which the pieces' gradients are added."""
-    return torch.zeros(rows, columns, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    for x, g in _pieces(left[:1], right[:1], inputs, grad):
+        rows = g.view(-1, m, p).transpose(0, 1).reshape(m, len(g) * p)
+        columns = x.view(-1, n, q).transpose(0, 1)
+        for k in range(rank):
+            if wanted[0]:
+                grad_left[k] += rows @ torch.matmul(columns, right[k].t()).view(n, len(g) * p).t()
+            if wanted[1]:
+                back = (left[k].t() @ rows).view(n, len(g), p)
+                grad_right[k] += torch.bmm(back.transpose(1, 2), columns).sum(0)
+    return grad_left if wanted[0] else None, grad_right if wanted[1] else None
 
 
 def _pieces(left: Tensor, right: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -282,12 +283,6 @@ def _right_middle(inputs: Tensor, right: Tensor) -> Tensor:
     """(T*n, r*p): X @ right[k]^T for every term; as (T, n*r, p) the next product sums over n and k."""
     rank, p, q = right.shape
     return inputs.view(-1, q) @ right.reshape(rank * p, q).t()
-
-
-def _rows_first(tensor: Tensor) -> Tensor:
-    """(T, rows, cols) as (rows, T*cols)."""
-    tokens, rows, cols = tensor.shape
-    return tensor.transpose(0, 1).reshape(rows, tokens * cols)
 
 
 def _check(x: Tensor, terms: Terms, initial: Terms | None) -> None:

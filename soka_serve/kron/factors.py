@@ -33,11 +33,13 @@ class Factors:
     sigma: Tensor
 
     def __post_init__(self) -> None:
-        shapes = f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)}, sigma {tuple(self.sigma.shape)}"
-        if self.left.ndim != 3 or self.right.ndim != 3 or self.sigma.ndim != 1:
-            raise ValueError(f"expected left (r, m, n), right (r, p, q), sigma (r,); got {shapes}")
-        if not self.left.shape[0] == self.right.shape[0] == self.sigma.shape[0]:
-            raise ValueError(f"left, right and sigma must have the same number of terms; got {shapes}")
+        dims = (self.left.ndim, self.right.ndim, self.sigma.ndim)
+        if dims != (3, 3, 1) or not len(self.left) == len(self.right) == len(self.sigma):
+            shapes = f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)}, sigma {tuple(self.sigma.shape)}"
+            expected = "left, right and sigma must have the same number of terms"
+            if dims != (3, 3, 1):
+                expected = "expected left (r, m, n), right (r, p, q), sigma (r,)"
+            raise ValueError(f"{expected}; got {shapes}")
         if not all(t.is_floating_point() for t in (self.left, self.right, self.sigma)):
             raise ValueError(f"factors must be floating point; got {self.left.dtype}, {self.right.dtype}")
 
