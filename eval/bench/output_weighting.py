@@ -12,23 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eval.bench.calibration import geometric_mean, read_rows
+from eval.bench.calibration import decompose, geometric_mean, read_rows
 from eval.llama import start_of
 from eval.record import make_parser, write_record
 from soka_serve.base.model import load_base
-from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.probe import gather
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
 from soka_serve.kron import Factors, dense_delta
 
 BATCH = 8
+WEIGHTINGS = ("inputs", "both")
 
 
 class Slopes:
@@ -84,18 +83,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = load_base(options.model, "float32").requires_grad_(False)
-    found = []
-    for rank in options.ranks:
-        for weighting in ("inputs", "both"):
-            rule = {"weighting": weighting, "layers": options.layers, "calibration_batches": options.batches}
-            _, base, targets = start_of(options.model, rule | {"rank": {"policy": "fixed", "rank": rank}})
-            rows = read_rows(base, options.train, BATCH * options.batches, options.max_length)
-            collate = PadCollator(base.tokenizer.pad_id)
-            batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
-            with TemporaryDirectory() as scratch:
-                statistics = lambda wanted, batches=batches: gather(model, batches, wanted)  # noqa: E731
-                run = InitRun(targets, base, Path(scratch), statistics=statistics, progress=False)
-                found.append({"rank": rank, "weighting": weighting, "factors": run.initialise().factors})
+    found: list[dict[str, Any]] = [
+        {"rank": rank, "weighting": weighting, "factors": {}} for rank in options.ranks for weighting in WEIGHTINGS
+    ]
+    for weighting in WEIGHTINGS:
+        rule = {"weighting": weighting, "layers": options.layers, "calibration_batches": options.batches}
+        _, base, targets = start_of(options.model, rule)
+        rows = read_rows(base, options.train, BATCH * options.batches, options.max_length)
+        collate = PadCollator(base.tokenizer.pad_id)
+        batches = [collate(rows[start : start + BATCH]) for start in range(0, len(rows), BATCH)]
+        for known in gather(model, batches, targets):
+            name, outputs = known.target.module.name, known.outputs
+            weight = model.get_submodule(name).weight
+            values = weight if outputs is None else outputs.weigh(weight)
+            for row in found:
+                if row["weighting"] == weighting:
+                    factors = decompose(values, known.moments, row["rank"])
+                    row["factors"][name] = factors if outputs is None else outputs.take_out(factors)
     test = Slopes(model, list(found[0]["factors"]))
     for example in read_rows(base, options.test, options.test_rows, options.max_length):
         test.run(example)

@@ -32,6 +32,7 @@ class OutputMoments:
 
     def __init__(self, shape: FactorShape) -> None:
         self.shape = shape
+        self.tokens = 0
         self._sums = [torch.zeros(size, size) for size in (shape.m, shape.p)]
 
     @torch.no_grad()
@@ -52,6 +53,13 @@ class OutputMoments:
             self._sums, (by_row.transpose(1, 2).reshape(-1, m), by_row.reshape(-1, p)), strict=True
         ):
             total.addmm_(sides.t(), sides)
+        self.tokens += len(by_row)
+
+    def mean_square(self) -> float:
+        """Of the gradients' values. Raises ValueError: none were accumulated."""
+        if not self.tokens:
+            raise ValueError("no gradients were accumulated; their mean square is undefined")
+        return float(self._sums[0].trace()) / (self.tokens * self.shape.out_features)
 
     def weigh(self, weight: Tensor) -> Tensor:
         """(D1 kron D2)^(1/2) W for a weight (out, in): float32, in memory of its own."""

@@ -39,6 +39,7 @@ def test_the_error_that_the_loss_sees_is_smaller() -> None:
     outputs = OutputMoments(SHAPE)
     outputs.accumulate(gradients[:3000].view(3, 1000, -1))
     outputs.accumulate(gradients[3000:].double())
+    assert outputs.mean_square() == pytest.approx(float(gradients.square().mean()), rel=1e-4)
     errors = []
     for given in (None, outputs):
         rest = weight.double() - oracle.oracle_delta(_decompose(weight, inputs, given))
@@ -70,6 +71,8 @@ def test_gradients_of_zero_weigh_nothing() -> None:
 
 def test_gradients_that_cannot_be_used_are_refused() -> None:
     outputs = OutputMoments(SHAPE)
+    with pytest.raises(ValueError, match="no gradients"):
+        outputs.mean_square()
     with pytest.raises(ValueError, match=r"gradients \(..., 20\); got \(3, 9\)"):
         outputs.accumulate(torch.ones(3, 9))
     with pytest.raises(ValueError, match="finite"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,10 +191,11 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
         decomposition = kpsvd(values, shape, pool, seed=seed)
     else:
         decomposition = weighted_kpsvd(problem, pool, seed=seed)
-    # The moment is normalised within a module; with its size back, energies of modules are output energies and compare.
-    inputs = 1.0 if known.moments is None else known.moments.mean_square()
-    energy = decomposition.total_energy * inputs
-    sigma = tuple((decomposition.factors.sigma.double() * inputs**0.5).tolist())
+    # Moments are normalised within a module; with their size back, energies of modules are output energies (with the
+    # outputs' gradients: squared changes of the loss) and compare.
+    square = math.prod(m.mean_square() for m in (known.moments, outputs) if m is not None)
+    energy = decomposition.total_energy * square
+    sigma = tuple((decomposition.factors.sigma.double() * square**0.5).tolist())
     if target.rule.init == "gradient" and not (sigma and sigma[0] > 0):
         raise PlanError(
             f"{target.module.name}: the gradient over the calibration batches is zero",

@@ -164,7 +164,8 @@ def collect_moments(
             logger.warning(
                 "%s: no trained token of the calibration batches reached it; its inputs do not weigh its start", name
             )
-        yield TargetStatistics(target, moments=moments, outputs=outputs.pop(name, None))
+        slopes = outputs.pop(name, None)
+        yield TargetStatistics(target, moments=moments, outputs=None if moments is None else slopes)
 
 
 def _with_hook(output: Tensor, add: Callable[[Tensor], None]) -> Tensor:
