@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from eval.bench.kpsvd import draw_weight
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import TargetModule, resolve_targets
+from soka_serve.base.base import Base
+from soka_serve.base.target_modules import TargetModule, resolve_targets
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import balanced_shape

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from eval.record import make_parser, write_record
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
-from soka_serve.base.opened import Base
 from soka_serve.data.encode import MASKED, EncodedExample, encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.kron.decompose import kpsvd

@@ -23,9 +23,9 @@ import torch
 from eval.llama import VOCABULARY, start_of, write_model
 from eval.measure import Peak, alone
 from eval.record import make_parser, write_record
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import budget_groups
+from soka_serve.base.target_modules import budget_groups
 from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.probe import gather
 

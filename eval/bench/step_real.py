@@ -29,8 +29,8 @@ from eval.bench.step import TARGETS
 from eval.measure import alone
 from eval.memory import AnonymousPeak
 from eval.record import make_parser, write_record
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
-from soka_serve.base.opened import Base
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.data.collate import PadCollator

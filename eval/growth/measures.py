@@ -23,10 +23,10 @@ from eval.llama import random_factors, sizes, start_of, write_model
 from eval.measure import alone
 from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module as Projection
-from soka_serve.base.opened import Base
 from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.probe import gather
 from soka_serve.compiler.methods.lora import lora_parameters

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, save_tokenizer, train_tokenizer
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.pretrained import open_model
 from soka_serve.builtin.problem import draw_difference, draw_product, draw_sum
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, draw_problems

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from soka_serve.errors import SokaError, printable
 from soka_serve.io.budget import ReadingBudget
-from soka_vllm.opened import opened, renamed
+from soka_vllm.folders import opened, renamed
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -32,7 +32,7 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
         adapter: its directory.
         model, revision: the served base as vLLM was given it: a directory, or a hub id whose snapshot is on this
             machine.
-        roots: see `soka_vllm.opened`.
+        roots: see `soka_vllm.folders`.
 
     Raises:
         ValueError: not in `roots`, or made for other weights; both hashes are in the message. For other weights only a

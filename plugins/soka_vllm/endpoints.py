@@ -14,7 +14,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from soka_serve.errors import is_printable, printable
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_vllm import metrics
-from soka_vllm.opened import OutsideError, lies_in
+from soka_vllm.folders import OutsideError, lies_in
 from soka_vllm.places import Locks, adapter_directory, allowed_roots
 from soka_vllm.resolver import client_load, operator_load, operator_loads, reasons_noted
 

@@ -3,7 +3,7 @@
 In vLLM up to 0.32, and without this, one bad adapter under tensor parallelism makes later good ones fail (the executor
 stops at the first worker's error and leaves the replies of the others unread), an evicted adapter whose files are gone
 ends the engine when it is asked for, and new weights under a known name and path are answered from the prefix cache of
-the old ones. Runs in the engine's process; see `soka_vllm.kept` for the workers'.
+the old ones. Runs in the engine's process; see `soka_vllm.store` for the workers'.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_vllm import kept
+from soka_vllm import store
 from soka_vllm.base import check_base
 from soka_vllm.places import adapter_directory, limited, roots_of
 from soka_vllm.settings import keep_limit
@@ -50,7 +50,7 @@ class EngineAdapters:
 
 def reading_limits(stock: None, core: Any) -> list[int]:
     """EngineCore.soka_limits, the plugin's own: the widest limits of the workers, called by name from the API."""
-    return [max(numbers) for numbers in zip(*core.model_executor.collective_rpc(kept.limits), strict=True)]
+    return [max(numbers) for numbers in zip(*core.model_executor.collective_rpc(store.limits), strict=True)]
 
 
 def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
@@ -122,8 +122,9 @@ def _adapters(core: Any) -> EngineAdapters:
 def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: bool, activate: bool) -> None:
     adapters, number = _adapters(core), lora_request.lora_int_id
     executor = core.model_executor
-    check_served_base(limited(lora_request, roots), core.vllm_config.model_config)
-    readings: Sequence[kept.ReadResult] = executor.collective_rpc(kept.read, args=(limited(lora_request, roots), anew))
+    request = limited(lora_request, roots)
+    check_served_base(request, core.vllm_config.model_config)
+    readings: Sequence[store.ReadResult] = executor.collective_rpc(store.read, args=(request, anew))
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:
         raise ValueError("\n".join(refusals))
@@ -137,11 +138,11 @@ def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: b
     nbytes = max(reading.nbytes for reading in readings)
     needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
     drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed | {number})
-    failures = dict.fromkeys(filter(None, executor.collective_rpc(kept.take, args=(lora_request, activate, drop))))
+    failures = dict.fromkeys(filter(None, executor.collective_rpc(store.take, args=(lora_request, activate, drop))))
     for other in drop:
         del adapters.nbytes[other]
     if failures:
-        executor.collective_rpc(kept.undo, args=(lora_request,))
+        executor.collective_rpc(store.undo, args=(lora_request,))
         raise ValueError("\n".join(failures))
     adapters.nbytes[number] = nbytes
     adapters.nbytes.move_to_end(number)

@@ -19,7 +19,7 @@ import msgspec
 
 from soka_serve.errors import printable
 from soka_serve.io.file_names import CONFIG_FILE
-from soka_vllm.opened import lies_in, opened, renamed
+from soka_vllm.folders import lies_in, opened, renamed
 from soka_vllm.settings import ROOTS_VARIABLE
 
 _LONGEST_REASON = 4000  # characters of why an adapter is refused

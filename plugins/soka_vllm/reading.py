@@ -11,13 +11,13 @@ import msgspec
 from torch import Tensor
 
 from soka_vllm import compat, metrics, patterns
-from soka_vllm.kept import worker_adapters
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.limits import ModelLimits, values_kept
 from soka_vllm.loader import check_lora, load_adapter
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import LORA, READERS, look_at
 from soka_vllm.settings import LORA_VARIABLE, serves_lora
+from soka_vllm.store import worker_adapters
 
 
 def load(stock: Any, manager: Any, lora_request: Any) -> Any:

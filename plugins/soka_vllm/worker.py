@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soka_vllm.kept import loaded_already
+from soka_vllm.store import loaded_already
 
 # On vLLM's PunicaWrapperBase: whether the tokens of this step belong to any adapter.
 ADAPTERS_IN_STEP = "soka_adapters_in_step"

@@ -15,7 +15,7 @@ from soka_serve.io.budget import ReadingBudget, read_limited
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import read_errors, sha256_file
 from soka_serve.io.lockfile import read_lock
-from soka_serve.io.unchanged import WAIT, FileStamps
+from soka_serve.io.stamps import WAIT, FileStamps
 
 log = logging.getLogger(__name__)
 

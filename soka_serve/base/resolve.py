@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import check_directory
 from soka_serve.base.hub import fetch_snapshot
-from soka_serve.base.opened import Base
 from soka_serve.errors import CheckpointError
 from soka_serve.manifest import schema
 from soka_serve.manifest.nodes import TomlPath

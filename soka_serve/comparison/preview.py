@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from soka_serve.base.modules import BaseModules
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.targets import resolve_targets
+from soka_serve.base.target_modules import resolve_targets
 from soka_serve.comparison.plan import runs_per_cell
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.settings import manifest_of

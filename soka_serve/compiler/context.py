@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.targets import TargetModule, describe_not_adapted, resolve_targets
+from soka_serve.base.target_modules import TargetModule, describe_not_adapted, resolve_targets
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
 from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.methods import METHODS, Method

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.resolve import open_base
 from soka_serve.errors import SokaError
 from soka_serve.io.file_names import ADAPTER_FILES
 from soka_serve.io.outputs import Lock, OutputKind
 from soka_serve.io.places import given_path
-from soka_serve.io.unchanged import FileStamps
+from soka_serve.io.stamps import FileStamps
 from soka_serve.io.warn_once import one_command
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.target_modules import TargetModule
     from soka_serve.compiler.init.result import Initialisation
 
 
@@ -135,7 +135,7 @@ def _rank_policy(rank: int | None, energy: float | None, parameters: int | None,
 
 def _targets(base: Base, rule: Mapping[str, object]) -> list[TargetModule]:
     """The modules of the base that a rule adapts."""
-    from soka_serve.base.targets import resolve_targets
+    from soka_serve.base.target_modules import resolve_targets
     from soka_serve.manifest.schema import Manifest
 
     train = {"steps": 0, "data": {"builtin": "math"}}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.base.served_tokenizer import check_reading, reading_note
-from soka_serve.base.targets import budget_groups
+from soka_serve.base.target_modules import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import DenseOutput
 from soka_serve.data.encode import encode_examples
@@ -27,7 +27,7 @@ from soka_serve.io.workspace import link_tree
 if TYPE_CHECKING:
     from torch import nn
 
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.target_modules import TargetModule
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.compiler.context import is_whole, prepare, previous_keys
 from soka_serve.compiler.plan.plan import STOPS, Plan, StageStatus, make_plan

@@ -204,8 +204,8 @@ class TransformersBackend:
 
     @contextmanager
     def _load(self, role: str) -> Iterator[RoleModel]:
+        from soka_serve.base.base import Base
         from soka_serve.base.model import load_base, quiet_bars
-        from soka_serve.base.opened import Base
         from soka_serve.evaluation.models import LocalModel
 
         subject, tokenizer = self._subject, Base(self._subject.tokenizer).tokenizer

@@ -25,7 +25,7 @@ from soka_serve.io.budget import open_regular
 from soka_serve.io.files import disk_errors, sha256_file, write_text_atomic
 from soka_serve.io.leftovers import clean_stale, final_name, is_temporary
 from soka_serve.io.places import check_place
-from soka_serve.io.unchanged import Stamp, check_stamps, stamp_of
+from soka_serve.io.stamps import Stamp, check_stamps, stamp_of
 from soka_serve.io.warn_once import warn
 
 logger = logging.getLogger(__name__)

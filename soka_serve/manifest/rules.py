@@ -1,6 +1,6 @@
 """The schema of `[[adapt]]`: which modules a rule means, their factors' shape and start, and their number of terms.
 
-`soka_serve.base.targets` lays the rules over the modules of a model.
+`soka_serve.base.target_modules` lays the rules over the modules of a model.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soka_serve.adapter.served_base import served_sha256
+from soka_serve.base.base import Base
 from soka_serve.base.modules import text_config
-from soka_serve.base.opened import Base
 from soka_serve.base.packed_shapes import check_packed
 from soka_serve.base.resolve import open_base, resolve_base
 from soka_serve.base.tokenizer_class import tokenizer_directory

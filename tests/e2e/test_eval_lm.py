@@ -20,8 +20,8 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 
 from soka_serve.adapter.format import write_adapter
+from soka_serve.base.base import Base
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.opened import Base
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import resolve_targets
+from soka_serve.base.target_modules import resolve_targets
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.history import read_history

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import soka_serve.base.meta_model  # noqa: F401 - transformers is imported before the clock runs
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.base.tokenizer import TextTokenizer

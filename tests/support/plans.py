@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.compiler.plan.plan import Plan, make_plan
 from soka_serve.manifest.read import LoadedManifest, read_manifest
 

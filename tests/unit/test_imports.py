@@ -12,8 +12,9 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "vllm", "lm_eval", "accele
 MORE = (*HEAVY, "numpy", "tokenizers", "safetensors", "jinja2")
 LIGHT = (
     *("soka_serve", "soka_serve.cli", "soka_serve.adapter.inspect", "soka_serve.base.resolve"),
-    *("soka_serve.base.targets", "soka_serve.builtin", "soka_serve.comparison.compare", "soka_serve.comparison.page"),
-    *("soka_serve.comparison.preview", "soka_serve.comparison.held_out", "soka_serve.compiler.context"),
+    *("soka_serve.base.target_modules", "soka_serve.builtin", "soka_serve.comparison.compare"),
+    *("soka_serve.comparison.page", "soka_serve.comparison.preview"),
+    *("soka_serve.comparison.held_out", "soka_serve.compiler.context"),
     *("soka_serve.compiler.methods", "soka_serve.compiler.plan.plan", "soka_serve.compiler.plan.text"),
     *("soka_serve.compiler.report.card", "soka_serve.compiler.report.page", "soka_serve.compiler.status"),
     *("soka_serve.compiler.train.resume", "soka_serve.data.examples", "soka_serve.evaluation.builtin"),

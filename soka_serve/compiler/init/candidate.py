@@ -28,7 +28,7 @@ from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, w
 from soka_serve.manifest.rules import RankBudget, RankFixed
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.target_modules import TargetModule
     from soka_serve.base.weight_map import WeightMap
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.weighting import InputMoments
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.target_modules import TargetModule
 
 logger = logging.getLogger(__name__)
 

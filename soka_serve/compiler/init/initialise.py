@@ -34,8 +34,8 @@ from soka_serve.manifest.rules import RankBudget, RankFixed, RankPolicy
 if TYPE_CHECKING:
     import torch
 
-    from soka_serve.base.opened import Base
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.base import Base
+    from soka_serve.base.target_modules import TargetModule
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class InitRun:
         finetuned: by `[[adapt]] finetuned`, the checkpoints of `delta` rules.
         statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
             moments (see `soka_serve.compiler.init.probe`), few at a time, so that they never lie in memory together.
-        budgets: by module, the number of the budget that it shares (see `targets.budget_groups`); without it, modules
+        budgets: by module, the number of the budget that it shares (see `budget_groups`); without it, modules
             with equal budget policies share one.
         seed: every module gets its own seed from this and its position, whichever process decomposes it.
         device: where decompositions run.

@@ -17,7 +17,7 @@ from soka_serve.compiler.init.walk import NotWalkableError, decoder_layers
 from soka_serve.io.safetensors import DTYPES
 
 if TYPE_CHECKING:
-    from soka_serve.base.opened import Base
+    from soka_serve.base.base import Base
 
 # Of models that keep some parameters in float32 when the others are cast while they are read.
 _EXCEPTIONS = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

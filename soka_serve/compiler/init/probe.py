@@ -25,7 +25,7 @@ from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
 from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:
-    from soka_serve.base.targets import TargetModule
+    from soka_serve.base.target_modules import TargetModule
     from soka_serve.compiler.init.placement import LayerPlacement
 
 logger = logging.getLogger(__name__)

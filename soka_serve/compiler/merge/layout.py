@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from soka_serve.adapter.format import Adapter
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import INDEX_FILE
-from soka_serve.base.opened import Base
 from soka_serve.compiler.merge.files import can_write_direct
 from soka_serve.compiler.merge.resume import MergeJournal
 from soka_serve.compiler.merge.stream import plan_file, single_threaded_torch, write_file
@@ -23,7 +23,7 @@ from soka_serve.io.files import flush, sha256_file, write_text_atomic
 from soka_serve.io.leftovers import stale_bytes
 from soka_serve.io.progress import track
 from soka_serve.io.safetensors import STORED_NAMES, TensorInfo
-from soka_serve.io.unchanged import FileStamps
+from soka_serve.io.stamps import FileStamps
 from soka_serve.kron import Factors
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

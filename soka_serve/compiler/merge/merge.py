@@ -12,8 +12,8 @@ from typing import Literal
 
 from soka_serve.adapter.format import Adapter, check_against
 from soka_serve.adapter.source import read_source
+from soka_serve.base.base import Base
 from soka_serve.base.foreign_code import check_no_code
-from soka_serve.base.opened import Base
 from soka_serve.base.optional_tensors import ties_embeddings
 from soka_serve.base.resolve import open_base
 from soka_serve.compiler.merge.layout import Dtype, MergeLayout, write_layout

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter.source import AdapterSource
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE
-from soka_serve.base.opened import Base
 from soka_serve.base.tokenizer_class import hub_settings
 from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.file_names import CARD_FILE, LOCK_FILE

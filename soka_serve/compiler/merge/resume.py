@@ -12,7 +12,7 @@ from pathlib import Path
 from soka_serve.adapter.source import AdapterSource
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.io.files import write_text_atomic
-from soka_serve.io.unchanged import stamp_of
+from soka_serve.io.stamps import stamp_of
 
 log = logging.getLogger(__name__)
 

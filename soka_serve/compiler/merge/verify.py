@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from soka_serve.adapter.format import Adapter
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.opened import Base
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor

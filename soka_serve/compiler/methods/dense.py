@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.compiler.merge.papers import copy_side_files
 from soka_serve.compiler.methods.method import DenseOutput
 from soka_serve.io.safetensors import FLOAT_DTYPES

@@ -14,9 +14,9 @@ from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 if TYPE_CHECKING:
     import torch
 
+    from soka_serve.base.base import Base
     from soka_serve.base.model import Dtype
     from soka_serve.base.modules import Module
-    from soka_serve.base.opened import Base
     from soka_serve.kron import Factors
 
 Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from soka_serve.base.modules import dtype_bytes
-from soka_serve.base.targets import TargetModule
+from soka_serve.base.target_modules import TargetModule
 from soka_serve.compiler.methods import FULL, LORA, METHODS, PISSA, Method
 from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup, estimate_memory
 from soka_serve.compiler.plan.modules import TrainingPlan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.data.encode import MASKED, EncodedSet, encode_examples, pack_examples

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from soka_serve.base.modules import ModelSize, Module, dtype_bytes
-from soka_serve.base.targets import TargetModule, budget_groups
+from soka_serve.base.target_modules import TargetModule, budget_groups
 from soka_serve.compiler.methods import Method
 from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape, balanced_shape, parallel_of

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base.base import Base
 from soka_serve.base.modules import BaseModules, ModelSize, name_patterns
-from soka_serve.base.opened import Base
 from soka_serve.base.resolve import resolve_base
-from soka_serve.base.targets import TargetModule, describe_not_adapted, resolve_targets
+from soka_serve.base.target_modules import TargetModule, describe_not_adapted, resolve_targets
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.comparisons import Comparison, compare_methods
 from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup

@@ -15,7 +15,7 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 
 import soka_serve
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.builtin import base_directory
 from soka_serve.errors import CheckpointError, PlanError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from soka_serve.base.base import Base
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.opened import Base
 from soka_serve.base.pretrained import open_tokenizer
 from soka_serve.base.served_tokenizer import check_reading, read_served
 from soka_serve.base.tokenizer_class import reads_plainly, tokenizer_directory

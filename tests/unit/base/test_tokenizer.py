@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from soka_serve.base.base import Base
 from soka_serve.base.folder import ModelFolder
-from soka_serve.base.opened import Base
 from soka_serve.base.served_tokenizer import check_reading
 from soka_serve.base.tokenizer import TextTokenizer, TokenizerSettings
 from soka_serve.base.tokenizer_class import reads_plainly

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from eval.tiny_base.tokenizer import BOS, EOS, MAX_POSITIONS, PAD, train_tokenizer
 from eval.tiny_base.train import PROMPT_WEIGHT, learning_rate_at, main, make_batch, train, weighted_loss
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import EASY_FAMILIES, FAMILIES, TARGET_FAMILIES, draw_problems, generate

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
-from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
 from soka_serve.comparison.held_out import HeldOutReader, without

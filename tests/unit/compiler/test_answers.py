@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers.decoders import DecodeStream
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.compiler.answers import generate_answers
 from tests.unit.base.test_tokenizer import BUILDERS, LLAMA_CLASS, save
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.base.opened import Base
+from soka_serve.base.base import Base
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.context import Context, check_output, is_whole, prepare, previous_keys
 from soka_serve.compiler.plan.plan import StageStatus

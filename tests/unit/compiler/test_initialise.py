@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import soka_serve
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import TargetModule, resolve_targets
+from soka_serve.base.target_modules import TargetModule, resolve_targets
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.compiler.init.initialise import InitRun, share_of

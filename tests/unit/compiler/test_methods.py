@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from soka_serve.base.base import Base
 from soka_serve.base.model import Dtype, load_base
 from soka_serve.base.modules import Module
-from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.preview import preview

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import TargetModule
+from soka_serve.base.target_modules import TargetModule
 from soka_serve.compiler.init.placement import LayerPlacement, load_layered
 from soka_serve.compiler.init.probe import gather
 from soka_serve.manifest.rules import Adapt

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from soka_serve.base.base import Base
 from soka_serve.base.modules import ModelSize, Module, modules_from_config, size_from_config
-from soka_serve.base.opened import Base
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.estimate import TrainingSetup, estimate_memory
 from soka_serve.compiler.plan.plan import make_plan

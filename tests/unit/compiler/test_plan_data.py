@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.modules import modules_from_config, size_from_config
-from soka_serve.base.opened import Base
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.plan.plan import StageStatus, make_plan
 from soka_serve.compiler.plan.text import render_plan

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from soka_serve.base.modules import Module
-from soka_serve.base.targets import TargetModule
+from soka_serve.base.target_modules import TargetModule
 from soka_serve.compiler.init.collect import Batch
 from soka_serve.compiler.init.probe import batches_needed, gather, split_targets
 from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError

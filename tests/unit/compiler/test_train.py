@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from soka_serve.adapter.export import export
 from soka_serve.adapter.format import read_adapter
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
-from soka_serve.base.opened import Base
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS, DenseOutput, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa

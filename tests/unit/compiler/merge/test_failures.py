@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from soka_serve.adapter import source as adapter_source
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
-from soka_serve.base.opened import Base
 from soka_serve.compiler.merge import layout as merge_layout
 from soka_serve.compiler.merge import merge as merging
 from soka_serve.compiler.merge.merge import merge

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
-from soka_vllm.opened import OutsideError, lies_in, opened, renamed
+from soka_vllm.folders import OutsideError, lies_in, opened, renamed
 from soka_vllm.places import Locks, allowed_roots, find_build, limited, roots_of
 from soka_vllm.settings import ROOTS_VARIABLE
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from soka_serve.base.base import Base
 from soka_serve.base.modules import Module, llama_parameters, modules_from_config
-from soka_serve.base.opened import Base
-from soka_serve.base.targets import budget_groups, parse_layers, resolve_targets
+from soka_serve.base.target_modules import budget_groups, parse_layers, resolve_targets
 from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.rules import RankEnergy, RankFixed
