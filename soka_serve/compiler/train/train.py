@@ -147,11 +147,24 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
         model = load_base(checkpoint or run.model_dir, "float32")
     else:
         model = load_base(run.model_dir, base.dtype, base.quantize, device=device)
+    if device.type == "cpu" and base.quantize == "none":
+        _warn_of_slow_half(model.dtype, run.manifest.train.precision)
     model.config.use_cache = False  # a cache would keep packed examples from being told apart
     if base.quantize != "none":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     start = run.start(device)
     return run.method.build(model, start) if checkpoint is None else run.method.restore(model, start, checkpoint)
+
+
+def _warn_of_slow_half(held: torch.dtype, precision: str) -> None:
+    """Say what float32 would save on a CPU whose matrix units do not take half precision."""
+    half = held.itemsize < 4 or precision != "float32"
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch supported
+    if half and not found.get("amx_bf16"):
+        logger.warning(
+            "half precision on a CPU without AMX: a step took longer than in float32 where that was measured; "
+            'base.dtype = "float32" and train.precision = "float32" hold the base in up to twice the memory'
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------- during

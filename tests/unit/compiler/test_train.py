@@ -213,6 +213,20 @@ def test_bfloat16_trains_float32_factors(base: Path, tmp_path: Path, method: str
     assert max((exact[n] - rounded[n]).abs().max().item() for n in trained) < 0.1
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_half_precision_without_its_matrix_units_warns(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    run_training(base, tmp_path / "exact", steps=1)
+    assert "without AMX" not in caplog.text
+    run_training(base, tmp_path / "held", steps=1, dtype="bfloat16")
+    assert ("without AMX" in caplog.text) == (not amx)
+    caplog.clear()
+    run_training(base, tmp_path / "computed", steps=1, precision="bfloat16")
+    assert ("without AMX" in caplog.text) == (not amx)
+
+
 def test_packing_trains(base: Path, tmp_path: Path) -> None:
     result = run_training(base, tmp_path, packing=True, epochs=2, steps=None)
     assert result.steps == result.steps_planned < 2 * 64 / 4
