@@ -113,8 +113,6 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
     """
 
-    _first_multiplier = 1.0  # of the rate of an optimiser that is given
-
     def __init__(self, recipe: Train, norms: Iterable[float] = (), **others: Any) -> None:
         self.recipe = recipe
         self.optimizer: Any
@@ -143,7 +141,6 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
         self.optimizer = optimizer_class(groups, **options)
-        self._first_multiplier = groups[0]["lr"] / rate
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -240,7 +237,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the base learning rate; send each module's sigma and effective rank to the trackers."""
         if "learning_rate" in logs:
-            logs["learning_rate"] /= self._first_multiplier
+            # The group's own peak, which a resumed run has from its checkpoint: rates are measured when a run begins.
+            logs["learning_rate"] *= self.args.learning_rate / self.optimizer.param_groups[0]["initial_lr"]
         super().log(logs, start_time)
         if self.recipe.report_to and "loss" in logs:
             # Not through super().log: that keeps everything in the state, which each checkpoint holds.
