@@ -23,59 +23,38 @@ from tests.support.builds import adapter_bytes, run_cli, write_manifest
 from tests.support.tiny_models import random_factors, write_test_adapter
 
 BASE = 'builtin = "tiny"'
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 DATA = 'data = { builtin = "math", limit = 64 }'
 
 
-def _copy_base(directory: Path) -> Path:
-    return Path(shutil.copytree(base_directory(), directory / "base"))
+def _base(spoil: Callable[[Path], object]) -> Callable[[Path], tuple[str, str]]:
+    """A copy of the embedded base whose weights file is spoilt."""
+
+    def make(directory: Path) -> tuple[str, str]:
+        spoil(shutil.copytree(base_directory(), directory / "base") / "model.safetensors")
+        return BASE, 'path = "base"'
+
+    return make
 
 
-def _missing_base(directory: Path) -> tuple[str, str]:
-    return BASE, 'path = "nowhere"'
+def _pickled(file: Path) -> None:
+    file.unlink()
+    torch.save({}, file.with_name("pytorch_model.bin"))
 
 
-def _base_without_weights(directory: Path) -> tuple[str, str]:
-    (_copy_base(directory) / "model.safetensors").unlink()
-    return BASE, 'path = "base"'
-
-
-def _pickled_base(directory: Path) -> tuple[str, str]:
-    base = _copy_base(directory)
-    (base / "model.safetensors").unlink()
-    torch.save({}, base / "pytorch_model.bin")
-    return BASE, 'path = "base"'
-
-
-def _truncated_base(directory: Path) -> tuple[str, str]:
-    file = _copy_base(directory) / "model.safetensors"
+def _truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
-    return BASE, 'path = "base"'
 
 
-def _garbage_base(directory: Path) -> tuple[str, str]:
-    (_copy_base(directory) / "model.safetensors").write_bytes(b"\x00" * 100)
-    return BASE, 'path = "base"'
+def _tensor(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], tuple[str, str]]:
+    """A base with one tensor changed."""
 
+    def spoil(file: Path) -> None:
+        tensors = load_file(file)
+        changed = {f"{Q_PROJ}.weight": change(tensors[f"{Q_PROJ}.weight"]).contiguous()}
+        save_file({**tensors, **changed}, file, metadata={"format": "pt"})
 
-def _nan_base(directory: Path) -> tuple[str, str]:
-    file = _copy_base(directory) / "model.safetensors"
-    tensors = load_file(file)
-    tensors["model.layers.0.self_attn.q_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, file, metadata={"format": "pt"})
-    return BASE, 'path = "base"'
-
-
-def _misshapen_base(directory: Path) -> tuple[str, str]:
-    file = _copy_base(directory) / "model.safetensors"
-    tensors = load_file(file)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    tensors[name] = tensors[name][:64].contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-    return BASE, 'path = "base"'
-
-
-def _hub_out_of_reach(directory: Path) -> tuple[str, str]:
-    return BASE, 'hub = "nobody/nothing"'
+    return _base(spoil)
 
 
 def _jsonl(text: str, options: str = "") -> Callable[[Path], tuple[str, str]]:
@@ -93,14 +72,17 @@ def _replace(old: str, new: str) -> Callable[[Path], tuple[str, str]]:
 GOOD = json.dumps({"prompt": "1 + 1 =", "completion": " 2"}) + "\n"
 
 CASES: dict[str, tuple[Callable[[Path], tuple[str, str]], list[str]]] = {
-    "missing base": (_missing_base, ["nowhere"]),
-    "no weights": (_base_without_weights, ["base", "safetensors"]),
-    "pickled weights": (_pickled_base, ["pytorch_model.bin", "safetensors"]),
-    "truncated weights": (_truncated_base, ["model.safetensors", "truncated"]),
-    "not safetensors": (_garbage_base, ["model.safetensors"]),
-    "NaN weight": (_nan_base, ["model.layers.0.self_attn.q_proj.weight"]),
-    "wrong shape": (_misshapen_base, ["model.layers.0.self_attn.q_proj"]),
-    "hub out of reach": (_hub_out_of_reach, ["nobody/nothing"]),
+    "missing base": (_replace(BASE, 'path = "nowhere"'), ["nowhere"]),
+    "no weights": (_base(Path.unlink), ["base", "safetensors"]),
+    "pickled weights": (_base(_pickled), ["pytorch_model.bin", "safetensors"]),
+    "truncated weights": (_base(_truncated), ["model.safetensors", "truncated"]),
+    "not safetensors": (_base(lambda file: file.write_bytes(b"\x00" * 100)), ["model.safetensors"]),
+    "NaN weight": (
+        _tensor(lambda weight: weight.index_fill(0, torch.tensor(3), float("nan"))),
+        ["model.layers.0.self_attn.q_proj.weight"],
+    ),
+    "wrong shape": (_tensor(lambda weight: weight[:64]), [Q_PROJ]),
+    "hub out of reach": (_replace(BASE, 'hub = "nobody/nothing"'), ["nobody/nothing"]),
     "missing data": (_replace(DATA, 'data = { jsonl = "nowhere.jsonl" }'), ["nowhere.jsonl"]),
     "empty data": (_jsonl(""), ["data.jsonl", "empty"]),
     "malformed line": (_jsonl(GOOD + '{"prompt": \n'), ["data.jsonl:2"]),
@@ -207,8 +189,8 @@ def test_disk_full_leaves_the_last_good_build(tmp_path: Path) -> None:
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the embedded base."""
     base, folder = base_directory(), tmp_path_factory.mktemp("adapter") / "adapter"
-    shape = Checkpoint.open(base).info("model.layers.0.self_attn.q_proj.weight").shape
-    return write_test_adapter(folder, {"model.layers.0.self_attn.q_proj": random_factors(*shape, 1, 0)}, base=base)
+    shape = Checkpoint.open(base).info(f"{Q_PROJ}.weight").shape
+    return write_test_adapter(folder, {Q_PROJ: random_factors(*shape, 1, 0)}, base=base)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

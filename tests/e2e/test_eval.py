@@ -44,7 +44,8 @@ rank = { policy = "fixed", rank = 4 }
 steps = 120
 batch_size = 16
 max_length = 128
-learning_rate = 0.5
+learning_rate = 1.5
+max_grad_norm = 1.0
 data = { builtin = "math" }
 [output]
 write = ["adapter", "merged"]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, Trai
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.kron import dense_delta
-from soka_serve.peft import SokaConfig, get_factors
+from soka_serve.peft import SokaConfig, get_factors, soka_layers
 from tests.support.peft_models import logits, perturb, spread, tiny_llama, tokens
 
 pytestmark = [
@@ -103,15 +103,9 @@ def test_trainer_trains_saves_and_resumes_exactly(init: str, tmp_path: Path) -> 
     assert not torch.equal(logits(loaded, ids), logits(tiny_llama(), ids))
     adapter = read_adapter(checkpoint)
     assert bool(adapter.initial) == (init == "weights")
-    for name, layer in _layers(straight.model).items():
+    for name, layer in soka_layers(straight.model).items():
         expected = layer.get_delta_weight("default")
         assert torch.allclose(dense_delta(adapter.delta_factors(name)), expected, atol=1e-5)
-
-
-def _layers(model: Any) -> Any:
-    from soka_serve.peft import soka_layers
-
-    return soka_layers(model)
 
 
 def test_trainer_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) -> None:

@@ -115,19 +115,6 @@ def write_checkpoint(folder: Path) -> Any:
     return with_delta({name: stack_terms(theta[name], theta0[name], signs=(1, -1)) for name in theta})
 
 
-def test_reload_in_place(served: AdapterServer) -> None:
-    """A rebuilt adapter under the same name, from another folder: its answers, not those of the prefix cache."""
-    for folder, seed in (("beta2", 6), ("beta", 2)):
-        served.references["beta"] = write_soka(served.folder / folder, random_factors(BETA, 4, seed=seed, scale=0.04))
-        assert served.server.load("beta", served.folder / folder, load_inplace=True)[0] == 200
-        served.check_at_once(["beta", "alpha", "base"])
-
-
-def test_a_missing_adapter_is_not_found(served: AdapterServer) -> None:
-    assert served.server.load("bad", served.folder / "nowhere")[0] == 404
-    served.check_at_once(KINDS)
-
-
 def test_the_log_says_what_was_loaded(served: AdapterServer) -> None:
     log = served.server.log.read_text()
     assert f"SOKA adapter 'alpha' from {served.folder / 'alpha'}: 28 modules, ranks 1 to 2, " in log

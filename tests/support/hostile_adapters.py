@@ -6,6 +6,7 @@ Each kind is a function that spoils a copy of a good adapter of the embedded bas
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zipfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import save_file
 
 from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, LOCK_FILE, WEIGHTS_FILE
 
@@ -26,14 +27,9 @@ CATASTROPHE = r"((a|[a-z_.0-9])*)*(([a-z]|[a-z_.0-9])+)+!"
 GIB = 1 << 30
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
-    return found
-
-
 def edit_config(change: Callable[[dict[str, Any]], object]) -> Spoil:
     def edit(folder: Path) -> None:
-        config = config_of(folder)
+        config = json.loads((folder / CONFIG_FILE).read_text())
         change(config)
         (folder / CONFIG_FILE).write_text(json.dumps(config))
 
@@ -67,12 +63,16 @@ def header_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, int]:
     """The header of float32 tensors, and the size of their data, bytes."""
     header, end = {}, 0
     for name, shape in shapes.items():
-        size = 4
-        for extent in shape:
-            size *= extent
+        size = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     return json.dumps(header).encode(), end
+
+
+def zeros(shapes: Mapping[str, tuple[int, ...]]) -> Spoil:
+    """Weights of float32 zeros, all of them on the disk."""
+    header, size = header_of(shapes)
+    return lambda folder: (folder / WEIGHTS_FILE).write_bytes(with_header(header, bytes(size)))
 
 
 def hole(name: str) -> Spoil:
@@ -85,14 +85,8 @@ def hole(name: str) -> Spoil:
     return lengthen
 
 
-def add_tensors(tensors: Mapping[str, torch.Tensor]) -> Spoil:
-    def edit(folder: Path) -> None:
-        save_file({**load((folder / WEIGHTS_FILE).read_bytes()), **tensors}, folder / WEIGHTS_FILE)
-
-    return edit
-
-
 def module(layer: int, name: str) -> str:
+    """Full name of a projection of the embedded base: "q" to "down"."""
     return f"model.layers.{layer}.{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj"
 
 
@@ -107,24 +101,13 @@ def soka_in_a_hole(folder: Path) -> None:
 def many(count: int, ends: tuple[str, ...]) -> Spoil:
     """Modules that no model has, with tensors of one value."""
     names = [f"{KEY_PREFIX}model.layers.{i}.nowhere.{end}" for i in range(count) for end in ends]
-    header, size = header_of(dict.fromkeys(names, (1, 1)))
-
-    def write(folder: Path) -> None:
-        write_header(header)(folder)
-        with (folder / WEIGHTS_FILE).open("ab") as file:
-            file.write(bytes(size))
-
-    return write
+    return zeros(dict.fromkeys(names, (1, 1)))
 
 
 def many_soka(folder: Path) -> None:
     set_config(soka_modules={f"nowhere.{i}": {"rank": 1, "shape": [1, 1, 1, 1]} for i in range(20_000)})(folder)
     names = [f"{KEY_PREFIX}nowhere.{i}.soka_{part}" for i in range(20_000) for part in ("left", "right", "sigma")]
-    shapes = {name: (1,) if name.endswith("sigma") else (1, 1, 1) for name in names}
-    header, size = header_of(shapes)
-    write_header(header)(folder)
-    with (folder / WEIGHTS_FILE).open("ab") as file:
-        file.write(bytes(size))
+    zeros({name: (1,) if name.endswith("sigma") else (1, 1, 1) for name in names})(folder)
 
 
 _TWICE = b"{" + b",".join(b'"name%d":{}' % (i % 100_000) for i in range(200_000)) + b"}"

@@ -18,8 +18,7 @@ from safetensors.torch import load, save_file
 
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE, write_adapter
 from tests.support import hostile_adapters as hostile
-from tests.support.hostile_adapters import Kinds, Spoil, edit_config, set_config, with_header
-from tests.support.serve_adapters import module
+from tests.support.hostile_adapters import Kinds, Spoil, edit_config, module, set_config, with_header
 from tests.support.serving import random_factors
 
 
@@ -45,22 +44,18 @@ def edit_header(change: Callable[[dict[str, Any]], object]) -> Spoil:
     return edit
 
 
+def instead(name: str, make: Callable[[Path], object]) -> Spoil:
+    """Something else in place of a file."""
+
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return replace
+
+
 def link(name: str, target: str) -> Spoil:
-    def replace(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(target)
-
-    return replace
-
-
-def pipe(name: str) -> Spoil:
-    """One that nobody writes to."""
-
-    def replace(folder: Path) -> None:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-    return replace
+    return instead(name, lambda place: place.symlink_to(target))
 
 
 def write(name: str, contents: bytes) -> Spoil:
@@ -78,22 +73,6 @@ def lengthen(folder: Path) -> None:
 
 def remove(name: str) -> Spoil:
     return lambda folder: (folder / name).unlink()
-
-
-def link_to_itself(name: str) -> Spoil:
-    def link(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).symlink_to(name)
-
-    return link
-
-
-def make_directory(name: str) -> Spoil:
-    def make(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return make
 
 
 def pickle_only(folder: Path) -> None:
@@ -131,7 +110,7 @@ SOKA_FILES: Kinds = {
     "truncated in the header": (cut(WEIGHTS_FILE, 100), "truncated"),
     "an empty file": (cut(WEIGHTS_FILE, 0), "truncated"),
     "weights are a device": (link(WEIGHTS_FILE, "/dev/zero"), "device"),
-    "weights are a pipe": (pipe(WEIGHTS_FILE), "pipe"),
+    "weights are a pipe": (instead(WEIGHTS_FILE, os.mkfifo), "pipe"),
     "more data than the header says": (lengthen, "longer than its header says"),
     "huge header length": (write(WEIGHTS_FILE, b"\xff" * 64), "its header would take"),
     "header is no JSON": (write(WEIGHTS_FILE, with_header(b'{"a": ')), "malformed header"),
@@ -166,8 +145,8 @@ SOKA_FILES: Kinds = {
     "no weights": (remove(WEIGHTS_FILE), WEIGHTS_FILE),
     "weights in a pickle only": (pickle_only, "adapter_model.bin"),
     "a pickle beside": (write("more.pt", b"x"), "more.pt"),
-    "weights are a directory": (make_directory(WEIGHTS_FILE), WEIGHTS_FILE),
-    "weights link to themselves": (link_to_itself(WEIGHTS_FILE), WEIGHTS_FILE),
+    "weights are a directory": (instead(WEIGHTS_FILE, Path.mkdir), WEIGHTS_FILE),
+    "weights link to themselves": (link(WEIGHTS_FILE, WEIGHTS_FILE), WEIGHTS_FILE),
 }
 
 SOKA_TENSORS: Kinds = {
@@ -193,13 +172,13 @@ SOKA_CONFIG: Kinds = {
     "config is empty": (write(CONFIG_FILE, b""), CONFIG_FILE),
     "config is no UTF-8": (write(CONFIG_FILE, b'{"peft_type": "\xff"}'), CONFIG_FILE),
     "config is a device": (link(CONFIG_FILE, "/dev/zero"), "device"),
-    "config is a pipe": (pipe(CONFIG_FILE), "pipe"),
+    "config is a pipe": (instead(CONFIG_FILE, os.mkfifo), "pipe"),
     "config is a list": (write(CONFIG_FILE, b"[]"), CONFIG_FILE),
     "config is null": (write(CONFIG_FILE, b"null"), CONFIG_FILE),
     "config nested deeply": (write(CONFIG_FILE, b"[" * 200_000), CONFIG_FILE),
     "config with an endless number": (write(CONFIG_FILE, b'{"r": ' + b"9" * 10_000 + b"}"), CONFIG_FILE),
-    "config is a directory": (make_directory(CONFIG_FILE), CONFIG_FILE),
-    "config links to itself": (link_to_itself(CONFIG_FILE), CONFIG_FILE),
+    "config is a directory": (instead(CONFIG_FILE, Path.mkdir), CONFIG_FILE),
+    "config links to itself": (link(CONFIG_FILE, CONFIG_FILE), CONFIG_FILE),
     "no peft_type": (edit_config(lambda c: c.pop("peft_type")), "no peft_type"),
     "another peft_type": (
         edit_config(lambda c: c.update(peft_type="LOHA")),

@@ -12,18 +12,12 @@ from peft import LoKrConfig, LoraConfig, PeftModel, get_peft_model
 
 from soka_serve.adapter.format import write_adapter
 from soka_serve.kron import Factors
+from tests.support.hostile_adapters import module
 from tests.support.serving import Server, base_model, greedy_logprobs, random_factors, with_delta
 
 PROMPTS = [[1, *range(40, 60)], [1, *range(100, 107)], [1, *range(300, 333)]]
 # vLLM's attention sums in another order; it is what the independent server check allows in float32.
 ATOL_NATS = 1e-4
-
-
-def module(layer: int, name: str) -> str:
-    """Full name of a projection of the embedded base: "q" to "down"."""
-    block = "self_attn" if name in "qkvo" else "mlp"
-    return f"model.layers.{layer}.{block}.{name}_proj"
-
 
 ALL_SHAPES = {
     "q": (16, 8, 8, 16),
