@@ -29,6 +29,7 @@ _KRYLOV_LEAST = 400  # columns that are tried at any rank
 _KRYLOV_REST = 5e-4  # stop when what is still to come is estimated below this share of the captured energy
 _ENERGY_VALUES_CPU = 1 << 16  # half a MiB in float64, which stays in a core's cache
 _ENERGY_VALUES_GPU = 1 << 22
+_MOST_PROJECTIONS = 8
 _GRAM_RANGE = 1e-2  # singular values below this share of the largest are taken from a second, deflated Gram matrix
 
 
@@ -240,8 +241,7 @@ def _truncated(matrix: Tensor, rank: int, total: float, seed: int, *, rough: boo
         if width <= 0:
             break
         block = matrix @ image[:, -width:]
-        for _ in range(2):  # once is not enough in floating point
-            block = torch.linalg.qr(block - basis @ (basis.t() @ block)).Q
+        block = _orthogonal_to(basis, block)
         basis = torch.cat((basis, block), dim=1)
         image = torch.cat((image, matrix.t() @ block), dim=1)
         if basis.shape[1] >= rank:
@@ -249,6 +249,21 @@ def _truncated(matrix: Tensor, rank: int, total: float, seed: int, *, rough: boo
     right_basis, core = torch.linalg.qr(image)
     core_right, sigma, core_left = torch.linalg.svd(core, full_matrices=False)
     return basis @ core_left[:rank].t(), right_basis @ core_right[:, :rank], sigma[:rank]
+
+
+def _orthogonal_to(basis: Tensor, block: Tensor) -> Tensor:
+    """Orthonormal columns (rows, w) that are orthogonal to `basis` (rows, K) and span what `block` (rows, w) adds.
+
+    One projection is not enough in floating point. Two are not where the block adds nothing but rounding errors (a
+    matrix of low rank): the factorisation then makes up columns, some of which lie in the basis.
+    """
+    tolerance = 64 * torch.finfo(block.dtype).eps
+    for number in range(_MOST_PROJECTIONS):
+        overlap = basis.t() @ block
+        if number >= 2 and float(overlap.abs().max()) <= tolerance:
+            break
+        block = torch.linalg.qr(block - basis @ overlap).Q
+    return block
 
 
 def _has_converged(captured: list[float], total: float) -> bool:

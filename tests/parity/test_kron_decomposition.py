@@ -42,6 +42,15 @@ def test_a_sum_of_kronecker_products_is_recovered(algorithm: Algorithm, dtype: t
     assert result.captured_frac == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3])
+def test_a_block_that_adds_only_rounding_errors_is_made_orthogonal_all_the_same(terms: int) -> None:
+    shape = FactorShape(8, 6, 5, 9)
+    weight = oracle.oracle_delta(oracle.draw_factors(shape, terms)).float()
+    for seed in range(10):
+        result = kpsvd(weight, shape, 3, algorithm="truncated", seed=seed)
+        assert relative_error(oracle.oracle_delta(result.factors), weight) < 2 * RELATIVE_ERROR[torch.float32], seed
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_terms_are_normed_orthogonal_descending_and_signed(algorithm: Algorithm) -> None:
     weight = oracle.draw(72, 60, dtype=torch.float32)
