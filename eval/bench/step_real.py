@@ -8,7 +8,8 @@ take turns in one process, batch by batch. `step_s` is the median of `steps_s` b
 (`group_by_length`); `trained` is grouped, with logits of the trained positions alone, which is what training does;
 `bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `trained` through
 torch.compile. Method `base` is a forward pass alone, without loss or gradients. SoKA has theta and theta0. `peak_mb` is
-the most memory of one step above what was held before, each case in a process of its own.
+the most memory of one step above what was held before, each case in a process of its own. `epoch` counts what all
+batches hold.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ ROWS = 8
 Batch = dict[str, Tensor]
 
 
-def make_batches(folder: Path, file: Path, max_length: int, count: int) -> dict[bool, list[Batch]]:
-    """Batches by whether they are grouped by length; both are drawn from all rows of the file."""
+def make_batches(folder: Path, file: Path, max_length: int) -> dict[bool, list[Batch]]:
+    """An epoch's batches, by whether they are grouped by length."""
     base = Base(folder)
     rows = read_rows(base, file, 10_000, max_length)
     groups = LengthGroups([len(row.input_ids) for row in rows], ROWS, seed=0)
-    orders = {True: list(groups), False: torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()}
+    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    orders = {True: list(groups), False: mixed}
     collate = PadCollator(base.tokenizer.pad_id)
     return {
-        grouped: [collate([rows[i] for i in order[n * ROWS : (n + 1) * ROWS]]) for n in range(count)]
+        grouped: [collate([rows[i] for i in order[n * ROWS : (n + 1) * ROWS]]) for n in range(len(rows) // ROWS)]
         for grouped, order in orders.items()
     }
 
@@ -122,7 +124,7 @@ def measure(options: Any, batches: dict[bool, list[Batch]]) -> Iterator[dict[str
     counts = {name: count for name, (_, count) in steps.items()}
     steps.clear()
     for name, case in cases.items():
-        own = batches[case[3] != "random"]
+        own = batches[case[3] != "random"][: options.batches]
         positions = statistics.mean(batch["labels"].numel() for batch in own)
         row = {"case": name, "parameters": counts[name], "step_s": round(statistics.median(times[name][1:]), 2)}
         row |= {
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--peaks", action="store_true", help="measure memory as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    batches = make_batches(options.model, options.train, options.max_length, options.batches)
+    batches = make_batches(options.model, options.train, options.max_length)
     counts = {
         "grouped" if grouped else "random": {
             "positions": sum(b["labels"].numel() for b in some),
@@ -156,7 +158,7 @@ def main() -> None:
         for grouped, some in batches.items()
     }
     print(counts, flush=True)
-    write_record(options, {"batches": counts, "rows": list(measure(options, batches))})
+    write_record(options, {"epoch": counts, "rows": list(measure(options, batches))})
 
 
 if __name__ == "__main__":
