@@ -84,8 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path) -> Iterator[Command]:
-    options = ("--builds", "build", "--", "--max-num-seqs", "64")
-    running = Command(folder, "math.toml", "code.toml", *options, fresh=True)
+    running = Command(folder, "math.toml", "code.toml", "--builds", "build", "--", "--max-num-seqs", "64")
     try:
         running.wait_ready()
         yield running
