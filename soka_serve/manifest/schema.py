@@ -51,7 +51,9 @@ class Base(Table):
         None, description="Branch, tag or commit of the hub id; pin a commit to reproduce.", examples=["main"]
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Dtype in which the base is held while training; 'auto' is the checkpoint's own."
+        "auto",
+        description="Dtype in which the base is held while training; 'auto' is the checkpoint's own, but float32 on a "
+        "CPU without AMX, which is slow in half precision.",
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",

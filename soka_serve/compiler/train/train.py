@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from soka_serve.base.model import load_base, quiet_bars
+from soka_serve.base.model import auto_dtype, has_amx, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, History, Progress, Pruning, ResumePoints
@@ -147,6 +147,9 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
         model = load_base(checkpoint or run.model_dir, "float32")
     else:
         model = load_base(run.model_dir, base.dtype, base.quantize, device=device)
+        wanted = auto_dtype(model.dtype, device)
+        if base.quantize == "none" and base.dtype == "auto" and wanted != model.dtype:
+            model = model.to(wanted)
     if device.type == "cpu" and base.quantize == "none":
         _warn_of_slow_half(model.dtype, run.manifest.train.precision)
     model.config.use_cache = False  # a cache would keep packed examples from being told apart
@@ -158,9 +161,7 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
 
 def _warn_of_slow_half(held: torch.dtype, precision: str) -> None:
     """Say what float32 would save on a CPU whose matrix units do not take half precision."""
-    half = held.itemsize < 4 or precision != "float32"
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch supported
-    if half and not found.get("amx_bf16"):
+    if (held.itemsize < 4 or precision != "float32") and not has_amx():
         logger.warning(
             "half precision on a CPU without AMX: a step took longer than in float32 where that was measured; "
             'base.dtype = "float32" and train.precision = "float32" hold the base in up to twice the memory'

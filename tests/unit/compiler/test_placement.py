@@ -44,6 +44,16 @@ def _statistics(model: Any, placement: LayerPlacement | None, rule: dict[str, An
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("amx", [True, False])
+def test_auto_holds_half_precision_in_float32_where_the_cpu_is_slow_in_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    model, placement = load_layered(Base(directory), "auto", CPU)
+    assert (placement is None) == amx
+    assert model.dtype == (torch.bfloat16 if amx else torch.float32)
+
+
 @pytest.mark.parametrize("walked", [True, False])
 @pytest.mark.parametrize("rule", [{"calibration_batches": 2}, {"init": "gradient"}])
 def test_the_same_statistics_as_of_the_whole_model(
@@ -59,12 +69,6 @@ def test_the_same_statistics_as_of_the_whole_model(
     found = _statistics(model, placement, rule)
     assert list(found) == list(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_nothing_is_placed_where_the_stored_weights_will_do(directory: Path) -> None:
-    model, placement = load_layered(Base(directory), "auto", CPU)
-    assert placement is None
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_a_checkpoint_of_several_dtypes_is_cast_while_it_is_read(tmp_path: Path) -> None:

@@ -227,6 +227,20 @@ def test_half_precision_without_its_matrix_units_warns(
     assert ("without AMX" in caplog.text) == (not amx)
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_auto_holds_a_half_precision_base_in_what_the_cpu_is_fast_in(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    load_base(base, "bfloat16").save_pretrained(tmp_path / "half")
+    losses = {
+        dtype: run_training(tmp_path / "half", tmp_path / dtype, dtype=dtype).final_loss
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["auto"] == losses["bfloat16" if amx else "float32"]
+
+
 def test_packing_trains(base: Path, tmp_path: Path) -> None:
     result = run_training(base, tmp_path, packing=True, epochs=2, steps=None)
     assert result.steps == result.steps_planned < 2 * 64 / 4
