@@ -72,7 +72,7 @@ _CONFIG: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 # Fields of a config that PEFT wrote, which are about training, and those that format 1 has no place for.
-_ONLY_TRAINING = frozenset({"rank_pattern", "soka_dropout"})
+_ONLY_TRAINING = frozenset({"init_scale", "rank_pattern", "soka_dropout"})
 _NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
 _MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
 

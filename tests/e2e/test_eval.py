@@ -86,7 +86,7 @@ def local(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """A server of the build that somebody else started."""
-    _, launch = plan_launch([str(folder / "build" / "sums")], ServeOptions(port=free_port()))
+    _, launch = plan_launch([str(folder / "build" / "sums")], ServeOptions(port=free_port(), vllm=("--dtype", "float32")))
     environment = {**launch.environment, **ONE_PROCESS}
     with running(launch.command[2:], Server(launch.url, folder / "server.log"), environment) as server:
         yield server
