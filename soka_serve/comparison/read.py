@@ -91,8 +91,8 @@ def _grids(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
                 yield ("method", i, "grid", axis), message
                 wrong.add(axis)
         for one, other in combinations((axis for axis in contender.grid if axis not in wrong), 2):
-            if message := disagreement(suite, contender, (one, other)):
-                yield ("method", i, "grid", other), message
+            if clash := disagreement(suite, contender, (one, other)):
+                yield ("method", i, "grid", other), clash
 
 
 def _claims(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
