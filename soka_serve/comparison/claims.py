@@ -87,13 +87,21 @@ def _by_seed(suite: Suite, claim: Claim, names: list[str], runs: Runs) -> list[f
 
 
 def _by_example(claim: Claim, names: list[str], finals: Records) -> list[float]:
-    """Candidate minus reference, example by example, each the mean over the seeds."""
+    """Candidate minus reference, example by example, each the mean over the seeds.
+
+    What is forgotten is measured on the same examples whatever was trained on: each is one pair, with its mean over the
+    datasets too.
+    """
 
     def means(method: str, name: str) -> list[float]:
         records = finals[method, name].values()
         each = [rises(record) if claim.metric == "forgetting" else record["answer_loss"] for record in records]
         return [math.fsum(column) / len(column) for column in zip(*each, strict=True)]
 
-    return [
-        a - b for name in names for a, b in zip(means(claim.candidate, name), means(claim.reference, name), strict=True)
+    each = [
+        [a - b for a, b in zip(means(claim.candidate, name), means(claim.reference, name), strict=True)]
+        for name in names
     ]
+    if claim.metric == "forgetting":
+        return [math.fsum(column) / len(column) for column in zip(*each, strict=True)]
+    return [difference for differences in each for difference in differences]

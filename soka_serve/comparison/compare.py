@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
+from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
+from soka_serve.comparison.suite import Suite
+from soka_serve.compiler.context import CONFIG_FILES, sha256_of
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError
-from soka_serve.io.files import write_text_atomic
+from soka_serve.io.files import sha256_text, write_text_atomic
 from soka_serve.io.hardware import has_nvidia_gpu
 from soka_serve.io.outputs import check_results
 from soka_serve.io.places import given_path
@@ -137,14 +141,29 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.check_adaptable()
+    check_tokenizer_files(base.folder)  # before they are hashed
     hashes = HashCache(workspace.hashes)
     digest = base.checkpoint.sha256(hashes.file)
+    papers = sha256_of(base.directory, CONFIG_FILES, hashes)
+    papers = sha256_text(papers + sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes))
     hashes.save()
     data, other = (
         {item.name: data_sha256(item.data, manifest_dir=loaded.directory) for item in items}
         for items in (loaded.suite.dataset, loaded.suite.other)
     )
-    return RunInputs(digest, data, other, versions(), "cuda" if has_nvidia_gpu() else "cpu")
+    return RunInputs(digest, papers, data, other, versions(), _device(loaded.suite, base))
+
+
+def _device(suite: Suite, base: Base) -> str:
+    """The kind of device, which says in what dtype a base is held."""
+    if has_nvidia_gpu():
+        return "cuda"
+    stored = {info.dtype for info in base.checkpoint.tensors.values()}
+    if suite.base.dtype != "auto" or suite.base.quantize != "none" or stored.isdisjoint(("F16", "BF16")):
+        return "cpu"
+    from soka_serve.base.model import has_amx
+
+    return "cpu with AMX" if has_amx() else "cpu without AMX"
 
 
 @dataclass(frozen=True)

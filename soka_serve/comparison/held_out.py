@@ -21,6 +21,9 @@ from soka_serve.data.encode import MASKED, EncodedExample, EncodedSet
 from soka_serve.data.examples import DataReader, Example
 from soka_serve.errors import DataError
 
+SPLIT_SEED = 0
+"""Of what `eval_frac` holds out: the same problems in every run, whatever its seed."""
+
 _KINDS = {"hashes": "math", "boxed": "boxed"}  # whose way of marking is used
 
 
@@ -57,7 +60,7 @@ class HeldOutReader:
         protocol, family = self.protocol, dataset.data.builtin
         if family is not None:
             return self._builtin(family, dataset.test_seed)
-        reader = DataReader(dataset.data, self.directory, tokenizer=self.tokenizer)
+        reader = DataReader(dataset.data, self.directory, SPLIT_SEED, self.tokenizer)
         found = self._fitting(reader.examples("eval"))
         if dataset.validation == "train":
             chosen = self._fitting(reader.examples("train"))[-protocol.validation :]

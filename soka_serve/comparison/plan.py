@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from soka_serve.builtin.tasks import DEFAULT_COUNTS
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
 from soka_serve.compiler.keys import STAGE_VERSIONS
@@ -66,10 +67,12 @@ def setting_text(setting: Setting) -> str:
 class RunInputs:
     """Everything that a run depends on, other than the suite: hashes of base and data, versions, the kind of device.
 
-    `data` has datasets by name, `other` the texts that nothing is trained on.
+    `base` is of the base's weights, `papers` of its config and tokenizer. `data` has datasets by name, `other` the
+    texts that nothing is trained on. `device` also tells CPUs apart that hold the base in different dtypes.
     """
 
     base: str
+    papers: str
     data: Mapping[str, str]
     other: Mapping[str, str]
     versions: Mapping[str, str]
@@ -108,7 +111,9 @@ class Cell:
         made = manifest_of(suite, contender, dataset, setting=setting, seed=seed)
         manifest = made.model_dump(mode="json", by_alias=True)
         protocol, final = suite.protocol, stage == "final"
-        chosen_by = None if final and dataset.validation == "eval" else protocol.validation
+        validation = protocol.validation
+        apart = dataset.validation == "eval" and (dataset.test_seed is None or validation <= DEFAULT_COUNTS["test"])
+        chosen_by = None if final and apart else validation
         facts = {
             "record": [RECORD_VERSION, STAGE_VERSIONS["init"], STAGE_VERSIONS["tune"]],
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
@@ -116,7 +121,7 @@ class Cell:
             "problems": [dataset.answers, dataset.validation, dataset.test_seed, protocol.test, chosen_by],
             "answers": [protocol.answered if final else protocol.choose_by, protocol.max_new_tokens],
             "stage": stage,
-            "base": inputs.base,
+            "base": [inputs.base, inputs.papers],
             "data": inputs.data[dataset.name],
             "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
             "versions": dict(inputs.versions),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
-from soka_serve.comparison.settings import refusal
+from soka_serve.comparison.settings import disagreement, refusal
 from soka_serve.comparison.suite import Suite
 from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.files import sha256_text
@@ -84,10 +84,15 @@ def _grids(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
             yield from _unknown(("method", i, "datasets"), "dataset", name, [d.name for d in suite.dataset])
         if any(searched) and not searched[i]:
             yield ("method", i, "grid"), "one setting, and other methods have a choice: give an axis a second value"
+        wrong: set[str] = set()
         for axis, values in contender.grid.items():
             refused = filter(None, (refusal(suite, contender, axis, value) for value in values))
             for message in islice(refused, 1):
                 yield ("method", i, "grid", axis), message
+                wrong.add(axis)
+        for one, other in combinations((axis for axis in contender.grid if axis not in wrong), 2):
+            if clash := disagreement(suite, contender, (one, other)):
+                yield ("method", i, "grid", other), clash
 
 
 def _claims(suite: Suite) -> Iterator[tuple[TomlPath, str]]:

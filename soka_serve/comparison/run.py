@@ -22,7 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.base.model import quiet_bars
 from soka_serve.comparison.callbacks import MemoryMeter, Recorder, Trace
-from soka_serve.comparison.held_out import HeldOut, HeldOutReader, is_right, without
+from soka_serve.comparison.held_out import SPLIT_SEED, HeldOut, HeldOutReader, is_right, without
 from soka_serve.comparison.plan import RunSpec
 from soka_serve.comparison.read import LoadedSuite
 from soka_serve.comparison.settings import manifest_of
@@ -102,7 +102,7 @@ class _Trial:
         test, validation = reader.problems(self.dataset)
         self.held_out: HeldOut = test if self.final else validation
         self.other = {text.name: reader.other(text) for text in suite.other if self.final}
-        training = without(encode(self.context)[0], self.dataset, test, validation)
+        training = without(encode(self.context, SPLIT_SEED)[0], self.dataset, test, validation)
         start = init_stage(self.context, training) if method.kronecker else None
         self.run = TrainingRun(
             model_dir=self.context.base.directory,

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, TypeAlias, cast
 
 from pydantic import ValidationError
 
 from soka_serve.comparison.suite import SHARED_KEYS, Contender, DataSet, Suite
-from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.manifest.schema import Manifest, Train
 
 Setting: TypeAlias = tuple[tuple[str, float], ...]
 """A value for each axis, in the order of the grid."""
 
+# Keys of [train] that runs have their own way with, and those that only SoKA's training depends on.
+_NOT_SEARCHED = ("steps", "seed", "data", "log_every", "eval_every", "save_every", "early_stopping")
+_SOKA_KEYS = ("adapt.", "train.left_lr", "train.right_lr", "train.sigma_lr", "train.prune")
+
 
 def refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str | None:
     """Why an axis or one of its values cannot be set; None if it can."""
     key = contender.key_of(axis)
-    if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in ("steps", "seed", "data"):
+    if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in _NOT_SEARCHED:
         return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
+    if not _is_read(key, METHODS[contender.method]):
+        return f"sets {key}, which method = {contender.method!r} does not read"
     try:
         manifest_of(suite, contender, suite.dataset[0], setting=((axis, value),), seed=0)
     except ValidationError as error:
@@ -26,6 +33,28 @@ def refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str 
         if first["type"] == "extra_forbidden":
             return f"sets {key}, and manifests have no such key"
         return f"sets {key}, which does not take {value:g}: {first['msg']}"
+    return None
+
+
+def _is_read(key: str, method: Method) -> bool:
+    """Whether a method's training depends on a key at all."""
+    if key == "train.method_scale":
+        return method.scaled
+    if key == "train.method_rank":
+        return method.ranked
+    return method.kronecker or not key.startswith(_SOKA_KEYS)
+
+
+def disagreement(suite: Suite, contender: Contender, axes: tuple[str, str]) -> str | None:
+    """Why two axes, whose values are taken one by one, do not go together; None if they do."""
+    one, other = axes
+    if contender.key_of(one) == contender.key_of(other):
+        return f"sets {contender.key_of(one)}, as {one} does"
+    for setting in product(*([(axis, value) for value in contender.grid[axis]] for axis in axes)):
+        try:
+            manifest_of(suite, contender, suite.dataset[0], setting=setting, seed=0)
+        except ValidationError as error:
+            return f"its {setting[1][1]:g} does not go with {one} = {setting[0][1]:g}: {error.errors()[0]['msg']}"
     return None
 
 

@@ -83,16 +83,18 @@ def sign_flip(values: Sequence[float]) -> float | None:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction over the values that are not None.
+    """Holm's step-down correction. A test without a value, which is None, counts among them all the same.
 
     >>> [round(p, 6) for p in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
+    >>> holm([0.02, None])
+    [0.04, None]
     """
     known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     largest = 0.0
     for place, (p, i) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - place)))
+        largest = max(largest, min(1.0, p * (len(p_values) - place)))
         corrected[i] = largest
     return corrected
 

@@ -129,8 +129,8 @@ def prepare(
     hashes = HashCache(workspace.hashes)
     inputs = InputHashes(
         base=base.checkpoint.sha256(hashes.file),
-        config=_sha256_of(base.directory, CONFIG_FILES, hashes),
-        tokenizer=_sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
+        config=sha256_of(base.directory, CONFIG_FILES, hashes),
+        tokenizer=sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
         data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
         finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()},
         base_name=base.name,
@@ -164,7 +164,7 @@ def tell_left_out(context: Context) -> None:
             logger.warning("not adapted: %s", entry)
 
 
-def _sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
+def sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
     """One hash over those of the named files that are there."""
     found = [(name, directory / name) for name in names if (directory / name).is_file()]
     return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))

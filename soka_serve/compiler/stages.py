@@ -38,12 +38,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
-    """Training and evaluation examples as tokens (the latter None when nothing evaluates the loss)."""
+def encode(context: Context, split_seed: int | None = None) -> tuple[EncodedSet, EncodedSet | None]:
+    """Training and evaluation examples as tokens (the latter None when nothing evaluates the loss).
+
+    `split_seed` chooses what `eval_frac` holds out; default: the seed of the run.
+    """
     manifest, directory = context.loaded.manifest, context.loaded.directory
     train = manifest.train
     tokenizer = context.base.tokenizer
-    examples = DataReader(train.data, directory, train.seed, tokenizer).examples("train")
+    reader = DataReader(train.data, directory, train.seed if split_seed is None else split_seed, tokenizer)
+    examples = reader.examples("train")
     _check_reading(context, tokenizer, examples)
     training = encode_examples(examples, tokenizer, train)
     if training.dropped or training.truncated:
@@ -52,7 +56,7 @@ def encode(context: Context) -> tuple[EncodedSet, EncodedSet | None]:
         logger.warning(text, sum(over), training.total, train.max_length, *over)
     if train.eval_every is None:
         return training, None
-    held_out = DataReader(train.data, directory, train.seed, tokenizer).examples("eval")
+    held_out = reader.examples("eval")
     check_reading(tokenizer, held_out, context.base.tokenizer_folder)
     return training, encode_examples(held_out, tokenizer, train)
 

@@ -30,6 +30,8 @@ SEED = 1234  # lm-eval's own, of few-shot examples and of sampling
 # A difference of log-probabilities that rounding alone makes is below so many times what two equal requests differ by.
 _NOISE_FACTOR = 10.0
 _PARTS = ".parts"
+# Raised when a model is asked otherwise, so that parts of before are asked again: 2 is rendered chats as they are.
+_VERSION = 2
 
 
 def run_parts(evaluation: Evaluation) -> dict[tuple[str, str], dict[str, Any]]:
@@ -72,6 +74,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
     files = sorted(Path(data).glob("*.jsonl")) if data else []
     return {
         **evaluation.backend.identity(),
+        "version": _VERSION,
         "limit": evaluation.limit,
         "harness": metadata.version("lm_eval"),
         "soka_serve": metadata.version("soka-serve"),

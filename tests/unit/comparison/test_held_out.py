@@ -14,11 +14,34 @@ from soka_serve.base.model import load_base
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
 from soka_serve.comparison.held_out import HeldOutReader, without
-from soka_serve.comparison.run import answer_losses
+from soka_serve.comparison.plan import RunSpec
+from soka_serve.comparison.read import read_suite
+from soka_serve.comparison.run import answer_losses, measure_run
 from soka_serve.comparison.suite import DataSet, Other, Protocol
 from soka_serve.data.collate import PadCollator
 from soka_serve.data.encode import EncodedSet
 from soka_serve.errors import DataError
+
+SPLIT = """
+schema = 1
+name = "s"
+[base]
+builtin = "tiny"
+[train]
+steps = 1
+batch_size = 2
+[protocol]
+test = 3
+validation = 3
+[[dataset]]
+name = "own"
+answers = "hashes"
+data = { jsonl = "all.jsonl", eval_frac = 0.25 }
+[[method]]
+name = "lora"
+method = "lora"
+grid = { learning_rate = [1e-3] }
+"""
 
 
 def write(path: Path, questions: list[str]) -> None:
@@ -82,6 +105,13 @@ def test_too_few_problems_are_told(reader: HeldOutReader, tmp_path: Path, questi
     write(tmp_path / "test.jsonl", questions)
     with pytest.raises(DataError, match=message):
         reader.problems(dataset())
+
+
+def test_what_eval_frac_holds_out_is_the_same_for_every_seed(tmp_path: Path) -> None:
+    write(tmp_path / "all.jsonl", [f"Question {i}" for i in range(24)])
+    (tmp_path / "s.toml").write_text(SPLIT)
+    spec = RunSpec("lora", "own", "sweep", (("learning_rate", 1e-3),), 100, "key")
+    assert measure_run(read_suite(tmp_path / "s.toml"), spec, tmp_path)["status"] == "done"
 
 
 def test_an_answer_of_another_kind_is_told(reader: HeldOutReader) -> None:

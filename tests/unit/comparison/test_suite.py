@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from eval.suites.prepare import split_mbpp
 from soka_serve.builtin import base_directory
+from soka_serve.comparison import compare
+from soka_serve.comparison.compare import read_inputs
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
@@ -18,6 +22,7 @@ from soka_serve.comparison.records import keys_of, progress_of
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
 from soka_serve.errors import ManifestError
+from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import parse_manifest
 
 SUITES = Path(__file__).resolve().parents[3] / "eval" / "suites"
@@ -90,6 +95,16 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ('"train.sigma_lr" = [0.5]', '"train.warmup_frac" = [0.5, 2.0]', "train.warmup_frac, which does not take 2: "),
         ('"train.sigma_lr"', '"train.steps"', "expected learning_rate, clip, scale, or a key of [train] or [[adapt]]"),
         ('"train.sigma_lr"', '"rate"', "expected learning_rate, clip, scale, or a key of [train] or [[adapt]]"),
+        ('"train.sigma_lr"', '"train.log_every"', "expected learning_rate, clip, scale, or a key of [train]"),
+        ("scale =", '"train.left_lr" =', "sets train.left_lr, which method = 'lora' does not read"),
+        ("scale =", '"adapt.scale" =', "sets adapt.scale, which method = 'lora' does not read"),
+        ('"train.sigma_lr"', '"train.method_scale"', "sets train.method_scale, which method = 'soka' does not read"),
+        ("scale =", '"train.learning_rate" =', "sets train.learning_rate, as learning_rate does"),
+        (
+            "scale = [1.0, 2.0]",
+            'clip = [2.0, 3.0], "train.max_grad_norm" = [1.0]',
+            "its 1 does not go with clip = 2: max_grad_norm and clip exclude each other",
+        ),
         ('method = "lora"', 'method = "full"', "scale does not go with method = 'full'"),
         ("adapt =", "rank = 2\nadapt =", "rank does not go with method = 'soka'"),
         ('method = "lora"', 'method = "lora"\ncalibration_batches = 2', "calibration_batches belongs to corda and eva"),
@@ -206,7 +221,7 @@ grid = { learning_rate = [1.0, 2.0] }
 priority = 2
 datasets = ["code"]
 """
-INPUTS = RunInputs("base", {"math": "m", "code": "c"}, {}, {"torch": "1"}, "cpu")
+INPUTS = RunInputs("base", "papers", {"math": "m", "code": "c"}, {}, {"torch": "1"}, "cpu")
 START: Setting = (("learning_rate", 2.0), ("scale", 2.0))
 
 Records = dict[str, dict[str, Any]]
@@ -344,6 +359,11 @@ def test_a_run_is_filed_under_everything_that_determines_it() -> None:
     ):
         assert key(TEXT.replace(old, new, 1)) == key(), new
     assert key(TEXT.replace("[protocol]", "[protocol]\nvalidation = 20"), stage="sweep") != key(stage="sweep")
+    # Fresh test problems are drawn besides the validation problems, where those are more than builds measure by.
+    fresh = TEXT.replace("[protocol]", "[protocol]\nvalidation = 20")
+    fresh = fresh.replace("[[dataset]]", "[[dataset]]\ntest_seed = 2")
+    assert key(fresh.replace("validation = 20", "validation = 30")) == key(fresh)
+    assert key(fresh.replace("validation = 20", "validation = 600")) != key(fresh)
     for old, new in (
         ("steps = 20", "steps = 21"),
         ("steps = 20", "steps = 20\nbatch_size = 4"),
@@ -355,12 +375,42 @@ def test_a_run_is_filed_under_everything_that_determines_it() -> None:
         ('method = "lora"', 'method = "lora"\nadapt = { modules = ["q_proj"] }'),
         ("[[method]]", '[[other]]\nname = "o"\ndata = { builtin = "code" }\n[[method]]'),
     ):
-        inputs = RunInputs(INPUTS.base, INPUTS.data, {"o": "o"}, INPUTS.versions, "cpu")
+        inputs = RunInputs(INPUTS.base, INPUTS.papers, INPUTS.data, {"o": "o"}, INPUTS.versions, "cpu")
         assert key(TEXT.replace(old, new, 1), inputs) != key(), new
     for inputs in (
-        RunInputs("other", INPUTS.data, {}, INPUTS.versions, "cpu"),
-        RunInputs("base", {"math": "x", "code": "c"}, {}, INPUTS.versions, "cpu"),
-        RunInputs("base", INPUTS.data, {}, {"torch": "2"}, "cpu"),
-        RunInputs("base", INPUTS.data, {}, INPUTS.versions, "cuda"),
+        RunInputs("other", INPUTS.papers, INPUTS.data, {}, INPUTS.versions, "cpu"),
+        RunInputs("base", "others", INPUTS.data, {}, INPUTS.versions, "cpu"),
+        RunInputs("base", INPUTS.papers, {"math": "x", "code": "c"}, {}, INPUTS.versions, "cpu"),
+        RunInputs("base", INPUTS.papers, INPUTS.data, {}, {"torch": "2"}, "cpu"),
+        RunInputs("base", INPUTS.papers, INPUTS.data, {}, INPUTS.versions, "cuda"),
     ):
         assert key(inputs=inputs) != key()
+
+
+def test_what_a_base_is_read_by_is_one_of_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = shutil.copytree(base_directory(), tmp_path / "base")
+    (tmp_path / "s.toml").write_text(GOOD.replace('builtin = "tiny"', 'path = "base"'))
+    loaded = read_suite(tmp_path / "s.toml")
+
+    def inputs(folder: str) -> RunInputs:
+        workspace = Workspace(tmp_path / folder, "s")
+        workspace.cache.mkdir(parents=True)
+        return read_inputs(loaded, workspace)
+
+    first = inputs("1")
+    for name in ("config.json", "tokenizer.json"):
+        before = (base / name).read_text()
+        (base / name).write_text(before + "\n")
+        found = inputs(name)
+        assert (found.base, found.papers != first.papers) == (first.base, True), name
+        (base / name).write_text(before)
+    assert inputs("2") == first
+    # A checkpoint in half precision is held as float32 on some CPUs only.
+    monkeypatch.setattr(compare, "has_nvidia_gpu", lambda: False)
+    (file,) = base.glob("*.safetensors")
+    save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    devices = set()
+    for amx in (True, False):
+        monkeypatch.setattr("soka_serve.base.model.has_amx", lambda amx=amx: amx)
+        devices.add(inputs(f"amx {amx}").device)
+    assert devices == {"cpu with AMX", "cpu without AMX"}
