@@ -70,7 +70,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
             trial.trainer([Recorder(trace)]).train()
         except DivergedError as error:
             record.update(status="diverged", error=error.message)
-        record["peak_bytes"] = memory.peak_bytes()  # of training, not of measuring
+        record["peak_bytes"] = memory.peak_bytes()  # before the trained model is measured
         record["base_parameters"] = trial.context.base.layout.size.parameters
         record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
         record["batches_sha256"] = trial.collator.digest()
