@@ -56,12 +56,20 @@ def _is_trained(layer: SokaLayer, adapter: str) -> bool:
 
 
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """(part, parameter, multiplier) of one adapter of a layer. Zeros, which have no size, count as ones."""
+    """(part, parameter, multiplier) of one adapter of a layer.
+
+    Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
+    inputs' size: a module may start from a delta of zero.
+    """
     (rank, _, n), q = layer.soka_left[adapter].shape, layer.soka_right[adapter].shape[2]
+    ordinary = 1 / math.sqrt(n * q)
     for part, width in zip(PARTS, (n, q, 1), strict=True):
         parameter = getattr(layer, f"soka_{part}")[adapter]
         size = float(_whole(parameter).float().square().mean().sqrt())
-        yield part, parameter, (size if size > 0 else 1.0) / math.sqrt(width) / rank
+        if size == 0:
+            size = ordinary if part == "sigma" else 1.0
+        ordinary /= size  # what a sigma is of, beside factors of this size
+        yield part, parameter, size / math.sqrt(width) / rank
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -58,6 +58,21 @@ def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("size", [1.0, 1 / 16])
+def test_a_delta_of_zero_moves_outputs_like_any_other(size: float) -> None:
+    """Its sigmas have no size, and the first step moves nothing else: the factors have no gradients yet."""
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="random", init_scale=1.0)
+    with torch.no_grad():
+        layer.soka_left["default"].mul_(size)
+        layer.soka_sigma["default"].zero_()
+    x = torch.randn(64, 256)
+    before = model(x)
+    before.square().sum().backward()
+    create_soka_optimizer(model, lr=0.01).step()
+    change = (model(x) - before).square().mean().sqrt() / x.square().mean().sqrt()
+    assert change.item() == pytest.approx(0.01, rel=0.2)
+
+
 def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0", "1"], rank_pattern={"0": 6}, r=3))
