@@ -59,14 +59,15 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
     """(part, parameter, multiplier) of one adapter of a layer.
 
     Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
-    inputs' size: a module may start from a delta of zero.
+    inputs' size: a module may start from a delta of zero. Raises CheckpointError: the adapter was never loaded.
     """
     (rank, _, n), q = layer.soka_left[adapter].shape, layer.soka_right[adapter].shape[2]
     ordinary = 1 / math.sqrt(n * q)
     for part, width in zip(PARTS, (n, q, 1), strict=True):
         parameter = getattr(layer, f"soka_{part}")[adapter]
         size = float(_whole(parameter).float().square().mean().sqrt())
-        if size == 0:
+        if not size > 0:
+            layer.check_loaded(adapter)
             size = ordinary if part == "sigma" else 1.0
         ordinary /= size  # what a sigma is of, beside factors of this size
         yield part, parameter, size / math.sqrt(width) / rank
@@ -129,6 +130,9 @@ def create_soka_optimizer(
         left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
         weight_decay: of all trained parameters. It pulls factors to zero, not to where they started.
         kwargs: for `optimizer_cls`, such as `betas`.
+
+    Raises:
+        CheckpointError: an adapter's factors are still to be loaded, so that nothing tells their size.
 
     With the Trainer: `Trainer(..., optimizers=(optimizer, None))`.
     """

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from soka_serve.errors import CheckpointError
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
@@ -71,6 +72,12 @@ def test_a_delta_of_zero_moves_outputs_like_any_other(size: float) -> None:
     create_soka_optimizer(model, lr=0.01).step()
     change = (model(x) - before).square().mean().sqrt() / x.square().mean().sqrt()
     assert change.item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_factors_that_are_still_to_be_loaded_have_no_rates() -> None:
+    model, _ = _adapted((16, 16, 16, 16), init_soka_weights=False)
+    with pytest.raises(CheckpointError, match="never loaded"):
+        create_soka_optimizer(model, lr=0.3)
 
 
 def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
