@@ -18,7 +18,6 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 
 from soka_serve.compiler.history import append_history, truncate_history
 from soka_serve.compiler.methods.adapter_files import ADAPTER
-from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.resume import checkpoint_directory, mark_complete
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
@@ -202,17 +201,18 @@ def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class EpochOrder(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Tell a sampler its epoch.
+    """Tell the sampler its epoch.
 
     The data loader tells it too, but for one that skips the batches of before an interruption where several processes
     train: accelerate then wraps the sampler once more than it unwraps it.
     """
 
-    def __init__(self, sampler: LengthGroups) -> None:
-        self.sampler = sampler
-
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
+        batches = kwargs["train_dataloader"].batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(int(state.epoch or 0))
 
 
 # --------------------------------------------------------------------------------------------------- resume points

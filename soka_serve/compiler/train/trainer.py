@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from soka_serve.compiler.train.callbacks import EpochOrder, read_spectra, tracker_metrics
+from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.packing import check_packing
@@ -149,9 +149,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             return super()._get_train_sampler(train_dataset)
         rows = (self.train_dataset if train_dataset is None else train_dataset).rows
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        sampler = LengthGroups([len(row.input_ids) for row in rows], group, self.recipe.seed)
-        self.add_callback(EpochOrder(sampler))
-        return sampler
+        return LengthGroups([len(row.input_ids) for row in rows], group, self.recipe.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, in training and evaluation, with logits of the positions that count alone."""

@@ -166,10 +166,11 @@ def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch:
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
+@pytest.mark.parametrize("grouped", [True, False])
 def test_one_of_two_processes_goes_on_with_the_examples_of_its_epoch(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
 ) -> None:
-    """The second epoch has another order than the first. An epoch has four steps here, and six are resumed."""
+    """The second epoch has another order than the first. An epoch has four steps here; a run goes on after six."""
     seen: list[list[list[int]]] = []
     call = PadCollator.__call__
 
@@ -182,7 +183,7 @@ def test_one_of_two_processes_goes_on_with_the_examples_of_its_epoch(
         "accelerate.accelerator.prepare_data_loader",
         lambda *a, **k: prepare_data_loader(*a, **k | {"num_processes": 2, "process_index": 0}),
     )
-    options: dict[str, Any] = {"steps": 8, "save_every": 6, "train_set": make_examples(32)}
+    options: dict[str, Any] = {"steps": 8, "save_every": 6, "train_set": make_examples(32), "group_by_length": grouped}
     seen.append([])
     run_training(base, tmp_path / "whole", **options)
     step = SokaTrainer.training_step
