@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soka_serve.errors import PlanError
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 
@@ -52,16 +53,26 @@ def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[n
 
 
 def _is_trained(layer: SokaLayer, adapter: str) -> bool:
-    return any(getattr(layer.theta(adapter), part).requires_grad for part in PARTS)
+    return any(getattr(layer, f"soka_{part}")[adapter].requires_grad for part in PARTS)
 
 
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
     """(part, parameter, multiplier) of one adapter of a layer.
 
     Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
-    inputs' size: a module may start from a delta of zero. Raises CheckpointError: the adapter was never loaded.
+    inputs' size: a module may start from a delta of zero.
+
+    Raises:
+        CheckpointError: the adapter was never loaded.
+        PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
     """
-    (rank, _, n), q = layer.soka_left[adapter].shape, layer.soka_right[adapter].shape[2]
+    left, right = layer.soka_left[adapter], layer.soka_right[adapter]
+    if left.ndim != 3 or right.ndim != 3:
+        raise PlanError(
+            f"{layer.module_name}: its factors are sharded as flat tensors, so that their sizes are not known",
+            hint="FSDP 2 keeps shapes (fsdp_version: 2); otherwise make the optimizer before the model is sharded",
+        )
+    (rank, _, n), q = left.shape, right.shape[2]
     ordinary = 1 / math.sqrt(n * q)
     for part, width in zip(PARTS, (n, q, 1), strict=True):
         parameter = getattr(layer, f"soka_{part}")[adapter]
@@ -133,6 +144,7 @@ def create_soka_optimizer(
 
     Raises:
         CheckpointError: an adapter's factors are still to be loaded, so that nothing tells their size.
+        PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
 
     With the Trainer: `Trainer(..., optimizers=(optimizer, None))`.
     """

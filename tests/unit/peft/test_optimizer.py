@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
@@ -78,6 +78,17 @@ def test_factors_that_are_still_to_be_loaded_have_no_rates() -> None:
     model, _ = _adapted((16, 16, 16, 16), init_soka_weights=False)
     with pytest.raises(CheckpointError, match="never loaded"):
         create_soka_optimizer(model, lr=0.3)
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_factors_that_were_flattened_have_no_rates(size: int) -> None:
+    """As FSDP 1 leaves a process its share of them, and ZeRO 3 nothing."""
+    model, layer = _adapted((16, 16, 16, 16))
+    for part in (layer.soka_left, layer.soka_right):
+        part["default"].data = part["default"].data.flatten()[:size]
+    with pytest.raises(PlanError, match=r"0: its factors are sharded as flat tensors.*") as raised:
+        create_soka_optimizer(model, lr=0.3)
+    assert "fsdp_version: 2" in str(raised.value.hint)
 
 
 def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
