@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soka_serve.errors import PlanError
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 
@@ -52,16 +53,35 @@ def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[n
 
 
 def _is_trained(layer: SokaLayer, adapter: str) -> bool:
-    return any(getattr(layer.theta(adapter), part).requires_grad for part in PARTS)
+    return any(getattr(layer, f"soka_{part}")[adapter].requires_grad for part in PARTS)
 
 
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """(part, parameter, multiplier) of one adapter of a layer. Zeros, which have no size, count as ones."""
-    (rank, _, n), q = layer.soka_left[adapter].shape, layer.soka_right[adapter].shape[2]
+    """(part, parameter, multiplier) of one adapter of a layer.
+
+    Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
+    inputs' size: a module may start from a delta of zero.
+
+    Raises:
+        CheckpointError: the adapter was never loaded.
+        PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
+    """
+    left, right = layer.soka_left[adapter], layer.soka_right[adapter]
+    if left.ndim != 3 or right.ndim != 3:
+        raise PlanError(
+            f"{layer.module_name}: its factors are sharded as flat tensors, so that their sizes are not known",
+            hint="FSDP 2 keeps shapes (fsdp_version: 2); otherwise make the optimizer before the model is sharded",
+        )
+    (rank, _, n), q = left.shape, right.shape[2]
+    ordinary = 1 / math.sqrt(n * q)
     for part, width in zip(PARTS, (n, q, 1), strict=True):
         parameter = getattr(layer, f"soka_{part}")[adapter]
         size = float(_whole(parameter).float().square().mean().sqrt())
-        yield part, parameter, (size if size > 0 else 1.0) / math.sqrt(width) / rank
+        if not size > 0:
+            layer.check_loaded(adapter)
+            size = ordinary if part == "sigma" else 1.0
+        ordinary /= size  # what a sigma is of, beside factors of this size
+        yield part, parameter, size / math.sqrt(width) / rank
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -121,6 +141,10 @@ def create_soka_optimizer(
         left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
         weight_decay: of all trained parameters. It pulls factors to zero, not to where they started.
         kwargs: for `optimizer_cls`, such as `betas`.
+
+    Raises:
+        CheckpointError: an adapter's factors are still to be loaded, so that nothing tells their size.
+        PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
 
     With the Trainer: `Trainer(..., optimizers=(optimizer, None))`.
     """

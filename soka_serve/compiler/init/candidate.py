@@ -186,7 +186,8 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     pool = pool_size(target, shape)
     if outputs is not None:
         values = outputs.weigh(values)
-    problem = None if known.moments is None else OutputError(values, shape, known.moments)
+    # Least squares finds factors of zeros for zeros, which no step would ever change.
+    problem = OutputError(values, shape, known.moments) if known.moments is not None and bool(values.any()) else None
     if problem is None:
         decomposition = kpsvd(values, shape, pool, seed=seed)
     else:

@@ -197,6 +197,24 @@ def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
+# ---------------------------------------------------------------------------------------------- order of examples
+
+
+class EpochOrder(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tell the sampler its epoch.
+
+    The data loader tells it too, but for one that skips the batches of before an interruption where several processes
+    train: accelerate then wraps the sampler once more than it unwraps it.
+    """
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        batches = kwargs["train_dataloader"].batch_sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(int(state.epoch or 0))
+
+
 # --------------------------------------------------------------------------------------------------- resume points
 
 

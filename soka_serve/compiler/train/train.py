@@ -24,7 +24,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 from soka_serve.base.model import auto_dtype, has_amx, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
-from soka_serve.compiler.train.callbacks import EarlyStopping, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -185,7 +185,7 @@ def _fit(
     pruning = Pruning(recipe.prune) if recipe.prune is not None else None
     if pruning and point:
         pruning.restore(point.facts["prune"])
-    callbacks: list[Any] = [*run.method.callbacks(), History(run.work_dir / "history.jsonl")]
+    callbacks: list[Any] = [*run.method.callbacks(), EpochOrder(), History(run.work_dir / "history.jsonl")]
     if pruning:
         callbacks.append(pruning)
     if recipe.early_stopping is not None:

@@ -183,6 +183,27 @@ def test_a_weight_of_zeros_starts_as_one_that_keeps_its_inputs_size() -> None:
     assert zeros.sigma.tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize(
+    "rank", [{"policy": "fixed", "rank": 2}, {"policy": "budget", "parameters": 2000, "min": 2, "max": 2}]
+)
+def test_what_is_all_zeros_starts_with_factors_that_can_learn(base: Base, rank: dict[str, Any]) -> None:
+    """A delta of a module that was not fine-tuned. Least squares would give factors of zeros, which stay zeros."""
+    delta = {"init": "delta", "finetuned": "same", "calibration_batches": 1}
+    targets = _targets({"modules": ["q_proj"], "layers": [0], "rank": rank, **delta})
+    moments = InputMoments(128)
+    moments.accumulate(torch.randn(512, 128, generator=torch.Generator().manual_seed(0)))
+    started = _initialise(
+        targets,
+        base,
+        finetuned={"same": base},
+        statistics=lambda asked: [TargetStatistics(t, moments=moments) for t in asked],
+    )
+    factors = started.factors[QUERY]
+    assert factors.sigma.tolist() == [0, 0]
+    for part in (factors.left, factors.right):
+        torch.testing.assert_close(part.square().mean((1, 2)), torch.ones(2))
+
+
 def test_auto_shapes_fit(base: Base) -> None:
     started = _start(base, {"modules": ["gate_proj"], "layers": [0], "shape": "auto", "rank": {"policy": "fixed"}})
     (module,) = started.modules

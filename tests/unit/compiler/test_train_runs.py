@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from transformers import TrainingArguments
 
 from soka_serve.adapter.format import read_adapter
@@ -16,6 +17,8 @@ from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.callbacks import Pruning, Spectrum, tracker_metrics
 from soka_serve.compiler.train.resume import newest_point
 from soka_serve.compiler.train.run import TrainResult
+from soka_serve.compiler.train.trainer import SokaTrainer
+from soka_serve.data.collate import PadCollator
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import dense_delta
 from soka_serve.kron.factors import energy_by_term
@@ -161,6 +164,45 @@ def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch:
     assert point.step == 2
     resumed = tensors_of(run_training(base, tmp_path / "cut", **options))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_one_of_two_processes_goes_on_with_the_examples_of_its_epoch(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grouped: bool
+) -> None:
+    """The second epoch has another order than the first. An epoch has four steps here; a run goes on after six."""
+    seen: list[list[list[int]]] = []
+    call = PadCollator.__call__
+
+    def watched(self: PadCollator, rows: Any) -> Any:
+        seen[-1].append([id_ for row in rows for id_ in row.input_ids])
+        return call(self, rows)
+
+    monkeypatch.setattr(PadCollator, "__call__", watched)
+    monkeypatch.setattr(
+        "accelerate.accelerator.prepare_data_loader",
+        lambda *a, **k: prepare_data_loader(*a, **k | {"num_processes": 2, "process_index": 0}),
+    )
+    options: dict[str, Any] = {"steps": 8, "save_every": 6, "train_set": make_examples(32), "group_by_length": grouped}
+    seen.append([])
+    run_training(base, tmp_path / "whole", **options)
+    step = SokaTrainer.training_step
+
+    def interrupted(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    seen.append([])
+    with monkeypatch.context() as patch:
+        patch.setattr(SokaTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(base, tmp_path / "cut", **options)
+    seen.append([])
+    run_training(base, tmp_path / "cut", **options)
+    assert len(seen[0]) == 8
+    assert seen[0][:4] != seen[0][4:]
+    assert seen[2] == seen[0][6:]
 
 
 @pytest.mark.parametrize("limit", [8_000, 50_000, 60_000])

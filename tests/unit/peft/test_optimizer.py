@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
@@ -56,6 +57,38 @@ def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
         create_soka_optimizer(model, lr=0.01).step()
         moved.append((layer.soka_left["default"] - before).norm() / before.norm())
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1 / 16])
+def test_a_delta_of_zero_moves_outputs_like_any_other(size: float) -> None:
+    """Its sigmas have no size, and the first step moves nothing else: the factors have no gradients yet."""
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="random", init_scale=1.0)
+    with torch.no_grad():
+        layer.soka_left["default"].mul_(size)
+        layer.soka_sigma["default"].zero_()
+    x = torch.randn(64, 256)
+    before = model(x)
+    before.square().sum().backward()
+    create_soka_optimizer(model, lr=0.01).step()
+    change = (model(x) - before).square().mean().sqrt() / x.square().mean().sqrt()
+    assert change.item() == pytest.approx(0.01, rel=0.2)
+
+
+def test_factors_that_are_still_to_be_loaded_have_no_rates() -> None:
+    model, _ = _adapted((16, 16, 16, 16), init_soka_weights=False)
+    with pytest.raises(CheckpointError, match="never loaded"):
+        create_soka_optimizer(model, lr=0.3)
+
+
+@pytest.mark.parametrize("size", [0, 7])
+def test_factors_that_were_flattened_have_no_rates(size: int) -> None:
+    """As FSDP 1 leaves a process its share of them, and ZeRO 3 nothing."""
+    model, layer = _adapted((16, 16, 16, 16))
+    for part in (layer.soka_left, layer.soka_right):
+        part["default"].data = part["default"].data.flatten()[:size]
+    with pytest.raises(PlanError, match=r"0: its factors are sharded as flat tensors.*") as raised:
+        create_soka_optimizer(model, lr=0.3)
+    assert "fsdp_version: 2" in str(raised.value.hint)
 
 
 def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
