@@ -34,7 +34,8 @@ from soka_serve.manifest.read import read_manifest
 from soka_serve.peft import build_soka_model, create_soka_optimizer, soka_layers
 
 # Options that a row repeats.
-SHARED = ("steps", "batch", "warmup", "tokens", "held_out", "layers", "calibration_batches")
+SHARED = ("steps", "batch", "warmup", "tokens", "held_out", "layers", "calibration_batches", "normalise")
+NORM = 1e-2  # below that of any gradient here; AdamW does not see the factor
 # INIT as a manifest says it; what starts without looking at data has no calibration.
 WITHOUT_DATA = {"weights": "weights", "random": "random", "zero": "zero"}
 MANIFEST = """
@@ -148,6 +149,8 @@ class Bench:
             examples = [self.training[i] for i in order[step * batch : (step + 1) * batch]]
             losses.append(self._backward(model, examples))
             norms.append(float(torch.stack([p.grad.norm() for p in trained if p.grad is not None]).norm()))
+            if self.options.normalise:
+                torch.nn.utils.clip_grad_norm_(trained, NORM)
             optimizer.step()
             optimizer.zero_grad()
             if not math.isfinite(losses[-1]) or losses[-1] > 3 * losses[0]:
@@ -218,6 +221,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=32)
+    parser.add_argument("--normalise", action="store_true", help="every step's gradient at one norm, as with clip = 0")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []

@@ -52,7 +52,7 @@ MethodName = Annotated[str, BeforeValidator(_known_method), WithJsonSchema({"typ
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=60)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], AfterValidator(_distinct)]
 Values = Annotated[
-    tuple[Annotated[int | float, Field(gt=0), WithJsonSchema({"type": "number", "exclusiveMinimum": 0})], ...],
+    tuple[Annotated[int | float, Field(ge=0), WithJsonSchema({"type": "number", "minimum": 0})], ...],
     Field(strict=False, min_length=1),
     AfterValidator(_distinct),
     AfterValidator(lambda values: tuple(sorted(values))),
@@ -162,7 +162,7 @@ class Contender(Table):
         min_length=1,
         description="Axes and the values to try: learning_rate, clip, scale, or any key of a manifest with its table "
         "('train.warmup_frac', 'adapt.rank.parameters'). The first axis is searched first.",
-        examples=[{"learning_rate": [1e-3, 2e-3, 4e-3], "clip": [0.3, 1.0]}],
+        examples=[{"learning_rate": [1e-3, 2e-3, 4e-3], "clip": [0, 3]}],
     )
     datasets: tuple[Name, ...] | None = Field(None, strict=False, description="Datasets to run on; default: all.")
     priority: PositiveInt = Field(1, description="Runs with a smaller number come first.")

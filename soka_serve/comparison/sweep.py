@@ -53,7 +53,10 @@ def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunS
     border = tuple(
         axis
         for axis, value in best
-        if len(tried := _tried(scores, axis)) > 1 and value in (min(tried), max(tried)) and len(grid[axis]) > 1
+        if len(tried := _tried(scores, axis)) > 1
+        and value in (min(tried), max(tried))
+        and value
+        and len(grid[axis]) > 1
     )
     return Choice(scores, best, border), []
 
@@ -98,12 +101,19 @@ def _line(setting: Setting, axis: str, grid: Grid) -> list[Setting]:
     """The settings along an axis, those near the given one first."""
     values = list(grid[axis])
     here = dict(setting)[axis]
-    return _with(setting, axis, sorted(values, key=lambda value: abs(math.log(value / here))))
+    return _with(setting, axis, sorted(values, key=lambda value: _distance(value, here)))
+
+
+def _distance(value: float, here: float) -> float:
+    """How far two values are apart, as a logarithm of their ratio; 0, where an axis has it, is far from all others."""
+    if value == here:
+        return 0.0
+    return abs(math.log(value / here)) if value and here else math.inf
 
 
 def _beyond(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]) -> list[float]:
     """One value more beyond the end at which the setting lies, as far as the two last values are apart."""
-    here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
+    here, tried = dict(setting)[axis], sorted(_tried(scores, axis) - {0})
     if len(tried) < 2 or here not in (tried[0], tried[-1]):
         return []
     return [_rounded(here * here / (tried[1] if here == tried[0] else tried[-2]))]
@@ -113,7 +123,8 @@ def _between(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]
     """The geometric means of the setting's value and its neighbours on an axis."""
     here, tried = dict(setting)[axis], sorted(_tried(scores, axis))
     at = tried.index(here)
-    return [_rounded(math.sqrt(here * near)) for near in tried[max(at - 1, 0) : at + 2] if near != here]
+    nearest = tried[max(at - 1, 0) : at + 2]
+    return [_rounded(math.sqrt(here * near)) for near in nearest if near != here and near * here]
 
 
 def _rounded(value: float) -> float:

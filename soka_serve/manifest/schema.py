@@ -199,8 +199,10 @@ class Train(Table):
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_frac: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of the steps spent warming up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
-    clip: Annotated[float, Field(gt=1)] = Field(
-        3.0, description="Gradients are clipped to this multiple of the median norm of the last 32 steps."
+    clip: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="0: each step's gradient is scaled to norm 1, so that steps weigh alike in AdamW's averages. Else "
+        "gradients are clipped to this multiple of the median norm of the last 32 steps.",
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Clip gradients to this norm instead of by `clip`.", examples=[1.0]

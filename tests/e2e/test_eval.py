@@ -45,7 +45,6 @@ steps = 120
 batch_size = 16
 max_length = 128
 learning_rate = 1.5
-max_grad_norm = 1.0
 data = { builtin = "math" }
 [output]
 write = ["adapter", "merged"]
@@ -86,7 +85,8 @@ def local(folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """A server of the build that somebody else started."""
-    _, launch = plan_launch([str(folder / "build" / "sums")], ServeOptions(port=free_port(), vllm=("--dtype", "float32")))
+    options = ServeOptions(port=free_port(), vllm=("--dtype", "float32"))
+    _, launch = plan_launch([str(folder / "build" / "sums")], options)
     environment = {**launch.environment, **ONE_PROCESS}
     with running(launch.command[2:], Server(launch.url, folder / "server.log"), environment) as server:
         yield server

@@ -49,7 +49,6 @@ steps = {steps}
 batch_size = 16
 max_length = 128
 learning_rate = 1.5
-max_grad_norm = 1.0
 data = {{ builtin = "{family}" }}
 [eval]
 limit = {limit}

@@ -1,4 +1,4 @@
-"""Clip gradients to a multiple of their usual norm, which is the median of the last steps' norms."""
+"""The norm that gradients are clipped to: a multiple of their usual norm, the median of the last steps' norms."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class RelativeClip:
     """The norm that gradients are clipped to; how large gradients are depends on the model, the loss and the method.
 
     Args:
-        multiple: of the median.
+        multiple: of the median; 0: nothing is clipped (the trainer scales every gradient to norm 1).
         norms: those of the steps before, of an interrupted run.
     """
 
@@ -26,7 +26,7 @@ class RelativeClip:
     @property
     def limit(self) -> float:
         """The largest norm that the next step may have; infinite at first."""
-        return self.multiple * median(self.norms) if len(self.norms) >= _FEWEST else math.inf
+        return self.multiple * median(self.norms) if self.multiple and len(self.norms) >= _FEWEST else math.inf
 
     def add(self, norm: float) -> None:
         """Note the norm of a step's gradient, before it was clipped; one that is not finite does not count."""

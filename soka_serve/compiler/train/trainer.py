@@ -182,12 +182,16 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip the gradients; returns their norm before."""
+        """Clip or normalise the gradients; returns their norm before."""
         if self.recipe.max_grad_norm is None:
             self.args.max_grad_norm = self.clip.limit
         norm = super()._clip_grad_norm(model)
-        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.clip.add(float(whole))
+        whole = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.clip.add(whole)
+        if self.recipe.max_grad_norm is None and self.clip.multiple == 0 and math.isfinite(whole) and whole > 0:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.div_(whole)
         return norm
 
     def _check_packing(self, wrapped: nn.Module) -> None:

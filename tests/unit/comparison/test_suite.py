@@ -86,7 +86,7 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ("steps = 3", "", "train.steps: required, but missing"),
         ("steps = 3", "steps = 3\nlearning_rate = 1e-3", "train.learning_rate: unknown key"),
         ('method = "lora"', 'method = "LoRA"', "(did you mean 'lora'?)"),
-        ("[1e-2, 2e-2]", "[0.0, 1.0]", "method[1].grid.learning_rate[0]: expected"),
+        ("[1e-2, 2e-2]", "[0.0, 1.0]", "sets train.learning_rate, which does not take 0"),
         ("[1e-2, 2e-2]", "[1e-2, 1e-2]", "a value is written twice"),
         ("[1e-2, 2e-2]", "[]", "method[1].grid.learning_rate: expected an array"),
         ("[1e-2, 2e-2]", "[1e-2]", "other methods have a choice: give an axis a second value"),
@@ -269,6 +269,15 @@ def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> N
     inside, _ = choose(second, search(second, lambda rate: abs(rate - 1.5))[1])
     assert inside.setting == (("learning_rate", 1.41421),)  # the grid is refined where its best value lies inside
     assert inside.border == ()
+
+
+def test_zero_is_a_value_that_is_neither_refined_nor_a_border() -> None:
+    cell = cells_of(TEXT.replace("scale = [1.0, 2.0]", "clip = [0, 3]"))[0]
+    for best in (0, 3):
+        choice, _ = choose(cell, search(cell, lambda rate, clip, best=best: rate + abs(clip - best))[1])
+        assert {dict(s)["clip"] for s in choice.scores} == {0, 3}
+        assert dict(choice.setting or ())["clip"] == best
+        assert ("clip" in choice.border) == (best == 3)
 
 
 def test_whole_numbers_stay_whole_and_values_that_no_manifest_takes_are_left_out() -> None:

@@ -22,6 +22,7 @@ from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS, DenseOutput, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
@@ -177,11 +178,30 @@ def test_clip_is_relative_to_the_median_of_the_norms_before() -> None:
     for _ in range(32):
         clip.add(4.0)
     assert clip.limit == 8.0
+    assert RelativeClip(0, [1.0] * 32).limit == math.inf
+
+
+def test_each_gradient_is_scaled_to_norm_one(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, seen = SokaTrainer._clip_grad_norm, []
+
+    def noted(self: SokaTrainer, model: torch.nn.Module) -> Any:
+        norm = clip(self, model)
+        gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        seen.append((float(norm), float(torch.stack(gradients).norm())))
+        return norm
+
+    monkeypatch.setattr(SokaTrainer, "_clip_grad_norm", noted)
+    run_training(base, tmp_path / "scaled", steps=3)
+    assert [after for _, after in seen] == pytest.approx([1.0] * 3, rel=1e-5)
+    assert all(abs(before - 1) > 1e-3 for before, _ in seen)
+    seen.clear()
+    run_training(base, tmp_path / "plain", steps=3, clip=3.0)
+    assert [before for before, _ in seen] == pytest.approx([after for _, after in seen])
 
 
 @pytest.mark.parametrize("options", [{"clip": 1.01}, {"max_grad_norm": 0.01}])
 def test_clipping_changes_what_is_learned(base: Path, tmp_path: Path, options: dict[str, float]) -> None:
-    plain = tensors_of(run_training(base, tmp_path / "plain", steps=12))
+    plain = tensors_of(run_training(base, tmp_path / "plain", steps=12, clip=100.0))
     clipped = tensors_of(run_training(base, tmp_path / "clipped", steps=12, **options))
     assert any(not torch.equal(clipped[name], tensor) for name, tensor in plain.items())
 
