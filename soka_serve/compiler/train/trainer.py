@@ -120,6 +120,11 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._packing_checked = False
         self.clip = RelativeClip(recipe.clip, norms)
         super().__init__(**others)
+        if self.is_deepspeed_enabled and recipe.max_grad_norm is None:
+            raise PlanError(
+                f"train.clip = {recipe.clip:g} does not go with DeepSpeed, which keeps gradients to itself",
+                hint="set train.max_grad_norm, or train with FSDP or DDP",
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
@@ -186,6 +191,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self.recipe.max_grad_norm is None:
             self.args.max_grad_norm = self.clip.limit
         norm = super()._clip_grad_norm(model)
+        if norm is None:  # DeepSpeed clips by itself, later
+            return norm
         whole = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self.clip.add(whole)
         if self.recipe.max_grad_norm is None and self.clip.multiple == 0 and math.isfinite(whole) and whole > 0:

@@ -199,6 +199,18 @@ def test_each_gradient_is_scaled_to_norm_one(base: Path, tmp_path: Path, monkeyp
     assert [before for before, _ in seen] == pytest.approx([after for _, after in seen])
 
 
+def test_clip_is_refused_under_deepspeed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SokaTrainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self: SokaTrainer) -> None:
+        made(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SokaTrainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(PlanError, match=r"train\.clip = 0 does not go with DeepSpeed"):
+        run_training(base, tmp_path)
+
+
 @pytest.mark.parametrize("options", [{"clip": 1.01}, {"max_grad_norm": 0.01}])
 def test_clipping_changes_what_is_learned(base: Path, tmp_path: Path, options: dict[str, float]) -> None:
     plain = tensors_of(run_training(base, tmp_path / "plain", steps=12, clip=100.0))
