@@ -6,7 +6,6 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,31 @@ pytestmark = [pytest.mark.usefixtures("plain_evaluation"), *OF_LM_EVAL]
 # --------------------------------------------------------------------------------------------------------- GSM8K
 
 
-@pytest.mark.slow  # six times 200 answers
+@pytest.mark.slow  # six times 1319 answers
 def test_gsm8k_gold_and_changed_answers(
     lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
-    """By both filters, which a unit test holds to every answer of the test set; zero-shot prompts are the manifest's,
-    few-shot ones the harness's."""
+    """The whole test set, by both filters; zero-shot prompts are the manifest's, few-shot ones the harness's."""
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
-    ask = partial(evaluate, lm_tasks, limit=200)
     both = ["soka_gsm8k", "soka_gsm8k_fewshot"]
-    found, model = ask(both, lambda doc, _: " " + doc["answer"])
+    found, model = evaluate(lm_tasks, both, lambda doc, _: " " + doc["answer"])
     for task in both:
         assert metrics(found, task) == {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}
-        assert found["n-samples"][task] == {"original": 1319, "effective": 200}
+        assert found["n-samples"][task] == {"original": 1319, "effective": 1319}
     question = json.loads((shared_data / "gsm8k_test.jsonl").read_text().splitlines()[0])["question"]
     assert model.prompts[0] == f"Question: {question}\nAnswer:"
     shots = next(p for p in model.prompts if p.count("\n\nQuestion:") == 5)
     assert shots.count("#### ") == 5
     # A digit of the final number changed: 0, since both readings take that number and no other.
-    found, _ = ask(both, lambda doc, _: " " + changed_digit(doc["answer"]))
+    found, _ = evaluate(lm_tasks, both, lambda doc, _: " " + changed_digit(doc["answer"]))
     for task in both:
         assert metrics(found, task) == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 0.0}
     # The marker lost: strict finds nothing, flexible still reads the last number.
-    found, _ = ask(["soka_gsm8k"], lambda doc, _: doc["answer"].replace("####", "The answer is:"))
+    found, _ = evaluate(lm_tasks, ["soka_gsm8k"], lambda doc, _: doc["answer"].replace("####", "The answer is:"))
     assert metrics(found, "soka_gsm8k") == {"exact_match,strict-match": 0.0, "exact_match,flexible-extract": 1.0}
     # A base that goes on with a question of its own is stopped there.
     rambling = "\nQuestion: What is 2 + 2?\nAnswer: 4\n#### 4"
-    found, _ = ask(["soka_gsm8k"], lambda doc, _: doc["answer"] + rambling)
+    found, _ = evaluate(lm_tasks, ["soka_gsm8k"], lambda doc, _: doc["answer"] + rambling)
     assert metrics(found, "soka_gsm8k") == {"exact_match,strict-match": 1.0, "exact_match,flexible-extract": 1.0}
 
 
@@ -141,11 +138,10 @@ def run_mbpp(
     monkeypatch: pytest.MonkeyPatch,
     tasks: Sequence[str],
     answer: Callable[..., str],
-    **more: Any,
 ) -> tuple[Any, ScriptedModel]:
     monkeypatch.setenv("SOKA_EVAL_DATA", str(shared_data))
     monkeypatch.setenv("SOKA_ALLOW_CODE_EXECUTION", "1")
-    return evaluate(lm_tasks, tasks, answer, confirm_run_unsafe_code=True, **more)
+    return evaluate(lm_tasks, tasks, answer, confirm_run_unsafe_code=True)
 
 
 def name_of(code: str) -> str:
@@ -158,19 +154,17 @@ def answer_or_wrong(doc: Mapping[str, Any], number: int) -> str:
     return doc["code"] if doc["task_id"] % 2 == 0 else "def wrong():\n    pass"
 
 
-@pytest.mark.slow  # three times 50 programs
+@pytest.mark.slow  # 500 + 500 + 257 programs
 def test_mbpp_gold_programs_pass(lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = ["soka_mbpp", "soka_mbpp_fewshot", "soka_mbpp_sanitized"]
-
-    def fenced(doc: Mapping[str, Any], number: int) -> str:
-        return f"Here:\n```python\n{doc['code']}\n```\nDone."
-
-    found, model = run_mbpp(lm_tasks, shared_data, monkeypatch, tasks, fenced, limit=50)
+    found, model = run_mbpp(
+        lm_tasks, shared_data, monkeypatch, tasks, lambda doc, _: f"Here:\n```python\n{doc['code']}\n```\nDone."
+    )
     # In a fence with words around it: the zero-shot tasks read it, the few-shot one takes text as it stands.
     assert metrics(found, "soka_mbpp") == {"pass_at_1,sandbox": 1.0}
     assert metrics(found, "soka_mbpp_sanitized") == {"pass_at_1,sandbox": 1.0}
     assert metrics(found, "soka_mbpp_fewshot") == {"pass_at_1,sandbox": 0.0}
-    assert [found["n-samples"][task]["original"] for task in tasks] == [500, 500, 257]
+    assert [found["n-samples"][task]["effective"] for task in tasks] == [500, 500, 257]
     shot = next(p for p in model.prompts if p.count("[BEGIN]") == 4)
     assert shot.startswith("You are an expert Python programmer, and here is your task: Write a function to find the")
     assert shot.count("\n[DONE]") == 3
