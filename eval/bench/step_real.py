@@ -31,6 +31,7 @@ from eval.measure import alone
 from eval.memory import AnonymousPeak
 from eval.record import make_parser, write_record
 from soka_serve.base.base import Base
+from soka_serve.base.cpu import attention_for, fast_products
 from soka_serve.base.model import load_base
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -90,7 +91,8 @@ def make_step(folder: Path, method: str, rank: int, way: str) -> tuple[Callable[
             return
         picked = way not in ("random", "grouped") and head is not None
         with trained_positions(head, batch) if picked and head is not None else nullcontext(batch) as inputs:
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            tokens = batch["labels"].shape[1]
+            with torch.autocast("cpu", torch.bfloat16, enabled=half), attention_for(tokens, torch.device("cpu")):
                 loss = called(**inputs).loss
             loss.backward()
         optimizer.step()
@@ -144,6 +146,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", required=True, metavar="METHOD:RANK:WAY", help="base, soka, lora or full")
     parser.add_argument("--batches", type=int, default=5, help="of each kind, after one step that warms up")
     parser.add_argument("--max-length", type=int, default=192)
+    parser.add_argument("--products", choices=("auto", "torch"), default="auto", help="whose float32 products")
     parser.add_argument("--peaks", action="store_true", help="measure memory as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -157,7 +160,9 @@ def main() -> None:
         for grouped, some in batches.items()
     }
     print(counts, flush=True)
-    write_record(options, {"epoch": counts, "rows": list(measure(options, batches))})
+    with fast_products() if options.products == "auto" else nullcontext():
+        rows = list(measure(options, batches))
+    write_record(options, {"epoch": counts, "rows": rows})
 
 
 if __name__ == "__main__":

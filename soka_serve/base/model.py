@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from soka_serve.base.cpu import has_amx
 from soka_serve.base.pretrained import BUILD_ERRORS, cannot_build, first_line, open_model, quiet
 from soka_serve.errors import BuildError, CheckpointError
 
@@ -103,12 +104,6 @@ def auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
         device: where the model runs.
     """
     return torch.float32 if stored.itemsize < 4 and device.type == "cpu" and not has_amx() else stored
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16; False where torch is too old to tell."""
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("amx_bf16"))
 
 
 def _quantization(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from transformers import PrinterCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from soka_serve.base.cpu import attention_for, fast_products
 from soka_serve.base.model import quiet_bars
 from soka_serve.comparison.callbacks import MemoryMeter, Recorder, Trace
 from soka_serve.comparison.held_out import SPLIT_SEED, HeldOut, HeldOutReader, is_right, without
@@ -32,17 +33,18 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
+from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
-from soka_serve.errors import DivergedError
+from soka_serve.errors import DivergedError, PlanError
 from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import LoadedManifest
 
 _BATCHES_HASHED = 50
 _NO_ANSWERS: dict[str, Any] = {"answered": 0, "correct": 0, "answer_loss": None}
-_ROWS = 4  # of a forward pass that measures losses: logits of a large vocabulary take much memory
+_ROWS = 8  # of a forward pass that measures losses: logits of a large vocabulary take much memory
 
 
 def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any]:
@@ -59,7 +61,12 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
     started = time.monotonic()
     memory, trace = MemoryMeter(), Trace()
     record: dict[str, Any] = {"status": "done", "error": None}
-    with tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder, quiet_bars(), warnings.catch_warnings():
+    with (
+        tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder,
+        quiet_bars(),
+        warnings.catch_warnings(),
+        fast_products(),
+    ):
         # Of libraries, about their own insides; a comparison of eleven methods would drown in them.
         warnings.simplefilter("ignore")
         trial = _Trial(loaded, spec, Path(folder))
@@ -202,21 +209,21 @@ def answer_losses(model: Any, examples: Sequence[EncodedExample], collate: PadCo
     """
     losses = [0.0] * len(examples)
     order = sorted(range(len(examples)), key=lambda at: len(examples[at].input_ids))
-    training = model.training
+    head, training = output_layer(model), model.training
+    if head is None:
+        raise PlanError("the loss of this architecture is not that of the next token")
     model.eval()
     try:
         for start in range(0, len(order), _ROWS):
             chosen = order[start : start + _ROWS]
             batch: Mapping[str, torch.Tensor] = collate([examples[at] for at in chosen])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch["labels"][:, 1:]
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-            each = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none"
-            )
-            means = each.sum(1) / (labels != IGNORED).sum(1)
-            for at, loss in zip(chosen, means.tolist(), strict=True):
-                losses[at] = loss
+            counts = (batch["labels"][:, 1:] != IGNORED).sum(1)
+            with trained_positions(head, batch) as picked, attention_for(batch["labels"].shape[1], model.device):
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            each = torch.nn.functional.cross_entropy(logits[0, :-1].float(), picked["labels"][0, 1:], reduction="none")
+            for at, tokens in zip(chosen, torch.tensor_split(each, counts.cumsum(0)[:-1].cpu()), strict=True):
+                losses[at] = tokens.mean().item()
     finally:
         model.train(training)
     return losses

@@ -69,6 +69,7 @@ def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequenc
 
 def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     """Factors at step 0: from the cache, or decomposed now (by all processes together)."""
+    from soka_serve.base.cpu import fast_products
     from soka_serve.compiler.init.initialise import InitRun
     from soka_serve.compiler.init.result import Initialisation
 
@@ -79,7 +80,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
         context.timings_s["init"] = _seconds_of(directory)
         return Initialisation.read(directory)
     train = context.loaded.manifest.train
-    with context.stage("init", f"decomposing {len(context.targets)} weights"):
+    with context.stage("init", f"decomposing {len(context.targets)} weights"), fast_products():
         device = _device()
         groups = budget_groups(context.loaded.manifest, context.targets)
         with scratch_directory(directory) as scratch:

@@ -21,7 +21,8 @@ from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from soka_serve.base.model import auto_dtype, has_amx, load_base, quiet_bars
+from soka_serve.base.cpu import fast_products, has_amx
+from soka_serve.base.model import auto_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
@@ -67,6 +68,7 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
     recipe, work_dir = run.manifest.train, run.work_dir
     _check(run, data.evaluation)
     with disk_errors(work_dir), _torch_errors(work_dir, recipe.batch_size), quiet_bars(), ExitStack() as stack:
+        stack.enter_context(fast_products())
         work_dir.mkdir(parents=True, exist_ok=True)
         arguments = make_arguments(
             recipe, work_dir, name=run.manifest.name or "soka", evaluate=recipe.eval_every is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from soka_serve.base.cpu import attention_for
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
 from soka_serve.compiler.train.length_groups import LengthGroups
@@ -159,9 +161,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's loss, in training and evaluation, with logits of the positions that count alone."""
         head = output_layer(self.accelerator.unwrap_model(model)) if self.args.n_gpu <= 1 else None
-        if head is None:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with trained_positions(head, inputs) as batch:
+        picked = nullcontext(inputs) if head is None else trained_positions(head, inputs)
+        with picked as batch, attention_for(inputs["labels"].shape[-1], self.args.device):
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -174,7 +175,9 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """
         if self.recipe.packing and not self._packing_checked:
             self._check_packing(args[0] if args else kwargs["model"])
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        with attention_for(inputs["labels"].shape[-1], self.args.device):  # checkpointing runs layers again, backward
+            loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             self._check_base()
             step = self.state.global_step + 1
