@@ -12,7 +12,7 @@ from soka_serve.base.target_modules import resolve_targets
 from soka_serve.comparison.plan import runs_per_cell
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.settings import manifest_of
-from soka_serve.comparison.suite import Contender
+from soka_serve.comparison.suite import Contender, Protocol
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.modules import plan_training
 
@@ -38,8 +38,8 @@ class Preview:
         sweep, final = runs_per_cell(suite)
         lines += [
             "",
-            f"each method on each dataset: {suite.settings} settings x {len(protocol.sweep_seeds)} sweep seeds "
-            f"= {sweep} runs to choose one, then {final} runs of the results; by priority:",
+            f"each method on each dataset: {suite.settings} settings {_with_seeds(protocol)} = {sweep} runs to choose "
+            f"one, then {final} runs of the results; by priority:",
         ]
         for contender in sorted(suite.method, key=lambda m: m.priority):
             grid = "; ".join(f"{axis} {', '.join(f'{v:g}' for v in values)}" for axis, values in contender.grid.items())
@@ -78,3 +78,11 @@ def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tupl
     targets = resolve_targets(manifest, base.modules)
     planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
     return planned.parameters_min, planned.parameters_max
+
+
+def _with_seeds(protocol: Protocol) -> str:
+    """With how many sweep seeds each setting is tried."""
+    seeds = len(protocol.sweep_seeds)
+    if protocol.finalists is None or seeds == 1:
+        return f"x {seeds} sweep seed{'s' * (seeds > 1)}"
+    return f"with one sweep seed, the best {protocol.finalists} with {seeds - 1} more"

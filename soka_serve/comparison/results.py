@@ -13,7 +13,7 @@ from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
 from soka_serve.comparison.stats import interval, noise, pareto_front, running_mean, steps_to
 from soka_serve.comparison.suite import DataSet, Suite
-from soka_serve.comparison.sweep import Choice, choose, seeds_that_agree
+from soka_serve.comparison.sweep import Choice, choose, seeds_that_agree, sweep_keys
 from soka_serve.compiler.report.charts import thin
 
 CURVE_POINTS = 50
@@ -105,9 +105,7 @@ def _cell(
     records: Mapping[str, Record],
 ) -> dict[str, Any]:
     """A method on a dataset."""
-    seeds = cell.suite.protocol.sweep_seeds
-    specs = [cell.spec("sweep", setting, seed) for setting in choice.scores for seed in seeds]
-    sweeps = [records[spec.key] for spec in specs]
+    sweeps = [records[key] for key in sweep_keys(cell, choice) if key in records]
     done = [record for record in finals.values() if _whole(record)]
     window, steps = cell.suite.protocol.loss_window, cell.suite.train.model_dump()["steps"]
     reached = {

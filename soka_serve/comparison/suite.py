@@ -8,6 +8,7 @@ keys of the recipe that every method shares. A setting is one value for each axi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -74,8 +75,13 @@ class Protocol(Table):
     )
     settings: PositiveInt | None = Field(
         None,
-        description="Settings that are tried for every method and dataset, each with every sweep seed; default: what "
-        "one pass over the axes of the largest grid takes.",
+        description="Settings that are tried for every method and dataset, each with every sweep seed (see "
+        "`finalists`); default: what one pass over the axes of the largest grid takes.",
+    )
+    finalists: PositiveInt | None = Field(
+        None,
+        description="How many of the settings see the sweep seeds after the first: those that the first finds best; "
+        "default: all.",
     )
     choose_by: Literal["loss", "accuracy"] = Field(
         "loss", description="What chooses a setting: loss or accuracy of the answers to the validation problems."
@@ -97,6 +103,10 @@ class Protocol(Table):
                     ("sweep_seeds",),
                     f"{', '.join(map(str, both))} stands in seeds too: no run of the results may choose a setting",
                 )
+        if seen.knows("finalists", "settings") and (seen.values["finalists"] or 0) > (
+            seen.values["settings"] or math.inf
+        ):
+            yield ("finalists",), f"finalists is larger than settings ({seen.show('settings')})"
         if seen.knows("answered", "test") and (seen.values["answered"] or 0) > seen.values["test"]:
             yield ("answered",), f"answered is larger than test ({seen.show('test')})"
 

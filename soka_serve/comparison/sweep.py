@@ -2,7 +2,8 @@
 
 The search begins in the middle of the grid and tries all values of one axis after the other, each time from the best
 setting so far (coordinate search). Then, as long as settings are left: beyond an end of an axis where the best value
-lies, along the axes through the best setting, and between the best value and its neighbours.
+lies, along the axes through the best setting, and between the best value and its neighbours. With `finalists`, that
+search looks at the first sweep seed alone; the others choose among the settings that it found best.
 
 A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
 """
@@ -26,11 +27,12 @@ class Choice:
     """What the search of a cell has found so far.
 
     `scores` has every setting that was tried (None where all its runs failed), `trying` those whose runs are not all
-    there. `setting` is None as long as the search goes on, and if every run failed. `border` names the axes on which
-    the chosen value is the smallest or the largest that was tried.
+    there, `finalists` those that see every sweep seed. `setting` is None as long as the search goes on, and if every
+    run failed. `border` names the axes on which the chosen value is the smallest or the largest that was tried.
     """
 
     scores: Mapping[Setting, Score | None]
+    finalists: tuple[Setting, ...] = ()
     setting: Setting | None = None
     border: tuple[str, ...] = ()
     failed: bool = False
@@ -39,17 +41,24 @@ class Choice:
 
 def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
     """The choice as far as a cell's search has come, and the sweep runs that it needs next."""
-    grid = cell.contender.grid
+    grid, (first, others) = cell.contender.grid, _seeds(cell)
     scores: dict[Setting, Score | None] = {}
     while settings := _next(grid, scores, cell):
-        runs = {s: [cell.spec("sweep", s, seed) for seed in cell.suite.protocol.sweep_seeds] for s in settings}
+        runs = {s: [cell.spec("sweep", s, seed) for seed in first] for s in settings}
         missing = [run for found in runs.values() for run in found if run.key not in records]
         if missing:
             return Choice(scores, trying=tuple(settings)), missing
         scores |= {s: _score([records[run.key] for run in found]) for s, found in runs.items()}
         if not any(scores.values()):
             return Choice(scores, failed=True), []
-    best = _best(scores)
+    finalists = tuple(sorted(scores, key=lambda s: _rank(scores[s]), reverse=True)[: cell.suite.protocol.finalists])
+    runs = {s: [cell.spec("sweep", s, seed) for seed in (*first, *others)] for s in finalists}
+    missing = [run for found in runs.values() for run in found if run.key not in records]
+    if missing:
+        return Choice(scores, finalists), missing
+    last = {s: _score([records[run.key] for run in found]) for s, found in runs.items()}
+    scores |= last
+    best = _best(last)
     border = tuple(
         axis
         for axis, value in best
@@ -58,7 +67,14 @@ def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunS
         and value
         and len(grid[axis]) > 1
     )
-    return Choice(scores, best, border), []
+    return Choice(scores, finalists, best, border), []
+
+
+def _seeds(cell: Cell) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sweep seeds that every setting sees, and those that finalists see besides."""
+    protocol = cell.suite.protocol
+    everywhere = len(protocol.sweep_seeds) if protocol.finalists is None else 1
+    return protocol.sweep_seeds[:everywhere], protocol.sweep_seeds[everywhere:]
 
 
 def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> list[Setting]:
@@ -85,7 +101,12 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
 
 def _best(scores: Mapping[Setting, Score | None]) -> Setting:
     """The best setting; among equals the one that was tried first."""
-    return max(scores, key=lambda setting: scores[setting] or (-math.inf, -math.inf))
+    return max(scores, key=lambda setting: _rank(scores[setting]))
+
+
+def _rank(score: Score | None) -> Score:
+    """A score to sort by: without one, the worst."""
+    return score or (-math.inf, -math.inf)
 
 
 def _tried(scores: Mapping[Setting, Score | None], axis: str) -> set[float]:
@@ -157,9 +178,9 @@ def _loss(record: Record) -> float:
 
 
 def seeds_that_agree(cell: Cell, choice: Choice, records: Mapping[str, Record]) -> int:
-    """How many sweep seeds would have chosen the same setting by themselves, of those that were tried."""
+    """How many sweep seeds would have chosen the same setting by themselves, of those that all of them saw."""
     own = [
-        {setting: _score([records[cell.spec("sweep", setting, seed).key]]) for setting in choice.scores}
+        {setting: _score([records[cell.spec("sweep", setting, seed).key]]) for setting in choice.finalists}
         for seed in cell.suite.protocol.sweep_seeds
     ]
     return sum(_best(scores) == choice.setting for scores in own)
@@ -167,5 +188,6 @@ def seeds_that_agree(cell: Cell, choice: Choice, records: Mapping[str, Record]) 
 
 def sweep_keys(cell: Cell, choice: Choice) -> Iterator[str]:
     """Keys of the sweep runs that a choice rests on, or will."""
-    for setting in (*choice.scores, *choice.trying):
-        yield from (cell.spec("sweep", setting, seed).key for seed in cell.suite.protocol.sweep_seeds)
+    first, others = _seeds(cell)
+    for settings, seeds in (((*choice.scores, *choice.trying), first), (choice.finalists, others)):
+        yield from (cell.spec("sweep", setting, seed).key for setting in settings for seed in seeds)

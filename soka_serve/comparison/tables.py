@@ -45,7 +45,7 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
         f"Mean over {len(protocol['seeds'])} seeds with 95% confidence intervals (Student's t, over seeds; those of "
         f"accuracies are cut at 0 and 100%). The setting of every method was chosen among {settings}, by coordinate "
         f"search, by the {protocol['choose_by']} on {protocol['validation']} validation problems with {sweeps} other "
-        f"seeds. Results are on {protocol['test']} test problems that share none with those.",
+        f"seeds{_finalists(protocol)}. Results are on {protocol['test']} test problems that share none with those.",
         "Held-out loss: nats per token of the right answer. Forgetting: rise of that loss on text that nothing was "
         "trained on. Steps to the loss: first step at which the running mean of "
         f"{protocol['loss_window']} training losses is at most the suite's smallest target; a run that does not get "
@@ -73,6 +73,11 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     if borders:
         said.append(f"**The best value is the smallest or largest that was tried**: {'; '.join(borders)}.")
     return said
+
+
+def _finalists(protocol: Mapping[str, Any]) -> str:
+    kept = protocol.get("finalists")
+    return f" (the first for every setting, the rest for the best {kept})" if kept else ""
 
 
 def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

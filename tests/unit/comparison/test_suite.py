@@ -18,7 +18,7 @@ from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cel
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
 from soka_serve.comparison.read import parse_suite, read_suite
-from soka_serve.comparison.records import keys_of, progress_of
+from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
 from soka_serve.errors import ManifestError
@@ -111,6 +111,7 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ('name = "b"', 'name = "a"', 'method[1].name: "a" is the name of another method already'),
         ("adapt =", 'datasets = ["x"]\nadapt =', 'no dataset is called "x"; there are math'),
         ("steps = 3", "steps = 3\n[protocol]\nsweep_seeds = [4]", "4 stands in seeds too"),
+        ("steps = 3", "steps = 3\n[protocol]\nsettings = 2\nfinalists = 3", "finalists is larger than settings"),
         ("steps = 3", "steps = 3\n[protocol]\nanswered = 201", "answered is larger than test (200, the default)"),
         ('{ builtin = "math" }', '{ builtin = "math" }\nanswers = "boxed"', "builtin families have their own"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }\ntest_seed = 2', "test_seed belongs to builtin families"),
@@ -278,6 +279,26 @@ def test_zero_is_a_value_that_is_neither_refined_nor_a_border() -> None:
         assert {dict(s)["clip"] for s in choice.scores} == {0, 3}
         assert dict(choice.setting or ())["clip"] == best
         assert ("clip" in choice.border) == (best == 3)
+
+
+def test_finalists_alone_see_the_later_seeds_and_are_chosen_among() -> None:
+    changed = "sweep_seeds = [100, 101, 102]\nfinalists = 2\nsettings = 5"
+    cell = cells_of(TEXT.replace("sweep_seeds = [100]\nsettings = 5", changed))[2]
+    assert runs_per_cell(cell.suite) == (9, 2)
+    records: Records = {}
+    seen: dict[int, list[float]] = {}
+    while runs := choose(cell, records)[1]:
+        for run in runs:
+            rate = dict(run.setting)["learning_rate"]
+            seen.setdefault(run.seed, []).append(rate)
+            records[run.key] = record(-rate if run.seed == 100 else rate)  # the first seed wants large rates
+            assert set(records) <= set(run_keys(cell, records))
+    assert seen == {100: [2.0, 1.0, 4.0, 8.0, 16.0], 101: [16.0, 8.0], 102: [16.0, 8.0]}
+    choice, _ = choose(cell, records)
+    assert choice.setting == (("learning_rate", 8.0),)
+    assert seeds_that_agree(cell, choice, records) == 2
+    left = sum(runs_per_cell(cell.suite))
+    assert progress_of([cell], records) == {"done": 9, "left": left - 9, "failed": 0}
 
 
 def test_whole_numbers_stay_whole_and_values_that_no_manifest_takes_are_left_out() -> None:
