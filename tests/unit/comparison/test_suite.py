@@ -281,6 +281,19 @@ def test_zero_is_a_value_that_is_neither_refined_nor_a_border() -> None:
         assert ("clip" in choice.border) == (best == 3)
 
 
+def test_keys_of_records_stay() -> None:
+    """Records are kept for months: a key that is added to manifests must not make them another run's at its default."""
+    first, *_, second = cells_of(TEXT.replace('builtin = "tiny"', 'path = "base"\ndtype = "float32"'))
+    runs = ((first, START), (second, START[:1]))
+    keys = [cell.spec(stage, setting, 0).key for cell, setting in runs for stage in ("sweep", "final")]
+    assert keys == [
+        "49ccff498f890ca1b5510813",
+        "1c096b90cc465affc9fc6dae",
+        "bce74e0e5b7c59049d7184d5",
+        "03d99c02aa401af776b878c8",
+    ]
+
+
 def test_finalists_alone_see_the_later_seeds_and_are_chosen_among() -> None:
     changed = "sweep_seeds = [100, 101, 102]\nfinalists = 2\nsettings = 5"
     cell = cells_of(TEXT.replace("sweep_seeds = [100]\nsettings = 5", changed))[2]
