@@ -5,6 +5,7 @@ What the command line does is one call from Python:
     plan(manifest)                  what a build would do; loads no weights
     build(manifest)                 manifest -> adapter, merged model, report
     merge(adapter, base=, out=)     adapter + base -> dense model
+    combine(adapters, out)          weighted sum of adapters -> one adapter
     extract(tuned, base=, out=)     fully fine-tuned checkpoint -> adapter
     export(adapter, out, to=)       adapter -> finished adapter or LoRA
     inspect(path)                   what a directory holds
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.errors import SokaError
 
 if TYPE_CHECKING:
+    from soka_serve.adapter.combine import combine
     from soka_serve.adapter.export import export
     from soka_serve.adapter.inspect import inspect
     from soka_serve.comparison.compare import compare
@@ -31,12 +33,25 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SokaError", "__version__", "build", "compare", "evaluate", "export", "extract", "inspect", "merge", "plan"]
+__all__ = [
+    "SokaError",
+    "__version__",
+    "build",
+    "combine",
+    "compare",
+    "evaluate",
+    "export",
+    "extract",
+    "inspect",
+    "merge",
+    "plan",
+]
 
 # Loaded at first use: `import soka_serve` must not import torch. No submodule has one of these names: importing it
 # would put the module in the function's place.
 _HOMES = {
     "build": "soka_serve.compiler.build",
+    "combine": "soka_serve.adapter.combine",
     "compare": "soka_serve.comparison.compare",
     "evaluate": "soka_serve.evaluation.run",
     "export": "soka_serve.adapter.export",

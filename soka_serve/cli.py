@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from soka_serve.adapter.cli import inspect
+from soka_serve.adapter.cli import combine, inspect
 from soka_serve.comparison.cli import compare
 from soka_serve.compiler.cli import build, export, extract, merge, plan
 from soka_serve.errors import SokaError, printable_lines
@@ -95,5 +95,7 @@ def main(ctx: click.Context, debug: bool, quiet: bool) -> None:
     _set_up_logging(quiet=quiet, debug=debug)
 
 
-for _command in (build, compare, doctor, evaluate, export, extract, init, inspect, merge, plan, schema, serve):
+for _command in (
+    *(build, combine, compare, doctor, evaluate, export, extract, init, inspect, merge, plan, schema, serve),
+):
     main.add_command(_command)

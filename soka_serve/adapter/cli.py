@@ -1,13 +1,27 @@
-"""The command `inspect`."""
+"""The commands `combine` and `inspect`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from soka_serve.io.console import FILE, say
+
+
+@click.command(epilog="Example:  soka-serve combine clients/one=0.5 clients/two=0.5 --rank 4 --out combined")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
+@click.option("--out", type=FILE, required=True, help="Directory of the new adapter; an earlier one is replaced.")
+@click.option("--rank", type=click.IntRange(min=1), help="Most terms per module (default: all, which is exact).")
+@click.option("--allow-other-base", is_flag=True, help="Combine adapters that were made for different bases.")
+def combine(adapters: tuple[str, ...], **options: Any) -> None:
+    """Write the weighted sum of several adapters of one base as one adapter, and say what is lost."""
+    from soka_serve.adapter.combine import combine as run
+    from soka_serve.adapter.weighted import parse_weighted
+
+    say(run([parse_weighted(a) for a in adapters], **options).to_text())
 
 
 @click.command(epilog="Example:  soka-serve inspect build/math")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soka_serve.adapter.format import KEY_PREFIX, Adapter, write_adapter
+from soka_serve.adapter.loss import Energies, loss_lines, lost_energy, percent, shares
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
@@ -25,7 +25,7 @@ from soka_serve.io.places import given_path
 from soka_serve.io.progress import track
 from soka_serve.io.versions import versions
 from soka_serve.io.warn_once import one_command
-from soka_serve.kron import Factors, dense_delta, kpsvd, recompress, stack_terms
+from soka_serve.kron import Factors, dense_delta, kpsvd, recompress
 from soka_serve.kron.shapes import FactorShape
 
 log = logging.getLogger(__name__)
@@ -62,23 +62,9 @@ class ExportResult:
             f"{'adapter' if self.form == 'soka' else 'LoRA':<11} {self.out}",
             f"modules     {self.modules}, rank {low if low == high else f'{low} to {high}'}, "
             f"{self.parameters:,} parameters",
-            f"lost        {percent(self.dropped_energy_frac)} of the deltas' energy",
+            *loss_lines(self.dropped_energy_frac, self.by_module),
         ]
-        worst = sorted(self.by_module.items(), key=lambda item: -item[1])[:3]
-        if self.dropped_energy_frac >= 1e-9:
-            lines += [f"            {percent(frac):>8}  {name}" for name, frac in worst]
         return "\n".join(lines)
-
-
-def percent(frac: float) -> str:
-    """A share of lost energy as text: 0% up to rounding errors, and never 0% for more than that.
-
-    >>> percent(3e-15), percent(2e-6), percent(0.123456)
-    ('0%', '0.0002%', '12.35%')
-    """
-    if frac < 1e-12:
-        return "0%"
-    return f"{frac:.2%}" if frac >= 1e-4 else f"{frac * 100:.1g}%"
 
 
 @one_command()
@@ -126,15 +112,15 @@ def export(
             else:
                 tensors, energies = _to_lora(adapter, lora_rank, stored, advance)
                 ranks, parameters = [lora_rank], sum(t.numel() for t in tensors.values())
-        total = math.fsum(e for e, _ in energies.values())
+        dropped, by_module = shares(energies)
         result = ExportResult(
             out=out,
             form=to,
             modules=len(energies),
             parameters=parameters,
             ranks=(min(ranks), max(ranks)),
-            dropped_energy_frac=math.fsum(d for _, d in energies.values()) / total if total else 0.0,
-            by_module={name: d / e if e else 0.0 for name, (e, d) in energies.items()},
+            dropped_energy_frac=dropped,
+            by_module=by_module,
         )
         lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
         if to == "soka":
@@ -157,39 +143,28 @@ def _check_request(to: str, rank: int | str | None) -> None:
         raise SokaError(f"rank: expected at least 1; got {rank!r}")
 
 
-_Energies = dict[str, tuple[float, float]]  # by module: the delta's energy, and what is lost of it
-
-
 def _to_soka(
     adapter: Adapter, rank: int | Literal["trained"] | None, dtype: torch.dtype, advance: Any
-) -> tuple[dict[str, Factors], _Energies]:
+) -> tuple[dict[str, Factors], Energies]:
     written: dict[str, Factors] = {}
-    energies: _Energies = {}
+    energies: dict[str, tuple[float, float]] = {}
     for name, factors in adapter.factors.items():
         delta = adapter.delta_factors(name)
-        # Orthonormal terms in float64: their energies add up, and the first ones are the best.
-        exact, _ = recompress(delta.to(torch.float64))
         kept, _ = recompress(delta, rank=factors.rank if rank == "trained" else rank)
-        energy = _energy(exact)
         written[name] = kept.to(dtype)
-        rest, _ = recompress(stack_terms(exact, written[name].to(torch.float64), signs=(1, -1)))
-        energies[name] = (energy, min(_energy(rest), energy))
+        energies[name] = lost_energy(delta, written[name])
         advance(name)
     return written, energies
 
 
-def _energy(orthonormal: Factors) -> float:
-    return float(orthonormal.sigma.double().square().sum())
-
-
-def _to_lora(adapter: Adapter, rank: int, dtype: torch.dtype, advance: Any) -> tuple[dict[str, Tensor], _Energies]:
+def _to_lora(adapter: Adapter, rank: int, dtype: torch.dtype, advance: Any) -> tuple[dict[str, Tensor], Energies]:
     """The truncated SVD of every delta as lora_A (rank, in) and lora_B (out, rank), scaling 1.
 
     An outer product is the Kronecker product of a column and a row, so the KPSVD of factor shape (out, 1, 1, in) is
     the SVD, exact or randomised as `kpsvd` chooses.
     """
     tensors: dict[str, Tensor] = {}
-    energies: _Energies = {}
+    energies: dict[str, tuple[float, float]] = {}
     for name in adapter.factors:
         delta = adapter.delta_factors(name)
         rows, columns = delta.shape.out_features, delta.shape.in_features

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter.format import Adapter, read_adapter
-from soka_serve.errors import CheckpointError
+from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.budget import ReadingBudget, read_limited
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import read_errors, sha256_file
+from soka_serve.io.leftovers import final_name
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.stamps import WAIT, FileStamps
 
@@ -40,6 +41,12 @@ class AdapterSource:
     config_sha256: str
     lock: dict[str, Any] | None
     card: str | None
+
+    @property
+    def name(self) -> str:
+        """What to call it: a build's adapter after the build, another one after its directory."""
+        real = Path(os.path.realpath(self.adapter.directory))
+        return printable(final_name(real.parent) if real.name == "adapter" else final_name(real))
 
     @property
     def base_sha256(self) -> str | None:

@@ -79,8 +79,8 @@ def _build_text(result: BuildResult) -> str:
 @click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
 def merge(adapters: tuple[str, ...], **options: Any) -> None:
     """Add adapters to a base model's weights; write a dense model that any engine loads."""
+    from soka_serve.adapter.weighted import parse_weighted
     from soka_serve.compiler.merge.merge import merge as run
-    from soka_serve.compiler.merge.merge import parse_weighted
 
     say(run([parse_weighted(a) for a in adapters], **options).to_text())
 

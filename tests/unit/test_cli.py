@@ -59,6 +59,7 @@ def test_init_plan_and_a_typing_mistake(tmp_path: Path, monkeypatch: pytest.Monk
         (["merge", "nowhere", "--base", "tiny", "--out", "x"], ["nowhere"]),
         (["merge", "x", "--base", "tinny", "--out", "x"], ["tinny", "'tiny', the embedded model", "ORGANISATION/NAME"]),
         (["merge", "nowhere=half", "--base", "tiny", "--out", "x"], ["ADAPTER=WEIGHT", "half"]),
+        (["combine", "nowhere=0.5", "--out", "x"], ["nowhere"]),
         (["export", "nowhere", "--out", "x"], ["nowhere"]),
         (["extract", "./nowhere", "--base", "tiny", "--out", "x", "--rank", "1"], ["nowhere"]),
         (["extract", "tiny", "--base", "tiny", "--out", "x"], ["exactly one of"]),
@@ -102,6 +103,7 @@ def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 WITH_EXAMPLES = (
+    *("soka_serve.adapter.loss", "soka_serve.adapter.weighted"),
     *("soka_serve.errors", "soka_serve.compiler.status", "soka_vllm.versions"),
     *("soka_serve.evaluation.backends", "soka_serve.evaluation.results"),
     *("soka_serve.serving.command", "soka_serve.serving.log", "soka_serve.serving.targets"),
@@ -121,6 +123,7 @@ COMMANDS_WITH_OUT = {
     "build": ["m.toml"],
     "merge": ["adapter", "--base", "tiny"],
     "extract": ["tiny", "--base", "tiny", "--rank", "1"],
+    "combine": ["adapter"],
     "export": ["adapter"],
     "compare": ["suite.toml"],
     "eval": ["m.toml"],
@@ -143,6 +146,7 @@ def test_an_empty_out_is_refused(command: str, tmp_path: Path, monkeypatch: pyte
     "call",
     [
         lambda: soka_serve.merge("adapter", base="tiny", out=""),
+        lambda: soka_serve.combine([("adapter", 1.0)], ""),
         lambda: soka_serve.export("adapter", ""),
         lambda: soka_serve.plan("m.toml", out=""),
         lambda: build("m.toml", out=""),

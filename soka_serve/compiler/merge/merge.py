@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from soka_serve.adapter.format import Adapter, check_against
 from soka_serve.adapter.source import read_source
+from soka_serve.adapter.weighted import check_weight
 from soka_serve.base.base import Base
 from soka_serve.base.foreign_code import check_no_code
 from soka_serve.base.optional_tensors import ties_embeddings
@@ -65,24 +66,6 @@ class MergeResult:
             f"size        {self.bytes_written:,} bytes, dtype {self.dtype}, {self.seconds:.1f} s\n"
             f"verified    {'; '.join(checks) or 'no'}"
         )
-
-
-def parse_weighted(text: str) -> tuple[Path, float]:
-    """'ADAPTER' or 'ADAPTER=WEIGHT', as the merge command takes it.
-
-    >>> parse_weighted("build/math/adapter=0.5")[1]
-    0.5
-    """
-    path, separator, number = text.rpartition("=")
-    if not separator or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(path), float(number)
-    except ValueError:
-        raise SokaError(
-            f"{text}: expected ADAPTER or ADAPTER=WEIGHT with a number; got weight {number!r}",
-            hint="For example: build/math/adapter=0.5",
-        ) from None
 
 
 @one_command()
@@ -228,12 +211,11 @@ def _check_fit(base: Base, adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
     problems: list[SokaError] = []
     for adapter, weight in adapters:
-        if not math.isfinite(weight):
-            problems.append(CheckpointError(f"{adapter.directory}: weight {weight} is not a finite number"))
-        try:
-            check_against(adapter, base.weights)
-        except CheckpointError as error:
-            problems.append(error)
+        for check in (partial(check_weight, adapter, weight), partial(check_against, adapter, base.weights)):
+            try:
+                check()
+            except CheckpointError as error:
+                problems.append(error)
         for module in adapter.factors:
             if module.rpartition(".")[2] == "lm_head" and ties_embeddings(base.config):
                 tied = f"{adapter.directory}: {module} is tied to the embedding in this base: a merge would change both"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter.source import AdapterSource
+from soka_serve.adapter.weighted import weighted_lock, weighted_table
 from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import INDEX_FILE, SINGLE_FILE
 from soka_serve.base.tokenizer_class import hub_settings
@@ -18,7 +18,6 @@ from soka_serve.errors import CheckpointError, printable
 from soka_serve.io.file_names import CARD_FILE, LOCK_FILE
 from soka_serve.io.files import read_errors, require_regular, write_text_atomic
 from soka_serve.io.json_files import read_json
-from soka_serve.io.leftovers import final_name
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.outputs import OutputKind
 from soka_serve.io.versions import versions
@@ -121,8 +120,7 @@ def write_papers(
     new: Path, directory: Path, sources: Sequence[tuple[AdapterSource, float]], dtype: str, base_sha256: str | None
 ) -> None:
     """soka.lock and a short model card, without paths of this machine."""
-    adapters = [(source.adapter, weight) for source, weight in sources]
-    base = adapters[0][0].base_model or ""
+    base = sources[0][0].adapter.base_model or ""
     if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
         base = Path(base or directory).name
     base = printable(base)
@@ -131,31 +129,15 @@ def write_papers(
         "kind": "merged",
         "dtype": dtype,
         "base": {"name": base, **({"sha256": base_sha256} if base_sha256 else {})},
-        "adapters": {
-            f"adapter{i}": {
-                "name": _name_of(source.adapter.directory),
-                "weight": weight,
-                "sha256": source.sha256,
-                "modules": len(source.adapter.factors),
-            }
-            for i, (source, weight) in enumerate(sources)
-        },
+        "adapters": weighted_lock(sources),
         "versions": versions(),
     }
     write_lock(new / LOCK_FILE, lock)
-    named = [(_name_of(adapter.directory).replace("|", "/"), adapter, weight) for adapter, weight in adapters]
-    rows = "\n".join(f"| {name} | {w:g} | {len(a.factors)} | {a.parameters:,} |" for name, a, w in named)
     card = (
         "---\nlibrary_name: transformers\ntags: [soka, merged]\n---\n\n"
-        f"# {base} with {len(adapters)} SoKA adapter{'s' * (len(adapters) > 1)} merged in\n\n"
+        f"# {base} with {len(sources)} SoKA adapter{'s' * (len(sources) > 1)} merged in\n\n"
         "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.\n\n"
-        f"| adapter | weight | modules | parameters |\n|---|---|---|---|\n{rows}\n\n"
+        f"{weighted_table(sources)}\n\n"
         "`soka.lock` holds the hashes and versions.\n"
     )
     write_text_atomic(new / CARD_FILE, card)
-
-
-def _name_of(directory: Path) -> str:
-    """A build's adapter is called after the build."""
-    real = Path(os.path.realpath(directory))
-    return printable(final_name(real.parent) if real.name == "adapter" else final_name(real))
