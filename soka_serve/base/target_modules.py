@@ -22,6 +22,7 @@ from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import Manifest
+from soka_serve.starts import STARTS
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +154,9 @@ def resolve_targets(
     failures: dict[tuple[int, str, str], list[str]] = {}  # rule, key, message -> modules: 32 layers, one line
     for module in enabled:
         rule, hits_of = chosen_rules[module.name], tuple(matched[module.name])
-        if rule.init == "delta" and not rule.finetuned:
+        if rule.start.source and not rule.source:
             index = _setter(manifest, hits_of, "init")
-            message = "'delta' needs `finetuned`, the fully fine-tuned checkpoint"
+            message = f"{rule.init!r} needs `{rule.start.source}`, {rule.start.source_is}"
             failures.setdefault((index, "init", message), []).append(module.name)
         if problem := _weighting_problem(rule):
             failures.setdefault((_setter(manifest, hits_of, "weighting"), "weighting", problem), []).append(module.name)
@@ -231,8 +232,8 @@ def _weighting_problem(rule: Adapt) -> str | None:
         return None
     if rule.shape == "auto":
         return "'both' needs a factor shape that is known beforehand; shape is 'auto'"
-    if rule.init == "gradient" or not rule.batches:
-        given = "" if rule.init == "gradient" else " and no calibration_batches"
+    if rule.start.needs_gradient or not rule.batches:
+        given = "" if rule.start.needs_gradient else " and no calibration_batches"
         return f"'both' weights a decomposition by calibration batches; there is none with init = {rule.init!r}{given}"
     return None
 
@@ -271,7 +272,8 @@ def _warn_unused(manifest: Manifest, targets: Sequence[TargetModule]) -> None:
         mine = [t for t in targets if index in t.rules]
         if rule.enabled and index not in used:
             warn(logger, "adapt[%d] has no effect: later rules disable every module it matches", index)
-        if rule.finetuned and mine and all(t.rule.init != "delta" for t in mine):
-            warn(logger, "adapt[%d].finetuned has no effect: init is not 'delta'", index)
-        if rule.calibration_batches and mine and all(t.rule.init in ("zero", "random") for t in mine):
-            warn(logger, "adapt[%d].calibration_batches has no effect: init is 'zero'", index)
+        for start in STARTS.values():
+            if (key := start.source) and getattr(rule, key) and mine and all(t.rule.start.source != key for t in mine):
+                warn(logger, "adapt[%d].%s has no effect: init is not '%s'", index, key, start.name)
+        if rule.calibration_batches and mine and all(t.rule.start.unweighed for t in mine):
+            warn(logger, "adapt[%d].calibration_batches has no effect: init is '%s'", index, mine[0].rule.init)

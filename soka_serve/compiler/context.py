@@ -121,8 +121,7 @@ def prepare(
     targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, loaded.name_key)
     check_tokenizer_files(base.folder)  # before they are hashed
     finetuned = {
-        source: _open_finetuned(source, loaded)
-        for source in sorted({t.rule.finetuned for t in targets if t.rule.init == "delta" and t.rule.finetuned})
+        source: _open_finetuned(source, loaded) for source in sorted({t.rule.source for t in targets if t.rule.source})
     }
     for other in finetuned.values():
         other.check_plain()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from soka_serve.manifest.fields import Fraction, PathOrId, PositiveInt, Text
 from soka_serve.manifest.table import Key, Table, TableKeys
+from soka_serve.starts import STARTS, Start, names_of
 
 EVERY_MODULE = ("*",)
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -23,6 +24,11 @@ SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 DEFAULT_CALIBRATION_BATCHES = 8
 DEFAULT_SCALE = 1.0
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
+
+if TYPE_CHECKING:
+    StartName = str
+else:
+    StartName = Literal[tuple(STARTS)]
 
 
 def _check_bounds(keys: TableKeys) -> Iterator[tuple[Key, str]]:
@@ -125,10 +131,9 @@ class Adapt(Table):
     tp: PositiveInt = Field(
         1, description="Tensor-parallel size that the shape must shard over: m for column-parallel, n for row-parallel."
     )
-    init: Literal["weights", "delta", "gradient", "zero", "random"] = Field(
+    init: StartName = Field(
         "weights",
-        description="Where the factors start: principal Kronecker components of the weight, of a fine-tuned "
-        "checkpoint's delta, of the first gradient, zero (the KronA baseline), or random (to compare with).",
+        description="Where the factors start. " + "; ".join(f"{s.name!r}: {s.meaning}" for s in STARTS.values()) + ".",
     )
     finetuned: PathOrId | None = Field(
         None,
@@ -138,8 +143,8 @@ class Adapt(Table):
     calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Training batches whose activations at trained tokens weight the decomposition (0: none); with "
-        "init = 'gradient', the batches the gradient is taken over. Default: 8 with init = 'weights' or 'gradient', "
-        "else 0.",
+        "init = 'gradient', the batches the gradient is taken over. Default: 8 with init = "
+        f"{names_of(s for s in STARTS.values() if s.calibrated)}, else 0.",
         examples=[8],
     )
     weighting: Literal["inputs", "both"] = Field(
@@ -155,11 +160,21 @@ class Adapt(Table):
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
 
     @property
+    def start(self) -> Start:
+        """What `init` names."""
+        return STARTS[self.init]
+
+    @property
+    def source(self) -> str | None:
+        """What `finetuned`, or another key that the start reads, says."""
+        return getattr(self, self.start.source) if self.start.source else None
+
+    @property
     def batches(self) -> int:
         """Training batches that the initialisation looks at."""
-        if self.calibration_batches or (self.calibration_batches == 0 and self.init != "gradient"):
+        if self.calibration_batches or (self.calibration_batches == 0 and not self.start.needs_gradient):
             return self.calibration_batches
-        return DEFAULT_CALIBRATION_BATCHES if self.init in ("weights", "gradient") else 0
+        return DEFAULT_CALIBRATION_BATCHES if self.start.calibrated else 0
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -189,14 +204,19 @@ class Adapt(Table):
 
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
-        if len(keys.has("finetuned", "init")) == 2 and keys.knows("init") and keys.values["init"] != "delta":
-            yield ("finetuned",), f"finetuned belongs to init = 'delta'; this rule's init is {keys.values['init']!r}"
-        if len(keys.has("scale", "init")) == 2 and keys.knows("init") and keys.values["init"] == "delta":
-            yield ("scale",), "scale does not go with init = 'delta', whose terms have the delta's own size"
-        if keys.has("calibration_batches", "init") and keys.knows("calibration_batches", "init"):
-            batches, init = keys.values["calibration_batches"], keys.values["init"]
-            if batches and init in ("zero", "random"):
+        if not keys.knows("init"):
+            return
+        start = STARTS[keys.values["init"]]
+        for other in STARTS.values() if keys.has("init") else ():
+            if other.source is not None and other.source != start.source and keys.has(other.source):
                 yield (
-                    ("calibration_batches",),
-                    f"calibration_batches does not go with init = {init!r}: nothing is decomposed",
+                    (other.source,),
+                    f"{other.source} belongs to init = {other.name!r}; this rule's init is {start.name!r}",
                 )
+        if start.changes and keys.has("scale"):
+            yield ("scale",), f"scale does not go with init = {start.name!r}, whose terms have the delta's own size"
+        if start.unweighed and keys.knows("calibration_batches") and keys.values["calibration_batches"]:
+            yield (
+                ("calibration_batches",),
+                f"calibration_batches does not go with init = {start.name!r}: {start.unweighed}",
+            )

@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
+from soka_serve.starts import STARTS
 
 SCHEMA_VERSION = 1
 
@@ -345,9 +346,15 @@ class Manifest(Table):
                 yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
-            deltas = [i for i, rule in rules if value_of(rule, "init") == "delta"]
-            sources = [i for i, rule in rules if value_of(rule, "finetuned") is not None]
-            for i in deltas if not sources else ():
-                yield ("adapt", i, "init"), "init = 'delta' needs finetuned, the checkpoint whose delta is taken"
-            for i in sources if not deltas else ():
-                yield ("adapt", i, "finetuned"), "finetuned belongs to init = 'delta', which no rule sets"
+            for start in STARTS.values():
+                if start.source is None:
+                    continue
+                users = [i for i, rule in rules if value_of(rule, "init") == start.name]
+                sources = [i for i, rule in rules if value_of(rule, start.source) is not None]
+                for i in users if not sources else ():
+                    yield ("adapt", i, "init"), f"init = {start.name!r} needs {start.source}, {start.source_is}"
+                for i in sources if not users else ():
+                    yield (
+                        ("adapt", i, start.source),
+                        f"{start.source} belongs to init = {start.name!r}, which no rule sets",
+                    )

@@ -15,17 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soka_serve.compiler.init.rank import choose_rank
-from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.errors import CheckpointError
 from soka_serve.io.files import disk_errors
 from soka_serve.io.safetensors import check_finite
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.decompose import energy_of
-from soka_serve.kron.factors import random_terms, typical_entry
+from soka_serve.kron.factors import typical_entry
 from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.shape_search import search_shape
 from soka_serve.kron.shapes import FactorShape, candidate_shapes, parallel_of
 from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
 from soka_serve.manifest.rules import RankBudget, RankFixed
+from soka_serve.starts import Material
 
 if TYPE_CHECKING:
     from soka_serve.base.target_modules import TargetModule
@@ -52,7 +53,7 @@ class DecompositionInput:
     """What of a module is decomposed.
 
     Args:
-        values: (out, in): the weight, the delta or the gradient.
+        values: (out, in): the weight, or what the rule's start has instead.
         weight_norm: Frobenius norm of the weight.
     """
 
@@ -68,34 +69,31 @@ def read_matrix(
     gradient: Tensor | None = None,
     device: torch.device | None = None,
 ) -> DecompositionInput:
-    """Read what a target's rule decomposes.
+    """Read what a target's start decomposes.
 
     Args:
         target: the module and its rule.
         weights: of the base; the weight (out, in) is read and let go of.
-        finetuned: of the checkpoint whose delta is decomposed; needed for `init = "delta"`.
-        gradient: (out, in) mean gradient of the loss; needed for `init = "gradient"`.
+        finetuned: of the checkpoint that the rule names, if its start reads one.
+        gradient: (out, in) mean gradient of the loss, for starts that need it.
         device: where the decomposition runs; None is the CPU.
 
     Raises:
         CheckpointError: the weight is missing, not finite, or of another shape in the fine-tuned checkpoint.
     """
-    name, rule = target.module.name, target.rule
+    name = target.module.name
     weight = check_finite(weights.read(name), f"{name}.weight").to(device)
     norm = energy_of(weight) ** 0.5
-    if rule.init == "gradient":
-        assert gradient is not None
-        return DecompositionInput(gradient.to(device), norm)
-    if rule.init != "delta":
-        return DecompositionInput(weight, norm)
-    assert finetuned is not None
-    other = check_finite(finetuned.read(name), f"{name}.weight").to(device)
-    if other.shape != weight.shape:
-        raise CheckpointError(
-            f"{finetuned.source}: {name}.weight is {tuple(other.shape)}; the base's is {tuple(weight.shape)}",
-            hint="`finetuned` must be a fine-tuned version of the same base.",
-        )
-    return DecompositionInput(other.float().sub_(weight), norm)
+    tuned = None
+    if finetuned is not None:
+        tuned = check_finite(finetuned.read(name), f"{name}.weight").to(device)
+        if tuned.shape != weight.shape:
+            raise CheckpointError(
+                f"{finetuned.source}: {name}.weight is {tuple(tuned.shape)}; the base's is {tuple(weight.shape)}",
+                hint="`finetuned` must be a fine-tuned version of the same base.",
+            )
+    material = Material(weight, tuned, None if gradient is None else gradient.to(device))
+    return DecompositionInput(target.rule.start.matrix(material), norm)
 
 
 @dataclass(frozen=True)
@@ -115,32 +113,17 @@ class Candidate:
     is_greedy: bool
     """Its terms were found one after the other, and could be fitted together once their number is known."""
 
+    @property
+    def module(self) -> str:
+        """Full name of the module."""
+        return self.target.module.name
+
     def read(self, rank: int) -> Factors:
         """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
-        rule = self.target.rule
-        if rule.init in ("zero", "random"):
-            generator = torch.Generator().manual_seed(self.seed)
-            return random_terms(rank, self.shape, self.size, generator, zero=rule.init == "zero")
-        crossed = rule.init == "gradient"
-        found = self._read_crossed(rank) if crossed else self._read_terms(range(rank), range(rank))
-        found = found.with_unit_rms()
-        return found if rule.init == "delta" or not rank else found.with_size(self.size)
+        return self.target.rule.start.factors(self, rank)
 
-    def _read_crossed(self, rank: int) -> Factors:
-        """Left from the gradient's term k, Right from its term k + rank, all of one size.
-
-        The first update of Left then adds left[k + rank] x right[k + rank] to the delta, and that of Right adds
-        left[k] x right[k]: together the best approximation of the gradient by 2 rank terms (LoRA-GA, arXiv:2407.05000,
-        has the same for matrix ranks). From one term for both, they would add the same one twice.
-        """
-        period = min(2 * rank, len(self.sigma))
-        if period < 2 * rank:
-            logger.info("%s: the gradient has %d terms; %d were asked for", self.target.module.name, period, 2 * rank)
-        rights = [(k + rank) % period for k in range(rank)]
-        terms = self._read_terms(range(rank), rights)
-        return Factors(terms.left, terms.right, torch.ones(rank))
-
-    def _read_terms(self, lefts: Sequence[int], rights: Sequence[int]) -> Factors:
+    def terms(self, lefts: Sequence[int], rights: Sequence[int]) -> Factors:
+        """Left and sigma of some terms beside Right of others."""
         with safe_open(self.file, framework="pt") as file:
             # Indexed: a slice may be a view of the mapped file.
             left, right, sigma = (file.get_tensor(part) for part in ("left", "right", "sigma"))
@@ -149,9 +132,9 @@ class Candidate:
 
 def pool_size(target: TargetModule, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
-    policy = target.rule.rank
-    if target.rule.init == "gradient":
-        wanted = max(policy.pool if not isinstance(policy, RankFixed) else FIXED_POOL, 2 * _most_terms(target))
+    policy, per_rank = target.rule.rank, target.rule.start.terms_per_rank
+    if per_rank > 1:
+        wanted = max(policy.pool if not isinstance(policy, RankFixed) else FIXED_POOL, per_rank * _most_terms(target))
     elif not isinstance(policy, RankFixed):
         wanted = policy.pool
     elif target.rule.batches:
@@ -174,13 +157,13 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
             its inputs and of its outputs' gradients, which weigh the decomposition.
         matrix: what `read_matrix` read.
         file: where the terms are written (safetensors: left, right, sigma, in float32).
-        seed: of the randomised range finder, and of the `zero` and `random` initialisations.
+        seed: of the randomised range finder, and of random factors.
 
     Raises:
-        PlanError: the gradient is zero.
+        PlanError: nothing can start from what was found.
     """
     target, outputs, values = known.target, known.outputs, matrix.values
-    shape, most = target.shape, _most_terms(target)
+    start, shape, most = target.rule.start, target.shape, _most_terms(target)
     if shape is None:
         shape, most = _search_shape(target, values, most, seed)
     pool = pool_size(target, shape)
@@ -197,13 +180,8 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     square = math.prod(m.mean_square() for m in (known.moments, outputs) if m is not None)
     energy = decomposition.total_energy * square
     sigma = tuple((decomposition.factors.sigma.double() * square**0.5).tolist())
-    if target.rule.init == "gradient" and not (sigma and sigma[0] > 0):
-        raise PlanError(
-            f"{target.module.name}: the gradient over the calibration batches is zero",
-            hint="Check that the completions are not empty (an expert may get no token), or use init = 'weights'.",
-        )
-    kept = 2 * most if target.rule.init == "gradient" else most
-    factors = decomposition.factors.terms(slice(0, min(kept, shape.max_rank)))
+    start.check(target.module.name, sigma)
+    factors = decomposition.factors.terms(slice(0, min(start.terms_per_rank * most, shape.max_rank)))
     policy = target.rule.rank
     if problem is not None and not isinstance(policy, RankBudget):
         # The greedy terms stand alone; with the rank known, fitting them together lowers the output error further.

@@ -1,17 +1,8 @@
 """Stage `init`: where the factors start, and how many terms each module gets.
 
 Reads one weight at a time from safetensors, decomposes it, puts the terms that the rank policy can use into a scratch
-folder, and lets go of the weight: what lies in memory is one decomposition, then the chosen terms.
-Initialisations (`[[adapt]] init`):
-
-- `weights`: principal Kronecker components of W. The base is never rewritten: the adapter is K(theta) - K(theta0), so
-  it is zero at step 0 in every dtype. Differs from the paper, which freezes W - K(theta0): same function and gradients.
-- `delta`: Kronecker components of (fine-tuned W) - W; nothing is subtracted, the adapter starts as that delta.
-- `gradient`: components of the first full gradient, Left and Right from different ones; K(theta) - K(theta0) again.
-- `zero`: left random, right zero (the KronA baseline).
-- `random`: both random; K(theta) - K(theta0) again.
-
-All but `delta` give terms of the size that the rule's `scale` says.
+folder, and lets go of the weight: what lies in memory is one decomposition, then the chosen terms. What is decomposed
+and what becomes of its terms is up to the rule's start (`soka_serve.starts`).
 """
 
 from __future__ import annotations
@@ -30,6 +21,7 @@ from soka_serve.errors import PlanError
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
 from soka_serve.manifest.rules import RankBudget, RankFixed, RankPolicy
+from soka_serve.starts import STARTS
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +30,6 @@ if TYPE_CHECKING:
     from soka_serve.base.target_modules import TargetModule
 
 logger = logging.getLogger(__name__)
-
-INITIAL_KINDS = ("weights", "gradient", "random")
 
 
 def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) -> dict[str, int]:
@@ -111,7 +101,7 @@ def assemble(
     ]
     kept = {m.module: factors[m.module] for m in modules if m.rank}
     return Initialisation(
-        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and m.init in INITIAL_KINDS)
+        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and STARTS[m.init].subtracted)
     )
 
 
@@ -135,7 +125,7 @@ class InitRun:
         targets: what `resolve_targets` returned.
         base: read one tensor at a time.
         scratch: an empty folder of this process for the candidate terms, about 4 (mn + pq) bytes each.
-        finetuned: by `[[adapt]] finetuned`, the checkpoints of `delta` rules.
+        finetuned: by `[[adapt]] finetuned`, the checkpoints that rules start from.
         statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
             moments (see `soka_serve.compiler.init.probe`), few at a time, so that they never lie in memory together.
         budgets: by module, the number of the budget that it shares (see `budget_groups`); without it, modules
@@ -187,7 +177,7 @@ class InitRun:
         enabled = self.progress and self.processes.is_main and bool(mine)
         with track(len(mine), "KPSVD", unit="module", enabled=enabled) as step:
             for known in self._with_statistics(mine):
-                name, tuned = known.target.module.name, self.finetuned.get(known.target.rule.finetuned or "")
+                name, tuned = known.target.module.name, self.finetuned.get(known.target.rule.source or "")
                 matrix = read_matrix(
                     known.target,
                     self.base.weights,

@@ -54,8 +54,8 @@ def gather(
     Args:
         model: the base, in evaluation mode, its parameters frozen; left as it was found.
         batches: input_ids, labels and attention_mask (batch, tokens), on the model's device, padded at their ends.
-        targets: those whose rule needs them. `init = "gradient"` gives the gradient; any other init with
-            `calibration_batches` gives moments, with `weighting = "both"` also those of the outputs.
+        targets: those whose rule needs them. Starts that need the gradient get it; any other with
+            `calibration_batches` gets moments, with `weighting = "both"` also those of the outputs.
         scratch: folder where gradients wait for their turn; None: in memory.
         placement: of the model's layers, where they are not all where they are run.
 
@@ -70,7 +70,7 @@ def gather(
     rows = list(rows_of(batches))
     kinds: dict[str, list[TargetModule]] = {"inputs": [], "both": [], "gradient": []}
     for target in targets:
-        kinds["gradient" if target.rule.init == "gradient" else target.rule.weighting].append(target)
+        kinds["gradient" if target.rule.start.needs_gradient else target.rule.weighting].append(target)
     for kind, members in kinds.items():
         if members:
             passes = _Passes.plan(model, rows, members, placement)
@@ -103,7 +103,7 @@ class _Passes:
         members: dict[int | None, list[TargetModule]] = {}
         for target in targets:
             members.setdefault(walk.layer_of(target.module.name) if walk else None, []).append(target)
-        at_once = _GRADIENTS_AT_ONCE if targets[0].rule.init == "gradient" else _MOMENTS_AT_ONCE
+        at_once = _GRADIENTS_AT_ONCE if targets[0].rule.start.needs_gradient else _MOMENTS_AT_ONCE
         most = at_once * max(map(_values, targets))
         outside = split_targets(members.pop(None, []), most)
         if outside and placement is not None:
@@ -127,7 +127,7 @@ def split_targets(targets: Sequence[TargetModule], most: int) -> list[list[Targe
 def _values(target: TargetModule) -> int:
     """Values of a target's statistics."""
     module = target.module
-    return module.in_features * (module.out_features if target.rule.init == "gradient" else module.in_features)
+    return module.in_features * (module.out_features if target.rule.start.needs_gradient else module.in_features)
 
 
 def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
@@ -164,7 +164,7 @@ def _gather_backwards(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
     model, rows, walk = passes.model, passes.rows, passes.walk
 
     def collect(group: list[TargetModule], run: Run) -> Iterator[TargetStatistics]:
-        if group[0].rule.init == "gradient":
+        if group[0].rule.start.needs_gradient:
             return _stored(collect_gradients(model, rows, group, run), group, scratch)
         return collect_moments(model, rows, group, run)
 

@@ -72,7 +72,7 @@ class Initialisation:
     modules: tuple[ModuleInit, ...]
     factors: dict[str, Factors]
     initial_modules: frozenset[str] = field(default_factory=frozenset)
-    """Modules whose theta0 is subtracted (init = weights, gradient or random)."""
+    """Modules whose theta0 is subtracted."""
 
     def write(self, directory: Path) -> None:
         """Write `init.safetensors` and `init.json` into an existing directory."""

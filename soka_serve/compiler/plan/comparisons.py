@@ -49,8 +49,8 @@ def _own(
     name = f"this manifest ({method.name})"
     if not method.kronecker:
         return _row(name, method, (low, high), setting)
-    # A delta of two sets of r terms has at most 2r: what is exported after init = weights, gradient or random, in full.
-    subtracted = high if any(t.rule.init in ("weights", "gradient", "random") for t in targets) else 0
+    # A delta of two sets of r terms has at most 2r: what is exported, in full, where the start is subtracted.
+    subtracted = high if any(t.rule.start.subtracted for t in targets) else 0
     served = high + (subtracted if manifest.output.adapter_terms == "all" else 0)
     stored = served * dtype_bytes(manifest.output.adapter_dtype)
     return Comparison(name, low, high, stored, estimate_memory(setting, trained=high, initial=subtracted))

@@ -12,6 +12,7 @@ from soka_serve.compiler.methods import Method
 from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape, balanced_shape, parallel_of
 from soka_serve.manifest.schema import Manifest, Prune
+from soka_serve.starts import STARTS, names_of
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,11 @@ def _remarks(manifest: Manifest, targets: Sequence[TargetModule]) -> list[str]:
     frozen = [key for key in ("left_lr", "right_lr", "sigma_lr") if getattr(train, key) == 0]
     if frozen:
         notes.append(f"{' and '.join(frozen)} = 0: those factors stay as they start, and count here all the same")
-    if train.steps == 0 and (idle := [t for t in targets if t.rule.init != "delta"]):
+    if train.steps == 0 and (idle := [t for t in targets if not t.rule.start.changes]):
+        changing = names_of(start for start in STARTS.values() if start.changes)
         notes.append(
-            f"steps = 0: {len(idle)} modules start at zero change (only init = 'delta' starts with one) and stay there"
+            f"steps = 0: {len(idle)} modules start at zero change (only init = {changing} starts with one) and stay "
+            "there"
         )
     return notes
 

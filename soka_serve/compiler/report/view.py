@@ -13,21 +13,12 @@ from soka_serve.compiler.report.charts import Axis
 from soka_serve.compiler.report.data import HistoryPoint, ReportData
 from soka_serve.compiler.report.panels import curves, heat_maps, layer_span, logged, pruning, spectra
 from soka_serve.io.text import accuracy_interval, count, duration, flatten, percent, plain, size, span, times, words
+from soka_serve.starts import STARTS
 
 _MOST_SAMPLES = 40
-_STARTS = {
-    "weights": "the strongest Kronecker components of the base weight. What they are worth at the start is subtracted "
-    "again, so the untrained adapter changes nothing",
-    "delta": "the strongest Kronecker components of the change that a full fine-tuning had made",
-    "gradient": "the strongest Kronecker components of the first full gradient",
-    "zero": "factors of which one is zero, so the untrained adapter changes nothing",
-    "random": "random factors. What they are worth at the start is subtracted again, so the untrained adapter changes "
-    "nothing",
-}
 _STAGE_WORDS = {"init": "initialisation", "tune": "fine-tuning", "check": "accuracy check"}
 # Parts of soka.lock that the page tells in other places.
 _TOLD = ("versions", "comparison", "seed", "created", "name")
-_SPECTRUM_OF = {"delta": "the fine-tuned change", "gradient": "the first gradient"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,17 @@ class SizeRow:
 def page_context(data: ReportData) -> dict[str, object]:
     """The variables of report.html.jinja."""
     before, after = _counted(data.accuracy_before), _counted(data.accuracy_after)
-    inits = sorted({m.init for m in data.modules})
+    starts = [STARTS[init] for init in sorted({m.init for m in data.modules})]
     return {
         "data": data,
         "before": before,
         "after": after,
         "outcome": _outcome(data, before, after),
         "figures": _figures(data, before, after),
-        "from_spectrum": not {"zero", "random"} & set(inits),
-        "starts": [_STARTS.get(init, init) for init in inits],
+        "from_spectrum": not any(start.drawn for start in starts),
+        "starts": [start.told for start in starts],
         "sizes": _sizes(data),
-        "spectrum_of": _SPECTRUM_OF.get(inits[0], "the weight") if len(inits) == 1 else "the decomposed matrix",
+        "spectrum_of": starts[0].spectrum_of if len(starts) == 1 else "the decomposed matrix",
         "spectra": spectra(data.modules),
         "layer_span": layer_span(data.modules),
         "heat_maps": heat_maps(data.modules),

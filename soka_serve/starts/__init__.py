@@ -1,0 +1,28 @@
+"""The registry of starts: what of a module is decomposed, how it is weighed, and how terms become starting factors.
+
+A further start is a file here and a row in `STARTS`; manifest, plan, stage `init` and report ask the row and compare no
+names. Importing this package does not load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from soka_serve.starts.delta import Delta
+from soka_serve.starts.gradient import Gradient
+from soka_serve.starts.random import Random, Zero
+from soka_serve.starts.start import Material, Pool, Start
+from soka_serve.starts.weights import Weights
+
+__all__ = ["STARTS", "Material", "Pool", "Start", "names_of"]
+
+STARTS: dict[str, Start] = {
+    start.name: start
+    for start in (Weights("weights"), Delta("delta"), Gradient("gradient"), Zero("zero"), Random("random"))
+}
+"""By the name that `[[adapt]] init` says, in the order in which messages list them."""
+
+
+def names_of(starts: Iterable[Start]) -> str:
+    """Names as messages show them: 'weights' or 'gradient'."""
+    return " or ".join(repr(start.name) for start in starts)

@@ -1,0 +1,108 @@
+"""What the rest may ask of a start, and the objects that it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soka_serve.kron import Factors
+    from soka_serve.kron.shapes import FactorShape
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a start may be made of, for one module.
+
+    Args:
+        weight: (out, in), of the base.
+        tuned: (out, in), of the fine-tuned checkpoint; for starts whose `source` is `finetuned`.
+        gradient: (out, in), of the mean loss over the calibration batches; for starts that need it.
+    """
+
+    weight: Tensor
+    tuned: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+class Pool(Protocol):
+    """The terms that a decomposition found, and the size that starting factors are to have."""
+
+    @property
+    def module(self) -> str:
+        """Full name of the module."""
+
+    @property
+    def shape(self) -> FactorShape:
+        """Of the terms."""
+
+    @property
+    def sigma(self) -> tuple[float, ...]:
+        """The spectrum, descending."""
+
+    @property
+    def size(self) -> float:
+        """Root mean square of sigma at the start: the rule's scale times that of the weight's entries."""
+
+    @property
+    def seed(self) -> int:
+        """Of random factors."""
+
+    def terms(self, lefts: Sequence[int], rights: Sequence[int]) -> Factors:
+        """Left and sigma of some terms beside Right of others, in float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the factors of a module start.
+
+    Args:
+        name: what `[[adapt]] init` calls it.
+    """
+
+    name: str
+
+    meaning: ClassVar[str]
+    """For the manifest's reference: what the factors are."""
+    told: ClassVar[str]
+    """For the report: the same in a sentence's part, with what that means for the untrained adapter."""
+    spectrum_of: ClassVar[str] = "the weight"
+    """For the report: what was decomposed."""
+
+    source: ClassVar[str | None] = None
+    """The key of the rule that names what is decomposed besides the base."""
+    source_is: ClassVar[str] = ""
+    """What that key names, in words."""
+    needs_gradient: ClassVar[bool] = False
+    """It takes the loss's gradient over the calibration batches, which then do not weigh anything."""
+    calibrated: ClassVar[bool] = False
+    """Without `calibration_batches` it looks at some."""
+    unweighed: ClassVar[str] = ""
+    """Why calibration batches cannot weigh it; empty where they can."""
+    drawn: ClassVar[bool] = False
+    """Its factors are random numbers: of what is decomposed the spectrum alone counts, for ranks."""
+    subtracted: ClassVar[bool] = True
+    """The adapter is K(theta) - K(theta0), so that it changes nothing at the start."""
+    changes: ClassVar[bool] = False
+    """The adapter changes the model from the start, by terms of their own size, which `scale` does not set."""
+    terms_per_rank: ClassVar[int] = 1
+    """Terms of the decomposition that one starting term takes."""
+
+    def matrix(self, material: Material) -> Tensor:
+        """(out, in): what is decomposed."""
+        return material.weight
+
+    def check(self, module: str, sigma: Sequence[float]) -> None:
+        """Refuse a spectrum that nothing can start from.
+
+        Raises:
+            PlanError: names the module.
+        """
+
+    def factors(self, pool: Pool, rank: int) -> Factors:
+        """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
+        found = pool.terms(range(rank), range(rank)).with_unit_rms()
+        return found if self.changes or not rank else found.with_size(pool.size)
