@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 
@@ -46,7 +54,13 @@ def value_of(table: object, name: str) -> Any:
 
 
 class Table(BaseModel):
-    """A TOML table: frozen, strict, unknown keys forbidden."""
+    """A TOML table: frozen, strict, unknown keys forbidden.
+
+    `LATER` names the keys that a dump leaves out at their default: those that came after dumps had gone into stored
+    hashes (stage keys, resume points, records of comparisons), which a new key must leave as they are.
+    """
+
+    LATER: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=False
@@ -56,6 +70,14 @@ class Table(BaseModel):
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         """Yield (key, message) for each contradiction between keys of this table; () blames the table itself."""
         yield from ()
+
+    @model_serializer(mode="wrap")
+    def _dump(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        for name in self.LATER:
+            if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                values.pop(name, None)
+        return values
 
     @model_validator(mode="wrap")
     @classmethod

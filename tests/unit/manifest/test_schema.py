@@ -9,13 +9,14 @@ from typing import Any
 
 import jsonschema
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from soka_serve.manifest.nodes import tables
 from soka_serve.manifest.read import json_schema
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import Base, Data, Manifest, Output, Train
 from soka_serve.manifest.starter import starter_manifest
+from soka_serve.manifest.table import Table
 
 ROOT = Path(__file__).resolve().parents[3]
 MINIMAL: dict[str, Any] = {"schema": 1, "base": {"builtin": "tiny"}, "train": {"data": {"builtin": "math"}}}
@@ -140,3 +141,22 @@ def test_a_key_that_repeats_its_default_contradicts_nothing() -> None:
     assert Data(jsonl="x", split="train").split == "train"
     with pytest.raises(ValidationError, match="split belongs to hub"):
         Data(jsonl="x", split="test")
+
+
+def test_a_later_key_leaves_dumps_as_they_were() -> None:
+    """Dumps go into stored hashes, nested tables with them."""
+
+    class Inner(Table):
+        LATER = frozenset({"new"})
+        old: int = 1
+        new: tuple[int, ...] = ()
+
+    class Outer(Table):
+        inner: Inner = Field(default_factory=Inner)
+        many: tuple[Inner, ...] = (Inner(),)
+
+    assert Outer().model_dump(mode="json") == {"inner": {"old": 1}, "many": [{"old": 1}]}
+    changed = Outer(inner=Inner(new=(2,)))
+    assert changed.model_dump()["inner"] == {"old": 1, "new": (2,)}
+    assert Outer.model_validate(Outer().model_dump()) == Outer()
+    assert Outer.model_validate(changed.model_dump()) == changed
