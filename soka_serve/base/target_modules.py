@@ -20,7 +20,7 @@ from soka_serve.io.warn_once import warn
 from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape, parallel_of
 from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted
-from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.rules import Adapt, misfits
 from soka_serve.manifest.schema import Manifest
 from soka_serve.starts import STARTS
 
@@ -158,6 +158,8 @@ def resolve_targets(
             index = _setter(manifest, hits_of, "init")
             message = f"{rule.init!r} needs `{rule.start.source}`, {rule.start.source_is}"
             failures.setdefault((index, "init", message), []).append(module.name)
+        for key, message in misfits(rule.start, dict(rule)):
+            failures.setdefault((_setter(manifest, hits_of, key), key, message), []).append(module.name)
         if problem := _weighting_problem(rule):
             failures.setdefault((_setter(manifest, hits_of, "weighting"), "weighting", problem), []).append(module.name)
         try:
@@ -234,7 +236,7 @@ def _weighting_problem(rule: Adapt) -> str | None:
         return "'both' needs a factor shape that is known beforehand; shape is 'auto'"
     if rule.start.needs_gradient or not rule.batches:
         given = "" if rule.start.needs_gradient else " and no calibration_batches"
-        return f"'both' weights a decomposition by calibration batches; there is none with init = {rule.init!r}{given}"
+        return f"'both' weights a decomposition by calibration batches; there is none with {rule.start.written}{given}"
     return None
 
 

@@ -95,6 +95,30 @@ def kpsvd(
 
 
 @torch.no_grad()
+def minor_kpsvd(weight: Tensor, shape: FactorShape, rank: int) -> Decomposition:
+    """The last terms of the Kronecker-product SVD of `weight`, those of the smallest sigma, by a full SVD.
+
+    Args:
+        weight, shape: as for `kpsvd`.
+        rank: number of terms, capped at `shape.max_rank`.
+
+    Returns:
+        As `kpsvd`: sigma descends within what is returned. Where the rearranged weight has a lower rank, the last
+        terms have a sigma of zero to rounding, and sides that are orthogonal to all others all the same.
+
+    Cost: that of all terms, whatever the rank. Memory: about 8 times the weight in float32.
+
+    Raises:
+        ValueError: as for `kpsvd`.
+    """
+    matrix, scale, total_energy = _prepare(weight, shape, rank)
+    left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
+    first = len(sigma) - min(rank, len(sigma))
+    factors = from_vectors(left[:, first:].contiguous(), right[first:].t(), sigma[first:] * scale, shape)
+    return Decomposition(factors, total_energy)
+
+
+@torch.no_grad()
 def captured_energy(weight: Tensor, shape: FactorShape, rank: int, *, rough: bool = False, seed: int = 0) -> float:
     """The energy of the leading `rank` terms, computed without the terms themselves.
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from soka_serve.manifest.fields import Fraction, PathOrId, PositiveInt, Text
-from soka_serve.manifest.table import Key, Table, TableKeys
+from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, Start, names_of
 
 EVERY_MODULE = ("*",)
@@ -105,11 +105,31 @@ class RankBudget(Table):
 RankPolicy = Annotated[RankFixed | RankEnergy | RankElbow | RankSpectrum | RankBudget, Field(discriminator="policy")]
 
 
+def misfits(start: Start, rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What of a rule does not go with its start: (key, message).
+
+    Args:
+        start: what `init` and `components` name.
+        rule: its keys; some may be missing.
+    """
+    components = rule.get("components", "principal")
+    if components not in ("principal", start.name):
+        having = names_of(other for other in STARTS.values() if components in other.variants)
+        yield "components", f"components = {components!r} belongs to init = {having}; the init is {start.name!r}"
+    policy = value_of(rule.get("rank"), "policy")
+    if start.fixed_rank and policy not in (None, "fixed"):
+        yield "rank", f"policy = {policy!r} does not go with {start.written}: {start.fixed_rank}"
+    if start.fixed_shape and rule.get("shape") == "auto":
+        yield "shape", f"'auto' does not go with {start.written}: {start.fixed_shape}"
+
+
 class Adapt(Table):
     """One rule: which modules are adapted, and how.
 
     Rules are read in order. A module that several rules match takes each key from the last rule that sets it.
     """
+
+    LATER = frozenset({"components"})
 
     modules: tuple[Text, ...] = Field(
         EVERY_MODULE,
@@ -134,6 +154,11 @@ class Adapt(Table):
     init: StartName = Field(
         "weights",
         description="Where the factors start. " + "; ".join(f"{s.name!r}: {s.meaning}" for s in STARTS.values()) + ".",
+    )
+    components: Literal["principal", "minor"] = Field(
+        "principal",
+        description="For init = 'weights': its largest terms, or its smallest ('minor'; a full SVD of every module, "
+        "and a fixed rank).",
     )
     finetuned: PathOrId | None = Field(
         None,
@@ -161,8 +186,8 @@ class Adapt(Table):
 
     @property
     def start(self) -> Start:
-        """What `init` names."""
-        return STARTS[self.init]
+        """What `init` and `components` name."""
+        return STARTS[self.init].variants.get(self.components, STARTS[self.init])
 
     @property
     def source(self) -> str | None:
@@ -172,6 +197,8 @@ class Adapt(Table):
     @property
     def batches(self) -> int:
         """Training batches that the initialisation looks at."""
+        if self.start.unweighed:
+            return 0
         if self.calibration_batches or (self.calibration_batches == 0 and not self.start.needs_gradient):
             return self.calibration_batches
         return DEFAULT_CALIBRATION_BATCHES if self.start.calibrated else 0
@@ -207,16 +234,20 @@ class Adapt(Table):
         if not keys.knows("init"):
             return
         start = STARTS[keys.values["init"]]
+        if keys.knows("components"):
+            start = start.variants.get(keys.values["components"], start)
         for other in STARTS.values() if keys.has("init") else ():
             if other.source is not None and other.source != start.source and keys.has(other.source):
                 yield (
                     (other.source,),
-                    f"{other.source} belongs to init = {other.name!r}; this rule's init is {start.name!r}",
+                    f"{other.source} belongs to {other.written}; this rule's init is {keys.values['init']!r}",
                 )
         if start.changes and keys.has("scale"):
-            yield ("scale",), f"scale does not go with init = {start.name!r}, whose terms have the delta's own size"
+            yield ("scale",), f"scale does not go with {start.written}, whose terms have the delta's own size"
         if start.unweighed and keys.knows("calibration_batches") and keys.values["calibration_batches"]:
             yield (
                 ("calibration_batches",),
-                f"calibration_batches does not go with init = {start.name!r}: {start.unweighed}",
+                f"calibration_batches does not go with {start.written}: {start.unweighed}",
             )
+        for key, message in misfits(start, keys.values):
+            yield (key,), message

@@ -10,17 +10,27 @@ from collections.abc import Iterable
 
 from soka_serve.starts.delta import Delta
 from soka_serve.starts.gradient import Gradient
+from soka_serve.starts.minor import Minor
 from soka_serve.starts.random import Random, Zero
 from soka_serve.starts.start import Material, Pool, Start
 from soka_serve.starts.weights import Weights
 
-__all__ = ["STARTS", "Material", "Pool", "Start", "names_of"]
+__all__ = ["ROWS", "STARTS", "Material", "Pool", "Start", "names_of"]
 
 STARTS: dict[str, Start] = {
     start.name: start
-    for start in (Weights("weights"), Delta("delta"), Gradient("gradient"), Zero("zero"), Random("random"))
+    for start in (
+        Weights("weights", {"minor": Minor("minor")}),
+        Delta("delta"),
+        Gradient("gradient"),
+        Zero("zero"),
+        Random("random"),
+    )
 }
 """By the name that `[[adapt]] init` says, in the order in which messages list them."""
+
+ROWS: dict[str, Start] = {row.name: row for start in STARTS.values() for row in (start, *start.variants.values())}
+"""With the variants, by their own names."""
 
 
 def names_of(starts: Iterable[Start]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from soka_serve.kron import Factors
+    from soka_serve.kron.decompose import Decomposition
     from soka_serve.kron.shapes import FactorShape
 
 
@@ -60,10 +61,12 @@ class Start:
     """Where the factors of a module start.
 
     Args:
-        name: what `[[adapt]] init` calls it.
+        name: what `[[adapt]] init` calls it, or `components`.
+        variants: starts that another value of `components` makes of it.
     """
 
     name: str
+    variants: Mapping[str, Start] = field(default_factory=dict, hash=False, compare=False)
 
     meaning: ClassVar[str]
     """For the manifest's reference: what the factors are."""
@@ -82,6 +85,10 @@ class Start:
     """Without `calibration_batches` it looks at some."""
     unweighed: ClassVar[str] = ""
     """Why calibration batches cannot weigh it; empty where they can."""
+    fixed_rank: ClassVar[str] = ""
+    """Why its rank is given by the rule, and no term more than that is computed; empty where policies choose it."""
+    fixed_shape: ClassVar[str] = ""
+    """Why `shape = "auto"` cannot be searched; empty where it can."""
     drawn: ClassVar[bool] = False
     """Its factors are random numbers: of what is decomposed the spectrum alone counts, for ranks."""
     subtracted: ClassVar[bool] = True
@@ -91,9 +98,27 @@ class Start:
     terms_per_rank: ClassVar[int] = 1
     """Terms of the decomposition that one starting term takes."""
 
+    @property
+    def written(self) -> str:
+        """What a manifest says to have it."""
+        return f"init = {self.name!r}"
+
     def matrix(self, material: Material) -> Tensor:
         """(out, in): what is decomposed."""
         return material.weight
+
+    def decompose(self, matrix: Tensor, shape: FactorShape, count: int, seed: int) -> Decomposition:
+        """Terms of what is decomposed, where nothing weighs it.
+
+        Args:
+            matrix: (out, in), from `matrix`, perhaps weighed by the gradients of outputs.
+            shape: of the terms.
+            count: how many terms, capped by the shape.
+            seed: of random choices.
+        """
+        from soka_serve.kron import kpsvd
+
+        return kpsvd(matrix, shape, count, seed=seed)
 
     def check(self, module: str, sigma: Sequence[float]) -> None:
         """Refuse a spectrum that nothing can start from.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.kron import Factors, decompose, dense_delta, kpsvd
-from soka_serve.kron.decompose import Algorithm
+from soka_serve.kron.decompose import Algorithm, minor_kpsvd
 from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from tests.support import kron_oracle as oracle
@@ -261,3 +262,31 @@ def test_the_gpu_agrees_with_the_cpu(algorithm: Algorithm) -> None:
     gpu = kpsvd(weight.cuda(), shape, 8, algorithm=algorithm)
     assert gpu.total_energy == pytest.approx(cpu.total_energy, rel=1e-10)
     torch.testing.assert_close(gpu.factors.sigma.cpu(), cpu.factors.sigma, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("shape", [FactorShape(9, 10, 8, 6), FactorShape(3, 4, 12, 20)])
+@pytest.mark.parametrize("rank", [0, 1, 5, 1000])
+def test_the_minor_terms_are_the_end_of_the_spectrum(shape: FactorShape, rank: int) -> None:
+    """Against numpy's SVD of the rearranged weight, in float64, and term by term."""
+    weight = oracle.draw(shape.out_features, shape.in_features)
+    matrix = oracle.oracle_rearrangement(weight, shape).numpy()
+    left, sigma, right = np.linalg.svd(matrix, full_matrices=False)
+    kept = min(rank, shape.max_rank)
+    result = minor_kpsvd(weight, shape, rank)
+    assert result.factors.rank == kept
+    np.testing.assert_allclose(result.factors.sigma.numpy(), sigma[len(sigma) - kept :], rtol=1e-9)
+    for k in range(kept):
+        at = len(sigma) - kept + k
+        expected = np.outer(left[:, at] * sigma[at], right[at])
+        term = oracle.oracle_delta(result.factors.terms(k))
+        np.testing.assert_allclose(oracle.oracle_rearrangement(term, shape).numpy(), expected, rtol=0, atol=1e-9)
+    assert result.total_energy == pytest.approx(float((sigma**2).sum()))
+
+
+def test_minor_terms_of_a_weight_of_low_rank_are_orthogonal_and_zero() -> None:
+    shape = FactorShape(4, 4, 4, 4)
+    weight = oracle.oracle_delta(oracle.draw_factors(shape, 3))
+    found = minor_kpsvd(weight, shape, 4).factors
+    assert float(found.sigma.max()) < 1e-9
+    flat = found.left.flatten(1)
+    torch.testing.assert_close(flat @ flat.t(), torch.eye(4, dtype=flat.dtype), rtol=0, atol=1e-9)

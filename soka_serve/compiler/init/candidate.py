@@ -18,7 +18,7 @@ from soka_serve.compiler.init.rank import choose_rank
 from soka_serve.errors import CheckpointError
 from soka_serve.io.files import disk_errors
 from soka_serve.io.safetensors import check_finite
-from soka_serve.kron import Factors, kpsvd
+from soka_serve.kron import Factors
 from soka_serve.kron.decompose import energy_of
 from soka_serve.kron.factors import typical_entry
 from soka_serve.kron.output_weighting import OutputMoments
@@ -133,7 +133,9 @@ class Candidate:
 def pool_size(target: TargetModule, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
     policy, per_rank = target.rule.rank, target.rule.start.terms_per_rank
-    if per_rank > 1:
+    if target.rule.start.fixed_rank:
+        wanted = _most_terms(target)
+    elif per_rank > 1:
         wanted = max(policy.pool if not isinstance(policy, RankFixed) else FIXED_POOL, per_rank * _most_terms(target))
     elif not isinstance(policy, RankFixed):
         wanted = policy.pool
@@ -172,7 +174,7 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     # Least squares finds factors of zeros for zeros, which no step would ever change.
     problem = OutputError(values, shape, known.moments) if known.moments is not None and bool(values.any()) else None
     if problem is None:
-        decomposition = kpsvd(values, shape, pool, seed=seed)
+        decomposition = start.decompose(values, shape, pool, seed)
     else:
         decomposition = weighted_kpsvd(problem, pool, seed=seed)
     # Moments are normalised within a module; with their size back, energies of modules are output energies (with the

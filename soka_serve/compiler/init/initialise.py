@@ -21,7 +21,7 @@ from soka_serve.errors import PlanError
 from soka_serve.io.progress import track
 from soka_serve.kron import Factors
 from soka_serve.manifest.rules import RankBudget, RankFixed, RankPolicy
-from soka_serve.starts import STARTS
+from soka_serve.starts import ROWS
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def assemble(
             out_features=candidate.target.module.out_features,
             in_features=candidate.target.module.in_features,
             factor_shape=candidate.shape,
-            init=candidate.target.rule.init,
+            init=candidate.target.rule.start.name,
             policy=candidate.target.rule.rank.policy,
             rank=ranks[candidate.target.module.name],
             sigma=candidate.sigma,
@@ -101,7 +101,7 @@ def assemble(
     ]
     kept = {m.module: factors[m.module] for m in modules if m.rank}
     return Initialisation(
-        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and STARTS[m.init].subtracted)
+        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and ROWS[m.init].subtracted)
     )
 
 

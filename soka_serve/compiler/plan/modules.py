@@ -167,7 +167,7 @@ def _plan_module(target: TargetModule, group: Sequence[TargetModule] | None, pru
         **_base_columns(module),
         factor_shape=target.shape,
         shape_rule="explicit" if explicit else str(rule.shape),
-        init=rule.init,
+        init=rule.start.name,
         policy=policy.policy,
         rank_min=low,
         rank_max=high,

@@ -15,7 +15,7 @@ from soka_serve.compiler.plan.policies import PolicyRow
 from soka_serve.errors import printable, printable_lines
 from soka_serve.io.text import size as bytes_text
 from soka_serve.io.text import table
-from soka_serve.starts import STARTS
+from soka_serve.starts import ROWS
 
 _LAYER = re.compile(r"(layers\.)\d+(?=\.)")
 _MAX_CHARS = 700  # of one example's prompt, and of its completion
@@ -144,7 +144,7 @@ def _parameters(plan: Plan) -> str:
             )
         )
     text = _table(rows, right=(1, 2, 3))
-    if METHODS[plan.method].kronecker and any(STARTS[m.init].subtracted for m in plan.modules):
+    if METHODS[plan.method].kronecker and any(ROWS[m.init].subtracted for m in plan.modules):
         text += "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
         text += f"({plan.adapter_dtype})."
     return text

@@ -13,7 +13,7 @@ from soka_serve.compiler.report.charts import Axis
 from soka_serve.compiler.report.data import HistoryPoint, ReportData
 from soka_serve.compiler.report.panels import curves, heat_maps, layer_span, logged, pruning, spectra
 from soka_serve.io.text import accuracy_interval, count, duration, flatten, percent, plain, size, span, times, words
-from soka_serve.starts import STARTS
+from soka_serve.starts import ROWS
 
 _MOST_SAMPLES = 40
 _STAGE_WORDS = {"init": "initialisation", "tune": "fine-tuning", "check": "accuracy check"}
@@ -44,7 +44,7 @@ class SizeRow:
 def page_context(data: ReportData) -> dict[str, object]:
     """The variables of report.html.jinja."""
     before, after = _counted(data.accuracy_before), _counted(data.accuracy_after)
-    starts = [STARTS[init] for init in sorted({m.init for m in data.modules})]
+    starts = [ROWS[init] for init in sorted({m.init for m in data.modules})]
     return {
         "data": data,
         "before": before,

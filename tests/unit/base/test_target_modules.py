@@ -267,6 +267,21 @@ def test_outputs_that_cannot_be_weighed(modules: list[Module], rule: dict[str, A
         resolve_targets(manifest({"weighting": "both"}, {"modules": ["q_proj"], **rule}), modules)
 
 
+def test_minor_components_after_the_cascade(modules: list[Module], caplog: pytest.LogCaptureFixture) -> None:
+    minor: dict[str, Any] = {"modules": ["q_proj"], "components": "minor"}
+    with pytest.raises(PlanError, match=r"adapt\[1\]\.components: components = 'minor' belongs to init = 'weights'"):
+        resolve_targets(manifest({"init": "zero"}, minor), modules)
+    with pytest.raises(PlanError, match=r"adapt\[0\]\.rank: policy = 'elbow' does not go with components = 'minor'"):
+        resolve_targets(manifest({"rank": {"policy": "elbow"}}, minor), modules)
+    with pytest.raises(
+        PlanError, match=r"'both' .* there is none with components = 'minor' and no calibration_batches"
+    ):
+        resolve_targets(manifest(minor | {"weighting": "both"}), modules)
+    targets = resolve_targets(manifest({"calibration_batches": 4}, minor), modules)
+    batches = {t.module.projection: t.rule.batches for t in targets}
+    assert (batches["q_proj"], batches["k_proj"]) == (0, 4)
+
+
 def test_tensor_parallel_shapes(modules: list[Module]) -> None:
     targets = resolve_targets(manifest({"tp": 8}), modules)
     for target in targets:

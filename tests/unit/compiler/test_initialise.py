@@ -71,6 +71,23 @@ def test_weights_are_the_principal_terms(base: Base) -> None:
     assert len(module.sigma) > 3, "the report shows what was cut off"
 
 
+def test_minor_components_are_the_smallest_terms(base: Base) -> None:
+    rule = {"modules": ["q_proj"], "layers": [0], "rank": {"policy": "fixed", "rank": 3}}
+    started = _start(base, rule | {"components": "minor"})
+    (module,) = started.modules
+    assert started.initial_modules == {QUERY}
+    weight = base.checkpoint.read(f"{QUERY}.weight")
+    everything = kpsvd(weight.double(), module.factor_shape, module.factor_shape.max_rank, algorithm="exact").factors
+    tail = everything.terms(slice(everything.rank - 3, None))
+    assert module.sigma == pytest.approx(tail.sigma.tolist(), rel=1e-4)
+    assert (module.init, module.rank) == ("minor", 3)
+    got, best = dense_delta(started.factors[QUERY]).double(), dense_delta(tail)
+    torch.testing.assert_close(got / got.norm(), best / best.norm(), rtol=0, atol=1e-4)
+    principal = dense_delta(_start(base, rule).factors[QUERY])
+    assert abs(float((got * principal).sum())) < 1e-3 * float(got.norm() * principal.norm())
+    assert float(got.norm()) == pytest.approx(float(principal.norm()), rel=1e-3), "the size is the rule's scale"
+
+
 def test_policies_live_side_by_side(base: Base) -> None:
     budget = 3000
     started = _start(

@@ -48,6 +48,7 @@ def _manifest(**change: Any) -> Manifest:
         ({"train__learning_rate": 1.0}, {"tune", "export", "merge", "check", "report"}),
         ({"train__max_length": 64}, {"tune", "export", "merge", "check", "report"}),
         ({"train__seed": 1}, {"init", "tune", "export", "merge", "check", "report"}),
+        ({"adapt__components": "minor"}, {"init", "tune", "export", "merge", "check", "report"}),
         ({"adapt__rank": {"policy": "fixed", "rank": 2}}, {"init", "tune", "export", "merge", "check", "report"}),
     ],
 )

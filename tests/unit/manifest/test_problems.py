@@ -85,6 +85,23 @@ CASES = [
     ("[[adapt]]", "modules = ['q_proj', '']", "adapt[0].modules[1]", 22, ['non-empty string; got ""']),
     ("[[adapt]]", "init = 'delta'", "adapt[0].init", 1, ["needs finetuned"]),
     ("[[adapt]]", "finetuned = 'x'", "adapt[0].finetuned", 1, ["belongs to init = 'delta'"]),
+    ("[[adapt]]", "components = 'minor'\ninit = 'zero'", "adapt[0].components", 1, ["belongs to init = 'weights'"]),
+    ("[[adapt]]", "components = 'mino'", "adapt[0].components", 14, ["did you mean 'minor'?"]),
+    ("[[adapt]]", "shape = 'auto'\ncomponents = 'minor'", "adapt[0].shape", 1, ["strongest terms hold most"]),
+    (
+        "[[adapt]]",
+        "rank = { policy = 'elbow' }\ncomponents = 'minor'",
+        "adapt[0].rank",
+        1,
+        ["policy = 'elbow' does not go with components = 'minor'"],
+    ),
+    (
+        "[[adapt]]",
+        "calibration_batches = 2\ncomponents = 'minor'",
+        "adapt[0].calibration_batches",
+        1,
+        ["does not go with components = 'minor'", "strongest on"],
+    ),
     # rank policies
     ("[[adapt]]", "rank = 4", "adapt[0].rank", 8, ['write rank = { policy = "fixed", rank = 4 }']),
     ("[[adapt]]", "rank = { rank = 4 }", "adapt[0].rank.policy", 8, ["missing", "'fixed', 'energy', 'elbow'"]),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import DEFAULT_CALIBRATION_BATCHES, Adapt
-from soka_serve.starts import STARTS, Material, Start
+from soka_serve.starts import ROWS, STARTS, Material, Start
 
 SHAPE = FactorShape(2, 3, 4, 5)
 
@@ -36,11 +36,14 @@ def test_manifests_take_the_names_of_the_registry() -> None:
         Adapt(init="weight")
 
 
-@pytest.mark.parametrize("start", STARTS.values(), ids=list(STARTS))
+@pytest.mark.parametrize("start", ROWS.values(), ids=list(ROWS))
 def test_a_row_says_what_its_rules_do(start: Start) -> None:
     """A start either subtracts its terms, or changes the model, or has one factor of zeros."""
     source = {start.source: "x"} if start.source else {}
-    rule = Adapt(init=start.name, **source)
+    variant = next(
+        ({"init": s.name, "components": start.name} for s in STARTS.values() if start in s.variants.values()), {}
+    )
+    rule = Adapt(**{"init": start.name, **source, **variant})
     assert (rule.start, rule.source) == (start, "x" if start.source else None)
     assert rule.batches == (DEFAULT_CALIBRATION_BATCHES if start.calibrated else 0)
     assert not (start.calibrated and start.unweighed)
