@@ -199,7 +199,11 @@ class Train(Table):
     sigma_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="Multiplier on the learning rate for sigma.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_frac: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of the steps spent warming up.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW weight decay.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="AdamW's weight decay, at each parameter's own rate. For soka it pulls deltas to zero, "
+        "the model to the base.",
+    )
     clip: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="0: each step's gradient is scaled to norm 1, so that steps weigh alike in AdamW's averages. Else "

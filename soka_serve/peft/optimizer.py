@@ -13,12 +13,16 @@ each change a term's output by a share lr / c of itself at most. The terms of on
 they change adds up; modules change different things. Hence c = r * sqrt(N), with r the module's number of terms and N
 the number of modules, and all together change what the model computes alike. This c is measured, not derived
 (docs/training.md).
+
+Weight decay pulls a module's delta to zero: factors to the initial ones that are subtracted from them, and to zero
+where none are. Towards zero, K(theta) - K(theta0) would end as -K(theta0), which takes terms out of the base.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,19 +41,22 @@ def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[n
     Args:
         multipliers: further ones, of "left", "right" and "sigma".
     """
-    trained = {
-        layer: [name for name in layer.adapter_names() if _is_trained(layer, name)]
-        for layer in model.modules()
-        if isinstance(layer, SokaLayer)
-    }
-    modules = sum(len(names) for names in trained.values())
+    trained = list(_trained(model))
     return {
-        parameter: multiplier * multipliers[part] / math.sqrt(modules)
-        for layer, names in trained.items()
-        for name in names
+        parameter: multiplier * multipliers[part] / math.sqrt(len(trained))
+        for layer, name in trained
         for part, parameter, multiplier in _law(layer, name)
         if parameter.requires_grad
     }
+
+
+def _trained(model: nn.Module) -> Iterator[tuple[SokaLayer, str]]:
+    """Each layer with each of its adapters that are trained."""
+    for layer in model.modules():
+        if isinstance(layer, SokaLayer):
+            for name in layer.adapter_names():
+                if _is_trained(layer, name):
+                    yield layer, name
 
 
 def _is_trained(layer: SokaLayer, adapter: str) -> bool:
@@ -98,13 +105,14 @@ def parameter_groups(
 
     Args:
         multipliers: of "left", "right" and "sigma"; parameters with 0 are frozen.
-        decayed: names of the parameters that `weight_decay` is for.
+        decayed: names of the parameters that `weight_decay` is for. Factors with initial ones are left to
+            `pull_to_initial`.
     """
-    rates = learning_rates(model, multipliers)
+    rates, pulled = learning_rates(model, multipliers), _with_initial(model)
     groups: list[dict[str, Any]] = []
     others: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        decay = weight_decay if name in decayed else 0.0
+        decay = weight_decay if name in decayed and parameter not in pulled else 0.0
         if rates.get(parameter) == 0:
             parameter.requires_grad_(False)
         elif parameter in rates:
@@ -112,6 +120,51 @@ def parameter_groups(
         elif parameter.requires_grad:
             others.setdefault(decay, []).append(parameter)
     return groups + [{"params": found, "lr": lr, "weight_decay": decay} for decay, found in others.items()]
+
+
+def _with_initial(model: nn.Module) -> dict[nn.Parameter, Callable[[], Tensor]]:
+    """Trained factors that start from a delta of zero; with each, how to look its initial value up.
+
+    It is looked up when it is needed: pruning, sharding and moving to a device replace tensors.
+    """
+    return {
+        getattr(layer, f"soka_{part}")[name]: partial(getattr(layer, f"soka_{part}_initial").__getitem__, name)
+        for layer, name in _trained(model)
+        if layer.initial(name) is not None
+        for part in PARTS
+    }
+
+
+def pull_to_initial(
+    optimizer: torch.optim.Optimizer, model: nn.Module, weight_decay: float, decayed: Collection[str]
+) -> bool:
+    """Decoupled weight decay, at each step, of the factors that start from a delta of zero; whether there are any.
+
+    Semantics: theta -= rate * weight_decay * (theta - theta0), before the step that the gradient asks for.
+
+    Args:
+        optimizer: has the groups that `parameter_groups` made.
+        decayed: names of the parameters that `weight_decay` is for.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    initial = _with_initial(model)
+    pulled: list[tuple[int, Callable[[], Tensor]]] = []
+    for number, group in enumerate(optimizer.param_groups):
+        parameter = group["params"][0]
+        if weight_decay > 0 and parameter in initial and names[parameter] in decayed:
+            pulled.append((number, initial[parameter]))
+
+    @torch.no_grad()
+    def pull(stepped: torch.optim.Optimizer, *_: Any) -> None:
+        for number, start in pulled:
+            group = stepped.param_groups[number]
+            (parameter,) = group["params"]
+            if parameter.grad is not None:
+                parameter.add_(start() - parameter, alpha=float(group["lr"]) * weight_decay)
+
+    if pulled:
+        optimizer.register_step_pre_hook(pull)
+    return bool(pulled)
 
 
 def create_soka_optimizer(
@@ -139,7 +192,8 @@ def create_soka_optimizer(
         optimizer_cls: an optimiser that normalises gradients, as AdamW does.
         lr: share of the layers' outputs that a step changes at most, all adapted modules together.
         left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
-        weight_decay: of all trained parameters. It pulls factors to zero, not to where they started.
+        weight_decay: of all trained parameters. It pulls a module's delta to zero: factors to the initial ones, where
+            there are any. That part is decoupled from gradients, as AdamW's is, with every optimiser.
         kwargs: for `optimizer_cls`, such as `betas`.
 
     Raises:
@@ -150,4 +204,6 @@ def create_soka_optimizer(
     """
     names = [name for name, _ in model.named_parameters()]
     multipliers = {"left": left_lr, "right": right_lr, "sigma": sigma_lr}
-    return optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names), **kwargs)
+    optimizer = optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names), **kwargs)
+    pull_to_initial(optimizer, model, weight_decay, names)
+    return optimizer

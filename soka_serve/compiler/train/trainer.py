@@ -22,7 +22,7 @@ from soka_serve.compiler.train.packing import check_packing
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.schema import Train
-from soka_serve.peft.optimizer import parameter_groups
+from soka_serve.peft.optimizer import parameter_groups, pull_to_initial
 
 _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
@@ -131,16 +131,19 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """AdamW, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
 
-        Weight decay spares biases and norms, as the Trainer's own groups do. For SoKA it pulls the trained factors to
-        zero, hence with `init = "weights"` the model towards W - K(theta0), not towards the base.
+        Weight decay spares biases and norms, as the Trainer's own groups do. For SoKA it pulls deltas to zero, hence
+        the model to the base.
+
+        Raises:
+            PlanError: nothing is trained; or DeepSpeed steps copies of the factors, where weight decay pulls them.
         """
         if self.optimizer is not None:  # given to the constructor
             return self.optimizer
         target = self.model if model is None else model
         multipliers = {part: getattr(self.recipe, f"{part}_lr") for part in ("left", "right", "sigma")}
-        decayed = self.get_decay_parameter_names(target)
+        decayed = set(self.get_decay_parameter_names(target))
         rate = self.args.learning_rate
-        groups = parameter_groups(target, rate, multipliers, self.args.weight_decay, set(decayed))
+        groups = parameter_groups(target, rate, multipliers, self.args.weight_decay, decayed)
         if not groups:
             raise PlanError(
                 "nothing is left to train: left_lr, right_lr and sigma_lr are all 0",
@@ -148,6 +151,13 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
         optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
         self.optimizer = optimizer_class(groups, **options)
+        pulled = pull_to_initial(self.optimizer, target, self.args.weight_decay, decayed)
+        if pulled and self.is_deepspeed_enabled:
+            raise PlanError(
+                f"train.weight_decay = {self.args.weight_decay:g} does not go with DeepSpeed, which steps copies of "
+                "the factors",
+                hint="leave it out, or train with FSDP or DDP",
+            )
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

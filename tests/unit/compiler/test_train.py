@@ -26,6 +26,7 @@ from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
 from soka_serve.kron import dense_delta
+from soka_serve.peft import soka_layers
 from tests.support.training import (
     load_trained,
     logits_of,
@@ -169,6 +170,15 @@ def test_the_first_step_moves_each_factor_by_its_rate(base: Path, tmp_path: Path
     assert read_history(result.history)[0]["learning_rate"] == pytest.approx(5e-2)
 
 
+def test_weight_decay_pulls_the_model_towards_the_base(base: Path, tmp_path: Path) -> None:
+    sizes = []
+    for decay in (0.0, 100.0):
+        result = run_training(base, tmp_path / f"{decay:g}", steps=12, weight_decay=decay)
+        layers = soka_layers(load_trained(base, result)).values()
+        sizes.append(sum(layer.get_delta_weight("default").norm().item() for layer in layers))
+    assert sizes[1] < 0.9 * sizes[0]
+
+
 def test_clip_is_relative_to_the_median_of_the_norms_before() -> None:
     clip = RelativeClip(2.0, [1.0] * 7)
     assert clip.limit == math.inf
@@ -209,6 +219,18 @@ def test_clip_is_refused_under_deepspeed(base: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(SokaTrainer, "create_accelerator_and_postprocess", with_deepspeed)
     with pytest.raises(PlanError, match=r"train\.clip = 0 does not go with DeepSpeed"):
         run_training(base, tmp_path)
+
+
+def test_weight_decay_is_refused_under_deepspeed(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SokaTrainer.create_optimizer
+
+    def with_deepspeed(self: SokaTrainer, model: Any = None) -> Any:
+        self.is_deepspeed_enabled = True
+        return made(self, model)
+
+    monkeypatch.setattr(SokaTrainer, "create_optimizer", with_deepspeed)
+    with pytest.raises(PlanError, match=r"train\.weight_decay = 0\.1 does not go with DeepSpeed"):
+        run_training(base, tmp_path, weight_decay=0.1)
 
 
 @pytest.mark.parametrize("options", [{"clip": 1.01}, {"max_grad_norm": 0.01}])

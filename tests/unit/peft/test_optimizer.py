@@ -7,7 +7,7 @@ import math
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, PlanError
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
@@ -96,6 +96,56 @@ def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0", "1"], rank_pattern={"0": 6}, r=3))
     lefts = [group["lr"] for group in create_soka_optimizer(model, lr=0.3).param_groups[::3]]
     assert lefts == pytest.approx([0.3 / 2 / 6 / math.sqrt(2), 0.3 / 2 / 3 / math.sqrt(2)])
+
+
+def _adamw(start: Tensor, gradients: list[Tensor], rate: float, decay: float, towards: Tensor) -> Tensor:
+    """AdamW (arXiv:1711.05101, algorithm 2) in numbers, with decay towards a given value."""
+    value, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step, gradient in enumerate(gradients, 1):
+        mean = 0.9 * mean + 0.1 * gradient
+        square = 0.999 * square + 0.001 * gradient**2
+        moved = mean / (1 - 0.9**step) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        value = value - rate * moved - rate * decay * (value - towards)
+    return value
+
+
+@pytest.mark.parametrize("init", ["weights", "random", "zero"])
+def test_weight_decay_is_adamws_towards_a_delta_of_zero(init: str) -> None:
+    """To the initial factors where they are subtracted (a start from weights), to zero for all else."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)).double()
+    config = SokaConfig(target_modules=["0"], modules_to_save=["1"], r=2, init_soka_weights=init)
+    model = peft.get_peft_model(base, config)
+    optimizer = create_soka_optimizer(model, lr=0.2, weight_decay=0.5)
+    trained = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups for _ in group["params"]]
+    gradients: list[list[Tensor]] = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16, dtype=torch.float64)).square().mean().backward()
+        gradients.append([p.grad.clone() for p, _ in trained])
+        optimizer.step()
+    subtracted = 3 if init == "weights" else 0
+    towards = [start if number < subtracted else torch.zeros_like(start) for number, (_, start) in enumerate(trained)]
+    for (value, start), rate, target, *found in zip(trained, rates, towards, *gradients, strict=True):
+        expected = _adamw(start, found, rate, 0.5, target)
+        torch.testing.assert_close(value.detach(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_weight_decay_alone_leaves_a_fresh_adapter_as_it_is() -> None:
+    """And brings a trained one back to the base."""
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="weights")
+    optimizer = create_soka_optimizer(model, lr=1.0, weight_decay=1.0)
+    sizes = []
+    for factor in (1.0, 1.1):
+        with torch.no_grad():
+            layer.soka_left["default"].mul_(factor)
+        for _ in range(40):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            sizes.append(layer.get_delta_weight("default").norm().item())
+    assert sizes[39] == 0
+    assert 0 < sizes[-1] < 0.01 * sizes[40]
 
 
 def test_other_parameters_are_trained_at_lr_and_a_part_with_zero_is_frozen() -> None:
