@@ -29,19 +29,27 @@ def sizes(hidden: int, inner: int) -> dict[str, tuple[int, int]]:
 
 
 def write_model(
-    folder: Path, hidden: int, inner: int, layers: int, *, kind: str = "decaying", noise: float = 0.0
+    folder: Path,
+    hidden: int,
+    inner: int,
+    layers: int,
+    *,
+    kind: str = "decaying",
+    noise: float = 0.0,
+    vocabulary: int = VOCABULARY,
+    tied: bool = True,
 ) -> None:
-    """A LLaMA checkpoint in bfloat16, a file per layer.
+    """A LLaMA checkpoint in bfloat16, a file per layer; in memory lies one layer.
 
     `kind` is the spectrum of the weights (`draw_weight`), another draw for every projection; `noise` times a random
-    matrix is added to each (a "fine-tuned" one).
+    matrix is added to each (a "fine-tuned" one). Embeddings of so many tokens are the output head, too, where `tied`.
     """
     folder.mkdir(parents=True)
     heads = max(hidden // 128, 1)
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": hidden,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": hidden,
         "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": heads, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "num_key_value_heads": heads, "tie_word_embeddings": tied, "torch_dtype": "bfloat16",
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     where: dict[str, str] = {}
@@ -58,8 +66,11 @@ def write_model(
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden)
             if layer == 0:
-                embeddings = torch.randn(VOCABULARY, hidden, generator=torch.Generator().manual_seed(2))
+                embeddings = torch.randn(vocabulary, hidden, generator=torch.Generator().manual_seed(2))
                 tensors |= {"model.embed_tokens.weight": embeddings, "model.norm.weight": torch.ones(hidden)}
+            if layer == layers - 1 and not tied:
+                head = torch.randn(vocabulary, hidden, generator=torch.Generator().manual_seed(3))
+                tensors["lm_head.weight"] = head * hidden**-0.5
             file = f"model-{layer + 1:05}-of-{layers:05}.safetensors"
             save_file({k: v.bfloat16() for k, v in tensors.items()}, folder / file, metadata={"format": "pt"})
             where |= dict.fromkeys(tensors, file)

@@ -61,13 +61,18 @@ class LayerPlacement:
         self._stored.clear()
         self._parts = []
 
+    def put_back(self) -> None:
+        """Let go of the layer that was run last, until it is run again: a decomposition has its memory meanwhile."""
+        for parameter, stored in self._stored.items():
+            parameter.data = stored
+        self._stored = {}
+
     def _placing(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         mine = list(part.parameters())
 
         def run(*arguments: Any, **named: Any) -> Any:
             if self._parts and mine[0] not in self._stored:
-                for parameter, stored in self._stored.items():
-                    parameter.data = stored
+                self.put_back()
                 self._stored = {parameter: parameter.data for parameter in mine}
                 self._bring(mine)
             return forward(*arguments, **named)

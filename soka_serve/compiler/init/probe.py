@@ -3,7 +3,7 @@
 The decoder layers are walked one by one (see `walk`), so a whole model costs one forward pass over the batches, and
 for gradients one backward pass as well. In memory lie the hidden states and one layer's statistics in float32:
 gradients of at most five times the largest weight, or moments of at most four of the widest input. A layer that has
-more is run again.
+more is run again. What was cast or moved of the layer is let go of while its statistics are used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def gather(
     for kind, members in kinds.items():
         if members:
             passes = _Passes.plan(model, rows, members, placement)
-            yield from _gather_moments(passes) if kind == "inputs" else _gather_backwards(passes, scratch)
+            for known in _gather_moments(passes) if kind == "inputs" else _gather_backwards(passes, scratch):
+                if placement is not None:
+                    placement.put_back()
+                yield known
+                del known
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def _gather_moments(passes: _Passes) -> Iterator[TargetStatistics]:
         yield from collect_moments(model, rows, group, lambda at: model(**rows[at].inputs))
     if walk is None or not passes.by_layer:
         return
-    hidden = walk.embedded
+    hidden, walk.embedded = walk.embedded, []
     for layer in range(max(passes.by_layer) + 1):
         above: dict[int, Tensor] = {}
         run = _forwards(walk, layer, hidden, above)
@@ -178,7 +182,7 @@ def _gather_backwards(passes: _Passes, scratch: Path | None) -> Iterator[TargetS
         return
     first = min(passes.by_layer)
     inputs: dict[int, list[Tensor]] = {}  # by layer, of each rows, its hidden states
-    hidden = walk.embedded
+    hidden, walk.embedded = walk.embedded, []
     for layer in range(len(walk.layers)):
         if layer >= first:
             inputs[layer] = hidden

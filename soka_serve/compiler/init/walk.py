@@ -47,7 +47,7 @@ class LayerWalk:
         self._decoder, self.name, self.layers = decoder_layers(model)
         self._calls: list[list[_Call]] = []  # by rows, then by layer
         self.embedded: list[Tensor] = []
-        """By rows, the hidden states (rows, tokens, hidden) that the first layer gets."""
+        """By rows, the hidden states (rows, tokens, hidden) that the first layer gets; a pass takes them away."""
         for inputs in rows:
             hidden, calls = self._record(inputs)
             self.embedded.append(hidden)
