@@ -4,13 +4,13 @@
 
 Generates the checkpoint file by file under `--folder` (bf16; 13.5 GB at 32 layers; random weights, whose spectrum is
 the flattest there is), with the embedded model's tokenizer, which uses the first rows of the embeddings only. Then, in
-a fresh process, reads a manifest with nothing in it but the base, the data, `max_length` and `steps = 0`, and runs what
-`soka-serve build` runs up to the stage's end: hashes of the base, examples as tokens, stage `init`. Nothing is taken
-from a cache. That tokenizer's tokens are short: `--max-length 256` makes of 64 rows of GSM8K about as many tokens as
-the tokenizers of real models do.
+a fresh process, reads a manifest with nothing in it but the base and its dtype, the data, `max_length` and `steps = 0`,
+and runs what `soka-serve build` runs up to the stage's end: hashes of the base, examples as tokens, stage `init`.
+Nothing is taken from a cache. The dtype is that of the manifests that ship for LLaMA-2-7B. That tokenizer's tokens are
+short: `--max-length 256` makes of 64 rows of GSM8K about as many tokens as the tokenizers of real models do.
 
 - `phases`: seconds on the wall and of the processor, of the stage. A phase that is inside of another one counts for
-  itself alone; `weights to float32` includes what the disk takes, since files are mapped. `decompositions` includes the
+  itself alone. Files are mapped: the phase that first uses a weight waits for the disk. `decompositions` includes the
   products with the second moments, and writing candidates to the scratch folder.
 - `peak_mb`: the most anonymous memory of the stage above what the process held before. Pages of the mapped checkpoint
   do not count; the system takes those back when it needs to.
@@ -49,7 +49,7 @@ from soka_serve.manifest.read import read_manifest
 
 PHASES: list[tuple[Any, str, str]] = [
     (placement, "load_layered", "opening the base"),
-    (placement.LayerPlacement, "_bring", "weights to float32"),
+    (placement.LayerPlacement, "_bring", "casting weights"),
     (LayerWalk, "__init__", "checking the walk"),
     (LayerWalk, "run", "forward pass"),
     (InputMoments, "accumulate", "second moments"),
@@ -122,7 +122,7 @@ def write_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: i
             shutil.copyfile(source, folder / name)
 
 
-def write_manifest(folder: Path, train: Path, max_length: int) -> Path:
+def write_manifest(folder: Path, dtype: str, train: Path, max_length: int) -> Path:
     """The default of everything that a manifest need not say."""
     quote = json.dumps  # of a TOML string
     file = folder / "init-7b.toml"
@@ -130,6 +130,7 @@ def write_manifest(folder: Path, train: Path, max_length: int) -> Path:
         f"""schema = 1
 [base]
 path = {quote(str(folder / "base"))}
+dtype = {quote(dtype)}
 [[adapt]]
 [train]
 steps = 0
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--dtype", default="bfloat16", help="the manifest's `base.dtype`")
     parser.add_argument("--max-length", type=int, default=256, help="tokens of the longest example")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -196,7 +198,7 @@ def main() -> None:
         sizes = (options.hidden, options.intermediate, options.layers, options.vocabulary)
         write_base(folder / "base", *sizes)
         stored = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-        manifest = write_manifest(folder, options.train, options.max_length)
+        manifest = write_manifest(folder, options.dtype, options.train, options.max_length)
         case = {"folder": name, "manifest": str(manifest), "threads": options.threads, "progress": True}
         found = {"checkpoint_gb": round(stored / 1e9, 2)} | alone(run, case)
     print(json.dumps(found, indent=1), flush=True)

@@ -4,8 +4,9 @@
 
 In processor seconds: `forward` of the whole model over the calibration batches, as training pads them (no loss, no
 cache); stage `init` at rank 1 without calibration (`unweighted`) and with it (`weighted`, loading the base included).
-`ratio` is (weighted - unweighted) / forward. `peak_mb` is the most anonymous memory of the weighted stage above what
-was held before: pages of mapped files do not count, and a base in its stored dtype is nothing else on a CPU.
+Products are a build's (`fast_products`). `ratio` is (weighted - unweighted) / forward. `peak_mb` is the most anonymous
+memory of the weighted stage above what was held before: pages of mapped files do not count, and a base in its stored
+dtype is nothing else on a CPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from eval.llama import start_of
 from eval.measure import alone
 from eval.memory import AnonymousPeak
 from eval.record import make_parser, write_record
+from soka_serve.base.cpu import fast_products
 from soka_serve.base.model import Dtype, load_base
 from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.placement import load_layered
@@ -44,7 +46,8 @@ def forward_s(folder: Path, dtype: Dtype, batches: list[dict[str, torch.Tensor]]
     """Processor seconds of a forward pass."""
     model = load_base(folder, dtype)
     inputs = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
-    return cpu_s(lambda: [model(**one, use_cache=False) for one in inputs])
+    with fast_products():
+        return cpu_s(lambda: [model(**one, use_cache=False) for one in inputs])
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +71,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
                 return gather(model, data, wanted, Path(scratch), placement)
 
             run = InitRun(targets, base, Path(scratch), statistics=statistics, progress=False)
-            found[f"{name}_s"] = cpu_s(run.initialise)
+            with fast_products():
+                found[f"{name}_s"] = cpu_s(run.initialise)
     extra = found["weighted_s"] - found["unweighted_s"]
     return found | {"ratio": round(extra / found["forward_s"], 2), "peak_mb": round(peak.added_bytes / 1e6)}
 
@@ -80,7 +84,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--batches", type=int, default=8, help=f"calibration batches of {BATCH} rows")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--dtypes", nargs="+", default=["auto", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     rows = []

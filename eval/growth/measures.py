@@ -25,6 +25,7 @@ from eval.memory import AnonymousPeak
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.cpu import fast_products
 from soka_serve.base.model import load_base
 from soka_serve.base.modules import Module as Projection
 from soka_serve.compiler.init.initialise import InitRun
@@ -108,11 +109,12 @@ def run_init(case: dict[str, Any]) -> Point:
 
         @torch.no_grad()
         def forward() -> None:
-            for batch in batches:
-                model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            with fast_products():
+                for batch in batches:
+                    model.get_decoder()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
         found |= timed("forward", forward, case["seconds"])
-    with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak:
+    with tempfile.TemporaryDirectory() as scratch, AnonymousPeak() as peak, fast_products():
         run = InitRun(targets, opened, Path(scratch), statistics=statistics, seed=SEED, progress=False)
         times = timed("init", run.initialise, case["seconds"])
     return {**found, **times, "init_peak_bytes": peak.added_bytes}
