@@ -8,6 +8,12 @@ change) and the peak of its memory above what it held just before, in multiples 
 kernel's high-water mark of resident memory; CUDA: torch's). Ratios compare runs of one call of this script. Weights:
 "random" is Gaussian, the flattest spectrum and so the slowest to converge; "decaying" has a spectrum like a trained
 weight's; `--checkpoint DIR` adds the largest projection of a local checkpoint.
+
+    python -m eval.bench.kpsvd --starts --checkpoint DIR --threads 1 --out eval/results/kpsvd_starts.json
+
+What the starts that take other terms of a weight cost, beside the principal ones of `init = "weights"` without
+calibration batches ("auto"): "sampled" ones (`init = "nystrom"`), and the exact "minor" ones, which take a full SVD
+whatever the rank.
 """
 
 from __future__ import annotations
@@ -24,9 +30,13 @@ from eval.measure import Peak, alone
 from eval.record import make_parser, write_record
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.kron import kpsvd
+from soka_serve.kron.decompose import Decomposition, minor_kpsvd, sampled_kpsvd
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 
 CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096)]
+START_CASE = ("decaying", 4096, 4096)
+START_RANKS = (1, 8, 64)
+MINOR_RANK = 8
 
 
 def draw_weight(kind: str, out_features: int, in_features: int, seed: int = 0) -> Tensor:
@@ -42,11 +52,18 @@ def draw_weight(kind: str, out_features: int, in_features: int, seed: int = 0) -
     return weight
 
 
-def read_weight(directory: str) -> Tensor:
+def read_weight(directory: Path) -> Tensor:
     """The largest projection of a checkpoint."""
-    base = Checkpoint.open(Path(directory))
+    base = Checkpoint.open(directory)
     names = [name for name in base.tensors if name.endswith("_proj.weight")]
     return base.read(max(names, key=lambda name: (base.tensors[name].end - base.tensors[name].start, name))).float()
+
+
+def decompose(weight: Tensor, shape: FactorShape, rank: int, method: Any) -> Decomposition:
+    """The terms that a method finds."""
+    if method == "minor":
+        return minor_kpsvd(weight, shape, rank)
+    return sampled_kpsvd(weight, shape, rank) if method == "sampled" else kpsvd(weight, shape, rank, algorithm=method)
 
 
 def run_case(options: dict[str, Any]) -> dict[str, Any]:
@@ -59,10 +76,10 @@ def run_case(options: dict[str, Any]) -> dict[str, Any]:
     shape = balanced_shape(*weight.shape)
     # Libraries set up, and their work buffers allocated, outside the measurement.
     warm = torch.randn(600, 600, device=device)
-    kpsvd(warm, balanced_shape(600, 600), 8, algorithm=options["method"])
+    decompose(warm, balanced_shape(600, 600), 8, options["method"])
     with Peak(device) as peak:
         start, start_cpu = time.perf_counter(), time.process_time()
-        result = kpsvd(weight, shape, options["rank"], algorithm=options["method"])
+        result = decompose(weight, shape, options["rank"], options["method"])
         if device == "cuda":
             torch.cuda.synchronize()
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
@@ -88,24 +105,38 @@ def compare(options: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def compare_starts(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """A weight's principal terms, the sampled ones and the minor ones, by rank."""
+    rows = []
+    for rank in START_RANKS:
+        row: dict[str, Any] = {key: options[key] for key in ("kind", "out", "in")} | {"rank": rank}
+        for method in ("auto", "sampled", *(["minor"] if rank == MINOR_RANK else [])):
+            row[method] = alone(run_case, {**options, "rank": rank, "method": method})
+        clock = "time_s" if options["device"] == "cuda" else "cpu_time_s"
+        row["speed_up_of_sampled"] = round(row["auto"][clock] / row["sampled"][clock], 1)
+        row["energy_of_sampled"] = row["sampled"]["captured_energy"] / row["auto"]["captured_energy"]
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Run all cases and write the result."""
     parser = make_parser("eval.bench.kpsvd", __doc__)
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--checkpoint", type=str, default="", help="local checkpoint whose largest projection is added")
+    parser.add_argument("--checkpoint", type=Path, help="local checkpoint whose largest projection is added")
+    parser.add_argument("--starts", action="store_true", help="the costs of other starts instead")
     arguments = parser.parse_args()
     common = {"rank": arguments.rank, "device": arguments.device, "threads": arguments.threads}
-    rows = [
-        compare({**common, "kind": kind, "out": out_features, "in": in_features, "checkpoint": ""})
-        for kind, out_features, in_features in CASES
-    ]
+    drawn = [START_CASE] if arguments.starts else CASES
+    cases = [{**common, "kind": kind, "out": out, "in": features, "checkpoint": None} for kind, out, features in drawn]
     if arguments.checkpoint:
         out_features, in_features = read_weight(arguments.checkpoint).shape
         rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
         case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
-        rows.append(compare({**common, **case, "checkpoint": arguments.checkpoint}))
+        cases.append({**common, **case, "checkpoint": arguments.checkpoint})
+    rows = [row for case in cases for row in (compare_starts(case) if arguments.starts else [compare(case)])]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
     print(json.dumps(write_record(arguments, {"rows": rows}, machine={"device": device}), indent=1))
 

@@ -119,6 +119,38 @@ def minor_kpsvd(weight: Tensor, shape: FactorShape, rank: int) -> Decomposition:
 
 
 @torch.no_grad()
+def sampled_kpsvd(weight: Tensor, shape: FactorShape, rank: int, *, seed: int = 0) -> Decomposition:
+    """Terms from a sample of the rearranged weight's rows and columns (CUR; the Nystroem method has U^+ for its core).
+
+    Semantics: with C and R some columns and rows of M = R(weight), the best `rank` terms of C (C^+ M R^+) R.
+
+    Args:
+        weight, shape: as for `kpsvd`.
+        rank: number of terms, capped at `shape.max_rank`; 2 rank + 16 rows and columns are drawn.
+        seed: of the drawing, on the CPU.
+
+    Returns:
+        As `kpsvd`: sigma[k]^2 is what term k captures of the weight. Exact for a sum of at most `rank` terms (almost
+        surely), and for all of them.
+
+    Raises:
+        ValueError: as for `kpsvd`.
+    """
+    matrix, scale, total_energy = _prepare(weight, shape, rank)
+    rank = min(rank, shape.max_rank)
+    count = min(2 * rank + 16, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randperm(side, generator=generator)[:count].to(matrix.device) for side in matrix.shape)
+    left_basis = torch.linalg.qr(matrix[:, columns]).Q
+    right_basis = torch.linalg.qr(matrix[rows].t()).Q
+    core_left, sigma, core_right = torch.linalg.svd((left_basis.t() @ matrix) @ right_basis, full_matrices=False)
+    factors = from_vectors(
+        left_basis @ core_left[:, :rank], right_basis @ core_right[:rank].t(), sigma[:rank] * scale, shape
+    )
+    return Decomposition(factors, total_energy)
+
+
+@torch.no_grad()
 def captured_energy(weight: Tensor, shape: FactorShape, rank: int, *, rough: bool = False, seed: int = 0) -> float:
     """The energy of the leading `rank` terms, computed without the terms themselves.
 

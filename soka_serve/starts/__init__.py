@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from soka_serve.starts.delta import Delta
 from soka_serve.starts.gradient import Gradient
 from soka_serve.starts.minor import Minor
+from soka_serve.starts.nystrom import Nystrom
 from soka_serve.starts.random import Random, Zero
 from soka_serve.starts.start import Material, Pool, Start
 from soka_serve.starts.weights import Weights
@@ -21,6 +22,7 @@ STARTS: dict[str, Start] = {
     start.name: start
     for start in (
         Weights("weights", {"minor": Minor("minor")}),
+        Nystrom("nystrom"),
         Delta("delta"),
         Gradient("gradient"),
         Zero("zero"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.kron import Factors, decompose, dense_delta, kpsvd
-from soka_serve.kron.decompose import Algorithm, minor_kpsvd
+from soka_serve.kron.decompose import Algorithm, minor_kpsvd, sampled_kpsvd
 from soka_serve.kron.factors import rearrange, unrearrange
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from tests.support import kron_oracle as oracle
@@ -290,3 +290,35 @@ def test_minor_terms_of_a_weight_of_low_rank_are_orthogonal_and_zero() -> None:
     assert float(found.sigma.max()) < 1e-9
     flat = found.left.flatten(1)
     torch.testing.assert_close(flat @ flat.t(), torch.eye(4, dtype=flat.dtype), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [(FactorShape(9, 10, 8, 6), 3), (FactorShape(5, 6, 8, 9), 1)])
+def test_sampled_terms_are_the_best_within_the_sample(shape: FactorShape, rank: int) -> None:
+    """Against pseudo-inverses in numpy, float64, for the rows and columns of the same seed."""
+    weight = oracle.draw(shape.out_features, shape.in_features)
+    matrix = oracle.oracle_rearrangement(weight, shape).numpy()
+    generator = torch.Generator().manual_seed(7)
+    count = 2 * rank + 16
+    rows, columns = (torch.randperm(side, generator=generator)[:count].numpy() for side in matrix.shape)
+    chosen, crossing = matrix[:, columns], matrix[rows]
+    within = chosen @ (np.linalg.pinv(chosen) @ matrix @ np.linalg.pinv(crossing)) @ crossing
+    left, sigma, right = np.linalg.svd(within, full_matrices=False)
+    expected = (left[:, :rank] * sigma[:rank]) @ right[:rank]
+    found = sampled_kpsvd(weight, shape, rank, seed=7)
+    got = oracle.oracle_rearrangement(oracle.oracle_delta(found.factors), shape).numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-9)
+    left_over = float(np.square(matrix - got).sum())
+    assert found.total_energy * (1 - found.captured_frac) == pytest.approx(left_over, rel=1e-9)
+    assert 0 < found.captured_frac < kpsvd(weight, shape, rank, algorithm="exact").captured_frac
+    assert not torch.equal(found.factors.left, sampled_kpsvd(weight, shape, rank, seed=8).factors.left)
+
+
+@pytest.mark.parametrize("terms", [0, 1, 3])
+def test_a_sample_recovers_a_sum_of_few_kronecker_products(terms: int) -> None:
+    shape = FactorShape(8, 6, 5, 9)
+    weight = oracle.oracle_delta(oracle.draw_factors(shape, terms))
+    found = sampled_kpsvd(weight, shape, 3)
+    assert float((oracle.oracle_delta(found.factors) - weight).norm()) <= 1e-9 * float(weight.norm() + 1)
+    everything = oracle.draw(40, 54)
+    found = sampled_kpsvd(everything, shape, 1000)
+    assert relative_error(oracle.oracle_delta(found.factors), everything) < 1e-9

@@ -88,6 +88,22 @@ def test_minor_components_are_the_smallest_terms(base: Base) -> None:
     assert float(got.norm()) == pytest.approx(float(principal.norm()), rel=1e-3), "the size is the rule's scale"
 
 
+def test_sampled_terms_start_a_module_and_count_what_they_capture(base: Base) -> None:
+    rule = {"modules": ["q_proj"], "layers": [0], "init": "nystrom", "rank": {"policy": "fixed", "rank": 2}}
+    started = _start(base, rule)
+    (module,) = started.modules
+    assert started.initial_modules == {QUERY}
+    weight = base.checkpoint.read(f"{QUERY}.weight").double()
+    theta = started.factors[QUERY]
+    direction = dense_delta(theta).double()
+    # Terms are orthogonal, so that the weight's share along their sum is what they capture together.
+    captured = float((weight * direction).sum() / direction.norm()) ** 2
+    assert captured == pytest.approx(sum(s * s for s in module.sigma[:2]), rel=1e-3)
+    assert 0 < captured < sum(s * s for s in _start(base, rule | {"init": "weights"}).modules[0].sigma[:2])
+    assert torch.equal(theta.left, _start(base, rule).factors[QUERY].left)
+    assert not torch.equal(theta.left, _start(base, rule, seed=1).factors[QUERY].left)
+
+
 def test_policies_live_side_by_side(base: Base) -> None:
     budget = 3000
     started = _start(

@@ -102,6 +102,13 @@ CASES = [
         1,
         ["does not go with components = 'minor'", "strongest on"],
     ),
+    (
+        "[[adapt]]",
+        "calibration_batches = 2\ninit = 'nystrom'",
+        "adapt[0].calibration_batches",
+        1,
+        ["does not go with init = 'nystrom': a sample is taken of the weight alone"],
+    ),
     # rank policies
     ("[[adapt]]", "rank = 4", "adapt[0].rank", 8, ['write rank = { policy = "fixed", rank = 4 }']),
     ("[[adapt]]", "rank = { rank = 4 }", "adapt[0].rank.policy", 8, ["missing", "'fixed', 'energy', 'elbow'"]),
