@@ -2,12 +2,13 @@
 
     python -m eval.bench.init_7b --train gsm8k_train.jsonl --out eval/results/init_7b.json
 
-Generates the checkpoint file by file under `--folder` (bf16; 13.5 GB at 32 layers; random weights, whose spectrum is
-the flattest there is), with the embedded model's tokenizer, which uses the first rows of the embeddings only. Then, in
-a fresh process, reads a manifest with nothing in it but the base and its dtype, the data, `max_length` and `steps = 0`,
-and runs what `soka-serve build` runs up to the stage's end: hashes of the base, examples as tokens, stage `init`.
-Nothing is taken from a cache. The dtype is that of the manifests that ship for LLaMA-2-7B. That tokenizer's tokens are
-short: `--max-length 256` makes of 64 rows of GSM8K about as many tokens as the tokenizers of real models do.
+Generates the checkpoint in `--folder` where there is none, file by file (bf16; 13.5 GB at 32 layers; random weights,
+whose spectrum is the flattest), with the embedded model's tokenizer, which uses the first rows of the embeddings only.
+Without `--folder` it is removed at the end. Then, in a fresh process, reads a manifest with nothing in it but the base
+and its dtype, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to the stage's end:
+hashes of the base, examples as tokens, stage `init`. Nothing is taken from a cache. The dtype is that of the manifests
+that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 256` makes of 64 rows of GSM8K about as many
+tokens as the tokenizers of real models do.
 
 - `phases`: seconds on the wall and of the processor, of the stage. A phase that is inside of another one counts for
   itself alone. Files are mapped: the phase that first uses a weight waits for the disk. `decompositions` includes the
@@ -122,14 +123,14 @@ def write_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: i
             shutil.copyfile(source, folder / name)
 
 
-def write_manifest(folder: Path, dtype: str, train: Path, max_length: int) -> Path:
+def write_manifest(folder: Path, base: Path, dtype: str, train: Path, max_length: int) -> Path:
     """The default of everything that a manifest need not say."""
     quote = json.dumps  # of a TOML string
     file = folder / "init-7b.toml"
     file.write_text(
         f"""schema = 1
 [base]
-path = {quote(str(folder / "base"))}
+path = {quote(str(base.resolve()))}
 dtype = {quote(dtype)}
 [[adapt]]
 [train]
@@ -181,10 +182,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Generate, measure, write the result, and remove the checkpoint."""
+    """Generate, measure and write the result."""
     parser = make_parser("eval.bench.init_7b", __doc__)
     parser.add_argument("--train", type=Path, required=True, help="JSON lines with `question` and `answer`")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint lies meanwhile (default: the system's)")
+    parser.add_argument("--folder", type=Path, help="folder of the checkpoint; made where it is missing, and kept")
     parser.add_argument("--hidden", type=int, default=4096, help="hidden size (default: LLaMA-2-7B's)")
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--layers", type=int, default=32)
@@ -193,12 +194,12 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256, help="tokens of the longest example")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        sizes = (options.hidden, options.intermediate, options.layers, options.vocabulary)
-        write_base(folder / "base", *sizes)
-        stored = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
-        manifest = write_manifest(folder, options.dtype, options.train, options.max_length)
+    with tempfile.TemporaryDirectory() as name:
+        base = options.folder or Path(name) / "base"
+        if not base.exists():
+            write_base(base, options.hidden, options.intermediate, options.layers, options.vocabulary)
+        stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        manifest = write_manifest(Path(name), base, options.dtype, options.train, options.max_length)
         case = {"folder": name, "manifest": str(manifest), "threads": options.threads, "progress": True}
         found = {"checkpoint_gb": round(stored / 1e9, 2)} | alone(run, case)
     print(json.dumps(found, indent=1), flush=True)

@@ -27,6 +27,7 @@ from soka_serve.kron.shapes import FactorShape
 _POWER_STEPS = 20
 _POWER_CHANGE = 1e-5  # of a unit vector
 _ROWS = 256
+_INNER = 1024  # of a product with the second moment: long enough for libraries to reach their speed
 _TOKENS = 1024
 _ROOT_DAMPING = 1e-3  # share of the mean eigenvalue; only the start of the least squares depends on it
 
@@ -248,8 +249,8 @@ class OutputError:
         for i in range(0, m, together):
             rows = self.weight[i * p : (i + together) * p].to(self.dtype)
             product = rows * self._ridge
-            for j in range(0, n * q, _ROWS):
-                product.addmm_(rows[:, j : j + _ROWS], self._sums(j, j + _ROWS), alpha=self._scale)
+            for j in range(0, n * q, _INNER):
+                product.addmm_(rows[:, j : j + _INNER], self._sums(j, j + _INNER), alpha=self._scale)
             for part, other in zip(torch.split(product, 64), torch.split(rows, 64), strict=True):
                 energy += float((part.double() * other).sum())
             cross[i : i + together] = product.view(-1, p, n, q).transpose(1, 2)
