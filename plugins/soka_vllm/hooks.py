@@ -141,7 +141,7 @@ HOOKS = (
         "A slot is emptied in all layers before it is filled in the first, and where filling it fails.",
     ),
     Hook(
-        *("vllm.lora.peft_helper", "PEFTHelper._match_pattern", None, "soka_vllm.patterns:match_for_vllm"),
+        *("vllm.lora.peft_helper", "PEFTHelper._match_pattern", None, "soka_serve.adapter.patterns:match_for_vllm"),
         "Patterns of adapters are matched in linear time.",
         optional=True,
     ),

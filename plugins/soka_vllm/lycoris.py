@@ -20,13 +20,13 @@ from typing import TypeVar
 from torch import tensor
 
 from soka_serve.adapter.format import refusal
+from soka_serve.adapter.lokr import LokrFactor, find_factor
 from soka_serve.errors import CheckpointError, SokaError, name_some
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_vllm.lokr import LokrFactor, find_factor
 
 PREFIX = "lycoris_"
 KIND = "LyCORIS LoKr"

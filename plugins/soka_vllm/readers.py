@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 from soka_serve.adapter.format import PEFT_TYPE, AdapterFiles, look_at_adapter
+from soka_serve.adapter.lokr import look_at_lokr
+from soka_serve.adapter.patterns import Matcher
 from soka_serve.errors import SokaError
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import KIND as LYCORIS
 from soka_vllm.lycoris import find_lycoris, look_at_lycoris
-from soka_vllm.patterns import Matcher
 from soka_vllm.stock import look_at_lora
 
 LORA = "LORA"

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 from torch import Tensor
 
-from soka_vllm import compat, metrics, patterns
+from soka_serve.adapter import patterns
+from soka_vllm import compat, metrics
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.limits import ModelLimits, values_kept
 from soka_vllm.loader import check_lora, load_adapter

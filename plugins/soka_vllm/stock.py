@@ -6,12 +6,12 @@ import zipfile
 from pathlib import Path
 
 from soka_serve.adapter.format import KEY_PREFIX
+from soka_serve.adapter.patterns import Matcher
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget, open_regular, refuse_hole
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.io.safetensors import read_header
-from soka_vllm.patterns import Matcher
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")  # in the order in which vLLM looks for them
 _PATTERNS = ("rank_pattern", "alpha_pattern")

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from soka_serve.adapter.format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE
+from soka_serve.adapter.lokr import look_at_lokr
 from soka_serve.errors import SokaError, is_printable
 from soka_serve.io.budget import ReadingBudget
-from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import look_at_lycoris
 from tests.fuzzing.limits import bounded
 from tests.fuzzing.spoil import spoil_files

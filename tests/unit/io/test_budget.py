@@ -15,6 +15,8 @@ from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
 from soka_serve.adapter.format import CONFIG_FILE, LOCK_FILE, read_adapter
+from soka_serve.adapter.lokr import look_at_lokr
+from soka_serve.adapter.patterns import Matcher, match_for_vllm, matching
 from soka_serve.builtin import base_directory
 from soka_serve.cli import main
 from soka_serve.errors import CheckpointError, SokaError
@@ -22,9 +24,7 @@ from soka_serve.io.budget import ReadingBudget, open_regular, read_limited
 from soka_serve.io.lockfile import read_lock
 from soka_serve.io.safetensors import read_header
 from soka_serve.io.toml_text import parse_toml
-from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import look_at_lycoris
-from soka_vllm.patterns import Matcher, match_for_vllm, matching
 from soka_vllm.stock import look_at_lora
 from tests.fuzzing.adapters import write_good_adapter
 from tests.fuzzing.limits import bounded, limited

@@ -16,10 +16,10 @@ import torch
 from peft import LoKrConfig, get_peft_model
 from safetensors.torch import save_file
 
+from soka_serve.adapter.lokr import look_at_lokr
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.kron import dense_delta
-from soka_vllm.lokr import look_at_lokr
 from soka_vllm.lycoris import find_lycoris, look_at_lycoris, unflatten
 
 FIRST, SECOND = "lycoris_model_layers_0_self_attn_q_proj.", "lycoris_model_layers_0_mlp_down_proj."

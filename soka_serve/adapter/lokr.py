@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from soka_serve.adapter.format import KEY_PREFIX, refusal
+from soka_serve.adapter.patterns import Matcher
 from soka_serve.errors import CheckpointError, name_some
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -18,7 +19,6 @@ from soka_serve.io.json_files import read_json
 from soka_serve.io.safetensors import FLOAT_DTYPES, TensorInfo, read_header, read_tensor
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_vllm.patterns import Matcher
 
 
 @dataclass(frozen=True)
