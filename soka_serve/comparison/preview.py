@@ -14,6 +14,7 @@ from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.settings import manifest_of
 from soka_serve.comparison.suite import Contender, Protocol
 from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.plan.given import settle_targets
 from soka_serve.compiler.plan.modules import plan_training
 
 
@@ -75,7 +76,7 @@ def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tupl
     """Fewest and most trained parameters of a method."""
     suite = loaded.suite
     manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
-    targets = resolve_targets(manifest, base.modules)
+    targets, _ = settle_targets(resolve_targets(manifest, base.modules), manifest, loaded.directory)
     planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
     return planned.parameters_min, planned.parameters_max
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
@@ -16,6 +16,7 @@ from soka_serve.base.target_modules import TargetModule, describe_not_adapted, r
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
 from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.methods import METHODS, Method
+from soka_serve.compiler.plan.given import check_base, settle_targets, sources_of
 from soka_serve.compiler.processes import Processes
 from soka_serve.data.rows import resolve
 from soka_serve.data.sources import data_sha256
@@ -28,6 +29,9 @@ from soka_serve.io.warn_once import warn
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.manifest import schema
 from soka_serve.manifest.read import LoadedManifest
+
+if TYPE_CHECKING:
+    from soka_serve.adapter.given import GivenAdapter
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +60,13 @@ BUILD = OutputKind(
 
 @dataclass
 class Context:
-    """Everything the stages of one build share; `finetuned` has the checkpoints of `delta` rules by their names."""
+    """Everything the stages of one build share; `finetuned` and `adapters` have what rules start from, by its name."""
 
     loaded: LoadedManifest
     workspace: Workspace
     base: Base
     finetuned: dict[str, Base]
+    adapters: dict[str, GivenAdapter]
     targets: list[TargetModule]
     inputs: InputHashes
     keys: dict[str, str]
@@ -120,9 +125,8 @@ def prepare(
     base.check_adaptable()
     targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, loaded.name_key)
     check_tokenizer_files(base.folder)  # before they are hashed
-    finetuned = {
-        source: _open_finetuned(source, loaded) for source in sorted({t.rule.source for t in targets if t.rule.source})
-    }
+    finetuned = {source: _open_finetuned(source, loaded) for source in sources_of(targets, "finetuned")}
+    targets, adapters = settle_targets(targets, manifest, loaded.directory, loaded.name_key)
     for other in finetuned.values():
         other.check_plain()
     hashes = HashCache(workspace.hashes)
@@ -131,10 +135,12 @@ def prepare(
         config=sha256_of(base.directory, CONFIG_FILES, hashes),
         tokenizer=sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
         data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
-        finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()},
+        finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()}
+        | {name: adapter.sha256(hashes.file) for name, adapter in adapters.items()},
         base_name=base.name,
         manifest=loaded.sha256,
     )
+    check_base(adapters, inputs.base, manifest, loaded.name_key)
     processes = processes or Processes()
     if processes.is_main and save_hashes:
         hashes.save()
@@ -144,6 +150,7 @@ def prepare(
         workspace=workspace,
         base=base,
         finetuned=finetuned,
+        adapters=adapters,
         targets=targets,
         inputs=inputs,
         keys=keys,
@@ -220,6 +227,7 @@ def check_output(context: Context) -> None:
     data = loaded.manifest.train.data
     named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
     bases = [context.base, *context.finetuned.values()]
+    named += [adapter.directory for adapter in context.adapters.values()]
     BUILD.check(directory, keep=[loaded.path, *(base.directory for base in bases), *named])
     if lock := _previous_lock(directory):
         maker = lock.get("manifest", {}).get("file")

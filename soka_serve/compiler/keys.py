@@ -28,10 +28,10 @@ class InputHashes:
     """Hashes of what a build reads.
 
     `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
-    the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has one
-    hash per `[[adapt]] finetuned`. `base_name` is what the adapter calls its base, and `manifest` the hash of the
-    manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints lie counts for
-    these two only: what was moved is the same.
+    the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has
+    one hash per `[[adapt]] finetuned` or `adapter`. `base_name` is what the adapter calls its base, and `manifest`
+    the hash of the manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints
+    lie counts for these two only: what was moved is the same.
     """
 
     base: str
@@ -75,7 +75,9 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
     if method.kronecker:
         rules = [
-            {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))} for rule in manifest.adapt
+            {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))}
+            | ({"adapter": inputs.finetuned.get(rule.adapter)} if rule.adapter else {})
+            for rule in manifest.adapt
         ]
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.

@@ -88,6 +88,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
                 context.targets,
                 context.base,
                 finetuned=context.finetuned,
+                adapters={source: adapter.read() for source, adapter in context.adapters.items()},
                 statistics=lambda targets: _statistics(context, training, targets, scratch),
                 budgets={t.module.name: i for i, group in groups.items() for t in group},
                 seed=train.seed,

@@ -129,7 +129,7 @@ class Adapt(Table):
     Rules are read in order. A module that several rules match takes each key from the last rule that sets it.
     """
 
-    LATER = frozenset({"components"})
+    LATER = frozenset({"components", "adapter"})
 
     modules: tuple[Text, ...] = Field(
         EVERY_MODULE,
@@ -165,6 +165,11 @@ class Adapt(Table):
         description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
         examples=["meta-llama/Llama-2-7b-chat-hf"],
     )
+    adapter: PathOrId | None = Field(
+        None,
+        description="For init = 'adapter': folder of the finished adapter, which has ranks and factor shapes.",
+        examples=["build/math/adapter"],
+    )
     calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Training batches whose activations at trained tokens weight the decomposition (0: none); with "
@@ -180,7 +185,8 @@ class Adapt(Table):
     scale: Annotated[float, Field(gt=0)] = Field(
         DEFAULT_SCALE,
         description="Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
-        "of the weight's typical entry: SoKA's alpha. Not for init = 'delta', which has its size from the delta.",
+        "of the weight's typical entry: SoKA's alpha. Not for init = "
+        f"{names_of(s for s in STARTS.values() if s.changes)}, whose terms have a size of their own.",
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
 
@@ -244,6 +250,8 @@ class Adapt(Table):
                 )
         if start.changes and keys.has("scale"):
             yield ("scale",), f"scale does not go with {start.written}, whose terms have the delta's own size"
+        for key in keys.has("rank", "shape", "tp") if start.given else ():
+            yield (key,), f"{key} does not go with {start.written}: {start.given}"
         if start.unweighed and keys.knows("calibration_batches") and keys.values["calibration_batches"]:
             yield (
                 ("calibration_batches",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from soka_serve.starts.adapter import Adapter
 from soka_serve.starts.delta import Delta
 from soka_serve.starts.gradient import Gradient
 from soka_serve.starts.minor import Minor
@@ -24,6 +25,7 @@ STARTS: dict[str, Start] = {
         Weights("weights", {"minor": Minor("minor")}),
         Nystrom("nystrom"),
         Delta("delta"),
+        Adapter("adapter"),
         Gradient("gradient"),
         Zero("zero"),
         Random("random"),

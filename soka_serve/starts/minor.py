@@ -19,6 +19,7 @@ from soka_serve.starts.start import Start
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from soka_serve.kron import Factors
     from soka_serve.kron.decompose import Decomposition
     from soka_serve.kron.shapes import FactorShape
 
@@ -41,7 +42,9 @@ class Minor(Start):
     def written(self) -> str:
         return f"components = {self.name!r}"
 
-    def decompose(self, matrix: Tensor, shape: FactorShape, count: int, seed: int) -> Decomposition:
+    def decompose(
+        self, matrix: Tensor, shape: FactorShape, count: int, seed: int, terms: Factors | None = None
+    ) -> Decomposition:
         from soka_serve.kron.decompose import minor_kpsvd
 
         return minor_kpsvd(matrix, shape, count)

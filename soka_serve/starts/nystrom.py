@@ -18,6 +18,7 @@ from soka_serve.starts.start import Start
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from soka_serve.kron import Factors
     from soka_serve.kron.decompose import Decomposition
     from soka_serve.kron.shapes import FactorShape
 
@@ -34,7 +35,9 @@ class Nystrom(Start):
     spectrum_of: ClassVar[str] = "what a sample holds of the weight"
     unweighed: ClassVar[str] = "a sample is taken of the weight alone"
 
-    def decompose(self, matrix: Tensor, shape: FactorShape, count: int, seed: int) -> Decomposition:
+    def decompose(
+        self, matrix: Tensor, shape: FactorShape, count: int, seed: int, terms: Factors | None = None
+    ) -> Decomposition:
         from soka_serve.kron.decompose import sampled_kpsvd
 
         return sampled_kpsvd(matrix, shape, count, seed=seed)

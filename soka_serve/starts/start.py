@@ -85,6 +85,8 @@ class Start:
     """Without `calibration_batches` it looks at some."""
     unweighed: ClassVar[str] = ""
     """Why calibration batches cannot weigh it; empty where they can."""
+    given: ClassVar[str] = ""
+    """Why the rule says neither rank nor shape; empty where it does."""
     fixed_rank: ClassVar[str] = ""
     """Why its rank is given by the rule, and no term more than that is computed; empty where policies choose it."""
     fixed_shape: ClassVar[str] = ""
@@ -107,7 +109,9 @@ class Start:
         """(out, in): what is decomposed."""
         return material.weight
 
-    def decompose(self, matrix: Tensor, shape: FactorShape, count: int, seed: int) -> Decomposition:
+    def decompose(
+        self, matrix: Tensor, shape: FactorShape, count: int, seed: int, terms: Factors | None = None
+    ) -> Decomposition:
         """Terms of what is decomposed, where nothing weighs it.
 
         Args:
@@ -115,6 +119,7 @@ class Start:
             shape: of the terms.
             count: how many terms, capped by the shape.
             seed: of random choices.
+            terms: of the adapter, for a start whose `source` is `adapter`.
         """
         from soka_serve.kron import kpsvd
 

@@ -55,10 +55,12 @@ class DecompositionInput:
     Args:
         values: (out, in): the weight, or what the rule's start has instead.
         weight_norm: Frobenius norm of the weight.
+        terms: of the adapter that the rule names, if its start takes one's.
     """
 
     values: Tensor
     weight_norm: float
+    terms: Factors | None = None
 
 
 def read_matrix(
@@ -133,7 +135,7 @@ class Candidate:
 def pool_size(target: TargetModule, shape: FactorShape) -> int:
     """Number of candidate terms to compute for a target, capped by its shape."""
     policy, per_rank = target.rule.rank, target.rule.start.terms_per_rank
-    if target.rule.start.fixed_rank:
+    if target.rule.start.fixed_rank or target.rule.start.given:
         wanted = _most_terms(target)
     elif per_rank > 1:
         wanted = max(policy.pool if not isinstance(policy, RankFixed) else FIXED_POOL, per_rank * _most_terms(target))
@@ -174,7 +176,7 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     # Least squares finds factors of zeros for zeros, which no step would ever change.
     problem = OutputError(values, shape, known.moments) if known.moments is not None and bool(values.any()) else None
     if problem is None:
-        decomposition = start.decompose(values, shape, pool, seed)
+        decomposition = start.decompose(values, shape, pool, seed, matrix.terms)
     else:
         decomposition = weighted_kpsvd(problem, pool, seed=seed)
     # Moments are normalised within a module; with their size back, energies of modules are output energies (with the

@@ -126,6 +126,7 @@ class InitRun:
         base: read one tensor at a time.
         scratch: an empty folder of this process for the candidate terms, about 4 (mn + pq) bytes each.
         finetuned: by `[[adapt]] finetuned`, the checkpoints that rules start from.
+        adapters: by `[[adapt]] adapter`, the terms that rules start from, by module.
         statistics: yields, for the targets whose rule needs a pass over data, each with its gradient and input
             moments (see `soka_serve.compiler.init.probe`), few at a time, so that they never lie in memory together.
         budgets: by module, the number of the budget that it shares (see `budget_groups`); without it, modules
@@ -140,6 +141,7 @@ class InitRun:
     base: Base
     scratch: Path
     finetuned: Mapping[str, Base] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
     statistics: Callable[[Sequence[TargetModule]], Iterable[TargetStatistics]] | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
@@ -177,7 +179,8 @@ class InitRun:
         enabled = self.progress and self.processes.is_main and bool(mine)
         with track(len(mine), "KPSVD", unit="module", enabled=enabled) as step:
             for known in self._with_statistics(mine):
-                name, tuned = known.target.module.name, self.finetuned.get(known.target.rule.source or "")
+                name, source = known.target.module.name, known.target.rule.source or ""
+                tuned = self.finetuned.get(source)
                 matrix = read_matrix(
                     known.target,
                     self.base.weights,
@@ -186,6 +189,7 @@ class InitRun:
                     device=self.device,
                 )
                 file = self.scratch / f"{order[name]}.safetensors"
+                matrix = replace(matrix, terms=self.adapters.get(source, {}).get(name))
                 yield decompose(known, matrix, file, seed=self.seed * 1_000_003 + order[name])
                 step(name)
                 del matrix, known  # else they would lie beside the next ones

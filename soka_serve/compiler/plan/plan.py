@@ -18,6 +18,7 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.comparisons import Comparison, compare_methods
 from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup
 from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
+from soka_serve.compiler.plan.given import settle_targets
 from soka_serve.compiler.plan.modules import ModulePlan, plan_training
 from soka_serve.compiler.plan.policies import PolicyRow, policies_for
 from soka_serve.manifest.read import LoadedManifest
@@ -111,6 +112,7 @@ def make_plan(
     base.check_adaptable()
     layout = base.layout
     targets = resolve_targets(manifest, layout.modules, layout.left_out, loaded.name_key)
+    targets, _ = settle_targets(targets, manifest, loaded.directory, loaded.name_key)
     size, method = layout.size, METHODS[train.method]
     planned = plan_training(manifest, targets, method, size)
     bundled = base.directory.parent == _CONFIGS

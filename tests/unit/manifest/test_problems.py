@@ -109,6 +109,16 @@ CASES = [
         1,
         ["does not go with init = 'nystrom': a sample is taken of the weight alone"],
     ),
+    ("[[adapt]]", "init = 'adapter'", "adapt[0].init", 1, ["needs adapter, the folder of the finished adapter"]),
+    ("[[adapt]]", "adapter = 'x'", "adapt[0].adapter", 1, ["belongs to init = 'adapter'"]),
+    (
+        "[[adapt]]",
+        "rank = { policy = 'fixed', rank = 2 }\ninit = 'adapter'\nadapter = 'x'",
+        "adapt[0].rank",
+        1,
+        ["rank does not go with init = 'adapter': ranks and factor shapes are the adapter's"],
+    ),
+    ("[[adapt]]", "scale = 2\ninit = 'adapter'\nadapter = 'x'", "adapt[0].scale", 1, ["scale does not go with"]),
     # rank policies
     ("[[adapt]]", "rank = 4", "adapt[0].rank", 8, ['write rank = { policy = "fixed", rank = 4 }']),
     ("[[adapt]]", "rank = { rank = 4 }", "adapt[0].rank.policy", 8, ["missing", "'fixed', 'energy', 'elbow'"]),
