@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
-from soka_serve.starts import STARTS
+from soka_serve.starts import STARTS, names_of
 
 SCHEMA_VERSION = 1
 
@@ -179,7 +179,7 @@ class Train(Table):
     steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Optimiser steps (or give epochs); 0 exports the initialisation, which does something with "
-        "init = 'delta' only.",
+        f"init = {names_of(s for s in STARTS.values() if s.changes)} only.",
         examples=[300],
     )
     batch_size: PositiveInt = Field(8, description="Examples per device and step.")
