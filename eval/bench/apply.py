@@ -1,18 +1,21 @@
-"""Times the ways of multiplying a Kronecker delta with activations, against the dense layer and a LoRA.
+"""Times the ways of multiplying a linear layer with a Kronecker delta, against the layer alone and with a LoRA.
 
     python -m eval.bench.apply --out eval/results/apply.json
 
-Forward, and forward with backward, in milliseconds (best of several), on the CPU or `--device cuda`; all ways of one
-case in one process, one after the other, so that only their ratios should be compared. "left", "right" and "dense"
-are the orders of `apply_kron`; "fused" is `linear_with_delta` with its own choice, which includes the base layer;
-"base" is that layer alone (its weight frozen) and "lora" two thin matrices with at least as many parameters.
+Milliseconds of processor time of one thread (wall time with `--device cuda`), the lower quartile of several: forward,
+backward to the input alone, and backward to the factors alone, of `linear_with_delta` with theta and theta0, in each
+order and with the order that `choose_ways` takes ("auto": one for the first two, one for the last). All ways of one
+case take turns in one process, so that only their ratios should be compared. "base" is the layer alone, its weight
+frozen, and "lora" the layer with two thin matrices of at least as many parameters. `lost` is how much longer the chosen
+ways take than the fastest ones, as a share of the layer's whole time. The constants of `soka_serve.kron.cost` were
+fitted to this. The shapes are the embedded base's, SmolLM2-135M's and a square one of LLaMA-2-7B's.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,81 +23,114 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from eval.record import make_parser, write_record
-from soka_serve.kron import apply_kron, linear_with_delta
-from soka_serve.kron.cost import choose_ways
-from soka_serve.kron.shapes import FactorShape
+from soka_serve.base.cpu import fast_products
+from soka_serve.kron import linear_with_delta
+from soka_serve.kron.cost import Order, choose_ways
+from soka_serve.kron.shapes import FactorShape, balanced_shape
 
-CASES = [
-    (FactorShape(16, 8, 8, 16), (1, 2, 4, 16)),
-    (FactorShape(22, 8, 16, 16), (1, 2, 4)),
-    (FactorShape(64, 64, 64, 64), (1, 4, 16)),
+CASES = [  # out, in, ranks, tokens
+    (128, 128, (1, 4), (2048,)),
+    (352, 128, (1, 4), (2048,)),
+    (576, 576, (1, 4), (128, 952)),
+    (192, 576, (1, 4), (128, 952)),
+    (1536, 576, (1, 4), (128, 952)),
+    (576, 1536, (1, 4), (128, 952)),
+    (4096, 4096, (1,), (512,)),
 ]
+ORDERS: tuple[Order, ...] = ("left", "right", "dense")
 
 
-def best_ms(run: Callable[[], object], repeats: int, device: str) -> float:
-    """Best time of `repeats` runs after one warm-up, in milliseconds."""
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return round(min(times[1:]) * 1e3, 3)
+class Clock:
+    """Milliseconds of one call: the lower quartile of `repeats` after one that warms up."""
+
+    def __init__(self, device: str, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.read = time.perf_counter_ns if device == "cuda" else time.process_time_ns
+
+    def ms(self, run: Callable[[], object]) -> float:
+        times = []
+        for _ in range(self.repeats + 1):
+            start = self.read()
+            run()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+            times.append(self.read() - start)
+        return round(sorted(times[1:])[self.repeats // 4] / 1e6, 3)
+
+    def parts(
+        self, forward: Callable[[Tensor, bool], Tensor], x: Tensor, leaves: tuple[Tensor, ...]
+    ) -> dict[str, float]:
+        """Forward, and backward to each side alone; `forward` is told whether the leaves are trained."""
+        grad = torch.randn_like(forward(x, False))
+        with torch.no_grad():
+            found = {"forward_ms": self.ms(lambda: forward(x, True))}
+        trained = x.detach().clone().requires_grad_()
+        y = forward(trained, False)
+        found["input_ms"] = self.ms(lambda: torch.autograd.grad(y, trained, grad, retain_graph=True))
+        if leaves:
+            z = forward(x, True)
+            found["factors_ms"] = self.ms(lambda: torch.autograd.grad(z, leaves, grad, retain_graph=True))
+        return found
 
 
-def measure(shape: FactorShape, rank: int, tokens: int, device: str, repeats: int) -> dict[str, Any]:
-    """One case: forward and forward + backward of every way."""
+def measure(shape: FactorShape, rank: int, tokens: int, dtype: torch.dtype, clock: Clock) -> dict[str, Any]:
+    """One case: all parts of every way."""
+    device = clock.device
 
     def leaf(*size: int) -> Tensor:
         return torch.randn(size, device=device, requires_grad=True)
 
-    x, left, right = leaf(tokens, shape.in_features), leaf(rank, *shape[:2]), leaf(rank, *shape[2:])
-    sigma, weight = leaf(rank), torch.randn(shape.out_features, shape.in_features, device=device)
+    x = torch.randn(tokens, shape.in_features, device=device, dtype=dtype)
+    weight = torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype)
+    factors = leaf(rank, *shape[:2]), leaf(rank, *shape[2:]), leaf(rank)
+    left, right, sigma = constant = factors[0].detach(), factors[1].detach(), factors[2].detach()
+    initial = left + 1e-3, right + 1e-3, sigma + 1e-3
     lora_rank = -(-shape.parameters(rank) // (shape.out_features + shape.in_features))
-    down, up = leaf(lora_rank, shape.in_features), leaf(shape.out_features, lora_rank)
-    grad = torch.randn(tokens, shape.out_features, device=device)
-    factors = (left, right, sigma)
-    ways: dict[str, tuple[Callable[[], Tensor], tuple[Tensor, ...]]] = {
-        "left": (lambda: apply_kron(x, *factors, order="left"), (x, *factors)),
-        "right": (lambda: apply_kron(x, *factors, order="right"), (x, *factors)),
-        "dense": (lambda: apply_kron(x, *factors, order="dense"), (x, *factors)),
-        "fused": (lambda: linear_with_delta(x, weight, None, factors), (x, *factors)),
-        "base": (lambda: linear(x, weight), (x,)),
-        "lora": (lambda: linear(linear(x, down), up), (x, down, up)),
-    }
-    result: dict[str, Any] = {
-        "shape": list(shape),
-        "rank": rank,
-        "tokens": tokens,
-        "lora_rank": lora_rank,
-        "auto": choose_ways(shape, rank, tokens),
-        "auto_linear": choose_ways(shape, rank, tokens, fused=True),
-    }
-    for name, (forward, leaves) in ways.items():
-        with torch.no_grad():
-            forward_ms = best_ms(forward, repeats, device)
-        both_ms = best_ms(lambda f=forward, t=leaves: torch.autograd.grad(f(), t, grad), repeats, device)  # type: ignore[misc]
-        result[name] = {"forward_ms": forward_ms, "both_ms": both_ms}
-    return result
+    thin = leaf(lora_rank, shape.in_features), leaf(shape.out_features, lora_rank)
+
+    def soka(order: Order) -> Callable[[Tensor, bool], Tensor]:
+        def run(inputs: Tensor, trained: bool) -> Tensor:
+            terms = factors if trained else constant
+            return linear_with_delta(inputs, weight, None, terms, initial=initial, order=order)
+
+        return run
+
+    def lora(inputs: Tensor, trained: bool) -> Tensor:
+        down, up = (t.to(dtype) if trained else t.detach().to(dtype) for t in thin)
+        return linear(inputs, weight) + linear(linear(inputs, down), up)
+
+    row: dict[str, Any] = {"shape": list(shape), "rank": rank, "tokens": tokens, "dtype": str(dtype).split(".")[1]}
+    row |= {"lora_rank": lora_rank, "base": clock.parts(lambda inputs, _: linear(inputs, weight), x, ())}
+    row["lora"] = clock.parts(lora, x, thin)
+    ways: dict[str, dict[str, float]] = {order: clock.parts(soka(order), x, factors) for order in ORDERS}
+    chosen = choose_ways(shape, rank, tokens, stacked=2 * rank, fused=dtype.itemsize >= 4)
+    product = {order: ways[order]["forward_ms"] + ways[order]["input_ms"] for order in ORDERS}
+    gradients = {order: ways[order]["factors_ms"] for order in ORDERS}
+    taken = product[chosen.product] + gradients[chosen.gradients]
+    best = min(product.values()) + min(gradients.values())
+    return row | ways | {"auto": chosen._asdict(), "lost": round((taken - best) / taken, 3)}
 
 
 def main() -> None:
     """Run all cases and write the result."""
     parser = make_parser("eval.bench.apply", __doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 512, 2048])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=12, help="of each part; a quarter of it for 4096 features")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows = [
-        measure(shape, rank, tokens, options.device, 2 if shape.in_features > 1000 else 20)
-        for shape, ranks in CASES
-        for rank in ranks
-        for tokens in options.tokens
-    ]
-    print(json.dumps(write_record(options, {"rows": rows}), indent=1))
+    rows = []
+    with fast_products() if options.device == "cpu" else nullcontext():
+        for size_out, size_in, ranks, counts in CASES:
+            clock = Clock(options.device, max(2, options.repeats // 4) if size_in > 2000 else options.repeats)
+            shape = balanced_shape(size_out, size_in)
+            cases = [(rank, tokens, dtype) for rank in ranks for tokens in counts for dtype in options.dtypes]
+            for rank, tokens, dtype in cases:
+                rows.append(measure(shape, rank, tokens, getattr(torch, dtype), clock))
+                print(rows[-1], flush=True)
+    write_record(options, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from soka_serve.kron.cpu import capabilities, has_amx
+
 SHORT_ROW = 192
 """Most tokens of a row whose attention is computed in whole products: beyond it their memory and time grow."""
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16."""
-    return bool(_capabilities().get("amx_bf16"))
 
 
 def onednn_is_faster() -> bool:
@@ -28,7 +25,7 @@ def onednn_is_faster() -> bool:
 
     oneDNN is reached by allowing bfloat16, which it takes on AMX alone; so never where there is AMX.
     """
-    found = _capabilities()
+    found = capabilities()
     return "AMD" in str(found.get("cpu_name", "")) and bool(found.get("avx512_f")) and not has_amx()
 
 
@@ -51,9 +48,3 @@ def attention_for(tokens: int, device: torch.device) -> AbstractContextManager[N
         return nullcontext()
     whole: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return whole
-
-
-def _capabilities() -> dict[str, object]:
-    """What torch knows of the CPU; nothing where it is too old to tell."""
-    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return found

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from soka_serve.base.cpu import has_amx
 from soka_serve.base.pretrained import BUILD_ERRORS, cannot_build, first_line, open_model, quiet
 from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.kron.cpu import has_amx
 
 logger = logging.getLogger(__name__)
 

@@ -161,7 +161,7 @@ def _device(suite: Suite, base: Base) -> str:
     stored = {info.dtype for info in base.checkpoint.tensors.values()}
     if suite.base.dtype != "auto" or suite.base.quantize != "none" or stored.isdisjoint(("F16", "BF16")):
         return "cpu"
-    from soka_serve.base.cpu import has_amx
+    from soka_serve.kron.cpu import has_amx
 
     return "cpu with AMX" if has_amx() else "cpu without AMX"
 

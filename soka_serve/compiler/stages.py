@@ -223,9 +223,10 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
     questions = choose_questions(manifest, context.loaded.directory, context.base.tokenizer)
     if questions is None:
         return None
-    with context.stage("check", f"answering {questions.limit} held-out problems before and after"):
-        from soka_serve.base.model import load_base
+    from soka_serve.base.cpu import fast_products
+    from soka_serve.base.model import load_base
 
+    with context.stage("check", f"answering {questions.limit} held-out problems before and after"), fast_products():
         limit = manifest.eval.max_new_tokens
         model = load_base(context.base.directory, manifest.base.dtype, manifest.base.quantize)
         if _device() is not None and manifest.base.quantize == "none":

@@ -205,6 +205,7 @@ class TransformersBackend:
     @contextmanager
     def _load(self, role: str) -> Iterator[RoleModel]:
         from soka_serve.base.base import Base
+        from soka_serve.base.cpu import fast_products
         from soka_serve.base.model import load_base, quiet_bars
         from soka_serve.evaluation.models import LocalModel
 
@@ -232,7 +233,8 @@ class TransformersBackend:
             now, again = (_logprobs(model, tokenizer) for _ in range(2))
             return float((now - again).abs().max()), float((now - before).abs().max())
 
-        yield RoleModel(lm, facts, effect if before is not None else None)
+        with fast_products():
+            yield RoleModel(lm, facts, effect if before is not None else None)
 
 
 def parse_address(url: str) -> tuple[str, int, str]:

@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from soka_serve.kron.cost import Order, Ways, choose_ways
+from soka_serve.kron.cpu import NATIVE
 from soka_serve.kron.factors import Factors, rearrange, stack_difference, unrearrange
 from soka_serve.kron.shapes import FactorShape
 
 Terms = tuple[Tensor, Tensor, Tensor]  # left (r, m, n), right (r, p, q), sigma (r,)
 
-_PIECE_VALUES = {"cpu": 1 << 21, "cuda": 1 << 26}  # most values of an intermediate: 8 MiB keeps to caches on a CPU
+_PIECE_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}  # most of an intermediate: 8 MiB keeps to caches on a CPU
+_SMALL_WORK = 1 << 24  # multiply-adds of a layer below which a CPU computes half precision in float32: calls cost more
 _ADDED_APART = 4  # most terms that are added to a weight one by one: more are summed in one product
 
 
@@ -52,9 +54,10 @@ def apply_kron(
         (..., out) with out = m*p, in the dtype of `x` (under autocast, in the autocast dtype, as a linear layer).
         Differentiable once in `x`, `left`, `right` and `sigma`.
 
-    Precision: float32 and float64 inputs are computed in that dtype. Half precision is computed in float32 on the
-    CPU and rounded once; on a GPU the products run in half precision with float32 accumulation, the sum over terms
-    included, so the one further rounding is that of the intermediate.
+    Precision: float32 and float64 inputs are computed in that dtype. So is half precision on a GPU, and bfloat16 in
+    large products on a CPU that multiplies it natively (`soka_serve.kron.cpu`): products accumulate in float32, the sum
+    over terms included, so that the one further rounding is that of the intermediate. Elsewhere half precision is
+    computed in float32 and rounded once. Gradients of the factors are rounded likewise, then summed in float32.
 
     Raises:
         ValueError: the tensors do not fit together.
@@ -75,14 +78,16 @@ def linear_with_delta(
 ) -> Tensor:
     """A frozen linear layer and a delta together: x (weight + delta)^T + bias.
 
-    With the delta built ("dense") the layer's own two products, forward and to its input, serve the delta as well. The
-    sum weight + delta is formed in the dtype of the computation; in the other orders the second product adds to the
+    With the delta built ("dense") the layer's own two products, forward and to its input, serve the delta as well: the
+    sum weight + delta is formed in the dtype of the computation. In the other orders the second product adds to the
     layer's output, and to its input's gradient, in place. A half-precision weight would swallow a small delta, so there
-    the delta is applied apart and added. Where the delta is exactly zero, the result is the layer's.
+    a built one is multiplied apart and adds to them likewise. Where the delta is exactly zero, the result is the
+    layer's.
 
     Args:
         x: (..., in).
-        weight: (out, in). Where it or the bias needs a gradient, the delta is applied apart.
+        weight: (out, in). Where it or the bias needs a gradient, or where half precision is not computed as such, the
+            delta is applied apart, and added.
         bias: (out,) or None.
         terms, initial, order: left, right and sigma, those to subtract, and the order, as for `apply_kron`.
 
@@ -96,23 +101,32 @@ def linear_with_delta(
     shape = _shape_of(terms)
     if tuple(weight.shape) != (shape.out_features, shape.in_features):
         raise ValueError(f"expected a weight of shape {(shape.out_features, shape.in_features)}; got {weight.shape}")
-    exact = weight.dtype == x.dtype and x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    if exact and frozen:
-        return _apply(x, (weight, bias), terms, initial, order)
+
+    def together(inputs: Tensor) -> Tensor:
+        layer = weight.to(inputs.dtype), None if bias is None else bias.to(inputs.dtype)
+        return _apply(inputs, layer, terms, initial, order)
+
+    computed, autocast = _computed_dtype(x), torch.is_autocast_enabled(x.device.type)
+    if frozen and _work_dtype(x, computed, shape) == computed and (autocast or weight.dtype == computed):
+        return _with_autocast(x, together)
     base = torch.nn.functional.linear(x, weight, bias)
     return base + apply_kron(x, *terms, initial=initial, order=order).to(base.dtype)
 
 
 def _with_autocast(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Run `function` on `x` as a linear layer runs under autocast: in the autocast dtype, without casts inside."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    dtype = _computed_dtype(x)
+    if not torch.is_autocast_enabled(x.device.type):
         return function(x)
-    if x.dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        return function(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return function(x.to(dtype))
+
+
+def _computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes: autocast's, where that is at work and the input takes it."""
+    takes_it = torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.get_autocast_dtype(x.device.type) if takes_it else x.dtype
 
 
 _Layer = tuple[Tensor | None, Tensor | None]  # frozen weight and bias
@@ -123,13 +137,26 @@ def _apply(x: Tensor, layer: _Layer, terms: Terms, initial: Terms | None, order:
     tokens = x.numel() // shape.in_features
     if order == "auto":
         stacked = rank if initial is None else 2 * rank
-        ways = choose_ways(shape, rank, tokens, stacked=stacked, fused=layer[0] is not None)
+        fused = layer[0] is not None and _takes_delta(layer[0])
+        ways = choose_ways(shape, rank, tokens, stacked=stacked, fused=fused)
     else:
         ways = Ways(order, order)
-    work = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize < 4 else x.dtype
+    work = _work_dtype(x, x.dtype, shape)
     inputs = x.to(work).reshape(tokens, shape.in_features).contiguous()
     out = _Product.apply(ways, inputs, *layer, *terms, *(initial or ()))  # type: ignore[no-untyped-call]
     return cast(Tensor, out).reshape(*x.shape[:-1], shape.out_features).to(x.dtype)
+
+
+def _work_dtype(x: Tensor, dtype: torch.dtype, shape: FactorShape) -> torch.dtype:
+    """The dtype in which inputs are multiplied whose own is `dtype`, that of autocast in the end."""
+    if x.device.type != "cpu" or dtype.itemsize >= 4:
+        return dtype
+    return dtype if dtype in NATIVE and x.numel() * shape.out_features >= _SMALL_WORK else torch.float32
+
+
+def _takes_delta(weight: Tensor) -> bool:
+    """Whether a small delta can be added to a weight without being rounded away."""
+    return weight.dtype.itemsize >= 4
 
 
 def _shape_of(terms: tuple[Tensor, ...]) -> FactorShape:
@@ -162,9 +189,11 @@ class _Product(torch.autograd.Function):
         left, right = _applied(terms, inputs.dtype)
         ctx.save_for_backward(inputs, weight, left, right, *terms[:3])
         ctx.ways = ways
-        if ways.product == "dense":
+        if ways.product == "dense" and (weight is None or _takes_delta(weight)):
             return torch.nn.functional.linear(inputs, _dense_sum(weight, left, right), bias)
         out = None if weight is None else torch.nn.functional.linear(inputs, weight, bias)
+        if ways.product == "dense":
+            return cast(Tensor, out).addmm_(inputs, _dense_sum(None, left, right).t())
         return _in_order(ways.product, inputs, left, right, out)
 
     @staticmethod
@@ -177,10 +206,12 @@ class _Product(torch.autograd.Function):
         grad = grad.contiguous()
         grad_inputs = grad_left = grad_right = grad_sigma = None
         if need_inputs:
+            apart = weight is not None and not (ways.product == "dense" and _takes_delta(weight))
+            out = grad @ weight if apart else None
             if ways.product == "dense":
-                grad_inputs = grad @ _dense_sum(weight, left, right)
+                dense = _dense_sum(None if apart else weight, left, right)
+                grad_inputs = grad @ dense if out is None else out.addmm_(grad, dense)
             else:  # the transposed delta, through the same intermediate
-                out = None if weight is None else grad @ weight
                 order: Order = "left" if ways.product == "right" else "right"
                 grad_inputs = _in_order(order, grad, left.transpose(1, 2), right.transpose(1, 2), out)
         if need_left or need_right or need_sigma:
@@ -245,31 +276,30 @@ def _gradients(
         grad_left = (right.flatten(1) @ matrix.t()).view_as(left) if wanted[0] else None
         return grad_left, (left.flatten(1) @ matrix).view_as(right) if wanted[1] else None
     # In float32 at least, to which the pieces' gradients are added.
-    grad_left, grad_right = (
-        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (left, right)
-    )
+    total = torch.promote_types(inputs.dtype, torch.float32)
+    grad_left = left.new_zeros(left.shape, dtype=total) if wanted[0] else None
+    grad_right = right.new_zeros(right.shape, dtype=total) if wanted[1] else None
     for x, g in _pieces(left[:1], right[:1], inputs, grad):
-        rows = g.view(-1, m, p).transpose(0, 1).reshape(m, len(g) * p)
-        columns = x.view(-1, n, q).transpose(0, 1)
+        tokens = x.shape[0]
+        rows = g.view(tokens, m, p).transpose(0, 1).reshape(m, tokens * p)
+        columns = x.view(tokens, n, q).transpose(0, 1).reshape(n * tokens, q)
         for k in range(rank):
-            if wanted[0]:
-                grad_left[k] += rows @ torch.matmul(columns, right[k].t()).view(n, len(g) * p).t()
-            if wanted[1]:
-                back = (left[k].t() @ rows).view(n, len(g), p)
-                grad_right[k] += torch.bmm(back.transpose(1, 2), columns).sum(0)
-    return grad_left if wanted[0] else None, grad_right if wanted[1] else None
+            if grad_left is not None:
+                grad_left[k] += rows @ (columns @ right[k].t()).view(n, tokens * p).t()
+            if grad_right is not None:
+                grad_right[k] += (left[k].t() @ rows).view(n * tokens, p).t() @ columns
+    return grad_left, grad_right
 
 
 def _pieces(left: Tensor, right: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors cut along tokens so that the intermediates stay small; whole when traced by torch.compile."""
-    if torch.compiler.is_compiling():
+    (rank, m, n), (p, q) = left.shape, right.shape[1:]
+    width = max(1, rank * max(m * q, n * p))
+    limit = max(64, _PIECE_BYTES["cpu" if left.device.type == "cpu" else "cuda"] // left.itemsize // width)
+    if torch.compiler.is_compiling() or tensors[0].shape[0] <= limit:
         yield tensors
         return
-    rank, m, n = left.shape
-    p, q = right.shape[1:]
-    width = max(1, rank * max(m * q, n * p))
-    limit = _PIECE_VALUES["cpu" if left.device.type == "cpu" else "cuda"]
-    yield from zip(*(torch.split(tensor, max(64, limit // width)) for tensor in tensors), strict=True)
+    yield from zip(*(torch.split(tensor, limit) for tensor in tensors), strict=True)
 
 
 def _left_middle(inputs: Tensor, left: Tensor, q: int) -> Tensor:

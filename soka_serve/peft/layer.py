@@ -277,19 +277,16 @@ class SokaLinear(nn.Module, SokaLayer):
     def _is_plain(self, x: Tensor, adapter: str) -> bool:
         """Whether the base is a linear layer and nothing more, so that it can be computed together with the delta.
 
-        Not so: other classes (quantised ones), hooks (offloading, sharding), autocast, dropout, or factors and inputs
-        of other dtypes than the weight, where the delta has a dtype of its own.
+        Not so: other classes (quantised ones), hooks (offloading, sharding), dropout, or, but for autocast, factors and
+        inputs of other dtypes than the weight, where the delta has a dtype of its own.
         """
         base: Any = self.base_layer
         if type(base) is not nn.Linear or (self.training and adapter in self.soka_dropout):
             return False
         hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or hasattr(base, "_hf_hook")
-        return (
-            type(base.weight.data) is Tensor
-            and not hooked
-            and x.dtype == base.weight.dtype == self.soka_left[adapter].dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        alike = x.dtype == base.weight.dtype == self.soka_left[adapter].dtype
+        autocast = torch.is_autocast_enabled(x.device.type) and base.weight.is_floating_point()
+        return type(base.weight.data) is Tensor and not hooked and (alike or autocast)
 
     def _apply_delta(self, x: Tensor, adapter: str) -> Tensor:
         terms, initial = self.terms(adapter)

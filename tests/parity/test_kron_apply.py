@@ -55,7 +55,7 @@ def test_gradients_are_those_of_the_dense_delta(
 ) -> None:
     tokens = 150 if pieces else 7
     if pieces:
-        monkeypatch.setitem(kron_apply._PIECE_VALUES, "cpu", 1)  # the smallest pieces: 64 tokens
+        monkeypatch.setitem(kron_apply._PIECE_BYTES, "cpu", 1)  # the smallest pieces: 64 tokens
     factors = oracle.draw_factors(shape, 2)
     leaves = [factors.left, factors.right, factors.sigma, oracle.draw(tokens, shape.in_features, seed=9)]
     left, right, sigma, x = (leaf.requires_grad_() for leaf in leaves)
@@ -125,6 +125,62 @@ def test_bfloat16_is_as_near_as_one_rounding() -> None:
     for order in ORDERS:
         actual = apply_kron(x, factors.left, factors.right, factors.sigma, order=order)
         assert relative_error(actual, expected) < 2 * rounded
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_large_layer_in_bfloat16(order: Order, autocast: bool, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of float64 up to bfloat16's rounding, computed in it or in float32."""
+    monkeypatch.setattr(kron_apply, "NATIVE", {torch.bfloat16} if native else set())
+    shape, tokens = FactorShape(16, 24, 12, 24), 200
+    theta, start = (oracle.draw_factors(shape, 2, seed=s, dtype=torch.float32, scale=0.1) for s in (0, 20))
+    leaves = (theta.left.requires_grad_(), theta.right.requires_grad_(), theta.sigma.requires_grad_())
+    weight = oracle.draw(shape.out_features, shape.in_features, seed=3, dtype=torch.bfloat16)
+    bias = oracle.draw(shape.out_features, seed=6, dtype=torch.bfloat16)
+    x = oracle.draw(tokens, shape.in_features, seed=9, dtype=torch.bfloat16).requires_grad_()
+    upstream = oracle.draw(tokens, shape.out_features, seed=13, dtype=torch.bfloat16)
+    given = x.float() if autocast else x
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = linear_with_delta(given, weight, bias, leaves, initial=(start.left, start.right, start.sigma), order=order)
+    assert y.dtype == torch.bfloat16
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, *leaves)]
+    terms = zip(*exact[1:], strict=True)
+    delta = torch.stack([s * torch.kron(left, right) for left, right, s in terms]).sum(0) - oracle.oracle_delta(start)
+    expected = exact[0] @ (weight.double() + delta).t() + bias.double()
+    assert relative_error(y, expected) < RELATIVE_ERROR[torch.bfloat16]
+    assert relative_error(linear(x, weight, bias), expected) > 0.05
+    grads = torch.autograd.grad(y, (x, *leaves), upstream)
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, *[torch.float32] * 3]
+    for one, other in zip(grads, torch.autograd.grad(expected, exact, upstream.double()), strict=True):
+        assert relative_error(one, other) < RELATIVE_ERROR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_weight_in_bfloat16_swallows_no_small_delta(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight's part of these outputs is 0, and 1 + delta is 1 in bfloat16."""
+    monkeypatch.setattr(kron_apply, "NATIVE", {torch.bfloat16})
+    monkeypatch.setattr(kron_apply, "_SMALL_WORK", 0)
+    shape = FactorShape(8, 8, 8, 8)
+    factors = oracle.draw_factors(shape, 2, dtype=torch.float32, scale=1e-4)
+    x = oracle.draw(16, 32, dtype=torch.bfloat16)
+    x = torch.cat([x, -x], 1)
+    weight = torch.ones(64, 64, dtype=torch.bfloat16)
+    y = linear_with_delta(x, weight, None, (factors.left, factors.right, factors.sigma), order=order)
+    assert relative_error(y, x.double() @ oracle.oracle_delta(factors).t()) < RELATIVE_ERROR[torch.bfloat16]
+    zero = (torch.zeros_like(factors.left), factors.right, factors.sigma)
+    assert torch.equal(linear_with_delta(x, weight, None, zero, order=order), linear(x, weight))
+
+
+def test_half_precision_is_multiplied_where_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, large, small = FactorShape(16, 24, 12, 24), torch.empty(200, 576), torch.empty(8, 576)
+    found = []
+    for native in ({torch.bfloat16}, set()):
+        monkeypatch.setattr(kron_apply, "NATIVE", native)
+        found += [kron_apply._work_dtype(x, torch.bfloat16, shape) for x in (large, small, large.to("meta"))]
+    assert found == [torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    assert kron_apply._work_dtype(large, torch.float16, shape) == torch.float32
+    assert kron_apply._work_dtype(small, torch.float64, shape) == torch.float64
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from soka_serve.base.cpu import fast_products, has_amx
+from soka_serve.base.cpu import fast_products
 from soka_serve.base.model import auto_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
@@ -33,6 +33,7 @@ from soka_serve.data.collate import PadCollator, TokenDataset, has_target
 from soka_serve.data.encode import pack_examples
 from soka_serve.errors import BuildError, DataError, PlanError
 from soka_serve.io.files import disk_errors
+from soka_serve.kron.cpu import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from soka_serve.data.encode import EncodedExample, EncodedSet
@@ -162,10 +163,12 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
 
 
 def _warn_of_slow_half(held: torch.dtype, precision: str) -> None:
-    """Say what float32 would save on a CPU whose matrix units do not take half precision."""
-    if (held.itemsize < 4 or precision != "float32") and not has_amx():
+    """Say what float32 would save on a CPU that has no fast products in half precision."""
+    asked = {dtype for dtype in (held, getattr(torch, precision)) if dtype.itemsize < 4}
+    if asked - ({torch.bfloat16} if multiplies_bfloat16() else set()):
         logger.warning(
-            "half precision on a CPU without AMX: a step took longer than in float32 where that was measured; "
+            "half precision on a CPU without fast products for it (bfloat16 has them with AMX, or AVX-512 bfloat16 "
+            "of AMD): a step took longer than in float32 where that was measured; "
             'base.dtype = "float32" and train.precision = "float32" hold the base in up to twice the memory'
         )
 

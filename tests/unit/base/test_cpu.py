@@ -7,10 +7,11 @@ import torch
 
 from soka_serve.base import cpu
 from soka_serve.base.cpu import attention_for, fast_products, onednn_is_faster
+from soka_serve.kron.cpu import has_amx, multiplies_bfloat16
 
 
 def set_cpu(patch: pytest.MonkeyPatch, **found: object) -> None:
-    patch.setattr(cpu, "_capabilities", lambda: found)
+    patch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def test_where_onednn_multiplies(monkeypatch: pytest.MonkeyPatch, found: dict[st
     assert settings.fp32_precision == before
 
 
-@pytest.mark.skipif(cpu.has_amx(), reason="AMX multiplies in bfloat16 where that is allowed, and it is not there")
+@pytest.mark.skipif(has_amx(), reason="AMX multiplies in bfloat16 where that is allowed, and it is not there")
 @pytest.mark.parametrize("shape", [(200, 576, 1536), (1, 64, 64), (300, 129, 65)])
 def test_products_keep_float32s_accuracy(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]) -> None:
     set_cpu(monkeypatch, cpu_name="AMD EPYC", avx512_f=True)
@@ -55,3 +56,18 @@ def test_attention_of_short_rows(monkeypatch: pytest.MonkeyPatch, tokens: int, w
     assert kernels.flash_sdp_enabled()
     with attention_for(tokens, torch.device("meta")):
         assert kernels.flash_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("found", "native"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_bf16": True}, False),
+        ({"cpu_name": "Intel(R) Xeon(R) Processor", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({}, False),
+    ],
+)
+def test_where_bfloat16_is_faster(monkeypatch: pytest.MonkeyPatch, found: dict[str, object], native: bool) -> None:
+    set_cpu(monkeypatch, **found)
+    assert multiplies_bfloat16() is native

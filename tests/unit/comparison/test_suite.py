@@ -454,6 +454,6 @@ def test_what_a_base_is_read_by_is_one_of_the_inputs(tmp_path: Path, monkeypatch
     save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     devices = set()
     for amx in (True, False):
-        monkeypatch.setattr("soka_serve.base.cpu.has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr("soka_serve.kron.cpu.has_amx", lambda amx=amx: amx)
         devices.add(inputs(f"amx {amx}").device)
     assert devices == {"cpu with AMX", "cpu without AMX"}

@@ -267,18 +267,29 @@ def test_bfloat16_trains_float32_factors(base: Path, tmp_path: Path, method: str
     assert max((exact[n] - rounded[n]).abs().max().item() for n in trained) < 0.1
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_half_precision_without_its_matrix_units_warns(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, amx: bool
+@pytest.mark.parametrize(
+    ("found", "fast"),
+    [({}, False), ({"amx_bf16": True}, True), ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True)],
+    ids=["neither", "AMX", "AMD"],
+)
+def test_half_precision_without_fast_products_warns(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    found: dict[str, object],
+    fast: bool,
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
     run_training(base, tmp_path / "exact", steps=1)
-    assert "without AMX" not in caplog.text
+    assert "without fast products" not in caplog.text
     run_training(base, tmp_path / "held", steps=1, dtype="bfloat16")
-    assert ("without AMX" in caplog.text) == (not amx)
+    assert ("without fast products" in caplog.text) == (not fast)
     caplog.clear()
     run_training(base, tmp_path / "computed", steps=1, precision="bfloat16")
-    assert ("without AMX" in caplog.text) == (not amx)
+    assert ("without fast products" in caplog.text) == (not fast)
+    run_training(base, tmp_path / "other", steps=1, dtype="float16")
+    assert "without fast products" in caplog.text
 
 
 @pytest.mark.parametrize("amx", [False, True])
