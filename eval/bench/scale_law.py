@@ -292,6 +292,23 @@ def _vertex(losses: Losses, seed: int) -> float | None:
     return round(math.exp((x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left)), 3)
 
 
+def commands(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What makes the rows, a command for each setting of the options."""
+    made: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for row in rows:
+        run = "{init}:{rank}:{scale:g}:{rate:g}:{seed}".format(**row)
+        made[tuple(row[name] for name in SHARED)].append(run)
+    found = []
+    for key, runs in made.items():
+        options = dict(zip(SHARED, key, strict=True))
+        base, task, normalised = options.pop("base"), options.pop("task"), options.pop("normalise")
+        data = "math" if task == "math" else "DATA"
+        words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        words += [] if normalised else ["--no-normalise"]
+        found.append(" ".join(["python -m eval.bench.scale_law --base", base, "--data", data, *words, "--runs", *runs]))
+    return found
+
+
 def main() -> None:
     parser = make_parser("eval.bench.scale_law", __doc__, needs_out=True)
     parser.add_argument("--base", type=Path, required=True, help="a folder, or tiny")
@@ -310,7 +327,8 @@ def main() -> None:
     parser.add_argument("--cut", action="store_true", help="measure with half of the terms served as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    rows, earlier = before.get("rows", []), {name: before[name] for name in ("earlier",) if name in before}
     named = {"base": options.base.name, "task": "math" if options.data == MATH else "gsm8k"}
     shared = named | {name: getattr(options, name) for name in SHARED if name not in named}
     bench = Bench(options)
@@ -320,7 +338,8 @@ def main() -> None:
             continue
         with fast_products():
             rows.append({**key, **bench.train(Run.parse(text))})
-        write_record(options, {"best": best_rates(rows), "rows": rows}, machine={"threads": 1})
+        found = {"commands": commands(rows), "best": best_rates(rows), "rows": rows, **earlier}
+        write_record(options, found, machine={"threads": 1})
         print(text, rows[-1]["losses"][-1], rows[-1]["after"], rows[-1]["step_s"], flush=True)
 
 
