@@ -15,6 +15,7 @@ from pathlib import Path
 from soka_serve.compiler.check import QuickCheck
 from soka_serve.compiler.context import BUILD, Context, check_output, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.compiler.processes import Processes
+from soka_serve.compiler.train.installed import check_installed
 from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import replace_directory
 from soka_serve.io.lockfile import read_lock
@@ -88,6 +89,7 @@ def build(
             logger.info("%s is up to date: nothing to do", workspace.directory)
             return _result(context)
         check_output(context)
+        check_installed(loaded.manifest.train)
         if processes.is_main:
             tell_left_out(context)
             # Some seconds in which nothing else would be said.

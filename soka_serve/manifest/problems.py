@@ -35,6 +35,8 @@ _FOREIGN_KEYS = {
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "accumulate",
     "lr_scheduler_type": "schedule",
+    "optim": "optimiser",
+    "optimizer": "optimiser",
     "warmup_ratio": "warmup_frac",
 }
 _REFUSED_KEYS = {"trust_remote_code": "soka-serve never runs code that comes with a checkpoint"}

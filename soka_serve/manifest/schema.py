@@ -8,11 +8,12 @@ that another key makes meaningless: nothing is ignored silently.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
+from soka_serve.manifest.optimisers import DEFAULT_OPTIMISER, OPTIMISERS, REFUSED
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, names_of
@@ -21,6 +22,11 @@ SCHEMA_VERSION = 1
 
 SOKA_RATE = 0.3
 _OTHER_RATE = 2e-3
+
+if TYPE_CHECKING:
+    OptimiserName = str
+else:
+    OptimiserName = Literal[tuple(OPTIMISERS)]
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -155,6 +161,8 @@ class Prune(Table):
 class Train(Table):
     """The fine-tuning run."""
 
+    LATER = frozenset({"optimiser"})
+
     method: Literal["soka", "lora", "pissa", "lokr", "full"] = Field(
         "soka", description="What is trained; the others are PEFT baselines over the same modules, data and schedule."
     )
@@ -184,6 +192,11 @@ class Train(Table):
     )
     batch_size: PositiveInt = Field(8, description="Examples per device and step.")
     accumulate: PositiveInt = Field(1, description="Batches summed into one optimiser step.")
+    optimiser: OptimiserName = Field(
+        DEFAULT_OPTIMISER,
+        description="What makes steps of gradients: 'adamw', or another of the transformers Trainer's, by its name for "
+        "it. Those that project gradients (GaLore, APOLLO) go with method = 'full' only.",
+    )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Peak learning rate of AdamW. For soka it is the share of a layer's output that a step changes at "
@@ -237,6 +250,13 @@ class Train(Table):
     )
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
 
+    @field_validator("optimiser", mode="before")
+    @classmethod
+    def _check_optimiser(cls, value: object) -> object:
+        if isinstance(value, str) and value in REFUSED:
+            raise ValueError(f"the Trainer's {value} is refused: {REFUSED[value]}")
+        return value
+
     @property
     def rate(self) -> float:
         """The peak learning rate: what the manifest says, or the method's default."""
@@ -254,10 +274,32 @@ class Train(Table):
             yield ("early_stopping",), "early_stopping needs eval_every"
         if keys.has("prune") and keys.knows("method") and keys.values["method"] != "soka":
             yield ("prune",), f"prune belongs to method = 'soka'; the method is {keys.values['method']!r}"
+        if keys.has("optimiser") and keys.knows("optimiser", "method"):
+            yield from _optimiser_conflicts(keys)
         if keys.has("eval_every") and keys.knows("data"):
             sources = ("builtin", "eval_jsonl", "eval_split", "eval_frac")
             if not any(value_of(keys.values["data"], name) for name in sources):
                 yield ("eval_every",), "eval_every needs evaluation data: eval_jsonl, eval_split or eval_frac"
+
+
+def _optimiser_conflicts(keys: TableKeys) -> Iterator[tuple[Key, str]]:
+    """Methods and keys that an optimiser does not go with."""
+    name, method = keys.values["optimiser"], keys.values["method"]
+    optimiser = OPTIMISERS[name]
+    if optimiser.projects and method != "full":
+        yield (
+            ("optimiser",),
+            f"{name} projects gradients of whole weight matrices: it belongs to method = 'full'; the method is "
+            f"{method!r}",
+        )
+    if optimiser.lawless and method == "soka":
+        yield (
+            ("optimiser",),
+            f"{name} does not go with method = 'soka', whose rates are shares of the layers' outputs: "
+            f"{optimiser.lawless}",
+        )
+    if keys.has("prune") and not optimiser.by_value:
+        yield ("prune",), f"prune does not go with optimiser = {name!r}, whose state cannot be cut with a term"
 
 
 class Output(Table):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -17,10 +16,13 @@ from transformers import Trainer, TrainingArguments
 from soka_serve.base.cpu import attention_for
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
+from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
 from soka_serve.compiler.train.packing import check_packing
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
-from soka_serve.errors import BuildError, CheckpointError, DivergedError, PlanError
+from soka_serve.errors import CheckpointError, DivergedError, PlanError
+from soka_serve.manifest.optimisers import OPTIMISERS
 from soka_serve.manifest.schema import Train
 from soka_serve.peft.optimizer import parameter_groups, pull_to_initial
 
@@ -35,11 +37,12 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
     on the CPU.
 
     Raises:
-        PlanError: float16 without a GPU.
-        BuildError: a tracker in `report_to` is not installed.
+        PlanError: float16, or an optimiser for GPUs, without a GPU.
+        BuildError: the optimiser or a tracker in `report_to` is not installed.
     """
     use_cpu = not torch.accelerator.is_available()
     _check(train, use_cpu)
+    optimiser = OPTIMISERS[train.optimiser]
     warm_constant = train.schedule == "constant" and train.warmup_frac > 0
     return TrainingArguments(
         output_dir=str(work_dir),
@@ -49,7 +52,8 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulate,
-        optim="adamw_torch_fused",
+        optim=optimiser.trainer,
+        optim_target_modules="all-linear" if optimiser.projects else None,
         learning_rate=train.rate,
         weight_decay=train.weight_decay,
         lr_scheduler_type="constant_with_warmup" if warm_constant else train.schedule,
@@ -85,18 +89,18 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
 
 
 def _check(train: Train, use_cpu: bool) -> None:
-    """Refuse a precision that the device does not have, and trackers that are not installed."""
+    """Refuse a precision or an optimiser that the device does not have, and what is not installed."""
     if train.precision == "float16" and use_cpu:
         raise PlanError(
             'train.precision = "float16" needs a GPU, and there is none',
             hint='"bfloat16" works on CPUs too; "float32" is the most exact',
         )
-    for tracker in train.report_to:
-        if importlib.util.find_spec(tracker) is None:
-            raise BuildError(
-                f"train.report_to names {tracker!r}, which is not installed",
-                hint=f"pip install {tracker}, or take it out of report_to",
-            )
+    if OPTIMISERS[train.optimiser].needs_gpu and use_cpu:
+        raise PlanError(
+            f'train.optimiser = "{train.optimiser}" needs a GPU, and there is none',
+            hint='"adamw" and "adafactor" work on CPUs too',
+        )
+    check_installed(train)
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
@@ -129,7 +133,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """AdamW, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
+        """The manifest's optimiser, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
 
         Weight decay spares biases and norms, as the Trainer's own groups do. For SoKA it pulls deltas to zero, hence
         the model to the base.
@@ -149,8 +153,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "nothing is left to train: left_lr, right_lr and sigma_lr are all 0",
                 hint="raise one of them, or set steps = 0 to export the initialisation",
             )
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-        self.optimizer = optimizer_class(groups, **options)
+        self.optimizer = make_optimiser(self.recipe.optimiser, self, groups, target)
         pulled = pull_to_initial(self.optimizer, target, self.args.weight_decay, decayed)
         if pulled and self.is_deepspeed_enabled:
             raise PlanError(
@@ -262,13 +265,17 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Log the base learning rate; send each module's sigma and effective rank to the trackers."""
         if "learning_rate" in logs:
             # The group's own peak, which a resumed run has from its checkpoint: rates are measured when a run begins.
-            logs["learning_rate"] *= self.args.learning_rate / self.optimizer.param_groups[0]["initial_lr"]
+            logs["learning_rate"] *= self.args.learning_rate / float(self.optimizer.param_groups[0]["initial_lr"])
         super().log(logs, start_time)
         if self.recipe.report_to and "loss" in logs:
             # Not through super().log: that keeps everything in the state, which each checkpoint holds.
             metrics = tracker_metrics(read_spectra(self.model))
             if metrics:
                 self.control = self.callback_handler.on_log(self.args, self.state, self.control, metrics)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with stored_classes(self.recipe.optimiser):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Skip loading except under FSDP: the model was built from the checkpoint, whose ranks may be smaller."""
