@@ -167,8 +167,8 @@ class Adapt(Table):
     )
     adapter: PathOrId | None = Field(
         None,
-        description="For init = 'adapter': folder of the finished adapter, which has ranks and factor shapes.",
-        examples=["build/math/adapter"],
+        description="For init = 'adapter': folder of the finished adapter, which gives ranks and factor shapes.",
+        examples=["../build/math/adapter"],
     )
     calibration_batches: Annotated[int, Field(ge=0)] | None = Field(
         None,

@@ -5,7 +5,8 @@ cross; here on R(W), for Kronecker terms. Differs from it: rows and columns are 
 than terms, and the core between them is the one that fits best (one product with R(W)) and not the inverse of U, which
 blows up where U is near to singular. So sigma says what each term captures. K(theta) - K(theta0) as for 'weights'.
 
-What samples capture of a slow spectrum is a small part of what as many principal terms do.
+What samples capture of a slow spectrum is a small part of what as many principal terms do: 1% to 34%
+(eval/results/kpsvd_starts.json).
 """
 
 from __future__ import annotations
