@@ -42,7 +42,7 @@ from soka_serve.peft import build_soka_model, create_soka_optimizer, soka_layers
 
 # Options that a row repeats.
 DATA = ("base", "task", "tokens", "held_out", "calibration_batches")
-SHARED = (*DATA, "layers", "steps", "batch", "warmup", "normalise", "weight_decay", "towards")
+SHARED = (*DATA, "layers", "steps", "batch", "warmup", "normalise")
 GROUPED = ("init", "rank", "scale", *SHARED)
 Losses = dict[float, dict[int, float]]  # by rate and seed
 TRAINED, HELD_OUT = 2000, 400  # problems of GSM8K's training file, from its start and from its end
@@ -159,12 +159,7 @@ class Bench:
             return model, torch.optim.AdamW(trained, lr=run.rate, weight_decay=0.0)
         factors, initial = self.start(run)
         adapted = build_soka_model(self.base, factors, initial=initial)
-        decay, to_start = self.options.weight_decay, self.options.towards == "start"
-        optimizer = create_soka_optimizer(adapted, lr=run.rate, weight_decay=decay if to_start else 0.0)
-        if not to_start:
-            for group in optimizer.param_groups:
-                group["weight_decay"] = decay
-        return adapted, optimizer
+        return adapted, create_soka_optimizer(adapted, lr=run.rate, weight_decay=0.0)
 
     def train(self, run: Run) -> dict[str, Any]:
         """One row."""
@@ -322,8 +317,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--held-out", type=int, default=40)
     parser.add_argument("--no-normalise", dest="normalise", action="store_false", help="gradients as they come")
-    parser.add_argument("--weight-decay", type=float, default=0.0)
-    parser.add_argument("--towards", choices=("start", "zero"), default="start", help="where weight decay pulls")
     parser.add_argument("--cut", action="store_true", help="measure with half of the terms served as well")
     options = parser.parse_args()
     torch.set_num_threads(1)

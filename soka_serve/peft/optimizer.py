@@ -145,22 +145,32 @@ def pull_to_initial(
     Args:
         optimizer: has the groups that `parameter_groups` made.
         decayed: names of the parameters that `weight_decay` is for.
+
+    Raises at a step:
+        PlanError: a factor and its initial one are sharded apart (FSDP 1).
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    initial = _with_initial(model)
+    starts = _with_initial(model)
     pulled: list[tuple[int, Callable[[], Tensor]]] = []
     for number, group in enumerate(optimizer.param_groups):
         parameter = group["params"][0]
-        if weight_decay > 0 and parameter in initial and names[parameter] in decayed:
-            pulled.append((number, initial[parameter]))
+        if weight_decay > 0 and parameter in starts and names[parameter] in decayed:
+            pulled.append((number, starts[parameter]))
 
     @torch.no_grad()
     def pull(stepped: torch.optim.Optimizer, *_: Any) -> None:
         for number, start in pulled:
             group = stepped.param_groups[number]
             (parameter,) = group["params"]
-            if parameter.grad is not None:
-                parameter.add_(start() - parameter, alpha=float(group["lr"]) * weight_decay)
+            if parameter.grad is None:
+                continue
+            if (initial := start()).shape != parameter.shape:
+                raise PlanError(
+                    f"weight decay cannot meet a factor of {tuple(parameter.shape)} with its initial one of "
+                    f"{tuple(initial.shape)}: they are sharded apart",
+                    hint="FSDP 2 shards them alike (fsdp_version: 2); otherwise leave weight decay out",
+                )
+            parameter.add_(initial - parameter, alpha=float(group["lr"]) * weight_decay)
 
     if pulled:
         optimizer.register_step_pre_hook(pull)

@@ -148,6 +148,16 @@ def test_weight_decay_alone_leaves_a_fresh_adapter_as_it_is() -> None:
     assert 0 < sizes[-1] < 0.01 * sizes[40]
 
 
+def test_weight_decay_refuses_factors_that_are_sharded_apart() -> None:
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="weights")
+    optimizer = create_soka_optimizer(model, lr=1.0, weight_decay=1.0)
+    model(torch.ones(1, 256)).sum().backward()
+    start = layer.soka_left_initial["default"]
+    start.data = start.data.flatten()[:1]
+    with pytest.raises(PlanError, match=r"factor of \(1, 16, 16\) with its initial one of \(1,\)"):
+        optimizer.step()
+
+
 def test_other_parameters_are_trained_at_lr_and_a_part_with_zero_is_frozen() -> None:
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], modules_to_save=["1"], init_soka_weights="zero"))
