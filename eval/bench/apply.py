@@ -4,18 +4,22 @@
 
 Milliseconds of processor time of one thread (wall time with `--device cuda`), the lower quartile of several: forward,
 backward to the input alone, and backward to the factors alone, of `linear_with_delta` with theta and theta0, in each
-order and with the order that `choose_ways` takes ("auto": one for the first two, one for the last). All ways of one
-case take turns in one process, so that only their ratios should be compared. "base" is the layer alone, its weight
+order; "auto" is what `choose_ways` takes, one order for the first two and one for the last. All ways of one case are
+timed in one process, so that only their ratios should be compared. "base" is the layer alone, its weight
 frozen, and "lora" the layer with two thin matrices of at least as many parameters. `lost` is how much longer the chosen
-ways take than the fastest ones, as a share of the layer's whole time. The constants of `soka_serve.kron.cost` were
-fitted to this. The shapes are the embedded base's, SmolLM2-135M's and a square one of LLaMA-2-7B's.
+ways take than the fastest ones, as a share of the layer's whole time; `of_lora` is the chosen ways' time in multiples
+of LoRA's. The constants of `soka_serve.kron.cost` were fitted to this: with `--times FILE`, a result of before, its
+times are taken, and the choice is made anew. The shapes are the embedded base's, SmolLM2-135M's and a square one of
+LLaMA-2-7B's.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,13 +106,20 @@ def measure(shape: FactorShape, rank: int, tokens: int, dtype: torch.dtype, cloc
     row: dict[str, Any] = {"shape": list(shape), "rank": rank, "tokens": tokens, "dtype": str(dtype).split(".")[1]}
     row |= {"lora_rank": lora_rank, "base": clock.parts(lambda inputs, _: linear(inputs, weight), x, ())}
     row["lora"] = clock.parts(lora, x, thin)
-    ways: dict[str, dict[str, float]] = {order: clock.parts(soka(order), x, factors) for order in ORDERS}
-    chosen = choose_ways(shape, rank, tokens, stacked=2 * rank, fused=dtype.itemsize >= 4)
-    product = {order: ways[order]["forward_ms"] + ways[order]["input_ms"] for order in ORDERS}
-    gradients = {order: ways[order]["factors_ms"] for order in ORDERS}
-    taken = product[chosen.product] + gradients[chosen.gradients]
+    row |= {order: clock.parts(soka(order), x, factors) for order in ORDERS}
+    return row | choice(row)
+
+
+def choice(row: dict[str, Any]) -> dict[str, Any]:
+    """What `choose_ways` takes for a row, and what that loses against the fastest ways."""
+    fused = row["dtype"] == "float32"
+    ways = choose_ways(FactorShape(*row["shape"]), row["rank"], row["tokens"], stacked=2 * row["rank"], fused=fused)
+    product = {order: row[order]["forward_ms"] + row[order]["input_ms"] for order in ORDERS}
+    gradients = {order: row[order]["factors_ms"] for order in ORDERS}
+    taken = product[ways.product] + gradients[ways.gradients]
     best = min(product.values()) + min(gradients.values())
-    return row | ways | {"auto": chosen._asdict(), "lost": round((taken - best) / taken, 3)}
+    of_lora = taken / sum(row["lora"].values())
+    return {"auto": ways._asdict(), "lost": round((taken - best) / taken, 3), "of_lora": round(of_lora, 2)}
 
 
 def main() -> None:
@@ -118,7 +129,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=12, help="of each part; a quarter of it for 4096 features")
+    parser.add_argument("--times", type=Path, help="a result whose times are taken")
     options = parser.parse_args()
+    if options.times is not None:
+        before = json.loads(options.times.read_text(encoding="utf-8"))
+        rows = [row | choice(row) for row in before["rows"]]
+        write_record(options, {"times": {k: v for k, v in before.items() if k != "rows"}, "rows": rows})
+        return
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = []

@@ -15,7 +15,7 @@ Order = Literal["auto", "left", "right", "dense"]
 # 128 to 4096 features: a small product costs so much for each multiply-add, and every value that it moves so much.
 _SMALL_PRODUCT = 2
 _MOVED_VALUE = 20
-_BUILT_VALUE = 60  # of a delta that is built, or of a dense gradient that is reduced to the factors'
+_BUILT_VALUE = 80  # of a delta that is built, or of a dense gradient that is reduced to the factors'
 
 
 class Ways(NamedTuple):
