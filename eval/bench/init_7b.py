@@ -7,7 +7,7 @@ whose spectrum is the flattest), with the embedded model's tokenizer, which uses
 Without `--folder` it is removed at the end. Then, in a fresh process, reads a manifest with nothing in it but the base
 and its dtype, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to the stage's end:
 hashes of the base, examples as tokens, stage `init`. Nothing is taken from a cache. The dtype is that of the manifests
-that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 256` makes of 64 rows of GSM8K about as many
+that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 208` makes of 64 rows of GSM8K about as many
 tokens as the tokenizers of real models do.
 
 - `phases`: seconds on the wall and of the processor, of the stage. A phase that is inside of another one counts for
@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--dtype", default="bfloat16", help="the manifest's `base.dtype`")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of the longest example")
+    parser.add_argument("--max-length", type=int, default=208, help="tokens of the longest example")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
