@@ -145,7 +145,7 @@ def _result(context: Context) -> BuildResult:
         comparison={k: int(v) for k, v in lock["comparison"].items()},
         accuracy_before=check.before.accuracy if check else None,
         accuracy_after=check.after.accuracy if check else None,
-        question_family=context.loaded.manifest.train.data.builtin,
+        question_family=judged.builtin if (judged := context.loaded.manifest.train.judged) else None,
         timings_s={stage: context.timings_s[stage] for stage in context.ran},
         is_main_process=context.processes.is_main,
     )

@@ -77,7 +77,9 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
     limit = manifest.eval.limit
     if limit == 0:
         return None
-    data = manifest.train.data
+    data = manifest.train.judged
+    if data is None:
+        return None
     if data.builtin is not None:
         from soka_serve.builtin.tasks import generate
 
@@ -85,8 +87,6 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
         return Questions(data.builtin, limit, [p.prompt for p in problems], [p.completion for p in problems])
     reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
     examples = reader.examples("eval", limit=min(limit, SAMPLES))
-    if not examples:
-        return None
     prompts, expected = [e.prompt for e in examples], [e.completion for e in examples]
     return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 

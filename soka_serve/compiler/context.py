@@ -19,7 +19,7 @@ from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.plan.given import check_base, settle_targets, sources_of
 from soka_serve.compiler.processes import Processes
 from soka_serve.data.rows import resolve
-from soka_serve.data.sources import data_sha256
+from soka_serve.data.sources import mixture_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text
@@ -134,7 +134,7 @@ def prepare(
         base=base.checkpoint.sha256(hashes.file),
         config=sha256_of(base.directory, CONFIG_FILES, hashes),
         tokenizer=sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
-        data=data_sha256(manifest.train.data, manifest_dir=loaded.directory),
+        data=mixture_sha256(manifest.train, manifest_dir=loaded.directory),
         finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()}
         | {name: adapter.sha256(hashes.file) for name, adapter in adapters.items()},
         base_name=base.name,
@@ -224,8 +224,9 @@ def check_output(context: Context) -> None:
         BuildError: names what would be lost.
     """
     directory, loaded = context.workspace.directory, context.loaded
-    data = loaded.manifest.train.data
-    named = [resolve(loaded.directory, text) for text in (data.jsonl, data.eval_jsonl, data.hub) if text]
+    data = loaded.manifest.train.datasets
+    places = [text for part in data for text in (part.jsonl, part.eval_jsonl, part.hub) if text]
+    named = [resolve(loaded.directory, text) for text in places]
     bases = [context.base, *context.finetuned.values()]
     named += [adapter.directory for adapter in context.adapters.values()]
     BUILD.check(directory, keep=[loaded.path, *(base.directory for base in bases), *named])

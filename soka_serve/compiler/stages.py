@@ -19,6 +19,7 @@ from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import DenseOutput
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
+from soka_serve.data.mixture import mix_encoded, naming
 from soka_serve.io.file_names import CONFIG_FILE, LOCK_FILE
 from soka_serve.io.files import replace_directory, scratch_directory, write_text_atomic
 from soka_serve.io.lockfile import read_lock
@@ -43,21 +44,28 @@ def encode(context: Context, split_seed: int | None = None) -> tuple[EncodedSet,
 
     `split_seed` chooses what `eval_frac` holds out; default: the seed of the run.
     """
-    manifest, directory = context.loaded.manifest, context.loaded.directory
-    train = manifest.train
-    tokenizer = context.base.tokenizer
-    reader = DataReader(train.data, directory, train.seed if split_seed is None else split_seed, tokenizer)
-    examples = reader.examples("train")
-    _check_reading(context, tokenizer, examples)
-    training = encode_examples(examples, tokenizer, train)
+    train = context.loaded.manifest.train
+    tokenizer, folder = context.base.tokenizer, context.base.tokenizer_folder
+    seed = train.seed if split_seed is None else split_seed
+    readers = [DataReader(data, context.loaded.directory, seed, tokenizer) for data in train.datasets]
+    sets: list[EncodedSet] = []
+    for number, reader in enumerate(readers):
+        with naming(number, len(readers)):
+            examples = reader.examples("train")
+            _check_reading(context, tokenizer, examples)
+            sets.append(encode_examples(examples, tokenizer, train))
+    training = mix_encoded(sets, train.weights, train.seed)
     if training.dropped or training.truncated:
         text = "%d of %d examples are longer than max_length = %d tokens: %d dropped, %d truncated"
         over = training.dropped, training.truncated
         logger.warning(text, sum(over), training.total, train.max_length, *over)
     if train.eval_every is None:
         return training, None
-    held_out = reader.examples("eval")
-    check_reading(tokenizer, held_out, context.base.tokenizer_folder)
+    held_out: list[Example] = []
+    for number, reader in enumerate(readers):
+        with naming(number, len(readers)):
+            held_out += reader.examples("eval")
+    check_reading(tokenizer, held_out, folder)
     return training, encode_examples(held_out, tokenizer, train)
 
 

@@ -76,7 +76,7 @@ class DataReader:
         if data.messages is not None and self.tokenizer is None:
             raise DataError(_NO_TOKENIZER)
         held_out = data.eval_frac > 0  # then there is no evaluation set of its own
-        if part == "eval" and not (held_out or data.eval_jsonl or data.eval_split or data.builtin):
+        if part == "eval" and not data.has_evaluation:
             return []
         # A held-out share is chosen among all rows, so `limit` may not cut before it.
         rows: Iterable[tuple[str, Row]]

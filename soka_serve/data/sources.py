@@ -6,8 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from soka_serve.data.mixture import naming
 from soka_serve.data.rows import open_data, read_lines, resolve
-from soka_serve.manifest.schema import Data
+from soka_serve.manifest.schema import Data, Train
 
 
 def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
@@ -26,6 +27,21 @@ def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
     else:
         return None
     return total if data.limit is None else min(total, data.limit)
+
+
+def mixture_sha256(train: Train, *, manifest_dir: Path) -> str:
+    """`data_sha256` of the one dataset, or a hash of those of all that are mixed, with their weights.
+
+    Raises:
+        DataError: a file cannot be read; of several datasets it is named.
+    """
+    hashes = []
+    for number, data in enumerate(train.datasets):
+        with naming(number, len(train.datasets)):
+            hashes.append(data_sha256(data, manifest_dir=manifest_dir))
+    if isinstance(train.data, Data):
+        return hashes[0]
+    return hashlib.sha256(json.dumps([hashes, train.weights]).encode()).hexdigest()
 
 
 def data_sha256(data: Data, *, manifest_dir: Path) -> str:

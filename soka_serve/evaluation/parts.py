@@ -79,7 +79,7 @@ def _identity(evaluation: Evaluation) -> dict[str, Any]:
         "harness": metadata.version("lm_eval"),
         "soka_serve": metadata.version("soka-serve"),
         "data": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files],
-        "template": evaluation.loaded.manifest.train.data.model_dump(mode="json"),
+        "template": evaluation.loaded.manifest.train.model_dump(mode="json", include={"data"})["data"],
         "generation": evaluation.generation,
         "tokenizer": _tokenizer_sha256(evaluation.subject.tokenizer),
     }

@@ -110,8 +110,8 @@ def _shipped(benchmark: str) -> Data:
 @cache
 def _trained_on(place: str) -> tuple[Data, TextTokenizer | None]:
     loaded = read_manifest(Path(place))
-    data = loaded.manifest.train.data
-    logger.info("prompts are those of %s", place)
+    data, *others = loaded.manifest.train.datasets
+    logger.info("prompts are those of %s%s", place, ", train.data[0]" if others else "")
     return data, _tokenizer(loaded) if data.messages is not None else None
 
 

@@ -124,8 +124,8 @@ def _foreign_runs_code(names: Iterable[str]) -> bool:
 
 
 def default_tasks(manifest: Manifest) -> tuple[str, ...]:
-    """The tasks that a manifest is measured on: `[eval] tasks`, else the builtin family it trains on, else none."""
+    """The tasks that a manifest is measured on: `[eval] tasks`, else the builtin families it trains on, else none."""
     if manifest.eval.tasks:
         return manifest.eval.tasks
-    family = (manifest.train.data.builtin or "").removesuffix("-easy")
-    return (f"soka_builtin_{family}",) if family in TARGET_FAMILIES else ()
+    families = dict.fromkeys((data.builtin or "").removesuffix("-easy") for data in manifest.train.datasets)
+    return tuple(f"soka_builtin_{family}" for family in families if family in TARGET_FAMILIES)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from soka_serve.io.toml_text import toml_value
-from soka_serve.manifest.nodes import Node, expected, resolve, tables
+from soka_serve.manifest.nodes import Node, expected, forms_of, resolve, tables
 from soka_serve.manifest.schema import SCHEMA_VERSION
 from soka_serve.manifest.starter import starter_manifest
 
@@ -87,7 +87,7 @@ def _rows(table: Node) -> Iterator[str]:
 
 def _is_table(node: Node) -> bool:
     """Whether a key is a table, or an array of them: its default is told by its own section."""
-    return "properties" in node or "properties" in resolve(node.get("items", {}))
+    return bool("properties" in node or forms_of(node)) or "properties" in resolve(node.get("items", {}))
 
 
 def _cell(text: str) -> str:

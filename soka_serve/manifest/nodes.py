@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from soka_serve.io.scoped import scoped
 from soka_serve.manifest.rules import LAYER_RANGE
 from soka_serve.manifest.schema import NAME_PATTERN, Manifest
+from soka_serve.manifest.table import ARRAY_FORM, TABLE_FORM
 
 Node = dict[str, Any]
 TomlPath = tuple[str | int, ...]
@@ -88,6 +89,10 @@ def walk(location: tuple[str | int, ...]) -> Location:
         if node is not None and (choice := policies_of(node)):
             policies, node = choice, choice.get(str(part))
             continue
+        if node is not None and (forms := forms_of(node)):
+            node = forms.get(str(part)) or forms[ARRAY_FORM if isinstance(part, int) else TABLE_FORM]
+            if part in forms:
+                continue
         if node is not None and "properties" in node:
             table = node
         path = (*path, part)
@@ -101,6 +106,13 @@ def policies_of(node: Node) -> dict[str, Node]:
         return {}
     options = [resolve(option) for option in node["oneOf"]]  # in the schema's order; the mapping is sorted
     return {option["properties"]["policy"]["const"]: option for option in options}
+
+
+def forms_of(node: Node) -> dict[str, Node]:
+    """The nodes of a key that takes a table or an array of tables; empty for every other node."""
+    if "oneOf" not in node or "discriminator" in node:
+        return {}
+    return {ARRAY_FORM if "items" in form else TABLE_FORM: form for form in map(resolve, node["oneOf"])}
 
 
 def below(node: Node, part: str | int) -> Node | None:
@@ -118,7 +130,13 @@ def tables() -> Iterator[tuple[str, Node]]:
         for name, raw in node["properties"].items():
             child = resolve(raw)
             inner = f"{path}.{name}" if path else name
-            if "properties" in child:
+            if forms := forms_of(child):
+                child = forms[TABLE_FORM]
+                yield from visit(f"[{inner}]", inner, child)
+                item = resolve(forms[ARRAY_FORM]["items"])
+                own = {key: value for key, value in item["properties"].items() if key not in child["properties"]}
+                yield f"[[{inner}]]", {**item, "properties": own, "required": []}
+            elif "properties" in child:
                 yield from visit(f"[{inner}]", inner, child)
             elif "properties" in (item := resolve(child.get("items", {}))):
                 yield from visit(f"[[{inner}]]", inner, item)
@@ -133,6 +151,8 @@ def expected(node: Node) -> str:
     node = resolve(node)
     if policies_of(node):
         return "a table with a policy"
+    if forms := forms_of(node):
+        return " or ".join(forms)
     if "anyOf" in node:
         return " or ".join(expected(option) for option in node["anyOf"])
     if "const" in node:

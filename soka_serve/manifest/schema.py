@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
 from soka_serve.manifest.optimisers import DEFAULT_OPTIMISER, OPTIMISERS, REFUSED
 from soka_serve.manifest.rules import Adapt
-from soka_serve.manifest.table import Key, Table, TableKeys, value_of
+from soka_serve.manifest.table import ARRAY_FORM, TABLE_FORM, Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, names_of
 
 SCHEMA_VERSION = 1
@@ -119,6 +119,11 @@ class Data(Table):
         0.0, description="Share of the training examples held out for evaluation when there is no evaluation set."
     )
 
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether there are examples to evaluate on."""
+        return bool(self.builtin or self.eval_jsonl or self.eval_split or self.eval_frac)
+
     @field_validator("prompt", "completion")
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:
@@ -147,6 +152,27 @@ class Data(Table):
                 yield (name,), f"{name} and {held_out[0]} exclude each other: one evaluation set at a time"
 
 
+class DataPart(Data):
+    """One of several datasets that are mixed: `[[train.data]]` in place of `[train.data]`, with its keys and a weight.
+
+    An epoch is the longest one with exact proportions in which no example comes twice: one dataset gives all of its
+    examples, the others a seeded choice, the same in every epoch. `plan` shows the counts, after what is too long was
+    dropped. Evaluation sets are joined; the quick check asks the problems of the first dataset that has some, and
+    benchmarks take the prompt of the first dataset.
+    """
+
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Share of the examples of an epoch, relative to the other weights. Without weights every dataset "
+        "gives all of its examples.",
+        examples=[0.5],
+    )
+
+
+def _data_form(value: object) -> str:
+    return ARRAY_FORM if isinstance(value, list | tuple) else TABLE_FORM
+
+
 class Prune(Table):
     """Dropping terms during training."""
 
@@ -170,7 +196,11 @@ class Train(Table):
     method_scale: Annotated[float, Field(gt=0)] = Field(
         1.0, description="Factor of the lora, pissa and lokr baselines' update, alpha / rank; soka reads [[adapt]]."
     )
-    data: Data = Field(description="The training data.")
+    data: Annotated[
+        Annotated[Data, Tag(TABLE_FORM)]
+        | Annotated[tuple[DataPart, ...], Field(strict=False, min_length=1), Tag(ARRAY_FORM)],
+        Discriminator(_data_form),
+    ] = Field(description="The training data.")
     max_length: PositiveInt = Field(512, description="Longest example, tokens.")
     overlong: Literal["drop", "truncate"] = Field(
         "drop", description="What happens to examples longer than max_length; both are counted and reported."
@@ -250,6 +280,22 @@ class Train(Table):
     )
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
 
+    @property
+    def datasets(self) -> tuple[Data, ...]:
+        """The one dataset, or those that are mixed."""
+        return (self.data,) if isinstance(self.data, Data) else self.data
+
+    @property
+    def judged(self) -> Data | None:
+        """The first dataset that has held-out problems, which the quick check asks."""
+        return next((data for data in self.datasets if data.has_evaluation), None)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """Shares of the datasets in an epoch; None where each gives all of its examples."""
+        found = [part.weight for part in self.data if part.weight is not None] if isinstance(self.data, tuple) else []
+        return tuple(found) or None
+
     @field_validator("optimiser", mode="before")
     @classmethod
     def _check_optimiser(cls, value: object) -> object:
@@ -274,11 +320,16 @@ class Train(Table):
             yield ("early_stopping",), "early_stopping needs eval_every"
         if keys.has("prune") and keys.knows("method") and keys.values["method"] != "soka":
             yield ("prune",), f"prune belongs to method = 'soka'; the method is {keys.values['method']!r}"
+        if keys.knows("data") and isinstance(keys.values["data"], list | tuple):
+            weights = [value_of(part, "weight") for part in keys.values["data"]]
+            for i in (i for i, weight in enumerate(weights) if weight is None) if any(weights) else ():
+                yield ("data", i), "weight is missing: other datasets have one, so that each needs it"
         if keys.has("optimiser") and keys.knows("optimiser", "method"):
             yield from _optimiser_conflicts(keys)
         if keys.has("eval_every") and keys.knows("data"):
             sources = ("builtin", "eval_jsonl", "eval_split", "eval_frac")
-            if not any(value_of(keys.values["data"], name) for name in sources):
+            parts = data if isinstance(data := keys.values["data"], list | tuple) else [data]
+            if not any(value_of(part, name) for part in parts for name in sources):
                 yield ("eval_every",), "eval_every needs evaluation data: eval_jsonl, eval_split or eval_frac"
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.toml_text import toml_value
-from soka_serve.manifest.nodes import Node, below, expected, policies_of, resolve, root
+from soka_serve.manifest.nodes import Node, below, expected, forms_of, policies_of, resolve, root
 from soka_serve.manifest.schema import NAME_PATTERN, SCHEMA_VERSION
+from soka_serve.manifest.table import TABLE_FORM
 
 _WIDTH = 100
 
@@ -107,6 +108,7 @@ def _table(header: str) -> Node:
     node = root()
     for part in header.strip("[]").split("."):
         child = resolve(node["properties"][part])
+        child = forms_of(child).get(TABLE_FORM, child)
         node = resolve(child["items"]) if "items" in child else child
     return node
 

@@ -22,6 +22,9 @@ _PYDANTIC_ERRORS = frozenset(get_args(ErrorType))
 
 Key = tuple[str | int, ...]
 
+# Tags of a key that takes a table or an array of tables; pydantic puts them into the locations of errors.
+TABLE_FORM, ARRAY_FORM = "a table", "an array of tables"
+
 
 @dataclass(frozen=True)
 class TableKeys:

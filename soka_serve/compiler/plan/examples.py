@@ -13,10 +13,11 @@ from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.tokenizer import TextTokenizer
 from soka_serve.data.encode import MASKED, EncodedSet, encode_examples, pack_examples
 from soka_serve.data.examples import DataReader, Example
+from soka_serve.data.mixture import mix_encoded, mixture_counts, naming
 from soka_serve.data.rows import UnreachableDataError, resolve
 from soka_serve.data.sources import count_examples
 from soka_serve.errors import CheckpointError, DataError
-from soka_serve.manifest.schema import Manifest, Train
+from soka_serve.manifest.schema import Data, Manifest, Train
 
 SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
 SHOWN = 3
@@ -44,12 +45,22 @@ class RenderedExample:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """One of several datasets: its examples (without those that are dropped), and how many of them an epoch takes."""
+
+    source: str
+    examples: int
+    used: int
+
+
+@dataclass(frozen=True)
 class DataPlan:
     """The training data. Counts are those of `sampled` examples; None where something could not be read.
 
     `examples` is the whole number (after `limit` and `eval_frac`), `problem` says what could not be read, and `rows`
     how many rows the model sees per epoch (fewer than examples when packing or dropping); scaled up when sampled.
-    `reading` says where transformers, and so the counts, read text otherwise than tokenizer.json alone would.
+    `parts` are the datasets of a mixture, of which all examples are read. `reading` says where transformers, and so the
+    counts, read text otherwise than tokenizer.json alone would.
     """
 
     source: str
@@ -67,6 +78,7 @@ class DataPlan:
     shown: tuple[RenderedExample, ...]
     problem: str | None
     reading: str | None = None
+    parts: tuple[PartPlan, ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -102,21 +114,33 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
     train = manifest.train
     problems: list[str] = []
     tokenizer = _find_tokenizer(base, problems)
-    examples, total = _read_examples(manifest, manifest_dir, tokenizer, hub_down, problems)
+    read = _read_examples(manifest, manifest_dir, tokenizer, hub_down, problems)
+    examples, total = [example for part, _ in read for example in part], None
+    if all(count is not None for _, count in read):
+        total = sum(count or 0 for _, count in read) if read else None
     encoded: EncodedSet | None = None
     reading = None
+    parts: tuple[PartPlan, ...] = ()
     if tokenizer is not None and examples:
         if differing := check_reading(tokenizer, examples, base.tokenizer_folder):
             reading = reading_note(tokenizer.settings.reader, differing, len(examples))
         try:
-            encoded = encode_examples(examples, tokenizer, train)
+            sets = []
+            for number, (part, _) in enumerate(read):
+                with naming(number, len(read)):
+                    sets.append(encode_examples(part, tokenizer, train))
+            encoded = mix_encoded(sets, train.weights, train.seed)
+            if len(sets) > 1:
+                sizes = [len(one.examples) for one in sets]
+                used = mixture_counts(sizes, train.weights)
+                parts = tuple(map(PartPlan, map(_describe, train.datasets), sizes, used))
         except DataError as error:
             if len(examples) == total:
                 raise
             problems.append(error.message)
     rows = _rows(train, encoded, total, len(examples))
     return DataPlan(
-        source=_describe(manifest),
+        source="; ".join(map(_describe, train.datasets)),
         examples=total,
         sampled=len(examples),
         encoded=encoded is not None,
@@ -126,6 +150,7 @@ def plan_data(manifest: Manifest, manifest_dir: Path, base: Base, *, hub_down: b
         shown=_show(examples, encoded, tokenizer, train.completion_only),
         problem="; ".join(problems) or None,
         reading=reading,
+        parts=parts,
     )
 
 
@@ -142,38 +167,39 @@ def _find_tokenizer(base: Base, problems: list[str]) -> TextTokenizer | None:
 
 def _read_examples(
     manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer | None, hub_down: bool, problems: list[str]
-) -> tuple[list[Example], int | None]:
-    """The first examples and how many there are; none, and a problem, where they cannot be reached."""
-    data = manifest.train.data
-    if data.messages is not None and tokenizer is None:
-        problems.append("chat messages cannot be shown without the tokenizer's chat template")
-    elif hub_down and data.hub is not None and not resolve(manifest_dir, data.hub).is_dir():
-        problems.append(f"examples cannot be shown: hub dataset '{data.hub}': the hub cannot be reached")
-    else:
-        try:
-            return _sample(manifest, manifest_dir, tokenizer)
-        except UnreachableDataError as error:
-            problems.append(f"examples cannot be shown: {error.message}")
-    return [], None
+) -> list[tuple[list[Example], int | None]]:
+    """Of each dataset the first examples and how many there are; none, and a problem, where one cannot be reached."""
+    found = []
+    for number, data in enumerate(manifest.train.datasets):
+        if data.messages is not None and tokenizer is None:
+            problems.append("chat messages cannot be shown without the tokenizer's chat template")
+        elif hub_down and data.hub is not None and not resolve(manifest_dir, data.hub).is_dir():
+            problems.append(f"examples cannot be shown: hub dataset '{data.hub}': the hub cannot be reached")
+        else:
+            try:
+                with naming(number, len(manifest.train.datasets)):
+                    found.append(_sample(manifest.train, data, manifest_dir, tokenizer))
+            except UnreachableDataError as error:
+                problems.append(f"examples cannot be shown: {error.message}")
+    return found if len(found) == len(manifest.train.datasets) else []
 
 
 def _sample(
-    manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer | None
+    train: Train, data: Data, manifest_dir: Path, tokenizer: TextTokenizer | None
 ) -> tuple[list[Example], int | None]:
     """The first `SAMPLE` training examples, and how many there are (None: only loading all of them would tell)."""
-    data = manifest.train.data
     total = count_examples(data, manifest_dir=manifest_dir)
-    # With a held-out share, which examples are for training is only known after reading all of them.
-    limit = None if data.eval_frac else SAMPLE
-    reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
+    # With a held-out share, which examples are for training is only known after reading all of them; so are the
+    # proportions of a mixture.
+    limit = None if data.eval_frac or len(train.datasets) > 1 else SAMPLE
+    reader = DataReader(data, manifest_dir, train.seed, tokenizer)
     examples = reader.examples("train", limit=limit, stream=data.hub is not None and limit is not None)
-    if data.eval_frac or (total is None and len(examples) < SAMPLE):
+    if limit is None or (total is None and len(examples) < SAMPLE):
         total = len(examples)
-    return examples[:SAMPLE], total
+    return examples if len(train.datasets) > 1 else examples[:SAMPLE], total
 
 
-def _describe(manifest: Manifest) -> str:
-    data = manifest.train.data
+def _describe(data: Data) -> str:
     if data.builtin is not None:
         return f"builtin '{data.builtin}'"
     if data.jsonl is not None:

@@ -167,6 +167,9 @@ def _data(data: DataPlan) -> str:
     total = "an unknown number of" if data.examples is None else f"{data.examples:,}"
     if data.sampled:
         lines[0] += f": {total} training examples"
+    for part in data.parts:
+        share = part.used / sum(one.used for one in data.parts)
+        lines.append(f"  {share:.1%} of an epoch: {part.used:,} of {part.examples:,} of {printable_lines(part.source)}")
     if data.encoded and data.tokens is not None and data.trained_tokens is not None:
         sample = "" if data.exact else f" (of the first {data.sampled:,}, which the figures here are about)"
         counts = {"dropped as too long": data.dropped, "truncated": data.truncated}
