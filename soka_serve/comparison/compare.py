@@ -17,13 +17,16 @@ from typing import Any
 
 from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
+from soka_serve.base.target_modules import resolve_targets
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
+from soka_serve.comparison.settings import manifest_of
 from soka_serve.comparison.suite import Suite
-from soka_serve.compiler.context import CONFIG_FILES, sha256_of
+from soka_serve.compiler.context import CONFIG_FILES, open_sources, sha256_of
+from soka_serve.compiler.plan.given import check_base
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError
 from soka_serve.io.files import sha256_text, write_text_atomic
@@ -33,6 +36,7 @@ from soka_serve.io.places import given_path
 from soka_serve.io.versions import versions
 from soka_serve.io.warn_once import one_command
 from soka_serve.io.workspace import HashCache, Workspace
+from soka_serve.manifest.nodes import TomlPath
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     """Everything that all runs depend on, other than the suite: hashes of base and data, versions, kind of device.
 
     Raises:
-        CheckpointError, DataError: base or data that cannot be read.
+        CheckpointError, DataError: base, data, or what a method starts from, that cannot be read.
+        PlanError: an adapter that a method starts from does not fit the base.
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.check_adaptable()
@@ -146,12 +151,31 @@ def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
     digest = base.checkpoint.sha256(hashes.file)
     papers = sha256_of(base.directory, CONFIG_FILES, hashes)
     papers = sha256_text(papers + sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes))
+    sources = _sources(loaded, base, digest, hashes)
     hashes.save()
     data, other = (
         {item.name: data_sha256(item.data, manifest_dir=loaded.directory) for item in items}
         for items in (loaded.suite.dataset, loaded.suite.other)
     )
-    return RunInputs(digest, papers, data, other, versions(), _device(loaded.suite, base))
+    return RunInputs(digest, papers, data, other, versions(), _device(loaded.suite, base), sources)
+
+
+def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) -> dict[str, str]:
+    """Hashes of the fine-tuned checkpoints and adapters that methods start from, by what the suite calls them."""
+    suite, found = loaded.suite, dict[str, str]()
+    for number, contender in enumerate(suite.method):
+        if contender.adapt.source is None:
+            continue
+
+        def name_key(path: TomlPath, number: int = number) -> str:
+            return loaded.name_key(("method", number, "adapt", *path[2:]))  # a manifest's path is adapt, rule, key
+
+        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
+        targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, name_key)
+        _, sources = open_sources(targets, manifest, loaded.directory, name_key)
+        check_base(sources.adapters, digest, manifest, name_key)
+        found |= sources.sha256(hashes)
+    return found
 
 
 def _device(suite: Suite, base: Base) -> str:

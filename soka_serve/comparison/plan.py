@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from soka_serve.builtin.tasks import DEFAULT_COUNTS
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
-from soka_serve.compiler.keys import STAGE_VERSIONS
+from soka_serve.compiler.keys import STAGE_VERSIONS, decay_terms
+from soka_serve.compiler.methods import METHODS
+from soka_serve.starts import STARTS
 
 Stage = Literal["sweep", "final"]
 Record = Mapping[str, Any]
@@ -68,7 +70,8 @@ class RunInputs:
     """Everything that a run depends on, other than the suite: hashes of base and data, versions, the kind of device.
 
     `base` is of the base's weights, `papers` of its config and tokenizer. `data` has datasets by name, `other` the
-    texts that nothing is trained on. `device` also tells CPUs apart that hold the base in different dtypes.
+    texts that nothing is trained on. `device` also tells CPUs apart that hold the base in different dtypes. `sources`
+    has what methods start from besides the base, by what `finetuned` or `adapter` says.
     """
 
     base: str
@@ -77,6 +80,7 @@ class RunInputs:
     other: Mapping[str, str]
     versions: Mapping[str, str]
     device: str
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,14 @@ class Cell:
         apart = dataset.validation == "eval" and (dataset.test_seed is None or validation <= DEFAULT_COUNTS["test"])
         chosen_by = None if final and apart else validation
         facts = {
-            "record": [RECORD_VERSION, STAGE_VERSIONS["init"], STAGE_VERSIONS["tune"]],
-            "manifest": {name: manifest[name] for name in ("base", "adapt", "train")},
+            "record": [
+                RECORD_VERSION,
+                STAGE_VERSIONS["init"],
+                STAGE_VERSIONS["tune"],
+                *decay_terms(METHODS[contender.method], made.train),
+            ],
+            "manifest": {name: manifest[name] for name in ("base", "adapt", "train")}
+            | {"adapt": [_with_hashes(rule, inputs.sources) for rule in manifest["adapt"]]},
             "contender": [contender.method, contender.calibration_batches],
             "problems": [dataset.answers, dataset.validation, dataset.test_seed, protocol.test, chosen_by],
             "answers": [protocol.answered if final else protocol.choose_by, protocol.max_new_tokens],
@@ -132,6 +142,12 @@ class Cell:
     def finals(self, setting: Setting) -> list[RunSpec]:
         """The runs of the results."""
         return [self.spec("final", setting, seed) for seed in self.suite.protocol.seeds]
+
+
+def _with_hashes(rule: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+    """A dumped rule with the hash of what it starts from in the place of its name."""
+    named = {start.source for start in STARTS.values() if start.source and rule.get(start.source)}
+    return {key: sources[value] if key in named else value for key, value in rule.items()}
 
 
 def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from soka_serve.comparison.settings import disagreement, refusal
 from soka_serve.comparison.suite import Suite
+from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError, ManifestProblem
 from soka_serve.io.files import sha256_text
 from soka_serve.io.places import given_path
 from soka_serve.manifest.locate import locate
 from soka_serve.manifest.nodes import TomlPath
+from soka_serve.manifest.optimisers import DEFAULT_OPTIMISER
 from soka_serve.manifest.problems import dotted, show
 from soka_serve.manifest.read import name_key, parse_toml, read_text, validate
 
@@ -61,10 +63,25 @@ def parse_suite(text: str, file: str) -> Suite:
     positions = locate(text)
     if problems := [
         ManifestProblem(dotted(path), message, *(positions.value(path) or (0, 0)))
-        for path, message in (*_names(suite), *_grids(suite), *_claims(suite))
+        for path, message in (*_protocol(suite), *_names(suite), *_grids(suite), *_claims(suite))
     ]:
         raise ManifestError(file, problems)
     return suite
+
+
+def _protocol(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
+    """More finalists than settings by default, and an optimiser that a method would not take."""
+    if (suite.protocol.finalists or 0) > suite.settings:
+        yield ("protocol", "finalists"), f"finalists is larger than settings ({suite.settings}, the default)"
+    optimiser = getattr(suite.train, "optimiser")  # noqa: B009 - of a model that is made at run time
+    if optimiser != DEFAULT_OPTIMISER:
+        for contender in suite.method:
+            if METHODS[contender.method].brings_optimizer:
+                yield (
+                    ("train", "optimiser"),
+                    f"{contender.name} is trained with AdamW whatever this says: method = {contender.method!r} has "
+                    "rates of its own",
+                )
 
 
 def _names(suite: Suite) -> Iterator[tuple[TomlPath, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from soka_serve.io.outputs import Lock, OutputKind
 from soka_serve.io.warn_once import warn
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.manifest import schema
+from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.read import LoadedManifest
 
 if TYPE_CHECKING:
@@ -56,6 +57,19 @@ BUILD = OutputKind(
     is_marked=lambda lock: lock is None or (isinstance(lock.get("files"), dict) and "stages" in lock),
     files=_build_files,
 )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Fine-tuned checkpoints and adapters that rules start from, each by what the manifest calls it."""
+
+    finetuned: dict[str, Base]
+    adapters: dict[str, GivenAdapter]
+
+    def sha256(self, hashes: HashCache) -> dict[str, str]:
+        """The hash of each."""
+        found = {name: base.checkpoint.sha256(hashes.file) for name, base in self.finetuned.items()}
+        return found | {name: adapter.sha256(hashes.file) for name, adapter in self.adapters.items()}
 
 
 @dataclass
@@ -125,22 +139,18 @@ def prepare(
     base.check_adaptable()
     targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, loaded.name_key)
     check_tokenizer_files(base.folder)  # before they are hashed
-    finetuned = {source: _open_finetuned(source, loaded) for source in sources_of(targets, "finetuned")}
-    targets, adapters = settle_targets(targets, manifest, loaded.directory, loaded.name_key)
-    for other in finetuned.values():
-        other.check_plain()
+    targets, sources = open_sources(targets, manifest, loaded.directory, loaded.name_key)
     hashes = HashCache(workspace.hashes)
     inputs = InputHashes(
         base=base.checkpoint.sha256(hashes.file),
         config=sha256_of(base.directory, CONFIG_FILES, hashes),
         tokenizer=sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
         data=mixture_sha256(manifest.train, manifest_dir=loaded.directory),
-        finetuned={name: other.checkpoint.sha256(hashes.file) for name, other in finetuned.items()}
-        | {name: adapter.sha256(hashes.file) for name, adapter in adapters.items()},
+        finetuned=sources.sha256(hashes),
         base_name=base.name,
         manifest=loaded.sha256,
     )
-    check_base(adapters, inputs.base, manifest, loaded.name_key)
+    check_base(sources.adapters, inputs.base, manifest, loaded.name_key)
     processes = processes or Processes()
     if processes.is_main and save_hashes:
         hashes.save()
@@ -149,8 +159,8 @@ def prepare(
         loaded=loaded,
         workspace=workspace,
         base=base,
-        finetuned=finetuned,
-        adapters=adapters,
+        finetuned=sources.finetuned,
+        adapters=sources.adapters,
         targets=targets,
         inputs=inputs,
         keys=keys,
@@ -176,13 +186,40 @@ def sha256_of(directory: Path, names: Sequence[str], hashes: HashCache) -> str:
     return sha256_text("".join(f"{hashes.file(file)}  {name}\n" for name, file in found))
 
 
-def _open_finetuned(source: str, loaded: LoadedManifest) -> Base:
+def open_sources(
+    targets: Sequence[TargetModule], manifest: schema.Manifest, directory: Path, name_key: Callable[[TomlPath], str]
+) -> tuple[list[TargetModule], Sources]:
+    """Open what targets start from besides the base.
+
+    Args:
+        targets: what `resolve_targets` returned.
+        manifest: theirs.
+        directory: where its relative paths start.
+        name_key: what messages call a key of it.
+
+    Returns:
+        The targets as `settle_targets` returns them, and what was opened.
+
+    Raises:
+        CheckpointError: a source that is missing, damaged or quantised.
+        PlanError: an adapter that does not fit the targets.
+    """
+    finetuned = {s: _open_finetuned(s, manifest, directory, name_key) for s in sources_of(targets, "finetuned")}
+    settled, adapters = settle_targets(targets, manifest, directory, name_key)
+    for other in finetuned.values():
+        other.check_plain()
+    return settled, Sources(finetuned, adapters)
+
+
+def _open_finetuned(
+    source: str, manifest: schema.Manifest, directory: Path, name_key: Callable[[TomlPath], str]
+) -> Base:
     """A fine-tuned checkpoint is a directory when there is one of that name, else a hub id."""
-    rule = next(i for i, rule in enumerate(loaded.manifest.adapt) if rule.finetuned == source)
-    is_path = (loaded.directory / Path(source).expanduser()).exists() or source.startswith((".", "/", "~"))
+    rule = next(i for i, rule in enumerate(manifest.adapt) if rule.finetuned == source)
+    is_path = (directory / Path(source).expanduser()).exists() or source.startswith((".", "/", "~"))
     table = schema.Base(path=source) if is_path else schema.Base(hub=source)
-    key = loaded.name_key(("adapt", rule, "finetuned"))
-    return resolve_base(table, manifest_dir=loaded.directory, name_key=lambda _: key)
+    key = name_key(("adapt", rule, "finetuned"))
+    return resolve_base(table, manifest_dir=directory, name_key=lambda _: key)
 
 
 def previous_keys(directory: Path) -> dict[str, str]:

@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
-from soka_serve.manifest.schema import Manifest
+from soka_serve.manifest.schema import Manifest, Train
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "report": 1}
+
+# The same for builds that say `train.weight_decay`: 1 since it pulls Kronecker factors to their initial ones.
+_DECAY_VERSION = 1
 
 # Keys of [train] that do not change what is learned.
 _TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
@@ -61,6 +64,11 @@ def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def decay_terms(method: Method, train: Train) -> list[Any]:
+    """What a key holds besides, where weight decay pulls factors; nothing elsewhere, where keys stay as they were."""
+    return ["weight_decay", _DECAY_VERSION] if method.kronecker and train.weight_decay else []
+
+
 def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:
     """The key of every stage that this manifest has, in the order in which they run.
 
@@ -85,7 +93,16 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     unread = {"data"} if method.scaled else {"data", "method_scale"}
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
     start = keys.get("init", [inputs.base, list(modules)])
-    keys["tune"] = _hash("tune", start, inputs.config, recipe, examples, manifest.base.dtype, manifest.base.quantize)
+    keys["tune"] = _hash(
+        "tune",
+        start,
+        inputs.config,
+        recipe,
+        examples,
+        manifest.base.dtype,
+        manifest.base.quantize,
+        *decay_terms(method, train),
+    )
     terms = [output.adapter_terms] if output.adapter_terms != "all" else []
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)
     if "merged" in output.write or method.whole_model:

@@ -117,13 +117,22 @@ class Table(BaseModel):
             if not field.is_required()
         }
         present = frozenset(
-            name for name, value in data.items() if value is not None and (name not in values or value != values[name])
+            name
+            for name, value in data.items()
+            if value is not None and (name not in values or _differ(value, values[name]))
         )
         for name in present:
             values.pop(name, None)
             if name not in wrong:
                 values[name] = data[name]
         return TableKeys(present, values)
+
+
+def _differ(value: object, default: object) -> bool:
+    """Whether a value says something else than the default, which a table may say as a mapping."""
+    if isinstance(default, Table) and isinstance(value, Mapping):
+        return {name: v for name, v in value.items() if v is not None} != default.model_dump(exclude_none=True)
+    return value != default
 
 
 def _keep(error: ErrorDetails) -> InitErrorDetails:

@@ -121,6 +121,11 @@ class Method(ABC):
         """Callbacks that the Trainer needs."""
         return []
 
+    @property
+    def brings_optimizer(self) -> bool:
+        """Whether it has an `optimizer` of its own, so that `train.optimiser` is not read."""
+        return type(self).optimizer is not Method.optimizer
+
     def optimizer(self, model: Any, rate: float, weight_decay: float) -> torch.optim.Optimizer | None:
         """The optimiser of a method with rates of its own; None for the Trainer's."""
         return None

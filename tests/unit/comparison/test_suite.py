@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from eval.suites.prepare import split_mbpp
+from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.comparison import compare
 from soka_serve.comparison.compare import read_inputs
@@ -21,9 +23,11 @@ from soka_serve.comparison.read import parse_suite, read_suite
 from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
-from soka_serve.errors import ManifestError
+from soka_serve.errors import CheckpointError, ManifestError
 from soka_serve.io.workspace import Workspace
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import parse_manifest
+from tests.support.kron_oracle import draw_factors
 
 SUITES = Path(__file__).resolve().parents[3] / "eval" / "suites"
 
@@ -112,6 +116,7 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ("adapt =", 'datasets = ["x"]\nadapt =', 'no dataset is called "x"; there are math'),
         ("steps = 3", "steps = 3\n[protocol]\nsweep_seeds = [4]", "4 stands in seeds too"),
         ("steps = 3", "steps = 3\n[protocol]\nsettings = 2\nfinalists = 3", "finalists is larger than settings"),
+        ("steps = 3", "steps = 3\n[protocol]\nfinalists = 4", "finalists is larger than settings (3, the default)"),
         ("steps = 3", "steps = 3\n[protocol]\nanswered = 201", "answered is larger than test (200, the default)"),
         ('{ builtin = "math" }', '{ builtin = "math" }\nanswers = "boxed"', "builtin families have their own"),
         ('{ builtin = "math" }', '{ jsonl = "x.jsonl" }\ntest_seed = 2', "test_seed belongs to builtin families"),
@@ -124,6 +129,12 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
 def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
     assert old in GOOD
     assert message in problems(GOOD.replace(old, new, 1))
+
+
+def test_an_optimiser_that_a_method_would_not_take_is_refused() -> None:
+    text = GOOD.replace("steps = 3", 'steps = 3\noptimiser = "adafactor"')
+    parse_suite(text, "s.toml")
+    assert "s.toml:8:13: train.optimiser: a is trained with AdamW" in problems(text.replace('"lora"', '"cdka"'))
 
 
 @pytest.mark.parametrize(
@@ -457,3 +468,36 @@ def test_what_a_base_is_read_by_is_one_of_the_inputs(tmp_path: Path, monkeypatch
         monkeypatch.setattr("soka_serve.kron.cpu.has_amx", lambda amx=amx: amx)
         devices.add(inputs(f"amx {amx}").device)
     assert devices == {"cpu with AMX", "cpu without AMX"}
+
+
+def test_what_a_method_starts_from_is_an_input_by_its_content(tmp_path: Path) -> None:
+    """Files that are replaced make other runs, and a folder that was moved does not."""
+    shutil.copytree(base_directory(), tmp_path / "tuned")
+    for name, digit in (("first", 1.0), ("again", 2.0)):
+        factors = draw_factors(FactorShape(2, 4, 64, 32), 2, scale=digit).to(torch.float32)
+        write_adapter(tmp_path / name, {"model.layers.0.self_attn.q_proj": factors}, base_model="tiny")
+
+    def key(rule: str) -> str:
+        old = 'init = "random", rank = { policy = "fixed", rank = 2 }'
+        text = GOOD.replace(old, rule + ', modules = ["model.layers.0.self_attn.q_proj"]')
+        (tmp_path / "s.toml").write_text(text)
+        loaded = read_suite(tmp_path / "s.toml")
+        workspace = Workspace(tmp_path / "work", "s")
+        workspace.cache.mkdir(parents=True, exist_ok=True)
+        cell = list_cells(loaded.suite, read_inputs(loaded, workspace))[1]
+        return cell.spec("final", (("learning_rate", 1e-2), ("train.sigma_lr", 0.5)), 0).key
+
+    for kind, start in (("adapter", "adapter"), ("finetuned", "delta")):
+        name = {"adapter": "first", "finetuned": "tuned"}[kind]
+        before = key(f'init = "{start}", {kind} = "{name}"')
+        shutil.move(tmp_path / name, tmp_path / f"moved-{kind}")
+        assert key(f'init = "{start}", {kind} = "moved-{kind}"') == before
+        if kind == "adapter":
+            shutil.move(tmp_path / "again", tmp_path / name)
+        else:
+            shutil.move(tmp_path / f"moved-{kind}", tmp_path / name)
+            (file,) = (tmp_path / name).glob("*.safetensors")
+            save_file({k: 2 * v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+        assert key(f'init = "{start}", {kind} = "{name}"') != before
+    with pytest.raises(CheckpointError, match=r"s.toml:\d+:\d+: method\[1\].adapt.adapter: .*none: no adapter"):
+        key('init = "adapter", adapter = "none"')

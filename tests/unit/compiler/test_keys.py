@@ -89,6 +89,12 @@ def test_a_finetuned_checkpoint_that_was_moved_is_the_same() -> None:
     assert keys("a", "x")["init"] != keys("a", "y")["init"]
 
 
+def test_caches_of_factors_that_weight_decay_pulled_to_zero_are_not_taken() -> None:
+    for method, before in (("soka", "52ead5321f76a6a0"), ("lora", "842cda8c5337e30c")):
+        keys = stage_keys(_manifest(train__method=method, train__weight_decay=0.1), INPUTS, MODULES)
+        assert (keys["tune"] != before) == (method == "soka")
+
+
 def test_other_weights_or_modules_rerun_everything() -> None:
     keys = stage_keys(_manifest(), INPUTS, MODULES)
     for others in (
