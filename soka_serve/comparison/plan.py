@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from soka_serve.builtin.tasks import DEFAULT_COUNTS
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
-from soka_serve.compiler.keys import STAGE_VERSIONS, decay_terms
+from soka_serve.compiler.keys import STAGE_VERSIONS, training_versions
 from soka_serve.compiler.methods import METHODS
 from soka_serve.starts import STARTS
 
@@ -123,7 +123,7 @@ class Cell:
                 RECORD_VERSION,
                 STAGE_VERSIONS["init"],
                 STAGE_VERSIONS["tune"],
-                *decay_terms(METHODS[contender.method], made.train),
+                *training_versions(METHODS[contender.method], made.train),
             ],
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")}
             | {"adapt": [_with_hashes(rule, inputs.sources) for rule in manifest["adapt"]]},

@@ -19,8 +19,8 @@ from soka_serve.manifest.schema import Manifest, Train
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "report": 1}
 
-# The same for builds that say `train.weight_decay`: 1 since it pulls Kronecker factors to their initial ones.
-_DECAY_VERSION = 1
+# The same for builds that set a key of [train] and train Kronecker factors.
+_TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
 
 # Keys of [train] that do not change what is learned.
 _TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
@@ -64,9 +64,10 @@ def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def decay_terms(method: Method, train: Train) -> list[Any]:
-    """What a key holds besides, where weight decay pulls factors; nothing elsewhere, where keys stay as they were."""
-    return ["weight_decay", _DECAY_VERSION] if method.kronecker and train.weight_decay else []
+def training_versions(method: Method, train: Train) -> list[Any]:
+    """What a key holds besides, where such keys of [train] are set; nothing elsewhere, where keys stay as they were."""
+    found = _TRAIN_VERSIONS.items() if method.kronecker else ()
+    return [part for key, version in found if getattr(train, key) for part in (key, version)]
 
 
 def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:
@@ -101,7 +102,7 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         examples,
         manifest.base.dtype,
         manifest.base.quantize,
-        *decay_terms(method, train),
+        *training_versions(method, train),
     )
     terms = [output.adapter_terms] if output.adapter_terms != "all" else []
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)

@@ -16,6 +16,7 @@ from soka_serve.kron import Factors
 from soka_serve.kron.factors import energy_by_term
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.layer import SokaLinear
+from soka_serve.peft.optimizer import follow_terms
 
 log = logging.getLogger(__name__)
 
@@ -95,16 +96,20 @@ def drop_terms(
     keep: Mapping[str, Sequence[int]],
     optimizer: Any | None = None,
     adapter_name: str = "default",
+    *,
+    scheduler: Any | None = None,
 ) -> None:
     """Prune: leave only the terms `keep[module]` (indices, any order) of each named module, in the model's order.
 
     A term goes together with its initial pair, so the delta loses exactly what training had added to that pair;
     dropping the trained half alone would throw -initial_k into the model. Parameters shrink in place and keep their
     identity, gradients and the optimizer's per-element state (AdamW's exp_avg and exp_avg_sq) are cut with them, and
-    the config's ranks follow, so training goes on exactly as if the dropped terms had never been there.
+    the config's ranks follow, so training goes on exactly as if the dropped terms had never been there. So do the
+    rates of an optimizer from `create_soka_optimizer`, which are divided by the number of terms.
 
     Args:
         optimizer: whatever holds `state` by parameter: a torch optimizer, or accelerate's wrapper of one.
+        scheduler: of the optimizer's rates, one that multiplies `base_lrs` as torch's `LambdaLR` does.
 
     Raises:
         PlanError: an unknown module, an index out of range or named twice, or nothing left to keep.
@@ -137,6 +142,8 @@ def drop_terms(
         changed[name] = layer.spec(adapter_name)
         log.info("%s: %d of %d terms kept", name, len(chosen), before)
     config.record({**config.soka_modules, **changed})
+    if optimizer is not None:
+        follow_terms(optimizer, scheduler)
 
 
 def _cut(parameter: Tensor, index: Tensor, optimizer: Any | None, name: str) -> None:

@@ -101,7 +101,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of an optimiser: each factor alone, in the model's order, then what else needs gradients, at `lr`.
 
-    Their number depends on the model's structure alone, so that an optimiser's state fits whatever was trained.
+    Their number depends on the model's structure alone, so that an optimiser's state fits whatever was trained. A
+    factor's group says for how many terms its rate is (`follow_terms`).
 
     Args:
         multipliers: of "left", "right" and "sigma"; parameters with 0 are frozen.
@@ -116,10 +117,29 @@ def parameter_groups(
         if rates.get(parameter) == 0:
             parameter.requires_grad_(False)
         elif parameter in rates:
-            groups.append({"params": [parameter], "lr": lr * rates[parameter], "weight_decay": decay})
+            rate = lr * rates[parameter]
+            groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "terms": len(parameter)})
         elif parameter.requires_grad:
             others.setdefault(decay, []).append(parameter)
     return groups + [{"params": found, "lr": lr, "weight_decay": decay} for decay, found in others.items()]
+
+
+def follow_terms(optimizer: torch.optim.Optimizer, scheduler: Any | None = None) -> None:
+    """After terms were dropped: the rates that the law has for as many terms as are left; sizes are not measured anew.
+
+    Args:
+        optimizer: its groups that `parameter_groups` made for factors are changed, and no others.
+        scheduler: of its rates, as torch's `LambdaLR`, whose `base_lrs` are those that it multiplies.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        if "terms" not in group or group["terms"] == (left := len(group["params"][0])):
+            continue
+        ratio = group["terms"] / left
+        group["terms"] = left
+        for key in {"lr", "initial_lr"} & group.keys():
+            group[key] = group[key] * ratio
+        if scheduler is not None:
+            scheduler.base_lrs[number] *= ratio
 
 
 def _with_initial(model: nn.Module) -> dict[nn.Parameter, Callable[[], Tensor]]:

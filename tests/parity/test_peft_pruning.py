@@ -8,11 +8,12 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_serve.peft import build_soka_model, drop_terms, get_factors, soka_layers, term_energies
+from soka_serve.peft import build_soka_model, create_soka_optimizer, drop_terms, get_factors, soka_layers, term_energies
 from tests.support.kron_oracle import draw_factors
 from tests.support.peft_models import logits, oracle_logits, perturb, saved, steps, tiny_llama, tokens, trainable
 
@@ -92,6 +93,30 @@ def test_training_goes_on_as_if_the_dropped_terms_had_never_been(initial: bool) 
     for mine, theirs in zip(trainable(fresh), trainable(model), strict=True):
         other.state[mine] = {k: v.clone() for k, v in optimizer.state[theirs].items()}
     assert steps(model, optimizer, batches) == steps(fresh, other, batches)
+
+
+def test_rates_are_those_of_the_terms_that_are_left() -> None:
+    """The law divides by a module's number of terms, now and at every later step of a schedule."""
+    model = build_soka_model(tiny_llama(), given(), initial=True)
+    optimizer = create_soka_optimizer(model, lr=0.3)
+    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    before = [group["lr"] for group in optimizer.param_groups]
+    steps(model, optimizer, [tokens()])
+    scheduler.step()
+    drop_terms(model, {Q: [2]}, optimizer, scheduler=scheduler)
+    cut = [4.0 if group["params"][0].shape[0] == 1 else 1.0 for group in optimizer.param_groups]
+    assert cut.count(4.0) == cut.count(1.0) == 3
+    for step in (1, 2):
+        expected = [rate * factor / (1 + step) for rate, factor in zip(before, cut, strict=True)]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
+        scheduler.step()
+
+
+def test_rates_that_the_law_did_not_make_stay() -> None:
+    model = build_soka_model(tiny_llama(), given(), initial=True)
+    optimizer = torch.optim.AdamW([{"params": [p], "lr": 0.1} for p in trainable(model)])
+    drop_terms(model, {Q: [2]}, optimizer)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}
 
 
 def test_gradients_are_cut_too() -> None:

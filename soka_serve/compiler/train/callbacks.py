@@ -145,7 +145,7 @@ class Pruning(TrainerCallback):  # type: ignore[misc, unused-ignore]
     Every `every` steps (not after the last one) a term with a share below `threshold` fails the check; one that fails
     `patience` checks in a row is dropped with its optimiser state, weakest first, as long as `min` terms remain. A
     dropped term takes its initial counterpart with it: what it had learned is lost, what it started from is not
-    subtracted any more.
+    subtracted any more. The others go on at the rates of a module with as many terms as are left.
     """
 
     def __init__(self, rules: Prune) -> None:
@@ -174,7 +174,9 @@ class Pruning(TrainerCallback):  # type: ignore[misc, unused-ignore]
                 self.dropped[name] = self.dropped.get(name, 0) + len(energies) - len(kept)
         if keep:
             logger.info("step %d: pruning terms of %d modules", state.global_step, len(keep))
-            drop_terms(model, keep, optimizer=_inner_optimizer(kwargs["optimizer"]), adapter_name=ADAPTER)
+            optimizer = _inner(kwargs["optimizer"], "optimizer")
+            scheduler = _inner(kwargs["lr_scheduler"], "scheduler")
+            drop_terms(model, keep, optimizer=optimizer, adapter_name=ADAPTER, scheduler=scheduler)
 
     def check(self, name: str, energies: Sequence[float]) -> list[int]:
         """Count one check of a module; the indices of the terms that stay."""
@@ -191,10 +193,9 @@ class Pruning(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return kept
 
 
-def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimiser inside accelerate's wrapper."""
-    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return inner
+def _inner(wrapper: Any, kind: str) -> Any:
+    """Torch's optimizer or scheduler inside accelerate's wrapper of that kind."""
+    return getattr(wrapper, kind, wrapper)
 
 
 # ---------------------------------------------------------------------------------------------- order of examples

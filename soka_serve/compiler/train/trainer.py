@@ -265,7 +265,9 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """Log the base learning rate; send each module's sigma and effective rank to the trackers."""
         if "learning_rate" in logs:
             # The group's own peak, which a resumed run has from its checkpoint: rates are measured when a run begins.
-            logs["learning_rate"] *= self.args.learning_rate / float(self.optimizer.param_groups[0]["initial_lr"])
+            # Its rate now, since the scheduler's last one is of before terms were dropped.
+            group = self.optimizer.param_groups[0]
+            logs["learning_rate"] = float(group["lr"]) * (self.args.learning_rate / float(group["initial_lr"]))
         super().log(logs, start_time)
         if self.recipe.report_to and "loss" in logs:
             # Not through super().log: that keeps everything in the state, which each checkpoint holds.

@@ -58,6 +58,15 @@ def test_a_change_reruns_what_depends_on_it(change: dict[str, Any], reruns: set[
     assert {stage for stage in before if before[stage] != after[stage]} == reruns
 
 
+def test_what_training_does_anew_with_a_key_reruns_builds_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [_manifest(), _manifest(train__prune={"threshold": 0.1})]
+    before = [stage_keys(manifest, INPUTS, MODULES)["tune"] for manifest in made]
+    monkeypatch.setattr("soka_serve.compiler.keys._TRAIN_VERSIONS", {"prune": 99})
+    after = [stage_keys(manifest, INPUTS, MODULES)["tune"] for manifest in made]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+
 def test_data_counts_for_the_initialisation_only_where_it_is_looked_at() -> None:
     other = replace(INPUTS, data="other")
     plain, gradient = _manifest(), _manifest(adapt__init="gradient")

@@ -52,6 +52,38 @@ def test_pruning_drops_terms_and_goes_on(base: Path, tmp_path: Path) -> None:
     assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
 
 
+def test_pruned_modules_train_at_the_rates_of_their_terms(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the history has the schedule's rate, which pruning does not change."""
+    trainers: list[Any] = []
+    make = SokaTrainer.create_optimizer
+    monkeypatch.setattr(SokaTrainer, "create_optimizer", lambda self, model=None: trainers.append(self) or make(self))
+    prune = {"every": 1, "patience": 1}
+    histories = [
+        read_history(
+            run_training(
+                *(base, tmp_path / name),
+                rank=3,
+                steps=3,
+                log_every=1,
+                schedule="linear",
+                prune=prune | {"threshold": at},
+            ).history
+        )
+        for name, at in (("whole", 1e-9), ("pruned", 0.4))
+    ]
+    whole, pruned = (trainer.optimizer.param_groups for trainer in trainers)
+    left = [len(group["params"][0]) for group in pruned]
+    assert {len(group["params"][0]) for group in whole} == {3}
+    assert min(left) < 3
+    expected = [group["initial_lr"] * 3 / terms for group, terms in zip(whole, left, strict=True)]
+    assert [group["initial_lr"] for group in pruned] == pytest.approx(expected, rel=1e-12)
+    assert trainers[1].lr_scheduler.base_lrs == [group["initial_lr"] for group in pruned]
+    rates = [[line["learning_rate"] for line in history] for history in histories]
+    assert rates[1] == pytest.approx(rates[0], rel=1e-12)
+
+
 def test_pruning_needs_one_process(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(PlanError, match=r"train\.prune needs a single process; there are 2"):
