@@ -107,7 +107,7 @@ def minor_kpsvd(weight: Tensor, shape: FactorShape, rank: int) -> Decomposition:
         terms have a sigma of zero to rounding, and sides that are orthogonal to all others all the same.
 
     Cost: that of all terms, whatever the rank: 19 s at 4096 x 4096 on one thread (eval/results/kpsvd_starts.json), and
-    about 8 times the weight's memory in float32.
+    about 7 times the weight's memory in float32.
 
     Raises:
         ValueError: as for `kpsvd`.
