@@ -106,7 +106,7 @@ def combine(
         with track(len(modules), "combine", unit="module", enabled=progress) as advance:
             for name in modules:
                 parts = [(s.adapter.delta_factors(name), w) for s, w in sources if name in s.adapter.factors]
-                written[name], energies[name] = _sum(parts, rank)
+                written[name], energies[name] = _sum(name, parts, rank)
                 advance(name)
         dropped, by_module = shares(energies)
         ranks = [factors.rank for factors in written.values()]
@@ -125,8 +125,18 @@ def combine(
     return result
 
 
-def _sum(parts: Sequence[tuple[Factors, float]], rank: int | None) -> tuple[Factors, tuple[float, float]]:
-    """The float32 terms of one module's sum; the sum's energy, and what they lose of it."""
+def _sum(module: str, parts: Sequence[tuple[Factors, float]], rank: int | None) -> tuple[Factors, tuple[float, float]]:
+    """The float32 terms of one module's sum; the sum's energy, and what they lose of it.
+
+    Raises:
+        CheckpointError: a weight makes it larger than float32 can hold.
+    """
+    largest = torch.finfo(torch.float32).max
+    for factors, weight in parts:
+        if float(factors.sigma.double().abs().max()) * abs(weight) > largest:
+            raise CheckpointError(
+                f"{module}: weight {weight:g} makes its terms larger than float32 can hold", hint="give smaller weights"
+            )
     deltas, weights = [factors.to(torch.float64) for factors, _ in parts], [weight for _, weight in parts]
     shape = deltas[0].shape
     if rank is not None and any(delta.shape != shape for delta in deltas):

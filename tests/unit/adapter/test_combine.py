@@ -110,3 +110,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert "of the deltas' energy" in done.output
     done = CliRunner().invoke(main, ["combine", f"{a}=half", "--out", out])
     assert (done.exit_code, "weight 'half'" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize("rank", [None, 1])
+def test_a_weight_that_float32_cannot_hold_is_refused(tmp_path: Path, rank: int | None) -> None:
+    a = one(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"{NAME}: weight -1e\\+300 makes its terms larger than float32"):
+        combine([(a, 1.0), (a, -1e300)], tmp_path / "out", rank=rank)
+    assert not (tmp_path / "out").exists()
