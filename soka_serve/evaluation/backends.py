@@ -204,8 +204,13 @@ class TransformersBackend:
 
     @contextmanager
     def _load(self, role: str) -> Iterator[RoleModel]:
-        from soka_serve.base.base import Base
         from soka_serve.base.cpu import fast_products
+
+        with fast_products():  # all of it: an effect is what the adapter changes, not the library that multiplies
+            yield self._loaded(role)
+
+    def _loaded(self, role: str) -> RoleModel:
+        from soka_serve.base.base import Base
         from soka_serve.base.model import load_base, quiet_bars
         from soka_serve.evaluation.models import LocalModel
 
@@ -233,8 +238,7 @@ class TransformersBackend:
             now, again = (_logprobs(model, tokenizer) for _ in range(2))
             return float((now - again).abs().max()), float((now - before).abs().max())
 
-        with fast_products():
-            yield RoleModel(lm, facts, effect if before is not None else None)
+        return RoleModel(lm, facts, effect if before is not None else None)
 
 
 def parse_address(url: str) -> tuple[str, int, str]:
