@@ -140,6 +140,7 @@ def test_every_opener_refuses(folder: Path, opener: str) -> None:
 def test_a_native_architecture_is_loaded_by_transformers_own_class(folder: Path) -> None:
     """Many checkpoints still name the code that they had before transformers knew them."""
     plant(folder / "base", folder / "mark", native=True)
+    (folder / "m.toml").write_text(MANIFEST.replace('["adapter", "merged"]', '["merged"]'))  # what eval then measures
     done = run(folder, "soka_serve", "build", "m.toml")
     assert done.returncode == 0, done.stderr
     assert (folder / "build" / "m" / "merged").is_dir()
@@ -152,6 +153,7 @@ def test_a_native_architecture_is_loaded_by_transformers_own_class(folder: Path)
     for arguments in (["eval", "m.toml", "--backend", "transformers"], ["eval", "m.toml"]):
         done = run(folder, "soka_serve", *arguments, "--tasks", "soka_builtin_math", "--limit", "2")
         assert done.returncode == 2, done.stderr
+        is_refused(done, folder)
     done = run(folder, "soka_serve", "serve", "build/m/merged", "--dry-run")
     assert done.returncode == 2, done.stderr
     is_refused(done, folder)
