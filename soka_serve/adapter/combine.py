@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from soka_serve.adapter.format import write_adapter
-from soka_serve.adapter.loss import loss_lines, lost_energy, percent, shares
+from soka_serve.adapter.loss import lost_energy, percent, shares, summary_lines
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.adapter.weighted import check_weight, weighted_lock, weighted_table
 from soka_serve.errors import CheckpointError, SokaError, first_ten, joined, printable
@@ -54,12 +54,9 @@ class CombineResult:
 
     def to_text(self) -> str:
         """A few lines for people."""
-        low, high = self.ranks
         lines = [
             f"adapter     {self.out}, of {self.adapters}",
-            f"modules     {self.modules}, rank {low if low == high else f'{low} to {high}'}, "
-            f"{self.parameters:,} parameters",
-            *loss_lines(self.dropped_energy_frac, self.by_module),
+            *summary_lines(self.modules, self.ranks, self.parameters, self.dropped_energy_frac, self.by_module),
         ]
         return "\n".join(lines)
 

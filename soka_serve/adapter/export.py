@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soka_serve.adapter.format import KEY_PREFIX, Adapter, write_adapter
-from soka_serve.adapter.loss import Energies, loss_lines, lost_energy, percent, shares
+from soka_serve.adapter.loss import Energies, lost_energy, percent, shares, summary_lines
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
@@ -57,12 +57,9 @@ class ExportResult:
 
     def to_text(self) -> str:
         """A few lines for people."""
-        low, high = self.ranks
         lines = [
             f"{'adapter' if self.form == 'soka' else 'LoRA':<11} {self.out}",
-            f"modules     {self.modules}, rank {low if low == high else f'{low} to {high}'}, "
-            f"{self.parameters:,} parameters",
-            *loss_lines(self.dropped_energy_frac, self.by_module),
+            *summary_lines(self.modules, self.ranks, self.parameters, self.dropped_energy_frac, self.by_module),
         ]
         return "\n".join(lines)
 

@@ -30,6 +30,15 @@ def shares(energies: Energies) -> tuple[float, dict[str, float]]:
     return whole, {name: lost / energy if energy else 0.0 for name, (energy, lost) in energies.items()}
 
 
+def summary_lines(
+    modules: int, ranks: tuple[int, int], parameters: int, whole: float, by_module: Mapping[str, float]
+) -> list[str]:
+    """What a written adapter holds and what it does not, for people."""
+    low, high = ranks
+    rank = low if low == high else f"{low} to {high}"
+    return [f"modules     {modules}, rank {rank}, {parameters:,} parameters", *loss_lines(whole, by_module)]
+
+
 def loss_lines(whole: float, by_module: Mapping[str, float]) -> list[str]:
     """The loss for people: over all modules, and in the three that lose most."""
     lines = [f"lost        {percent(whole)} of the deltas' energy"]
