@@ -27,9 +27,13 @@ def combine(adapters: tuple[str, ...], **options: Any) -> None:
 @click.command(epilog="Example:  soka-serve inspect build/math")
 @click.argument("path", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def inspect(path: Path, as_json: bool) -> None:
+@click.option(
+    "--base",
+    help="Also count intruder dimensions beside this base, with SVDs of its weights: a directory, a hub id, or 'tiny'.",
+)
+def inspect(path: Path, as_json: bool, base: str | None) -> None:
     """Show what an adapter, a build or a checkpoint holds: shapes, ranks, sigma, norms, provenance."""
     from soka_serve.adapter.inspect import inspect as run
 
-    found = run(path)
+    found = run(path, base=base)
     say(json.dumps(found.to_json(), indent=2) if as_json else found.to_text())

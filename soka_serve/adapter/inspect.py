@@ -69,7 +69,10 @@ class TensorGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a path holds. `facts` are short lines for the top; `parts` are the directories of a build."""
+    """What a path holds. `facts` are short lines for the top; `parts` are the directories of a build.
+
+    `intruders` are by module, where a base was given: see `soka_serve.kron.intruders.count_intruders`.
+    """
 
     path: Path
     kind: Kind
@@ -78,6 +81,7 @@ class Inspection:
     groups: tuple[TensorGroup, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
     parts: tuple[Inspection, ...] = ()
+    intruders: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """For machines: everything, as JSON takes it."""
@@ -93,21 +97,33 @@ class Inspection:
             sections.append(_module_table(self.modules))
         if self.groups:
             sections.append(_group_table(self.groups))
+        if some := [[printable(module), str(count)] for module, count in self.intruders.items() if count]:
+            sections.append("\n".join(table([["module", "intruders"], *some], right=[1])))
         if self.provenance:
             sections.append("Provenance (soka.lock)\n" + _facts(_flat(self.provenance)))
         sections += [part.to_text() for part in self.parts]
         return "\n\n".join(sections)
 
 
-def inspect(path: str | Path) -> Inspection:
+def inspect(path: str | Path, *, base: str | Path | None = None) -> Inspection:
     """Look into a path: an adapter, a training checkpoint, a build, a merged or base model, or one safetensors file.
 
     Only headers, configs and an adapter's own small tensors are read; torch is not needed.
 
+    Args:
+        path: what to look into.
+        base: directory or hub id of the base of an adapter, a build or a fine-tuned model, or 'tiny'. Intruder
+            dimensions are then counted (arXiv:2410.21228), which reads both and takes time.
+
     Raises:
-        CheckpointError: nothing that this package knows, or it is damaged.
+        CheckpointError: nothing that this package knows, or it is damaged; a base that it does not belong to.
     """
     path = Path(path)
+    found = _look_into(path)
+    return found if base is None else _with_intruders(found, str(base))
+
+
+def _look_into(path: Path) -> Inspection:
     if path.is_file() and path.suffix == ".safetensors":
         return _file(path)
     if not path.exists():
@@ -125,6 +141,24 @@ def inspect(path: str | Path) -> Inspection:
         f"{path}: neither an adapter (adapter_config.json), nor a model (config.json), nor a build (soka.lock)",
         hint="give the directory itself, such as build/math or build/math/adapter, or a .safetensors file",
     )
+
+
+def _with_intruders(found: Inspection, base: str) -> Inspection:
+    """The inspection with intruder dimensions: of a build, those of its adapter or else of its model."""
+    if found.kind == "build" and found.parts:
+        first, *others = found.parts
+        return replace(found, parts=(_with_intruders(first, base), *others))
+    if found.kind not in ("adapter", "training checkpoint", "model", "merged model"):
+        raise CheckpointError(
+            f"{found.path}: a {found.kind} has no base", hint="give an adapter, a build or a model, or leave --base out"
+        )
+    from soka_serve.adapter.intruders import intruders_of
+    from soka_serve.base.resolve import open_base
+
+    counts = intruders_of(found.path, open_base(base))
+    with_some = sum(count > 0 for count in counts.values())
+    fact = f"{sum(counts.values()):,} in {with_some:,} of {len(counts):,} modules"
+    return replace(found, facts={**found.facts, "intruder dimensions": fact}, intruders=counts)
 
 
 def _file(path: Path) -> Inspection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import save_file
 
 from soka_serve.adapter.export import export
 from soka_serve.adapter.inspect import inspect
+from soka_serve.base.base import Base
 from soka_serve.compiler.merge.merge import merge
 from soka_serve.errors import CheckpointError
+from soka_serve.kron import dense_delta
+from soka_serve.kron.intruders import count_intruders
 from tests.support.kron_oracle import oracle_delta
 from tests.support.tiny_models import all_factors, random_factors, write_base, write_test_adapter
 
@@ -83,6 +87,45 @@ def test_lora(tmp_path: Path) -> None:
     assert (module.rank, module.weight_shape, module.parameters) == (64, (64, 96), 64 * 160)
     assert module.delta_norm == pytest.approx(inspect(source).modules[0].delta_norm, rel=1e-4)
     assert "sigma" not in inspect(tmp_path / "lora").to_text()
+
+
+def test_intruders_beside_the_base(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", dtype=torch.float32)
+    factors = {NAME: random_factors(64, 96, 2, 0, scale=2.0), NAME.replace("down", "up"): random_factors(96, 64, 1, 1)}
+    adapter = write_test_adapter(tmp_path / "math" / "adapter", factors, base=base)
+    export(adapter, tmp_path / "lora", to="lora", rank=64)
+    merge(adapter, base=base, out=tmp_path / "merged", verify=False, progress=False)
+    weights = Base(base).weights
+    expected = {n: count_intruders(weights.read(n), weights.read(n) + dense_delta(f)) for n, f in factors.items()}
+    assert expected[NAME] > 0
+    for path in (adapter, tmp_path / "lora"):
+        found = inspect(path, base=base)
+        assert found.intruders == expected
+        assert found.facts["intruder dimensions"] == f"{sum(expected.values())} in 1 of 2 modules"
+        assert re.search(rf"^{NAME} +{expected[NAME]}$", found.to_text(), re.MULTILINE)
+        assert found.to_json()["intruders"] == expected
+    assert inspect(tmp_path / "math", base=base).parts[0].intruders == expected
+    merged = inspect(tmp_path / "merged", base=base).intruders
+    assert len(merged) == 14
+    assert {n: c for n, c in merged.items() if c} == {n: c for n, c in expected.items() if c}
+    assert not inspect(adapter).intruders
+
+
+def test_intruders_are_not_counted_beside_what_is_not_the_base(tmp_path: Path) -> None:
+    base, other = write_base(tmp_path / "base"), write_base(tmp_path / "other", seed=1)
+    adapter = write_test_adapter(tmp_path / "a", {NAME: random_factors(64, 96, 2, 0)}, base=base)
+    with pytest.raises(CheckpointError, match="made for base weights with sha256"):
+        inspect(adapter, base=other)
+    wide = write_test_adapter(tmp_path / "wide", {NAME: random_factors(96, 64, 2, 0)})
+    with pytest.raises(CheckpointError, match=r"down_proj is \(96, 64\), the base's weight \(64, 96\)"):
+        inspect(wide, base=base)
+    export(adapter, tmp_path / "lora", to="lora", rank=64)
+    config = tmp_path / "lora" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(CheckpointError, match="a LoRA with use_dora"):
+        inspect(tmp_path / "lora", base=base)
+    with pytest.raises(CheckpointError, match="a safetensors file has no base"):
+        inspect(adapter / "adapter_model.safetensors", base=base)
 
 
 @pytest.mark.parametrize("shard", ["60KB", "1GB"])
