@@ -30,7 +30,8 @@ _PER_EXAMPLE = ("answer_loss", "forgetting")  # metrics
 
 _OWN_KEYS = {
     "method", "method_rank", "method_scale", "data", "epochs", "learning_rate", "left_lr", "right_lr", "sigma_lr",
-    "seed", "log_every", "eval_every", "save_every", "early_stopping", "report_to", "prune",
+    "seed", "log_every", "eval_every", "save_every", "early_stopping", "answered",
+    "report_to", "prune",
 }  # fmt: skip
 SHARED_KEYS = tuple(name for name in Train.model_fields if name not in _OWN_KEYS)
 

@@ -1,4 +1,4 @@
-"""`soka-serve build`: manifest -> plan -> init -> tune -> export -> merge -> check -> report.
+"""`soka-serve build`: manifest -> plan -> init -> tune -> export -> merge -> check -> measure -> report.
 
 Each stage is a function elsewhere; this module decides which ones run, and puts the artefact in place as a whole. A
 build that is interrupted goes on where it stopped; one with nothing changed does nothing.
@@ -101,7 +101,15 @@ def build(
 
 
 def _run(context: Context, previous: dict[str, str]) -> BuildResult:
-    from soka_serve.compiler.stages import check_stage, encode, export_stage, init_stage, merge_stage, tune_stage
+    from soka_serve.compiler.stages import (
+        check_stage,
+        encode,
+        export_stage,
+        init_stage,
+        measure_stage,
+        merge_stage,
+        tune_stage,
+    )
 
     manifest = context.loaded.manifest
     main = context.processes.is_main
@@ -113,13 +121,14 @@ def _run(context: Context, previous: dict[str, str]) -> BuildResult:
             export_stage(context, new, previous, trained)
             merge_stage(context, new, previous, trained)
             check = check_stage(context, new, previous)
+            measured = measure_stage(context, new, previous, encoded[0])
             if "adapter" not in manifest.output.write and (new / "adapter").exists():
                 shutil.rmtree(new / "adapter")  # it was needed for the merge, and is not asked for
             with context.stage("report", "writing the report and the model card"):
                 from soka_serve.compiler.papers import StageResults, write_papers
 
                 context.hashes.check_unchanged()  # soka.lock names what was read
-                write_papers(context, new, StageResults(encoded[0], start, trained, check))
+                write_papers(context, new, StageResults(encoded[0], start, trained, check, measured))
         context.workspace.forget_others({k: v for k, v in context.keys.items() if k in ("init", "tune")})
     context.processes.wait()
     return _result(context)

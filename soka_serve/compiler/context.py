@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # Files of the base, beside its weights and its tokenizer's, that a result depends on.
 CONFIG_FILES = ("config.json", "generation_config.json")
 
-_PAPERS = ("manifest.toml", "history.jsonl", "init.json", "check.json", CARD_FILE, "report.html")
+_PAPERS = ("manifest.toml", "history.jsonl", "init.json", "check.json", "measured.json", CARD_FILE, "report.html")
 
 
 def _build_files(directory: Path, lock: Lock | None) -> list[str]:

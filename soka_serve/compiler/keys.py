@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from soka_serve.compiler.methods import METHODS, Method
+from soka_serve.compiler.quiz import kept_apart
 from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
 from soka_serve.manifest.schema import Manifest, Train
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
-STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "report": 1}
+STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "measure": 1, "report": 1}
 
 # The same for builds that set a key of [train] and train Kronecker factors.
 _TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
@@ -103,11 +104,14 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         manifest.base.dtype,
         manifest.base.quantize,
         *training_versions(method, train),
+        *([manifest.eval.max_new_tokens, kept_apart(manifest)] if train.answered else []),
     )
     terms = [output.adapter_terms] if output.adapter_terms != "all" else []
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)
     if "merged" in output.write or method.whole_model:
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
     keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
+    if output.measure:
+        keys["measure"] = _hash("measure", keys["export"], list(output.measure), examples)
     keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)
     return keys

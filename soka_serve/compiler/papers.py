@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,12 +35,14 @@ class StageResults:
         start: the factors at step 0; None where the method has none.
         trained: the trained weights.
         check: answers before and after; None where none were asked for.
+        measured: what `[output] measure` names; None where it names nothing.
     """
 
     training: EncodedSet
     start: Initialisation | None
     trained: TrainResult
     check: QuickCheck | None
+    measured: Mapping[str, Any] | None = None
 
 
 def write_papers(context: Context, new: Path, made: StageResults) -> None:
@@ -128,7 +131,8 @@ def _report_data(context: Context, new: Path, made: StageResults, lock: dict[str
     manifest, trained, training, check = context.loaded.manifest, made.trained, made.training, made.check
     adapter = new / "adapter" / WEIGHTS_FILE
     log = read_history(trained.history)
-    artefacts = {n: n for n in ("adapter", "merged", LOCK_FILE, "manifest.toml", "history.jsonl") if (new / n).exists()}
+    names = ("adapter", "merged", LOCK_FILE, "manifest.toml", "history.jsonl", "measured.json")
+    artefacts = {name: name for name in names if (new / name).exists()}
     return ReportData(
         name=str(manifest.name),
         description=manifest.description,
@@ -160,6 +164,7 @@ def _report_data(context: Context, new: Path, made: StageResults, lock: dict[str
         artefacts=artefacts,
         rank_over_time=rank_history(log),
         timings_s=dict(context.timings_s),
+        measured=made.measured or {},
     )
 
 

@@ -1,4 +1,4 @@
-"""The stages of a build that make things: encode, init, tune, export, merge, check.
+"""The stages of a build that make things: encode, init, tune, export, merge, check, measure.
 
 Each looks whether its result is there already, runs its function if not, and hands the result on.
 """
@@ -17,6 +17,7 @@ from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.target_modules import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import DenseOutput
+from soka_serve.compiler.quiz import make_quiz
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.data.mixture import mix_encoded, naming
@@ -26,8 +27,6 @@ from soka_serve.io.lockfile import read_lock
 from soka_serve.io.workspace import link_tree
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from soka_serve.base.target_modules import TargetModule
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
     from soka_serve.data.examples import Example
 
 logger = logging.getLogger(__name__)
+
+MEASURED_FILE = "measured.json"
 
 
 def encode(context: Context, split_seed: int | None = None) -> tuple[EncodedSet, EncodedSet | None]:
@@ -78,6 +79,7 @@ def _check_reading(context: Context, tokenizer: TextTokenizer, examples: Sequenc
 def init_stage(context: Context, training: EncodedSet) -> Initialisation:
     """Factors at step 0: from the cache, or decomposed now (by all processes together)."""
     from soka_serve.base.cpu import fast_products
+    from soka_serve.compiler.artefact import gpu
     from soka_serve.compiler.init.initialise import InitRun
     from soka_serve.compiler.init.result import Initialisation
 
@@ -89,7 +91,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
         return Initialisation.read(directory)
     train = context.loaded.manifest.train
     with context.stage("init", f"decomposing {len(context.targets)} weights"), fast_products():
-        device = _device()
+        device = gpu()
         groups = budget_groups(context.loaded.manifest, context.targets)
         with scratch_directory(directory) as scratch:
             run = InitRun(
@@ -120,22 +122,13 @@ def _statistics(
     """Gradients and input moments of the base over the first batches of a seeded shuffle of the training data."""
     import torch
 
+    from soka_serve.compiler.artefact import first_batches, gpu
     from soka_serve.compiler.init.placement import load_layered
     from soka_serve.compiler.init.probe import batches_needed, gather
-    from soka_serve.data.collate import PadCollator
 
-    manifest = context.loaded.manifest
-    device = _device() or torch.device("cpu")
-    model, placement = load_layered(context.base, manifest.base.dtype, device)
-    generator = torch.Generator().manual_seed(manifest.train.seed)
-    order = torch.randperm(len(training.examples), generator=generator).tolist()
-    size = manifest.train.batch_size
-    collate = PadCollator(context.base.tokenizer.pad_id)
-    batches = []
-    for start in range(0, batches_needed(targets) * size, size):
-        chosen = [training.examples[i] for i in order[start : start + size]]
-        if chosen:
-            batches.append({k: v.to(device) for k, v in collate(chosen).items()})
+    device = gpu() or torch.device("cpu")
+    model, placement = load_layered(context.base, context.loaded.manifest.base.dtype, device)
+    batches = first_batches(context, training, batches_needed(targets), device)
     yield from gather(model, batches, targets, scratch, placement)
     del model, placement
     gc.collect()
@@ -166,7 +159,8 @@ def tune_stage(
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
         )
-        data = TrainingData(*encoded, context.base.tokenizer.pad_id)
+        quiz = make_quiz(manifest, context.loaded.directory, context.base.tokenizer)
+        data = TrainingData(*encoded, context.base.tokenizer.pad_id, quiz.accuracy if quiz else None)
         result = train(run, data, progress=context.progress)
         if context.processes.is_main:
             _mark_done(directory, result.seconds)
@@ -232,40 +226,36 @@ def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickC
     if questions is None:
         return None
     from soka_serve.base.cpu import fast_products
-    from soka_serve.base.model import load_base
+    from soka_serve.compiler.artefact import load_base_of, load_result
 
     with context.stage("check", f"answering {questions.limit} held-out problems before and after"), fast_products():
         limit = manifest.eval.max_new_tokens
-        model = load_base(context.base.directory, manifest.base.dtype, manifest.base.quantize)
-        if _device() is not None and manifest.base.quantize == "none":
-            model = model.to(_device())
+        model = load_base_of(context)
         before = answer(model, context.base.tokenizer, questions, limit)
-        after = answer(_load_result(model, new), context.base.tokenizer, questions, limit)
+        after = answer(load_result(model, new), context.base.tokenizer, questions, limit)
         check = QuickCheck(questions.prompts, questions.expected, before, after)
         check.write(new / "check.json")
     return check
 
 
-def _load_result(base: nn.Module, new: Path) -> nn.Module:
-    """The artefact as a user would load it: the adapter on the base, or the dense model."""
-    from soka_serve.base.model import load_base
+def measure_stage(context: Context, new: Path, previous: dict[str, str], training: EncodedSet) -> dict[str, Any] | None:
+    """What `[output] measure` names, by name, also in `new/measured.json`; None where it names nothing."""
+    key = context.keys.get("measure")
+    if key is None:
+        return None
+    old = context.workspace.directory / MEASURED_FILE
+    if previous.get("measure") == key and old.exists():
+        logger.info("measure: unchanged, taken from the last build")
+        shutil.copy2(old, new / MEASURED_FILE)
+    else:
+        from soka_serve.compiler.measures import MEASURES
 
-    if not (new / "adapter").exists():
-        full: nn.Module = load_base(new / "merged").to(next(base.parameters()).device)
-        return full
-    from peft import PeftModel
-
-    import soka_serve.peft  # registers SOKA
-
-    del soka_serve
-    model: nn.Module = PeftModel.from_pretrained(base, str(new / "adapter")).eval()
-    return model
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda") if torch.cuda.is_available() else None
+        names = context.loaded.manifest.output.measure
+        with context.stage("measure", f"measuring {', '.join(names)}"):
+            found = {name: MEASURES[name](context, new, training) for name in names}
+            write_text_atomic(new / MEASURED_FILE, json.dumps(found, indent=1) + "\n")
+    measured: dict[str, Any] = json.loads((new / MEASURED_FILE).read_text())
+    return measured
 
 
 def _mark_done(directory: Path, seconds: float) -> None:

@@ -187,7 +187,7 @@ class Prune(Table):
 class Train(Table):
     """The fine-tuning run."""
 
-    LATER = frozenset({"optimiser"})
+    LATER = frozenset({"answered", "optimiser", "weight_decay_schedule"})
 
     method: Literal["soka", "lora", "pissa", "lokr", "full"] = Field(
         "soka", description="What is trained; the others are PEFT baselines over the same modules, data and schedule."
@@ -247,6 +247,9 @@ class Train(Table):
         description="AdamW's weight decay, at each parameter's own rate. For soka it pulls deltas to zero, "
         "the model to the base.",
     )
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Weight decay over the steps: as it is, or annealed to zero (SoMA: 'cosine')."
+    )
     clip: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="0: each step's gradient is scaled to norm 1, so that steps weigh alike in AdamW's averages. Else "
@@ -271,7 +274,18 @@ class Train(Table):
     )
     save_every: PositiveInt = Field(50, description="Steps between resume points.")
     early_stopping: PositiveInt | None = Field(
-        None, description="Stop after so many evaluations without a better loss; needs eval_every.", examples=[3]
+        None,
+        description="Stop after so many evaluations without a better loss (or accuracy, see `answered`), and keep the "
+        "best one's weights; needs eval_every.",
+        examples=[3],
+    )
+    answered: PositiveInt | None = Field(
+        None,
+        description="Judge evaluations not by the loss but by greedy answers to so many held-out problems: "
+        "early_stopping waits for a better accuracy, and keeps the weights of the best. Of a builtin family they are "
+        "none of those that results are measured on; of other data the first evaluation examples, whose answers stand "
+        "after #### or in \\boxed{}.",
+        examples=[100],
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
         (),
@@ -316,8 +330,12 @@ class Train(Table):
             yield ("steps",), "steps and epochs exclude each other"
         if len(keys.has("clip", "max_grad_norm")) == 2:
             yield ("max_grad_norm",), "max_grad_norm and clip exclude each other"
+        if keys.has("weight_decay_schedule") and not keys.has("weight_decay"):
+            yield ("weight_decay_schedule",), "weight_decay_schedule belongs to weight_decay, which is 0, the default"
         if keys.has("early_stopping") and not keys.has("eval_every"):
             yield ("early_stopping",), "early_stopping needs eval_every"
+        if keys.has("answered") and not keys.has("early_stopping"):
+            yield ("answered",), "answered needs early_stopping, which keeps the best evaluation's weights"
         if keys.has("prune") and keys.knows("method") and keys.values["method"] != "soka":
             yield ("prune",), f"prune belongs to method = 'soka'; the method is {keys.values['method']!r}"
         if keys.knows("data") and isinstance(keys.values["data"], list | tuple):
@@ -372,6 +390,15 @@ class Output(Table):
         "auto", description="Dtype of the merged model; 'auto' is the base's own."
     )
     report: bool = Field(True, description="Write report.html.")
+    measure: tuple[Literal["intruders", "spectra"], ...] = Field(
+        (),
+        strict=False,
+        description="What else is measured, for measured.json and the report. 'intruders': per module, how many of the "
+        "10 leading singular vectors of the adapted weight the base's has not (SVDs of every adapted weight). "
+        "'spectra': effective ranks and nuclear norms of hidden states, base and adapted, and of the base's first "
+        "gradients (some training batches, forward and backward).",
+        examples=[["intruders", "spectra"]],
+    )
 
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:

@@ -156,15 +156,20 @@ def _with_initial(model: nn.Module) -> dict[nn.Parameter, Callable[[], Tensor]]:
 
 
 def pull_to_initial(
-    optimizer: torch.optim.Optimizer, model: nn.Module, weight_decay: float, decayed: Collection[str]
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    weight_decay: float,
+    decayed: Collection[str],
+    share: Callable[[], float] = lambda: 1.0,
 ) -> bool:
     """Decoupled weight decay, at each step, of the factors that start from a delta of zero; whether there are any.
 
-    Semantics: theta -= rate * weight_decay * (theta - theta0), before the step that the gradient asks for.
+    Semantics: theta -= rate * weight_decay * share * (theta - theta0), before the step that the gradient asks for.
 
     Args:
         optimizer: has the groups that `parameter_groups` made.
         decayed: names of the parameters that `weight_decay` is for.
+        share: of the weight decay at the step to come, where a schedule changes it.
 
     Raises at a step:
         PlanError: a factor and its initial one are sharded apart (FSDP 1).
@@ -190,7 +195,7 @@ def pull_to_initial(
                     f"{tuple(initial.shape)}: they are sharded apart",
                     hint="FSDP 2 shards them alike (fsdp_version: 2); otherwise leave weight decay out",
                 )
-            parameter.add_(initial - parameter, alpha=float(group["lr"]) * weight_decay)
+            parameter.add_(initial - parameter, alpha=float(group["lr"]) * weight_decay * share())
 
     if pulled:
         optimizer.register_step_pre_hook(pull)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ def run_training(
     initial: Collection[str] | None = None,
     train_set: EncodedSet | None = None,
     eval_set: EncodedSet | None = None,
+    accuracy: Callable[[Any], float] | None = None,
     **options: Any,
 ) -> TrainResult:
     """`train` on the tiny base with everything that is not given filled in.
@@ -104,6 +105,7 @@ def run_training(
         factors: SoKA's starting factors; default: of `rank`, or 2.
         initial: the modules whose starting factors are subtracted; default: all.
         train_set, eval_set: the examples; default: 64 for training.
+        accuracy: of a model's answers, for `answered`.
         options: `rank`, and keys of [train] and [base], see `make_manifest`.
     """
     rank = options.pop("rank", 2)
@@ -120,7 +122,7 @@ def run_training(
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
     )
-    return train(run, TrainingData(train_set or make_examples(), eval_set, pad_id=0), progress=False)
+    return train(run, TrainingData(train_set or make_examples(), eval_set, 0, accuracy), progress=False)
 
 
 def load_trained(base: Path, result: TrainResult) -> Any:

@@ -105,6 +105,7 @@ def test_disk_full_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None
 WITH_EXAMPLES = (
     *("soka_serve.adapter.loss", "soka_serve.adapter.weighted"),
     *("soka_serve.errors", "soka_serve.compiler.status", "soka_vllm.versions"),
+    *("soka_serve.compiler.measures.spectra", "soka_serve.compiler.train.decay"),
     *("soka_serve.evaluation.backends", "soka_serve.evaluation.results"),
     *("soka_serve.serving.command", "soka_serve.serving.log", "soka_serve.serving.targets"),
 )

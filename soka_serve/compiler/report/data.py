@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.compiler.methods import METHODS, Method
@@ -11,7 +11,7 @@ from soka_serve.compiler.methods import METHODS, Method
 if TYPE_CHECKING:
     from soka_serve.compiler.init.result import ModuleInit
 
-_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss")
+_LOGGED = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class HistoryPoint:
     grad_norm: float | None = None
     learning_rate: float | None = None
     eval_loss: float | None = None
+    eval_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ReportData:
     `accuracy_before` and `accuracy_after` are (correct, total). `comparison` maps other methods to the trainable
     parameters that they would need on the same modules. `artefacts` maps names to paths relative to the report.
     `rank_over_time` maps modules to (step, rank), where terms were dropped in training. Times are in seconds.
+    `measured` is what `soka_serve.compiler.measures` returned, by name.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ReportData:
     artefacts: Mapping[str, str]
     rank_over_time: Mapping[str, Sequence[tuple[int, int]]] | None
     timings_s: Mapping[str, float]
+    measured: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def registered(self) -> Method:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from markupsafe import Markup
 
@@ -59,8 +59,23 @@ class HeatMap:
             yield self.layers[part], [(name, cells[part]) for name, cells in self.rows]
 
 
-def _by_projection(modules: Sequence[ModuleInit]) -> dict[str, list[ModuleInit]]:
-    groups: dict[str, list[ModuleInit]] = {}
+class Placed(Protocol):
+    """What has a place in a heat map."""
+
+    @property
+    def projection(self) -> str:
+        """The row."""
+
+    @property
+    def layer(self) -> int | None:
+        """The column; None: outside the layers."""
+
+
+_P = TypeVar("_P", bound=Placed)
+
+
+def _by_projection(modules: Sequence[_P]) -> dict[str, list[_P]]:
+    groups: dict[str, list[_P]] = {}
     for module in modules:
         groups.setdefault(module.projection, []).append(module)
     return groups
@@ -115,10 +130,10 @@ def spectra(modules: Sequence[ModuleInit]) -> list[Panel]:
 def heat_maps(modules: Sequence[ModuleInit]) -> list[HeatMap]:
     if not modules:
         return []
-    maps = [_heat_map("Rank: terms per weight", modules, lambda m: float(m.rank), plain, log=True)]
+    maps = [heat_map("Rank: terms per weight", modules, lambda m: float(m.rank), plain, log=True)]
     if any(m.captured_frac() is not None for m in modules):
         title = "Energy in the chosen terms, percent"
-        maps.append(_heat_map(title, modules, _captured_percent, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}"))
+        maps.append(heat_map(title, modules, _captured_percent, lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}"))
     return maps
 
 
@@ -127,10 +142,10 @@ def _captured_percent(module: ModuleInit) -> float | None:
     return None if captured is None else 100 * captured
 
 
-def _heat_map(
+def heat_map(
     title: str,
-    modules: Sequence[ModuleInit],
-    value_of: Callable[[ModuleInit], float | None],
+    modules: Sequence[_P],
+    value_of: Callable[[_P], float | None],
     text: Callable[[float], str],
     *,
     log: bool = False,
@@ -179,6 +194,7 @@ def curves(history: Sequence[HistoryPoint]) -> list[Panel]:
     for field, title, note in (
         ("grad_norm", "Gradient norm", "before clipping"),
         ("learning_rate", "Learning rate", "set by the schedule"),
+        ("eval_accuracy", "Accuracy", "of answers to held-out problems"),
     ):
         if points := logged(history, field):
             line = Series(points, "main", marks=_dots(points, title.lower()))

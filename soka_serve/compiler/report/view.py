@@ -11,6 +11,7 @@ from urllib.parse import quote
 from soka_serve.compiler.methods import FULL, LORA
 from soka_serve.compiler.report.charts import Axis
 from soka_serve.compiler.report.data import HistoryPoint, ReportData
+from soka_serve.compiler.report.measured import intruder_map, spectrum_panels
 from soka_serve.compiler.report.panels import curves, heat_maps, layer_span, logged, pruning, spectra
 from soka_serve.io.text import accuracy_interval, count, duration, flatten, percent, plain, size, span, times, words
 from soka_serve.starts import ROWS
@@ -59,6 +60,8 @@ def page_context(data: ReportData) -> dict[str, object]:
         "layer_span": layer_span(data.modules),
         "heat_maps": heat_maps(data.modules),
         "rank_span": span([m.rank for m in data.modules]),
+        "intruders": intruder_map(data.measured),
+        "looks": spectrum_panels(data.measured),
         "curves": curves(data.history),
         "pruning": pruning(data.rank_over_time or {}),
         "not_finite": _not_finite(data.history),

@@ -90,8 +90,8 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     A line has `step` and `epoch`, and either `loss` (the mean since the last line), `grad_norm` (before clipping),
     `learning_rate` (without the factors' multipliers) and, for SoKA, `modules`: per module `rank`, `sigma` (list) and
-    `effective_rank`; or `eval_loss`. On resuming, lines after the resumed step are taken out, since they are written
-    again.
+    `effective_rank`; or `eval_loss` and, with `answered`, `eval_accuracy`. On resuming, lines after the resumed step
+    are taken out, since they are written again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,7 +117,7 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
                     for name, s in spectra.items()
                 }
         elif "eval_loss" in logs:
-            line["eval_loss"] = logs["eval_loss"]
+            line.update({key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs})
         else:
             return
         if state.is_world_process_zero:
@@ -247,14 +247,14 @@ class ResumePoints(TrainerCallback):  # type: ignore[misc, unused-ignore]
             "trainable_parameters": sum(p.numel() for p in kwargs["model"].parameters() if p.requires_grad),
             "max_steps": state.max_steps,
             "best_step": state.best_global_step,
-            "best_eval_loss": state.best_metric,
+            "best_metric": state.best_metric,
         }
         directory = checkpoint_directory(self.work_dir, state.global_step)
         mark_complete(directory, step=state.global_step, final=control.should_training_stop, facts=facts)
 
 
 class EarlyStopping(EarlyStoppingCallback):  # type: ignore[misc, unused-ignore]
-    """Stop when the evaluation loss has not improved `early_stopping_patience` times in a row.
+    """Stop when evaluations have not improved `early_stopping_patience` times in a row, by loss or by accuracy.
 
     Every evaluation leaves a resume point, so that the best one is there in the end, whatever `save_every` is.
     """

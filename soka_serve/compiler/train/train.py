@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +46,15 @@ _WRITING_FAILED = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Encoded examples; `evaluation` is needed for eval_every. `pad_id` is the token id of the padding."""
+    """Encoded examples; `evaluation` is needed for eval_every. `pad_id` is the token id of the padding.
+
+    `accuracy` says which share of some held-out problems a model answers right; needed for `answered`.
+    """
 
     training: EncodedSet
     evaluation: EncodedSet | None
     pad_id: int
+    accuracy: Callable[[Any], float] | None = None
 
 
 def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResult:
@@ -67,7 +71,7 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
         SokaError: anything that the user can mend. Ctrl-C passes through and leaves whole resume points only.
     """
     recipe, work_dir = run.manifest.train, run.work_dir
-    _check(run, data.evaluation)
+    _check(run, data)
     with disk_errors(work_dir), _torch_errors(work_dir, recipe.batch_size), quiet_bars(), ExitStack() as stack:
         stack.enter_context(fast_products())
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -104,8 +108,8 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
 # ---------------------------------------------------------------------------------------------------------- before
 
 
-def _check(run: TrainingRun, eval_set: EncodedSet | None) -> None:
-    recipe = run.manifest.train
+def _check(run: TrainingRun, data: TrainingData) -> None:
+    recipe, eval_set = run.manifest.train, data.evaluation
     if run.method.kronecker and not run.factors:
         raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
     if unknown := sorted(set(run.initial) - set(run.factors)):
@@ -115,6 +119,8 @@ def _check(run: TrainingRun, eval_set: EncodedSet | None) -> None:
             "train.eval_every is set, but there are no evaluation examples",
             hint="set eval_jsonl, eval_split or eval_frac in [train.data], or take eval_every out",
         )
+    if recipe.answered is not None and data.accuracy is None:
+        raise PlanError("train.answered is set, and this run has no problems to answer", hint="leave it out")
 
 
 def make_rows(
@@ -207,6 +213,7 @@ def _fit(
     trainer = SokaTrainer(
         recipe,
         point.facts["norms"] if point else (),
+        data.accuracy if recipe.answered is not None else None,
         model=model,
         args=arguments,
         train_dataset=rows,

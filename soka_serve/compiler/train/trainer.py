@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from soka_serve.base.cpu import attention_for
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
 from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
@@ -43,6 +45,7 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
     use_cpu = not torch.accelerator.is_available()
     _check(train, use_cpu)
     optimiser = OPTIMISERS[train.optimiser]
+    judged_by = "loss" if train.answered is None else "accuracy"
     warm_constant = train.schedule == "constant" and train.warmup_frac > 0
     return TrainingArguments(
         output_dir=str(work_dir),
@@ -74,8 +77,8 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         save_strategy="steps",
         save_steps=train.save_every,
         save_total_limit=_CHECKPOINTS_KEPT,
-        metric_for_best_model="loss" if train.early_stopping is not None else None,
-        greater_is_better=False if train.early_stopping is not None else None,
+        metric_for_best_model=judged_by if train.early_stopping is not None else None,
+        greater_is_better=judged_by == "accuracy" if train.early_stopping is not None else None,
         restore_callback_states_from_checkpoint=train.early_stopping is not None,
         report_to=list(train.report_to) or "none",
         disable_tqdm=True,  # we have our own bar
@@ -116,11 +119,18 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     Args:
         recipe: the manifest's [train] table.
         norms: the gradients' norms that an interrupted run has noted for its clip.
+        accuracy: of a model's answers to some problems; evaluations then have it beside the loss.
         others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
     """
 
-    def __init__(self, recipe: Train, norms: Iterable[float] = (), **others: Any) -> None:
-        self.recipe = recipe
+    def __init__(
+        self,
+        recipe: Train,
+        norms: Iterable[float] = (),
+        accuracy: Callable[[Any], float] | None = None,
+        **others: Any,
+    ) -> None:
+        self.recipe, self._accuracy = recipe, accuracy
         self.optimizer: Any
         self.control: Any
         self._packing_checked = False
@@ -130,6 +140,12 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise PlanError(
                 f"train.clip = {recipe.clip:g} does not go with DeepSpeed, which keeps gradients to itself",
                 hint="set train.max_grad_norm, or train with FSDP or DDP",
+            )
+
+        if accuracy is not None and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise PlanError(
+                "train.answered does not go with DeepSpeed or FSDP: no process has the whole model to answer with",
+                hint="leave it out: the loss then says which evaluation is the best",
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -142,6 +158,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             PlanError: nothing is trained; or DeepSpeed steps copies of the factors, where weight decay pulls them.
         """
         if self.optimizer is not None:  # given to the constructor
+            anneal_weight_decay(self.optimizer, self._decay_share)
             return self.optimizer
         target = self.model if model is None else model
         multipliers = {part: getattr(self.recipe, f"{part}_lr") for part in ("left", "right", "sigma")}
@@ -154,7 +171,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 hint="raise one of them, or set steps = 0 to export the initialisation",
             )
         self.optimizer = make_optimiser(self.recipe.optimiser, self, groups, target)
-        pulled = pull_to_initial(self.optimizer, target, self.args.weight_decay, decayed)
+        pulled = pull_to_initial(self.optimizer, target, self.args.weight_decay, decayed, self._decay_share)
+        anneal_weight_decay(self.optimizer, self._decay_share)
         if pulled and self.is_deepspeed_enabled:
             raise PlanError(
                 f"train.weight_decay = {self.args.weight_decay:g} does not go with DeepSpeed, which steps copies of "
@@ -162,6 +180,10 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 hint="leave it out, or train with FSDP or DDP",
             )
         return self.optimizer
+
+    def _decay_share(self) -> float:
+        """What is left of the weight decay at the step to come."""
+        return decay_share(self.recipe.weight_decay_schedule, self.state.global_step, self.state.max_steps)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's own, or one that puts examples of similar lengths together."""
@@ -177,6 +199,14 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         picked = nullcontext(inputs) if head is None else trained_positions(head, inputs)
         with picked as batch, attention_for(inputs["labels"].shape[-1], self.args.device):
             return super().compute_loss(model, batch, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the evaluation examples and, where it is asked for, the accuracy of answers."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._accuracy is not None:
+            found = [self._accuracy(self.accelerator.unwrap_model(self.model)) if self.args.process_index == 0 else 0.0]
+            (output.metrics["eval_accuracy"],) = broadcast_object_list(found)
+        return output
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.

@@ -22,6 +22,7 @@ from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS, DenseOutput, in_manifests
 from soka_serve.compiler.methods.pissa import Pissa
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
 from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
@@ -177,6 +178,37 @@ def test_weight_decay_pulls_the_model_towards_the_base(base: Path, tmp_path: Pat
         layers = soka_layers(load_trained(base, result)).values()
         sizes.append(sum(layer.get_delta_weight("default").norm().item() for layer in layers))
     assert sizes[1] < 0.9 * sizes[0]
+
+
+def test_annealed_weight_decay_pulls_less(base: Path, tmp_path: Path) -> None:
+    sizes = {}
+    for schedule in ("constant", "linear", "cosine"):
+        options = {"weight_decay": 100.0, "weight_decay_schedule": schedule, "steps": 12, "schedule": "constant"}
+        layers = soka_layers(load_trained(base, run_training(base, tmp_path / schedule, **options))).values()
+        sizes[schedule] = sum(layer.get_delta_weight("default").norm().item() for layer in layers)
+    assert sizes["constant"] < min(sizes["linear"], sizes["cosine"])
+    assert sizes["linear"] != sizes["cosine"]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_each_step_decays_by_what_is_left(schedule: str) -> None:
+    """SGD without a gradient: theta_T = theta_0 * product of (1 - rate * decay * share); its state is reloaded."""
+    shares = {
+        "constant": [1.0] * 6,
+        "linear": [1 - t / 6 for t in range(6)],
+        "cosine": [(1 + math.cos(math.pi * t / 6)) / 2 for t in range(6)],
+    }[schedule]
+    decayed, spared = (torch.nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [decayed], "weight_decay": 0.5}, {"params": [spared], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    steps = iter(range(6))
+    anneal_weight_decay(optimizer, lambda: decay_share(schedule, next(steps), 6))
+    for _ in range(6):
+        decayed.grad, spared.grad = torch.zeros(2).double(), torch.zeros(2).double()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert decayed.tolist() == pytest.approx([math.prod(1 - 0.1 * 0.5 * s for s in shares)] * 2, rel=1e-12)
+    assert spared.tolist() == [1.0, 1.0]
 
 
 def test_clip_is_relative_to_the_median_of_the_norms_before() -> None:
@@ -370,6 +402,58 @@ def test_early_stopping_keeps_the_best(base: Path, tmp_path: Path) -> None:
         for start in range(0, 16, 4):
             per_batch.append(model(**PadCollator(0)(examples[start : start + 4])).loss.item())
     assert sum(per_batch) / 4 == pytest.approx(evaluated[best], rel=1e-4)
+
+
+JUDGED: dict[str, Any] = {"eval_every": 2, "early_stopping": 3, "answered": 8, "steps": 20, "save_every": 3}
+ANNEALED: dict[str, Any] = {"weight_decay": 20.0, "weight_decay_schedule": "cosine"}
+
+
+def marks(model: Any) -> float:
+    """What evaluations find in the order of steps: a number of the weights, so that it is the same after a kill."""
+    with torch.no_grad():
+        return float(sum(p.abs().sum() for n, p in model.named_parameters() if p.requires_grad)) % 0.37
+
+
+def test_the_best_answers_are_kept_and_not_the_best_loss(base: Path, tmp_path: Path) -> None:
+    asked: list[float] = []
+    found = [0.1, 0.5, 0.3, 0.5, 0.2, 0.9]
+    result = run_training(
+        *(base, tmp_path),
+        eval_set=make_examples(8, seed=7),
+        accuracy=lambda _: asked.append(1) or found[len(asked) - 1],
+        **JUDGED,
+    )
+    lines = [line for line in read_history(result.history) if "eval_loss" in line]
+    assert [line["eval_accuracy"] for line in lines] == found[:5]
+    assert (result.steps, result.steps_run, result.stopped_early) == (4, 10, True)
+    assert result.eval_loss == next(line["eval_loss"] for line in lines if line["step"] == 4)
+    assert min(lines, key=lambda line: line["eval_loss"])["step"] != 4
+
+
+def test_a_run_that_was_interrupted_keeps_the_same_best_answers(base: Path, tmp_path: Path) -> None:
+    options = JUDGED | ANNEALED | {"eval_set": make_examples(8, seed=7)}
+    whole = run_training(base, tmp_path / "whole", accuracy=marks, **options)
+    seen: list[float] = []
+
+    def interrupted(model: Any) -> float:
+        seen.append(marks(model))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return seen[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(base, tmp_path / "again", accuracy=interrupted, **options)
+    again = run_training(base, tmp_path / "again", accuracy=marks, **options)
+    assert (again.steps, again.steps_run) == (whole.steps, whole.steps_run)
+    assert [x.get("eval_accuracy") for x in read_history(again.history)] == [
+        x.get("eval_accuracy") for x in read_history(whole.history)
+    ]
+    assert all(torch.equal(t, tensors_of(whole)[name]) for name, t in tensors_of(again).items())
+
+
+def test_answers_need_problems(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"train\.answered is set, and this run has no problems"):
+        run_training(base, tmp_path, eval_set=make_examples(8), **JUDGED)
 
 
 NO_LABELS = EncodedSet([EncodedExample([1, 2], [-100, -100])], total=3, dropped=2, truncated=0)

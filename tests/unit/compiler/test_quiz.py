@@ -1,0 +1,83 @@
+"""`[train] answered`: which problems evaluations ask, and how answers are marked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from soka_serve.base.model import load_base
+from soka_serve.base.resolve import open_base
+from soka_serve.builtin import base_directory
+from soka_serve.builtin.tasks import generate
+from soka_serve.compiler import answers
+from soka_serve.compiler.quiz import make_quiz
+from soka_serve.errors import DataError
+from soka_serve.manifest.schema import Manifest
+
+TOKENIZER = open_base("tiny").tokenizer
+
+
+def manifest(count: int | None, **data: Any) -> Manifest:
+    judged = {"eval_every": 5, "early_stopping": 2, "answered": count} if count else {}
+    train = {"steps": 10, "data": data or {"builtin": "math"}} | judged
+    return Manifest.model_validate(
+        {"schema": 1, "base": {"builtin": "tiny"}, "train": train, "eval": {"limit": 20, "max_new_tokens": 8}}
+    )
+
+
+def write(folder: Path, completions: list[str]) -> dict[str, str]:
+    rows = [{"prompt": f"Question {n}", "completion": text} for n, text in enumerate(completions)]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"jsonl": "eval.jsonl", "eval_jsonl": "eval.jsonl"}
+
+
+def test_none_without_the_key(tmp_path: Path) -> None:
+    assert make_quiz(manifest(None), tmp_path, TOKENIZER) is None
+
+
+def test_built_in_problems_are_none_that_results_are_measured_on(tmp_path: Path) -> None:
+    quiz = make_quiz(manifest(30), tmp_path, TOKENIZER)
+    assert quiz is not None
+    prompts = {problem.prompt for problem in quiz.problems}
+    assert len(prompts) == 30
+    assert not prompts & {problem.prompt for problem in generate("math", "test", 500)}
+
+
+@pytest.mark.parametrize(
+    ("completions", "family", "found"),
+    [
+        ([" 2 + 2 = 4 #### 4", " so #### 1,000", " #### -3"], "math", ["4", "1000"]),
+        ([r" \boxed{\frac{1}{2}}", r" it is \boxed{x}", r" \boxed{3}"], "boxed", [r"\frac{1}{2}", "x"]),
+    ],
+)
+def test_data_of_ones_own_is_marked(tmp_path: Path, completions: list[str], family: str, found: list[str]) -> None:
+    quiz = make_quiz(manifest(2, **write(tmp_path, completions)), tmp_path, TOKENIZER)
+    assert quiz is not None
+    assert [(p.family, p.answer) for p in quiz.problems] == [(family, answer) for answer in found]
+
+
+def test_answers_that_cannot_be_marked_are_refused(tmp_path: Path) -> None:
+    data = write(tmp_path, [" #### 4", " four"])
+    with pytest.raises(DataError, match=r"of 2 evaluation examples not every one has its answer after ####"):
+        make_quiz(manifest(2, **data), tmp_path, TOKENIZER)
+
+
+def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiz = make_quiz(manifest(4, **write(tmp_path, [" #### 4", " #### 5", " #### 6", " #### 7"])), tmp_path, TOKENIZER)
+    assert quiz is not None
+    texts = [" I say #### 4", " #### 5.0", " 6", " #### 8"]
+    monkeypatch.setattr(answers, "generate_answers", lambda *given, **named: texts)
+    assert quiz.accuracy(None) == 0.5
+
+
+def test_the_embedded_model_answers(tmp_path: Path) -> None:
+    quiz = make_quiz(manifest(3), tmp_path, TOKENIZER)
+    assert quiz is not None
+    model = load_base(base_directory(), "float32")
+    model.config.use_cache = False  # as training leaves it
+    model.train()
+    assert quiz.accuracy(model) in (0, 1 / 3, 2 / 3, 1)
+    assert model.training
