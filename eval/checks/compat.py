@@ -1,4 +1,4 @@
-"""The tests of the plugin with every vLLM release that it claims, and those of the PEFT type with every PEFT release.
+"""The plugin's tests with every vLLM release from the oldest claimed on, the PEFT type's with every PEFT release.
 
 With PEFT, its own tests too, with SOKA among its methods: see eval/peft_suite/run.py.
 
@@ -6,8 +6,10 @@ python -m eval.checks.compat --out eval/results/compat.json          (`make comp
 
 Makes a virtual environment per release under build/compat (about 3 GB each for vLLM; kept, so that a second run only
 tests), installs this checkout and the release there, and runs the tests in it. What is claimed is read from
-pyproject.toml; the releases in that range from the package index. Everything else (transformers, for one) is the newest
-that pip finds to go with them, which the results name. CPU builds of vLLM, unless --engine cuda.
+pyproject.toml; the releases from the package index, of vLLM also those after the range, so that a new one is found
+without being asked for. Everything else (transformers, for one) is the newest that pip finds to go with them, which the
+results name. CPU builds of vLLM, unless --engine cuda. A release of vLLM of which there is no CPU build is compared by
+the sources in its wheel, and nothing of it is run (`--only sources` does that alone).
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from eval.record import make_parser, write_record
+from soka_vllm.hooks import SIGNATURES
+from soka_vllm.sources import source_problems, wheel_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
@@ -62,16 +66,41 @@ def claimed(engine: str) -> dict[str, Requirement]:
 
 
 def releases(requirement: Requirement) -> list[str]:
-    """Releases in the range, oldest first; of a minor release of vLLM the last patch, of PEFT every one."""
+    """Releases, oldest first: of PEFT every one in the range, of vLLM the last patch of each from its beginning on."""
     command = [sys.executable, "-m", "pip", "index", "versions", requirement.name]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     listed = re.search(r"Available versions: (.*)", said)
     if listed is None:
         raise SystemExit(f"pip names no versions of {requirement.name}:\n{said}")
-    found = sorted(requirement.specifier.filter(Version(v) for v in listed[1].split(", ")))
+    versions = sorted(Version(v) for v in listed[1].split(", "))
+    found = list(requirement.specifier.filter(versions))
     if requirement.name != "peft":
-        found = list({(v.major, v.minor): v for v in found}.values())
+        later = [v for v in versions if v > found[-1] and not v.is_prerelease]
+        found = list({(v.major, v.minor): v for v in [*found, *later]}.values())
     return [str(v) for v in found]
+
+
+def not_built(requirement: Requirement) -> list[str]:
+    """The releases of vLLM of which the package index has no CPU build."""
+    built = {Version(v).release[:2] for v in releases(requirement)}
+    all_of_them = releases(Requirement(f"vllm{requirement.specifier}"))
+    return [release for release in all_of_them if Version(release).release[:2] not in built]
+
+
+def compare_sources(release: str) -> dict[str, Any]:
+    """What in the sources of a release's wheel differs from what the plugin uses."""
+    started = time.monotonic()
+    folder = ROOT / "build" / "compat" / "wheels"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
+    subprocess.run([*pip, "-d", str(folder), f"vllm=={release}"], check=True)
+    (wheel,) = folder.glob(f"vllm-{release}-*.whl")
+    problems = source_problems(wheel_sources(wheel), SIGNATURES)
+    return {
+        "ok": not problems,
+        "signatures": len(SIGNATURES),
+        "failures": problems,
+        "seconds": round(time.monotonic() - started),
+    }
 
 
 def make_environment(folder: Path, engine: str, requirement: Requirement, release: str) -> None:
@@ -141,27 +170,43 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
 def main() -> None:
     parser = make_parser("eval.checks.compat", __doc__, needs_out=True)
     parser.add_argument("--engine", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--only", action="extend", nargs="+", metavar="NAME[==RELEASE]", help="vllm, peft==0.21.0, ...")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", metavar="NAME[==RELEASE]", help="vllm, sources, peft==0.21.0, ..."
+    )
     arguments = parser.parse_args()
-    results = []
-    for kind, requirement in claimed(arguments.engine).items():
+    results: list[dict[str, Any]] = []
+    ranges = claimed(arguments.engine)
+
+    def wanted(kind: str, release: str) -> bool:
+        return not arguments.only or bool({kind, f"{kind}=={release}"} & set(arguments.only))
+
+    def add(requirement: Requirement, release: str, found: dict[str, Any]) -> None:
+        print({k: v for k, v in found.items() if k != "failures"}, *found["failures"], sep="\n  ", flush=True)
+        known = {"release": release, "claimed": release in requirement.specifier}
+        results.append({"package": requirement.name, **known, **found})
+        versions = {"python": platform.python_version()}  # the others are each environment's own
+        said = {name: str(value) for name, value in ranges.items()}
+        write_record(arguments, {"claimed": said, "versions": versions, "results": results})
+
+    for kind, requirement in ranges.items():
         for release in releases(requirement):
-            if arguments.only and not {kind, f"{kind}=={release}"} & set(arguments.only):
+            if not wanted(kind, release):
                 continue
             print(f"{requirement.name} {release}: ", end="", flush=True)
             folder = ROOT / "build" / "compat" / f"{requirement.name}-{release}"
             folder.parent.mkdir(parents=True, exist_ok=True)
             make_environment(folder, arguments.engine, requirement, release)
             found = run_tests(folder, TESTS[kind])
-            print({k: v for k, v in found.items() if k != "failures"}, *found["failures"], sep="\n  ", flush=True)
             if kind == "peft":
                 found["peft_own_tests"] = run_peft_suite(folder, release)
                 found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
-            beside = {"beside": chosen(folder), "tests": TESTS[kind]}
-            results.append({"package": requirement.name, "release": release, **beside, **found})
-            ranges = {name: str(value) for name, value in claimed(arguments.engine).items()}
-            versions = {"python": platform.python_version()}  # the others are each environment's own
-            write_record(arguments, {"claimed": ranges, "versions": versions, "results": results})
+            add(requirement, release, {"beside": chosen(folder), "tests": TESTS[kind], **found})
+    if arguments.engine == "cpu" and (not arguments.only or any(o.startswith("sources") for o in arguments.only)):
+        for release in not_built(ranges["vllm"]):
+            if wanted("sources", release):
+                print(f"vllm {release}, by its sources: ", end="", flush=True)
+                requirement = Requirement(f"vllm{ranges['vllm'].specifier}")
+                add(requirement, release, {"tests": "sources", **compare_sources(release)})
     sys.exit(any(not result["ok"] for result in results))
 
 

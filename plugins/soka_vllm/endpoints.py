@@ -1,13 +1,15 @@
-"""vLLM's list of served models, which the API asks: loads, names that are not loaded yet, and unloads."""
+"""vLLM's list of served models, which the API asks: loads, names that are not loaded yet or not there, and unloads."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
@@ -15,8 +17,11 @@ from soka_serve.errors import is_printable, printable
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_vllm import metrics
 from soka_vllm.folders import OutsideError, lies_in
+from soka_vllm.names import build_names, missing_model
 from soka_vllm.places import Locks, adapter_directory, allowed_roots
-from soka_vllm.resolver import client_load, operator_load, operator_loads, reasons_noted
+from soka_vllm.resolver import BuildsResolver, client_load, operator_load, operator_loads, reasons_noted
+
+_LISTING_SECONDS = 2.0
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -49,6 +54,29 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
     if isinstance(answer, ErrorResponse) and reasons:
         answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
     return answer
+
+
+async def check_model(stock: Any, serving: Any, request: Any) -> Any:
+    """BaseServing._check_model: of a model that does not exist, the answer says which do."""
+    answer = await stock(serving, request)
+    if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND:
+        models = serving.models
+        bases = [base.name for base in models.base_model_paths]
+        adapters = sorted({*models.lora_requests, *await _loaded_when_asked(models)})
+        answer.error.message = await asyncio.to_thread(missing_model, str(request.model), bases, adapters)
+    return answer
+
+
+async def _loaded_when_asked(models: Any) -> list[str]:
+    """Names in the folder of builds, as they were at most two seconds ago: anyone may ask for what is not there."""
+    folders = [resolver.folder for resolver in models.lora_resolvers if isinstance(resolver, BuildsResolver)]
+    if not folders or not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        return []
+    read, names = models.__dict__.get("_soka_builds", (0.0, []))
+    if time.monotonic() > read + _LISTING_SECONDS:
+        names = await asyncio.to_thread(build_names, folders[0])
+        models._soka_builds = time.monotonic(), names
+    return list(names)
 
 
 async def load(stock: Any, models: Any, request: Any, base_model_name: str | None = None) -> Any:

@@ -78,6 +78,11 @@ HOOKS = (
         "The answer says why an adapter could not be loaded; names that no adapter can have reach no resolver.",
     ),
     Hook(
+        *("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", "self request"),
+        "soka_vllm.endpoints:check_model",
+        "The answer about a model that does not exist says which do.",
+    ),
+    Hook(
         *(_SERVING, "OpenAIServingModels.load_lora_adapter", "self request base_model_name"),
         "soka_vllm.endpoints:load",
         "Runtime loads are held to the allowed folders; a refused adapter is the caller's mistake (400).",

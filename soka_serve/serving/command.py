@@ -43,7 +43,22 @@ _TAKEN = {
     "--headless": "the server is probed over HTTP",
     "--grpc": "the server is probed over HTTP",
     "--data-parallel-multi-port-external-lb": "it starts servers on several ports, and one is probed",
+    "-dpm": "it starts servers on several ports, and one is probed",
+    "--skip-tokenizer-init": "the probe asks for completions of a text",
+    "--tokens-only": "the probe asks for completions of a text",
 }
+# Values of vLLM's options that would, by the names that vLLM has for the option.
+_TAKEN_VALUES = (
+    (("--load-format",), lambda value: value == "dummy", "the base would have random weights"),
+    (("--runner",), lambda value: value not in ("auto", "generate"), "the probe asks for completions"),
+    (("--convert",), lambda value: value not in ("auto", "none"), "the probe asks for completions"),
+    (("--ssl-cert-reqs",), lambda value: value == "2", "the probe has no certificate to show"),
+    (
+        ("--node-rank", "-r"),
+        lambda value: value != "0",
+        "the first node has the HTTP server; start vLLM itself on the others (vllm serve --headless)",
+    ),
+)
 _API_PROCESSES = ("--api-server-count", "-asc")
 
 
@@ -143,17 +158,23 @@ def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
-    # vLLM takes the beginning of an option for the option.
-    problems = [
-        f"{given} after --: {why}"
-        for name, why in _TAKEN.items()
-        for given in theirs
-        if given.startswith("--") and len(given) > 3 and name.startswith(given)
+    problems = [f"{given} after --: {why}" for name, why in _TAKEN.items() for given in theirs if _means(given, name)]
+    problems += [
+        f"{given} {value} after --: {why}"
+        for names, is_refused, why in _TAKEN_VALUES
+        for given, values in theirs.items()
+        for value in values
+        if any(_means(given, name) for name in names) and is_refused(value)
     ]
     if merged and "--enable-lora" in theirs:
         problems.append("--enable-lora after --: a merged model is served without adapters")
     if problems:
         raise SokaError("\n".join(problems), hint="Leave it out, or run vLLM itself.")
+
+
+def _means(given: str, name: str) -> bool:
+    """Whether vLLM takes what was given for the option `name`: the beginning of a long one is enough."""
+    return given == name or (given.startswith("--") and len(given) > 3 and name.startswith(given))
 
 
 def _check_api_processes(theirs: Mapping[str, list[str]], settings: ServeOptions) -> None:

@@ -179,6 +179,11 @@ def test_builds_are_found_by_name(client: openai.OpenAI) -> None:
     ):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.completions.create(model=name, prompt="x", max_tokens=1)
+    known = r"Did you mean `late`\? The base is tiny; adapters: broken, code, flat, late, math, mixed"
+    with pytest.raises(openai.NotFoundError, match=known):
+        client.completions.create(model="lte", prompt="x", max_tokens=1)
+    with pytest.raises(openai.NotFoundError, match=known):
+        client.chat.completions.create(model="lte", messages=[{"role": "user", "content": "x"}], max_tokens=1)
     with pytest.raises(openai.BadRequestError, match=r"adapter_model\.safetensors") as refused:
         client.completions.create(model="broken", prompt="x", max_tokens=1)
     assert "could not be loaded" in str(refused.value)

@@ -109,6 +109,15 @@ def test_what_is_given_after_the_dashes_wins(built: Path) -> None:
         (("--grpc",), ["--grpc", "over HTTP"]),
         (("--headless",), ["--headless", "over HTTP"]),
         (("--data-parallel-multi-port-external-lb",), ["several ports"]),
+        (("-dpm",), ["-dpm after --", "several ports"]),
+        (("--tokens-only",), ["--tokens-only", "completions"]),
+        (("--skip-tokenizer-init",), ["--skip-tokenizer-init", "completions"]),
+        (("--load-format", "dummy"), ["--load-format dummy", "random weights"]),
+        (("--load_form=dummy",), ["--load-form dummy"]),
+        (("--runner", "pooling"), ["--runner pooling", "completions"]),
+        (("--convert", "embed"), ["--convert embed"]),
+        (("--ssl-cert-reqs", "2"), ["no certificate"]),
+        (("--nnodes", "2", "-r", "1"), ["-r 1", "--headless"]),
         (("--api-server-count", "0"), ["--api-server-count 0", "from 1"]),
         (("-asc=none",), ["-asc none", "from 1"]),
         (("--api-server=0",), ["--api-server 0", "from 1"]),
@@ -123,6 +132,12 @@ def test_options_that_conflict(built: Path, vllm: tuple[str, ...], words: list[s
     assert done.exit_code == 2, done.output
     for word in words:
         assert word in done.output
+
+
+def test_options_that_do_not_conflict(built: Path) -> None:
+    given = ("--load-format", "safetensors", "--runner", "generate", "--ssl-cert-reqs", "1", "-n", "2", "-r", "0")
+    _, launch = plan_launch([str(built / "build/small")], ServeOptions(vllm=given))
+    assert launch.command[-len(given) :] == given
 
 
 def test_several_api_processes(built: Path) -> None:

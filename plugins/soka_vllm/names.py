@@ -1,0 +1,44 @@
+"""What a request for a model that is not there is told: which there are, and which was probably meant."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+from soka_serve.errors import printable
+from soka_serve.io.names import is_model_name
+from soka_vllm.places import find_build
+
+_SHOWN = 20  # names in one answer
+_MOST_BUILDS = 1000  # entries of a folder of builds that are looked at for one answer
+
+
+def missing_model(name: str, bases: Sequence[str], adapters: Sequence[str]) -> str:
+    """The message for a model that does not exist.
+
+    Args:
+        name: what a client asked for, so anything.
+        bases: names of the base model.
+        adapters: names of those that are served, or are loaded when they are asked for.
+
+    >>> missing_model("mat", ["tiny"], ["code", "math"])
+    'The model `mat` does not exist. Did you mean `math`? The base is tiny; adapters: code, math'
+    """
+    known = [*bases, *adapters]
+    close = get_close_matches(name, known[:_MOST_BUILDS], n=1) if is_model_name(name) else []
+    meant = f" Did you mean `{close[0]}`?" if close else ""
+    shown = ", ".join(adapters[:_SHOWN]) or "none"
+    more = f" and {len(adapters) - _SHOWN} more" if len(adapters) > _SHOWN else ""
+    return (
+        f"The model `{printable(name)}` does not exist.{meant} The base is {', '.join(bases)}; adapters: {shown}{more}"
+    )
+
+
+def build_names(folder: Path) -> list[str]:
+    """Names of the adapters in a folder of builds that a request may ask for, in order; of the first 1,000 entries."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, _MOST_BUILDS))
+    return [name for name in names if find_build(folder, name) is not None]
