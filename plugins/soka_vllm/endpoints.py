@@ -69,7 +69,8 @@ async def check_model(stock: Any, serving: Any, request: Any) -> Any:
 
 async def _loaded_when_asked(models: Any) -> list[str]:
     """Names in the folder of builds, as they were at most two seconds ago: anyone may ask for what is not there."""
-    folders = [resolver.folder for resolver in models.lora_resolvers if isinstance(resolver, BuildsResolver)]
+    resolvers = getattr(models, "lora_resolvers", ())  # a server that only renders has none
+    folders = [resolver.folder for resolver in resolvers if isinstance(resolver, BuildsResolver)]
     if not folders or not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         return []
     read, names = models.__dict__.get("_soka_builds", (0.0, []))

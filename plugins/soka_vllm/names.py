@@ -38,7 +38,13 @@ def missing_model(name: str, bases: Sequence[str], adapters: Sequence[str]) -> s
 
 
 def build_names(folder: Path) -> list[str]:
-    """Names of the adapters in a folder of builds that a request may ask for, in order; of the first 1,000 entries."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in islice(entries, _MOST_BUILDS))
+    """Names of the adapters in a folder of builds that a request may ask for, in order; of the first 1,000 entries.
+
+    None for a folder that cannot be listed: nothing can be loaded from it either.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MOST_BUILDS))
+    except OSError:
+        return []
     return [name for name in names if find_build(folder, name) is not None]

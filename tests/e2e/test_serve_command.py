@@ -179,7 +179,7 @@ def test_builds_are_found_by_name(client: openai.OpenAI) -> None:
     ):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             client.completions.create(model=name, prompt="x", max_tokens=1)
-    known = r"Did you mean `late`\? The base is tiny; adapters: broken, code, flat, late, math, mixed"
+    known = r"Did you mean `late`\? The base is tiny; adapters: broken, code, flat, late, math"
     with pytest.raises(openai.NotFoundError, match=known):
         client.completions.create(model="lte", prompt="x", max_tokens=1)
     with pytest.raises(openai.NotFoundError, match=known):

@@ -41,3 +41,4 @@ def test_names_of_builds_are_those_that_may_be_asked_for(tmp_path: Path) -> None
     (tmp_path / "outside" / CONFIG_FILE).write_text("{}")
     (builds / "leads_out").symlink_to(tmp_path / "outside")
     assert build_names(builds) == ["a", "b"]
+    assert build_names(tmp_path / "gone") == []
