@@ -211,7 +211,7 @@ def _export_lock(source: AdapterSource, result: ExportResult, dtype: str) -> dic
         "form": result.form,
         "dtype": dtype,
         "source_sha256": source.sha256,
-        "source_is_checkpoint": bool(source.adapter.initial),
+        "source_is_checkpoint": bool(source.adapter.config["soka_initial"]),
         "dropped_energy_frac": result.dropped_energy_frac,
         "versions": versions(),
     }

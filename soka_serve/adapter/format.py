@@ -38,13 +38,15 @@ from soka_serve.io.safetensors import (
     read_tensors,
 )
 from soka_serve.kron import Factors, stack_terms
+from soka_serve.kron.factors import subtract_terms
+from soka_serve.kron.shapes import FactorShape
+from soka_serve.trained import PARTS, TENSORS, Form, form_problem
 
 log = logging.getLogger(__name__)
 
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1
 KEY_PREFIX = "base_model.model."
-PARTS = ("left", "right", "sigma")
 _KINDS = ("", "_initial")  # trained, and what the training began with
 
 _SAVE_AGAIN = "save or download the adapter again"
@@ -72,7 +74,7 @@ _CONFIG: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 # Fields of a config that PEFT wrote, which are about training, and those that format 1 has no place for.
-_ONLY_TRAINING = frozenset({"init_scale", "rank_pattern", "soka_dropout"})
+_ONLY_TRAINING = frozenset({"init_scale", "rank_pattern", "soka_dropout", "soka_trained"})
 _NOT_HERE = {"fan_in_fan_out": "weights stored (in, out), as transformers' Conv1D does, are merged by PEFT only"}
 _MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
 
@@ -84,7 +86,8 @@ class Adapter:
     Args:
         directory: where it was read.
         config: adapter_config.json.
-        factors: theta by full module name, float32 on the CPU whatever the file's dtype.
+        factors: theta by full module name, float32 on the CPU whatever the file's dtype; the delta where more than
+            left, right and sigma is trained of frozen ones.
         initial: the frozen initial factors of a training checkpoint; empty for a finished adapter.
     """
 
@@ -104,9 +107,9 @@ class Adapter:
         return sum(f.parameters for f in self.factors.values())
 
     def delta_factors(self, module: str) -> Factors:
-        """The terms of one module's delta: theta, with minus the initial factors stacked on where there are any."""
+        """The terms of one module's delta: theta's minus the initial ones, where there are any (`subtract_terms`)."""
         theta = self.factors[module]
-        return theta if module not in self.initial else stack_terms(theta, self.initial[module], signs=(1, -1))
+        return theta if module not in self.initial else subtract_terms(theta, self.initial[module])
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,16 @@ class AdapterFiles:
             }
             for kind in _KINDS
         )
+        for name, spec in self.config["soka_modules"].items():
+            added = {part: values[key] for part in TENSORS if (key := f"{KEY_PREFIX}{name}.soka_{part}") in values}
+            if added:
+                form, theta, start = Form(spec["trained"]), factors[name], initial.get(name)
+                if start is None or form.frozen & {"left", "right"}:
+                    initial.pop(name, None)
+                    factors[name] = form.delta(theta, start, added)
+                else:
+                    whole = factors[name] = form.apply(theta, added)
+                    initial[name] = stack_terms(start, whole.terms(slice(start.rank, None)), signs=(1, 0))
         return Adapter(self.directory, self.config, factors, initial)
 
 
@@ -323,12 +336,14 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     for name, spec in modules.items():
         if not is_printable(name):
             problems.append(f"soka_modules: {printable(name)}: a name with control characters")
-        elif not isinstance(spec, dict) or set(spec) != {"rank", "shape"}:
+        elif not isinstance(spec, dict) or set(spec) - {"trained"} != {"rank", "shape"}:
             problems.append(f"soka_modules: {name}: expected rank and shape, got {spec!r:.80}")
         elif not _is_count(spec["rank"]):
             problems.append(f"soka_modules: {name}: rank must be at least 1, not {spec['rank']!r:.80}")
         elif not (isinstance(spec["shape"], list) and len(spec["shape"]) == 4 and all(map(_is_count, spec["shape"]))):
             problems.append(f"soka_modules: {name}: shape must be [m, n, p, q], not {spec['shape']!r:.80}")
+        elif problem := form_problem(spec.get("trained", {}), spec["rank"]):
+            problems.append(f"soka_modules: {name}: trained: {problem}")
     return problems
 
 
@@ -361,10 +376,10 @@ def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that the config makes."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in config["soka_modules"].items():
-        rank, (m, n, p, q) = spec["rank"], spec["shape"]
-        shapes = ((rank, m, n), (rank, p, q), (rank,))
-        for kind in _KINDS if config["soka_initial"] else _KINDS[:1]:
-            expected |= dict(zip(_keys(name, kind), shapes, strict=True))
+        sizes = Form(spec.get("trained", {})).sizes(spec["rank"], FactorShape(*spec["shape"]))
+        expected |= {f"{KEY_PREFIX}{name}.soka_{part}": size for part, size in sizes.items()}
+        if config["soka_initial"]:
+            expected |= {key: sizes[part] for key, part in zip(_keys(name, "_initial"), PARTS, strict=True)}
     return expected
 
 

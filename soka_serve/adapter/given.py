@@ -16,6 +16,7 @@ from soka_serve.io.files import sha256_text
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
+from soka_serve.trained import Form
 
 LOKR = "LOKR"
 
@@ -76,8 +77,12 @@ def open_given(directory: Path) -> GivenAdapter:
     own = look_at_adapter(directory, budget)
     if own.problems:
         raise refusal(directory, own.problems)
-    times = 2 if own.config["soka_initial"] else 1
+    subtracted = own.config["soka_initial"]
     terms = {
-        name: (times * spec["rank"], FactorShape(*spec["shape"])) for name, spec in own.config["soka_modules"].items()
+        name: (
+            Form(spec.get("trained", {})).served(spec["rank"], subtracted=subtracted),
+            FactorShape(*spec["shape"]),
+        )
+        for name, spec in own.config["soka_modules"].items()
     }
     return GivenAdapter(directory, own, terms, base_sha256_of(find_lock(directory)))

@@ -22,6 +22,7 @@ from soka_serve.io.json_files import read_json
 from soka_serve.io.lockfile import lock_of
 from soka_serve.io.safetensors import TensorInfo, read_header, stored_bytes
 from soka_serve.io.text import table
+from soka_serve.trained import TENSORS, Form, form_problem
 
 Kind = Literal["adapter", "training checkpoint", "build", "merged model", "model", "config", "safetensors file"]
 Array = NDArray[np.float64]
@@ -254,6 +255,8 @@ def _soka_module(module: str, parts: Mapping[str, TensorInfo], config: Mapping[s
             f"{module}: left {left.shape}, right {right.shape} and sigma {sigma.shape} do not fit together",
             hint="expected (r, m, n), (r, p, q) and (r,): the adapter is damaged",
         )
+    if any(f"soka_{name}" in parts for name in TENSORS):
+        left, right, sigma = _with_added(module, parts, config, (left, right, sigma))
     stacked = [(left, right, sigma)]
     if config.get("soka_initial"):
         initial = [_read(module, parts, f"soka_{part}_initial") for part in ("left", "right", "sigma")]
@@ -273,6 +276,24 @@ def _soka_module(module: str, parts: Mapping[str, TensorInfo], config: Mapping[s
         sigma=tuple(sigma.tolist()),
         term_norms=tuple(np.sqrt(np.diag(gram)[:rank]).tolist()),
     )
+
+
+def _with_added(
+    module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any], terms: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array]:
+    """The terms of a module in training, with what is trained beside left, right and sigma."""
+    import torch
+
+    from soka_serve.kron import Factors
+
+    form = config.get("soka_modules", {}).get(module, {}).get("trained", {})
+    if (problem := form_problem(form)) is not None:
+        raise CheckpointError(f"{module}: trained: {problem}", hint="the adapter is damaged: write it again")
+    added = {name: _read(module, parts, f"soka_{name}") for name in TENSORS if f"soka_{name}" in parts}
+    whole = Form(form).apply(
+        Factors(*(torch.tensor(t) for t in terms)), {name: torch.tensor(value) for name, value in added.items()}
+    )
+    return whole.left.numpy(), whole.right.numpy(), whole.sigma.numpy()
 
 
 def _lora_module(module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ModuleInfo:

@@ -119,6 +119,7 @@ class _Trial:
             work_dir=self.folder,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
+            forms=start.forms if start else {},
             batches=self._calibration,
         )
         self.arguments = make_arguments(manifest.train, self.folder, name=self.contender.name, evaluate=False)

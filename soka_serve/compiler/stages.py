@@ -158,6 +158,7 @@ def tune_stage(
             work_dir=directory,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
+            forms=start.forms if start else {},
         )
         quiz = make_quiz(manifest, context.loaded.directory, context.base.tokenizer)
         data = TrainingData(*encoded, context.base.tokenizer.pad_id, quiz.accuracy if quiz else None)

@@ -255,6 +255,43 @@ def stack_difference(theta: Factors, initial: Factors) -> Factors:
     return Factors(left=left, right=right, sigma=torch.ones(len(left), dtype=left.dtype, device=left.device))
 
 
+def fold_difference(theta: Factors, initial: Factors, *, left: bool, right: bool) -> Factors:
+    """K(theta) - K(initial) as r terms, where the two share factors.
+
+    Semantics, term by term: both shared: (sigma - sigma0) L (x) R; left: L (x) (sigma R - sigma0 R0); right:
+    (sigma L - sigma0 L0) (x) R. Exactly zero where theta equals initial. Differentiable in theta.
+
+    Args:
+        theta: r terms, any float dtype.
+        initial: r terms of the same shape; cast to theta's dtype first.
+        left, right: which factors are the same in both; at least one.
+    """
+    initial = initial.to(theta.sigma.dtype)
+    if left and right:
+        return Factors(theta.left, theta.right, theta.sigma - initial.sigma)
+    one, start = theta.sigma[:, None, None], initial.sigma[:, None, None]
+    ones = torch.ones_like(theta.sigma)
+    if left:
+        return Factors(theta.left, one * theta.right - start * initial.right, ones)
+    return Factors(one * theta.left - start * initial.left, theta.right, ones)
+
+
+def subtract_terms(theta: Factors, initial: Factors) -> Factors:
+    """The terms of K(theta) - K(initial), in float32 as they are: r where all share a factor bit for bit, else 2r.
+
+    Args:
+        theta: r terms.
+        initial: terms to subtract, of the same factor shape.
+    """
+    same = theta.rank == initial.rank
+    left, right = (same and torch.equal(getattr(theta, part), getattr(initial, part)) for part in ("left", "right"))
+    if not left and not right:
+        return stack_terms(theta, initial, signs=(1, -1))
+    # The factor that is not shared is a difference, rounded once.
+    folded = fold_difference(theta.to(torch.float64), initial, left=left, right=right)
+    return folded.to(theta.sigma.dtype)
+
+
 def energy_by_term(theta: Factors, initial: Factors | None = None) -> Tensor:
     """What each term adds to the weight, as a squared Frobenius norm: (r,), in the factors' dtype.
 

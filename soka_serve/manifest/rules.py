@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from soka_serve.manifest.fields import Fraction, PathOrId, PositiveInt, Text
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, Start, names_of
+from soka_serve.trained import PARTS, TRAINED, Factor, Form, RuleFacts
 
 EVERY_MODULE = ("*",)
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,20 +106,40 @@ class RankBudget(Table):
 RankPolicy = Annotated[RankFixed | RankEnergy | RankElbow | RankSpectrum | RankBudget, Field(discriminator="policy")]
 
 
+# Keys that choose a variant of a start, with the values that choose none.
+_PLAIN = {"components": "principal", "right": "trained"}
+
+
+def _start_of(init: str, components: str, right: str) -> Start:
+    start = STARTS[init]
+    return start.variants.get(components, start.variants.get(right, start))
+
+
+def _is_plain(key: str, rule: Mapping[str, Any]) -> bool:
+    """Whether a key of the registry of what is trained is as if it were not there."""
+    default = Adapt.model_fields[key].default
+    return bool((tuple(rule[key]) if isinstance(default, tuple) else rule[key]) == default)
+
+
 def misfits(start: Start, rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What of a rule does not go with its start: (key, message).
 
     Args:
-        start: what `init` and `components` name.
+        start: what `init`, `components` and `right` name.
         rule: its keys; some may be missing.
     """
-    components = rule.get("components", "principal")
-    if components not in ("principal", start.name):
-        having = names_of(other for other in STARTS.values() if components in other.variants)
-        yield "components", f"components = {components!r} belongs to init = {having}; the init is {start.name!r}"
+    for key in ("components", "right"):
+        variant = rule.get(key)
+        if variant not in (None, _PLAIN[key], start.name):
+            having = names_of(other for other in STARTS.values() if variant in other.variants)
+            yield key, f"{key} = {variant!r} belongs to init = {having}; the init is {rule.get('init', 'weights')!r}"
     policy = value_of(rule.get("rank"), "policy")
     if start.fixed_rank and policy not in (None, "fixed"):
         yield "rank", f"policy = {policy!r} does not go with {start.written}: {start.fixed_rank}"
+    terms = value_of(rule.get("rank"), "rank" if policy in (None, "fixed") else "max") or 1
+    chosen = [key for key in TRAINED if key in rule and not _is_plain(key, rule)]
+    for key in chosen:
+        yield from TRAINED[key].misfits(rule[key], RuleFacts(start, policy, terms, frozenset(chosen)))
     if start.fixed_shape and rule.get("shape") == "auto":
         yield "shape", f"'auto' does not go with {start.written}: {start.fixed_shape}"
 
@@ -129,7 +150,7 @@ class Adapt(Table):
     Rules are read in order. A module that several rules match takes each key from the last rule that sets it.
     """
 
-    LATER = frozenset({"components", "adapter"})
+    LATER = frozenset({"components", "adapter", "right", *TRAINED})
 
     modules: tuple[Text, ...] = Field(
         EVERY_MODULE,
@@ -160,6 +181,11 @@ class Adapt(Table):
         description="For init = 'weights': its largest terms, or its smallest ('minor'; a full SVD of every module, "
         "and a fixed rank).",
     )
+    right: Literal["trained", "dct"] = Field(
+        "trained",
+        description="'dct', for init = 'gradient': Right stays one of the cosine transform's atoms, those that align "
+        "best with the gradient; Left starts at zero. Stored and served with as many terms as were trained.",
+    )
     finetuned: PathOrId | None = Field(
         None,
         description="For init = 'delta': directory or hub id of the fully fine-tuned checkpoint.",
@@ -189,11 +215,43 @@ class Adapt(Table):
         f"{names_of(s for s in STARTS.values() if s.changes)}, whose terms have a size of their own.",
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")
+    train_factors: tuple[Factor, ...] = Field(
+        PARTS,
+        strict=False,
+        min_length=1,
+        description="Which factors are trained; the others stay as they start. With 'sigma' alone a term costs one "
+        "parameter (SVFit). Where left or right stays, the adapter is stored and served with as many terms as were "
+        "trained, exactly.",
+        examples=[["sigma"]],
+    )
+
+    core: bool = Field(
+        False,
+        description="Train an r x r matrix between the Left and the Right factors, which stay as they start, instead "
+        "of sigma: the delta is the sum over j and k of its entries times Left_j x Right_k (NLoRA's IntTune). Stored "
+        "and served with as many terms as the rank, exactly.",
+    )
+
+    extra_terms: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Further terms per module, trained whole, which start at a delta of zero (Left random, Right "
+        "zero). With train_factors = ['sigma'], SALT on Kronecker terms.",
+        examples=[1],
+    )
+
+    @property
+    def form(self) -> Form:
+        """What is trained of a module's factors."""
+        fields = type(self).model_fields
+        values = {key: value for key in TRAINED if (value := getattr(self, key)) != fields[key].default}
+        if self.start.frozen:
+            values["train_factors"] = tuple(part for part in self.train_factors if part not in self.start.frozen)
+        return Form({key: list(value) if isinstance(value, tuple) else value for key, value in values.items()})
 
     @property
     def start(self) -> Start:
-        """What `init` and `components` name."""
-        return STARTS[self.init].variants.get(self.components, STARTS[self.init])
+        """What `init`, `components` and `right` name."""
+        return _start_of(self.init, self.components, self.right)
 
     @property
     def source(self) -> str | None:
@@ -208,6 +266,13 @@ class Adapt(Table):
         if self.calibration_batches or (self.calibration_batches == 0 and not self.start.needs_gradient):
             return self.calibration_batches
         return DEFAULT_CALIBRATION_BATCHES if self.start.calibrated else 0
+
+    @field_validator("train_factors")
+    @classmethod
+    def _check_train_factors(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a factor is named twice")
+        return tuple(part for part in PARTS if part in value)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -239,9 +304,7 @@ class Adapt(Table):
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
         if not keys.knows("init"):
             return
-        start = STARTS[keys.values["init"]]
-        if keys.knows("components"):
-            start = start.variants.get(keys.values["components"], start)
+        start = _start_of(*(keys.values.get(key, _PLAIN.get(key)) for key in ("init", "components", "right")))
         for other in STARTS.values() if keys.has("init") else ():
             if other.source is not None and other.source != start.source and keys.has(other.source):
                 yield (

@@ -7,7 +7,7 @@ that another key makes meaningless: nothing is ignored silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator
@@ -17,6 +17,7 @@ from soka_serve.manifest.optimisers import DEFAULT_OPTIMISER, OPTIMISERS, REFUSE
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import ARRAY_FORM, TABLE_FORM, Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, names_of
+from soka_serve.trained import PARTS, TRAINED
 
 SCHEMA_VERSION = 1
 
@@ -439,6 +440,21 @@ class Eval(Table):
     )
 
 
+def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple[Key, str]]:
+    """Keys of rules about what is trained that [train] makes meaningless, and the other way round."""
+    made = [rule if isinstance(rule, Adapt) else Adapt.model_validate(rule) for rule in rules]
+    said = [(i, key) for i, rule in enumerate(made) for key in rule.form.choices if key in rule.model_fields_set]
+    method = value_of(train, "method")
+    for i, key in said if method not in (None, "soka") else ():
+        yield ("adapt", i, key), f"{key} belongs to method = 'soka'; the method is {method!r}"
+    for i, key in said if value_of(train, "prune") else ():
+        if TRAINED[key].tensors:
+            yield ("train", "prune"), f"prune does not go with {key} of adapt[{i}], which belongs to all terms together"
+    for part in PARTS:
+        if value_of(train, f"{part}_lr") not in (None, 1.0) and all(part not in rule.form.rates for rule in made):
+            yield ("train", f"{part}_lr"), f"{part}_lr would be ignored: no rule trains {part}"
+
+
 class Manifest(Table):
     """A soka-serve manifest."""
 
@@ -468,6 +484,8 @@ class Manifest(Table):
             method = value_of(keys.values["train"], "method")
             if method not in (None, "soka"):
                 yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
+        if keys.knows("adapt", "train"):
+            yield from _trained_conflicts(keys.values["adapt"], keys.values["train"])
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
             for start in STARTS.values():

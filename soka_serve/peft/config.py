@@ -16,6 +16,7 @@ from soka_serve.errors import CheckpointError
 from soka_serve.manifest.rules import DEFAULT_SCALE
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.registration import NAME, add_peft_type
+from soka_serve.trained import Form, form_problem
 
 SOKA_FORMAT = 1
 
@@ -25,6 +26,7 @@ OPTIONAL: dict[str, Any] = {
     "soka_dropout": 0.0,
     "fan_in_fan_out": False,
     "init_scale": DEFAULT_SCALE,
+    "soka_trained": {},
 }
 
 
@@ -80,8 +82,13 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
     )
     seed: int = _field("Seed of the initialisations 'weights' and 'zero'.", 0)
     soka_modules: dict[str, dict[str, Any]] = _field(
-        "Per full module name {'rank': r, 'shape': [m, n, p, q]}; either may be left out. Overrides r, rank_pattern "
-        "and shape; complete after the adapter was built.",
+        "Per full module name {'rank': r, 'shape': [m, n, p, q], 'trained': {}}; each may be left out. Overrides r, "
+        "rank_pattern, shape and soka_trained; complete after the adapter was built.",
+        factory=dict,
+    )
+    soka_trained: dict[str, Any] = _field(
+        "What of the factors is trained, as [[adapt]] in a manifest says it: {'train_factors': ['sigma']} leaves left "
+        "and right as they start. Of modules for which soka_modules does not say 'trained'.",
         factory=dict,
     )
     soka_initial: bool = _field(
@@ -130,13 +137,19 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         if self.layers_pattern and self.layers_to_transform is None:
             problems.append("layers_pattern needs layers_to_transform")
         for name, spec in self.soka_modules.items():
-            if not isinstance(spec, Mapping) or not set(spec) <= {"rank", "shape"}:
-                problems.append(f"soka_modules[{name!r}] takes rank and shape only, got {spec!r}")
+            if not isinstance(spec, Mapping) or not set(spec) <= {"rank", "shape", "trained"}:
+                problems.append(f"soka_modules[{name!r}] takes rank, shape and trained only, got {spec!r}")
                 continue
             if "rank" in spec and not _is_count(spec["rank"]):
                 problems.append(f"soka_modules[{name!r}]: rank must be at least 1, not {spec['rank']!r}")
             if "shape" in spec and not _is_shape(spec["shape"]):
                 problems.append(f"soka_modules[{name!r}]: shape must be [m, n, p, q], not {spec['shape']!r}")
+            if problem := form_problem(spec.get("trained", {}), spec["rank"] if _is_count(spec.get("rank")) else 1):
+                problems.append(f"soka_modules[{name!r}]: trained: {problem}")
+        if problem := form_problem(self.soka_trained, self.r if _is_count(self.r) else 1):
+            problems.append(f"soka_trained: {problem}")
+        elif init == "zero" and "right" in Form(self.soka_trained).frozen:
+            problems.append("init_soka_weights = 'zero' starts right at zero, and soka_trained does not train it")
         return problems
 
     @property
@@ -172,18 +185,22 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         The config of an adapter that was built says `init_soka_weights: false`: its factors lie in the file next to it,
         and loading must not decompose the base again.
         """
-        asked = self.init_soka_weights, self.init_scale
-        if getattr(self, "_is_built", False):
-            self.init_soka_weights, self.init_scale = False, DEFAULT_SCALE
+        asked = self.init_soka_weights, self.init_scale, self.soka_trained
+        if getattr(self, "_is_built", False):  # `soka_modules` says what is trained of each
+            self.init_soka_weights, self.init_scale, self.soka_trained = False, DEFAULT_SCALE, {}
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.init_soka_weights, self.init_scale = asked
+            self.init_soka_weights, self.init_scale, self.soka_trained = asked
 
     def rank_of(self, module: str) -> int:
         """The number of terms that is asked for: `soka_modules`, else `rank_pattern`, else `r`."""
         pattern = get_pattern_key(list(self.rank_pattern), module)
         return int(self.soka_modules.get(module, {}).get("rank", self.rank_pattern.get(pattern, self.r)))
+
+    def form_of(self, module: str) -> Form:
+        """What of a module is trained: `soka_modules`, else `soka_trained`."""
+        return Form(self.soka_modules.get(module, {}).get("trained", self.soka_trained))
 
     def start_building(self, *, in_use: bool) -> None:
         """Note what was asked for; an adapter that is built from the config then completes `soka_modules`.

@@ -17,6 +17,7 @@ from soka_serve.kron.factors import energy_by_term
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.optimizer import follow_terms
+from soka_serve.trained import PLAIN, Form
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def build_soka_model(
     initial: bool,
     base_model: str | None = None,
     adapter_name: str = "default",
+    forms: Mapping[str, Form] | None = None,
     **config: Any,
 ) -> PeftModel:
     """Adapt `model` with given factors.
@@ -46,6 +48,7 @@ def build_soka_model(
         modules: theta by full module name; ranks and shapes are theirs.
         initial: True keeps a frozen copy of theta as initial factors, so that the delta starts at exactly 0 (factors
             that approximate the weight itself); False starts from the factors' own delta.
+        forms: what of a module is trained, by its name; default: everything.
         base_model: what to record as the base's name; default: the model's own.
         config: further fields of `SokaConfig`, such as `seed` or `modules_to_save`.
 
@@ -57,7 +60,10 @@ def build_soka_model(
     soka = SokaConfig(
         init_soka_weights=False,
         target_modules=sorted(modules),
-        soka_modules={name: {"rank": f.rank, "shape": list(f.shape)} for name, f in modules.items()},
+        soka_modules={
+            name: {"rank": f.rank, "shape": list(f.shape), **(forms or {}).get(name, PLAIN).spec()}
+            for name, f in modules.items()
+        },
         soka_initial=initial,
         task_type="CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         **config,
@@ -121,6 +127,8 @@ def drop_terms(
         rank = len(layers[name].soka_sigma[adapter_name]) if name in layers else 0
         if name not in layers:
             problems.append(f"{name} has no adapter {adapter_name!r}")
+        elif layers[name].has_added(adapter_name):
+            problems.append(f"{name}: what is trained beside its factors belongs to all terms; none can be dropped")
         elif not indices or len(set(indices)) != len(indices) or min(indices) < 0 or max(indices) >= rank:
             problems.append(f"{name}: cannot keep terms {list(indices)} of {rank}")
     if problems:

@@ -14,6 +14,7 @@ from soka_serve.peft.errors import FitError
 from soka_serve.peft.factors import soka_layers
 from soka_serve.peft.loading import check_values, modules_of
 from soka_serve.peft.parts import PARTS, PREFIX
+from soka_serve.trained import TENSORS
 
 
 def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", **download: Any) -> None:
@@ -42,6 +43,11 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
     other = set(modules_of(tensors)) ^ set(layers)
     if other:
         raise FitError(f"{directory}: the adapter is for other modules: {name_some(sorted(other))}")
+    if added := sorted(key for key in tensors if key.endswith(tuple(f".{PREFIX}{name}" for name in TENSORS))):
+        raise FitError(
+            f"{directory}: an adapter in training, with {name_some(added)} beside its factors",
+            hint="write it as a finished one first: `soka-serve export`",
+        )
     kinds = ("", "_initial") if incoming.soka_initial else ("",)
     stores = [f"{PREFIX}{part}{kind}" for kind in kinds for part in PARTS]
     problems = []
@@ -60,6 +66,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
         raise CheckpointError(f"{directory}: " + "; ".join(first_ten(problems)), hint="nothing was changed")
     for layer in layers.values():
         layer.drop_initial(adapter_name)
+        layer.set_form(adapter_name, incoming.form_of(layer.module_name))
         if incoming.soka_initial:
             for part in PARTS:
                 value = getattr(layer, f"{PREFIX}{part}")[adapter_name]

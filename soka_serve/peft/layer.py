@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, SokaError
-from soka_serve.kron import Factors, apply_kron, dense_delta, kpsvd, linear_with_delta
-from soka_serve.kron.factors import random_terms, stack_difference, typical_entry
+from soka_serve.kron import Factors, apply_kron, dense_delta, kpsvd, linear_with_delta, stack_terms
+from soka_serve.kron.factors import fold_difference, random_terms, stack_difference, typical_entry
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.merging import MergingLayer
-from soka_serve.peft.parts import PARTS, Parts
+from soka_serve.peft.parts import PARTS, Parts, part_of
+from soka_serve.trained import PLAIN, TENSORS, Form
 
 if TYPE_CHECKING:
     from soka_serve.kron.apply import Terms
@@ -41,7 +42,8 @@ class SokaLayer(MergingLayer):
     soka_sigma_initial: Parts
     soka_dropout: nn.ModuleDict
 
-    adapter_layer_names = tuple(f"soka_{part}" for part in PARTS)
+    factor_names = tuple(f"soka_{part}" for part in PARTS)
+    adapter_layer_names = (*factor_names, *(f"soka_{name}" for name in TENSORS))
     initial_names = tuple(f"soka_{part}_initial" for part in PARTS)
     other_param_names = (*initial_names, "soka_dropout")
 
@@ -53,6 +55,7 @@ class SokaLayer(MergingLayer):
             setattr(self, name, Parts(trained=False))
         self.soka_dropout = nn.ModuleDict()
         self._to_be_loaded: set[str] = set()
+        self._forms: dict[str, Form] = {}
 
     # --- factors -------------------------------------------------------------------------------------------------
 
@@ -60,16 +63,49 @@ class SokaLayer(MergingLayer):
         return list(self.soka_left)
 
     def stores(self, adapter: str) -> dict[str, Parts]:
-        """The containers that hold tensors of an adapter, by name: three, or six where it has initial factors."""
+        """The containers that hold tensors of an adapter, by name: its factors, what its form adds, initial factors."""
         names = (*self.adapter_layer_names, *self.initial_names)
         return {name: store for name in names if adapter in (store := cast("Parts", getattr(self, name)))}
 
-    def theta(self, adapter: str) -> Factors:
-        """The trained factors (the parameters themselves, not copies)."""
+    def form(self, adapter: str) -> Form:
+        """What of an adapter is trained."""
+        return self._forms.get(adapter, PLAIN)
+
+    def set_form(self, adapter: str, form: Form) -> None:
+        """Train of an adapter what a form says, if it is trained at all."""
+        trained = any(store[adapter].requires_grad for store in self.stores(adapter).values())
+        for part in self.form(adapter).frozen:
+            getattr(self, f"soka_{part}")[adapter].requires_grad_(trained)
+        self._forms[adapter] = form
+        self._freeze()
+
+    def _factors(self, adapter: str) -> Factors:
+        """Left, right and sigma (the parameters themselves, not copies), without what the form adds."""
         return Factors(left=self.soka_left[adapter], right=self.soka_right[adapter], sigma=self.soka_sigma[adapter])
 
+    def _added(self, adapter: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors beside left, right and sigma, by name."""
+        if not self.form(adapter).choices:
+            return {}
+        stores = {name: getattr(self, f"soka_{name}") for name in TENSORS}
+        return {name: store[adapter].to(dtype=dtype) for name, store in stores.items() if adapter in store}
+
+    def has_added(self, adapter: str) -> bool:
+        """Whether an adapter's form has tensors beside left, right and sigma."""
+        return bool(self._added(adapter))
+
+    def theta(self, adapter: str) -> Factors:
+        """The terms as they are trained, with what the form adds; without such, the parameters themselves."""
+        return self.form(adapter).apply(self._factors(adapter), self._added(adapter))
+
     def initial(self, adapter: str) -> Factors | None:
-        """The frozen initial factors, None where the adapter has none."""
+        """The frozen initial factors, one for each term of theta; None where the adapter has none."""
+        start = self._start(adapter)
+        added = None if start is None else self.theta(adapter).terms(slice(start.rank, None))
+        return start if start is None or added is None or not added.rank else stack_terms(start, added, signs=(1, 0))
+
+    def _start(self, adapter: str) -> Factors | None:
+        """The frozen initial factors, without terms for what the form adds."""
         if adapter not in self.soka_left_initial:
             return None
         return Factors(*(getattr(self, name)[adapter] for name in self.initial_names))
@@ -83,11 +119,19 @@ class SokaLayer(MergingLayer):
             CheckpointError: the adapter was made to be loaded, and never was.
         """
         self.check_loaded(adapter)
-        theta, initial = self.theta(adapter).to(dtype), self.initial(adapter)
-        return theta if initial is None else stack_difference(theta, initial.to(dtype))
+        form, factors, initial = self.form(adapter), self._factors(adapter).to(dtype), self._start(adapter)
+        if initial is not None and form.frozen & {"left", "right"}:  # which are the same in both
+            same = {part: part in form.frozen for part in ("left", "right")}
+            factors = fold_difference(factors, initial.to(dtype), **same)
+        elif initial is not None:
+            factors = stack_difference(factors, initial.to(dtype))
+        return form.apply(factors, self._added(adapter, dtype))
 
     def set_factors(self, adapter: str, theta: Factors, initial: Factors | None) -> None:
-        """Copy values into an adapter whose rank and shape are the same. Errors: ValueError when they are not."""
+        """Copy values into an adapter whose rank and shape are the same; what its form adds starts again.
+
+        Errors: ValueError when rank or shape are not the same.
+        """
         for kind, source in (("", theta), ("_initial", initial)):
             if source is None:
                 continue
@@ -99,11 +143,14 @@ class SokaLayer(MergingLayer):
                     )
                 with torch.no_grad():
                     target.copy_(value)
+        for name, value in self.form(adapter).start(theta).items():
+            with torch.no_grad():
+                getattr(self, f"soka_{name}")[adapter].copy_(value)
 
     def spec(self, adapter: str) -> dict[str, Any]:
         """What `soka_modules` says of this layer."""
         left, right = self.soka_left[adapter], self.soka_right[adapter]
-        return {"rank": len(left), "shape": [*left.shape[1:], *right.shape[1:]]}
+        return {"rank": len(left), "shape": [*left.shape[1:], *right.shape[1:]], **self.form(adapter).spec()}
 
     def update_layer(self, adapter: str, *, rank: int, shape: FactorShape, config: SokaConfig) -> None:
         """Give this layer an adapter. Its rank is capped at the most terms the shape can have.
@@ -119,12 +166,17 @@ class SokaLayer(MergingLayer):
             asked = self.module_name, rank, list(shape), shape.max_rank
             log.warning("%s: %d terms asked for, the factor shape %s has at most %d", *asked)
             rank = shape.max_rank
+        self._forms[adapter] = config.form_of(self.module_name)
         factors = self._initial_values(rank, shape, config, dtype)
         for part in PARTS:
             value = getattr(factors, part)
             getattr(self, f"soka_{part}")[adapter] = value
             if config.soka_initial:
                 getattr(self, f"soka_{part}_initial")[adapter] = value.detach().clone()
+        for name, value in self.form(adapter).start(factors).items():
+            getattr(self, f"soka_{name}")[adapter] = (
+                value if init is not False else torch.full_like(value, float("nan"))
+            )
         if config.soka_dropout > 0:
             self.soka_dropout[adapter] = nn.Dropout(config.soka_dropout)
         if self.soka_left[adapter].is_meta and init == "weights":
@@ -176,18 +228,33 @@ class SokaLayer(MergingLayer):
 
     def resize(self, adapter: str, rank: int, shape: Sequence[int]) -> None:
         """Make room for `rank` terms of a factor shape (values undefined); parameters keep their identity."""
-        m, n, p, q = shape
-        sizes = {"left": (rank, m, n), "right": (rank, p, q), "sigma": (rank,)}
+        sizes = self.form(adapter).sizes(rank, FactorShape(*shape))
         for name, store in self.stores(adapter).items():
             old = store[adapter]
-            old.data = old.data.new_full(sizes[name.split("_")[1]], float("nan"))
+            old.data = old.data.new_full(sizes[part_of(name)], float("nan"))
 
     def drop_initial(self, adapter: str) -> None:
-        """Leave an adapter its trained factors alone: they are the delta from now on."""
-        for name in self.initial_names:
+        """Leave an adapter its trained factors alone, all of them: they are the delta from now on."""
+        self.set_form(adapter, PLAIN)
+        for name in (*self.initial_names, *(f"soka_{name}" for name in TENSORS)):
             store = getattr(self, name)
             if adapter in store:
                 del store[adapter]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """PEFT trains all tensors of an active adapter: take those out that are not to be."""
+        for adapter, form in self._forms.items():
+            for part in form.frozen:
+                if adapter in (store := getattr(self, f"soka_{part}")):
+                    store[adapter].requires_grad_(False)
 
     def cast(self, adapter: str) -> None:
         """Give an adapter's factors the dtype that the base computes in, where that is a floating one."""
@@ -297,11 +364,17 @@ class SokaLinear(nn.Module, SokaLayer):
         return apply_kron(x, *terms, initial=initial)
 
     def terms(self, adapter: str) -> tuple[Terms, Terms | None]:
-        """Theta's left, right and sigma, and the initial ones where there are any; checked to be loaded."""
+        """Left, right and sigma of what is applied, and those to subtract where there are any; checked to be loaded.
+
+        What a form adds, or takes out of training, is subtracted here already.
+        """
         self.check_loaded(adapter)
+        if self.form(adapter).choices:
+            delta = self.delta(adapter)
+            return (delta.left, delta.right, delta.sigma), None
         theta, initial = (
             cast("Terms", tuple(store[adapter] for name in names if adapter in (store := getattr(self, name))))
-            for names in (self.adapter_layer_names, self.initial_names)
+            for names in (self.factor_names, self.initial_names)
         )
         return theta, initial or None
 

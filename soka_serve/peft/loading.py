@@ -22,7 +22,8 @@ from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.layer import SokaLinear
 from soka_serve.peft.merging import KBIT_BACKENDS, find_backend, weight_size
-from soka_serve.peft.parts import PARTS, PREFIX
+from soka_serve.peft.parts import PREFIX, part_of
+from soka_serve.trained import PLAIN, Form
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
     for path, layer in model.named_modules():
         if not isinstance(layer, SokaLinear) or adapter not in layer.soka_left:
             continue
-        stores = layer.adapter_layer_names if is_finished else layer.stores(adapter)
+        stores = layer.factor_names if is_finished else layer.stores(adapter)
         keys = {store: f"{clean(path)}.{store}.{adapter}.weight" for store in stores}
         expected |= set(keys.values())
         values = {store: tensors[key] for store, key in keys.items() if key in tensors}
@@ -217,7 +218,8 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
             problems.append(f"{layer.module_name}: missing {', '.join(missing)}")
             continue
         shape = _shape_of(layer, adapter, values, is_open=config.shapes_are_open)
-        wrong = check_values(layer.module_name, shape, values)
+        form = PLAIN if is_finished else layer.form(adapter)
+        wrong = check_values(layer.module_name, shape, values, form) or _moved(layer.module_name, values, form)
         problems += wrong
         if not wrong:
             fitting.append((layer, len(values[f"{PREFIX}sigma"]), shape))
@@ -233,9 +235,9 @@ def fit_tensors(model: nn.Module, config: SokaConfig, adapter: str, tensors: Map
         if is_finished:
             layer.drop_initial(adapter)
             config.soka_initial = False
-        if layer.spec(adapter) != {"rank": rank, "shape": shape}:
+        if layer.spec(adapter) | {"rank": rank, "shape": shape} != layer.spec(adapter):
             layer.resize(adapter, rank, shape)
-    config.record({layer.module_name: {"rank": rank, "shape": shape} for layer, rank, shape in fitting})
+    config.record({layer.module_name: layer.spec(adapter) for layer, *_ in fitting})
 
 
 def clean(path: str) -> str:
@@ -255,15 +257,24 @@ def _shape_of(layer: SokaLinear, adapter: str, values: Mapping[str, Tensor], *, 
     return own
 
 
-def check_values(module: str, shape: list[int], values: Mapping[str, Tensor]) -> list[str]:
+def _moved(module: str, values: Mapping[str, Tensor], form: Form) -> list[str]:
+    """Left or Right that is not the initial one, although it is not trained: the two count as one and the same."""
+    return [
+        f"{module}: {PREFIX}{part} differs from its initial one, and the adapter here does not train it"
+        for part in sorted(form.frozen & {"left", "right"})
+        if (initial := values.get(f"{PREFIX}{part}_initial")) is not None
+        and not torch.equal(values[f"{PREFIX}{part}"], initial)
+    ]
+
+
+def check_values(module: str, shape: list[int], values: Mapping[str, Tensor], form: Form = PLAIN) -> list[str]:
     """What is wrong with one module's tensors, by part name. The number of terms may differ from the model's."""
     problems = []
     sigma = values[f"{PREFIX}sigma"]
     rank = len(sigma) if sigma.ndim == 1 else -1
-    m, n, p, q = shape
-    sizes = dict(zip(PARTS, [(rank, m, n), (rank, p, q), (rank,)], strict=True))
+    sizes = form.sizes(rank, FactorShape(*shape))
     for store, value in values.items():
-        want = sizes[store.split("_")[1]]
+        want = sizes[part_of(store)]
         if tuple(value.shape) != want or rank < 1:
             problems.append(f"{module}: {store} is {tuple(value.shape)}, expected {want}")
         elif not bool(torch.isfinite(value).all()):

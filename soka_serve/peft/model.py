@@ -51,7 +51,9 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         before, config.fan_in_fan_out = config.soka_modules, False
         self._only_recorded = state_dict is not None
         if state_dict is not None:
-            config.soka_modules = modules_of(state_dict)
+            config.soka_modules = {
+                name: spec | config.form_of(name).spec() for name, spec in modules_of(state_dict).items()
+            }
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -182,12 +184,17 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         )
         found = modules_of({file_key(key, adapter_name): value for key, value in tensors.items()})
         layers = {
-            clean(path).removeprefix(KEY_PREFIX): layer.module_name
+            clean(path).removeprefix(KEY_PREFIX): layer
             for path, layer in model.named_modules()
             if isinstance(layer, SokaLayer)
         }
         if found and set(found) <= set(layers):
-            config.record({layers[path]: spec for path, spec in found.items()})
+            config.record(
+                {
+                    (layer := layers[path]).module_name: spec | layer.form(adapter_name).spec()
+                    for path, spec in found.items()
+                }
+            )
         return tensors
 
     @classmethod

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import PlanError
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 
@@ -60,11 +61,11 @@ def _trained(model: nn.Module) -> Iterator[tuple[SokaLayer, str]]:
 
 
 def _is_trained(layer: SokaLayer, adapter: str) -> bool:
-    return any(getattr(layer, f"soka_{part}")[adapter].requires_grad for part in PARTS)
+    return any(store[adapter].requires_grad for name, store in layer.stores(adapter).items() if "initial" not in name)
 
 
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """(part, parameter, multiplier) of one adapter of a layer.
+    """(factor, parameter, multiplier) of one adapter of a layer; of what its form adds, the factor that it is like.
 
     Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
     inputs' size: a module may start from a delta of zero.
@@ -80,7 +81,9 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
             hint="FSDP 2 keeps shapes (fsdp_version: 2); otherwise make the optimizer before the model is sharded",
         )
     (rank, _, n), q = left.shape, right.shape[2]
-    ordinary = 1 / math.sqrt(n * q)
+    ordinary, sizes = 1 / math.sqrt(n * q), {}
+    form = layer.form(adapter)
+    terms = form.served(rank, subtracted=False)
     for part, width in zip(PARTS, (n, q, 1), strict=True):
         parameter = getattr(layer, f"soka_{part}")[adapter]
         size = float(_whole(parameter).float().square().mean().sqrt())
@@ -88,7 +91,10 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
             layer.check_loaded(adapter)
             size = ordinary if part == "sigma" else 1.0
         ordinary /= size  # what a sigma is of, beside factors of this size
-        yield part, parameter, size / math.sqrt(width) / rank
+        sizes[part] = size / math.sqrt(width)
+        yield part, parameter, sizes[part] / terms
+    for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():
+        yield added.like, getattr(layer, f"soka_{name}")[adapter], sizes[added.like] / added.terms
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -13,8 +13,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-PARTS = ("left", "right", "sigma")
+from soka_serve.trained import PARTS, TENSORS
+
+__all__ = ["PARTS", "PREFIX", "STORES", "Part", "Parts", "file_key", "part_of"]
+
 PREFIX = "soka_"
+STORES = rf"{PREFIX}(?:(?:{'|'.join(PARTS)})(?:_initial)?|{'|'.join(TENSORS)})"
+"""A regular expression for the names of the containers."""
+
+
+def part_of(store: str) -> str:
+    """The part whose tensors a container holds, initial ones or not.
+
+    >>> part_of("soka_left_initial")
+    'left'
+    """
+    return store.removeprefix(PREFIX).removesuffix("_initial")
 
 
 def file_key(key: str, adapter: str) -> str:
@@ -23,7 +37,7 @@ def file_key(key: str, adapter: str) -> str:
     >>> file_key("model.q_proj.soka_left_initial.default.weight", "default")
     'model.q_proj.soka_left_initial'
     """
-    return re.sub(rf"(\.{PREFIX}(?:{'|'.join(PARTS)})(?:_initial)?)\.{re.escape(adapter)}\.weight$", r"\1", key)
+    return re.sub(rf"(\.{STORES})\.{re.escape(adapter)}\.weight$", r"\1", key)
 
 
 class Part(nn.Module):

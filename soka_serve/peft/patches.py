@@ -19,7 +19,7 @@ from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.loading import plan_modules
 from soka_serve.peft.model import SokaModel
-from soka_serve.peft.parts import PARTS, PREFIX
+from soka_serve.peft.parts import PREFIX, STORES
 
 
 def apply_patches(peft_type: PeftType) -> None:
@@ -43,8 +43,7 @@ def _extend_weight_mapping(peft_type: PeftType) -> None:
     def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> Any:
         mapping = build(weight_conversions, adapter_name, peft_config=peft_config)
         if mapping and getattr(peft_config, "peft_type", None) == peft_type:
-            stores = rf"{PREFIX}(?:{'|'.join(PARTS)})(?:_initial)?"
-            source = rf"({stores}\.{re.escape(adapter_name)})$"
+            source = rf"({STORES}\.{re.escape(adapter_name)})$"
             mapping.append(WeightRenaming(source_patterns=source, target_patterns=r"\1.weight"))
         return mapping
 

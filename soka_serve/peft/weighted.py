@@ -34,6 +34,7 @@ def add_weighted_adapter(model: Any, adapters: list[str], weights: list[float], 
             sums[layer.module_name] = _sum(layer, adapters, weights)
     config = copy.deepcopy(model.peft_config[adapters[0]])
     config.init_soka_weights, config.soka_initial, config.inference_mode = False, False, True
+    config.soka_trained = {}
     config.target_modules, config.exclude_modules, config.layers_to_transform = set(sums), None, None
     config.layers_pattern, config.modules_to_save, config.rank_pattern = None, None, {}
     config.r = max(factors.rank for factors in sums.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from soka_serve.starts.adapter import Adapter
+from soka_serve.starts.dct import Dct
 from soka_serve.starts.delta import Delta
 from soka_serve.starts.gradient import Gradient
 from soka_serve.starts.minor import Minor
@@ -26,7 +27,7 @@ STARTS: dict[str, Start] = {
         Nystrom("nystrom"),
         Delta("delta"),
         Adapter("adapter"),
-        Gradient("gradient"),
+        Gradient("gradient", {"dct": Dct("dct")}),
         Zero("zero"),
         Random("random"),
     )

@@ -41,3 +41,4 @@ class Zero(Random):
     told: ClassVar[str] = "factors of which one is zero, so the untrained adapter changes nothing"
     subtracted: ClassVar[bool] = False
     with_zero: ClassVar[bool] = True
+    needs_trained: ClassVar[str] = "right"

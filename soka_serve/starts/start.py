@@ -61,8 +61,8 @@ class Start:
     """Where the factors of a module start.
 
     Args:
-        name: what `[[adapt]] init` calls it, or `components`.
-        variants: starts that another value of `components` makes of it.
+        name: what `[[adapt]] init` calls it, or `components` or `right`.
+        variants: starts that another value of `components` or `right` makes of it.
     """
 
     name: str
@@ -91,6 +91,10 @@ class Start:
     """Why its rank is given by the rule, and no term more than that is computed; empty where policies choose it."""
     fixed_shape: ClassVar[str] = ""
     """Why `shape = "auto"` cannot be searched; empty where it can."""
+    needs_trained: ClassVar[str] = ""
+    """The factor that it starts at zero, so that it must be trained."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Factors that are never trained."""
     drawn: ClassVar[bool] = False
     """Its factors are random numbers: of what is decomposed the spectrum alone counts, for ranks."""
     subtracted: ClassVar[bool] = True

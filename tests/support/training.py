@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.schema import Manifest
+from soka_serve.trained import Form
 from tests.support.tiny_models import small_config
 
 # The Trainer collects garbage in every run; walking the libraries' objects would take most of these tests' time.
@@ -92,6 +93,7 @@ def run_training(
     *,
     factors: dict[str, Factors] | None = None,
     initial: Collection[str] | None = None,
+    form: Mapping[str, Any] | None = None,
     train_set: EncodedSet | None = None,
     eval_set: EncodedSet | None = None,
     accuracy: Callable[[Any], float] | None = None,
@@ -104,6 +106,7 @@ def run_training(
         work_dir: of the run.
         factors: SoKA's starting factors; default: of `rank`, or 2.
         initial: the modules whose starting factors are subtracted; default: all.
+        form: what of SoKA's factors is trained, the choices of a `Form`; default: everything.
         train_set, eval_set: the examples; default: 64 for training.
         accuracy: of a model's answers, for `answered`.
         options: `rank`, and keys of [train] and [base], see `make_manifest`.
@@ -121,6 +124,7 @@ def run_training(
         work_dir=work_dir,
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
+        forms=dict.fromkeys(factors, Form(form)) if form else {},
     )
     return train(run, TrainingData(train_set or make_examples(), eval_set, 0, accuracy), progress=False)
 

@@ -50,7 +50,7 @@ def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) ->
             ranks[name] = min(chosen, candidate.most)
     for (policy, _), members in groups.items():
         spectra = {c.target.module.name: c.sigma[: c.most] for c in members}
-        costs = {c.target.module.name: c.shape.parameters(1) for c in members}
+        costs = {c.target.module.name: c.target.rule.form.parameters(1, c.shape) for c in members}
         ranks.update(spread_budget(spectra, costs, policy))
     return ranks
 
@@ -96,6 +96,7 @@ def assemble(
             rank=ranks[candidate.target.module.name],
             sigma=candidate.sigma,
             total_energy=candidate.total_energy,
+            trained=candidate.target.rule.form.choices,
         )
         for candidate in candidates
     ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
+from soka_serve.trained import Form
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class ModuleInit:
     `sigma` is the candidate pool's spectrum, descending, whose squares are energies; `total_energy` is that of all that
     was decomposed: the squared Frobenius norm of the weight, the delta or the gradient, or, where activations weigh the
     weight, the mean squared norm of its outputs. Factors of the start are scaled otherwise (`[[adapt]] scale`).
+    `trained` are the choices of its form.
     """
 
     module: str
@@ -34,11 +38,17 @@ class ModuleInit:
     rank: int
     sigma: tuple[float, ...]
     total_energy: float
+    trained: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def form(self) -> Form:
+        """What of the factors is trained."""
+        return Form(self.trained)
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters: r(mn + pq + 1), arXiv:2506.15251."""
-        return self.factor_shape.parameters(self.rank)
+        """Trainable parameters: r(mn + pq + 1), arXiv:2506.15251, but for factors that are not trained."""
+        return self.form.parameters(self.rank, self.factor_shape)
 
     @property
     def projection(self) -> str:
@@ -74,6 +84,11 @@ class Initialisation:
     initial_modules: frozenset[str] = field(default_factory=frozenset)
     """Modules whose theta0 is subtracted."""
 
+    @property
+    def forms(self) -> dict[str, Form]:
+        """What is trained of the modules of which not everything is."""
+        return {m.module: m.form for m in self.modules if m.rank and m.trained}
+
     def write(self, directory: Path) -> None:
         """Write `init.safetensors` and `init.json` into an existing directory."""
         tensors: dict[str, torch.Tensor] = {}
@@ -81,7 +96,11 @@ class Initialisation:
             for part in ("left", "right", "sigma"):
                 tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
         save_file(tensors, directory / "init.safetensors", metadata={"format": "pt"})
-        listing = {"modules": [asdict(m) for m in self.modules], "initial": sorted(self.initial_modules)}
+        modules = [asdict(m) for m in self.modules]
+        for module in modules:
+            if not module["trained"]:
+                del module["trained"]
+        listing = {"modules": modules, "initial": sorted(self.initial_modules)}
         (directory / "init.json").write_text(json.dumps(listing))
 
     @classmethod

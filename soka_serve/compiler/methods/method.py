@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from soka_serve.base.model import Dtype
     from soka_serve.base.modules import Module
     from soka_serve.kron import Factors
+    from soka_serve.trained import Form
 
 Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types
 
@@ -37,6 +38,7 @@ class StartingPoint:
         batches: makes training batches on `device`, for methods that `reads_batches`.
         factors: theta at the start by module name, for SoKA.
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
+        forms: what of a module is trained by its name, for SoKA; of others everything.
     """
 
     targets: Sequence[str]
@@ -49,6 +51,7 @@ class StartingPoint:
     batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]]
     factors: Mapping[str, Factors]
     initial: Collection[str]
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ class Soka(Method):
         from soka_serve.compiler.methods.adapter_files import ADAPTER
         from soka_serve.peft import build_soka_model, soka_layers
 
-        adapted = build_soka_model(model, start.factors, initial=bool(start.initial), base_model=start.base_name)
+        adapted = build_soka_model(
+            model, start.factors, initial=bool(start.initial), base_model=start.base_name, forms=start.forms
+        )
         for name, layer in soka_layers(adapted).items():
             if start.initial and name not in start.initial:
                 # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.

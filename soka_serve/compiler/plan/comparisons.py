@@ -49,11 +49,14 @@ def _own(
     name = f"this manifest ({method.name})"
     if not method.kronecker:
         return _row(name, method, (low, high), setting)
-    # A delta of two sets of r terms has at most 2r: what is exported, in full, where the start is subtracted.
-    subtracted = high if any(t.rule.start.subtracted for t in targets) else 0
-    served = high + (subtracted if manifest.output.adapter_terms == "all" else 0)
+    # A delta of two sets of r terms has at most 2r: what is exported, in full, where the start is subtracted. It has r
+    # where the two share a factor.
+    plain = max(high - planned.formed_trained, 0)
+    subtracted = plain if any(t.rule.start.subtracted for t in targets) else 0
+    served = plain + (subtracted if manifest.output.adapter_terms == "all" else 0) + planned.formed_stored
     stored = served * dtype_bytes(manifest.output.adapter_dtype)
-    return Comparison(name, low, high, stored, estimate_memory(setting, trained=high, initial=subtracted))
+    frozen = subtracted + planned.formed_frozen
+    return Comparison(name, low, high, stored, estimate_memory(setting, trained=high, frozen=frozen))
 
 
 def _row(name: str, method: Method, parameters: tuple[int, int], setting: TrainingSetup) -> Comparison:

@@ -6,8 +6,9 @@ never held against a real run on a GPU.
 
 - Base: parameters x bytes of its dtype. 8-bit: linear projections 1 byte each; 4-bit: half a byte and a float32 scale
   per 64 weights; embeddings and norms keep the dtype.
-- Trained parameters: float32 weight, gradient and AdamW's two moments, 16 bytes each; and 4 bytes for the frozen
-  initial factors that `init = "weights"` and "gradient" subtract. Full fine-tuning trains the base itself in float32.
+- Trained parameters: float32 weight, gradient and AdamW's two moments, 16 bytes each; and 4 bytes for factors that are
+  not trained, and for the frozen initial ones that `init = "weights"` and "gradient" subtract. Full fine-tuning trains
+  the base itself in float32.
 - Activations kept for the backward, per token and layer: 6h + 2a + 2k + 4f elements (h hidden, a and k the widths of
   the query and key projections, f the MLP's width): per norm its input, its float32 copy and its output; q, k, v and
   the attention's output; gate, its activation, up, and their product. Attention is taken to be fused (SDPA): nothing
@@ -67,13 +68,13 @@ class TrainingSetup:
     gradient_checkpointing: bool
 
 
-def estimate_memory(setting: TrainingSetup, *, trained: int | None, initial: int = 0) -> MemoryEstimate:
+def estimate_memory(setting: TrainingSetup, *, trained: int | None, frozen: int = 0) -> MemoryEstimate:
     """Estimate the device memory of one training process, bytes. The module's docstring has the formulas.
 
     Args:
         setting: base, batch and precision.
         trained: trained parameters of an adapter; None for full fine-tuning, which trains the base itself.
-        initial: parameters of the frozen initial factors.
+        frozen: parameters of frozen factors: initial ones, and those that are not trained.
     """
     size, tokens = setting.size, setting.tokens
     width = dtype_bytes(setting.base_dtype)
@@ -82,7 +83,7 @@ def estimate_memory(setting: TrainingSetup, *, trained: int | None, initial: int
     else:
         per_weight = {"none": float(width), "8bit": 1.0, "4bit": 0.5 + 4 / 64}[setting.quantize]
         base = int(size.linear * per_weight) + (size.parameters - size.linear) * width
-        trained_bytes = trained * _TRAINED_BYTES + initial * 4
+        trained_bytes = trained * _TRAINED_BYTES + frozen * 4
     element = dtype_bytes(setting.precision)
     modules = setting.modules
     first = [m for m in modules if m.layer == modules[0].layer] if modules else []

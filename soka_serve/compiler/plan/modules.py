@@ -13,6 +13,7 @@ from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape, balanced_shape, parallel_of
 from soka_serve.manifest.schema import Manifest, Prune
 from soka_serve.starts import STARTS, names_of
+from soka_serve.trained import PARTS
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,19 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The targets with their bounds, the bounds of the trainable parameters in all, and remarks for people."""
+    """The targets with their bounds, the bounds of the trainable parameters in all, and remarks for people.
+
+    Of modules of which not everything is trained (`Form`): `formed_trained`, `formed_frozen` and `formed_stored` are
+    the most values that are trained, that lie beside them in training, and that the finished adapter holds.
+    """
 
     modules: tuple[ModulePlan, ...]
     parameters_min: int
     parameters_max: int
     notes: tuple[str, ...] = ()
+    formed_trained: int = 0
+    formed_frozen: int = 0
+    formed_stored: int = 0
 
 
 def plan_training(manifest: Manifest, targets: Sequence[TargetModule], method: Method, size: ModelSize) -> TrainingPlan:
@@ -79,8 +87,21 @@ def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> Trai
     _check_budgets(manifest, targets)
     budgets = {t.module.name: group for group in budget_groups(manifest, targets).values() for t in group}
     planned = tuple(_plan_module(t, budgets.get(t.module.name), manifest.train.prune) for t in targets)
+    formed = [(t, m) for t, m in zip(targets, planned, strict=True) if t.rule.form.choices]
+    whole = manifest.output.adapter_terms == "all"
+    frozen = stored = 0
+    for target, module in formed:
+        form, shape, subtracted = target.rule.form, _shape(target), target.rule.start.subtracted
+        values = shape.parameters(module.rank_max)
+        frozen += values * (2 if subtracted else 1) - form.trained_factors(module.rank_max, shape)
+        stored += shape.parameters(form.served(module.rank_max, subtracted=subtracted and whole))
     return TrainingPlan(
-        planned, *_total_parameters(manifest, targets, planned), notes=tuple(_remarks(manifest, targets))
+        planned,
+        *_total_parameters(manifest, targets, planned),
+        notes=tuple(_remarks(manifest, targets)),
+        formed_trained=sum(module.parameters_max for _, module in formed),
+        formed_frozen=frozen,
+        formed_stored=stored,
     )
 
 
@@ -122,7 +143,11 @@ def _remarks(manifest: Manifest, targets: Sequence[TargetModule]) -> list[str]:
     train = manifest.train
     if train.prune is not None:
         notes.append("train.prune may drop terms while training: ranks and parameters are the most there can be")
-    frozen = [key for key in ("left_lr", "right_lr", "sigma_lr") if getattr(train, key) == 0]
+    frozen = [
+        f"{part}_lr"
+        for part in PARTS
+        if getattr(train, f"{part}_lr") == 0 and any(part not in t.rule.form.frozen for t in targets)
+    ]
     if frozen:
         notes.append(f"{' and '.join(frozen)} = 0: those factors stay as they start, and count here all the same")
     if train.steps == 0 and (idle := [t for t in targets if not t.rule.start.changes]):
@@ -143,7 +168,7 @@ def _shape(target: TargetModule) -> FactorShape:
 
 
 def _cost(target: TargetModule) -> int:
-    return _shape(target).parameters(1)
+    return target.rule.form.parameters(1, _shape(target))
 
 
 def _plan_module(target: TargetModule, group: Sequence[TargetModule] | None, prune: Prune | None) -> ModulePlan:
@@ -158,7 +183,7 @@ def _plan_module(target: TargetModule, group: Sequence[TargetModule] | None, pru
     if prune is not None:
         low = min(low, prune.min)
     low, high = min(low, shape.max_rank), min(high, shape.max_rank)
-    fewest = shape.parameters(low)
+    fewest = rule.form.parameters(low, shape)
     if target.shape is None and low:
         # At equal parameters another shape has fewer, larger terms: at worst one that costs just over half of them.
         fewest = max(fewest // 2, _cost(target))
@@ -172,7 +197,7 @@ def _plan_module(target: TargetModule, group: Sequence[TargetModule] | None, pru
         rank_min=low,
         rank_max=high,
         parameters_min=fewest,
-        parameters_max=shape.parameters(high),
+        parameters_max=rule.form.parameters(high, shape),
         rules=target.rules,
     )
 

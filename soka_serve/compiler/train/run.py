@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from soka_serve.data.encode import EncodedSet
     from soka_serve.kron import Factors
+    from soka_serve.trained import Form
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class TrainingRun:
         work_dir: directory of everything that the run writes, see `soka_serve.compiler.train.train`.
         factors: theta at the start by module name, for SoKA.
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
+        forms: what of a module is trained by its name, for SoKA; of others everything.
         batches: makes training batches on the run's device, for methods that read some before they start.
     """
 
@@ -53,6 +55,7 @@ class TrainingRun:
     work_dir: Path
     factors: Mapping[str, Factors] = field(default_factory=dict)
     initial: Collection[str] = frozenset()
+    forms: Mapping[str, Form] = field(default_factory=dict)
     batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]] = tuple
 
     @property
@@ -74,6 +77,7 @@ class TrainingRun:
             batches=self.batches,
             factors=self.factors,
             initial=self.initial,
+            forms=self.forms,
         )
 
 
@@ -147,6 +151,8 @@ def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
         "tokens": sum(len(example.input_ids) for example in train_set.examples),
         "processes": processes,
     }
+    if run.forms:
+        recipe["forms"] = {name: dict(form.choices) for name, form in sorted(run.forms.items())}
     digest.update(json.dumps(recipe, sort_keys=True).encode())
     for name in sorted(run.factors):
         f = run.factors[name]

@@ -81,7 +81,7 @@ def test_importing_with_an_untried_peft_says_so() -> None:
         ({"init_soka_weights": "zero", "soka_initial": True}, "soka_initial does not go with"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform needs target_modules"),
         ({"layers_pattern": "layers"}, "layers_pattern needs layers_to_transform"),
-        ({"soka_modules": {"a": {"rang": 1}}}, r"soka_modules\['a'\] takes rank and shape only"),
+        ({"soka_modules": {"a": {"rang": 1}}}, r"soka_modules\['a'\] takes rank, shape and trained only"),
         ({"soka_modules": {"a": {"rank": 0}}}, r"soka_modules\['a'\]: rank must be at least 1"),
         ({"soka_modules": {"a": {"shape": [1, 2]}}}, r"soka_modules\['a'\]: shape must be"),
     ],

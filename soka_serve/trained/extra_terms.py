@@ -1,0 +1,57 @@
+"""Further terms beside those of the start: `extra_terms = E` trains E terms more, which start at a delta of zero.
+
+SALT (arXiv:2503.16055) trains sigma' = alpha * sigma + beta of a weight's leading singular values and adds a low-rank
+update X Y. Its alpha and beta have an entry per singular value, so sigma' is any vector, as where sigma itself is
+trained: `train_factors = ["sigma"]` with `extra_terms` is SALT on Kronecker terms, but for the step sizes of alpha and
+beta. Left starts random and Right at zero, as in KronA (arXiv:2212.10650), with sigma as large as the other terms'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from soka_serve.trained.row import PARTS, Part, RuleFacts, Trained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soka_serve.kron import Factors
+    from soka_serve.kron.shapes import FactorShape
+
+
+class ExtraTerms(Trained):
+    """Terms of their own."""
+
+    key: ClassVar[str] = "extra_terms"
+    tensors: ClassVar[tuple[str, ...]] = tuple(f"extra_{part}" for part in PARTS)
+
+    def problem(self, value: Any) -> str | None:
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return None if is_count else "expected a whole number, at least 0"
+
+    def misfits(self, value: Any, rule: RuleFacts) -> Iterator[tuple[str, str]]:
+        if rule.policy == "budget":
+            yield self.key, "extra_terms does not go with policy = 'budget', which does not pay for them"
+
+    def parts(self, value: Any, rank: int, shape: FactorShape) -> dict[str, Part]:
+        m, n, p, q = shape
+        sizes = ((value, m, n), (value, p, q), (value,))
+        return {f"extra_{part}": Part(size, part, rank + value) for part, size in zip(PARTS, sizes, strict=True)}
+
+    def start(self, value: Any, terms: Factors) -> dict[str, Tensor]:
+        from soka_serve.kron.factors import random_terms
+
+        size = float(terms.sigma.square().mean().sqrt()) if not terms.sigma.is_meta else 0.0
+        made = random_terms(value, terms.shape, size or 1 / math.sqrt(terms.shape.in_features), zero=True)
+        made = made.to(terms.sigma.dtype, terms.sigma.device)
+        return {f"extra_{part}": getattr(made, part) for part in PARTS}
+
+    def apply(self, value: Any, terms: Factors, parts: Mapping[str, Tensor]) -> Factors:
+        from soka_serve.kron import Factors, stack_terms
+
+        return stack_terms(terms, Factors(*(parts[f"extra_{part}"] for part in PARTS)))
+
+    def added(self, value: Any) -> int:
+        return int(value)
