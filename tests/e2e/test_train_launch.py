@@ -111,6 +111,21 @@ def test_two_processes_resume(whole: Launched) -> None:
         assert torch.equal(tensors[key], tensor)
 
 
+@pytest.mark.slow
+def test_two_processes_train_what_a_form_says(whole: Launched) -> None:
+    """A core between frozen factors, and a term of its own beside them."""
+    options = OPTIONS | {"form": {"core": True, "extra_terms": 1}, "steps": 3}
+    for code, log in whole.train("form", **options, batch_size=2):
+        assert code == 0, log
+    result = TrainResult.read(whole.folder / "form")
+    single = run_training(whole.folder / "base", whole.folder / "form-one", **options, batch_size=4)
+    assert result.trainable_parameters == single.trainable_parameters
+    tensors, alone = (load_file(r.directory / "adapter_model.safetensors") for r in (result, single))
+    assert tensors.keys() == alone.keys()
+    for key, tensor in alone.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("name", "kind"), [("multi_cpu", "MULTI_GPU"), ("fsdp", "FSDP")])
 def test_accelerate_reads_the_configs(name: str, kind: str) -> None:
     config = load_config_from_file(str(ROOT / "eval" / "configs" / f"{name}.yaml"))
