@@ -6,8 +6,10 @@
 - `soka.lock` (TOML, provenance) and `README.md` (model card).
 
 A checkpoint of a running training has the frozen initial factors too (`soka_left_initial` and so on, and soka_initial
-in the config); its delta is trained minus initial. `trained` of a module in its config says what of them is trained, and
-`soka_core` and the like are tensors that are trained beside them (`soka_serve.trained`). Needs torch and safetensors, not PEFT.
+in the config); its delta is trained minus initial. `trained` of a module in its config says what of the factors is
+trained, and `soka_core` and the like are tensors that are trained beside them (`soka_serve.trained`).
+
+Needs torch and safetensors, not PEFT.
 """
 
 from __future__ import annotations
