@@ -78,7 +78,7 @@ def printable_lines(text: str) -> str:
 
 def is_printable(text: str) -> bool:
     """Whether `printable` leaves a text as it is."""
-    return printable(text, len(text)) == text
+    return text.isprintable() or printable(text, len(text)) == text
 
 
 class SokaError(Exception):

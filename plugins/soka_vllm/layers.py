@@ -17,6 +17,9 @@ from soka_vllm.worker import ADAPTERS_IN_STEP
 
 _logger = logging.getLogger("vllm.soka")
 
+# Of a Left: its slice of the layer, and it and its Right as a slot holds them.
+_ARRANGED = "soka_arranged"
+
 
 class KroneckerMixin:
     """Mixin for a subclass of one of `compat.LORA_LAYERS` (see `kronecker_class`); comes first among its bases.
@@ -76,6 +79,24 @@ class KroneckerMixin:
         slices = enumerate(self.shards.slices)
         return [(i, cut(left, right, part.rows, part.columns)) for i, part in slices if part.source == index]
 
+    def arranged(self, index: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A module's factors in memory of their own, as this layer's slots hold them.
+
+        Args:
+            index, left, right: as for `parts`.
+
+        Returns:
+            Left and Right as given, which `set_lora` puts into a slot by one copy, and the (values,) that they are
+            views of. None where this rank holds another part than all of them, and on a GPU.
+        """
+        (slice_, part), *more = self.parts(index, left, right)
+        if not self._on_cpu or more or part.left.numel() + part.right.numel() != left.numel() + right.numel():
+            return None
+        found = self._kronecker.arrange(left, right, out_skip=part.out_skip, in_skip=part.in_skip)
+        left, right = found.factors
+        setattr(left, _ARRANGED, (slice_, found))
+        return left, right, found.values
+
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
         self._kronecker.clear(index)
@@ -103,7 +124,11 @@ class KroneckerMixin:
             return
         self.reset_lora(index)
         for source, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-            if left is not None:
+            if left is None:
+                continue
+            if (ready := getattr(left, _ARRANGED, None)) is not None:
+                self._kronecker.fill(index, *ready)
+            else:
                 for i, part in self.parts(source, left, right):
                     self._kronecker.put(index, i, part.left, part.right, out_skip=part.out_skip, in_skip=part.in_skip)
 

@@ -58,17 +58,25 @@ def load_adapter(
         raise ValueError(within(directory, error)) from error
     weights = {}
     tensors: dict[str, torch.Tensor] = {}
+    flat: list[torch.Tensor] = []
     values, room = 0, None
     for name, factors in adapter.items():
-        left = (factors.left * factors.sigma[:, None, None]).to(dtype)
-        right = factors.right.to(dtype, copy=True)  # else all of the file stays in memory for it
+        left, right = (factors.left * factors.sigma[:, None, None]).to(dtype), factors.right.to(dtype)
+        layer, index = places.get(name, (None, 0))
+        if layer is not None and (arranged := layer.arranged(index, left, right)) is not None:
+            left, right, own = arranged
+            flat.append(own)
+            values += own.numel()
+        else:
+            right = factors.right.to(dtype, copy=True)  # else all of the file stays in memory for it
+            flat += left.flatten(), right.flatten()
+            if layer is not None:
+                room = layer.slot_values
+                values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         tensors |= {f"{name}: Left": left, f"{name}: Right": right}
-        if name in places:
-            layer, index = places[name]
-            room = layer.slot_values
-            values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         weights[name] = LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
-    if spoilt := find_not_finite(tensors):
+    if not bool(torch.isfinite(torch.cat(flat)).all()):
+        spoilt = find_not_finite(tensors)
         lines = first_ten([f"{name} has values that are not finite in {dtype}" for name in spoilt])
         raise ValueError("\n".join(lines))
     if room is not None and values > room:

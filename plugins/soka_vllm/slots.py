@@ -6,12 +6,30 @@ A slot may hold any rank and factor shape per slice of the layer's output, and o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from soka_vllm.arena import Arena, Buffer, FactorMemory
 from soka_vllm.ops import dispatch, torch_ops
+
+
+class Arranged(NamedTuple):
+    """Factors as a slot holds them.
+
+    Args:
+        kind: their sizes, and how they are applied.
+        values: (values,), see `torch_ops.arrange`.
+    """
+
+    kind: torch_ops.StackKind
+    values: Tensor
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Left (r, m, n) and Right (r, p, q), views of `values`."""
+        return torch_ops.arranged(self.values, self.kind)
 
 
 class SlotStore:
@@ -41,6 +59,9 @@ class SlotStore:
             memory = Buffer(dtype, device) if device.type == "cpu" else Arena.shared(slots, dtype, device)
         self._memory = memory
         self.table = torch.zeros(len(self.widths), slots, torch_ops.ROW_FIELDS, dtype=torch.int64, device=device)
+        # On a CPU the same memory, to which numpy writes a row in a fifth of the time.
+        self._rows = self.table.numpy() if device.type == "cpu" else None
+        self._starts = [sum(self.widths[:index]) for index in range(len(self.widths))]
         self._kinds: dict[torch_ops.StackKind, int] = {}
         self._taken: dict[tuple[int, int], tuple[int, int]] = {}  # (slot, slice) -> (start, size) in the memory
 
@@ -84,26 +105,43 @@ class SlotStore:
             ValueError: the ranks differ, a skip is negative, or the factors' delta does not cover the slice; or the
                 slot has no room for them in the arena.
         """
-        rank, m, n = left.shape
-        p, q = right.shape[1:]
-        width = self.widths[index]
-        want = (out_skip + width, in_skip + self.in_features)
-        if right.shape[0] != rank or out_skip < 0 or in_skip < 0 or m * p < want[0] or n * q < want[1]:
+        if right.shape[0] != left.shape[0]:
             raise ValueError(
-                f"expected factors of equal rank whose delta is at least {want}, of which rows [{out_skip}, {want[0]}) "
-                f"and columns [{in_skip}, {want[1]}) apply; got left {tuple(left.shape)}, right {tuple(right.shape)}"
+                f"expected factors of equal rank; got left {tuple(left.shape)}, right {tuple(right.shape)}"
+            )
+        self.fill(slot, index, self.arrange(left, right, out_skip=out_skip, in_skip=in_skip))
+
+    def arrange(self, left: Tensor, right: Tensor, *, out_skip: int = 0, in_skip: int = 0) -> Arranged:
+        """The arguments of `put` as `fill` takes them, in memory of their own."""
+        # A GPU's kernel reads Left by rows; what it computes is the same in both orders.
+        order = torch_ops.choose_order(left, right) if self._rows is not None else torch_ops.LEFT_FIRST
+        (rank, m, n), (p, q) = left.shape, right.shape[1:]
+        kind = torch_ops.StackKind(rank, m, n, p, q, order, out_skip, in_skip)
+        return Arranged(kind, torch_ops.arrange(left, right, order))
+
+    def fill(self, slot: int, index: int, arranged: Arranged) -> None:
+        """`put`, of factors that were arranged before."""
+        kind, values = arranged
+        width = self.widths[index]
+        want = (kind.out_skip + width, kind.in_skip + self.in_features)
+        delta = (kind.m * kind.p, kind.n * kind.q)
+        if kind.out_skip < 0 or kind.in_skip < 0 or delta[0] < want[0] or delta[1] < want[1]:
+            raise ValueError(
+                f"expected factors of equal rank whose delta is at least {want}, of which rows [{kind.out_skip}, "
+                f"{want[0]}) and columns [{kind.in_skip}, {want[1]}) apply; got left {(kind.rank, kind.m, kind.n)}, "
+                f"right {(kind.rank, kind.p, kind.q)}"
             )
         self._drop(slot, index)
-        # A GPU's kernel reads Left by rows; what it computes is the same in both orders.
-        order = torch_ops.choose_order(left, right) if self.values.device.type == "cpu" else torch_ops.LEFT_FIRST
-        factors = torch_ops.arrange(left, right, order)
-        start = self._memory.take(slot, factors.numel())
-        self._taken[slot, index] = (start, factors.numel())
-        self.values[start : start + factors.numel()] = factors
-        kind = torch_ops.StackKind(rank, m, n, p, q, order, out_skip, in_skip)
+        size = values.numel()
+        start = self._memory.take(slot, size)
+        self._taken[slot, index] = (start, size)
+        self._memory.values[start : start + size] = values
         number = self._kinds.setdefault(kind, len(self._kinds) + 1)
-        row = [start, number, *kind, sum(self.widths[:index]), width]
-        self.table[index, slot] = torch.tensor(row, dtype=torch.int64)
+        row = [start, number, *kind, self._starts[index], width]
+        if self._rows is not None:
+            self._rows[index, slot] = row
+        else:
+            self.table[index, slot] = torch.tensor(row, dtype=torch.int64)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -118,4 +156,4 @@ class SlotStore:
         taken = self._taken.pop((slot, index), None)
         if taken is not None:
             self._memory.give_back(slot, taken[0])
-            self.table[index, slot] = 0
+            (self.table if self._rows is None else self._rows)[index, slot] = 0

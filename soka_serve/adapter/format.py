@@ -133,13 +133,15 @@ class AdapterFiles:
 
     def read(self) -> Adapter:
         """See `read_adapter`."""
-        expected, problems = _expected(self.config), list(self.problems)
-        fitting = {
-            name: info
-            for name, info in self.tensors.items()
-            if info.dtype in FLOAT_DTYPES and info.shape == expected.get(name)
-        }
-        values = {name: value.float() for name, value in read_tensors(fitting).items()}
+        problems, fitting = list(self.problems), self.tensors
+        if problems:
+            expected = _expected(self.config)
+            fitting = {
+                name: info
+                for name, info in self.tensors.items()
+                if info.dtype in FLOAT_DTYPES and info.shape == expected.get(name)
+            }
+        values = read_tensors(fitting, torch.float32)
         problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
         if problems:
             raise refusal(self.directory, problems, _SAVE_AGAIN)

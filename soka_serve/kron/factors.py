@@ -34,7 +34,7 @@ class Factors:
 
     def __post_init__(self) -> None:
         dims = (self.left.ndim, self.right.ndim, self.sigma.ndim)
-        if dims != (3, 3, 1) or not len(self.left) == len(self.right) == len(self.sigma):
+        if dims != (3, 3, 1) or not self.left.shape[0] == self.right.shape[0] == self.sigma.shape[0]:
             shapes = f"left {tuple(self.left.shape)}, right {tuple(self.right.shape)}, sigma {tuple(self.sigma.shape)}"
             expected = "left, right and sigma must have the same number of terms"
             if dims != (3, 3, 1):

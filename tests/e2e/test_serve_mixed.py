@@ -7,10 +7,12 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -111,6 +113,18 @@ def test_a_model_that_does_not_exist(served: AdapterServer) -> None:
         assert status == 404, reply
         assert reply["error"]["message"] == said
         assert reply["error"]["type"] == "NotFoundError"
+
+
+def test_an_idle_server_takes_no_processor(served: AdapterServer) -> None:
+    """vLLM's worker looks for work all the time while it has some, and until a second later."""
+    served.server.ask("base", [1, 2], 1)
+    time.sleep(2)
+    processes = [psutil.Process(served.server.pid), *psutil.Process(served.server.pid).children(recursive=True)]
+    assert len(processes) >= 3  # API, engine, worker
+    before = sum(sum(process.cpu_times()[:2]) for process in processes)
+    time.sleep(4)
+    taken = sum(sum(process.cpu_times()[:2]) for process in processes) - before
+    assert taken < 0.4, f"{taken:.2f} s of processor time in 4 s"
 
 
 def write_checkpoint(folder: Path) -> Any:

@@ -57,6 +57,16 @@ def arrange(left: Tensor, right: Tensor, order: int) -> Tensor:
     return torch.cat([left.permute(1, 2, 0).flatten(), right.permute(2, 0, 1).flatten()])
 
 
+def arranged(values: Tensor, kind: StackKind) -> tuple[Tensor, Tensor]:
+    """What `arrange` was given: Left (r, m, n) and Right (r, p, q), as views of its result."""
+    left, right = values[: kind.left_size], values[kind.left_size :]
+    if kind.order == LEFT_FIRST:
+        return left.view(kind.m, kind.rank, kind.n).transpose(0, 1), right.view(kind.rank, kind.q, kind.p).transpose(
+            1, 2
+        )
+    return left.view(kind.m, kind.n, kind.rank).permute(2, 0, 1), right.view(kind.q, kind.rank, kind.p).permute(1, 2, 0)
+
+
 class StackKind(NamedTuple):
     """The middle fields of a row: what the factors of two slots must have in common to be stacked."""
 

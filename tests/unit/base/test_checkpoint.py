@@ -100,6 +100,18 @@ def test_many_tensors_in_one_read(single: Path, tmp_path: Path) -> None:
         for name, tensor in found.items():
             assert tensor.dtype == TENSORS[name].dtype
             assert torch.equal(tensor, TENSORS[name])
+        floats = {name: header[name] for name in names if TENSORS[name].is_floating_point()}
+        for name, tensor in read_tensors(floats, torch.float64).items():
+            assert tensor.dtype == torch.float64
+            assert torch.equal(tensor, TENSORS[name].double())
+    same = {"b": torch.randn(2, 3), "a": torch.randn(4), "none": torch.zeros(0, 2), "one": torch.tensor(2.0)}
+    save_file(same, tmp_path / "same.safetensors")  # all of one dtype: one after the other
+    header = read_header(tmp_path / "same.safetensors")
+    for wanted in (list(same), ["b", "one"], ["a"]):
+        for dtype in (None, torch.float32, torch.bfloat16):
+            found = read_tensors({name: header[name] for name in wanted}, dtype)
+            assert list(found) == wanted
+            assert all(torch.equal(tensor, same[name].to(dtype or torch.float32)) for name, tensor in found.items())
     # A narrow tensor before a wide one, as no library writes them: the wide one begins in the middle of its unit.
     raw = write_raw(
         tmp_path / "odd.safetensors",

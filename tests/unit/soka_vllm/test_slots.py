@@ -61,6 +61,24 @@ def test_slots_are_filled_inside_inference_mode_and_outside() -> None:
     assert rows(store, [0, 1]) == [16.0, 0.0]
 
 
+@pytest.mark.parametrize(("left", "right"), [((3, 2, 2), (3, 8, 16)), ((3, 4, 8), (3, 4, 4)), ((1, 16, 1), (1, 1, 32))])
+def test_what_is_arranged_before_is_put_as_it_is(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    """In both orders of the products; the factors come back as they were."""
+    lefts, rights = torch.randn(left), torch.randn(right)
+    stores = [SlotStore(2, [5, 16], 32, torch.float32, "cpu") for _ in range(2)]
+    stores[0].put(1, 1, lefts, rights)
+    arranged = stores[1].arrange(lefts, rights)
+    stores[1].fill(1, 1, arranged)
+    for put_in, got in zip((lefts, rights), arranged.factors, strict=True):
+        assert torch.equal(put_in, got)
+        assert got.untyped_storage().data_ptr() == arranged.values.untyped_storage().data_ptr()
+    assert torch.equal(stores[0].values, stores[1].values)
+    assert torch.equal(stores[0].table, stores[1].table)
+    assert stores[0].table[1, 1, -2:].tolist() == [5, 16]
+    stores[1].clear(1)
+    assert not stores[1].table.any()
+
+
 @pytest.mark.parametrize(
     ("left", "right", "skips", "want"),
     [
