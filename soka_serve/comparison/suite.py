@@ -31,7 +31,7 @@ _PER_EXAMPLE = ("answer_loss", "forgetting")  # metrics
 _OWN_KEYS = {
     "method", "method_rank", "method_scale", "data", "epochs", "learning_rate", "left_lr", "right_lr", "sigma_lr",
     "seed", "log_every", "eval_every", "save_every", "early_stopping", "answered",
-    "report_to", "prune",
+    "report_to", "prune", "regularise",
 }  # fmt: skip
 SHARED_KEYS = tuple(name for name in Train.model_fields if name not in _OWN_KEYS)
 

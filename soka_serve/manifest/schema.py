@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, create_model, field_validator
 
 from soka_serve.manifest.fields import FormatVersion, PathOrId, PositiveInt, Text
 from soka_serve.manifest.optimisers import DEFAULT_OPTIMISER, OPTIMISERS, REFUSED
 from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.table import ARRAY_FORM, TABLE_FORM, Key, Table, TableKeys, value_of
+from soka_serve.regularisers import REGULARISERS
 from soka_serve.starts import STARTS, names_of
 from soka_serve.trained import PARTS, TRAINED
 
@@ -185,10 +186,41 @@ class Prune(Table):
     min: PositiveInt = Field(1, description="Fewest terms a module keeps.")
 
 
+class _Regularise(Table):
+    """What other methods add to the loss, or do to gradients and factors; 0 is none of it.
+
+    `history.jsonl` has the value of each that is set, without its number; its `loss` stays that of the task.
+    """
+
+    LATER = frozenset(REGULARISERS)
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The numbers that are not zero, by the regulariser's name."""
+        return {name: value for name in REGULARISERS if (value := getattr(self, name))}
+
+
+if TYPE_CHECKING:
+    Regularise = _Regularise
+else:
+    Regularise = create_model(
+        "Regularise",
+        __base__=_Regularise,
+        __doc__=_Regularise.__doc__,
+        **{
+            row.name: (
+                Annotated[int if row.whole else float, Field(ge=0)],
+                Field(0 if row.whole else 0.0, description=row.meaning),
+            )
+            for row in REGULARISERS.values()
+        },
+    )
+
+
 class Train(Table):
     """The fine-tuning run."""
 
-    LATER = frozenset({"answered", "optimiser", "weight_decay_schedule"})
+    LATER = frozenset({"answered", "optimiser", "regularise", "weight_decay_schedule"})
 
     method: Literal["soka", "lora", "pissa", "lokr", "full"] = Field(
         "soka", description="What is trained; the others are PEFT baselines over the same modules, data and schedule."
@@ -294,6 +326,9 @@ class Train(Table):
         description="Experiment trackers, as transformers names them; for tensorboard: `tensorboard --logdir build`.",
     )
     prune: Prune | None = Field(None, description="Drop weak terms during training.")
+    regularise: Regularise = Field(
+        default_factory=lambda: Regularise(), description="What other methods add to the loss, or do to the factors."
+    )
 
     @property
     def datasets(self) -> tuple[Data, ...]:
@@ -345,6 +380,8 @@ class Train(Table):
                 yield ("data", i), "weight is missing: other datasets have one, so that each needs it"
         if keys.has("optimiser") and keys.knows("optimiser", "method"):
             yield from _optimiser_conflicts(keys)
+        if keys.has("regularise") and keys.knows("regularise", "method"):
+            yield from _regulariser_conflicts(keys)
         if keys.has("eval_every") and keys.knows("data"):
             sources = ("builtin", "eval_jsonl", "eval_split", "eval_frac")
             parts = data if isinstance(data := keys.values["data"], list | tuple) else [data]
@@ -370,6 +407,21 @@ def _optimiser_conflicts(keys: TableKeys) -> Iterator[tuple[Key, str]]:
         )
     if keys.has("prune") and not optimiser.by_value:
         yield ("prune",), f"prune does not go with optimiser = {name!r}, whose state cannot be cut with a term"
+
+
+def _regulariser_conflicts(keys: TableKeys) -> Iterator[tuple[Key, str]]:
+    """Methods and keys that a regulariser does not go with."""
+    method, table = keys.values["method"], keys.values["regularise"]
+    for row in REGULARISERS.values():
+        if not value_of(table, row.name):
+            continue
+        place = ("regularise", row.name)
+        if row.kronecker and method != "soka":
+            yield place, f"{row.name} belongs to method = 'soka'; the method is {method!r}"
+        elif all(keys.values.get(f"{part}_lr") == 0 for part in row.trains):
+            yield place, f"{row.name} acts on {' and '.join(row.trains)} alone, which is not trained at a rate of 0"
+        for key in keys.has(*row.excludes):
+            yield place, f"{row.name} does not go with {key}: {row.excludes[key]}"
 
 
 class Output(Table):
@@ -486,6 +538,7 @@ class Manifest(Table):
                 yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
         if keys.knows("adapt", "train"):
             yield from _trained_conflicts(keys.values["adapt"], keys.values["train"])
+            yield from _zero_conflicts(keys.values["adapt"], value_of(keys.values["train"], "regularise"))
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
             for start in STARTS.values():
@@ -500,3 +553,16 @@ class Manifest(Table):
                         ("adapt", i, start.source),
                         f"{start.source} belongs to init = {start.name!r}, which no rule sets",
                     )
+
+
+def _zero_conflicts(rules: object, table: object) -> Iterator[tuple[Key, str]]:
+    """Regularisers that hold factors at the size of their start, where that is zero."""
+    inits = {value_of(rule, "init") for rule in rules} if isinstance(rules, list | tuple) else set()
+    zeros = [start for start in STARTS.values() if start.name in inits and start.starts_at_zero]
+    for row in REGULARISERS.values() if zeros else ():
+        if row.unit_factors and value_of(table, row.name):
+            yield (
+                ("train", "regularise", row.name),
+                f"{row.name} does not go with {zeros[0].written}, one of whose factors starts at zero: it holds "
+                "factors at the size of their start",
+            )

@@ -105,6 +105,11 @@ class Start:
     """Terms of the decomposition that one starting term takes."""
 
     @property
+    def starts_at_zero(self) -> bool:
+        """One of the factors is zero at the start, so that the delta is."""
+        return not (self.subtracted or self.changes)
+
+    @property
     def written(self) -> str:
         """What a manifest says to have it."""
         return f"init = {self.name!r}"

@@ -23,6 +23,7 @@ from tests.support.training import make_base, run_training
 # What `accelerate launch` says to the processes that it starts.
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
 OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15, "weight_decay": 0.5}
+REGULARISED = {"sorsa": 1.0, "kasa": 0.1}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
 
 
@@ -94,6 +95,26 @@ def test_two_processes_train_like_one_with_twice_the_batch(whole: Launched) -> N
     assert {"history.jsonl", "adapter_model.safetensors"} <= set(reports[0]["written"])
     # Its random state is all that the second process adds to a resume point.
     assert reports[1]["written"] == ["rng_state_1.pth"]
+
+
+@pytest.mark.slow
+def test_two_processes_regularise_like_one(whole: Launched) -> None:
+    """Sharded or not, every process adds the same, and the history has one value."""
+    folder = whole.folder
+    options = OPTIONS | {"weight_decay": 0.0, "regularise": REGULARISED}
+    for code, log in whole.train("regularised", **options, batch_size=2):
+        assert code == 0, log
+    result = TrainResult.read(folder / "regularised")
+    single = run_training(folder / "base", folder / "regularised-one", **options, batch_size=4)
+    for line, expected in zip(read_history(result.history), read_history(single.history), strict=True):
+        for name in REGULARISED:
+            assert line[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-4)
+    tensors = load_file(result.directory / "adapter_model.safetensors")
+    plain = load_file(folder / "two" / "adapter" / "adapter_model.safetensors")
+    for key, tensor in load_file(single.directory / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=2e-3, atol=2e-3)
+        if "initial" not in key:
+            assert not torch.equal(tensors[key], plain[key])
 
 
 @pytest.mark.slow

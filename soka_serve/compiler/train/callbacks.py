@@ -24,6 +24,7 @@ from soka_serve.kron import Factors
 from soka_serve.kron.factors import energy_by_term
 from soka_serve.manifest.schema import Prune
 from soka_serve.peft import drop_terms, soka_layers, term_energies
+from soka_serve.regularisers import REGULARISERS
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +90,10 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Append one JSON line per log to `history.jsonl`, in the main process.
 
     A line has `step` and `epoch`, and either `loss` (the mean since the last line), `grad_norm` (before clipping),
-    `learning_rate` (without the factors' multipliers) and, for SoKA, `modules`: per module `rank`, `sigma` (list) and
-    `effective_rank`; or `eval_loss` and, with `answered`, `eval_accuracy`. On resuming, lines after the resumed step
-    are taken out, since they are written again.
+    `learning_rate` (without the factors' multipliers), the value of each regulariser by its name (the mean since the
+    last line) and, for SoKA, `modules`: per module `rank`, `sigma` (list) and `effective_rank`; or `eval_loss` and,
+    with `answered`, `eval_accuracy`. On resuming, lines after the resumed step are taken out, since they are written
+    again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,6 +112,7 @@ class History(TrainerCallback):  # type: ignore[misc, unused-ignore]
         line: dict[str, Any] = {"step": state.global_step, "epoch": state.epoch}
         if "loss" in logs:
             line.update({key: logs.get(key) for key in ("loss", "grad_norm", "learning_rate")})
+            line.update({key: logs[key] for key in REGULARISERS if key in logs})
             spectra = read_spectra(kwargs["model"])
             if spectra:
                 line["modules"] = {

@@ -26,6 +26,7 @@ from soka_serve.base.model import auto_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.regularise import check_regularisers
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -112,6 +113,7 @@ def _check(run: TrainingRun, data: TrainingData) -> None:
     recipe, eval_set = run.manifest.train, data.evaluation
     if run.method.kronecker and not run.factors:
         raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
+    check_regularisers(recipe.regularise.chosen, run.method)
     if unknown := sorted(set(run.initial) - set(run.factors)):
         raise PlanError(f"initial factors of modules that have none: {', '.join(unknown[:3])}")
     if recipe.eval_every is not None and (eval_set is None or not eval_set.examples):

@@ -22,6 +22,7 @@ from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
 from soka_serve.compiler.train.packing import check_packing
+from soka_serve.compiler.train.regularise import Regularisation
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS
@@ -135,7 +136,14 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.control: Any
         self._packing_checked = False
         self.clip = RelativeClip(recipe.clip, norms)
+        self.regularisation = Regularisation(recipe.regularise.chosen)
         super().__init__(**others)
+        if self.is_deepspeed_enabled and recipe.regularise.chosen:
+            raise PlanError(
+                f"train.regularise.{next(iter(recipe.regularise.chosen))} does not go with DeepSpeed, which keeps "
+                "gradients and factors to itself",
+                hint="leave it out, or train with FSDP or DDP",
+            )
         if self.is_deepspeed_enabled and recipe.max_grad_norm is None:
             raise PlanError(
                 f"train.clip = {recipe.clip:g} does not go with DeepSpeed, which keeps gradients to itself",
@@ -233,7 +241,9 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clip or normalise the gradients; returns their norm before."""
+        """Add the regularisers' gradients, then clip or normalise; returns the norm before."""
+        scaler = self.accelerator.scaler
+        self.regularisation.add_gradients(model, 1.0 if scaler is None else scaler.get_scale())
         if self.recipe.max_grad_norm is None:
             self.args.max_grad_norm = self.clip.limit
         norm = super()._clip_grad_norm(model)
@@ -292,7 +302,9 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the base learning rate; send each module's sigma and effective rank to the trackers."""
+        """Log the base learning rate and the regularisers' values; send each module's terms to the trackers."""
+        if "loss" in logs:
+            logs |= self.regularisation.logged(lambda value: self.accelerator.gather(value).mean())
         if "learning_rate" in logs:
             # The group's own peak, which a resumed run has from its checkpoint: rates are measured when a run begins.
             # Its rate now, since the scheduler's last one is of before terms were dropped.

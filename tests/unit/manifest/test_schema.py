@@ -53,7 +53,7 @@ def test_every_key_is_described_once_and_every_table_is_closed() -> None:
 
 
 def test_optional_keys_have_a_default_or_an_example() -> None:
-    tableless = {"base", "data", "train", "output", "serve", "eval", "adapt", "rank", "prune"}
+    tableless = {"base", "data", "train", "output", "serve", "eval", "adapt", "rank", "prune", "regularise"}
     for header, table in tables():
         for key, node in table["properties"].items():
             if key in tableless or key in table.get("required", ()):

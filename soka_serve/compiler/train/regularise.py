@@ -1,0 +1,113 @@
+"""`[train.regularise]` at work: the rows of `soka_serve.regularisers` on a model in training.
+
+What is a function of the factors alone has its gradient added once per optimiser step, before gradients are clipped or
+scaled, whatever the number of batches: it is that of the sum of both losses. The loss that is logged stays the task's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from soka_serve.compiler.methods.adapter_files import ADAPTER
+from soka_serve.compiler.methods.method import Method
+from soka_serve.errors import PlanError
+from soka_serve.kron import Factors
+from soka_serve.peft import soka_layers
+from soka_serve.regularisers import REGULARISERS, Penalty
+
+
+def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
+    """Refuse regularisers that a method has nothing for, of those too that manifests do not name.
+
+    Raises:
+        PlanError: names the regulariser.
+    """
+    for name in chosen:
+        if REGULARISERS[name].kronecker and not method.kronecker:
+            raise PlanError(f"train.regularise.{name} belongs to method = 'soka'; the method is {method.name!r}")
+
+
+class Regularisation:
+    """The regularisers of one run.
+
+    Args:
+        chosen: what the manifest says, by name.
+    """
+
+    def __init__(self, chosen: Mapping[str, float]) -> None:
+        self.chosen = chosen
+        self._values: dict[str, list[Tensor]] = {}
+
+    def _note(self, name: str, value: Tensor) -> None:
+        self._values.setdefault(name, []).append(value.detach().float().reshape(()))
+
+    def logged(self, mean: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean of each value since the last call.
+
+        Args:
+            mean: over the processes; collective.
+        """
+        found = {name: float(mean(torch.stack(values).mean())) for name, values in self._values.items()}
+        self._values.clear()
+        return found
+
+    def add_gradients(self, model: nn.Module, loss_scale: float) -> None:
+        """Add the penalties' gradients to those of the factors.
+
+        Args:
+            model: what is trained; its gradients are those of a whole step.
+            loss_scale: what the task's gradients are multiplied by, in float16.
+
+        Collective where parameters are sharded (FSDP 2).
+        """
+        rows = [(row, self.chosen[name]) for name, row in REGULARISERS.items() if name in self.chosen]
+        penalties = [(row, weight) for row, weight in rows if isinstance(row, Penalty)]
+        if not penalties:
+            return
+        layers = soka_layers(model, ADAPTER).values()
+        copies = [_map(layer.theta(ADAPTER), _leaf) for layer in layers]
+        starts = [None if (f := layer.initial(ADAPTER)) is None else _map(f, _whole) for layer in layers]
+        terms = []
+        for row, weight in penalties:
+            value = row.penalty(list(zip(copies, starts, strict=True)))
+            self._note(row.name, value)
+            terms.append(weight * loss_scale * value)
+        parameters = [p for layer in layers for p in _tensors(layer.theta(ADAPTER))]
+        leaves = [leaf for factors in copies for leaf in _tensors(factors)]
+        gradients = torch.autograd.grad(torch.stack(terms).sum(), leaves, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None and parameter.grad is not None:
+                parameter.grad.add_(_like(gradient, parameter.grad))
+
+
+def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    return factors.left, factors.right, factors.sigma
+
+
+def _map(factors: Factors, change: Callable[[Tensor], Tensor]) -> Factors:
+    return Factors(*map(change, _tensors(factors)))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Without gradient; of a sharded tensor (DTensor) all of it."""
+    value = tensor.detach()
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return _whole(tensor).requires_grad_()
+
+
+def _like(whole: Tensor, other: Any) -> Tensor:
+    """A tensor that every process has, sharded as another one is."""
+    if not hasattr(other, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = other.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=other.placements)

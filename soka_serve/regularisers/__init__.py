@@ -1,0 +1,16 @@
+"""The registry of regularisers: what `[train.regularise]` adds to the loss, or does to gradients and factors.
+
+A further one is a file here and a row in `REGULARISERS`: its name is a key of the manifest, its meaning that key's
+description, and training asks the row. Importing this package does not load torch.
+"""
+
+from __future__ import annotations
+
+from soka_serve.regularisers.kasa import Kasa
+from soka_serve.regularisers.regulariser import Penalty, Regulariser
+from soka_serve.regularisers.sorsa import Sorsa
+
+__all__ = ["REGULARISERS", "Penalty", "Regulariser"]
+
+REGULARISERS: dict[str, Regulariser] = {row.name: row for row in (Sorsa("sorsa"), Kasa("kasa"))}
+"""By the key of `[train.regularise]`, in the order in which the reference lists them."""

@@ -1,0 +1,56 @@
+"""What the rest may ask of a regulariser."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from soka_serve.kron import Factors
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """One row.
+
+    Args:
+        name: its key in `[train.regularise]`, and in the history.
+    """
+
+    name: str
+
+    meaning: ClassVar[str]
+    """For the manifest's reference: what its number says."""
+    whole: ClassVar[bool] = False
+    """Its number is a whole one."""
+    kronecker: ClassVar[bool] = True
+    """It looks at Kronecker factors, which method = "soka" trains."""
+    trains: ClassVar[Collection[str]] = ("left", "right", "sigma")
+    """The parts of the factors that it acts on; one of them must be trained."""
+    unit_factors: ClassVar[bool] = False
+    """It holds factors at the size that they start with, so that none may start at zero."""
+    excludes: ClassVar[Mapping[str, str]] = {}
+    """Keys of [train] that it does not go with, each with the reason."""
+
+
+class Penalty(Regulariser, ABC):
+    """A function of the factors that is added to the loss, times the number that the manifest gives."""
+
+    @abstractmethod
+    def penalty(self, modules: Sequence[tuple[Factors, Factors | None]]) -> Tensor:
+        """The value, differentiable: a scalar in the factors' dtype.
+
+        Args:
+            modules: theta of each adapted module, with the initial factors where these are subtracted. At the start of
+                training, entries of left and right have a root mean square of 1 in each term.
+        """
+
+
+def orthonormal_size(factors: Factors) -> float:
+    """What sigma is multiplied by where left and right are taken as unit vectors: sqrt(m n p q)."""
+    return math.sqrt(math.prod(factors.shape))

@@ -1,0 +1,239 @@
+"""`[train.regularise]`: each row against float64 numpy, its effect in training, what it refuses, and resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from soka_serve.adapter.format import read_adapter
+from soka_serve.compiler.history import read_history
+from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.train.regularise import check_regularisers
+from soka_serve.compiler.train.run import TrainResult
+from soka_serve.compiler.train.trainer import SokaTrainer
+from soka_serve.errors import ManifestError, PlanError
+from soka_serve.kron import Factors
+from soka_serve.manifest.read import read_manifest
+from soka_serve.regularisers import REGULARISERS, Penalty
+from tests.support.training import make_base, make_factors, run_training, tensors_of
+
+RATE = 5e-2
+SORSA, KASA = {"sorsa": 30.0}, {"kasa": 30.0}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("regularise") / "base")
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """Six steps from bent factors without any."""
+    return train(base, tmp_path_factory.mktemp("plain"), factors=bent(base))
+
+
+def train(base: Path, work: Path, **options: Any) -> TrainResult:
+    return run_training(base, work, **({"steps": 6, "learning_rate": RATE} | options))
+
+
+def bent(base: Path) -> dict[str, Factors]:
+    """Starting factors that are neither orthogonal nor of size 1."""
+    return {k: Factors(f.left * 1.2, f.right * 0.9 + 0.3, f.sigma) for k, f in make_factors(base).items()}
+
+
+def some_modules(dtype: torch.dtype = torch.float64) -> list[tuple[Factors, Factors | None]]:
+    """Two modules of different shapes, the first with initial factors."""
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(r: int, *shape: int) -> Factors:
+        m, n, p, q = shape
+        sizes = ((r, m, n), (r, p, q), (r,))
+        return Factors(*(torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes))
+
+    return [(factors(3, 4, 2, 3, 5), factors(3, 4, 2, 3, 5)), (factors(2, 2, 2, 4, 4), None)]
+
+
+def reference(name: str, modules: list[tuple[Factors, Factors | None]]) -> float:
+    """The penalties by definition, in numpy."""
+    values = []
+    for theta, initial in modules:
+        left, right, sigma = (t.detach().double().numpy() for t in (theta.left, theta.right, theta.sigma))
+        if name == "sorsa":
+            for factor in (left, right):
+                columns = np.stack([term.reshape(-1) / np.sqrt(term.size) for term in factor], axis=1)
+                values.append(np.sqrt(((columns.T @ columns - np.eye(len(factor))) ** 2).sum()))
+        else:
+            norms = np.sqrt(left[0].size * right[0].size)
+            start = 0.0 if initial is None else initial.sigma.double().numpy()
+            values.append((((sigma - start) * norms) ** 2).sum())
+    return float(np.mean(values))
+
+
+PENALTIES = [name for name, row in REGULARISERS.items() if isinstance(row, Penalty)]
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalty_and_gradient_are_the_definition(name: str) -> None:
+    row = REGULARISERS[name]
+    assert isinstance(row, Penalty)
+    modules = some_modules()
+    assert row.penalty(modules).item() == pytest.approx(reference(name, modules), rel=1e-12)
+    leaves = [t.requires_grad_() for theta, _ in modules for t in (theta.left, theta.right, theta.sigma)]
+    gradients = torch.autograd.grad(row.penalty(modules), leaves, allow_unused=True)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        entry = (0,) * leaf.ndim
+        with torch.no_grad():
+            leaf[entry] += 1e-5
+            above = reference(name, modules)
+            leaf[entry] -= 2e-5
+            below = reference(name, modules)
+            leaf[entry] += 1e-5
+        expected = (above - below) / 2e-5
+        assert (0.0 if gradient is None else float(gradient[entry])) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_what_starts_right_has_no_penalty(base: Path, name: str) -> None:
+    row = REGULARISERS[name]
+    assert isinstance(row, Penalty)
+    modules = [(f, f) for f in make_factors(base).values()]
+    leaves = [t.requires_grad_() for theta, _ in modules for t in (theta.left, theta.right, theta.sigma)]
+    value = row.penalty(modules)
+    assert value.item() < 1e-5
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    assert all(bool(g.isfinite().all()) for g in gradients if g is not None)
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_the_step_sees_the_gradient_of_the_sum(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In one batch and in two: the task's gradient plus the number times the penalty's."""
+    found: list[dict[str, torch.Tensor]] = []
+    clip = SokaTrainer._clip_grad_norm
+
+    def noted(self: SokaTrainer, model: torch.nn.Module) -> Any:
+        norm = clip(self, model)
+        found.append({k: p.grad.double() * float(norm) for k, p in model.named_parameters() if p.grad is not None})
+        return norm
+
+    monkeypatch.setattr(SokaTrainer, "_clip_grad_norm", noted)
+    row, factors = REGULARISERS[name], bent(base)
+    assert isinstance(row, Penalty)
+    options: dict[str, Any] = {"steps": 1, "factors": factors, "initial": ()}
+    for number, (size, table) in enumerate([(4, {}), (4, {name: 2.0}), (2, {name: 2.0})]):
+        train(base, tmp_path / f"{number}", batch_size=size, accumulate=4 // size, regularise=table, **options)
+    leaves = {k: [t.double().requires_grad_() for t in (f.left, f.right, f.sigma)] for k, f in factors.items()}
+    value = row.penalty([(Factors(*leaves[k]), None) for k in factors])
+    for k, tensors in leaves.items():
+        gradients = torch.autograd.grad(value, tensors, allow_unused=True, retain_graph=True)
+        for part, gradient in zip(("left", "right", "sigma"), gradients, strict=True):
+            key = f"base_model.model.{k}.soka_{part}.default.weight"
+            expected = found[0][key] + (0 if gradient is None else 2 * gradient)
+            for step in found[1:]:
+                torch.testing.assert_close(step[key], expected, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------ effect
+
+
+@pytest.mark.parametrize(("name", "table"), [("sorsa", SORSA), ("kasa", KASA)])
+def test_less_of_what_it_penalises(
+    base: Path, plain: TrainResult, tmp_path: Path, name: str, table: dict[str, float]
+) -> None:
+    result = train(base, tmp_path, regularise=table, factors=bent(base))
+    assert reference(name, _trained(result)) < 0.8 * reference(name, _trained(plain))
+    lines, others = read_history(result.history), read_history(plain.history)
+    start = [(f, f) for f in bent(base).values()]
+    assert lines[0][name] == pytest.approx(reference(name, start), rel=1e-5, abs=1e-6)
+    assert lines[-1][name] < 0.8 * reference(name, _trained(plain))
+    assert lines[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-6)  # the task's
+    assert name not in others[0]
+
+
+def _trained(result: TrainResult) -> list[tuple[Factors, Factors | None]]:
+    adapter = read_adapter(result.directory)
+    return [(factors, adapter.initial.get(name)) for name, factors in adapter.factors.items()]
+
+
+def test_a_frozen_part_is_left_alone(base: Path, tmp_path: Path) -> None:
+    result = train(base, tmp_path, regularise=SORSA, left_lr=0.0)
+    assert all(
+        torch.equal(f.left, make_factors(base)[k].left) for k, f in read_adapter(result.directory).factors.items()
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("table", [SORSA | KASA], ids=str)
+def test_an_interrupted_run_ends_with_the_same_weights(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, float]
+) -> None:
+    whole = train(base, tmp_path / "whole", regularise=table)
+    step = SokaTrainer.training_step
+
+    def stop(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SokaTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, tmp_path / "cut", regularise=table, save_every=3)
+    assert (tmp_path / "cut" / "checkpoint-3").exists()
+    resumed = train(base, tmp_path / "cut", regularise=table, save_every=3)
+    assert resumed.steps == 6
+    for key, tensor in tensors_of(whole).items():
+        assert torch.equal(tensors_of(resumed)[key], tensor)
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("lines", "place", "words"),
+    [
+        ("sorsa = -1", "6:9", "at least 0"),
+        ('sorsa = "much"', "6:9", "expected a number"),
+        ("sorso = 1.0", "6:1", "unknown key (did you mean 'sorsa'?)"),
+        ('sorsa = 0.1\n[train]\nmethod = "lora"', "6:1", "sorsa belongs to method = 'soka'; the method is 'lora'"),
+        ("sorsa = 0.1\n[train]\nleft_lr = 0\nright_lr = 0", "6:1", "sorsa acts on left and right alone"),
+        ("kasa = 0.1\n[train]\nsigma_lr = 0", "6:1", "kasa acts on sigma alone, which is not trained"),
+        ('sorsa = 0.1\n[[adapt]]\ninit = "zero"', "6:1", "one of whose factors starts at zero"),
+    ],
+)
+def test_what_does_not_go(tmp_path: Path, lines: str, place: str, words: str) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(
+        f'schema = 1\nbase.builtin = "tiny"\n\n\n[train.regularise]\n{lines}\n[train.data]\nbuiltin = "math"\n'
+    )
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(file)
+    assert f"m.toml:{place}: train.regularise" in caught.value.message
+    assert words in caught.value.message
+
+
+def test_methods_that_manifests_do_not_name_are_refused_too() -> None:
+    with pytest.raises(PlanError, match=r"train\.regularise\.sorsa belongs to method = 'soka'; the method is 'cdka'"):
+        check_regularisers(SORSA, METHODS["cdka"])
+
+
+def test_deepspeed_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SokaTrainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self: SokaTrainer) -> None:
+        made(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(SokaTrainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(PlanError, match=r"train\.regularise\.sorsa does not go with DeepSpeed"):
+        train(base, tmp_path, regularise=SORSA, max_grad_norm=1.0)
