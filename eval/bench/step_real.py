@@ -7,9 +7,9 @@ take turns in one process, batch by batch. `step_s` is the median of `steps_s` b
 `random` has batches in random order and logits of all positions; `grouped` has batches of similar lengths
 (`group_by_length`); `trained` is grouped, with logits of the trained positions alone, which is what training does;
 `bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `trained` through
-torch.compile. Method `base` is a forward pass alone, without loss or gradients. SoKA has theta and theta0. `peak_mb` is
-the most memory of one step above what was held before, each case in a process of its own. `epoch` counts what all
-batches hold.
+torch.compile; the name of a regulariser is `trained` with that one at 1. Method `base` is a forward pass alone, without
+loss or gradients. SoKA has theta and theta0. `peak_mb` is the most memory of one step above what was held before, each
+case in a process of its own. `epoch` counts what all batches hold.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from soka_serve.base.base import Base
 from soka_serve.base.cpu import attention_for, fast_products
 from soka_serve.base.model import load_base
 from soka_serve.compiler.train.length_groups import LengthGroups
+from soka_serve.compiler.train.regularise import Regularisation, base_logits
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.data.collate import PadCollator
 from soka_serve.kron import Factors
 from soka_serve.peft import SokaConfig, soka_layers
+from soka_serve.regularisers import REGULARISERS
 
 ROWS = 8
 Batch = dict[str, Tensor]
@@ -83,6 +85,7 @@ def make_step(folder: Path, method: str, rank: int, way: str) -> tuple[Callable[
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
     called = torch.compile(model, dynamic=True) if way == "compiled" else model
+    added = Regularisation({way: 1.0} if way in REGULARISERS else {})
 
     def step(batch: Batch) -> None:
         if optimizer is None:
@@ -93,8 +96,13 @@ def make_step(folder: Path, method: str, rank: int, way: str) -> tuple[Callable[
         with trained_positions(head, batch) if picked and head is not None else nullcontext(batch) as inputs:
             tokens = batch["labels"].shape[1]
             with torch.autocast("cpu", torch.bfloat16, enabled=half), attention_for(tokens, torch.device("cpu")):
-                loss = called(**inputs).loss
+                base = base_logits(model, inputs) if added.asks_base else None
+                outputs = called(**inputs)
+                loss = outputs.loss
+                if base is not None:
+                    loss = loss + added.divergence(base, outputs.logits, inputs["labels"], None)
             loss.backward()
+        added.add_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -22,6 +22,8 @@ from soka_serve.trained import PARTS, TRAINED
 
 SCHEMA_VERSION = 1
 
+REWRITING = ("pissa", "full")  # methods that train on changed weights of the base
+
 SOKA_RATE = 0.3
 _OTHER_RATE = 2e-3
 
@@ -418,7 +420,9 @@ def _regulariser_conflicts(keys: TableKeys) -> Iterator[tuple[Key, str]]:
         place = ("regularise", row.name)
         if row.kronecker and method != "soka":
             yield place, f"{row.name} belongs to method = 'soka'; the method is {method!r}"
-        elif all(keys.values.get(f"{part}_lr") == 0 for part in row.trains):
+        elif row.needs_base and method in REWRITING:
+            yield place, f"{row.name} asks the base, and method = {method!r} changes the base's weights"
+        elif row.kronecker and all(keys.values.get(f"{part}_lr") == 0 for part in row.trains):
             yield place, f"{row.name} acts on {' and '.join(row.trains)} alone, which is not trained at a rate of 0"
         for key in keys.has(*row.excludes):
             yield place, f"{row.name} does not go with {key}: {row.excludes[key]}"

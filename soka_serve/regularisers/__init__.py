@@ -6,11 +6,14 @@ description, and training asks the row. Importing this package does not load tor
 
 from __future__ import annotations
 
+from soka_serve.regularisers.consistency import Consistency
 from soka_serve.regularisers.kasa import Kasa
-from soka_serve.regularisers.regulariser import Penalty, Regulariser
+from soka_serve.regularisers.regulariser import Divergence, Penalty, Regulariser
 from soka_serve.regularisers.sorsa import Sorsa
 
-__all__ = ["REGULARISERS", "Penalty", "Regulariser"]
+__all__ = ["REGULARISERS", "Divergence", "Penalty", "Regulariser"]
 
-REGULARISERS: dict[str, Regulariser] = {row.name: row for row in (Sorsa("sorsa"), Kasa("kasa"))}
+REGULARISERS: dict[str, Regulariser] = {
+    row.name: row for row in (Sorsa("sorsa"), Kasa("kasa"), Consistency("consistency"))
+}
 """By the key of `[train.regularise]`, in the order in which the reference lists them."""

@@ -30,6 +30,8 @@ class Regulariser:
     """Its number is a whole one."""
     kronecker: ClassVar[bool] = True
     """It looks at Kronecker factors, which method = "soka" trains."""
+    needs_base: ClassVar[bool] = False
+    """It asks the base, which a method must not have changed."""
     trains: ClassVar[Collection[str]] = ("left", "right", "sigma")
     """The parts of the factors that it acts on; one of them must be trained."""
     unit_factors: ClassVar[bool] = False
@@ -48,6 +50,22 @@ class Penalty(Regulariser, ABC):
         Args:
             modules: theta of each adapted module, with the initial factors where these are subtracted. At the start of
                 training, entries of left and right have a root mean square of 1 in each term.
+        """
+
+
+class Divergence(Regulariser, ABC):
+    """How far the model's answers are from the base's, added to the loss times the number that the manifest gives."""
+
+    kronecker: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = True
+
+    @abstractmethod
+    def divergences(self, base: Tensor, adapted: Tensor) -> Tensor:
+        """The value at each position, differentiable by `adapted`: (positions,), float32 at least.
+
+        Args:
+            base: logits of the model with its adapter off, (positions, vocabulary), any float dtype.
+            adapted: logits of the model that is trained, alike.
         """
 
 

@@ -20,6 +20,7 @@ class Full(Method):
 
     ranked: ClassVar[bool] = False
     whole_model: ClassVar[bool] = True
+    keeps_base: ClassVar[bool] = False
 
     def parameters(self, module: Module, rank: int) -> int:
         return module.out_features * module.in_features

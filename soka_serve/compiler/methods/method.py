@@ -92,6 +92,8 @@ class Method(ABC):
     """It trains the model's own parameters, so that there is no adapter."""
     reads_batches: ClassVar[bool] = False
     """It needs training batches to start."""
+    keeps_base: ClassVar[bool] = True
+    """The model with its adapter off is the base."""
     needs_plugin: ClassVar[bool] = False
     """vLLM serves its adapters through the plugin only."""
 

@@ -19,6 +19,7 @@ class Osf(PeftMethod):
     """PEFT's OSF with its default share of directions."""
 
     ranked: ClassVar[bool] = False
+    keeps_base: ClassVar[bool] = False
 
     def parameters(self, module: Module, rank: int) -> int:
         directions = min(module.in_features, module.out_features)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from soka_serve.compiler.methods.lora import Lora
 from soka_serve.compiler.methods.method import StartingPoint, Trainable
@@ -18,6 +18,8 @@ from soka_serve.errors import PlanError
 @dataclass(frozen=True)
 class RewritingLora(Lora):
     """A LoRA whose factors at step 0 are parts of the weights."""
+
+    keeps_base: ClassVar[bool] = False
 
     def stored_parameters(self, trained: int) -> int:
         return 2 * trained

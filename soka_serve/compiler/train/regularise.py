@@ -1,7 +1,8 @@
 """`[train.regularise]` at work: the rows of `soka_serve.regularisers` on a model in training.
 
 What is a function of the factors alone has its gradient added once per optimiser step, before gradients are clipped or
-scaled, whatever the number of batches: it is that of the sum of both losses. The loss that is logged stays the task's.
+scaled, whatever the number of batches: it is that of the sum of both losses. What depends on a batch is added to the
+batch's loss. The loss that is logged stays the task's.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from soka_serve.compiler.methods.adapter_files import ADAPTER
 from soka_serve.compiler.methods.method import Method
+from soka_serve.data.collate import IGNORED
 from soka_serve.errors import PlanError
 from soka_serve.kron import Factors
 from soka_serve.peft import soka_layers
-from soka_serve.regularisers import REGULARISERS, Penalty
+from soka_serve.regularisers import REGULARISERS, Divergence, Penalty
 
 
 def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
@@ -29,6 +32,22 @@ def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
     for name in chosen:
         if REGULARISERS[name].kronecker and not method.kronecker:
             raise PlanError(f"train.regularise.{name} belongs to method = 'soka'; the method is {method.name!r}")
+        if REGULARISERS[name].needs_base and not method.keeps_base:
+            raise PlanError(f"train.regularise.{name} asks the base, and method = {method.name!r} changes its weights")
+
+
+def check_devices(chosen: Mapping[str, float], devices: int) -> None:
+    """Refuse what several GPUs in one process cannot do.
+
+    Raises:
+        PlanError: names the regulariser.
+    """
+    for name in chosen if devices > 1 else ():
+        if isinstance(REGULARISERS[name], Divergence):
+            raise PlanError(
+                f"train.regularise.{name} needs a process per GPU; this one has {devices}",
+                hint="start it with accelerate launch, or show it one GPU (CUDA_VISIBLE_DEVICES=0)",
+            )
 
 
 class Regularisation:
@@ -55,6 +74,29 @@ class Regularisation:
         self._values.clear()
         return found
 
+    @property
+    def asks_base(self) -> bool:
+        """Whether `divergence` is to be added to each batch's loss."""
+        return any(isinstance(REGULARISERS[name], Divergence) for name in self.chosen)
+
+    def divergence(self, base: Tensor, adapted: Tensor, labels: Tensor, share: float | Tensor | None) -> Tensor:
+        """What is added to the loss of one batch: a scalar that is 0, with the gradient of the divergences.
+
+        Args:
+            base, adapted: logits (rows, tokens, vocabulary) without and with the adapter.
+            labels: (rows, tokens); the logits at a position meet the label behind it.
+            share: what one position counts; None: one over their number.
+        """
+        counted = labels[:, 1:] != IGNORED
+        added = []
+        for name, weight in self.chosen.items():
+            if isinstance(row := REGULARISERS[name], Divergence):
+                values = row.divergences(base[:, :-1][counted], adapted[:, :-1][counted])
+                self._note(name, values.mean())
+                added.append(weight * (values.mean() if share is None else values.sum() * share))
+        total = torch.stack(added).sum()
+        return total - total.detach()
+
     def add_gradients(self, model: nn.Module, loss_scale: float) -> None:
         """Add the penalties' gradients to those of the factors.
 
@@ -64,7 +106,7 @@ class Regularisation:
 
         Collective where parameters are sharded (FSDP 2).
         """
-        rows = [(row, self.chosen[name]) for name, row in REGULARISERS.items() if name in self.chosen]
+        rows = [(REGULARISERS[name], weight) for name, weight in self.chosen.items()]
         penalties = [(row, weight) for row, weight in rows if isinstance(row, Penalty)]
         if not penalties:
             return
@@ -82,6 +124,30 @@ class Regularisation:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad.add_(_like(gradient, parameter.grad))
+
+
+def base_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The logits of a batch without adapter, dropout and gradients: those of the base.
+
+    PEFT's own switch would also freeze the adapter and thaw all of it again, parts that are not trained among them.
+
+    Args:
+        model: a PEFT model.
+        batch: inputs of the model; its labels are left out.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    training = model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(training)
+    return logits
 
 
 def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from soka_serve.base.model import auto_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
-from soka_serve.compiler.train.regularise import check_regularisers
+from soka_serve.compiler.train.regularise import check_devices, check_regularisers
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -85,6 +85,7 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
                 f"train.prune needs a single process; there are {arguments.world_size}",
                 hint="leave [train.prune] out, or launch one process",
             )
+        check_devices(recipe.regularise.chosen, arguments.n_gpu)
         state = PartialState()
         if state.is_main_process:
             prepare_directory(run, fingerprint(run, data.training, arguments.world_size))

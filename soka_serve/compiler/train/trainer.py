@@ -22,7 +22,7 @@ from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
 from soka_serve.compiler.train.packing import check_packing
-from soka_serve.compiler.train.regularise import Regularisation
+from soka_serve.compiler.train.regularise import Regularisation, base_logits
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS
@@ -206,6 +206,8 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         head = output_layer(self.accelerator.unwrap_model(model)) if self.args.n_gpu <= 1 else None
         picked = nullcontext(inputs) if head is None else trained_positions(head, inputs)
         with picked as batch, attention_for(inputs["labels"].shape[-1], self.args.device):
+            if model.training and self.regularisation.asks_base:
+                return self._loss_beside_base(model, batch, *args, **kwargs)
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +217,18 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             found = [self._accuracy(self.accelerator.unwrap_model(self.model)) if self.args.process_index == 0 else 0.0]
             (output.metrics["eval_accuracy"],) = broadcast_object_list(found)
         return output
+
+    def _loss_beside_base(self, model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+        """The model's loss, with the gradient of its divergence from the base too, which has a forward pass of its own.
+
+        Like the loss's own, the mean is over the positions of a whole step: all batches and processes.
+        """
+        base = base_logits(self.accelerator.unwrap_model(model), batch)
+        loss: torch.Tensor
+        loss, outputs = super().compute_loss(model, batch, **kwargs | {"return_outputs": True})
+        items = kwargs.get("num_items_in_batch")
+        share = None if items is None else self.accelerator.num_processes / items
+        return loss + self.regularisation.divergence(base, outputs.logits, batch["labels"], share)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One forward and backward pass.

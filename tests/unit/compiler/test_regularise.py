@@ -10,16 +10,19 @@ import pytest
 import torch
 
 from soka_serve.adapter.format import read_adapter
+from soka_serve.base.model import load_base
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS
-from soka_serve.compiler.train.regularise import check_regularisers
+from soka_serve.compiler.train.regularise import check_devices, check_regularisers
 from soka_serve.compiler.train.run import TrainResult
 from soka_serve.compiler.train.trainer import SokaTrainer
+from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import ManifestError, PlanError
 from soka_serve.kron import Factors
 from soka_serve.manifest.read import read_manifest
-from soka_serve.regularisers import REGULARISERS, Penalty
-from tests.support.training import make_base, make_factors, run_training, tensors_of
+from soka_serve.peft import build_soka_model
+from soka_serve.regularisers import REGULARISERS, Divergence, Penalty
+from tests.support.training import load_trained, make_base, make_examples, make_factors, run_training, tensors_of
 
 RATE = 5e-2
 SORSA, KASA = {"sorsa": 30.0}, {"kasa": 30.0}
@@ -170,10 +173,87 @@ def test_a_frozen_part_is_left_alone(base: Path, tmp_path: Path) -> None:
     )
 
 
+# ------------------------------------------------------------------------------------------------------- consistency
+
+
+def divergence(adapted: Any, examples: list[EncodedExample]) -> torch.Tensor:
+    """The mean KL(base || adapted) at trained positions, one example at a time, with PEFT's own switch."""
+    values = []
+    for example in examples:
+        ids, targets = torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])
+        with torch.no_grad(), adapted.disable_adapter():
+            p = adapted(input_ids=ids).logits[0, :-1].softmax(-1)
+        logits = adapted(input_ids=ids).logits[0, :-1]
+        values.append((p * (p.log() - logits.log_softmax(-1))).sum(-1)[targets != -100])
+    return torch.cat(values).mean()
+
+
+def test_divergence_is_the_definition() -> None:
+    row = REGULARISERS["consistency"]
+    assert isinstance(row, Divergence)
+    base, adapted = torch.randn(2, 5, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p, q = (np.exp(t.numpy()) / np.exp(t.numpy()).sum(-1, keepdims=True) for t in (base, adapted))
+    np.testing.assert_allclose(row.divergences(base, adapted).numpy(), (p * np.log(p / q)).sum(-1), rtol=1e-12)
+    assert row.divergences(base.half(), adapted.half()).dtype == torch.float32
+    assert not row.divergences(base, base).any()
+
+
+@pytest.mark.parametrize("size", [4, 2])
+def test_the_step_sees_the_gradient_of_the_divergence(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """That of the mean over the positions of all batches, whatever the padding."""
+    found: list[dict[str, torch.Tensor]] = []
+    clip = SokaTrainer._clip_grad_norm
+
+    def noted(self: SokaTrainer, model: torch.nn.Module) -> Any:
+        norm = clip(self, model)
+        found.append({k: p.grad * float(norm) for k, p in model.named_parameters() if p.grad is not None})
+        return norm
+
+    monkeypatch.setattr(SokaTrainer, "_clip_grad_norm", noted)
+    options: dict[str, Any] = {"steps": 1, "factors": bent(base), "initial": (), "left_lr": 0.0}
+    options |= {"train_set": make_examples(4), "batch_size": size, "accumulate": 4 // size}
+    for number, table in enumerate([{}, {"consistency": 3.0}]):
+        result = train(base, tmp_path / f"{number}", regularise=table, **options)
+    adapted = build_soka_model(load_base(base), bent(base), initial=False)
+    value = divergence(adapted, make_examples(4).examples)
+    assert read_history(result.history)[0]["consistency"] == pytest.approx(value.item(), rel=0.1)  # a mean of batches
+    value.backward()
+    parameters = dict(adapted.named_parameters())
+    assert not any("soka_left" in key for key in found[1])
+    for key, gradient in found[1].items():
+        expected = parameters[key].grad
+        assert expected is not None
+        torch.testing.assert_close(gradient - found[0][key], 3 * expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["soka", "lora", "lokr"])
+def test_consistent_answers_are_nearer_to_the_base(base: Path, tmp_path: Path, method: str) -> None:
+    found = []
+    for number, table in enumerate([{}, {"consistency": 10.0}]):
+        work = tmp_path / f"{number}"
+        rate = 0.5 if method == "soka" else 1e-2
+        result = run_training(base, work, method=method, steps=8, learning_rate=rate, regularise=table)
+        with torch.no_grad():
+            found.append(float(divergence(load_trained(base, result), make_examples(16).examples)))
+    lines = read_history(result.history)
+    assert abs(lines[0]["consistency"]) < 1e-6
+    assert lines[-1]["consistency"] > 0
+    assert 0 < found[1] < 0.8 * found[0]
+
+
+def test_consistency_needs_a_process_per_gpu() -> None:
+    check_devices({"consistency": 1.0, "sorsa": 1.0}, 1)
+    check_devices({"sorsa": 1.0}, 2)
+    with pytest.raises(PlanError, match=r"train\.regularise\.consistency needs a process per GPU; this one has 2"):
+        check_devices({"consistency": 1.0}, 2)
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-@pytest.mark.parametrize("table", [SORSA | KASA], ids=str)
+@pytest.mark.parametrize("table", [SORSA | KASA | {"consistency": 1.0}], ids=str)
 def test_an_interrupted_run_ends_with_the_same_weights(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, float]
 ) -> None:
@@ -208,6 +288,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         ('sorsa = 0.1\n[train]\nmethod = "lora"', "6:1", "sorsa belongs to method = 'soka'; the method is 'lora'"),
         ("sorsa = 0.1\n[train]\nleft_lr = 0\nright_lr = 0", "6:1", "sorsa acts on left and right alone"),
         ("kasa = 0.1\n[train]\nsigma_lr = 0", "6:1", "kasa acts on sigma alone, which is not trained"),
+        ('consistency = 0.1\n[train]\nmethod = "full"', "6:1", "method = 'full' changes the base's weights"),
+        ('consistency = 0.1\n[train]\nmethod = "pissa"', "6:1", "method = 'pissa' changes the base's weights"),
         ('sorsa = 0.1\n[[adapt]]\ninit = "zero"', "6:1", "one of whose factors starts at zero"),
     ],
 )
@@ -225,6 +307,8 @@ def test_what_does_not_go(tmp_path: Path, lines: str, place: str, words: str) ->
 def test_methods_that_manifests_do_not_name_are_refused_too() -> None:
     with pytest.raises(PlanError, match=r"train\.regularise\.sorsa belongs to method = 'soka'; the method is 'cdka'"):
         check_regularisers(SORSA, METHODS["cdka"])
+    with pytest.raises(PlanError, match=r"consistency asks the base, and method = 'corda' changes its weights"):
+        check_regularisers({"consistency": 1.0}, METHODS["corda"])
 
 
 def test_deepspeed_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
