@@ -194,7 +194,7 @@ class SokaLayer(MergingLayer):
             m, n, p, q = shape
             sizes = ((rank, m, n), (rank, p, q), (rank,))
             return Factors(*(torch.full(size, float("nan"), dtype=dtype) for size in sizes))
-        weight, init = self._float_weight().to(dtype), config.init_soka_weights
+        weight, init = self.float_weight().to(dtype), config.init_soka_weights
         is_whole = not weight.is_meta and weight.shape == (self.out_features, self.in_features)
         if init == "weights" and not is_whole:
             raise SokaError(

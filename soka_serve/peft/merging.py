@@ -136,7 +136,7 @@ class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
     @torch.no_grad()
     def _merged(self, names: list[str], *, sign: float = 1) -> Tensor:
         """The sum of base and deltas (out, in) as a new tensor of the base's dtype."""
-        base = self._float_weight()
+        base = self.float_weight()
         # One delta goes block by block into a copy; of several, the sum must not be rounded in between.
         merged = base.clone(memory_format=torch.contiguous_format)
         if len(names) > 1:
@@ -175,7 +175,7 @@ class MergingLayer(BaseTunerLayer):  # type: ignore[misc]
         for name, value in snapshot["state"].items():
             setattr(base.state, name, value)
 
-    def _float_weight(self) -> Tensor:
+    def float_weight(self) -> Tensor:
         """The base's weight (out, in), dequantised where it is quantised; the base's own memory where it is not."""
         base: Any = self.get_base_layer()
         if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from soka_serve.regularisers.consistency import Consistency
 from soka_serve.regularisers.kasa import Kasa
-from soka_serve.regularisers.regulariser import Divergence, Penalty, Regulariser
+from soka_serve.regularisers.protect import Protect
+from soka_serve.regularisers.regulariser import Constraint, Divergence, Guard, Penalty, Regulariser
 from soka_serve.regularisers.sorsa import Sorsa
 
-__all__ = ["REGULARISERS", "Divergence", "Penalty", "Regulariser"]
+__all__ = ["REGULARISERS", "Constraint", "Divergence", "Guard", "Penalty", "Regulariser"]
 
 REGULARISERS: dict[str, Regulariser] = {
-    row.name: row for row in (Sorsa("sorsa"), Kasa("kasa"), Consistency("consistency"))
+    row.name: row for row in (Sorsa("sorsa"), Kasa("kasa"), Consistency("consistency"), Protect("protect"))
 }
 """By the key of `[train.regularise]`, in the order in which the reference lists them."""

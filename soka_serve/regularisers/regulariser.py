@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +66,37 @@ class Divergence(Regulariser, ABC):
         Args:
             base: logits of the model with its adapter off, (positions, vocabulary), any float dtype.
             adapted: logits of the model that is trained, alike.
+        """
+
+
+class Guard(Protocol):
+    """What one module's factors may do."""
+
+    def allowed(self, part: str, change: Tensor) -> Tensor:
+        """The allowed part of a change, or of a gradient: a linear projection.
+
+        Args:
+            part: "left", "right" or "sigma".
+            change: (r, a, b), or some of its terms, for left and right; (r,) for sigma.
+        """
+
+
+class Constraint(Regulariser, ABC):
+    """Something that the factors of each module may not do, by gradients or by steps."""
+
+    whole: ClassVar[bool] = True
+
+    @abstractmethod
+    def guard(self, weight: Tensor, theta: Factors, count: int) -> Guard:
+        """What a module may do.
+
+        Args:
+            weight: (out, in), the base's, in floating point.
+            theta: the factors at the start of training.
+            count: the number that the manifest gives.
+
+        Raises:
+            ValueError: nothing is left to train.
         """
 
 

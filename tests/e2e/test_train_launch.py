@@ -23,7 +23,7 @@ from tests.support.training import make_base, run_training
 # What `accelerate launch` says to the processes that it starts.
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
 OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15, "weight_decay": 0.5}
-REGULARISED = {"sorsa": 1.0, "kasa": 0.1, "consistency": 0.5}
+REGULARISED = {"sorsa": 1.0, "kasa": 0.1, "consistency": 0.5, "protect": 1}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
 
 

@@ -7,7 +7,7 @@ batch's loss. The loss that is logged stays the task's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from soka_serve.data.collate import IGNORED
 from soka_serve.errors import PlanError
 from soka_serve.kron import Factors
 from soka_serve.peft import soka_layers
-from soka_serve.regularisers import REGULARISERS, Divergence, Penalty
+from soka_serve.peft.parts import PARTS
+from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Guard, Penalty
 
 
 def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
@@ -55,10 +56,13 @@ class Regularisation:
 
     Args:
         chosen: what the manifest says, by name.
+        guards: what modules may do, from `make_guards`.
     """
 
-    def __init__(self, chosen: Mapping[str, float]) -> None:
+    def __init__(self, chosen: Mapping[str, float], guards: Mapping[str, Guard] | None = None) -> None:
         self.chosen = chosen
+        self.guards = guards or {}
+        self.guarded_by = next((name for name in chosen if isinstance(REGULARISERS[name], Constraint)), "")
         self._values: dict[str, list[Tensor]] = {}
 
     def _note(self, name: str, value: Tensor) -> None:
@@ -125,6 +129,72 @@ class Regularisation:
             if gradient is not None and parameter.grad is not None:
                 parameter.grad.add_(_like(gradient, parameter.grad))
 
+    def guard_gradients(self, model: nn.Module) -> None:
+        """Take out of the gradients what a constraint forbids; collective where parameters are sharded."""
+        energies, sharded = [], False
+        for part, parameter, guard in self._guarded(model):
+            if (gradient := parameter.grad) is not None:
+                here, allowed = _local(gradient), _allowed(guard, part, gradient)
+                energies.append(torch.stack([t.double().square().sum() for t in (here, allowed)]))
+                here.copy_(allowed)
+                sharded = sharded or here is not gradient
+        if energies:
+            total = torch.stack(energies).sum(0)
+            if sharded:
+                torch.distributed.all_reduce(total)
+            self._note(self.guarded_by, 1 - total[1] / total[0] if total[0] > 0 else total[0])
+
+    def guard_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Take out of every step of an optimiser what a constraint forbids."""
+        before: list[Tensor] = []
+
+        @torch.no_grad()
+        def remember(*_: Any) -> None:
+            before[:] = [parameter.detach().clone() for _, parameter, _ in self._guarded(model)]
+
+        @torch.no_grad()
+        def project(*_: Any) -> None:
+            for (part, parameter, guard), old in zip(self._guarded(model), before, strict=True):
+                value = parameter.detach()
+                _local(value).copy_(_local(old) + _allowed(guard, part, value - old))
+
+        if self.guards:
+            optimizer.register_step_pre_hook(remember)
+            optimizer.register_step_post_hook(project)
+
+    def _guarded(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Guard]]:
+        """Each trained part of the factors."""
+        for name, layer in soka_layers(model, ADAPTER).items() if self.guards else ():
+            for part in PARTS:
+                if (parameter := getattr(layer, f"soka_{part}")[ADAPTER]).requires_grad:
+                    yield part, parameter, self.guards[name]
+
+
+def make_guards(
+    chosen: Mapping[str, float], model: nn.Module, start: Mapping[str, Factors], device: torch.device
+) -> dict[str, Guard]:
+    """What each module may do, by its name; none without a constraint.
+
+    Args:
+        chosen: what the manifest says, by name.
+        model: the PEFT model, before anything shards it.
+        start: theta at the start of training by module name, also where a run goes on: so that it goes on exactly.
+        device: where it is trained.
+
+    Raises:
+        PlanError: nothing is left to train.
+    """
+    guards: dict[str, Guard] = {}
+    for key, count in chosen.items():
+        if isinstance(row := REGULARISERS[key], Constraint):
+            for name, layer in soka_layers(model, ADAPTER).items():
+                weight, theta = layer.float_weight().to(device), start[name].to(device=device)
+                try:
+                    guards[name] = row.guard(weight, theta, int(count))
+                except ValueError as error:
+                    raise PlanError(f"train.regularise.{key} = {count}: {name}: {error}") from error
+    return guards
+
 
 def base_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The logits of a batch without adapter, dropout and gradients: those of the base.
@@ -166,6 +236,19 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return _whole(tensor).requires_grad_()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """A tensor, or this process's part of it, in the same memory."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def _allowed(guard: Guard, part: str, change: Tensor) -> Tensor:
+    """This process's part of what is allowed of a change. Left and Right are sharded by terms, each moved alone."""
+    if part == "sigma":
+        return _local(_like(guard.allowed(part, _whole(change)), change))
+    return guard.allowed(part, _local(change))
 
 
 def _like(whole: Tensor, other: Any) -> Tensor:

@@ -26,7 +26,7 @@ from soka_serve.base.model import auto_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
-from soka_serve.compiler.train.regularise import check_devices, check_regularisers
+from soka_serve.compiler.train.regularise import check_devices, check_regularisers, make_guards
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -217,6 +217,7 @@ def _fit(
         recipe,
         point.facts["norms"] if point else (),
         data.accuracy if recipe.answered is not None else None,
+        make_guards(recipe.regularise.chosen, model, run.factors, arguments.device),
         model=model,
         args=arguments,
         train_dataset=rows,

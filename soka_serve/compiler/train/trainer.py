@@ -28,6 +28,7 @@ from soka_serve.errors import CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS
 from soka_serve.manifest.schema import Train
 from soka_serve.peft.optimizer import parameter_groups, pull_to_initial
+from soka_serve.regularisers import Guard
 
 _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
@@ -121,6 +122,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         recipe: the manifest's [train] table.
         norms: the gradients' norms that an interrupted run has noted for its clip.
         accuracy: of a model's answers to some problems; evaluations then have it beside the loss.
+        guards: what modules may do, from `make_guards`.
         others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
     """
 
@@ -129,6 +131,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         recipe: Train,
         norms: Iterable[float] = (),
         accuracy: Callable[[Any], float] | None = None,
+        guards: Mapping[str, Guard] | None = None,
         **others: Any,
     ) -> None:
         self.recipe, self._accuracy = recipe, accuracy
@@ -136,7 +139,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.control: Any
         self._packing_checked = False
         self.clip = RelativeClip(recipe.clip, norms)
-        self.regularisation = Regularisation(recipe.regularise.chosen)
+        self.regularisation = Regularisation(recipe.regularise.chosen, guards)
         super().__init__(**others)
         if self.is_deepspeed_enabled and recipe.regularise.chosen:
             raise PlanError(
@@ -187,6 +190,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "the factors",
                 hint="leave it out, or train with FSDP or DDP",
             )
+        self.regularisation.guard_steps(self.optimizer, target)
         return self.optimizer
 
     def _decay_share(self) -> float:
@@ -207,7 +211,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         picked = nullcontext(inputs) if head is None else trained_positions(head, inputs)
         with picked as batch, attention_for(inputs["labels"].shape[-1], self.args.device):
             if model.training and self.regularisation.asks_base:
-                return self._loss_beside_base(model, batch, *args, **kwargs)
+                return self._loss_beside_base(model, batch, **kwargs)
             return super().compute_loss(model, batch, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,16 +222,17 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             (output.metrics["eval_accuracy"],) = broadcast_object_list(found)
         return output
 
-    def _loss_beside_base(self, model: nn.Module, batch: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+    def _loss_beside_base(
+        self, model: nn.Module, batch: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """The model's loss, with the gradient of its divergence from the base too, which has a forward pass of its own.
 
         Like the loss's own, the mean is over the positions of a whole step: all batches and processes.
         """
         base = base_logits(self.accelerator.unwrap_model(model), batch)
         loss: torch.Tensor
-        loss, outputs = super().compute_loss(model, batch, **kwargs | {"return_outputs": True})
-        items = kwargs.get("num_items_in_batch")
-        share = None if items is None else self.accelerator.num_processes / items
+        loss, outputs = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        share = None if num_items_in_batch is None else self.accelerator.num_processes / num_items_in_batch
         return loss + self.regularisation.divergence(base, outputs.logits, batch["labels"], share)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -255,9 +260,10 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Add the regularisers' gradients, then clip or normalise; returns the norm before."""
+        """Add the regularisers' gradients and take out what they forbid; clip or normalise; returns the norm before."""
         scaler = self.accelerator.scaler
         self.regularisation.add_gradients(model, 1.0 if scaler is None else scaler.get_scale())
+        self.regularisation.guard_gradients(model)
         if self.recipe.max_grad_norm is None:
             self.args.max_grad_norm = self.clip.limit
         norm = super()._clip_grad_norm(model)
