@@ -101,6 +101,7 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
         ('"train.sigma_lr"', '"rate"', "expected learning_rate, clip, scale, or a key of [train] or [[adapt]]"),
         ('"train.sigma_lr"', '"train.log_every"', "expected learning_rate, clip, scale, or a key of [train]"),
         ("scale =", '"train.left_lr" =', "sets train.left_lr, which method = 'lora' does not read"),
+        ("scale =", '"train.regularise.sorsa" =', "sorsa belongs to method = 'soka'; the method is 'lora'"),
         ("scale =", '"adapt.scale" =', "sets adapt.scale, which method = 'lora' does not read"),
         ('"train.sigma_lr"', '"train.method_scale"', "sets train.method_scale, which method = 'soka' does not read"),
         ("scale =", '"train.learning_rate" =', "sets train.learning_rate, as learning_rate does"),
@@ -129,6 +130,18 @@ def test_the_manifest_of_a_run_has_the_setting_the_rule_and_the_shared_recipe() 
 def test_what_is_wrong_is_named(old: str, new: str, message: str) -> None:
     assert old in GOOD
     assert message in problems(GOOD.replace(old, new, 1))
+
+
+def test_regularisers_are_axes() -> None:
+    """Zero is none of it, in the dump too that goes into the records' keys."""
+    suite = parse_suite(GOOD.replace('"train.sigma_lr" = [0.5]', '"train.regularise.protect" = [0, 2]'), "s.toml")
+    made = [
+        manifest_of(suite, suite.method[1], suite.dataset[0], setting=(("train.regularise.protect", count),), seed=0)
+        for count in (0, 2)
+    ]
+    assert [m.train.regularise.chosen for m in made] == [{}, {"protect": 2}]
+    assert "regularise" not in made[0].train.model_dump()
+    assert made[1].train.model_dump()["regularise"] == {"protect": 2}
 
 
 def test_an_optimiser_that_a_method_would_not_take_is_refused() -> None:
