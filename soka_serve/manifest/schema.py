@@ -424,7 +424,8 @@ def _regulariser_conflicts(keys: TableKeys) -> Iterator[tuple[Key, str]]:
             yield place, f"{row.name} asks the base, and method = {method!r} changes the base's weights"
         elif row.kronecker and all(keys.values.get(f"{part}_lr") == 0 for part in row.trains):
             yield place, f"{row.name} acts on {' and '.join(row.trains)} alone, which is not trained at a rate of 0"
-        for key in keys.has(*row.excludes):
+        others = [name for name in row.excludes if name in REGULARISERS and value_of(table, name)]
+        for key in keys.has(*row.excludes) + others:
             yield place, f"{row.name} does not go with {key}: {row.excludes[key]}"
 
 
@@ -542,7 +543,7 @@ class Manifest(Table):
                 yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
         if keys.knows("adapt", "train"):
             yield from _trained_conflicts(keys.values["adapt"], keys.values["train"])
-            yield from _zero_conflicts(keys.values["adapt"], value_of(keys.values["train"], "regularise"))
+            yield from _start_conflicts(keys.values["adapt"], value_of(keys.values["train"], "regularise"))
         if keys.knows("adapt"):
             rules = list(enumerate(keys.values["adapt"]))
             for start in STARTS.values():
@@ -559,14 +560,28 @@ class Manifest(Table):
                     )
 
 
-def _zero_conflicts(rules: object, table: object) -> Iterator[tuple[Key, str]]:
-    """Regularisers that hold factors at the size of their start, where that is zero."""
-    inits = {value_of(rule, "init") for rule in rules} if isinstance(rules, list | tuple) else set()
-    zeros = [start for start in STARTS.values() if start.name in inits and start.starts_at_zero]
-    for row in REGULARISERS.values() if zeros else ():
-        if row.unit_factors and value_of(table, row.name):
-            yield (
-                ("train", "regularise", row.name),
-                f"{row.name} does not go with {zeros[0].written}, one of whose factors starts at zero: it holds "
-                "factors at the size of their start",
-            )
+def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[Key, str]]:
+    """Regularisers that need another start than a rule has, or all of the factors trained and nothing beside them."""
+    made = [rule if isinstance(rule, Adapt) else Adapt.model_validate(rule) for rule in rules]
+    starts = dict.fromkeys(rule.start for rule in made if "init" in rule.model_fields_set) or [Adapt().start]
+    forms = {key for rule in made for key in rule.form.choices}
+    for row in REGULARISERS.values():
+        if not value_of(table, row.name):
+            continue
+        reasons = [
+            f"{start.written}, one of whose factors starts at zero: it holds factors at the size of their start"
+            for start in starts
+            if row.unit_factors and start.starts_at_zero
+        ]
+        reasons += [
+            f"{start.written}, whose terms are subtracted again: the delta is not the sum of the factors"
+            for start in starts
+            if row.own_delta and start.subtracted
+        ]
+        reasons += [
+            f"{key} in [[adapt]]: it acts on terms that are trained whole, with nothing beside them"
+            for key in sorted(forms)
+            if row.kronecker
+        ]
+        for reason in reasons:
+            yield ("train", "regularise", row.name), f"{row.name} does not go with {reason}"

@@ -36,8 +36,10 @@ class Regulariser:
     """The parts of the factors that it acts on; one of them must be trained."""
     unit_factors: ClassVar[bool] = False
     """It holds factors at the size that they start with, so that none may start at zero."""
+    own_delta: ClassVar[bool] = False
+    """The factors must be the delta, with nothing subtracted from them."""
     excludes: ClassVar[Mapping[str, str]] = {}
-    """Keys of [train] that it does not go with, each with the reason."""
+    """Keys of [train] and other rows that it does not go with, each with the reason."""
 
 
 class Penalty(Regulariser, ABC):
@@ -97,6 +99,29 @@ class Constraint(Regulariser, ABC):
 
         Raises:
             ValueError: nothing is left to train.
+        """
+
+
+class Rewrite(Regulariser, ABC):
+    """Other factors of the same delta, every so many steps; the optimiser's averages then begin at zero."""
+
+    whole: ClassVar[bool] = True
+    own_delta: ClassVar[bool] = True
+    excludes: ClassVar[Mapping[str, str]] = {
+        "prune": "terms are told apart by their numbers",
+        "protect": "what sigma may do is worked out for the terms of the start",
+        "optimiser": "what an average of zero means to others than adamw is not known",
+        "left_lr": "all parts of the factors change together",
+        "right_lr": "all parts of the factors change together",
+        "sigma_lr": "all parts of the factors change together",
+    }
+
+    @abstractmethod
+    def rewritten(self, theta: Factors) -> tuple[Factors, Tensor]:
+        """The new terms, as many and with the same dtype, and a number for the history (a scalar).
+
+        Args:
+            theta: the terms of one module.
         """
 
 

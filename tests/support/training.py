@@ -74,7 +74,8 @@ def make_factors(base: Path, rank: int = 2, modules: list[str] | None = None) ->
 
 
 def make_manifest(**options: Any) -> Manifest:
-    """A manifest with the given [train] keys; `quantize` and `dtype` go to [base]."""
+    """A manifest with the given [train] keys; `quantize` and `dtype` go to [base], `adapt` are the rules."""
+    rules = {"adapt": options.pop("adapt")} if "adapt" in options else {}
     base: dict[str, Any] = {"path": "base"} | {k: options.pop(k) for k in ("quantize", "dtype") if k in options}
     recipe = {
         "data": {"jsonl": "unused.jsonl"} | ({"eval_jsonl": "unused.jsonl"} if "eval_every" in options else {}),
@@ -84,7 +85,7 @@ def make_manifest(**options: Any) -> Manifest:
         "max_length": 16,
         "log_every": 1,
     } | options
-    return Manifest.model_validate({"schema": 1, "name": "test", "base": base, "train": recipe})
+    return Manifest.model_validate({"schema": 1, "name": "test", "base": base, "train": recipe} | rules)
 
 
 def run_training(
@@ -109,7 +110,7 @@ def run_training(
         form: what of SoKA's factors is trained, the choices of a `Form`; default: everything.
         train_set, eval_set: the examples; default: 64 for training.
         accuracy: of a model's answers, for `answered`.
-        options: `rank`, and keys of [train] and [base], see `make_manifest`.
+        options: `rank`, and what `make_manifest` takes.
     """
     rank = options.pop("rank", 2)
     manifest = make_manifest(**options)

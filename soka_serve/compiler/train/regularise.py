@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import TrainerState
 
 from soka_serve.compiler.methods.adapter_files import ADAPTER
 from soka_serve.compiler.methods.method import Method
@@ -21,11 +22,17 @@ from soka_serve.errors import PlanError
 from soka_serve.kron import Factors
 from soka_serve.peft import soka_layers
 from soka_serve.peft.parts import PARTS
-from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Guard, Penalty
+from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Guard, Penalty, Rewrite
 
 
-def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
-    """Refuse regularisers that a method has nothing for, of those too that manifests do not name.
+def check_regularisers(chosen: Mapping[str, float], method: Method, *, subtracted: bool, partly: bool) -> None:
+    """Refuse regularisers that a run has nothing for, with methods too that manifests do not name.
+
+    Args:
+        chosen: what the manifest says, by name.
+        method: what is trained.
+        subtracted: modules start from factors that are subtracted again.
+        partly: of some modules not all factors are trained, or something beside them.
 
     Raises:
         PlanError: names the regulariser.
@@ -35,6 +42,10 @@ def check_regularisers(chosen: Mapping[str, float], method: Method) -> None:
             raise PlanError(f"train.regularise.{name} belongs to method = 'soka'; the method is {method.name!r}")
         if REGULARISERS[name].needs_base and not method.keeps_base:
             raise PlanError(f"train.regularise.{name} asks the base, and method = {method.name!r} changes its weights")
+        if REGULARISERS[name].own_delta and subtracted:
+            raise PlanError(f"train.regularise.{name}: starting factors are subtracted, so theta is not the delta")
+        if REGULARISERS[name].kronecker and partly:
+            raise PlanError(f"train.regularise.{name} acts on terms that are trained whole, with nothing beside them")
 
 
 def check_devices(chosen: Mapping[str, float], devices: int) -> None:
@@ -144,8 +155,14 @@ class Regularisation:
                 torch.distributed.all_reduce(total)
             self._note(self.guarded_by, 1 - total[1] / total[0] if total[0] > 0 else total[0])
 
-    def guard_steps(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Take out of every step of an optimiser what a constraint forbids."""
+    def attach(self, optimizer: torch.optim.Optimizer, model: nn.Module, state: Callable[[], TrainerState]) -> None:
+        """Have each step of an optimiser held to the constraints, and factors rewritten after those whose turn it is.
+
+        Args:
+            optimizer: of the factors.
+            model: what is trained.
+            state: gives the Trainer's, which tells the number of the step.
+        """
         before: list[Tensor] = []
 
         @torch.no_grad()
@@ -158,9 +175,39 @@ class Regularisation:
                 value = parameter.detach()
                 _local(value).copy_(_local(old) + _allowed(guard, part, value - old))
 
+        def rewrite(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            if (step := state().global_step + 1) < state().max_steps:
+                self.rewrite(model, stepped, step)
+
         if self.guards:
             optimizer.register_step_pre_hook(remember)
             optimizer.register_step_post_hook(project)
+        if any(isinstance(REGULARISERS[name], Rewrite) for name in self.chosen):
+            optimizer.register_step_post_hook(rewrite)
+
+    @torch.no_grad()
+    def rewrite(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Give the factors the form that a row asks for after so many steps; all processes take the first one's."""
+        for name, every in self.chosen.items():
+            if not isinstance(row := REGULARISERS[name], Rewrite) or step % every:
+                continue
+            values = []
+            for layer in soka_layers(model, ADAPTER).values():
+                parameters = _tensors(layer.theta(ADAPTER))
+                found, value = row.rewritten(Factors(*map(_whole, parameters)))
+                values.append(value)
+                for parameter, tensor in zip(parameters, _tensors(found), strict=True):
+                    self._exchange(parameter, tensor.contiguous(), optimizer)
+            self._note(name, torch.stack(values).mean())
+
+    def _exchange(self, parameter: Tensor, new: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(new, 0)
+        value = parameter.detach()
+        _local(value).copy_(_local(_like(new, value)))
+        for average in optimizer.state.get(parameter, {}).values():
+            if isinstance(average, Tensor):
+                average.zero_()
 
     def _guarded(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Guard]]:
         """Each trained part of the factors."""

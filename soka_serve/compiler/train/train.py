@@ -114,7 +114,7 @@ def _check(run: TrainingRun, data: TrainingData) -> None:
     recipe, eval_set = run.manifest.train, data.evaluation
     if run.method.kronecker and not run.factors:
         raise PlanError("nothing to train: no module has factors", hint="every module was given rank 0")
-    check_regularisers(recipe.regularise.chosen, run.method)
+    check_regularisers(recipe.regularise.chosen, run.method, subtracted=bool(run.initial), partly=bool(run.forms))
     if unknown := sorted(set(run.initial) - set(run.factors)):
         raise PlanError(f"initial factors of modules that have none: {', '.join(unknown[:3])}")
     if recipe.eval_every is not None and (eval_set is None or not eval_set.examples):

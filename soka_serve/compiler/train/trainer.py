@@ -190,7 +190,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 "the factors",
                 hint="leave it out, or train with FSDP or DDP",
             )
-        self.regularisation.guard_steps(self.optimizer, target)
+        self.regularisation.attach(self.optimizer, target, lambda: self.state)
         return self.optimizer
 
     def _decay_share(self) -> float:

@@ -13,7 +13,7 @@ from soka_serve.adapter.format import read_adapter
 from soka_serve.base.model import load_base
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.methods import METHODS
-from soka_serve.compiler.train.regularise import check_devices, check_regularisers
+from soka_serve.compiler.train.regularise import Regularisation, check_devices, check_regularisers
 from soka_serve.compiler.train.run import TrainResult
 from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample
@@ -22,11 +22,12 @@ from soka_serve.kron import Factors, dense_delta, kpsvd
 from soka_serve.kron.factors import rearrange
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import read_manifest
-from soka_serve.peft import build_soka_model
-from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Penalty
+from soka_serve.peft import build_soka_model, soka_layers
+from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Penalty, Rewrite
 from tests.support.training import load_trained, make_base, make_examples, make_factors, run_training, tensors_of
 
 RATE = 5e-2
+ALONE: dict[str, Any] = {"initial": (), "adapt": [{"init": "zero"}]}  # nothing is subtracted
 SORSA, KASA = {"sorsa": 30.0}, {"kasa": 30.0}
 
 
@@ -312,14 +313,73 @@ def test_all_terms_cannot_be_protected(base: Path, tmp_path: Path) -> None:
         train(base, tmp_path, regularise={"protect": 40})
 
 
+# ----------------------------------------------------------------------------------------------------- orthogonalise
+
+
+def test_rewritten_terms_are_the_kronecker_svd() -> None:
+    row = REGULARISERS["orthogonalise"]
+    assert isinstance(row, Rewrite)
+    for theta, _ in some_modules():
+        terms, cosine = row.rewritten(theta)
+        torch.testing.assert_close(dense_delta(terms), dense_delta(theta), rtol=0, atol=1e-12)
+        size = np.sqrt(np.prod(theta.shape))
+        singular = np.linalg.svd(rearrange(dense_delta(theta), theta.shape).numpy(), compute_uv=False)
+        np.testing.assert_allclose(terms.sigma.numpy() * size, singular[: theta.rank], atol=1e-12)
+        columns = [t.flatten(1).numpy() for t in (theta.left, theta.right)]
+        units = [c / np.linalg.norm(c, axis=1, keepdims=True) for c in columns]
+        largest = [np.abs(u @ u.T - np.eye(len(u))).max() for u in units]
+        assert cosine.item() == pytest.approx(np.mean(largest), rel=1e-12)
+        assert row.rewritten(terms)[1].item() < 1e-12
+        for factor in (terms.left, terms.right):
+            gram = factor.flatten(1) @ factor.flatten(1).t() / factor[0].numel()
+            torch.testing.assert_close(gram, torch.eye(theta.rank, dtype=gram.dtype), rtol=0, atol=1e-12)
+    single, cosine = row.rewritten(theta.terms(0))
+    torch.testing.assert_close(dense_delta(single), dense_delta(theta.terms(0)))
+    assert cosine.item() == 0
+
+
+def test_terms_are_orthogonal_after_every_other_step(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the delta as it was, and averages that begin again."""
+    changes: list[float] = []
+    rewrite = Regularisation.rewrite
+
+    def noted(self: Regularisation, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        (layer, *_) = soka_layers(model).values()
+        before = dense_delta(layer.theta("default").to(torch.float64)).detach()
+        rewrite(self, model, optimizer, step)
+        after = dense_delta(layer.theta("default").to(torch.float64)).detach()
+        changes.append(float((after - before).norm() / before.norm()))
+        state = optimizer.state[layer.soka_left["default"]]
+        assert bool(state["exp_avg"].any()) == (step % 2 == 1)
+        assert float(state["step"]) == step % 2
+
+    monkeypatch.setattr(Regularisation, "rewrite", noted)
+    options: dict[str, Any] = {"factors": bent(base), "learning_rate": 0.5} | ALONE
+    result = train(base, tmp_path, regularise={"orthogonalise": 2}, **options)
+    assert len(changes) == 5
+    assert changes[::2] == [0, 0, 0]
+    assert all(0 < change < 1e-6 for change in changes[1::2])
+    values = [line.get("orthogonalise") for line in read_history(result.history)]
+    assert [value is not None for value in values] == [False, True, False, True, False, False]
+    assert values[1] > values[3] > 0
+    losses = [line["loss"] for line in read_history(result.history)]
+    assert losses[-1] < losses[0]
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.parametrize(
+    ("table", "options"),
+    [(SORSA | KASA | {"consistency": 1.0, "protect": 1}, {}), ({"orthogonalise": 2}, ALONE)],
+    ids=["added", "rewritten"],
+)
 def test_an_interrupted_run_ends_with_the_same_weights(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, float], options: dict[str, Any]
 ) -> None:
-    table = SORSA | KASA | {"consistency": 1.0, "protect": 1}
-    whole = train(base, tmp_path / "whole", regularise=table)
+    whole = train(base, tmp_path / "whole", regularise=table, **options)
     step = SokaTrainer.training_step
 
     def stop(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -330,9 +390,9 @@ def test_an_interrupted_run_ends_with_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(SokaTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(base, tmp_path / "cut", regularise=table, save_every=3)
+            train(base, tmp_path / "cut", regularise=table, **options, save_every=3)
     assert (tmp_path / "cut" / "checkpoint-3").exists()
-    resumed = train(base, tmp_path / "cut", regularise=table, save_every=3)
+    resumed = train(base, tmp_path / "cut", regularise=table, **options, save_every=3)
     assert resumed.steps == 6
     for key, tensor in tensors_of(whole).items():
         assert torch.equal(tensors_of(resumed)[key], tensor)
@@ -354,6 +414,11 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         ('consistency = 0.1\n[train]\nmethod = "pissa"', "6:1", "method = 'pissa' changes the base's weights"),
         ("protect = 1.5", "6:11", "expected a whole number"),
         ("protect = 1\n[train]\nprune = { threshold = 0.1 }", "6:1", "protect does not go with prune"),
+        ("protect = 2\n[[adapt]]\nextra_terms = 1", "6:1", "protect does not go with extra_terms in [[adapt]]"),
+        ('kasa = 2\n[[adapt]]\ntrain_factors = ["left"]', "6:1", "kasa does not go with train_factors in [[adapt]]"),
+        ("orthogonalise = 9", "6:1", "does not go with init = 'weights', whose terms are subtracted again"),
+        ('orthogonalise = 9\nprotect = 1\n[[adapt]]\ninit = "zero"', "6:1", "does not go with protect: what sigma"),
+        ('orthogonalise = 9\n[[adapt]]\ninit = "zero"\n[train]\nsigma_lr = 2', "6:1", "does not go with sigma_lr"),
         ('sorsa = 0.1\n[[adapt]]\ninit = "zero"', "6:1", "one of whose factors starts at zero"),
     ],
 )
@@ -370,9 +435,13 @@ def test_what_does_not_go(tmp_path: Path, lines: str, place: str, words: str) ->
 
 def test_methods_that_manifests_do_not_name_are_refused_too() -> None:
     with pytest.raises(PlanError, match=r"train\.regularise\.sorsa belongs to method = 'soka'; the method is 'cdka'"):
-        check_regularisers(SORSA, METHODS["cdka"])
+        check_regularisers(SORSA, METHODS["cdka"], subtracted=False, partly=False)
     with pytest.raises(PlanError, match=r"consistency asks the base, and method = 'corda' changes its weights"):
-        check_regularisers({"consistency": 1.0}, METHODS["corda"])
+        check_regularisers({"consistency": 1.0}, METHODS["corda"], subtracted=False, partly=True)
+    with pytest.raises(PlanError, match="starting factors are subtracted, so theta is not the delta"):
+        check_regularisers({"orthogonalise": 2}, METHODS["soka"], subtracted=True, partly=False)
+    with pytest.raises(PlanError, match="protect acts on terms that are trained whole"):
+        check_regularisers({"protect": 2}, METHODS["soka"], subtracted=True, partly=True)
 
 
 def test_deepspeed_is_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
