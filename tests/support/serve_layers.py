@@ -107,14 +107,22 @@ class AdaptedLayer:
         self.layer.set_lora(slot, firsts[0] if self.one else firsts, seconds[0] if self.one else seconds)
 
     def put_kronecker(self, slot: int, rank: int, goal: int) -> None:
-        """Fill a slot with a Kronecker adapter, Left about (goal, goal)."""
+        """Fill a slot with a Kronecker adapter, Left about (goal, goal); of even rank as the loader does."""
         inputs, lefts, rights = self.case.inputs, [], []
         for size in self.case.sizes:
             m, n = divisor_near(size, goal), divisor_near(inputs, goal)
             lefts.append(torch.randn(rank, m, n))
             rights.append(torch.randn(rank, size // m, inputs // n))
+        deltas = [kron(left, right) for left, right in zip(lefts, rights, strict=True)]
+        if rank % 2 == 0:
+            for index, (left, right) in enumerate(zip(lefts, rights, strict=True)):
+                arranged = self.layer.arranged(index, left, right)
+                if arranged is not None:
+                    assert torch.equal(arranged[0], left)
+                    assert torch.equal(arranged[1], right)
+                    lefts[index], rights[index], _ = arranged
         self.set(slot, lefts, rights)
-        self.merge(slot, [kron(left, right) for left, right in zip(lefts, rights, strict=True)])
+        self.merge(slot, deltas)
 
     def put_lora(self, slot: int) -> None:
         """Fill a slot with a LoRA adapter."""
