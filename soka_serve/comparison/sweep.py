@@ -1,8 +1,10 @@
 """Which setting a search chooses: along one axis at a time, the same number of settings for every method.
 
 The search begins in the middle of the grid and tries all values of one axis after the other, each time from the best
-setting so far (coordinate search). Then, as long as settings are left: beyond an end of an axis where the best value
-lies, along the axes through the best setting, and between the best value and its neighbours. With `finalists`, that
+setting so far (coordinate search). Then, as long as settings are left: along the ridge of rate and scale, beyond an end
+of an axis where the best value lies, along the axes through the best setting, and between the best value and its
+neighbours. The ridge is there because what a product of two trained factors changes grows with scale * rate^2: a search
+along the axes alone cannot follow it. With `finalists`, that
 search looks at the first sweep seed alone; the others choose among the settings that it found best.
 
 A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
@@ -10,6 +12,7 @@ A search has no state of its own: everything follows from the suite and its reco
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +92,7 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
     for line in (
         *(_line(best, axis, grid) for axis in unseen),
+        _along_ridge(best, grid),
         *(_with(best, axis, _beyond(best, axis, scores)) for axis in grid),
         *(_line(best, axis, grid) for axis in grid),
         *(_with(best, axis, _between(best, axis, scores)) for axis in grid),
@@ -130,6 +134,20 @@ def _distance(value: float, here: float) -> float:
     if value == here:
         return 0.0
     return abs(math.log(value / here)) if value and here else math.inf
+
+
+def _along_ridge(setting: Setting, grid: Grid) -> list[Setting]:
+    """The settings whose rate is a step of its axis higher or lower, and whose scale makes up for it."""
+    values, rates = dict(setting), sorted(grid.get("learning_rate", ()))
+    if "scale" not in grid or len(rates) < 2:
+        return []
+    step = min(after / before for before, after in itertools.pairwise(rates))
+    found = []
+    for factor in (1 / step, step):
+        moved = {"learning_rate": _rounded(values["learning_rate"] * factor)}
+        moved["scale"] = _rounded(values["scale"] / factor**2)
+        found.append(tuple((axis, moved.get(axis, value)) for axis, value in setting))
+    return found
 
 
 def _beyond(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]) -> list[float]:
