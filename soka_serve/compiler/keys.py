@@ -20,7 +20,8 @@ from soka_serve.manifest.schema import Manifest, Train
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "measure": 1, "report": 1}
 
-# The same for builds that set a key of [train] and train Kronecker factors.
+# The same for builds that train Kronecker factors: all of them, and those that set a key of [train].
+_KRONECKER_VERSION = 2
 _TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
 
 # Keys of [train] that do not change what is learned.
@@ -66,9 +67,11 @@ def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
 
 
 def training_versions(method: Method, train: Train) -> list[Any]:
-    """What a key holds besides, where such keys of [train] are set; nothing elsewhere, where keys stay as they were."""
-    found = _TRAIN_VERSIONS.items() if method.kronecker else ()
-    return [part for key, version in found if getattr(train, key) for part in (key, version)]
+    """What a key holds besides where Kronecker factors are trained; nothing elsewhere."""
+    if not method.kronecker:
+        return []
+    found = (part for item in _TRAIN_VERSIONS.items() if getattr(train, item[0]) for part in item)
+    return ["factors", _KRONECKER_VERSION, *found]
 
 
 def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 
 DEFAULT_CALIBRATION_BATCHES = 8
-DEFAULT_SCALE = 1.0
+DEFAULT_SCALE = 0.003
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ class Adapt(Table):
     scale: Annotated[float, Field(gt=0)] = Field(
         DEFAULT_SCALE,
         description="Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
-        "of the weight's typical entry: SoKA's alpha. Not for init = "
+        "of the weight's typical entry: SoKA's alpha. Small, so that the delta is what training makes of them. Not for "
+        "init = "
         f"{names_of(s for s in STARTS.values() if s.changes)}, whose terms have a size of their own.",
     )
     rank: RankPolicy = Field(default_factory=lambda: RankFixed(), description="How many terms each module gets.")

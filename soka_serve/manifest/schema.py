@@ -24,7 +24,7 @@ SCHEMA_VERSION = 1
 
 REWRITING = ("pissa", "full")  # methods that train on changed weights of the base
 
-SOKA_RATE = 0.3
+SOKA_RATE = 8.0
 _OTHER_RATE = 2e-3
 
 if TYPE_CHECKING:
@@ -264,8 +264,8 @@ class Train(Table):
     )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Peak learning rate of AdamW. For soka it is the share of a layer's output that a step changes at "
-        "most, at every width, factor shape and rank. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
+        description="Peak learning rate of AdamW. For soka it says how far a step moves factors, and means the same "
+        "at every width, factor shape and rank. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
             "RATE", f"{SOKA_RATE:g}"
         ),
         examples=[SOKA_RATE],

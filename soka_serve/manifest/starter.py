@@ -24,7 +24,7 @@ _KEYS: dict[str, dict[str, Any]] = {
         **{"calibration_batches": None, "rank": ...},
     },
     "[train]": {
-        **{"method": None, "steps": 300, "epochs": None, "batch_size": 32, "learning_rate": 1.5, "max_length": None},
+        **{"method": None, "steps": 300, "epochs": None, "batch_size": 32, "learning_rate": None, "max_length": None},
         **{"precision": None, "gradient_checkpointing": None, "seed": None},
     },
     "[train.data]": {

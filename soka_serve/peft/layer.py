@@ -7,6 +7,7 @@ K(theta) = sum_k sigma_k kron(left_k, right_k). The base weight W is never rewri
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -204,10 +205,10 @@ class SokaLayer(MergingLayer):
             )
         size = config.init_scale * typical_entry(float(weight.norm()) if is_whole else 0.0, shape)
         if init == "weights":
-            return kpsvd(weight, shape, rank, seed=config.seed).factors.with_unit_rms().with_size(size)
+            return _evened(kpsvd(weight, shape, rank, seed=config.seed).factors.with_unit_rms().with_size(size), size)
         seed = config.seed ^ zlib.crc32(self.module_name.encode())
         generator = torch.Generator().manual_seed(seed) if init == "zero" else None
-        return random_terms(rank, shape, size, generator, zero=init == "zero").to(dtype)
+        return _evened(random_terms(rank, shape, size, generator, zero=init == "zero"), size).to(dtype)
 
     def check_loaded(self, adapter: str) -> None:
         """Refuse to compute with factors that were made to be loaded and never were.
@@ -389,3 +390,9 @@ class SokaLinear(nn.Module, SokaLayer):
 
     def __repr__(self) -> str:
         return "soka." + super().__repr__()
+
+
+def _evened(terms: Factors, size: float) -> Factors:
+    """The same delta with sigmas about 1: any optimiser then moves factors at rates that suit LoRA's."""
+    root = math.sqrt(size)
+    return Factors(terms.left * root, terms.right * root, terms.sigma / size)

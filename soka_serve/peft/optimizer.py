@@ -1,18 +1,22 @@
 """Learning rates of the factors: one `lr` that means the same at every width, factor shape and number of terms.
 
-A term's output is sigma * Left X Right^T, with X the token as an (n, q) matrix. An optimiser such as Adam moves every
-entry of a parameter by about its rate. A move of Left by `e` in one direction of its rows changes the output by up to
-e * sigma * n * RMS(X Right^T), and one of Right by e * sigma * q * RMS(Left X); with entries of RMS 1, and X of RMS x,
-these are e * sigma * x * n sqrt(q) and e * sigma * x * q sqrt(n). The term itself gives sigma * x * sqrt(n q). So
+Factors start small beside what training makes of them (a manifest's `scale`), and K(theta) is their product: what a
+module changes grows with the square of the way that its factors have gone. An optimiser such as Adam moves every entry
+of a parameter by about its rate. A term's output is sigma * Left X Right^T, with X the token as an (n, q) matrix, and
+with entries of RMS 1, and X of RMS x, it is sigma * x * sqrt(n q). A move of Left by `e` in one direction of its rows
+changes it by up to e * sigma * x * n sqrt(q), and one of Right by e * sigma * x * q sqrt(n). So
 
     rate of Left  = lr * RMS(Left) / sqrt(n) / c
     rate of Right = lr * RMS(Right) / sqrt(q) / c
     rate of sigma = lr * RMS(sigma) / c
 
-each change a term's output by a share lr / c of itself at most. The terms of one module see the same gradients, so what
-they change adds up; modules change different things. Hence c = r * sqrt(N), with r the module's number of terms and N
-the number of modules, and all together change what the model computes alike. This c is measured, not derived
-(docs/training.md).
+each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was. The terms
+of one module see the same gradients, so what they change adds up; modules change different things, whose squares add
+up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change what
+the model computes alike. docs/training.md says where that was measured.
+
+Terms that are a delta and not subtracted (`init = "delta"`) are as large as they are, not small. Their factors move
+sqrt(DEFAULT_SCALE) as fast: with terms as large as the weight, size * lr^2 is then what it is for small ones.
 
 Weight decay pulls a module's delta to zero: factors to the initial ones that are subtracted from them, and to zero
 where none are. Towards zero, K(theta) - K(theta0) would end as -K(theta0), which takes terms out of the base.
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 
 from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape
+from soka_serve.manifest.rules import DEFAULT_SCALE
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 
@@ -44,7 +49,7 @@ def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[n
     """
     trained = list(_trained(model))
     return {
-        parameter: multiplier * multipliers[part] / math.sqrt(len(trained))
+        parameter: multiplier * multipliers[part] / len(trained) ** 0.25
         for layer, name in trained
         for part, parameter, multiplier in _law(layer, name)
         if parameter.requires_grad
@@ -67,8 +72,8 @@ def _is_trained(layer: SokaLayer, adapter: str) -> bool:
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
     """(factor, parameter, multiplier) of one adapter of a layer; of what its form adds, the factor that it is like.
 
-    Zeros have no size. Factors of zeros count as ones, sigmas of zeros as the size of a weight's entries that keep its
-    inputs' size: a module may start from a delta of zero.
+    Zeros have no size. A factor of zeros counts as large as the other one, and sigmas of zeros as the size of a
+    weight's entries that keep its inputs' size: a module may start from a delta of zero.
 
     Raises:
         CheckpointError: the adapter was never loaded.
@@ -81,20 +86,22 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
             hint="FSDP 2 keeps shapes (fsdp_version: 2); otherwise make the optimizer before the model is sharded",
         )
     (rank, _, n), q = left.shape, right.shape[2]
-    ordinary, sizes = 1 / math.sqrt(n * q), {}
     form = layer.form(adapter)
     terms = form.served(rank, subtracted=False)
-    for part, width in zip(PARTS, (n, q, 1), strict=True):
-        parameter = getattr(layer, f"soka_{part}")[adapter]
-        size = float(_whole(parameter).float().square().mean().sqrt())
-        if not size > 0:
-            layer.check_loaded(adapter)
-            size = ordinary if part == "sigma" else 1.0
-        ordinary /= size  # what a sigma is of, beside factors of this size
-        sizes[part] = size / math.sqrt(width)
-        yield part, parameter, sizes[part] / terms
+    parameters = {part: getattr(layer, f"soka_{part}")[adapter] for part in PARTS}
+    found = {part: float(_whole(value).float().square().mean().sqrt()) for part, value in parameters.items()}
+    if zeros := not all(size > 0 for size in found.values()):
+        layer.check_loaded(adapter)
+        found["left"] = found["left"] or found["right"] or 1.0
+        found["right"] = found["right"] or found["left"]
+        found["sigma"] = found["sigma"] or 1 / math.sqrt(n * q) / (found["left"] * found["right"])
+    sizes = {part: found[part] / math.sqrt(width) for part, width in zip(PARTS, (n, q, 1), strict=True)}
+    small = zeros or layer.initial(adapter) is not None
+    pace = 1.0 if small else math.sqrt(DEFAULT_SCALE)
+    for part in PARTS:
+        yield part, parameters[part], pace * sizes[part] / math.sqrt(terms)
     for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():
-        yield added.like, getattr(layer, f"soka_{name}")[adapter], sizes[added.like] / added.terms
+        yield added.like, getattr(layer, f"soka_{name}")[adapter], pace * sizes[added.like] / math.sqrt(added.terms)
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -103,15 +110,21 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, multipliers: Mapping[str, float], weight_decay: float, decayed: Collection[str]
+    model: nn.Module,
+    lr: float,
+    multipliers: Mapping[str, float],
+    weight_decay: float,
+    decayed: Collection[str],
+    other_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups of an optimiser: each factor alone, in the model's order, then what else needs gradients, at `lr`.
+    """Groups of an optimiser: each factor alone, in the model's order, then what else needs gradients.
 
     Their number depends on the model's structure alone, so that an optimiser's state fits whatever was trained. A
     factor's group says for how many terms its rate is (`follow_terms`).
 
     Args:
         multipliers: of "left", "right" and "sigma"; parameters with 0 are frozen.
+        other_lr: of what is no factor; None is `lr`.
         decayed: names of the parameters that `weight_decay` is for. Factors with initial ones are left to
             `pull_to_initial`.
     """
@@ -127,7 +140,10 @@ def parameter_groups(
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "terms": len(parameter)})
         elif parameter.requires_grad:
             others.setdefault(decay, []).append(parameter)
-    return groups + [{"params": found, "lr": lr, "weight_decay": decay} for decay, found in others.items()]
+    return groups + [
+        {"params": found, "lr": lr if other_lr is None else other_lr, "weight_decay": decay}
+        for decay, found in others.items()
+    ]
 
 
 def follow_terms(optimizer: torch.optim.Optimizer, scheduler: Any | None = None) -> None:
@@ -140,7 +156,7 @@ def follow_terms(optimizer: torch.optim.Optimizer, scheduler: Any | None = None)
     for number, group in enumerate(optimizer.param_groups):
         if "terms" not in group or group["terms"] == (left := len(group["params"][0])):
             continue
-        ratio = group["terms"] / left
+        ratio = math.sqrt(group["terms"] / left)
         group["terms"] = left
         for key in {"lr", "initial_lr"} & group.keys():
             group[key] = group[key] * ratio
@@ -216,6 +232,7 @@ def create_soka_optimizer(
     left_lr: float = 1.0,
     right_lr: float = 1.0,
     sigma_lr: float = 1.0,
+    other_lr: float = 1e-3,
     weight_decay: float = 0.0,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
@@ -224,14 +241,16 @@ def create_soka_optimizer(
     >>> import peft, soka_serve.peft
     >>> base = torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False))
     >>> model = peft.get_peft_model(base, soka_serve.peft.SokaConfig(target_modules=["0"]))
-    >>> optimizer = soka_serve.peft.create_soka_optimizer(model, lr=0.03)
+    >>> optimizer = soka_serve.peft.create_soka_optimizer(model, lr=8.0)
     >>> len(optimizer.param_groups)
     3
 
     Args:
-        model: its parameters that need gradients are trained; those that are no factors (`modules_to_save`) at `lr`.
+        model: its parameters that need gradients are trained; those that are no factors (`modules_to_save`) at
+            `other_lr`.
         optimizer_cls: an optimiser that normalises gradients, as AdamW does.
-        lr: share of the layers' outputs that a step changes at most, all adapted modules together.
+        lr: how far a step moves the factors, as a share of themselves and of what was worked out for one term on one
+            module (see this module).
         left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
         weight_decay: of all trained parameters. It pulls a module's delta to zero: factors to the initial ones, where
             there are any. That part is decoupled from gradients, as AdamW's is, with every optimiser.
@@ -245,6 +264,6 @@ def create_soka_optimizer(
     """
     names = [name for name, _ in model.named_parameters()]
     multipliers = {"left": left_lr, "right": right_lr, "sigma": sigma_lr}
-    optimizer = optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names), **kwargs)
+    optimizer = optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names, other_lr), **kwargs)
     pull_to_initial(optimizer, model, weight_decay, names)
     return optimizer

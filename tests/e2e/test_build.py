@@ -100,7 +100,7 @@ def test_nothing_changed_means_nothing_is_done(tmp_path: Path) -> None:
     assert adapter_bytes(first.directory) == before
     write_manifest(tmp_path, output='merged_dtype = "bfloat16"', save_every=3)
     assert soka_serve.build(manifest, out=tmp_path / "build", progress=False).ran == ("report",)
-    write_manifest(tmp_path, output='merged_dtype = "bfloat16"', learning_rate=1.0)
+    write_manifest(tmp_path, output='merged_dtype = "bfloat16"', learning_rate=4.0)
     ran = soka_serve.build(manifest, out=tmp_path / "build", progress=False).ran
     assert ran == ("tune", "export", "merge", "check", "report")
     assert adapter_bytes(first.directory) != before
@@ -182,7 +182,7 @@ def test_ctrl_c_and_sigkill_leave_the_last_good_build(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
     first = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     before = adapter_bytes(first.directory)
-    write_manifest(tmp_path, learning_rate=1.0, steps=400)
+    write_manifest(tmp_path, learning_rate=8.0, steps=400)
     log = tmp_path / "log"
     process = start_cli("build", manifest, "--out", tmp_path / "build", cwd=tmp_path, log=log)
     deadline = time.monotonic() + 120

@@ -44,7 +44,6 @@ rank = { policy = "fixed", rank = 4 }
 steps = 120
 batch_size = 16
 max_length = 128
-learning_rate = 1.5
 data = { builtin = "math" }
 [output]
 write = ["adapter", "merged"]

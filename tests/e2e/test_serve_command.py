@@ -48,7 +48,6 @@ rank = {{ policy = "fixed", rank = 4 }}
 steps = {steps}
 batch_size = 16
 max_length = 128
-learning_rate = 1.5
 data = {{ builtin = "{family}" }}
 [eval]
 limit = {limit}
@@ -329,7 +328,7 @@ def test_what_vllm_refuses_is_shown(folder: Path) -> None:
 
 def test_a_merged_model_and_a_kill(tmp_path: Path) -> None:
     """Served without the plugin; when soka-serve itself is killed, vLLM goes too."""
-    manifest = write_manifest(tmp_path, steps=10, learning_rate=1.0, replace=('["adapter", "merged"]', '["merged"]'))
+    manifest = write_manifest(tmp_path, steps=10, learning_rate=8.0, replace=('["adapter", "merged"]', '["merged"]'))
     assert run_cli("build", manifest, cwd=tmp_path).returncode == 0
     running = Command(tmp_path, manifest, "--", "--max-model-len", "128", "--enforce-eager")
     try:

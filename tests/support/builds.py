@@ -44,7 +44,7 @@ def write_manifest(
     directory: Path,
     *,
     steps: int = 6,
-    learning_rate: float = 0.5,
+    learning_rate: float = 8.0,
     save_every: int = 2,
     output: str = "",
     replace: tuple[str, str] | None = None,

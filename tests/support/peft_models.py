@@ -116,10 +116,9 @@ INITS = ("weights", "zero", "random")
 
 
 def all_projections(init: Any = "weights", **options: Any) -> SokaConfig:
-    """A config with awkward ranks and shapes on every projection of the tiny LLaMA."""
-    base = tiny_llama()
-    options = {"soka_modules": spread(base), "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
-    return SokaConfig(init_soka_weights=init, **options)
+    """A config with awkward ranks and shapes on every projection of the tiny LLaMA, and terms as large as weights."""
+    chosen = {"soka_modules": spread(tiny_llama()), "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return SokaConfig(init_soka_weights=init, **{**chosen, "init_scale": 1.0, **options})
 
 
 def adapted(init: Any = "weights", dtype: torch.dtype = torch.float32, **options: Any) -> PeftModel:

@@ -197,6 +197,12 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """What is left of the weight decay at the step to come."""
         return decay_share(self.recipe.weight_decay_schedule, self.state.global_step, self.state.max_steps)
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own. A single step does not warm up, since a warm-up's first step has the rate 0."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """The Trainer's own, or one that puts examples of similar lengths together."""
         if not self.recipe.group_by_length:

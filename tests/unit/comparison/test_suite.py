@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -279,9 +280,21 @@ def test_one_axis_after_the_other_is_searched_from_the_middle() -> None:
     assert [list(map(list, batch)) for batch in batches[:2]] == [rates, [[("learning_rate", 2.0), ("scale", 1.0)]]]
     choice, _ = choose(cell, records)
     assert choice.setting == (("learning_rate", 2.0), ("scale", 1.0))
-    # The last of the five goes beyond the border, where it is worse.
-    assert batches[2:] == [[(("learning_rate", 2.0), ("scale", 0.5))]]
-    assert choice.border == ()
+    # The last of the five goes along the ridge.
+    assert batches[2:] == [[(("learning_rate", 1.0), ("scale", 4.0))]]
+    assert choice.border == ("scale",)
+
+
+def test_a_ridge_of_rate_and_scale_is_followed() -> None:
+    """A product of two trained factors grows with scale * rate^2, and axes alone do not lead along that."""
+
+    def loss(rate: float, scale: float) -> float:
+        return 10 * abs(math.log(scale * rate**2)) + math.log(rate)
+
+    cell = cells_of(TEXT.replace("[1.0, 2.0, 4.0], scale = [1.0, 2.0]", "[0.5, 1.0, 2.0], scale = [0.5, 1.0]"))[0]
+    records = search(cell, loss)[1]
+    assert len(records) == 5
+    assert dict(choose(cell, records)[0].setting or ()) == {"learning_rate": 0.5, "scale": 4.0}
 
 
 def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> None:
@@ -289,7 +302,7 @@ def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> N
     for cell, loss in ((first, lambda rate, scale: -rate * scale), (second, lambda rate: -rate)):
         choice, _ = choose(cell, search(cell, loss)[1])
         assert len(choice.scores) == 5
-        assert choice.border == tuple(dict(choice.setting or ()))
+        assert choice.border == tuple(dict(choice.setting or ()))[-1:]
     assert [dict(s)["learning_rate"] for s in choice.scores] == [2.0, 1.0, 4.0, 8.0, 16.0]
     inside, _ = choose(second, search(second, lambda rate: abs(rate - 1.5))[1])
     assert inside.setting == (("learning_rate", 1.41421),)  # the grid is refined where its best value lies inside
@@ -311,10 +324,10 @@ def test_keys_of_records_stay() -> None:
     runs = ((first, START), (second, START[:1]))
     keys = [cell.spec(stage, setting, 0).key for cell, setting in runs for stage in ("sweep", "final")]
     assert keys == [
-        "49ccff498f890ca1b5510813",
-        "1c096b90cc465affc9fc6dae",
-        "bce74e0e5b7c59049d7184d5",
-        "03d99c02aa401af776b878c8",
+        "c8d3d24e13a4796d41d8a759",
+        "0ded26ef23f81f5de22cead4",
+        "57b32e5abe975603287b9ee2",
+        "86b2ad9f6a099de45e0ae6c9",
     ]
 
 

@@ -143,7 +143,7 @@ def first_step(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch, name: st
         width = {"left": start.shape.n, "right": start.shape.q, "sigma": 1}[part]
         before, after = (getattr(f, part).double() for f in (start, trained[module]))
         size = float(before.square().mean().sqrt())
-        rate = RATE * (4.0 if part == "left" else 1.0) * size / (width * len(starts)) ** 0.5 / start.rank
+        rate = RATE * (4.0 if part == "left" else 1.0) * size / (width * start.rank) ** 0.5 / len(starts) ** 0.25
         found[key] = gradient, (before - after) / rate
     assert len(found) == 3 * len(starts)
     return found

@@ -356,7 +356,7 @@ def test_terms_are_orthogonal_after_every_other_step(
         assert float(state["step"]) == step % 2
 
     monkeypatch.setattr(Regularisation, "rewrite", noted)
-    options: dict[str, Any] = {"factors": bent(base), "learning_rate": 0.5} | ALONE
+    options: dict[str, Any] = {"factors": bent(base), "learning_rate": 8.0} | ALONE
     result = train(base, tmp_path, regularise={"orthogonalise": 2}, **options)
     assert len(changes) == 5
     assert changes[::2] == [0, 0, 0]

@@ -77,7 +77,7 @@ def test_pruned_modules_train_at_the_rates_of_their_terms(
     left = [len(group["params"][0]) for group in pruned]
     assert {len(group["params"][0]) for group in whole} == {3}
     assert min(left) < 3
-    expected = [group["initial_lr"] * 3 / terms for group, terms in zip(whole, left, strict=True)]
+    expected = [group["initial_lr"] * math.sqrt(3 / terms) for group, terms in zip(whole, left, strict=True)]
     assert [group["initial_lr"] for group in pruned] == pytest.approx(expected, rel=1e-12)
     assert trainers[1].lr_scheduler.base_lrs == [group["initial_lr"] for group in pruned]
     rates = [[line["learning_rate"] for line in history] for history in histories]

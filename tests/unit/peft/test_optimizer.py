@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.manifest.rules import DEFAULT_SCALE
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
@@ -20,6 +21,11 @@ def _adapted(shape: tuple[int, int, int, int], **options: object) -> tuple[nn.Mo
     base = nn.Sequential(nn.Linear(n * q, m * p, bias=False))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], shape=list(shape), **options))
     return model, soka_layers(model)["0"]
+
+
+def _size(layer: nn.Module) -> float:
+    """Root mean square of Left's entries."""
+    return layer.soka_left["default"].square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize(("shape", "scale"), [*zip(SHAPES, (1.0, 0.1, 1.0, 0.1), strict=True)])
@@ -36,7 +42,7 @@ def test_a_step_changes_an_output_by_lr_times_the_typical_one(
         model, layer = _adapted(shape, init_soka_weights="random", init_scale=scale)
         typical = scale * layer.get_base_layer().weight.square().mean().sqrt()
         x = torch.randn(1, width)
-        optimizer = create_soka_optimizer(model, lr=0.01, **others)
+        optimizer = create_soka_optimizer(model, lr=0.01 / math.sqrt(DEFAULT_SCALE), **others)  # not subtracted
         before = model(x)[0, 3]
         before.backward()
         optimizer.step()
@@ -57,6 +63,14 @@ def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
         create_soka_optimizer(model, lr=0.01).step()
         moved.append((layer.soka_left["default"] - before).norm() / before.norm())
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("init", "pace"), [("weights", 1.0), ("zero", 1.0), ("random", math.sqrt(DEFAULT_SCALE))])
+def test_terms_that_are_a_delta_move_as_if_they_were_as_large_as_the_weight(init: str, pace: float) -> None:
+    """SokaConfig's random ones are not subtracted."""
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights=init)
+    rate = create_soka_optimizer(model, lr=1.0).param_groups[0]["lr"]
+    assert rate == pytest.approx(pace / 4 * _size(layer))
 
 
 @pytest.mark.parametrize("size", [1.0, 1 / 16])
@@ -91,11 +105,16 @@ def test_factors_that_were_flattened_have_no_rates(size: int) -> None:
     assert "fsdp_version: 2" in str(raised.value.hint)
 
 
-def test_terms_share_the_change_of_a_module_and_modules_in_quadrature() -> None:
+def test_terms_share_the_square_of_the_way_and_modules_its_root() -> None:
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0", "1"], rank_pattern={"0": 6}, r=3))
     lefts = [group["lr"] for group in create_soka_optimizer(model, lr=0.3).param_groups[::3]]
-    assert lefts == pytest.approx([0.3 / 2 / 6 / math.sqrt(2), 0.3 / 2 / 3 / math.sqrt(2)])
+    assert lefts == pytest.approx(
+        [
+            0.3 / 2 / math.sqrt(len(layer.soka_sigma["default"]) * math.sqrt(2)) * _size(layer)
+            for layer in soka_layers(model).values()
+        ]
+    )
 
 
 def _adamw(start: Tensor, gradients: list[Tensor], rate: float, decay: float, towards: Tensor) -> Tensor:
@@ -133,7 +152,7 @@ def test_weight_decay_is_adamws_towards_a_delta_of_zero(init: str) -> None:
 
 def test_weight_decay_alone_leaves_a_fresh_adapter_as_it_is() -> None:
     """And brings a trained one back to the base."""
-    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="weights")
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights="weights", init_scale=16 * math.sqrt(3))  # sizes of 1
     optimizer = create_soka_optimizer(model, lr=1.0, weight_decay=1.0)
     sizes = []
     for factor in (1.0, 1.1):
@@ -158,11 +177,11 @@ def test_weight_decay_refuses_factors_that_are_sharded_apart() -> None:
         optimizer.step()
 
 
-def test_other_parameters_are_trained_at_lr_and_a_part_with_zero_is_frozen() -> None:
+def test_other_parameters_have_a_rate_of_their_own_and_a_part_with_zero_is_frozen() -> None:
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], modules_to_save=["1"], init_soka_weights="zero"))
-    optimizer = create_soka_optimizer(model, torch.optim.SGD, lr=0.5, sigma_lr=0.0, momentum=0.9)
+    optimizer = create_soka_optimizer(model, torch.optim.SGD, lr=4.0, other_lr=0.5, sigma_lr=0.0, momentum=0.9)
     left, right, others = optimizer.param_groups
-    assert left["lr"] == right["lr"] == pytest.approx(0.25)  # Right of zeros counts as one of ones
+    assert left["lr"] == right["lr"] == pytest.approx(4.0 / 2 * _size(soka_layers(model)["0"]))  # zeros count as Left
     assert (others["lr"], len(others["params"]), others["momentum"]) == (0.5, 2, 0.9)
     assert not soka_layers(model)["0"].soka_sigma["default"].requires_grad
