@@ -52,6 +52,7 @@ from soka_serve.compiler.train.trained_positions import output_layer, trained_po
 from soka_serve.data.collate import PadCollator
 from soka_serve.kron import Factors
 from soka_serve.manifest.rules import RankBudget
+from soka_serve.manifest.schema import SOKA_RATE
 from soka_serve.peft import build_soka_model, create_soka_optimizer, get_factors, soka_layers
 from soka_serve.peft.parts import PARTS
 
@@ -187,11 +188,10 @@ class Bench:
                  soka_layers(model).items()}  # fmt: skip
         states = {name: {part: optimizer.state[p] for part, p in parts.items()} for name, parts in names.items()}
         theta, initial = ({n: f[n].terms(index) for n, index in kept.items()} for f in (theta, initial))
-        pruned = build_soka_model(model.unload(), theta, initial=True)
+        pruned = build_soka_model(model.unload(), initial, initial=True)
+        after = create_soka_optimizer(pruned, lr=self.options.rate)  # of the sizes at the start, as the other's
         for name, layer in soka_layers(pruned).items():
             layer.set_factors("default", theta[name], initial[name])
-        after = create_soka_optimizer(pruned, lr=self.options.rate)
-        for name, layer in soka_layers(pruned).items():
             for part in PARTS:
                 state = states[name][part]
                 after.state[getattr(layer, f"soka_{part}")["default"]] = {
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--rate", type=float, default=SOKA_RATE)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--most", type=int, default=8, help="terms of a module, with a budget")
     parser.add_argument("--from-terms", type=int, default=4, help="per module, of which `sensitivity` chooses")

@@ -1,6 +1,6 @@
 """Whether one `learning_rate` and one `scale` are right at every rank and start: short trainings on GSM8K.
 
-    python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.json --runs weights:1:1:0.3 lora:2:1:0.001
+    python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.json --runs weights:1:0.003:8 lora:2:1:0.001
 
 A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted (by inputs, the default of a manifest), both (by outputs
 as well), gradient, random, zero, or lora (PEFT's, alpha = rank, where SCALE multiplies alpha). SEED is of the start and

@@ -52,7 +52,7 @@ calibration_batches = 0
 
 [train]
 steps = 4
-learning_rate = 2.0  # so that few steps have an effect, which serve asks for
+learning_rate = 20.0  # so that few steps have an effect, which serve asks for
 
 [train.data]
 jsonl = "data.jsonl"

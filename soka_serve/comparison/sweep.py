@@ -4,8 +4,8 @@ The search begins in the middle of the grid and tries all values of one axis aft
 setting so far (coordinate search). Then, as long as settings are left: along the ridge of rate and scale, beyond an end
 of an axis where the best value lies, along the axes through the best setting, and between the best value and its
 neighbours. The ridge is there because what a product of two trained factors changes grows with scale * rate^2: a search
-along the axes alone cannot follow it. With `finalists`, that
-search looks at the first sweep seed alone; the others choose among the settings that it found best.
+along the axes alone cannot follow it. With `finalists`, that search looks at the first sweep seed alone; the others
+choose among the settings that it found best.
 
 A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from soka_serve.comparison.plan import Cell, Record, RunSpec
 from soka_serve.comparison.settings import Setting
+from soka_serve.comparison.suite import Contender
 
 Grid = Mapping[str, Sequence[float]]
 Score = tuple[float, float]
@@ -92,7 +93,7 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
     for line in (
         *(_line(best, axis, grid) for axis in unseen),
-        _along_ridge(best, grid),
+        _along_ridge(best, cell.contender),
         *(_with(best, axis, _beyond(best, axis, scores)) for axis in grid),
         *(_line(best, axis, grid) for axis in grid),
         *(_with(best, axis, _between(best, axis, scores)) for axis in grid),
@@ -136,16 +137,16 @@ def _distance(value: float, here: float) -> float:
     return abs(math.log(value / here)) if value and here else math.inf
 
 
-def _along_ridge(setting: Setting, grid: Grid) -> list[Setting]:
+def _along_ridge(setting: Setting, contender: Contender) -> list[Setting]:
     """The settings whose rate is a step of its axis higher or lower, and whose scale makes up for it."""
-    values, rates = dict(setting), sorted(grid.get("learning_rate", ()))
-    if "scale" not in grid or len(rates) < 2:
+    axes = {contender.key_of(axis): axis for axis in contender.grid}
+    rate, scale = (axes.get(contender.key_of(name)) for name in ("learning_rate", "scale"))
+    if rate is None or scale is None or len(rates := sorted(contender.grid[rate])) < 2:
         return []
-    step = min(after / before for before, after in itertools.pairwise(rates))
+    values, step = dict(setting), min(after / before for before, after in itertools.pairwise(rates))
     found = []
     for factor in (1 / step, step):
-        moved = {"learning_rate": _rounded(values["learning_rate"] * factor)}
-        moved["scale"] = _rounded(values["scale"] / factor**2)
+        moved = {rate: _rounded(values[rate] * factor), scale: _rounded(values[scale] / factor**2)}
         found.append(tuple((axis, moved.get(axis, value)) for axis, value in setting))
     return found
 

@@ -393,6 +393,6 @@ class SokaLinear(nn.Module, SokaLayer):
 
 
 def _evened(terms: Factors, size: float) -> Factors:
-    """The same delta with sigmas about 1: any optimiser then moves factors at rates that suit LoRA's."""
+    """The same delta with sigmas about 1: with one rate for all, as LoRA is trained, Left and Right then move."""
     root = math.sqrt(size)
     return Factors(terms.left * root, terms.right * root, terms.sigma / size)

@@ -10,10 +10,10 @@ changes it by up to e * sigma * x * n sqrt(q), and one of Right by e * sigma * x
     rate of Right = lr * RMS(Right) / sqrt(q) / c
     rate of sigma = lr * RMS(sigma) / c
 
-each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was. The terms
-of one module see the same gradients, so what they change adds up; modules change different things, whose squares add
-up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change what
-the model computes alike. docs/training.md says where that was measured.
+each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was, sigma
+apart. The terms of one module see the same gradients, so what they change adds up; modules change different things,
+whose squares add up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all
+together change what the model computes alike. docs/training.md says where that was measured.
 
 Terms that are a delta and not subtracted (`init = "delta"`) are as large as they are, not small. Their factors move
 sqrt(DEFAULT_SCALE) as fast: with terms as large as the weight, size * lr^2 is then what it is for small ones.
@@ -72,8 +72,8 @@ def _is_trained(layer: SokaLayer, adapter: str) -> bool:
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
     """(factor, parameter, multiplier) of one adapter of a layer; of what its form adds, the factor that it is like.
 
-    Zeros have no size. A factor of zeros counts as large as the other one, and sigmas of zeros as the size of a
-    weight's entries that keep its inputs' size: a module may start from a delta of zero.
+    Zeros have no size. A factor of zeros counts as large as the other one, and sigmas of zeros as small terms of a
+    weight that keeps its inputs' size: a module may start from a delta of zero.
 
     Raises:
         CheckpointError: the adapter was never loaded.
@@ -94,7 +94,7 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         layer.check_loaded(adapter)
         found["left"] = found["left"] or found["right"] or 1.0
         found["right"] = found["right"] or found["left"]
-        found["sigma"] = found["sigma"] or 1 / math.sqrt(n * q) / (found["left"] * found["right"])
+        found["sigma"] = found["sigma"] or DEFAULT_SCALE / math.sqrt(n * q) / (found["left"] * found["right"])
     sizes = {part: found[part] / math.sqrt(width) for part, width in zip(PARTS, (n, q, 1), strict=True)}
     small = zeros or layer.initial(adapter) is not None
     pace = 1.0 if small else math.sqrt(DEFAULT_SCALE)

@@ -1,7 +1,8 @@
 """Terms made orthogonal again every so many steps, as FedSVD does with LoRA's factors (arXiv:2505.12805).
 
 Semantics: the terms of theta are replaced by the Kronecker SVD of their sum, which is as many orthogonal terms with the
-same delta; entries of left and right have a root mean square of 1 again, sigma descends.
+same delta. Sigma descends, and all terms of left have the root mean square that left had over all of its terms, and
+right alike: the rates are shares of what factors have become, and of entries of 1 a step would be a much larger one.
 
 The optimiser's averages begin again at zero, as at its first step. First averages would follow the change exactly,
 since gradients do so linearly; averages of squares would not, and a step of the two is not bounded by the rate.
@@ -29,17 +30,20 @@ class Orthogonalise(Rewrite):
     )
 
     def rewritten(self, theta: Factors) -> tuple[Factors, Tensor]:
-        from torch import linalg, stack
+        from torch import linalg, stack, where
 
-        from soka_serve.kron.factors import from_vectors
+        from soka_serve.kron.factors import Factors, from_vectors
 
         lefts, rights = (t.double().flatten(1).t() for t in (theta.left, theta.right))
         cosine = stack([_largest_cosine(lefts), _largest_cosine(rights)]).mean()
         left_basis, left_core = linalg.qr(lefts * theta.sigma.double())
         right_basis, right_core = linalg.qr(rights)
         left, sigma, right = linalg.svd(left_core @ right_core.t())
-        terms = from_vectors(left_basis @ left, right_basis @ right.t(), sigma, theta.shape)
-        return terms.with_unit_rms().to(theta.left.dtype), cosine
+        terms = from_vectors(left_basis @ left, right_basis @ right.t(), sigma, theta.shape).with_unit_rms()
+        sizes = [t.double().square().mean().sqrt() for t in (theta.left, theta.right)]
+        sizes = [where(size > 0, size, 1.0) for size in sizes]
+        found = Factors(terms.left * sizes[0], terms.right * sizes[1], terms.sigma / (sizes[0] * sizes[1]))
+        return found.to(theta.left.dtype), cosine
 
 
 def _largest_cosine(columns: Tensor) -> Tensor:

@@ -3,13 +3,15 @@
 SALT (arXiv:2503.16055) trains sigma' = alpha * sigma + beta of a weight's leading singular values and adds a low-rank
 update X Y. Its alpha and beta have an entry per singular value, so sigma' is any vector, as where sigma itself is
 trained: `train_factors = ["sigma"]` with `extra_terms` is SALT on Kronecker terms, but for the step sizes of alpha and
-beta. Left starts random and Right at zero, as in KronA (arXiv:2212.10650), with sigma as large as the other terms'.
+beta. Left starts random and Right at zero, as in KronA (arXiv:2212.10650), with Left and sigma as large as the other
+terms', whose learning rates they have.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from soka_serve.trained.row import PARTS, Part, RuleFacts, Trained
@@ -43,9 +45,9 @@ class ExtraTerms(Trained):
     def start(self, value: Any, terms: Factors) -> dict[str, Tensor]:
         from soka_serve.kron.factors import random_terms
 
-        size = float(terms.sigma.square().mean().sqrt()) if not terms.sigma.is_meta else 0.0
-        made = random_terms(value, terms.shape, size or 1 / math.sqrt(terms.shape.in_features), zero=True)
-        made = made.to(terms.sigma.dtype, terms.sigma.device)
+        left, right, sigma = map(_size, (terms.left, terms.right, terms.sigma))
+        made = random_terms(value, terms.shape, sigma or 1 / math.sqrt(terms.shape.in_features), zero=True)
+        made = replace(made, left=made.left * (left or right or 1.0)).to(terms.sigma.dtype, terms.sigma.device)
         return {f"extra_{part}": getattr(made, part) for part in PARTS}
 
     def apply(self, value: Any, terms: Factors, parts: Mapping[str, Tensor]) -> Factors:
@@ -55,3 +57,8 @@ class ExtraTerms(Trained):
 
     def added(self, value: Any) -> int:
         return int(value)
+
+
+def _size(values: Tensor) -> float:
+    """Root mean square; 0 of a tensor without memory."""
+    return 0.0 if values.is_meta else float(values.detach().square().mean().sqrt())

@@ -22,7 +22,7 @@ class Part(NamedTuple):
     Args:
         size: of the tensor.
         like: the factor whose learning rate it has; with values of zero its size counts as that of the module's own.
-        terms: how many of its terms a step moves together, which the rate is divided by.
+        terms: how many of its terms a step moves together, by whose root the rate is divided.
     """
 
     size: tuple[int, ...]

@@ -253,6 +253,18 @@ def test_a_core_has_the_gradient_of_its_product() -> None:
     torch.testing.assert_close(parameter.grad, core.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_extra_terms_are_as_large_as_the_others() -> None:
+    """Whose rates they have, so that a step of Right changes as much as one of the others' does."""
+    config = SokaConfig(r=3, target_modules=["q_proj"], soka_trained={"extra_terms": 2})
+    for layer in soka_layers(get_peft_model(tiny_llama(), config)).values():
+        for part in ("left", "sigma"):
+            sizes = [
+                float(getattr(layer, f"soka_{x}{part}")["default"].detach().square().mean().sqrt())
+                for x in ("", "extra_")
+            ]
+            assert sizes[1] == pytest.approx(sizes[0], rel=1e-5)
+
+
 def test_a_core_moves_as_far_as_the_terms_that_it_has() -> None:
     """Its r x r entries move together: lr times sigma's size over the root of r x r terms and of the modules' root."""
     config = SokaConfig(r=3, target_modules=["q_proj"], soka_trained={"core": True})

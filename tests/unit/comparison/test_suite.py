@@ -285,16 +285,18 @@ def test_one_axis_after_the_other_is_searched_from_the_middle() -> None:
     assert choice.border == ("scale",)
 
 
-def test_a_ridge_of_rate_and_scale_is_followed() -> None:
+@pytest.mark.parametrize("names", [("learning_rate", "scale"), ("train.learning_rate", "train.method_scale")])
+def test_a_ridge_of_rate_and_scale_is_followed(names: tuple[str, str]) -> None:
     """A product of two trained factors grows with scale * rate^2, and axes alone do not lead along that."""
 
     def loss(rate: float, scale: float) -> float:
         return 10 * abs(math.log(scale * rate**2)) + math.log(rate)
 
-    cell = cells_of(TEXT.replace("[1.0, 2.0, 4.0], scale = [1.0, 2.0]", "[0.5, 1.0, 2.0], scale = [0.5, 1.0]"))[0]
+    axes = "learning_rate = [1.0, 2.0, 4.0], scale = [1.0, 2.0]"
+    cell = cells_of(TEXT.replace(axes, "{!r} = [0.5, 1.0, 2.0], {!r} = [0.5, 1.0]".format(*names)))[0]
     records = search(cell, loss)[1]
     assert len(records) == 5
-    assert dict(choose(cell, records)[0].setting or ()) == {"learning_rate": 0.5, "scale": 4.0}
+    assert dict(choose(cell, records)[0].setting or ()) == dict(zip(names, (0.5, 4.0), strict=True))
 
 
 def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> None:

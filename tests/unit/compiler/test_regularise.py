@@ -322,7 +322,8 @@ def test_rewritten_terms_are_the_kronecker_svd() -> None:
     for theta, _ in some_modules():
         terms, cosine = row.rewritten(theta)
         torch.testing.assert_close(dense_delta(terms), dense_delta(theta), rtol=0, atol=1e-12)
-        size = np.sqrt(np.prod(theta.shape))
+        sizes = [float(t.square().mean().sqrt()) for t in (theta.left, theta.right)]
+        size = np.sqrt(np.prod(theta.shape)) * np.prod(sizes)
         singular = np.linalg.svd(rearrange(dense_delta(theta), theta.shape).numpy(), compute_uv=False)
         np.testing.assert_allclose(terms.sigma.numpy() * size, singular[: theta.rank], atol=1e-12)
         columns = [t.flatten(1).numpy() for t in (theta.left, theta.right)]
@@ -330,8 +331,8 @@ def test_rewritten_terms_are_the_kronecker_svd() -> None:
         largest = [np.abs(u @ u.T - np.eye(len(u))).max() for u in units]
         assert cosine.item() == pytest.approx(np.mean(largest), rel=1e-12)
         assert row.rewritten(terms)[1].item() < 1e-12
-        for factor in (terms.left, terms.right):
-            gram = factor.flatten(1) @ factor.flatten(1).t() / factor[0].numel()
+        for factor, scale in zip((terms.left, terms.right), sizes, strict=True):
+            gram = factor.flatten(1) @ factor.flatten(1).t() / factor[0].numel() / scale**2
             torch.testing.assert_close(gram, torch.eye(theta.rank, dtype=gram.dtype), rtol=0, atol=1e-12)
     single, cosine = row.rewritten(theta.terms(0))
     torch.testing.assert_close(dense_delta(single), dense_delta(theta.terms(0)))
