@@ -11,6 +11,7 @@ the share of the errors' energy that those hold, over all modules; `parameters` 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def main() -> None:
             for name, weight in modules.items():
                 weight.data.copy_(few[name])
     tokens = sum(sum(label != MASKED for label in row.labels[1:]) for row in rows)
-    write_record(options, {"tokens": tokens, "found": found}, machine={"threads": 1})
+    packages = {"bitsandbytes": version("bitsandbytes")}
+    write_record(options, {"tokens": tokens, "found": found}, machine={"threads": 1}, packages=packages)
     for row in found:
         print(row)
 

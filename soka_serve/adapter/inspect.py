@@ -299,9 +299,24 @@ def _with_added(
 def _lora_module(module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> ModuleInfo:
     a, b = (_read(module, parts, f"lora_{part}.weight") for part in ("A", "B"))
     rank = a.shape[0]
-    scale = float(config.get("lora_alpha") or rank) / (np.sqrt(rank) if config.get("use_rslora") else rank)
+    if a.ndim != 2 or b.ndim != 2 or b.shape[1] != rank or not rank:
+        raise CheckpointError(
+            f"{module}: lora_A {a.shape} and lora_B {b.shape} do not fit together",
+            hint="expected (r, in) and (out, r): the adapter is damaged",
+        )
+    scale = _number(config, "lora_alpha", rank) / (np.sqrt(rank) if config.get("use_rslora") else rank)
     norm = float(np.sqrt(max(np.sum((a @ a.T) * (b.T @ b)), 0.0)) * scale)
     return ModuleInfo(module, (b.shape[0], a.shape[1]), (), rank, a.size + b.size, norm, (), ())
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    """A number of a config, or the default where there is none."""
+    value = config.get(key) or default
+    if not isinstance(value, int | float):
+        raise CheckpointError(
+            f"{CONFIG_FILE}: {key} must be a number, not {value!r:.80}", hint="the adapter is damaged: fetch it again"
+        )
+    return float(value)
 
 
 def _read(module: str, parts: Mapping[str, TensorInfo], part: str) -> Array:

@@ -15,6 +15,7 @@ from pathlib import Path
 from soka_serve.compiler.check import QuickCheck
 from soka_serve.compiler.context import BUILD, Context, check_output, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.compiler.processes import Processes
+from soka_serve.compiler.quiz import make_quiz
 from soka_serve.compiler.train.installed import check_installed
 from soka_serve.io.file_names import LOCK_FILE
 from soka_serve.io.files import replace_directory
@@ -114,8 +115,9 @@ def _run(context: Context, previous: dict[str, str]) -> BuildResult:
     manifest = context.loaded.manifest
     main = context.processes.is_main
     encoded = encode(context)
+    quiz = make_quiz(manifest, context.loaded.directory, context.base.tokenizer)  # before hours of work: it may refuse
     start = init_stage(context, encoded[0]) if context.method.kronecker else None
-    trained = tune_stage(context, encoded, start)
+    trained = tune_stage(context, encoded, start, quiz)
     if main:
         with replace_directory(context.workspace.directory, foreign=BUILD.foreign) as new:
             export_stage(context, new, previous, trained)

@@ -1,7 +1,8 @@
 """What each stage of a build depends on, as hashes.
 
 A stage runs again when its key changes, and its key holds what the result depends on and nothing else: changing
-`merged_dtype` reruns only the merge, and a comment only the report, which goes with the copies of the manifest.
+`merged_dtype` reruns only the merge of an adapter, and a comment only the report, which goes with the copies of the
+manifest.
 """
 
 from __future__ import annotations
@@ -113,8 +114,9 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)
     if "merged" in output.write or method.whole_model:
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
-    keys["check"] = _hash("check", keys["export"], manifest.eval.limit, manifest.eval.max_new_tokens, examples)
+    made = keys["merge" if method.whole_model else "export"]  # what is loaded to be checked
+    keys["check"] = _hash("check", made, manifest.eval.limit, manifest.eval.max_new_tokens, examples)
     if output.measure:
-        keys["measure"] = _hash("measure", keys["export"], list(output.measure), examples)
+        keys["measure"] = _hash("measure", made, list(output.measure), examples)
     keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)
     return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Manifest
 
+logger = logging.getLogger(__name__)
+
+_NO_EXAMPLES = "train.answered is set, but there are no evaluation examples"
 _EXTRACT: dict[str, Callable[[str], str | None]] = {"math": extract_hashes, "boxed": extract_boxed}
 """How an answer is found in a text, by the family whose marking is used."""
 
@@ -61,14 +65,18 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
     if count is None:
         return None
     if data is None:
-        raise DataError("train.answered is set, but there are no evaluation examples")
+        raise DataError(_NO_EXAMPLES)
     limit = manifest.eval.max_new_tokens
     if data.builtin is not None:
         return Quiz(generate_validation(data.builtin, count, kept_apart(manifest)), tokenizer, limit)
     examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples("eval", limit=count)
+    if not examples:
+        raise DataError(_NO_EXAMPLES)
+    if len(examples) < count:
+        logger.warning("train.answered = %d: there are only %d evaluation examples to ask", count, len(examples))
     for family, extract in _EXTRACT.items():
         answers = [extract(example.completion) for example in examples]
-        if answers and None not in answers:
+        if None not in answers:
             problems = [
                 Problem(family, example.prompt, example.completion, str(answer))
                 for example, answer in zip(examples, answers, strict=True)

@@ -17,7 +17,6 @@ from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.target_modules import budget_groups
 from soka_serve.compiler.check import QuickCheck, answer, choose_questions
 from soka_serve.compiler.methods import DenseOutput
-from soka_serve.compiler.quiz import make_quiz
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
 from soka_serve.data.mixture import mix_encoded, naming
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
     from soka_serve.compiler.init.result import Initialisation
+    from soka_serve.compiler.quiz import Quiz
     from soka_serve.compiler.train.run import TrainResult
     from soka_serve.data.encode import EncodedSet
     from soka_serve.data.examples import Example
@@ -135,7 +135,10 @@ def _statistics(
 
 
 def tune_stage(
-    context: Context, encoded: tuple[EncodedSet, EncodedSet | None], start: Initialisation | None
+    context: Context,
+    encoded: tuple[EncodedSet, EncodedSet | None],
+    start: Initialisation | None,
+    quiz: Quiz | None,
 ) -> TrainResult:
     """The trained weights: from the cache, or trained now, going on from the last resume point."""
     from soka_serve.compiler.train.run import TrainingRun, TrainResult
@@ -160,7 +163,6 @@ def tune_stage(
             initial=start.initial_modules if start else frozenset(),
             forms=start.forms if start else {},
         )
-        quiz = make_quiz(manifest, context.loaded.directory, context.base.tokenizer)
         data = TrainingData(*encoded, context.base.tokenizer.pad_id, quiz.accuracy if quiz else None)
         result = train(run, data, progress=context.progress)
         if context.processes.is_main:

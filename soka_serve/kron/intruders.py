@@ -39,7 +39,9 @@ def count_intruders(weight: Tensor, changed: Tensor, leading: int = LEADING, thr
     Reference: arXiv:2410.21228 (LoRA vs full fine-tuning).
     """
     leading = min(leading, *weight.shape)
-    if min(weight.shape) > _WHOLE_SIDE:
+    wide = torch.promote_types(weight.dtype, changed.dtype)
+    weight, changed = weight.to(wide), changed.to(wide)
+    if min(weight.shape) > max(_WHOLE_SIDE, _KNOWN * leading):
         new, new_error = _leading_vectors(changed, leading)
         old, old_error = _leading_vectors(weight, _KNOWN * leading)
         angles = (new.t() @ old).abs().clamp(max=1).arccos() + old_error

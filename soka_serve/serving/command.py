@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,7 +50,7 @@ _TAKEN = {
 }
 # Values of vLLM's options that would, by the names that vLLM has for the option.
 _TAKEN_VALUES = (
-    (("--load-format",), lambda value: value == "dummy", "the base would have random weights"),
+    (("--load-format",), lambda value: value.lower() == "dummy", "the base would have random weights"),
     (("--runner",), lambda value: value not in ("auto", "generate"), "the probe asks for completions"),
     (("--convert",), lambda value: value not in ("auto", "none"), "the probe asks for completions"),
     (("--ssl-cert-reqs",), lambda value: value == "2", "the probe has no certificate to show"),
@@ -137,8 +138,8 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
 def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
     """vLLM's options as written -> name (with dashes) and values.
 
-    >>> parse_options(["--max_model_len=512", "--enforce-eager", "-tp", "2"])
-    {'--max-model-len': ['512'], '--enforce-eager': [], '-tp': ['2']}
+    >>> parse_options(["--max_model_len=512", "--enforce-eager", "-tp", "2", "-r0"])
+    {'--max-model-len': ['512'], '--enforce-eager': [], '-tp': ['2'], '-r': ['0']}
 
     Raises:
         SokaError: something before the first option.
@@ -148,6 +149,8 @@ def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         if argument.startswith("-") and not argument[1:2].isdigit() and argument != "-":
             name, separator, value = argument.partition("=")
+            if re.fullmatch(r"-[a-z]\d+", name):  # a value that is written to a letter, as argparse takes it
+                name, separator, value = name[:2], "=", name[2:]
             current = found.setdefault(name.replace("_", "-"), [])
             current[:] = [value] if separator else []  # the last one counts, as in argparse
         elif current is None:

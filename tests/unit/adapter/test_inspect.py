@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from soka_serve.adapter.export import export
 from soka_serve.adapter.inspect import inspect
@@ -18,8 +21,9 @@ from soka_serve.errors import CheckpointError
 from soka_serve.kron import dense_delta
 from soka_serve.kron.intruders import count_intruders
 from tests.support.kron_oracle import oracle_delta
-from tests.support.tiny_models import all_factors, random_factors, write_base, write_test_adapter
+from tests.support.tiny_models import all_factors, random_factors, small_config, write_base, write_test_adapter
 
+Spoil = Callable[[dict[str, torch.Tensor]], object]
 NAME = "model.layers.1.mlp.down_proj"
 
 
@@ -126,6 +130,65 @@ def test_intruders_are_not_counted_beside_what_is_not_the_base(tmp_path: Path) -
         inspect(tmp_path / "lora", base=base)
     with pytest.raises(CheckpointError, match="a safetensors file has no base"):
         inspect(adapter / "adapter_model.safetensors", base=base)
+
+
+def _first_value_nan(tensors: dict[str, torch.Tensor]) -> None:
+    next(v for k, v in tensors.items() if "down_proj" in k)[0, 0] = float("nan")
+
+
+def _three_rows_of_a(tensors: dict[str, torch.Tensor]) -> None:
+    tensors.update({k: v[:3].contiguous() for k, v in tensors.items() if "lora_A" in k})
+
+
+def test_models_beside_another_base_are_refused(tmp_path: Path) -> None:
+    base, spoilt = (write_base(tmp_path / name, shard="1GB") for name in ("base", "spoilt"))
+    _change(spoilt / "model.safetensors", _first_value_nan)
+    with pytest.raises(CheckpointError, match="1 of 6144 values are NaN"):
+        inspect(spoilt, base=base)
+    LlamaForCausalLM(small_config(intermediate_size=48)).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(CheckpointError, match=r"gate_proj is \(48, 64\), the base's weight \(96, 64\)"):
+        inspect(tmp_path / "narrow", base=base)
+
+
+def test_models_of_more_layers_than_the_base_are_refused(tmp_path: Path) -> None:
+    base, deeper = write_base(tmp_path / "base"), write_base(tmp_path / "deeper")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match="its projections are not those of"):
+        inspect(deeper, base=base)
+
+
+@pytest.mark.parametrize(
+    ("config", "spoil", "said"),
+    [
+        ({"init_lora_weights": "pissa_niter_16"}, None, "an update of weights that PEFT changed"),
+        ({"target_parameters": ["experts"]}, None, "a LoRA with target_parameters"),
+        ({"lora_alpha": None}, None, "lora_alpha must be a number, not None"),
+        ({"lora_alpha": "x"}, None, "lora_alpha must be a number, not 'x'"),
+        ({"peft_type": "VERA"}, None, "peft_type is 'VERA'"),
+        ({}, _first_value_nan, "values are NaN"),
+        ({}, _three_rows_of_a, "do not fit together"),
+        ({}, lambda tensors: tensors.clear(), "a LoRA of no linear projection"),
+    ],
+)
+def test_loras_that_are_no_update_of_the_base_are_refused(
+    tmp_path: Path, config: dict[str, Any], spoil: Spoil | None, said: str
+) -> None:
+    base = write_base(tmp_path / "base")
+    adapter = write_test_adapter(tmp_path / "a", {NAME: random_factors(64, 96, 2, 0)}, base=base)
+    export(adapter, tmp_path / "lora", to="lora", rank=64)
+    file = tmp_path / "lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    if spoil is not None:
+        _change(tmp_path / "lora" / "adapter_model.safetensors", spoil)
+    with pytest.raises(CheckpointError, match=said):
+        inspect(tmp_path / "lora", base=base)
+
+
+def _change(file: Path, spoil: Spoil) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    spoil(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("shard", ["60KB", "1GB"])

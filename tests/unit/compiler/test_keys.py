@@ -16,6 +16,7 @@ from soka_serve.manifest.rules import LLAMA_PROJECTIONS
 from soka_serve.manifest.schema import Manifest
 
 INPUTS = InputHashes(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
+BFLOAT16 = {"output__merged_dtype": "bfloat16"}
 MODULES = ["model.layers.0.self_attn.q_proj"]
 
 
@@ -56,6 +57,13 @@ def test_a_change_reruns_what_depends_on_it(change: dict[str, Any], reruns: set[
     before = stage_keys(_manifest(), INPUTS, MODULES)
     after = stage_keys(_manifest(**change), replace(INPUTS, manifest="changed"), MODULES)
     assert {stage for stage in before if before[stage] != after[stage]} == reruns
+
+
+def test_the_merged_model_is_what_is_checked_where_there_is_no_adapter() -> None:
+    for method, reruns in (("full", {"merge", "check", "measure", "report"}), ("lora", {"merge", "report"})):
+        made = {"train__method": method, "output__measure": ["intruders"]}
+        before, after = (stage_keys(_manifest(**made, **more), INPUTS, MODULES) for more in ({}, BFLOAT16))
+        assert {stage for stage in before if before[stage] != after[stage]} == reruns
 
 
 def test_what_training_does_anew_with_a_key_reruns_builds_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:

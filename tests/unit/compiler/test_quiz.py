@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import soka_serve
 from soka_serve.base.model import load_base
 from soka_serve.base.resolve import open_base
 from soka_serve.builtin import base_directory
@@ -17,6 +18,16 @@ from soka_serve.compiler.quiz import make_quiz
 from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Manifest
 
+UNMARKED = """\
+schema = 1
+base = { builtin = "tiny" }
+[train]
+steps = 2
+eval_every = 1
+early_stopping = 1
+answered = 2
+data = { jsonl = "eval.jsonl", eval_jsonl = "eval.jsonl" }
+"""
 TOKENIZER = open_base("tiny").tokenizer
 
 
@@ -63,6 +74,21 @@ def test_answers_that_cannot_be_marked_are_refused(tmp_path: Path) -> None:
     data = write(tmp_path, [" #### 4", " four"])
     with pytest.raises(DataError, match=r"of 2 evaluation examples not every one has its answer after ####"):
         make_quiz(manifest(2, **data), tmp_path, TOKENIZER)
+
+
+def test_data_that_cannot_be_marked_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    write(tmp_path, [" four"] * 4)
+    (tmp_path / "m.toml").write_text(UNMARKED)
+    with pytest.raises(DataError, match="not every one has its answer"):
+        soka_serve.build(tmp_path / "m.toml", out=tmp_path / "build", progress=False)
+    assert not list(tmp_path.rglob("init-*"))
+
+
+def test_fewer_examples_than_are_asked_for_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quiz = make_quiz(manifest(5, **write(tmp_path, [" #### 4", " #### 5"])), tmp_path, TOKENIZER)
+    assert quiz is not None
+    assert len(quiz.problems) == 2
+    assert "train.answered = 5: there are only 2 evaluation examples" in caplog.text
 
 
 def test_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,3 +65,14 @@ def test_few_and_zero_singular_values() -> None:
     assert count_intruders(weight, changed) == direct(weight, changed, leading=5)
     assert count_intruders(weight, torch.zeros(5, 7)) == 0
     assert count_intruders(torch.zeros(5, 7), torch.outer(draw(5), draw(7)).float()) == 1
+
+
+def test_more_leading_vectors_than_a_truncated_svd_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intruders, "_WHOLE_SIDE", 30)
+    weight, changed = weights(80, 64, size=4.0)
+    assert count_intruders(weight, changed, leading=20) == direct(weight, changed, leading=20)
+
+
+def test_the_wider_dtype_of_the_two_counts() -> None:
+    weight, changed = weights(60, 60, size=4.0)
+    assert count_intruders(weight.double(), changed) == count_intruders(weight, changed.double()) == 3
