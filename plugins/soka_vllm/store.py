@@ -131,9 +131,15 @@ def _reading(model: Any) -> ReadResult:
     nbytes = 0
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes_of(tensor))
         nbytes += tensor.nbytes
     return ReadResult(fingerprint=digest.hexdigest(), nbytes=nbytes)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's values in row-major order. A dimension of one may have any stride, which `view` would refuse."""
+    flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data  # type: ignore[no-any-return, unused-ignore]
 
 
 def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
