@@ -114,6 +114,11 @@ class Adapter:
         theta = self.factors[module]
         return theta if module not in self.initial else subtract_terms(theta, self.initial[module])
 
+    def exact_delta(self, module: str) -> Factors:
+        """The same, not rounded: theta's terms and the initial ones, negated."""
+        theta = self.factors[module]
+        return theta if module not in self.initial else stack_terms(theta, self.initial[module], signs=(1, -1))
+
 
 @dataclass(frozen=True)
 class AdapterFiles:

@@ -46,7 +46,7 @@ class MergeLayout:
         for adapter, weight in adapters:
             for module in adapter.factors:
                 tensor = base.weights.get(module).name
-                self.adapted.setdefault(tensor, []).append((adapter.delta_factors(module), weight))
+                self.adapted.setdefault(tensor, []).append((adapter.exact_delta(module), weight))
         by_file: dict[Path, list[TensorInfo]] = {file: [] for file in self.checkpoint.files}
         for info in self.checkpoint.tensors.values():
             by_file[info.file].append(info)
