@@ -39,8 +39,10 @@ name = "sums"
 [base]
 builtin = "tiny"
 [[adapt]]
+scale = 1.0
 rank = { policy = "fixed", rank = 4 }
 [train]
+learning_rate = 0.33
 steps = 120
 batch_size = 16
 max_length = 128

@@ -57,7 +57,10 @@ def arguments(folder: Path, **options: Any) -> dict[str, Any]:
 
 def soka(**options: Any) -> SokaConfig:
     return SokaConfig(
-        **{"target_modules": "all-linear", "soka_modules": spread(tiny_llama()), "task_type": "CAUSAL_LM", **options}
+        **{
+            **{"target_modules": "all-linear", "soka_modules": spread(tiny_llama()), "task_type": "CAUSAL_LM"},
+            **{"init_scale": 1.0, **options},
+        }
     )
 
 

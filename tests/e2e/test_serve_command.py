@@ -43,8 +43,10 @@ schema = 1
 builtin = "tiny"
 [[adapt]]
 init = "weights"
+scale = 1.0
 rank = {{ policy = "fixed", rank = 4 }}
 [train]
+learning_rate = 0.33
 steps = {steps}
 batch_size = 16
 max_length = 128

@@ -96,7 +96,7 @@ def test_training_goes_on_as_if_the_dropped_terms_had_never_been(initial: bool) 
 
 
 def test_rates_are_those_of_the_terms_that_are_left() -> None:
-    """The law divides by a module's number of terms, now and at every later step of a schedule."""
+    """The law divides by the root of a module's number of terms, now and at every later step of a schedule."""
     model = build_soka_model(tiny_llama(), given(), initial=True)
     optimizer = create_soka_optimizer(model, lr=0.3)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -104,8 +104,8 @@ def test_rates_are_those_of_the_terms_that_are_left() -> None:
     steps(model, optimizer, [tokens()])
     scheduler.step()
     drop_terms(model, {Q: [2]}, optimizer, scheduler=scheduler)
-    cut = [4.0 if group["params"][0].shape[0] == 1 else 1.0 for group in optimizer.param_groups]
-    assert cut.count(4.0) == cut.count(1.0) == 3
+    cut = [2.0 if group["params"][0].shape[0] == 1 else 1.0 for group in optimizer.param_groups]
+    assert cut.count(2.0) == cut.count(1.0) == 3
     for step in (1, 2):
         expected = [rate * factor / (1 + step) for rate, factor in zip(before, cut, strict=True)]
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
