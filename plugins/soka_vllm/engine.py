@@ -8,6 +8,7 @@ the old ones. Runs in the engine's process; see `soka_vllm.store` for the worker
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections import OrderedDict
@@ -113,12 +114,12 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
 def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
     """Tell a request's client that its adapter is refused; False for an engine in the caller's own process."""
     requests, client = [request.request_id], request.client_index
-    reason = getattr(sys.modules.get("vllm.outputs"), "RequestError", None)
-    if reason is not None and hasattr(core, "_send_finish_outputs_to_client"):  # from vLLM 0.33 on, with the reason
+    finish = getattr(core, "_send_finish_outputs_to_client", None)
+    if finish is not None and "error" in inspect.signature(finish).parameters:  # from vLLM 0.33 on, with the reason
         from vllm.v1.engine import FinishReason
 
-        told = reason(code="adapter_refused", message=str(error))
-        core._send_finish_outputs_to_client(requests, client, FinishReason.ERROR, told)
+        reason = sys.modules["vllm.outputs"].RequestError(code="adapter_refused", message=str(error))
+        finish(requests, client, FinishReason.ERROR, reason)
         return True
     answer = getattr(core, "_send_error_outputs_to_client", None)
     if answer is not None:

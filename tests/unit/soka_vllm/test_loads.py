@@ -218,10 +218,26 @@ def test_a_refused_request_is_told_why_where_vllm_can(core: Core, monkeypatch: p
     told: list[tuple[Any, ...]] = []
     monkeypatch.setitem(sys.modules, "vllm.outputs", SimpleNamespace(RequestError=lambda **error: error))  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "vllm.v1.engine", SimpleNamespace(FinishReason=SimpleNamespace(ERROR=3)))  # type: ignore[arg-type]
-    monkeypatch.setattr(core, "_send_finish_outputs_to_client", lambda *values: told.append(values), raising=False)
+
+    def finish(req_ids: list[str], client_index: int, finish_reason: int, error: Any = None) -> None:
+        told.append((req_ids, client_index, finish_reason, error))
+
+    monkeypatch.setattr(core, "_send_finish_outputs_to_client", finish, raising=False)
     assert ask(core, "r", LoadRequest("gone", 1, "gone")) is None
     assert told == [(["r"], 0, 3, {"code": "adapter_refused", "message": "gone is not there"})]
     assert core.refused == []
+
+
+def test_a_vllm_that_takes_no_reason_is_given_none(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 0.32, whose RequestError is for other errors."""
+
+    def finish(req_ids: list[str], client_index: int, finish_reason: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "vllm.outputs", SimpleNamespace(RequestError=lambda **error: error))  # type: ignore[arg-type]
+    monkeypatch.setattr(core, "_send_finish_outputs_to_client", finish, raising=False)
+    assert ask(core, "r", LoadRequest("gone", 1, "gone")) is None
+    assert core.refused == ["r"]
 
 
 # --- what workers are told to keep ------------------------------------------------------------------------------------
