@@ -158,6 +158,14 @@ class AdapterFiles:
             }
             for kind in _KINDS
         )
+        moved = [
+            f"{WEIGHTS_FILE}: {KEY_PREFIX}{name}.soka_{part} differs from its initial one, and is not trained"
+            for name, spec in self.config["soka_modules"].items()
+            for part in sorted(Form(spec.get("trained", {})).frozen & {"left", "right"})
+            if name in initial and not torch.equal(getattr(factors[name], part), getattr(initial[name], part))
+        ]
+        if moved:
+            raise refusal(self.directory, moved, _SAVE_AGAIN)
         for name, spec in self.config["soka_modules"].items():
             added = {part: values[key] for part in TENSORS if (key := f"{KEY_PREFIX}{name}.soka_{part}") in values}
             if added:

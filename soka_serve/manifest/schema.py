@@ -510,6 +510,17 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
     for part in PARTS:
         if value_of(train, f"{part}_lr") not in (None, 1.0) and all(part not in rule.form.rates for rule in made):
             yield ("train", f"{part}_lr"), f"{part}_lr would be ignored: no rule trains {part}"
+    still = {part for part in PARTS if value_of(train, f"{part}_lr") == 0}
+    for i, rule in enumerate(made) if method in (None, "soka") else ():
+        zeros = [(rule.start.needs_trained, rule.start.written)]
+        zeros += [(TRAINED[key].needs_trained, key) for key in rule.form.choices]
+        for zero, whose in zeros:
+            if zero in still:
+                message = f"{zero}_lr = 0 does not go with {whose} of adapt[{i}], which starts {zero} at zero"
+                yield ("train", f"{zero}_lr"), f"{message}: nothing would ever change"
+        if rule.form.choices and rule.form.rates <= still:
+            place = ("train", f"{min(rule.form.rates)}_lr")
+            yield place, f"nothing of adapt[{i}] would be trained: its rates are all 0"
 
 
 class Manifest(Table):

@@ -96,7 +96,8 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         found["right"] = found["right"] or found["left"]
         found["sigma"] = found["sigma"] or DEFAULT_SCALE / math.sqrt(n * q) / (found["left"] * found["right"])
     sizes = {part: found[part] / math.sqrt(width) for part, width in zip(PARTS, (n, q, 1), strict=True)}
-    small = zeros or layer.initial(adapter) is not None
+    start = layer.initial(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
+    small = zeros or (start is not None and bool(_whole(start.sigma).any()))
     pace = 1.0 if small else math.sqrt(DEFAULT_SCALE)
     for part in PARTS:
         yield part, parameters[part], pace * sizes[part] / math.sqrt(terms)

@@ -28,7 +28,8 @@ class Kasa(Penalty):
 
     meaning: ClassVar[str] = (
         "KaSA's beta, on the mean over modules of the squared norm of s − s₀: s is sigma beside factors of norm 1, s₀ "
-        "its start where that is subtracted. It keeps deltas small. KaSA's gamma is `sorsa`, at twice the number."
+        "its start where that is subtracted. Beside `sorsa`, which holds Left and Right, it keeps deltas small; "
+        "`sorsa` is KaSA's gamma, at twice the number."
     )
     trains: ClassVar[Sequence[str]] = ("sigma",)
 

@@ -2,7 +2,8 @@
 
 Semantics: the terms of theta are replaced by the Kronecker SVD of their sum, which is as many orthogonal terms with the
 same delta. Sigma descends, and all terms of left have the root mean square that left had over all of its terms, and
-right alike: the rates are shares of what factors have become, and of entries of 1 a step would be a much larger one.
+right alike: the rates are shares of what factors have become, and of entries of 1 a step would be a much larger one. A
+delta of zero stays as it is.
 
 The optimiser's averages begin again at zero, as at its first step. First averages would follow the change exactly,
 since gradients do so linearly; averages of squares would not, and a step of the two is not bounded by the rate.
@@ -30,7 +31,7 @@ class Orthogonalise(Rewrite):
     )
 
     def rewritten(self, theta: Factors) -> tuple[Factors, Tensor]:
-        from torch import linalg, stack, where
+        from torch import linalg, stack
 
         from soka_serve.kron.factors import Factors, from_vectors
 
@@ -39,9 +40,10 @@ class Orthogonalise(Rewrite):
         left_basis, left_core = linalg.qr(lefts * theta.sigma.double())
         right_basis, right_core = linalg.qr(rights)
         left, sigma, right = linalg.svd(left_core @ right_core.t())
+        if not sigma[0] > 0:
+            return theta, cosine
         terms = from_vectors(left_basis @ left, right_basis @ right.t(), sigma, theta.shape).with_unit_rms()
         sizes = [t.double().square().mean().sqrt() for t in (theta.left, theta.right)]
-        sizes = [where(size > 0, size, 1.0) for size in sizes]
         found = Factors(terms.left * sizes[0], terms.right * sizes[1], terms.sigma / (sizes[0] * sizes[1]))
         return found.to(theta.left.dtype), cosine
 

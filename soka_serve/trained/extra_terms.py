@@ -28,6 +28,7 @@ class ExtraTerms(Trained):
 
     key: ClassVar[str] = "extra_terms"
     tensors: ClassVar[tuple[str, ...]] = tuple(f"extra_{part}" for part in PARTS)
+    needs_trained: ClassVar[str] = "right"
 
     def problem(self, value: Any) -> str | None:
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0

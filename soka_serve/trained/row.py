@@ -54,6 +54,8 @@ class Trained:
     tensors: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors that it adds."""
 
+    needs_trained: ClassVar[str] = ""
+    """The factor of terms of its own that starts at zero, so that it must have a learning rate."""
     most_terms: ClassVar[int | None] = None
     """Most terms that it can do with; None: any number."""
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from soka_serve.adapter.export import export
@@ -135,6 +135,16 @@ def test_steps_change_what_is_trained_and_nothing_else(form: dict[str, Any]) -> 
     assert losses[-1] < losses[0]
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert sorted(changed) == sorted(named)
+
+
+def test_factors_that_moved_and_are_not_trained_are_refused(tmp_path: Path) -> None:
+    adapted(soka_trained={"core": True}).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("soka_left"))
+    save_file(tensors | {key: tensors[key] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{key} differs from its initial one, and is not trained"):
+        read_adapter(tmp_path)
 
 
 def test_gradients_are_those_of_the_whole_difference() -> None:

@@ -337,6 +337,8 @@ def test_rewritten_terms_are_the_kronecker_svd() -> None:
     single, cosine = row.rewritten(theta.terms(0))
     torch.testing.assert_close(dense_delta(single), dense_delta(theta.terms(0)))
     assert cosine.item() == 0
+    zero = Factors(theta.left, torch.zeros_like(theta.right), theta.sigma)
+    assert row.rewritten(zero)[0] is zero
 
 
 def test_terms_are_orthogonal_after_every_other_step(

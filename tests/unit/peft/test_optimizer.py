@@ -73,6 +73,14 @@ def test_terms_that_are_a_delta_move_as_if_they_were_as_large_as_the_weight(init
     assert rate == pytest.approx(pace / 4 * _size(layer))
 
 
+def test_a_delta_beside_terms_that_are_subtracted_is_a_delta() -> None:
+    """Its module has initial factors too then, with sigmas of zero."""
+    model, layer = _adapted((16, 16, 16, 16))
+    layer.soka_sigma_initial["default"].data.zero_()
+    rate = create_soka_optimizer(model, lr=1.0).param_groups[0]["lr"]
+    assert rate == pytest.approx(math.sqrt(DEFAULT_SCALE) / 4 * _size(layer))
+
+
 @pytest.mark.parametrize("size", [1.0, 1 / 16])
 def test_a_delta_of_zero_moves_outputs_like_small_terms(size: float) -> None:
     """Its sigmas have no size, and the first step moves nothing else: the factors have no gradients yet."""
