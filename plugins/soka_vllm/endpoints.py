@@ -44,11 +44,8 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
     vLLM answers "found but could not be loaded" and logs the reason; the answer has it, too.
     """
     if not is_model_name(lora_name):
-        return create_error_response(
-            f"The model '{printable(lora_name)}' does not exist; {MODEL_NAME_RULE}",
-            err_type="NotFoundError",
-            status_code=HTTPStatus.NOT_FOUND,
-        )
+        missing = f"The model '{printable(lora_name)}' does not exist"  # `check_model` says more
+        return create_error_response(missing, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
     with reasons_noted() as reasons:
         answer = await stock(models, lora_name)
     if isinstance(answer, ErrorResponse) and reasons:

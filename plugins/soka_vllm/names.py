@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from soka_serve.errors import printable
-from soka_serve.io.names import is_model_name
+from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
 from soka_vllm.places import find_build
 
 _SHOWN = 20  # names in one answer
@@ -29,12 +29,12 @@ def missing_model(name: str, bases: Sequence[str], adapters: Sequence[str]) -> s
     """
     known = [*bases, *adapters]
     close = get_close_matches(name, known[:_MOST_BUILDS], n=1) if is_model_name(name) else []
+    rule = "" if is_model_name(name) else f" ({MODEL_NAME_RULE})"
     meant = f" Did you mean `{close[0]}`?" if close else ""
     shown = ", ".join(adapters[:_SHOWN]) or "none"
     more = f" and {len(adapters) - _SHOWN} more" if len(adapters) > _SHOWN else ""
-    return (
-        f"The model `{printable(name)}` does not exist.{meant} The base is {', '.join(bases)}; adapters: {shown}{more}"
-    )
+    there = f"The base is {', '.join(bases)}; adapters: {shown}{more}"
+    return f"The model `{printable(name)}` does not exist{rule}.{meant} {there}"
 
 
 def build_names(folder: Path) -> list[str]:

@@ -123,7 +123,10 @@ def _compared(found: str) -> Check:
     from soka_vllm.versions import supported_text
 
     made_for = f"{found}; the plugin is made for {supported_text()}"
-    differing = source_problems(installed_sources(), SIGNATURES)
+    try:
+        differing = source_problems(installed_sources(), SIGNATURES)
+    except RuntimeError as error:
+        return Check("vllm", "problem", f"{found}, but {error}", "install it again")
     if not differing:
         return Check("vllm", "warning", f"{made_for}. {UNKNOWN_FITS}")
     detail = "\n".join([f"{made_for}, and these differ:", *(f"{'':<21} {line}" for line in differing)])

@@ -181,6 +181,18 @@ def test_a_version_that_is_not_known_is_compared(
     assert ("merged model" in check.remedy) == bool(differing)
 
 
+def test_a_version_of_which_nothing_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its metadata is left and its files are gone."""
+
+    def missing() -> None:
+        raise RuntimeError("vLLM is not installed")
+
+    monkeypatch.setattr(sources, "installed_sources", missing)
+    check = _quick(monkeypatch, torch="2.13.0", vllm="0.99.0")["vllm"]
+    assert (check.state, check.remedy) == ("problem", "install it again")
+    assert "not installed" in check.detail
+
+
 @pytest.mark.parametrize(("value", "state"), [(None, "ok"), ("soka", "ok"), ("a,soka", "ok"), ("", "problem")])
 def test_a_plugin_that_is_switched_off(monkeypatch: pytest.MonkeyPatch, value: str | None, state: str) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)

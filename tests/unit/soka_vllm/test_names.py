@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from soka_serve.io.file_names import CONFIG_FILE
+from soka_serve.io.names import MODEL_NAME_RULE
 from soka_vllm.names import build_names, missing_model
 
 
@@ -17,7 +18,11 @@ from soka_vllm.names import build_names, missing_model
         ("tiney", ["code"], "does not exist. Did you mean `tiny`? The base is tiny; adapters: code"),
         ("zzz", ["code"], "does not exist. The base is tiny; adapters: code"),
         ("zzz", [], "does not exist. The base is tiny; adapters: none"),
-        ("..", ["a.."], "does not exist. The base is tiny; adapters: a.."),  # no name: nothing is near it
+        (
+            "..",
+            ["a.."],
+            f"does not exist ({MODEL_NAME_RULE}). The base is tiny; adapters: a..",
+        ),  # no name: nothing is near it
     ],
 )
 def test_what_there_is_and_what_was_meant(name: str, adapters: list[str], said: str) -> None:
@@ -28,6 +33,7 @@ def test_a_long_list_and_a_long_name_are_cut() -> None:
     said = missing_model("x" * 10**6 + "\x1b", ["tiny"], [f"a{at:02}" for at in range(30)])
     assert said.endswith("a18, a19 and 10 more")
     assert "\x1b" not in said
+    assert MODEL_NAME_RULE in said
     assert len(said) < 1000
 
 
