@@ -20,11 +20,11 @@ _WIDTH = 100
 _KEYS: dict[str, dict[str, Any]] = {
     "[base]": {"builtin": "tiny", "path": None, "hub": None, "revision": None, "dtype": None, "quantize": None},
     "[[adapt]]": {
-        **{"modules": ..., "layers": None, "shape": None, "init": ..., "scale": 1.0},
+        **{"modules": ..., "layers": None, "shape": None, "init": ..., "scale": None},
         **{"calibration_batches": None, "rank": ...},
     },
     "[train]": {
-        **{"method": None, "steps": 300, "epochs": None, "batch_size": 32, "learning_rate": 0.65, "max_length": None},
+        **{"method": None, "steps": 300, "epochs": None, "batch_size": 32, "learning_rate": None, "max_length": None},
         **{"precision": None, "gradient_checkpointing": None, "seed": None},
     },
     "[train.data]": {
