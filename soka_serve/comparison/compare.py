@@ -15,28 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from soka_serve.base.base import Base
-from soka_serve.base.resolve import resolve_base
-from soka_serve.base.target_modules import resolve_targets
-from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
+from soka_serve.comparison.cluster import Cluster, connected
+from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
-from soka_serve.comparison.settings import manifest_of
-from soka_serve.comparison.suite import Suite
-from soka_serve.compiler.context import CONFIG_FILES, open_sources, sha256_of
-from soka_serve.compiler.plan.given import check_base
-from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError
-from soka_serve.io.files import sha256_text, write_text_atomic
-from soka_serve.io.hardware import has_nvidia_gpu
+from soka_serve.io.files import write_text_atomic
 from soka_serve.io.outputs import check_results
 from soka_serve.io.places import given_path
 from soka_serve.io.versions import versions
 from soka_serve.io.warn_once import one_command
 from soka_serve.io.workspace import HashCache, Workspace
-from soka_serve.manifest.nodes import TomlPath
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,8 @@ def compare(
     root: Path | str | None = None,
     work: Path | str = "build/compare",
     out: Path | str | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    ray: str | None = None,
     minutes: float | None = None,
     limit_runs: int | None = None,
     retry_failed: bool = False,
@@ -82,7 +74,8 @@ def compare(
         work: folder of the records; suites may share it, and equal runs are not run twice.
         out: JSON file of the results; a Markdown table, an HTML report and the records (OUT.records.jsonl, by which
             another machine goes on) are written beside it.
-        jobs: runs at a time, each with one thread.
+        jobs: runs at a time, each with one thread; default: one, with `ray` as many as the cluster has CPUs or GPUs.
+        ray: address of a Ray cluster that does the runs, HOST:PORT or "auto"; default: this machine does them.
         minutes: start no run after so many minutes.
         limit_runs: start no more than so many runs.
         retry_failed: run again what failed in an earlier call.
@@ -101,8 +94,8 @@ def compare(
     if out is not None:
         _check_out(given_path(out, "out"))
     workspace = Workspace(folder, loaded.suite.name)
-    with workspace.locked():
-        inputs = read_inputs(loaded, workspace)
+    with connected(ray) as cluster, workspace.locked():
+        inputs = read_inputs(loaded, HashCache(workspace.hashes))
         cells = list_cells(loaded.suite, inputs)
         store = Records(folder / "records")
         if out is not None:
@@ -110,10 +103,11 @@ def compare(
         if retry_failed:
             store.forget_failed(cells)
         started = time.monotonic()
-        run_all(loaded, cells, store, CallLimits(jobs, minutes, limit_runs), workspace, progress)
+        run_all(loaded, cells, store, CallLimits(jobs, minutes, limit_runs, cluster), workspace, progress)
         seconds = time.monotonic() - started
+        hardware = _hardware(inputs, jobs, cluster)
     records = store.read()
-    call = _CallRecord(command or f"soka-serve compare {loaded.path}", jobs, seconds)
+    call = _CallRecord(command or f"soka-serve compare {loaded.path}", hardware, seconds)
     results = _results(loaded, cells, records, inputs, call)
     counted = results["progress"]
     left = counted["left"] if next_runs(cells, records) else 0
@@ -137,66 +131,21 @@ def _check_out(out: Path) -> None:
     check_results(out, beside, ("suite", "protocol", "progress"))
 
 
-def read_inputs(loaded: LoadedSuite, workspace: Workspace) -> RunInputs:
-    """Everything that all runs depend on, other than the suite: hashes of base and data, versions, kind of device.
-
-    Raises:
-        CheckpointError, DataError: base, data, or what a method starts from, that cannot be read.
-        PlanError: an adapter that a method starts from does not fit the base.
-    """
-    base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
-    base.check_adaptable()
-    check_tokenizer_files(base.folder)  # before they are hashed
-    hashes = HashCache(workspace.hashes)
-    digest = base.checkpoint.sha256(hashes.file)
-    papers = sha256_of(base.directory, CONFIG_FILES, hashes)
-    papers = sha256_text(papers + sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes))
-    sources = _sources(loaded, base, digest, hashes)
-    hashes.save()
-    data, other = (
-        {item.name: data_sha256(item.data, manifest_dir=loaded.directory) for item in items}
-        for items in (loaded.suite.dataset, loaded.suite.other)
-    )
-    return RunInputs(digest, papers, data, other, versions(), _device(loaded.suite, base), sources)
-
-
-def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) -> dict[str, str]:
-    """Hashes of the fine-tuned checkpoints and adapters that methods start from, by what the suite calls them."""
-    suite, found = loaded.suite, dict[str, str]()
-    for number, contender in enumerate(suite.method):
-        if contender.adapt.source is None:
-            continue
-
-        def name_key(path: TomlPath, number: int = number) -> str:
-            return loaded.name_key(("method", number, "adapt", *path[2:]))  # a manifest's path is adapt, rule, key
-
-        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
-        targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, name_key)
-        _, sources = open_sources(targets, manifest, loaded.directory, name_key)
-        check_base(sources.adapters, digest, manifest, name_key)
-        found |= sources.sha256(hashes)
-    return found
-
-
-def _device(suite: Suite, base: Base) -> str:
-    """The kind of device, which says in what dtype a base is held."""
-    if has_nvidia_gpu():
-        return "cuda"
-    stored = {info.dtype for info in base.checkpoint.tensors.values()}
-    if suite.base.dtype != "auto" or suite.base.quantize != "none" or stored.isdisjoint(("F16", "BF16")):
-        return "cpu"
-    from soka_serve.kron.cpu import has_amx
-
-    return "cpu with AMX" if has_amx() else "cpu without AMX"
-
-
 @dataclass(frozen=True)
 class _CallRecord:
     """What the results say of the call that wrote them."""
 
     command: str
-    jobs: int
+    hardware: Mapping[str, Any]
     seconds: float
+
+
+def _hardware(inputs: RunInputs, jobs: int | None, cluster: Cluster | None) -> dict[str, Any]:
+    """What the results say of the machine, or of the cluster as it is now."""
+    found = {"machine": platform.machine(), "device": inputs.device}
+    if cluster is None:
+        return found | {"cpus": os.cpu_count(), "jobs": jobs or 1}
+    return found | {"cpus": cluster.count("CPU"), "jobs": jobs, "ray_machines": len(cluster.machines("CPU"))}
 
 
 def _results(
@@ -215,7 +164,7 @@ def _results(
             "sha256": loaded.sha256,
         },
         "versions": versions(),
-        "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "device": inputs.device, "jobs": call.jobs},
+        "hardware": dict(call.hardware),
         "base_sha256": inputs.base,
         "data_sha256": dict(inputs.data),
         "other_sha256": dict(inputs.other),

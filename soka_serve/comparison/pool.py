@@ -1,4 +1,7 @@
-"""The runs of a suite as processes, in which order and so many at a time, until none is left or a limit is reached."""
+"""The runs of a suite, in which order and so many at a time, until none is left or a limit is reached.
+
+They are processes of this machine, or tasks of a Ray cluster (`soka_serve.comparison.cluster`).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from soka_serve.comparison.cluster import Cluster, RayPool
 from soka_serve.comparison.plan import Cell, Record, RunSpec
 from soka_serve.comparison.read import LoadedSuite
 from soka_serve.comparison.records import Records, progress_of
@@ -25,11 +29,39 @@ _STOP_S = 10.0
 
 @dataclass(frozen=True)
 class CallLimits:
-    """How much to do in this call; None is no limit."""
+    """How much to do in this call, and where; None is no limit.
 
-    jobs: int = 1
+    Args:
+        jobs: runs at a time; None: one on this machine, on a cluster as many as it has CPUs or GPUs.
+        minutes, runs: start none after so many minutes, and no more than so many.
+        cluster: a Ray cluster for the runs; None: this machine.
+    """
+
+    jobs: int | None = None
     minutes: float | None = None
     runs: int | None = None
+    cluster: Cluster | None = None
+
+
+class Pool(Protocol):
+    """Where runs are done, several at a time."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether one more can be started."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether any is running."""
+
+    def start(self, run: RunSpec, loaded: LoadedSuite, scratch: Path, file: Path) -> None:
+        """Start a run, whose record will be `file`; it may use the folder `scratch`."""
+
+    def wait(self) -> list[RunSpec]:
+        """The runs that have ended, at least one; one that left no record has died."""
+
+    def stop(self) -> None:
+        """End what runs."""
 
 
 def next_runs(cells: Sequence[Cell], records: Mapping[str, Record]) -> list[RunSpec]:
@@ -66,7 +98,10 @@ def run_all(
     deadline = None if limits.minutes is None else time.monotonic() + 60 * limits.minutes
     begun: set[str] = set()
     total = max(progress_of(cells, store.read())["left"], 1)
-    with _workers(limits.jobs) as pool, track(total, loaded.suite.name, unit="run", enabled=progress) as advance:
+    with (
+        _workers(limits, loaded, cells) as pool,
+        track(total, loaded.suite.name, unit="run", enabled=progress) as advance,
+    ):
         while True:
             stop = (deadline is not None and time.monotonic() >= deadline) or (
                 limits.runs is not None and len(begun) >= limits.runs
@@ -95,7 +130,7 @@ def outcome(record: Mapping[str, Any]) -> str:
     return f"held-out loss {loss:.4f}{right}, {record['run_s']:.0f} s"
 
 
-class _Pool:
+class _LocalPool:
     """Processes, one per run, so that each has its own memory and may die alone."""
 
     def __init__(self, jobs: int) -> None:
@@ -133,9 +168,13 @@ class _Pool:
 
 
 @contextmanager
-def _workers(jobs: int) -> Iterator[_Pool]:
+def _workers(limits: CallLimits, loaded: LoadedSuite, cells: Sequence[Cell]) -> Iterator[Pool]:
     """A pool whose processes have one thread each, and end with this one."""
-    pool = _Pool(jobs)
+    pool: Pool
+    if limits.cluster is None:
+        pool = _LocalPool(limits.jobs or 1)
+    else:
+        pool = RayPool(limits.cluster, limits.jobs, loaded, cells[0].inputs)
     # Before the workers' libraries are loaded.
     with scoped_environment({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}):
         try:

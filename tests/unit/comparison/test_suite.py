@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from eval.suites.prepare import split_mbpp
 from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
-from soka_serve.comparison import compare
-from soka_serve.comparison.compare import read_inputs
+from soka_serve.comparison import inputs as inputs_module
+from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
@@ -25,7 +25,7 @@ from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
 from soka_serve.errors import CheckpointError, ManifestError
-from soka_serve.io.workspace import Workspace
+from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import parse_manifest
 from tests.support.kron_oracle import draw_factors
@@ -477,7 +477,7 @@ def test_what_a_base_is_read_by_is_one_of_the_inputs(tmp_path: Path, monkeypatch
     def inputs(folder: str) -> RunInputs:
         workspace = Workspace(tmp_path / folder, "s")
         workspace.cache.mkdir(parents=True)
-        return read_inputs(loaded, workspace)
+        return read_inputs(loaded, HashCache(workspace.hashes))
 
     first = inputs("1")
     for name in ("config.json", "tokenizer.json"):
@@ -488,7 +488,7 @@ def test_what_a_base_is_read_by_is_one_of_the_inputs(tmp_path: Path, monkeypatch
         (base / name).write_text(before)
     assert inputs("2") == first
     # A checkpoint in half precision is held as float32 on some CPUs only.
-    monkeypatch.setattr(compare, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(inputs_module, "has_nvidia_gpu", lambda: False)
     (file,) = base.glob("*.safetensors")
     save_file({k: v.bfloat16() for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     devices = set()
@@ -512,7 +512,7 @@ def test_what_a_method_starts_from_is_an_input_by_its_content(tmp_path: Path) ->
         loaded = read_suite(tmp_path / "s.toml")
         workspace = Workspace(tmp_path / "work", "s")
         workspace.cache.mkdir(parents=True, exist_ok=True)
-        cell = list_cells(loaded.suite, read_inputs(loaded, workspace))[1]
+        cell = list_cells(loaded.suite, read_inputs(loaded, HashCache(workspace.hashes)))[1]
         return cell.spec("final", (("learning_rate", 1e-2), ("train.sigma_lr", 0.5)), 0).key
 
     for kind, start in (("adapter", "adapter"), ("finetuned", "delta")):
