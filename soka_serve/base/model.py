@@ -106,6 +106,18 @@ def auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if stored.itemsize < 4 and device.type == "cpu" and not has_amx() else stored
 
 
+def held_dtype(dtype: Dtype, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a plain base is held while it is trained or walked.
+
+    Args:
+        dtype: what the manifest says.
+        stored: the checkpoint's dtype.
+        device: where the model runs.
+    """
+    named: torch.dtype = auto_dtype(stored, device) if dtype == "auto" else getattr(torch, dtype)
+    return named
+
+
 def _quantization(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BuildError(

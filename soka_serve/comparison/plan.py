@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from soka_serve.builtin.tasks import DEFAULT_COUNTS
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
-from soka_serve.compiler.keys import STAGE_VERSIONS, training_versions
+from soka_serve.compiler.keys import STAGE_VERSIONS, keyed_precision, training_versions
 from soka_serve.compiler.methods import METHODS
 from soka_serve.starts import STARTS
 
@@ -114,6 +114,9 @@ class Cell:
         suite, contender, dataset, inputs = self.suite, self.contender, self.dataset, self.inputs
         made = manifest_of(suite, contender, dataset, setting=setting, seed=seed)
         manifest = made.model_dump(mode="json", by_alias=True)
+        # On these devices "auto" holds every base in float32.
+        stored = "float32" if inputs.device in ("cpu", "cpu without AMX") else "bfloat16"
+        manifest["train"]["precision"] = keyed_precision(made, stored)
         protocol, final = suite.protocol, stage == "final"
         validation = protocol.validation
         apart = dataset.validation == "eval" and (dataset.test_seed is None or validation <= DEFAULT_COUNTS["test"])

@@ -31,6 +31,7 @@ from soka_serve.compiler.answers import generate_answers
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
+from soka_serve.compiler.train.precision import computing_dtype
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -122,7 +123,13 @@ class _Trial:
             forms=start.forms if start else {},
             batches=self._calibration,
         )
-        self.arguments = make_arguments(manifest.train, self.folder, name=self.contender.name, evaluate=False)
+        self.arguments = make_arguments(
+            manifest.train,
+            self.folder,
+            name=self.contender.name,
+            evaluate=False,
+            precision=computing_dtype(manifest, self.context.base.layout.size.dtype),
+        )
         self.arguments.save_strategy = SaveStrategy.NO
         self.rows, _ = make_rows(self.run, training, None)
         self.collator = _HashingCollator(PadCollator(tokenizer.pad_id, 1 if self.arguments.use_cpu else 8))

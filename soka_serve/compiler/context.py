@@ -149,6 +149,7 @@ def prepare(
         finetuned=sources.sha256(hashes),
         base_name=base.name,
         manifest=loaded.sha256,
+        dtype=base.layout.size.dtype,
     )
     check_base(sources.adapters, inputs.base, manifest, loaded.name_key)
     processes = processes or Processes()

@@ -37,7 +37,8 @@ class InputHashes:
     the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has
     one hash per `[[adapt]] finetuned` or `adapter`. `base_name` is what the adapter calls its base, and `manifest`
     the hash of the manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints
-    lie counts for these two only: what was moved is the same.
+    lie counts for these two only: what was moved is the same. `dtype` is that of the base's weights, in torch's
+    spelling.
     """
 
     base: str
@@ -47,6 +48,7 @@ class InputHashes:
     finetuned: Mapping[str, str]
     base_name: str
     manifest: str
+    dtype: str = "float32"
 
 
 def _hash(stage: str, *parts: Any) -> str:
@@ -75,6 +77,19 @@ def training_versions(method: Method, train: Train) -> list[Any]:
     return ["factors", _KRONECKER_VERSION, *found]
 
 
+def keyed_precision(manifest: Manifest, stored: str) -> str:
+    """The precision as keys hold it: 'auto' is float32 wherever the base is held in float32.
+
+    Args:
+        manifest: [base] and [train] are read.
+        stored: the dtype of the base's weights, in torch's spelling.
+    """
+    base, said = manifest.base, manifest.train.precision
+    held = stored if base.dtype == "auto" else base.dtype
+    whole = METHODS[manifest.train.method].whole_model
+    return "float32" if said == "auto" and (whole or held == "float32") and base.quantize == "none" else said
+
+
 def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:
     """The key of every stage that this manifest has, in the order in which they run.
 
@@ -98,6 +113,7 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
     unread = {"data"} if method.scaled else {"data", "method_scale"}
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
+    recipe["precision"] = keyed_precision(manifest, inputs.dtype)
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash(
         "tune",

@@ -297,8 +297,10 @@ class Train(Table):
         True, description="Put examples of similar lengths in a batch, which leaves little padding."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward; saves memory.")
-    precision: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Autocast dtype of the computation; trained factors stay float32."
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Autocast dtype of the computation; trained factors stay float32. 'auto' is the dtype in which the "
+        "base is held while training, where the device computes in it.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         0, description="Seed of data order, initialisation and dropout."

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from soka_serve.base.model import Dtype, auto_dtype, load_base
+from soka_serve.base.model import Dtype, held_dtype, load_base
 from soka_serve.compiler.init.walk import NotWalkableError, decoder_layers
 from soka_serve.io.safetensors import DTYPES
 
@@ -98,7 +98,7 @@ def load_layered(base: Base, dtype: Dtype, device: torch.device) -> tuple[nn.Mod
     dtypes = {info.dtype for info in base.checkpoint.tensors.values()}
     stored = DTYPES[dtypes.pop()][1] if len(dtypes) == 1 else dtype
     model = load_base(base.directory, dtype if dtype == "auto" else cast(Dtype, stored)).requires_grad_(False)
-    wanted = auto_dtype(model.dtype, device) if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
+    wanted = held_dtype(dtype, model.dtype, device)
     if wanted == model.dtype and device.type == "cpu":
         return model, None
     try:

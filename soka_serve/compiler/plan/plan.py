@@ -147,13 +147,15 @@ def make_plan(
 def _memory_setting(manifest: Manifest, layout: BaseModules) -> TrainingSetup:
     """What the manifest says that training memory depends on."""
     train = manifest.train
+    held = layout.size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype
+    computed = "float32" if METHODS[train.method].whole_model else held
     return TrainingSetup(
         size=layout.size,
         modules=layout.modules,
         tokens=train.batch_size * train.max_length,
-        base_dtype=layout.size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype,
+        base_dtype=held,
         quantize=manifest.base.quantize,
-        precision=train.precision,
+        precision=computed if train.precision == "auto" else train.precision,
         gradient_checkpointing=train.gradient_checkpointing,
     )
 

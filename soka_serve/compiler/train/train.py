@@ -21,11 +21,13 @@ from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from soka_serve.base.base import Base
 from soka_serve.base.cpu import fast_products
-from soka_serve.base.model import auto_dtype, load_base, quiet_bars
+from soka_serve.base.model import held_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.precision import computing_dtype
 from soka_serve.compiler.train.regularise import check_devices, check_regularisers, make_guards
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
@@ -77,7 +79,11 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
         stack.enter_context(fast_products())
         work_dir.mkdir(parents=True, exist_ok=True)
         arguments = make_arguments(
-            recipe, work_dir, name=run.manifest.name or "soka", evaluate=recipe.eval_every is not None
+            recipe,
+            work_dir,
+            name=run.manifest.name or "soka",
+            evaluate=recipe.eval_every is not None,
+            precision=computing_dtype(run.manifest, Base(run.model_dir).layout.size.dtype),
         )
         device = arguments.device  # joins the other processes, if there are any
         if recipe.prune is not None and arguments.world_size > 1:
@@ -159,8 +165,8 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
         model = load_base(checkpoint or run.model_dir, "float32")
     else:
         model = load_base(run.model_dir, base.dtype, base.quantize, device=device)
-        wanted = auto_dtype(model.dtype, device)
-        if base.quantize == "none" and base.dtype == "auto" and wanted != model.dtype:
+        wanted = held_dtype(base.dtype, model.dtype, device)
+        if base.quantize == "none" and wanted != model.dtype:
             model = model.to(wanted)
     if device.type == "cpu" and base.quantize == "none":
         _warn_of_slow_half(model.dtype, run.manifest.train.precision)
@@ -173,7 +179,8 @@ def build_model(run: TrainingRun, checkpoint: Path | None, device: torch.device)
 
 def _warn_of_slow_half(held: torch.dtype, precision: str) -> None:
     """Say what float32 would save on a CPU that has no fast products in half precision."""
-    asked = {dtype for dtype in (held, getattr(torch, precision)) if dtype.itemsize < 4}
+    computed = held if precision == "auto" else getattr(torch, precision)
+    asked = {dtype for dtype in (held, computed) if dtype.itemsize < 4}
     if asked - ({torch.bfloat16} if multiplies_bfloat16() else set()):
         logger.warning(
             "half precision on a CPU without fast products for it (bfloat16 has them with AMX, or AVX-512 bfloat16 "

@@ -34,11 +34,11 @@ _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
 
 
-def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -> TrainingArguments:
+def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool, precision: str) -> TrainingArguments:
     """The manifest's [train] table as TrainingArguments; checkpoints go to `work_dir`.
 
     Neither `steps` nor `epochs` means one epoch. Without an accelerator (or under `accelerate launch --cpu`) it trains
-    on the CPU.
+    on the CPU. `precision` is the autocast dtype, as `computing_dtype` tells it.
 
     Raises:
         PlanError: float16, or an optimiser for GPUs, without a GPU.
@@ -64,8 +64,8 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool) -
         lr_scheduler_type="constant_with_warmup" if warm_constant else train.schedule,
         warmup_steps=train.warmup_frac,  # below 1 it is a share of the steps, rounded up
         max_grad_norm=math.inf if train.max_grad_norm is None else train.max_grad_norm,
-        bf16=train.precision == "bfloat16",
-        fp16=train.precision == "float16",
+        bf16=precision == "bfloat16",
+        fp16=precision == "float16",
         use_cpu=use_cpu,
         **_checkpointing(train.gradient_checkpointing),
         seed=train.seed,

@@ -46,9 +46,10 @@ def test_products_keep_float32s_accuracy(monkeypatch: pytest.MonkeyPatch, shape:
     assert float((found - exact).norm() / exact.norm()) < 2e-6  # bfloat16: 2e-3
 
 
+@pytest.mark.parametrize("name", ["AMD EPYC", "Intel(R) Xeon(R) Processor"])
 @pytest.mark.parametrize(("tokens", "whole"), [(16, True), (cpu.SHORT_ROW, True), (cpu.SHORT_ROW + 1, False)])
-def test_attention_of_short_rows(monkeypatch: pytest.MonkeyPatch, tokens: int, whole: bool) -> None:
-    set_cpu(monkeypatch, cpu_name="AMD EPYC", avx512_f=True)
+def test_attention_of_short_rows(monkeypatch: pytest.MonkeyPatch, tokens: int, whole: bool, name: str) -> None:
+    set_cpu(monkeypatch, cpu_name=name, avx512_f=True)
     kernels = torch.backends.cuda  # the switches are those of all devices
     with attention_for(tokens, torch.device("cpu")):
         assert kernels.flash_sdp_enabled() is not whole

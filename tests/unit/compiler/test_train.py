@@ -348,6 +348,18 @@ def test_auto_holds_a_half_precision_base_in_what_the_cpu_is_fast_in(
     assert losses["auto"] == losses["bfloat16" if amx else "float32"]
 
 
+def test_a_base_in_half_precision_is_trained_in_it(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    load_base(base, "bfloat16").save_pretrained(tmp_path / "half")
+    trained = {
+        said: tensors_of(run_training(tmp_path / "half", tmp_path / said, method="lora", precision=said))
+        for said in ("auto", "bfloat16", "float32")
+    }
+    for name, tensor in trained["auto"].items():
+        assert torch.equal(tensor, trained["bfloat16"][name])
+    assert any(not torch.equal(tensor, trained["float32"][name]) for name, tensor in trained["auto"].items())
+
+
 def test_packing_trains(base: Path, tmp_path: Path) -> None:
     result = run_training(base, tmp_path, packing=True, epochs=2, steps=None)
     assert result.steps == result.steps_planned < 2 * 64 / 4
