@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,12 +74,20 @@ def build(
     Runs in every process of an `accelerate launch`; only the main one writes the artefact.
     """
     given = None if out is None else given_path(out, "out")
-    loaded = manifest if isinstance(manifest, LoadedManifest) else read_manifest(Path(manifest))
-    root = given or Path(loaded.manifest.output.dir)
-    workspace = Workspace(root, str(loaded.manifest.name))
     processes = Processes()
-    with workspace.locked() if processes.is_main else nullcontext():
-        context = prepare(loaded, workspace, processes=processes, progress=progress)
+    with ExitStack() as stack:
+
+        def begin() -> Context:
+            loaded = manifest if isinstance(manifest, LoadedManifest) else read_manifest(Path(manifest))
+            workspace = Workspace(given or Path(loaded.manifest.output.dir), str(loaded.manifest.name))
+            if processes.is_main:
+                stack.enter_context(workspace.locked())
+            return prepare(loaded, workspace, processes=processes, progress=progress)
+
+        context = processes.together(begin)
+        loaded, workspace = context.loaded, context.workspace
+        processes.check_shared(workspace.cache)
+        processes.check_same("other files or packages", repr(sorted(context.keys.items())))
         if force and processes.is_main:
             shutil.rmtree(workspace.cache / f"init-{context.keys.get('init')}", ignore_errors=True)
             shutil.rmtree(workspace.cache / f"tune-{context.keys['tune']}", ignore_errors=True)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
+import secrets
+from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
+
+from soka_serve.errors import BuildError, SokaError
 
 T = TypeVar("T")
 
@@ -24,6 +30,11 @@ class Processes:
             self._state = PartialState()
 
     @property
+    def _name(self) -> str:
+        """For people: which process, on which machine."""
+        return f"process {self.index} ({platform.node()})"
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes the artefact."""
         return self.index == 0
@@ -42,3 +53,66 @@ class Processes:
         parts: list[list[T]] = [[] for _ in range(self.count)]
         dist.all_gather_object(parts, items)
         return [item for part in parts for item in part]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Do something in every process; where one of them fails, all do, and none is left waiting for it.
+
+        Raises:
+            SokaError: that of this process, or one with the reasons of the others.
+        """
+        if self.count == 1:
+            return act()
+        failure: SokaError | None = None
+        done: list[T] = []
+        try:
+            done.append(act())
+        except SokaError as error:
+            failure = error
+        reasons = self.gather(
+            [] if failure is None else [f"process {self.index} ({platform.node()}): {failure.message}"]
+        )
+        if failure is not None:
+            raise failure
+        if reasons:
+            raise BuildError("\n".join(reasons), hint="Every machine reads the manifest, the base and the data itself.")
+        return done[0]
+
+    def check_same(self, what: str, value: str) -> None:
+        """Check that a value is the same in every process.
+
+        Raises:
+            BuildError: it is not, in every process.
+        """
+        values = self.gather([value])
+        others = [i for i, other in enumerate(values) if other != values[0]]
+        if others:
+            raise BuildError(
+                f"process {', '.join(map(str, others))}: {what} than process 0",
+                hint="Every machine needs the same files (base, data, manifest) and the same packages.",
+            )
+
+    def check_shared(self, folder: Path) -> None:
+        """Check that a folder of the main process is seen by all, on whichever machine they are.
+
+        Raises:
+            BuildError: it is not, in every process.
+        """
+        if self.count == 1:
+            return
+        token = folder / f".shared-{secrets.token_hex(8)}" if self.is_main else None
+        if token is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        try:
+            (mains,) = self.gather([token] if token is not None else [])
+            lacking = self.gather(
+                [] if (folder / mains.name).exists() else [f"process {self.index} ({platform.node()})"]
+            )
+        finally:
+            if token is not None:
+                token.unlink(missing_ok=True)
+        if lacking:
+            raise BuildError(
+                f"{mains.parent}: not the same folder on all machines; not seen by {', '.join(lacking)}",
+                hint="The folder of builds has to be on a disk that the machines share: [output] dir, or --out.",
+            )

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,9 @@ import soka_serve.builtin
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.lockfile import read_lock
+from tests.conftest import ROOT
 from tests.support.builds import adapter_bytes, run_cli, same_tensors, start_cli, write_manifest
+from tests.support.serving import free_port
 
 ACCEPT = Path(__file__).resolve().parents[3] / "shared" / "accept" / "check_adapter.py"
 
@@ -243,15 +247,34 @@ def test_a_build_killed_at_twenty_random_points_ends_like_an_uninterrupted_one(t
     assert leftovers == []
 
 
-def test_two_processes_build_what_one_does(tmp_path: Path, root: Path) -> None:
-    manifest = write_manifest(tmp_path, steps=3)
-    config = str(root / "eval" / "configs" / "multi_cpu.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
-    command = [*launch, "-m", "soka_serve", "build", str(manifest), "--out", str(tmp_path / "two")]
+def launch_on_two_machines(manifests: Sequence[Path], outs: Sequence[Path]) -> list[tuple[int, str, str]]:
+    """Build by one `accelerate launch` for each of two machines, here two addresses of this one: exit codes and
+    outputs."""
+    config, port = str(ROOT / "eval" / "configs" / "multi_cpu.yaml"), str(free_port())
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_machines", "2"]
+    launch += ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("adapter     ") == 1, "only one process reports"
+    programs = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", str(rank), "-m", "soka_serve", "build", str(manifest), "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank, (manifest, out) in enumerate(zip(manifests, outs, strict=True))
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda program: program.communicate(timeout=900), programs))
+    return [(program.returncode, *text) for program, text in zip(programs, texts, strict=True)]
+
+
+def test_two_machines_build_what_one_does(tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, steps=3)
+    first, second = launch_on_two_machines([manifest] * 2, [tmp_path / "two"] * 2)
+    assert first[0] == second[0] == 0, first[2] + second[2]
+    assert "adapter     " in first[1]
+    assert second[1] == "", "only the first process reports"
     alone = soka_serve.build(manifest, out=tmp_path / "one", progress=False)
     one, two = (json.loads((tmp_path / out / "small" / "init.json").read_text()) for out in ("one", "two"))
     assert one["initial"] == two["initial"]
@@ -263,6 +286,14 @@ def test_two_processes_build_what_one_does(tmp_path: Path, root: Path) -> None:
     # Two processes see twice the examples a step, so the weights differ; both have learned something.
     assert adapter_bytes(alone.directory) != adapter_bytes(tmp_path / "two" / "small")
     assert (tmp_path / "two" / "small" / "merged" / "model.safetensors").exists()
+
+
+def test_machines_that_share_no_folder_end_with_the_reason(tmp_path: Path) -> None:
+    """Neither waits for the other."""
+    for code, _, errors in launch_on_two_machines([write_manifest(tmp_path)] * 2, [tmp_path / "out", tmp_path / "b"]):
+        assert code != 0
+        assert f"{tmp_path / 'out' / '.cache' / 'small'}: not the same folder on all machines" in errors
+    assert not (tmp_path / "out" / "small").exists()
 
 
 def test_real_gsm8k_goes_through(tmp_path: Path, shared_data: Path) -> None:

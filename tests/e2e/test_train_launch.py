@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from soka_serve.compiler.history import read_history
 from soka_serve.compiler.train.run import TrainResult
 from tests.conftest import ROOT
-from tests.support.preloaded import run, start
+from tests.support.preloaded import start
 from tests.support.serving import free_port
 from tests.support.training import make_base, run_training
 
@@ -24,16 +24,23 @@ from tests.support.training import make_base, run_training
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
 OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15, "weight_decay": 0.5}
 REGULARISED = {"sorsa": 1.0, "kasa": 0.1, "consistency": 0.5, "protect": 1}
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
 
 
 def environments(config: str, folder: Path) -> list[dict[str, str]]:
-    """What `accelerate launch` gives each of two processes with a shipped config."""
-    file = ROOT / "eval" / "configs" / f"{config}.yaml"
-    command = ["accelerate.commands.launch", "--config_file", file, "--main_process_port", "0", "--no_python"]
-    noting = ["sh", "-c", f"env -0 > {folder}/environment-$RANK"]
-    done = run("soka", [*command, *noting], cwd=folder, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr
+    """What `accelerate launch` gives each of two processes with a shipped config: sharded ones on two machines (two
+    addresses of this one), the others on one."""
+    machines = 2 if config == "fsdp" else 1
+    command = ["accelerate.commands.launch", "--config_file", ROOT / "eval" / "configs" / f"{config}.yaml"]
+    command += ["--num_machines", machines, "--main_process_port", free_port() if machines > 1 else 0]
+    command += ["--main_process_ip", "127.0.0.1"] if machines > 1 else []
+    noting = ["--no_python", "sh", "-c", f"env -0 > {folder}/environment-$RANK"]
+    launches = [
+        start("soka", [*map(str, command), "--machine_rank", str(rank), *noting], cwd=folder, env=NO_GPU)
+        for rank in range(machines)
+    ]
+    assert [launch.wait(120) for launch in launches] == [0] * machines
     texts = [(folder / f"environment-{rank}").read_text().split("\0")[:-1] for rank in range(2)]
     return [dict(line.split("=", 1) for line in text if line.startswith(LAUNCHED)) for text in texts]
 
@@ -48,7 +55,7 @@ class Launched:
 
     def train(self, work_dir: str, **options: Any) -> list[tuple[int, str]]:
         """Train in two processes with these environments; the exit code and the log of each."""
-        port = {"MASTER_PORT": str(free_port()), "CUDA_VISIBLE_DEVICES": ""}
+        port = {"MASTER_PORT": str(free_port()), **NO_GPU}
         command = ["tests.support.train_launched", self.folder / "base", self.folder / work_dir, json.dumps(options)]
         programs = []
         for rank, environment in enumerate(self.environments):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +18,6 @@ from soka_serve.builtin import base_directory
 from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.compiler.init.initialise import InitRun, share_of
 from soka_serve.compiler.init.result import Initialisation
-from soka_serve.compiler.processes import Processes
 from soka_serve.errors import BuildError, CheckpointError, PlanError, SokaError
 from soka_serve.kron import Factors, dense_delta, kpsvd, stack_terms
 from soka_serve.kron.factors import typical_entry
@@ -28,6 +25,7 @@ from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.kron.weighting import InputMoments
 from soka_serve.manifest.schema import Manifest
+from tests.support.ranks import as_processes
 
 QUERY = "model.layers.0.self_attn.q_proj"
 
@@ -312,37 +310,12 @@ def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
     shares = [share_of(targets, i, 3) for i in range(3)]
     assert sorted(t.module.name for share in shares for t in share) == sorted(t.module.name for t in targets)
     alone = _initialise(targets, base)
-    together = _in_threads(targets, base, 3)
+    together = as_processes(3, lambda processes: _initialise(targets, base, processes=processes))
     assert len(together) == 3
     for got in together:
         assert got.modules == alone.modules
         for name, factors in alone.factors.items():
             assert torch.equal(factors.left, got.factors[name].left)
-
-
-def _in_threads(targets: list[TargetModule], base: Base, count: int) -> list[Initialisation]:
-    """What each of several "processes" gets, which exchange their lists at a barrier."""
-    barrier = threading.Barrier(count)
-    rounds: list[dict[int, list[Any]]] = []
-
-    class RankProcesses(Processes):
-        def __init__(self, index: int) -> None:
-            self.count, self.index, self._rounds = count, index, iter(range(9))
-
-        def gather(self, items: list[Any]) -> list[Any]:
-            number = next(self._rounds)
-            if barrier.wait(60) == 0:
-                rounds.append({})
-            barrier.wait(60)
-            rounds[number][self.index] = items
-            barrier.wait(60)
-            return [item for i in range(count) for item in rounds[number][i]]
-
-    def run(index: int) -> Initialisation:
-        return _initialise(targets, base, processes=RankProcesses(index))
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
 
 
 def test_written_and_read_back(base: Base, tmp_path: Path) -> None:
