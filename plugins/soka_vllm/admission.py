@@ -23,6 +23,7 @@ from soka_vllm.limits import ModelLimits
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import look_at
 from soka_vllm.resolver import limits_of, note_reason
+from soka_vllm.sums import is_sum
 
 # One thread: however many loads are asked for at once, the rest of this process shares its time with one of them.
 _thread = ThreadPoolExecutor(1, "soka-admission")
@@ -38,7 +39,8 @@ async def add_lora(stock: Any, front: Any, lora_request: Any) -> bool:
     outcome = "refused"
     try:
         limited = limits_of(lora_request)
-        await _check(front, limited)
+        if not is_sum(limited.lora_path):  # which has no files
+            await _check(front, limited)
         # Reading a base of many GB takes a while; the engine, which asks again, then finds the answer.
         await asyncio.to_thread(check_served_base, limited, front.vllm_config.model_config)
         answer = bool(await stock(front, limited))

@@ -20,6 +20,8 @@ from soka_vllm.folders import OutsideError, lies_in
 from soka_vllm.names import build_names, missing_model
 from soka_vllm.places import Locks, adapter_directory, allowed_roots
 from soka_vllm.resolver import BuildsResolver, client_load, operator_load, operator_loads, reasons_noted
+from soka_vllm.served_sums import MissingError, begin_request, sums_of
+from soka_vllm.sums import is_sum
 
 _LISTING_SECONDS = 2.0
 
@@ -43,8 +45,8 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
 
     vLLM answers "found but could not be loaded" and logs the reason; the answer has it, too.
     """
-    if not is_model_name(lora_name):
-        missing = f"The model '{printable(lora_name)}' does not exist"  # `check_model` says more
+    if not is_model_name(lora_name) or sums_of(models).find(lora_name) is not None:
+        missing = f"The model '{printable(lora_name)}' does not exist"  # to `check_model`, which knows more
         return create_error_response(missing, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
     with reasons_noted() as reasons:
         answer = await stock(models, lora_name)
@@ -54,14 +56,30 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
 
 
 async def check_model(stock: Any, serving: Any, request: Any) -> Any:
-    """BaseServing._check_model: of a model that does not exist, the answer says which do."""
+    """BaseServing._check_model: a sum of adapters is one; of a model that does not exist, the answer says which do."""
+    begin_request()
     answer = await stock(serving, request)
-    if isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND:
-        models = serving.models
+    missing = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND
+    if not missing and not (answer is None and envs.VLLM_SKIP_MODEL_NAME_VALIDATION):  # any name is the base's then
+        return answer
+    models, parts = serving.models, []
+    try:
+        found = await sums_of(models).ask(request.model)
+        if found is not None:
+            return found if isinstance(found, ErrorResponse) else None
+    except MissingError as error:
+        parts = error.names
+    if missing:
         bases = [base.name for base in models.base_model_paths]
         adapters = sorted({*models.lora_requests, *await _loaded_when_asked(models)})
-        answer.error.message = await asyncio.to_thread(missing_model, str(request.model), bases, adapters)
+        answer.error.message = await asyncio.to_thread(missing_model, str(request.model), bases, adapters, parts)
     return answer
+
+
+def get_adapters(stock: Any, serving: Any, request: Any, *arguments: Any, **options: Any) -> Any:
+    """BaseServing._maybe_get_adapters: the sum of adapters that a request asks for is its adapter."""
+    found = sums_of(serving.models).find(request.model)
+    return stock(serving, request, *arguments, **options) if found is None else found
 
 
 async def _loaded_when_asked(models: Any) -> list[str]:
@@ -102,6 +120,8 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         _logger.warning("Refused adapter %r from %s: %s", request.lora_name, path, answer.error.message)
         answer.error.code = HTTPStatus.BAD_REQUEST.value
         answer.error.type = "BadRequestError"
+    if not isinstance(answer, ErrorResponse) and request.load_inplace:
+        sums_of(models).reloaded(request.lora_name)
     return answer
 
 
@@ -110,6 +130,7 @@ async def unload(stock: Any, models: Any, request: Any) -> Any:
     answer = await stock(models, request)
     if not isinstance(answer, ErrorResponse):
         metrics.counters().unloaded(request.lora_name)
+        sums_of(models).unloaded(request.lora_name)
     return answer
 
 
@@ -119,4 +140,6 @@ def _refusal(name: str, path: str) -> str:
         return f"'{printable(name)}' cannot name an adapter: {MODEL_NAME_RULE}"
     if not is_printable(path):
         return f"'{printable(path)}': a path with control characters, such as a null or a line end, is not served"
+    if is_sum(path):
+        return f"'{printable(path)}': a sum of adapters is not loaded; ask for it by its name, such as math+0.5*code"
     return ""

@@ -20,7 +20,8 @@ from typing import Any
 from soka_vllm import store
 from soka_vllm.base import check_base
 from soka_vllm.places import adapter_directory, limited, roots_of
-from soka_vllm.settings import keep_limit
+from soka_vllm.settings import SUMS_VARIABLE, keep_limit, sums_limit
+from soka_vllm.sums import is_sum, members_of
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -33,9 +34,30 @@ class EngineAdapters:
     """Adapters that an engine's workers keep in memory, by adapter id, least recently used first."""
 
     limit: int
+    most_sums: int = 0
     nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
     # Of all that were ever loaded: where their files must lie, whenever they are read again. None: anywhere.
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
+    # Of the sums among those in memory: their paths, least recently used first.
+    sums: OrderedDict[int, str] = field(default_factory=OrderedDict)
+
+    def touch(self, number: int) -> None:
+        """Note that an adapter was used."""
+        self.nbytes.move_to_end(number)
+        if number in self.sums:
+            self.sums.move_to_end(number)
+
+    def forget(self, number: int) -> None:
+        """Note that the workers drop an adapter; of a sum, of which anyone can ask for any number, nothing is kept."""
+        del self.nbytes[number]
+        if self.sums.pop(number, None) is not None:
+            self.roots.pop(number, None)
+            _fingerprints.pop(number, None)
+
+    def sums_to_drop(self, needed: set[int]) -> list[int]:
+        """Sums to evict for another one: the least recently used that no request needs."""
+        surplus = len(self.sums) + 1 - self.most_sums
+        return [number for number in self.sums if number not in needed][: max(surplus, 0)]
 
     def to_drop(self, nbytes: int, needed: set[int]) -> list[int]:
         """Adapters to evict for another of `nbytes`: the least recently used that no request needs."""
@@ -78,7 +100,7 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
         number = lora_request.lora_int_id
         try:
             if number in adapters.nbytes:
-                adapters.nbytes.move_to_end(number)
+                adapters.touch(number)
             else:
                 _load(core, lora_request, adapters.roots.get(number), anew=False, activate=False)
         except Exception as error:  # whatever it is, the other requests have nothing to do with it
@@ -94,6 +116,8 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
 
 def check_served_base(lora_request: Any, model_config: Any) -> None:
     """Refuse an adapter that was made for other weights than a vLLM ModelConfig names; see `check_base`."""
+    if is_sum(lora_request.lora_path):
+        return  # its members were held against the base
     roots = roots_of(lora_request)
     directory = adapter_directory(lora_request.lora_path, roots)
     check_base(directory, model_config.model, model_config.revision, roots)
@@ -129,15 +153,55 @@ def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
 
 def _adapters(core: Any) -> EngineAdapters:
     if "_soka_adapters" not in core.__dict__:
-        core._soka_adapters = EngineAdapters(keep_limit())
+        core._soka_adapters = EngineAdapters(keep_limit(), sums_limit())
     adapters = core._soka_adapters
     assert isinstance(adapters, EngineAdapters)
     return adapters
 
 
-def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: bool, activate: bool) -> None:
+def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -> frozenset[int]:
+    """Have the members of a sum in the workers' memory; returns their ids, none of an adapter that is no sum."""
+    members = members_of(lora_request)
+    if not members:
+        return frozenset()
+    adapters, number = _adapters(core), lora_request.lora_int_id
+    if not adapters.most_sums:
+        raise ValueError(f"{SUMS_VARIABLE} is 0, so sums of adapters are not served")
+    if adapters.sums.get(number, lora_request.lora_path) != lora_request.lora_path:
+        raise ValueError("another sum of adapters has its number; change a scale in a digit that does not matter")
+    numbers = frozenset(member.number for member in members)
+    for member in members:
+        if member.number in adapters.nbytes:
+            adapters.touch(member.number)
+            continue
+        where = adapters.roots.get(member.number, roots)
+        try:
+            _load(core, member.request(), where, anew=False, activate=False, beside=numbers)
+        except ValueError as error:
+            raise ValueError(f"`{member.name}`: {error}") from error
+    return numbers
+
+
+def _load(
+    core: Any,
+    lora_request: Any,
+    roots: Sequence[Path] | None,
+    *,
+    anew: bool,
+    activate: bool,
+    beside: frozenset[int] = frozenset(),
+) -> None:
+    """Load an adapter in all workers, or in none.
+
+    Args:
+        roots: folders in which its files must lie; None: anywhere.
+        anew: read the files even if the workers have it in memory.
+        activate: put it into a slot at once.
+        beside: ids of adapters that must stay in memory.
+    """
     adapters, number = _adapters(core), lora_request.lora_int_id
     executor = core.model_executor
+    members = _bring_members(core, lora_request, roots)
     request = limited(lora_request, roots)
     check_served_base(request, core.vllm_config.model_config)
     readings: Sequence[store.ReadResult] = executor.collective_rpc(store.read, args=(request, anew))
@@ -153,14 +217,20 @@ def _load(core: Any, lora_request: Any, roots: Sequence[Path] | None, *, anew: b
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
     nbytes = max(reading.nbytes for reading in readings)
     needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
-    drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed | {number})
+    needed |= members | beside | {number}
+    drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed)
+    if members and number not in adapters.sums:
+        drop += [other for other in adapters.sums_to_drop(needed) if other not in drop]
     failures = dict.fromkeys(filter(None, executor.collective_rpc(store.take, args=(lora_request, activate, drop))))
     for other in drop:
-        del adapters.nbytes[other]
+        adapters.forget(other)
     if failures:
         executor.collective_rpc(store.undo, args=(lora_request,))
         raise ValueError("\n".join(failures))
     adapters.nbytes[number] = nbytes
     adapters.nbytes.move_to_end(number)
     adapters.roots[number] = roots
+    if members:
+        adapters.sums[number] = lora_request.lora_path
+        adapters.sums.move_to_end(number)
     _fingerprints[number] = fingerprint

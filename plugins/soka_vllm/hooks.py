@@ -21,7 +21,7 @@ from typing import Any
 
 from soka_serve.errors import printable
 from soka_vllm.checks import CALLED, Signature, check_modules, check_version
-from soka_vllm.settings import BUILDS_VARIABLE, METRICS_VARIABLE, keep_limit, serves_lora
+from soka_vllm.settings import BUILDS_VARIABLE, METRICS_VARIABLE, keep_limit, serves_lora, sums_limit, sums_salt
 
 _logger = logging.getLogger("vllm.soka")
 _LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
@@ -80,7 +80,12 @@ HOOKS = (
     Hook(
         *("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model", "self request"),
         "soka_vllm.endpoints:check_model",
-        "The answer about a model that does not exist says which do.",
+        "A model's name may be a sum of adapters; the answer about one that does not exist says which do.",
+    ),
+    Hook(
+        *("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
+        *("self request supports_default_mm_loras", "soka_vllm.endpoints:get_adapters"),
+        "The adapter of a request may be a sum.",
     ),
     Hook(
         *(_SERVING, "OpenAIServingModels.load_lora_adapter", "self request base_model_name"),
@@ -178,6 +183,8 @@ def install() -> None:
     check_version(SIGNATURES)
     serves_lora()
     keep_limit()
+    sums_limit()
+    sums_salt()
     imported = [name for name in sorted(MODULES) if name in sys.modules]
     check_modules(imported, SIGNATURES)
     if BUILDS_VARIABLE in os.environ:

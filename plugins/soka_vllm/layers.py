@@ -51,6 +51,7 @@ class KroneckerMixin:
             slots, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device
         )
         self._lora_slots: set[int] = set()
+        self._beside = False  # whether LoRA's matrices are being put beside Kronecker factors
         self._lora_arguments = (slots, lora_config, model_config)
         self._plain = type(self.base_layer) in compat.PLAIN_LINEARS
         self._lora_served = serves_lora()
@@ -99,7 +100,8 @@ class KroneckerMixin:
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
-        self._kronecker.clear(index)
+        if not self._beside:
+            self._kronecker.clear(index)
         if index in self._lora_slots:
             self._lora_slots.remove(index)
             cast(Any, super()).reset_lora(index)
@@ -131,6 +133,23 @@ class KroneckerMixin:
             else:
                 for i, part in self.parts(source, left, right):
                     self._kronecker.put(index, i, part.left, part.right, out_skip=part.out_skip, in_skip=part.in_skip)
+
+    def set_lora_beside(self, index: int, lora_a: list[Tensor | None], lora_b: list[Tensor | None]) -> None:
+        """Add LoRA's matrices to a slot that holds Kronecker factors: the layer adds both deltas.
+
+        Args:
+            index: the slot.
+            lora_a, lora_b: of the whole layer, one per packed module, None for those without any.
+        """
+        if not self._lora_allocated:
+            self._allocate_lora()
+        packed = len(lora_a) > 1
+        self._beside = True
+        try:
+            cast(Any, super()).set_lora(index, lora_a if packed else lora_a[0], lora_b if packed else lora_b[0])
+        finally:
+            self._beside = False
+        self._lora_slots.add(index)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The base layer's output with each token's delta, (tokens, in) -> (tokens, out), both as this rank holds them.

@@ -45,7 +45,7 @@ def load_adapter(
     Raises:
         ValueError: everything that is wrong with the adapter, or that does not fit the model.
     """
-    places = _places(manager)
+    places = places_of(manager)
     try:
         files = READERS[kind](directory, budget or ReadingBudget())
         own = files.shapes
@@ -112,7 +112,7 @@ def check_lora(model: Any, manager: Any) -> None:
     """
     if manager._is_moe or manager.supports_mm or manager.is_pooling_model:
         return
-    places, elsewhere = _places(manager), compat.modules_elsewhere(manager.model)
+    places, elsewhere = places_of(manager), compat.modules_elsewhere(manager.model)
     problems: list[str] = []
     for name, weights in model.loras.items():
         if f"{name}.".startswith(elsewhere):
@@ -144,7 +144,7 @@ def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
     return f"{printable(name)}: no layer of the served model that takes adapters{near}{left_out}"
 
 
-def _places(manager: Any) -> dict[str, tuple[Any, int]]:
+def places_of(manager: Any) -> dict[str, tuple[Any, int]]:
     """Map from a checkpoint's module name to the vLLM layer that takes its adapters and the index within that layer."""
     places = {}
     for name, layer in manager.modules.items():

@@ -19,10 +19,14 @@ from soka_vllm.places import adapter_files
 from soka_vllm.readers import LORA, READERS, look_at
 from soka_vllm.settings import LORA_VARIABLE, serves_lora
 from soka_vllm.store import worker_adapters
+from soka_vllm.summing import add_up
+from soka_vllm.sums import is_sum
 
 
 def load(stock: Any, manager: Any, lora_request: Any) -> Any:
     """WorkerLoRAManager._load_adapter: the adapter from memory; or from its files, with `load_inplace` always.
+
+    A sum is made of its members in memory.
 
     Raises:
         ValueError: why it cannot be served.
@@ -30,6 +34,8 @@ def load(stock: Any, manager: Any, lora_request: Any) -> Any:
     model = None if lora_request.load_inplace else worker_adapters(manager).model(lora_request.lora_int_id)
     if model is not None:
         return model
+    if is_sum(lora_request.lora_path):
+        return add_up(manager, lora_request, limits_of(manager).values)
     started = time.perf_counter()
     with adapter_files(lora_request) as directory:
         model = _read(stock, manager, directory, lora_request)

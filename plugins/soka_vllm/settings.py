@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 BUILDS_VARIABLE = "SOKA_BUILDS"
 ROOTS_VARIABLE = "SOKA_ADAPTER_ROOTS"
 METRICS_VARIABLE = "SOKA_METRICS_DIR"
 LORA_VARIABLE = "SOKA_LORA"
 KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
+SUMS_VARIABLE = "SOKA_SUMS"
+_SALT_VARIABLE = "SOKA_SUMS_SALT"  # the plugin's own: of the numbers of sums, the same in all processes of a server
 _KEEP_DEFAULT_GIB = 4.0
+_SUMS_DEFAULT = 32
 
 
 def serves_lora() -> bool:
@@ -38,3 +42,20 @@ def keep_limit() -> int:
     if not 0 <= gib < float("inf"):
         raise ValueError(f"{KEEP_VARIABLE} is {text!r}, expected a number of GiB, 0 or more")
     return int(gib * 2**30)
+
+
+def sums_limit() -> int:
+    """How many sums of adapters are kept (SOKA_SUMS); 0: none are served.
+
+    Raises:
+        ValueError: the environment variable is not a whole number of at least 0.
+    """
+    text = os.environ.get(SUMS_VARIABLE, str(_SUMS_DEFAULT))
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(f"{SUMS_VARIABLE} is {text!r}, expected a whole number, 0 or more")
+    return int(text)
+
+
+def sums_salt() -> str:
+    """What the numbers of this server's sums are made from, beside the sums; set by its first process that asks."""
+    return os.environ.setdefault(_SALT_VARIABLE, secrets.token_hex(8))

@@ -26,6 +26,8 @@ from soka_serve.errors import printable
 _logger = logging.getLogger("vllm.soka")
 
 _LONGEST_REASON = 4000  # characters of why an adapter is refused
+# On the LoRAModel of a sum: LoRA's matrices for layers that hold Kronecker factors of it too, by module.
+BESIDE = "soka_beside"
 
 
 class ReadResult(NamedTuple):
@@ -147,11 +149,12 @@ def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
 
     Not every rank of a pipeline may know where a name of LyCORIS has its dots, so they do not count.
     """
-    parts: Mapping[str, Any] = {name.replace(".", "_"): part for name, part in model.loras.items()}
-    for name in sorted(parts):
-        for values in (parts[name].lora_a, parts[name].lora_b):
-            for tensor in values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]:
-                if tensor is not None:
-                    yield f"{name} {parts[name].scaling}", tensor
+    for held in (model.loras, getattr(model, BESIDE, {})):
+        parts: Mapping[str, Any] = {name.replace(".", "_"): part for name, part in held.items()}
+        for name in sorted(parts):
+            for values in (parts[name].lora_a, parts[name].lora_b):
+                for tensor in values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]:
+                    if tensor is not None:
+                        yield f"{name} {parts[name].scaling}", tensor
     for name, saved in sorted((getattr(model, "modules_to_save", None) or {}).items()):
         yield from ((name, tensor) for tensor in (saved.weight, saved.bias) if tensor is not None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from soka_vllm.store import loaded_already
+from soka_vllm.store import BESIDE, loaded_already
 
 # On vLLM's PunicaWrapperBase: whether the tokens of this step belong to any adapter.
 ADAPTERS_IN_STEP = "soka_adapters_in_step"
@@ -31,10 +31,25 @@ def activate(stock: Any, manager: Any, lora_id: int) -> bool:
             if isinstance(layer, KroneckerMixin):
                 layer.reset_lora(slot)
     try:
-        return bool(stock(manager, lora_id))
+        filled = bool(stock(manager, lora_id))
+        if filled:
+            _fill_beside(manager, lora_id)
+        return filled
     except Exception:
         manager.deactivate_adapter(lora_id)
         raise
+
+
+def _fill_beside(manager: Any, lora_id: int) -> None:
+    """Put LoRA's matrices of a sum beside its Kronecker factors, into the layers that hold both."""
+    beside = getattr(manager._registered_adapters.get(lora_id), BESIDE, None)
+    if not beside:
+        return
+    slot = manager.lora_index_to_id.index(lora_id)
+    for name, layer in manager.modules.items():
+        parts = [beside.get(part) for part in manager.packed_modules.get(name, [name])]
+        if any(parts):
+            layer.set_lora_beside(slot, [p and p.lora_a for p in parts], [p and p.lora_b for p in parts])
 
 
 def note_adapters(stock: Any, wrapper: Any, mapping: Any, *more: Any, **options: Any) -> None:

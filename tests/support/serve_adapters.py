@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,24 @@ def write_peft(folder: Path, config: LoraConfig | LoKrConfig, seed: int) -> Any:
     torch.manual_seed(seed)
     get_peft_model(base_model(), config).save_pretrained(folder)
     return PeftModel.from_pretrained(base_model(), folder).eval()
+
+
+def summed(references: dict[str, Any], *terms: tuple[float, str]) -> Any:
+    """The base with the scaled sum of the references' dense deltas, added up in float64."""
+    base = {name: weight.double() for name, weight in references["base"].named_parameters()}
+    total = dict(base)
+    for scale, member in terms:
+        for name, weight in _merged(references[member]).named_parameters():
+            total[name] = total[name] + scale * (weight.double() - base[name])
+    model = base_model()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(total[name].float())
+    return model
+
+
+def _merged(model: Any) -> Any:
+    return copy.deepcopy(model).merge_and_unload() if isinstance(model, PeftModel) else model
 
 
 # lm_head takes no adapters here: stock vLLM wraps it on CPUs, and then fails on prompt log-probabilities.
