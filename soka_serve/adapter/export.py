@@ -15,6 +15,7 @@ from torch import Tensor
 
 from soka_serve.adapter.format import KEY_PREFIX, Adapter, write_adapter
 from soka_serve.adapter.loss import Energies, lost_energy, percent, shares, summary_lines
+from soka_serve.adapter.remote.fetch import local_adapter
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.errors import SokaError, printable, printable_lines
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
@@ -81,7 +82,7 @@ def export(
     approximation of every delta. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
 
     Args:
-        source: directory of a finished adapter or of a training checkpoint.
+        source: directory of a finished adapter or of a training checkpoint; as text also a hub id or URL.
         out: directory of the export; an earlier export in it is replaced as a whole, anything else refused.
         to: "soka" or "lora".
         rank: most terms per module, "trained" for as many as a training checkpoint trained, or the LoRA rank (then
@@ -96,7 +97,7 @@ def export(
     """
     _check_request(to, rank)
     lora_rank = rank if isinstance(rank, int) else 1
-    out, read_from, stored = given_path(out, "out"), Path(source), getattr(torch, dtype)
+    out, read_from, stored = given_path(out, "out"), local_adapter(source), getattr(torch, dtype)
     EXPORTED.check(out, keep=[read_from])
     read = read_source(read_from)
     adapter = read.adapter

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from soka_serve.adapter.remote.fetch import local_adapter
 from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.modules import text_config
@@ -112,15 +113,14 @@ def inspect(path: str | Path, *, base: str | Path | None = None) -> Inspection:
     Only headers, configs and an adapter's own small tensors are read; torch is not needed.
 
     Args:
-        path: what to look into.
+        path: what to look into; as text it may also be a hub id or URL of an adapter.
         base: directory or hub id of the base of an adapter, a build or a fine-tuned model, or 'tiny'. Intruder
             dimensions are then counted (arXiv:2410.21228), which reads both and takes time.
 
     Raises:
         CheckpointError: nothing that this package knows, or it is damaged; a base that it does not belong to.
     """
-    path = Path(path)
-    found = _look_into(path)
+    found = _look_into(local_adapter(path))
     return found if base is None else _with_intruders(found, str(base))
 
 

@@ -8,26 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.adapter.format import Adapter
+from soka_serve.adapter.remote.address import is_url
+from soka_serve.adapter.remote.fetch import local_adapter
 from soka_serve.adapter.source import AdapterSource
 from soka_serve.errors import CheckpointError, SokaError
 
 
 def parse_weighted(text: str) -> tuple[Path, float]:
-    """'ADAPTER' or 'ADAPTER=WEIGHT', as the commands take it.
+    """'ADAPTER' or 'ADAPTER=WEIGHT', as the commands take it; an adapter that is kept elsewhere is fetched.
 
     >>> parse_weighted("build/math/adapter=0.5")[1]
     0.5
+
+    Raises:
+        SokaError: no such weight, or an adapter that cannot be fetched.
     """
-    path, separator, number = text.rpartition("=")
-    if not separator or Path(text).exists():
-        return Path(text), 1.0
+    place, separator, number = text.rpartition("=")
+    if not separator or Path(text).exists() or (is_url(text) and "/" in number):
+        return local_adapter(text), 1.0
     try:
-        return Path(path), float(number)
+        weight = float(number)
     except ValueError:
         raise SokaError(
             f"{text}: expected ADAPTER or ADAPTER=WEIGHT with a number; got weight {number!r}",
             hint="For example: build/math/adapter=0.5",
         ) from None
+    return local_adapter(place), weight
 
 
 def check_weight(adapter: Adapter, weight: float) -> None:

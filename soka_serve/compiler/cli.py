@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from soka_serve.io.console import FILE, say
+from soka_serve.io.console import FILE, SOURCE, say
 
 if TYPE_CHECKING:
     from soka_serve.compiler.build import BuildResult
@@ -78,7 +78,10 @@ def _build_text(result: BuildResult) -> str:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Reload and compare with base + adapter.")
 @click.option("--allow-other-base", is_flag=True, help="Merge into a base that the adapter was not trained on.")
 def merge(adapters: tuple[str, ...], **options: Any) -> None:
-    """Add adapters to a base model's weights; write a dense model that any engine loads."""
+    """Add adapters to a base model's weights; write a dense model that any engine loads.
+
+    An ADAPTER is a folder, a hub id (owner/name@revision), or the URL of a folder (s3://, gs://, https://).
+    """
     from soka_serve.adapter.weighted import parse_weighted
     from soka_serve.compiler.merge.merge import merge as run
 
@@ -103,13 +106,16 @@ def extract(finetuned: str, **options: Any) -> None:
 
 
 @click.command(epilog="Example:  soka-serve export build/math/adapter --to lora --rank 8 --out lora")
-@click.argument("source", type=FILE)
+@click.argument("source", type=SOURCE)
 @click.option("--to", type=click.Choice(["soka", "lora"]), default="soka", show_default=True)
 @click.option("--rank", type=click.IntRange(min=1), help="Terms (soka) or LoRA rank; needed for lora.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--out", type=FILE, required=True, help="Directory of the export; an earlier one is replaced.")
-def export(source: Path, out: Path, **options: Any) -> None:
-    """Write an adapter or a training checkpoint in another form, and say what is lost."""
+def export(source: str, out: Path, **options: Any) -> None:
+    """Write an adapter or a training checkpoint in another form, and say what is lost.
+
+    SOURCE is a folder, a hub id (owner/name@revision), or the URL of a folder (s3://, gs://, https://).
+    """
     from soka_serve.adapter.export import export as run
 
     say(run(source, out, **options).to_text())

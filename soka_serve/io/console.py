@@ -20,6 +20,7 @@ class _PathType(click.Path):
 
 
 FILE = _PathType(path_type=Path)
+SOURCE = _PathType()  # a path, or the address of an adapter that is kept elsewhere
 
 
 class PassThroughCommand(click.Command):

@@ -21,6 +21,7 @@ from soka_serve.io.console import FILE, PassThroughCommand, say
     soka-serve serve sums=build/math/adapter --port 9000 -- --max-model-len 2048
     soka-serve serve build/math/merged
     soka-serve serve --builds build --base tiny
+    soka-serve serve owner/math@v2 code=s3://bucket/adapters/code
     """,
 )
 @click.argument("targets", nargs=-1, metavar="[NAME=]TARGET... [-- VLLM OPTIONS]")
@@ -51,9 +52,10 @@ def serve(
 ) -> None:
     """Serve adapters on their base, or one merged model, through vLLM's OpenAI-compatible API.
 
-    A TARGET is a manifest whose build is up to date, an adapter or build directory, or a merged model. Each is the
-    model NAME in the API. What follows -- goes to `vllm serve`, and wins over what is worked out here; options that
-    would make untrue what was checked are refused.
+    A TARGET is a manifest whose build is up to date, an adapter or build directory, the hub id (owner/name@revision)
+    or URL (s3://, gs://, https://) of an adapter, or a merged model. Each is the model NAME in the API. What follows --
+    goes to `vllm serve`, and wins over what is worked out here; options that would make untrue what was checked are
+    refused.
     """
     from soka_serve.serving.command import ServeOptions
     from soka_serve.serving.serve import plan_launch

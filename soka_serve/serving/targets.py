@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from soka_serve.adapter.remote.address import is_url
+from soka_serve.adapter.remote.fetch import local_adapter
 from soka_serve.compiler.context import prepare, previous_keys
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.status import stage_statuses
@@ -79,7 +81,8 @@ def read_targets(given: Sequence[str], *, out: Path | None = None) -> list[Targe
     """Find and check what the command line names: '[NAME=]TARGET' each.
 
     Args:
-        given: manifests (files), adapter directories, build directories (build/NAME), merged models.
+        given: manifests (files), adapter directories, build directories (build/NAME), hub ids and URLs of adapters,
+            which are fetched; merged models.
         out: folder of builds, where a manifest's build is looked for; default: its [output] dir.
 
     Raises:
@@ -101,18 +104,18 @@ def read_targets(given: Sequence[str], *, out: Path | None = None) -> list[Targe
     return found
 
 
-def split_name(text: str) -> tuple[str | None, Path]:
-    """'NAME=TARGET' or 'TARGET' -> the name, if any, and the path.
+def split_name(text: str) -> tuple[str | None, str]:
+    """'NAME=TARGET' or 'TARGET' -> the name, if any, and the target.
 
-    >>> split_name("sums=build/math"), split_name("build/math")
-    (('sums', PosixPath('build/math')), (None, PosixPath('build/math')))
+    >>> split_name("sums=build/math"), split_name("s3://bucket/date=1")
+    (('sums', 'build/math'), (None, 's3://bucket/date=1'))
     """
-    name, separator, path = text.partition("=")
-    if not separator or os.path.lexists(text):  # which takes names of any length
-        return None, Path(text).expanduser()
-    if not name or not path:
+    name, separator, target = text.partition("=")
+    if not separator or is_url(text) or os.path.lexists(text):  # which takes names of any length
+        return None, text
+    if not name or not target:
         raise SokaError(f"{text}: expected TARGET or NAME=TARGET", hint="For example: sums=build/math/adapter")
-    return name, Path(path).expanduser()
+    return name, target
 
 
 def find_adapter(folder: Path) -> Path | None:
@@ -121,11 +124,15 @@ def find_adapter(folder: Path) -> Path | None:
 
 
 def _read_target(text: str, out: Path | None) -> Target:
-    name, path = split_name(text)
+    name, given = split_name(text)
+    path = local_adapter(given)
     if path.suffix == ".toml" or path.is_file():
         return _from_manifest(text, name, read_manifest(path), out)
     if not path.exists():
-        hint = "Give manifests (math.toml), adapter or build directories (build/math), or one merged model."
+        hint = (
+            "Give manifests (math.toml), adapter or build directories (build/math), hub ids (owner/name) or URLs "
+            "(s3://bucket/math) of adapters, or one merged model."
+        )
         raise SokaError(f"{text}: no such file or directory", hint=hint)
     adapter = find_adapter(path)
     if adapter is not None:
