@@ -159,6 +159,11 @@ class Server:
             time.sleep(_POLL_S)
         raise self._failure(f"vLLM was not ready after {timeout_s:.0f} s")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether its first process has not ended."""
+        return self._process.poll() is None
+
     def wait(self) -> None:
         """Wait until it ends by itself, which it should not.
 

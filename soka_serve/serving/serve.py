@@ -70,7 +70,7 @@ def serve(
     check_port(launch.host, launch.port)
     ready = False
     try:
-        with started(launch, None if verbose else _log_file(launch.port), timeout_s) as server:
+        with started(launch, None if verbose else log_file(launch.port), timeout_s) as server:
             with server.explaining():
                 effects = probe(launch, targets) if targets and targets[0].kind == "adapter" else {}
             for target in targets:
@@ -120,7 +120,7 @@ def _some_build(folder: Path | None) -> list[Target]:
     return [target for i, path in enumerate(adapters) for target in read_targets([f"build{i}={path}"])]
 
 
-def _log_file(port: int) -> Path:
+def log_file(port: int) -> Path:
     """A fresh log in the user's cache, one per port; not in a build, whose folder is replaced as a whole."""
     folder = own_folder() / "logs"
     try:

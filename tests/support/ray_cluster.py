@@ -19,8 +19,13 @@ from tests.conftest import ROOT
 from tests.support.serving import free_port
 
 _STORE_BYTES = 80 * 1024 * 1024  # the least that Ray takes
-# A busy machine takes longer than the 30 s that Ray waits for a raylet.
-_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
+# A busy machine takes longer than the 30 s that Ray waits for a raylet; and Ray kills its own processes where others
+# have taken the machine's memory.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_raylet_start_wait_time_s": "180",
+}
 
 
 class RayCluster:
@@ -47,24 +52,24 @@ def _title(process: psutil.Process) -> str:
 @contextmanager
 def ray_cluster(machines: int, cpus: int) -> Iterator[RayCluster]:
     """Start a cluster; it ends with the block."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "tests.support.ray_cluster", str(machines), str(cpus)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **_SETTINGS, "PYTHONPATH": os.environ.get("PYTHONPATH", "") or str(ROOT)},
-    )
-    try:
-        yield RayCluster(process)
-    finally:
-        rest = psutil.Process(process.pid).children(recursive=True)
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait(60)
-        _, alive = psutil.wait_procs(rest, 10)
-        for left in alive:
-            left.kill()
+    ) as process:
+        try:
+            yield RayCluster(process)
+        finally:
+            rest = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(60)
+            _, alive = psutil.wait_procs(rest, 10)
+            for left in alive:
+                left.kill()
 
 
 def main() -> None:

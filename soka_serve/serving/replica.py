@@ -1,0 +1,190 @@
+"""One replica of a Ray Serve application: a vLLM server of its own, and the requests that are passed on to it."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from soka_serve.errors import ServeError, SokaError
+from soka_serve.serving.command import Launch, ServeOptions, list_builds, parse_options
+from soka_serve.serving.probe import probe
+from soka_serve.serving.process import Server
+from soka_serve.serving.serve import log_file, plan_launch
+from soka_serve.serving.targets import Target
+
+_HEALTH_S = 60.0
+# Of one connection, or made anew on the way to the client.
+_HOP_HEADERS = frozenset(
+    ("connection", "content-length", "date", "host", "keep-alive", "server", "transfer-encoding", "upgrade")
+)
+
+
+class ReplicaLostError(Exception):
+    """The replica's vLLM has died: the request may be sent to another."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the client sent it, and the adapter that it asks for (empty: the base, or none)."""
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """Status and headers of an answer; its body follows in pieces."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the body is a stream of events."""
+        return any(name == "content-type" and value.startswith("text/event-stream") for name, value in self.headers)
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """What a replica serves, and how: see `soka_serve.serving.replicas.ReplicaOptions`."""
+
+    targets: tuple[str, ...]
+    base: str | None
+    builds: str | None
+    vllm: tuple[str, ...]
+    start_s: float
+
+    def slots(self) -> int:
+        """How many adapters vLLM holds in slots: --max-loras, else one for each.
+
+        Raises:
+            SokaError: no such folder of builds, or something before the first option in `vllm`.
+        """
+        given = parse_options(self.vllm).get("--max-loras")
+        if given and given[0].isdigit():
+            return max(int(given[0]), 1)
+        return max(len(self.targets), len(list_builds(Path(self.builds))) if self.builds is not None else 1, 8)
+
+
+class Replica:
+    """A vLLM server on this machine; Ray Serve makes one for each replica.
+
+    Args:
+        settings: what it serves.
+
+    Raises:
+        ServeError: what `soka-serve serve` refuses, with its hint: Ray Serve shows the message alone.
+    """
+
+    def __init__(self, settings: ReplicaSettings) -> None:
+        logging.getLogger("soka_serve").setLevel(logging.INFO)
+        try:
+            self._start(settings)
+        except SokaError as error:
+            raise ServeError(error.message + (f"\nhint: {error.hint}" if error.hint else "")) from None
+
+    def _start(self, settings: ReplicaSettings) -> None:
+        targets, launch = self._plan(settings)
+        self._server = Server(launch, log_file(launch.port))
+        try:
+            self._server.wait_healthy(settings.start_s)
+            if targets and targets[0].kind == "adapter":
+                with self._server.explaining():
+                    probe(launch, targets)
+        except BaseException:
+            self._server.stop()
+            raise
+        # No limits: Ray Serve has counted the requests, and how long an answer takes is for the client to say.
+        self._client = httpx.AsyncClient(
+            base_url=launch.url,
+            timeout=None,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+            verify=False,
+        )
+        self._keys = {"authorization": f"Bearer {launch.api_key}"} if launch.api_key else {}
+
+    @staticmethod
+    def _plan(settings: ReplicaSettings) -> tuple[list[Target], Launch]:
+        builds = Path(settings.builds) if settings.builds is not None else None
+        options = ServeOptions(host="127.0.0.1", port=free_port(), builds=builds, vllm=settings.vllm)
+        return plan_launch(settings.targets, options, base=settings.base)
+
+    async def hold(self, adapter: str) -> str:
+        """Tell Ray Serve that this replica holds an adapter; see `soka_serve.serving.replicas`."""
+        raise NotImplementedError
+
+    async def base_names(self) -> list[str]:
+        """The names of the base (or of the merged model) in the API."""
+        answer = await self._client.get("/v1/models", headers=self._keys)
+        return [card["id"] for card in answer.json()["data"] if not card.get("parent")]
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica where this fails.
+
+        Raises:
+            ServeError: vLLM has ended, or its engine has died.
+        """
+        if not await self._is_alive():
+            raise ServeError("vLLM has ended", hint=f"Its log is {self._server.log}")
+
+    async def forward(self, asked: Asked) -> AsyncIterator[AnswerHead | bytes]:
+        """Pass a request on to vLLM.
+
+        Yields:
+            The answer's head, then its body in pieces as they come.
+
+        Raises:
+            ReplicaLostError: vLLM or its engine died before the answer was whole.
+        """
+        request = self._client.build_request(
+            asked.method, asked.path, headers=_kept(dict(asked.headers)), content=asked.body
+        )
+        try:
+            answer = await self._client.send(request, stream=True)
+        except httpx.TransportError as error:
+            raise ReplicaLostError(f"{type(error).__name__}: {error}") from error
+        try:
+            if answer.status_code >= 500 and not await self._is_alive():
+                raise ReplicaLostError(f"status {answer.status_code}, and the engine has died")
+            if asked.adapter and answer.status_code < 400:  # of those only: a name that does not exist holds no slot
+                await self.hold(asked.adapter)
+            yield AnswerHead(answer.status_code, tuple(_kept(answer.headers).items()))
+            async for piece in answer.aiter_raw():
+                yield piece
+        except httpx.TransportError as error:
+            raise ReplicaLostError(f"{type(error).__name__}: {error}") from error
+        finally:
+            await answer.aclose()
+
+    async def _is_alive(self) -> bool:
+        if not self._server.is_running:
+            return False
+        try:
+            return (await self._client.get("/health", timeout=_HEALTH_S)).status_code == 200
+        except httpx.TimeoutException:
+            return True  # it has much to do
+        except httpx.TransportError:
+            return False
+
+    def __del__(self) -> None:
+        if hasattr(self, "_server"):
+            self._server.stop()
+
+
+def _kept(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items() if name.lower() not in _HOP_HEADERS}
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        return int(probe_socket.getsockname()[1])

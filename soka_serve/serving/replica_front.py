@@ -1,0 +1,107 @@
+"""The front of a Ray Serve application: takes requests, sends each to a replica, and again if the replica is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from soka_serve.serving.replica import AnswerHead, Asked, ReplicaLostError
+
+logger = logging.getLogger("ray.serve")
+
+_LOST = (RayActorError, ReplicaLostError, ReplicaUnavailableError, DeploymentUnavailableError)
+_PAUSE_S = 0.2
+# What would reach one replica of several, which nobody can tell apart.
+_OF_ONE_REPLICA = {
+    "/v1/load_lora_adapter": "every replica loads adapters of the application's `builds` folder by their names",
+    "/v1/unload_lora_adapter": "replicas unload the adapters that were not used for longest",
+    "/metrics": "each replica has its own metrics, on its machine",
+}
+
+
+class Front:
+    """Takes every request; Ray Serve makes one for each of the application's `fronts`.
+
+    Args:
+        replica: handle of the replicas.
+        by_adapter: send requests where their adapter is.
+        retry_s: for how long a request that lost its replica is sent again.
+    """
+
+    def __init__(self, replica: Any, *, by_adapter: bool, retry_s: float) -> None:
+        self._replica = replica
+        self._by_adapter = by_adapter
+        self._retry_s = retry_s
+        self._base_names: frozenset[str] = frozenset()
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request as a replica's vLLM answers it."""
+        path = request.url.path
+        if path in _OF_ONE_REPLICA:
+            return _refusal(400, "BadRequestError", f"{path} is not served here: {_OF_ONE_REPLICA[path]}")
+        body = await request.body()
+        query = f"?{request.url.query}" if request.url.query else ""
+        asked = Asked(request.method, path + query, tuple(request.headers.items()), body)
+        last = ""
+        deadline = time.monotonic() + self._retry_s
+        while True:
+            try:
+                return await self._ask(asked)
+            except _LOST as error:
+                last = str(error).split("\n")[0]
+                logger.warning("%s %s: its replica was lost: %s", request.method, path, last)
+            if time.monotonic() >= deadline:
+                return _refusal(503, "ServiceUnavailableError", f"no replica has answered: {last}")
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _ask(self, asked: Asked) -> Response:
+        adapter = await self._adapter(asked.body)
+        asked = Asked(asked.method, asked.path, asked.headers, asked.body, adapter)
+        chosen = {"multiplexed_model_id": adapter} if adapter and self._by_adapter else {}
+        pieces = self._replica.options(stream=True, **chosen).forward.remote(asked)
+        head: AnswerHead = await anext(pieces)
+        headers = dict(head.headers)
+        if head.is_stream:
+            first = await anext(pieces, b"")  # before anything is out, the request can be sent again
+            return StreamingResponse(_rest(first, pieces), head.status, headers)
+        return Response(b"".join([piece async for piece in pieces]), head.status, headers)
+
+    async def _adapter(self, body: bytes) -> str:
+        """The adapter that a request's body names; empty for the base, and for bodies that name none."""
+        try:
+            model = json.loads(body)["model"] if body else ""
+        except (ValueError, KeyError, TypeError):
+            return ""
+        if not isinstance(model, str) or not model:
+            return ""
+        if not self._base_names:
+            self._base_names = frozenset(await self._replica.base_names.remote())
+        return "" if model in self._base_names else model
+
+
+async def _rest(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces of a stream; its last is an error, as vLLM writes it, where the replica is lost on the way."""
+    yield first
+    try:
+        async for piece in pieces:
+            yield piece
+    except _LOST as error:
+        logger.warning("a stream ends with an error: its replica was lost: %s", str(error).split("\n")[0])
+        yield b"data: " + _error(503, "ServiceUnavailableError", "the replica was lost; ask again") + b"\n\n"
+
+
+def _error(status: int, kind: str, message: str) -> bytes:
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
+
+
+def _refusal(status: int, kind: str, message: str) -> Response:
+    return JSONResponse(json.loads(_error(status, kind, message)), status)

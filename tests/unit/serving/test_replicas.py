@@ -1,0 +1,67 @@
+"""Arguments of the Ray Serve application, and the files of `deploy/` that give them. No cluster is started."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from soka_serve.errors import SokaError
+
+pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray, about its own models
+    from soka_serve.serving.replica import ReplicaSettings
+    from soka_serve.serving.replicas import ReplicaOptions
+
+DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
+
+
+def test_texts_of_the_command_line_are_split() -> None:
+    options = ReplicaOptions.model_validate({"targets": "a=build/a 'b c'", "vllm": "--max-loras 4", "replicas": "2"})
+    assert options.targets == ["a=build/a", "b c"]
+    assert options.vllm == ["--max-loras", "4"]
+    assert options.replicas == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "nothing to serve: give targets, or a folder of builds"),
+        ({"targets": ["a"], "replica": 2}, "replica\n  Extra inputs are not permitted"),
+        ({"targets": ["a"], "replicas": 3, "max_replicas": 2}, "max_replicas = 2 is less than replicas = 3"),
+        ({"targets": ["a"], "vllm": ["--port", "1"]}, "vllm: --port is a replica's own"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ReplicaOptions.model_validate(arguments)
+    assert message in str(caught.value)
+
+
+def test_a_replica_tells_of_as_many_adapters_as_it_has_slots(tmp_path: Path) -> None:
+    def slots(vllm: tuple[str, ...] = (), builds: str | None = None, targets: tuple[str, ...] = ()) -> int:
+        return ReplicaSettings(targets, None, builds, vllm, 1.0).slots()
+
+    assert slots(("--max-loras", "3")) == slots(("--max_loras=3",)) == 3
+    assert slots(targets=tuple("abcdefghij")) == 10
+    for name in range(12):
+        (tmp_path / f"{name}").mkdir()
+        (tmp_path / f"{name}" / "adapter_config.json").write_text("{}")
+    assert slots(builds=str(tmp_path)) == 12
+    with pytest.raises(SokaError, match="no such directory"):
+        slots(builds=str(tmp_path / "none"))
+
+
+def test_the_rayservice_names_the_application() -> None:
+    config = yaml.safe_load(yaml.safe_load((DEPLOY / "rayservice.yaml").read_text())["spec"]["serveConfigV2"])
+    (application,) = config["applications"]
+    module, name = application["import_path"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    ReplicaOptions.model_validate(application["args"])
