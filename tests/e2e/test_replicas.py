@@ -15,7 +15,8 @@ from tests.support.replicas import Application, replicas
 from tests.support.serve_adapters import clear_jobs, write_many
 
 pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)")
-pytestmark = [NEEDS_VLLM, pytest.mark.slow]
+# In `make test` the parts are tested apart: test_replica_front.py has the application, test_serve_many.py the servers.
+pytestmark = [NEEDS_VLLM, pytest.mark.slow, pytest.mark.slow_matrix]
 
 TOKENS = 8
 ADAPTERS = 4
