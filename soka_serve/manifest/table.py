@@ -56,6 +56,15 @@ def value_of(table: object, name: str) -> Any:
     return table.get(name) if isinstance(table, Mapping) else getattr(table, name, None)
 
 
+def check_source(keys: TableKeys, names: tuple[str, ...]) -> Iterator[tuple[Key, str]]:
+    """For `Table.conflicts`: exactly one of the names must be set."""
+    came = keys.has(*names)
+    if not came:
+        yield (), f"expected one of {', '.join(names)}; got none of them"
+    for name in came[1:]:
+        yield (name,), f"{name} and {came[0]} exclude each other: give exactly one of {', '.join(names)}"
+
+
 class Table(BaseModel):
     """A TOML table: frozen, strict, unknown keys forbidden.
 
