@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from soka_serve.adapter.format import PEFT_TYPE, AdapterFiles, look_at_adapter
+from soka_serve.adapter.format import PEFT_TYPE, QUANTIZE_KEY, AdapterFiles, look_at_adapter
 from soka_serve.adapter.lokr import look_at_lokr
 from soka_serve.adapter.patterns import Matcher
-from soka_serve.errors import SokaError
+from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
+from soka_vllm.base import ALLOW_VARIABLE
 from soka_vllm.lycoris import KIND as LYCORIS
 from soka_vllm.lycoris import find_lycoris, look_at_lycoris
 from soka_vllm.stock import look_at_lora
+
+_logger = logging.getLogger("vllm.soka")
 
 LORA = "LORA"
 
@@ -80,8 +85,25 @@ class SokaFiles:
         return {name: adapter.delta_factors(name) for name in adapter.factors}
 
 
+def look_at_soka(directory: Path, budget: ReadingBudget) -> SokaFiles:
+    """Check a SoKA adapter without reading its values.
+
+    Raises:
+        CheckpointError: what is wrong with it, or it adds to a base that bitsandbytes holds in bits: vLLM's layers that
+            take adapters hold none so.
+    """
+    files = look_at_adapter(directory, budget)
+    if (bits := files.config.get(QUANTIZE_KEY)) is not None:
+        message = f"{directory}: adds to its base in {bits} (bitsandbytes), and is wrong on the served one"
+        if os.environ.get(ALLOW_VARIABLE) != "1":
+            hint = f"merge it with `soka-serve merge` and serve that model, or set {ALLOW_VARIABLE}=1"
+            raise CheckpointError(f"{message}; {hint}")
+        _logger.warning("%s; served all the same, as %s says", message, ALLOW_VARIABLE)
+    return SokaFiles(files)
+
+
 READERS: dict[str, Callable[[Path, ReadingBudget], KroneckerFiles]] = {
-    PEFT_TYPE: lambda directory, budget: SokaFiles(look_at_adapter(directory, budget)),
+    PEFT_TYPE: look_at_soka,
     "LOKR": look_at_lokr,
     LYCORIS: look_at_lycoris,
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from soka_serve.adapter.format import write_adapter
+from soka_serve.adapter.format import unlike_bits, write_adapter
 from soka_serve.adapter.loss import lost_energy, percent, shares, summary_lines
 from soka_serve.adapter.source import AdapterSource, read_source
 from soka_serve.adapter.weighted import check_weight, weighted_lock, weighted_table
@@ -115,7 +115,7 @@ def combine(
         write_adapter(
             new,
             written,
-            base_model=first.adapter.base_model or "unknown",
+            base_model=first.adapter.base,
             lock=_lock(sources, result, rank),
             card=_card(sources, result),
         )
@@ -160,6 +160,7 @@ def _check(sources: _Sources, modules: Sequence[str], rank: int | None, allow_ot
             check_weight(source.adapter, weight)
         except CheckpointError as error:
             problems.append(error)
+    problems += unlike_bits([source.adapter for source, _ in sources])
     if not allow_other_base:
         problems += _other_bases([source for source, _ in sources])
     for name in modules:

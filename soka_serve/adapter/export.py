@@ -101,6 +101,11 @@ def export(
     EXPORTED.check(out, keep=[read_from])
     read = read_source(read_from)
     adapter = read.adapter
+    if to == "lora" and adapter.quantize is not None:
+        raise SokaError(
+            f"{read_from}: it adds to a base in {adapter.quantize}, which a LoRA cannot say of itself",
+            hint="merge it: `soka-serve merge` adds it to the weights that this base computes with",
+        )
     with replace_directory(out, foreign=EXPORTED.foreign) as new:
         with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
             if to == "soka":
@@ -122,7 +127,7 @@ def export(
         )
         lock = {**_source_lock(read), "export": _export_lock(read, result, dtype)}
         if to == "soka":
-            write_adapter(new, written, base_model=adapter.base_model or "unknown", dtype=stored, lock=lock)
+            write_adapter(new, written, base_model=adapter.base, dtype=stored, lock=lock)
         else:
             _write_lora(new, adapter, tensors, lora_rank)
             write_lock(new / LOCK_FILE, lock)

@@ -9,6 +9,10 @@ A checkpoint of a running training has the frozen initial factors too (`soka_lef
 in the config); its delta is trained minus initial. `trained` of a module in its config says what of the factors is
 trained, and `soka_core` and the like are tensors that are trained beside them (`soka_serve.trained`).
 
+`soka_quantize` in the config ("4bit" or "8bit") says that the delta is relative to a base that bitsandbytes holds in so
+many bits (`soka_serve.base.held`), and wrong on any other. It stands there only where it is so, and a reader that does
+not know it refuses the adapter.
+
 Needs torch and safetensors, not PEFT.
 """
 
@@ -25,8 +29,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from soka_serve.base.quantisation import QUANTIZE
 from soka_serve.base.weight_map import WeightMap
-from soka_serve.errors import CheckpointError, first_ten, is_printable, is_shown, name_some, printable
+from soka_serve.errors import CheckpointError, SokaError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import write_bytes_atomic, write_text_atomic
@@ -50,6 +55,7 @@ log = logging.getLogger(__name__)
 PEFT_TYPE = "SOKA"
 SOKA_FORMAT = 1
 KEY_PREFIX = "base_model.model."
+QUANTIZE_KEY = "soka_quantize"
 _KINDS = ("", "_initial")  # trained, and what the training began with
 
 _SAVE_AGAIN = "save or download the adapter again"
@@ -83,6 +89,19 @@ _MOST_UNKNOWN_KEYS = 50  # that a newer PEFT may have written
 
 
 @dataclass(frozen=True)
+class AdapterBase:
+    """What an adapter's delta adds to.
+
+    Args:
+        name: of the base, or its path.
+        quantize: the bits that bitsandbytes holds it in; None: its weights as they are, or as near as it is held.
+    """
+
+    name: str
+    quantize: str | None = None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter read from disk and checked.
 
@@ -103,6 +122,16 @@ class Adapter:
     def base_model(self) -> str | None:
         """The base that the config names."""
         return self.config.get("base_model_name_or_path")
+
+    @property
+    def base(self) -> AdapterBase:
+        """What its delta adds to."""
+        return AdapterBase(self.base_model or "unknown", self.quantize)
+
+    @property
+    def quantize(self) -> str | None:
+        """The bits of the base that its delta adds to, where it is right on a base in these alone."""
+        return self.config.get(QUANTIZE_KEY)
 
     @property
     def parameters(self) -> int:
@@ -234,7 +263,7 @@ def write_adapter(
     directory: str | Path,
     factors: Mapping[str, Factors],
     *,
-    base_model: str,
+    base_model: str | AdapterBase,
     dtype: torch.dtype = torch.float32,
     lock: Mapping[str, Any] | None = None,
     card: str | None = None,
@@ -243,7 +272,7 @@ def write_adapter(
 
     Args:
         factors: the delta relative to the untouched base, by full module name; at least one term each.
-        base_model: name or path of the base, recorded in the config.
+        base_model: name or path of the base, recorded in the config; or that with the bits it is held in.
         dtype: dtype of the factors in the file.
         lock: contents of soka.lock; not written when None.
         card: text of README.md; not written when None.
@@ -253,7 +282,8 @@ def write_adapter(
         ValueError: no base_model.
         BuildError: disk full, no permission.
     """
-    if not base_model:
+    base = base_model if isinstance(base_model, AdapterBase) else AdapterBase(base_model)
+    if not base.name:
         raise ValueError("base_model is empty")
     tensors: dict[str, torch.Tensor] = {}
     problems = [] if factors else ["an adapter needs at least one module"]
@@ -271,7 +301,8 @@ def write_adapter(
         raise CheckpointError("\n".join(problems), hint="training diverged, or the dtype is too narrow")
     config = {
         **_CONFIG,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base.name,
+        **({} if base.quantize is None else {QUANTIZE_KEY: base.quantize}),
         "r": max(f.rank for f in factors.values()),
         "soka_modules": {
             name: {"rank": factors[name].rank, "shape": list(factors[name].shape)} for name in sorted(factors)
@@ -286,6 +317,23 @@ def write_adapter(
         write_lock(folder / LOCK_FILE, lock)
     if card is not None:
         write_text_atomic(folder / CARD_FILE, card)
+
+
+def unlike_bits(adapters: Sequence[Adapter]) -> list[SokaError]:
+    """Adapters that add to a base in other bits than the first one: no sum of them is right on any base."""
+    first = adapters[0]
+
+    def what(adapter: Adapter) -> str:
+        return f"a base in {adapter.quantize}" if adapter.quantize else "a base's own weights"
+
+    return [
+        CheckpointError(
+            f"{other.directory}: adds to {what(other)}, {first.directory} to {what(first)}",
+            hint="such adapters cannot be summed: their deltas are relative to different weights",
+        )
+        for other in adapters[1:]
+        if other.quantize != first.quantize
+    ]
 
 
 def check_against(adapter: Adapter, weights: WeightMap) -> None:
@@ -331,7 +379,7 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     if config.get("soka_format") != SOKA_FORMAT:
         return [f"soka_format is {config.get('soka_format')!r:.80}; this version reads {SOKA_FORMAT}"]
     problems = []
-    unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE)
+    unknown = set(config) - set(_CONFIG) - _ONLY_TRAINING - set(_NOT_HERE) - {QUANTIZE_KEY}
     refused = keys_with_meaning(unknown) if len(unknown) <= _MOST_UNKNOWN_KEYS else sorted(unknown)
     if refused:
         problems.append(f"unknown keys [{name_some([repr(key) for key in refused])}]")
@@ -346,6 +394,8 @@ def _check_config(config: Mapping[str, Any]) -> list[str]:
     for name in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(name), str | None) or not is_printable(config.get(name) or ""):
             problems.append(f"{name} must be a string or null, not {config[name]!r:.80}")
+    if config.get(QUANTIZE_KEY, QUANTIZE[0]) not in QUANTIZE:
+        problems.append(f"{QUANTIZE_KEY} must be {' or '.join(map(repr, QUANTIZE))}, not {config[QUANTIZE_KEY]!r:.80}")
     if not isinstance(config.get("soka_initial"), bool):
         problems.append(f"soka_initial must be true or false, not {config.get('soka_initial')!r:.80}")
     modules = config.get("soka_modules")

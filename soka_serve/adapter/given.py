@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from soka_serve.adapter.format import PEFT_TYPE, AdapterFiles, look_at_adapter, refusal
+from soka_serve.adapter.format import PEFT_TYPE, QUANTIZE_KEY, AdapterFiles, look_at_adapter, refusal
 from soka_serve.adapter.lokr import LokrFiles, look_at_lokr
 from soka_serve.adapter.source import base_sha256_of, find_lock
 from soka_serve.errors import CheckpointError
@@ -30,12 +30,14 @@ class GivenAdapter:
         files: what was checked.
         terms: by full module name the number of terms of its delta, and their factor shape.
         base_sha256: of the base weights that it was trained on; None where nothing says so.
+        quantize: the bits of the base that it adds to, where it is right on that alone.
     """
 
     directory: Path
     files: AdapterFiles | LokrFiles
     terms: Mapping[str, tuple[int, FactorShape]]
     base_sha256: str | None
+    quantize: str | None = None
 
     def read(self) -> dict[str, Factors]:
         """By full module name the terms of its delta, float32 on the CPU; of a training checkpoint trained - initial.
@@ -85,4 +87,4 @@ def open_given(directory: Path) -> GivenAdapter:
         )
         for name, spec in own.config["soka_modules"].items()
     }
-    return GivenAdapter(directory, own, terms, base_sha256_of(find_lock(directory)))
+    return GivenAdapter(directory, own, terms, base_sha256_of(find_lock(directory)), own.config.get(QUANTIZE_KEY))

@@ -218,6 +218,8 @@ def _adapter(path: Path) -> Inspection:
     facts: dict[str, str | int | float] = {"method": str(config.get("peft_type"))}
     if config.get("base_model_name_or_path"):
         facts["base"] = str(config["base_model_name_or_path"])
+    if (bits := config.get("soka_quantize")) is not None:
+        facts["adds to"] = f"its base in {bits!s:.20} (bitsandbytes), and is wrong on any other"
     trained = [t for t in tensors.values() if not t.name.endswith("_initial")]
     facts |= _totals(trained)
     if kind == "training checkpoint":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from soka_serve.adapter.format import PEFT_TYPE
+from soka_serve.adapter.format import PEFT_TYPE, QUANTIZE_KEY
 from soka_serve.adapter.given import LOKR, open_given
 from soka_serve.adapter.source import base_sha256_of, find_lock
 from soka_serve.base.base import Base
@@ -52,9 +52,16 @@ def intruders_of(path: Path, base: Base, *, progress: bool = True) -> dict[str, 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts: dict[str, int] = {}
     modules, changed = _changed(path, base)
+    config = read_json(path / CONFIG_FILE) if (path / CONFIG_FILE).exists() else {}
+    bits = config.get(QUANTIZE_KEY) if config.get("peft_type") == PEFT_TYPE else None
     with track(len(modules), "singular vectors", unit="module", enabled=progress) as advance:
         for module, delta in changed:
-            weight = check_finite(base.weights.read(module), module).to(device).float()
+            weight = check_finite(base.weights.read(module), module).to(device)
+            if bits is not None:  # the adapter adds to what such a base computes with
+                from soka_serve.base.held import held_weight
+
+                weight = held_weight(weight, bits)
+            weight = weight.float()
             if delta.shape != weight.shape:
                 raise CheckpointError(
                     f"{path}: {module} is {tuple(delta.shape)}, the base's weight {tuple(weight.shape)}",

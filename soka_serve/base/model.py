@@ -68,7 +68,7 @@ def load_base(
         )
     options: dict[str, Any] = {}
     if quantize != "none":
-        options["quantization_config"] = _quantization(quantize, dtype)
+        options["quantization_config"] = quantization_config(quantize, dtype)
         options["device_map"] = {"": device or _default_device()}
     try:
         with quiet_bars(), quiet():  # its table of tensors that do not fit is raised or logged below
@@ -118,7 +118,12 @@ def held_dtype(dtype: Dtype, stored: torch.dtype, device: torch.device) -> torch
     return named
 
 
-def _quantization(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:
+def quantization_config(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:
+    """How a base is held in 8 or 4 bits.
+
+    Raises:
+        BuildError: bitsandbytes is not installed.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BuildError(
             f"base.quantize = {quantize!r} needs bitsandbytes, which is not installed",

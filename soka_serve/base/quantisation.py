@@ -23,6 +23,10 @@ _MOST_BITS = 64
 _SHOWN = 60  # characters of a value
 
 
+# What `base.quantize` may say besides 'none', and `soka_quantize` of an adapter: held in so many bits by bitsandbytes.
+QUANTIZE = ("4bit", "8bit")
+
+
 @dataclass(frozen=True)
 class Quantisation:
     """How a checkpoint's weights are quantised.

@@ -121,6 +121,7 @@ class _Trial:
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
             forms=start.forms if start else {},
+            quantize=self.context.quantize,
             batches=self._calibration,
         )
         self.arguments = make_arguments(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from soka_serve.compiler.check import QuickCheck
 from soka_serve.compiler.context import BUILD, Context, check_output, is_whole, prepare, previous_keys, tell_left_out
+from soka_serve.compiler.plan.decay import check_decay
 from soka_serve.compiler.processes import Processes
 from soka_serve.compiler.quiz import make_quiz
 from soka_serve.compiler.train.installed import check_installed
@@ -99,6 +100,7 @@ def build(
             return _result(context)
         check_output(context)
         check_installed(loaded.manifest.train)
+        check_decay(loaded.manifest, context.targets, loaded.name_key)
         if processes.is_main:
             tell_left_out(context)
             # Some seconds in which nothing else would be said.

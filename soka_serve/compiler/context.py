@@ -97,6 +97,13 @@ class Context:
         """What the manifest trains."""
         return METHODS[self.loaded.manifest.train.method]
 
+    @property
+    def quantize(self) -> str | None:
+        """The bits of the base that the adapter adds to, where it is right on a base in these alone; else None."""
+        starts = any(target.rule.start.on_quantised for target in self.targets)
+        marked = starts or any(adapter.quantize for adapter in self.adapters.values())
+        return self.loaded.manifest.base.quantize if marked and self.method.kronecker else None
+
     def seconds_so_far(self) -> float:
         """Seconds since the running stage began."""
         return time.monotonic() - self._started

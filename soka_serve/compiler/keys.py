@@ -109,8 +109,10 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
             for rule in manifest.adapt
         ]
         batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
+        on_quantised = any(rule.start.on_quantised for rule in manifest.adapt)
+        held = [manifest.base.quantize, manifest.base.dtype] if on_quantised else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
-        keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches)
+        keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches, *held)
     unread = {"data"} if method.scaled else {"data", "method_scale"}
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
     recipe["precision"] = keyed_precision(manifest, inputs.dtype)

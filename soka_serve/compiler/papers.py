@@ -164,6 +164,7 @@ def _report_data(context: Context, new: Path, made: StageResults, lock: dict[str
         artefacts=artefacts,
         rank_over_time=rank_history(log),
         timings_s=dict(context.timings_s),
+        quantize=context.quantize,
         measured=made.measured or {},
     )
 

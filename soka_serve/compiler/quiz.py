@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,14 @@ from soka_serve.builtin.tasks import (
     generate_validation,
 )
 from soka_serve.data.examples import DataReader
-from soka_serve.errors import DataError
+from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
 logger = logging.getLogger(__name__)
 
+# What `accelerate launch` sets for the processes that it starts; the Trainer reads the same.
+_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+_TRUE = ("1", "true", "yes", "y", "on", "t")
 _NO_EXAMPLES = "train.answered is set, but there are no evaluation examples"
 _EXTRACT: dict[str, Callable[[str], str | None]] = {"math": extract_hashes, "boxed": extract_boxed}
 """How an answer is found in a text, by the family whose marking is used."""
@@ -60,12 +64,18 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
 
     Raises:
         DataError: no evaluation examples, or some have an answer of neither kind.
+        PlanError: launched with FSDP or DeepSpeed.
     """
     count, data = manifest.train.answered, manifest.train.judged
     if count is None:
         return None
     if data is None:
         raise DataError(_NO_EXAMPLES)
+    if launched := [name for name, key in _SHARDING.items() if os.environ.get(key, "").lower() in _TRUE]:
+        raise PlanError(
+            f"train.answered does not go with {launched[0]}: no process has the whole model to answer with",
+            hint="leave train.answered out, or launch without --use_fsdp and --use_deepspeed (DDP)",
+        )
     limit = manifest.eval.max_new_tokens
     if data.builtin is not None:
         return Quiz(generate_validation(data.builtin, count, kept_apart(manifest)), tokenizer, limit)

@@ -9,7 +9,8 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ from soka_serve.io.lockfile import read_lock
 from soka_serve.io.workspace import link_tree
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from soka_serve.base.target_modules import TargetModule
     from soka_serve.base.tokenizer import TextTokenizer
     from soka_serve.compiler.context import Context
@@ -101,6 +104,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
                 adapters={source: adapter.read() for source, adapter in context.adapters.items()},
                 statistics=lambda targets: _statistics(context, training, targets, scratch),
                 budgets={t.module.name: i for i, group in groups.items() for t in group},
+                held=_holder(context),
                 seed=train.seed,
                 device=device,
                 processes=context.processes,
@@ -114,6 +118,16 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
                 _mark_done(new, context.seconds_so_far())
         context.processes.wait()
     return started
+
+
+def _holder(context: Context) -> Callable[[Tensor], Tensor] | None:
+    """Makes of a weight what the quantised base computes with; None where no start asks for that."""
+    if not any(target.rule.start.on_quantised for target in context.targets):
+        return None
+    from soka_serve.base.held import held_weight
+
+    table = context.loaded.manifest.base
+    return partial(held_weight, quantize=table.quantize, dtype=table.dtype)
 
 
 def _statistics(
@@ -162,6 +176,7 @@ def tune_stage(
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
             forms=start.forms if start else {},
+            quantize=context.quantize,
         )
         data = TrainingData(*encoded, context.base.tokenizer.pad_id, quiz.accuracy if quiz else None)
         result = train(run, data, progress=context.progress)

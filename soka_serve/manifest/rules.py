@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from soka_serve.manifest.fields import Fraction, PathOrId, PositiveInt, Text
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 from soka_serve.starts import STARTS, Start, names_of
-from soka_serve.trained import PARTS, TRAINED, Factor, Form, RuleFacts
+from soka_serve.trained import MOST_EXTRA_TERMS, PARTS, TRAINED, Factor, Form, RuleFacts
 
 EVERY_MODULE = ("*",)
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -233,7 +233,7 @@ class Adapt(Table):
         "and served with as many terms as the rank, exactly.",
     )
 
-    extra_terms: Annotated[int, Field(ge=0)] = Field(
+    extra_terms: Annotated[int, Field(ge=0, le=MOST_EXTRA_TERMS)] = Field(
         0,
         description="Further terms per module, trained whole, which start at a delta of zero (Left random, Right "
         "zero). With train_factors = ['sigma'], SALT on Kronecker terms.",

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from soka_serve.adapter.format import keys_with_meaning
+from soka_serve.base.quantisation import QUANTIZE
 from soka_serve.errors import CheckpointError
 from soka_serve.manifest.rules import DEFAULT_SCALE
 from soka_serve.peft.errors import FitError
@@ -27,6 +28,7 @@ OPTIONAL: dict[str, Any] = {
     "fan_in_fan_out": False,
     "init_scale": DEFAULT_SCALE,
     "soka_trained": {},
+    "soka_quantize": None,
 }
 
 
@@ -91,6 +93,10 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         "and right as they start. Of modules for which soka_modules does not say 'trained'.",
         factory=dict,
     )
+    soka_quantize: str | None = _field(
+        "'4bit' or '8bit': the adapter adds to a base that bitsandbytes holds in so many bits (4: NF4), wrong on "
+        "any other, so that it is refused there. Such are adapters that began with what quantising loses.",
+    )
     soka_initial: bool = _field(
         "The adapter holds frozen initial factors too. Set by init_soka_weights = 'weights'.", False
     )
@@ -132,6 +138,9 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         for name, rank in self.rank_pattern.items():
             if not _is_count(rank):
                 problems.append(f"rank_pattern[{name!r}] must be at least 1, not {rank!r}")
+        if self.soka_quantize not in (None, *QUANTIZE):
+            known = " or ".join(map(repr, QUANTIZE))
+            problems.append(f"soka_quantize must be {known} or None, not {self.soka_quantize!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             problems.append("layers_to_transform needs target_modules to be a list, not a regular expression")
         if self.layers_pattern and self.layers_to_transform is None:

@@ -12,7 +12,7 @@ from soka_serve.kron.shapes import FactorShape
 from soka_serve.peft.config import SokaConfig
 from soka_serve.peft.errors import FitError
 from soka_serve.peft.factors import soka_layers
-from soka_serve.peft.loading import check_values, modules_of
+from soka_serve.peft.loading import check_values, modules_of, other_bits
 from soka_serve.peft.parts import PARTS, PREFIX
 from soka_serve.trained import TENSORS
 
@@ -50,6 +50,8 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
         )
     kinds = ("", "_initial") if incoming.soka_initial else ("",)
     stores = [f"{PREFIX}{part}{kind}" for kind in kinds for part in PARTS]
+    if wrong := [p for layer in layers.values() if (p := other_bits(incoming, layer)) is not None]:
+        raise FitError(f"{directory}: {wrong[0]}")
     problems = []
     for name, layer in layers.items():
         values = {store: tensors[key] for store in stores if (key := f"{KEY_PREFIX}{name}.{store}") in tensors}
@@ -71,6 +73,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
             for part in PARTS:
                 value = getattr(layer, f"{PREFIX}{part}")[adapter_name]
                 getattr(layer, f"{PREFIX}{part}_initial")[adapter_name] = value.detach().clone()
+    config.soka_quantize = incoming.soka_quantize
     config.soka_initial, config.init_soka_weights, config.shapes_are_open = incoming.soka_initial, False, True
     try:
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)

@@ -27,6 +27,8 @@ from soka_serve.trained import PLAIN, Form
 
 log = logging.getLogger(__name__)
 
+_NF4 = "nf4"  # the kind of 4 bits that `base.quantize` has
+
 
 def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], Any], *, nested: bool = False) -> None:
     """Check every module that an adapter is for. Of an adapter to be loaded, `soka_modules` gets this model's names.
@@ -51,6 +53,8 @@ def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], 
         problem = unsupported(modules[name], nested=nested)
         try:
             if problem is not None:
+                raise PlanError(f"{name}: {problem}")
+            if (problem := other_bits(config, modules[name])) is not None:
                 raise PlanError(f"{name}: {problem}")
             rank_and_shape(config, name, modules[name])
         except PlanError as error:  # it names the module itself
@@ -99,6 +103,22 @@ def unsupported(module: nn.Module, *, nested: bool = False) -> str | None:
     if backend is not None and backend.backend_name not in KBIT_BACKENDS:
         return f"layers quantised by {backend.backend_name} cannot be adapted, only bitsandbytes 8 and 4 bit"
     return None
+
+
+def other_bits(config: SokaConfig, module: nn.Module) -> str | None:
+    """Why an adapter that adds to a base in bits is wrong on a module; None where it is right."""
+    if config.soka_quantize is None:
+        return None
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    backend = find_backend(base)
+    kind = getattr(getattr(base.weight, "quant_state", None), "quant_type", _NF4)
+    if backend is not None and backend.backend_name == f"bnb {config.soka_quantize}" and kind == _NF4:
+        return None
+    held = "not quantised" if backend is None else f"{backend.backend_name}{'' if kind == _NF4 else f', {kind}'}"
+    return (
+        f"the adapter adds to a base in {config.soka_quantize} (bitsandbytes, 4 bits as {_NF4}), the layer is {held}; "
+        "open the base so, or merge the adapter with `soka-serve merge`, which knows"
+    )
 
 
 def rank_and_shape(config: SokaConfig, name: str, module: nn.Module) -> tuple[int, FactorShape]:

@@ -35,6 +35,7 @@ def add_weighted_adapter(model: Any, adapters: list[str], weights: list[float], 
     config = copy.deepcopy(model.peft_config[adapters[0]])
     config.init_soka_weights, config.soka_initial, config.inference_mode = False, False, True
     config.soka_trained = {}
+    config.soka_quantize = next((bits for a in adapters if (bits := model.peft_config[a].soka_quantize)), None)
     config.target_modules, config.exclude_modules, config.layers_to_transform = set(sums), None, None
     config.layers_pattern, config.modules_to_save, config.rank_pattern = None, None, {}
     config.r = max(factors.rank for factors in sums.values())

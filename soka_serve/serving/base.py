@@ -69,6 +69,7 @@ def find_base(targets: Sequence[Target], given: str | None = None) -> ServedBase
         shared = _shared(targets)
         base, name = resolve_base(shared, manifest_dir=Path.cwd()), _short(shared)
     check_served_layout(base.checkpoint)
+    _check_bits(targets)
     _check_hashes(targets, base)
     _check_shapes(targets, base)
     config = text_config(base.config)
@@ -128,6 +129,26 @@ def _short(base: schema.Base) -> str:
     if base.path is not None:
         return Path(base.path).resolve().name
     return base.builtin or str(base.hub)
+
+
+def _check_bits(targets: Sequence[Target]) -> None:
+    """Refuse adapters of a base that bitsandbytes holds in bits: no base that vLLM serves adapters on is held so."""
+    wrong = [t for t in targets if t.quantize is not None]
+    if not wrong:
+        return
+    lines = [f"  {t.given}: adds to its base in {t.quantize} (bitsandbytes)" for t in wrong]
+    if os.environ.get("SOKA_ALLOW_OTHER_BASE") == "1":
+        logger.warning("%s", "\n".join(["served all the same, on weights that the adapters do not add to:", *lines]))
+        return
+    merged = wrong[0].path.parent / "merged"
+    made = f"serve what `soka-serve merge {wrong[0].path} --base BASE --out merged` makes of it"
+    if (merged / "config.json").is_file():
+        made = f"serve {merged}, which the build made of it"
+    raise SokaError(
+        "\n".join(["adapters that are right on a quantised base alone, which is not what is served:", *lines]),
+        hint=f"A merged model holds what such a base computes with: {made}. `soka-serve eval --backend transformers` "
+        "measures the adapter on its own base. SOKA_ALLOW_OTHER_BASE=1 serves it all the same.",
+    )
 
 
 def _check_hashes(targets: Sequence[Target], base: Base) -> None:

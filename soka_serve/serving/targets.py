@@ -57,6 +57,7 @@ class Target:
         base_sha256: hash of the base's weights in its soka.lock; empty where there is none.
         settings: the manifest's [serve] table; None without a manifest.
         prompt: something to ask it, from the build's accuracy check.
+        quantize: the bits of the base that a SoKA adapter adds to, where it is right on that alone.
     """
 
     given: str
@@ -70,6 +71,7 @@ class Target:
     base_sha256: str = ""
     settings: Serve | None = None
     prompt: str | None = None
+    quantize: str | None = None
 
     def to_text(self) -> str:
         """One line for the terminal."""
@@ -231,11 +233,12 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
     if kind not in PEFT_TYPES:
         raise CheckpointError(f"{path / CONFIG_FILE}: peft_type is {kind!r:.80}; served are {', '.join(PEFT_TYPES)}")
     factors: dict[str, tuple[int, FactorShape]] = {}
+    quantize = None
     if kind == "SOKA":
         from soka_serve.adapter.format import read_adapter
 
         adapter = read_adapter(path, budget)
-        modules = list(adapter.factors)
+        modules, quantize = list(adapter.factors), adapter.quantize
         for module in modules:
             delta = adapter.delta_factors(module)
             factors[module] = (delta.rank, delta.shape)
@@ -259,6 +262,7 @@ def _from_adapter(text: str, name: str, path: Path) -> Target:
         base=_named_base(config, lock),
         base_sha256=str(lock.get("base", {}).get("sha256", "")),
         prompt=_prompt(path.parent),
+        quantize=quantize,
     )
 
 

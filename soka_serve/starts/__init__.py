@@ -14,6 +14,7 @@ from soka_serve.starts.delta import Delta
 from soka_serve.starts.gradient import Gradient
 from soka_serve.starts.minor import Minor
 from soka_serve.starts.nystrom import Nystrom
+from soka_serve.starts.quantisation import Quantisation
 from soka_serve.starts.random import Random, Zero
 from soka_serve.starts.start import Material, Pool, Start
 from soka_serve.starts.weights import Weights
@@ -27,6 +28,7 @@ STARTS: dict[str, Start] = {
         Nystrom("nystrom"),
         Delta("delta"),
         Adapter("adapter"),
+        Quantisation("quantisation"),
         Gradient("gradient", {"dct": Dct("dct")}),
         Zero("zero"),
         Random("random"),

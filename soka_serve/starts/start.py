@@ -22,11 +22,13 @@ class Material:
         weight: (out, in), of the base.
         tuned: (out, in), of the fine-tuned checkpoint; for starts whose `source` is `finetuned`.
         gradient: (out, in), of the mean loss over the calibration batches; for starts that need it.
+        held: (out, in), float32, what a quantised base computes with in the weight's place; for starts `on_quantised`.
     """
 
     weight: Tensor
     tuned: Tensor | None = None
     gradient: Tensor | None = None
+    held: Tensor | None = None
 
 
 class Pool(Protocol):
@@ -101,6 +103,8 @@ class Start:
     """The adapter is K(theta) - K(theta0), so that it changes nothing at the start."""
     changes: ClassVar[bool] = False
     """The adapter changes the model from the start, by terms of their own size, which `scale` does not set."""
+    on_quantised: ClassVar[bool] = False
+    """Its terms add to the base as `base.quantize` holds it, so that the adapter is right on no other."""
     terms_per_rank: ClassVar[int] = 1
     """Terms of the decomposition that one starting term takes."""
 

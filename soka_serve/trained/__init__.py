@@ -7,7 +7,19 @@ load torch.
 
 from __future__ import annotations
 
+from soka_serve.trained.extra_terms import MOST_EXTRA_TERMS
 from soka_serve.trained.form import PLAIN, TENSORS, TRAINED, Form, form_problem
 from soka_serve.trained.row import PARTS, Factor, RuleFacts, Trained
 
-__all__ = ["PARTS", "PLAIN", "TENSORS", "TRAINED", "Factor", "Form", "RuleFacts", "Trained", "form_problem"]
+__all__ = [
+    "MOST_EXTRA_TERMS",
+    "PARTS",
+    "PLAIN",
+    "TENSORS",
+    "TRAINED",
+    "Factor",
+    "Form",
+    "RuleFacts",
+    "Trained",
+    "form_problem",
+]

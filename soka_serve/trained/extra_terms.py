@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from soka_serve.kron.shapes import FactorShape
 
 
+MOST_EXTRA_TERMS = 1024  # as many as a core takes; a delta of 4096 x 4096 has 4096 terms at most
+
+
 class ExtraTerms(Trained):
     """Terms of their own."""
 
@@ -31,8 +34,8 @@ class ExtraTerms(Trained):
     needs_trained: ClassVar[str] = "right"
 
     def problem(self, value: Any) -> str | None:
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-        return None if is_count else "expected a whole number, at least 0"
+        is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_EXTRA_TERMS
+        return None if is_count else f"expected a whole number from 0 to {MOST_EXTRA_TERMS}"
 
     def misfits(self, value: Any, rule: RuleFacts) -> Iterator[tuple[str, str]]:
         if rule.policy == "budget":

@@ -155,16 +155,25 @@ def test_a_folder_with_other_files_is_refused_before_anything_runs(tmp_path: Pat
     assert not list((tmp_path / "build" / ".cache" / "small").glob("init-*"))
 
 
-@pytest.mark.parametrize(("init", "calibration"), [("weights", 2), ("zero", 0), ("gradient", 0), ("gradient", 2)])
-def test_every_initialisation_builds(tmp_path: Path, init: str, calibration: int) -> None:
-    rule = f'init = "{init}"\ncalibration_batches = {calibration}'
+@pytest.mark.parametrize(
+    ("init", "calibration", "more"),
+    [("weights", 2, ""), ("zero", 0, ""), ("gradient", 0, ""), ("gradient", 2, ""), ("gradient", 2, 'right = "dct"')],
+)
+def test_every_initialisation_builds(tmp_path: Path, init: str, calibration: int, more: str) -> None:
+    rule = f'init = "{init}"\ncalibration_batches = {calibration}\n{more}'
     manifest = write_manifest(tmp_path, steps=3, replace=("calibration_batches = 0", rule))
     result = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     assert result.adapter is not None
+    assert result.merged is not None  # and was compared with base + adapter, weights and logits
     from soka_serve.adapter.format import read_adapter
 
     adapter = read_adapter(result.adapter)
     assert all(float(f.sigma.abs().max()) > 0 for f in adapter.factors.values())
+    twice = init != "zero" and not more  # trained minus initial terms
+    assert {f.rank for f in adapter.factors.values()} == {2 if twice else 1}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    base, merged = (Checkpoint.open(place) for place in (soka_serve.builtin.base_directory(), result.merged))
+    assert not merged.read(name).equal(base.read(name))
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "lokr", "full"])

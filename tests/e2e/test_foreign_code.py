@@ -42,7 +42,9 @@ method = [{ name = "a", method = "lora", grid = { learning_rate = [1e-3] } }]
 OPENERS = {
     "answers": "from soka_serve.base.pretrained import open_tokenizer\nopen_tokenizer(base)",
     "training": "from soka_serve.base.model import load_base\nload_base(base)",
-    "verify": "from soka_serve.compiler.merge.verify import verify_logits\nverify_logits(base, base, Path('adapter'))",
+    "verify": "from soka_serve.adapter.format import Adapter\n"
+    "from soka_serve.compiler.merge.verify import verify_logits\n"
+    "verify_logits(base, base, Adapter(Path('adapter'), {}, {}, {}))",
     "eval, transformers": """\
 from soka_serve.evaluation.backends import TransformersBackend
 from soka_serve.evaluation.subject import Subject

@@ -147,33 +147,31 @@ def test_factors_that_moved_and_are_not_trained_are_refused(tmp_path: Path) -> N
         read_adapter(tmp_path)
 
 
-def test_gradients_are_those_of_the_whole_difference() -> None:
+@pytest.mark.parametrize("parts", SUBSETS, ids=str)
+def test_gradients_are_those_of_the_whole_difference(parts: Any) -> None:
     """Folded terms have the gradients that the parts have where everything is trained."""
     ids = tokens()
     whole = adapted(dtype=torch.float64)
     perturb(whole, 0.1)
-    whole(input_ids=ids, labels=ids).loss.backward()
-    for form in ({"train_factors": parts} for parts in SUBSETS):
-        part = adapted(dtype=torch.float64, soka_trained=form)
-        named = dict(whole.named_parameters())
-        frozen = [n for n, p in part.named_parameters() if not p.requires_grad and ".soka_" in n]
-        with torch.no_grad():
-            for layer, other in zip(soka_layers(part).values(), soka_layers(whole).values(), strict=True):
-                values = other.theta("default")
-                layer.set_factors("default", values, None)
-                for name in layer.form("default").frozen:  # the same in both, as the form says
-                    layer.stores("default")[f"soka_{name}_initial"]["default"].copy_(getattr(values, name))
-        assert frozen
-        reference = adapted(dtype=torch.float64)
-        with torch.no_grad():
-            for mine, its in zip(soka_layers(reference).values(), soka_layers(part).values(), strict=True):
-                mine.set_factors("default", its.theta("default"), its.initial("default"))
-        for model in (part, reference):
-            model(input_ids=ids, labels=ids).loss.backward()
-        named = dict(reference.named_parameters())
-        for name, parameter in part.named_parameters():
-            if parameter.requires_grad:
-                torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-9, atol=1e-12)
+    part = adapted(dtype=torch.float64, soka_trained={"train_factors": parts})
+    frozen = [n for n, p in part.named_parameters() if not p.requires_grad and ".soka_" in n]
+    with torch.no_grad():
+        for layer, other in zip(soka_layers(part).values(), soka_layers(whole).values(), strict=True):
+            values = other.theta("default")
+            layer.set_factors("default", values, None)
+            for name in layer.form("default").frozen:  # the same in both, as the form says
+                layer.stores("default")[f"soka_{name}_initial"]["default"].copy_(getattr(values, name))
+    assert frozen
+    reference = adapted(dtype=torch.float64)
+    with torch.no_grad():
+        for mine, its in zip(soka_layers(reference).values(), soka_layers(part).values(), strict=True):
+            mine.set_factors("default", its.theta("default"), its.initial("default"))
+    for model in (part, reference):
+        model(input_ids=ids, labels=ids).loss.backward()
+    named = dict(reference.named_parameters())
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, named[name].grad, rtol=1e-9, atol=1e-12)
 
 
 def test_modules_differ_and_everything_can_be_trained_again() -> None:
@@ -193,10 +191,10 @@ def test_modules_differ_and_everything_can_be_trained_again() -> None:
     assert len(trainable(model)) == 4
 
 
-def test_zeros_that_are_not_trained_are_refused() -> None:
-    for form in ({"core": True}, {"train_factors": ["left"]}):
-        with pytest.raises(FitError, match="starts right at zero, and soka_trained does not train it"):
-            SokaConfig(init_soka_weights="zero", soka_trained=form)
+@pytest.mark.parametrize("form", [{"core": True}, {"train_factors": ["left"]}], ids=str)
+def test_zeros_that_are_not_trained_are_refused(form: dict[str, Any]) -> None:
+    with pytest.raises(FitError, match="starts right at zero, and soka_trained does not train it"):
+        SokaConfig(init_soka_weights="zero", soka_trained=form)
     SokaConfig(init_soka_weights="zero", soka_trained={"train_factors": ["right"]})
 
 
@@ -222,7 +220,8 @@ def test_a_core_has_a_most(tmp_path: Path) -> None:
             {"train_factor": ["sigma"]},
             "unknown key 'train_factor'; this version reads train_factors, core",
         ),
-        ({"extra_terms": -1}, "extra_terms: expected a whole number, at least 0; got -1"),
+        ({"extra_terms": -1}, "extra_terms: expected a whole number from 0 to 1024; got -1"),
+        ({"extra_terms": 1025}, "extra_terms: expected a whole number from 0 to 1024; got 1025"),
         ({"core": 1}, "core: expected true or false; got 1"),
         (["sigma"], "expected an object"),
     ],

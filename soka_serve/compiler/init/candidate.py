@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -69,6 +69,7 @@ def read_matrix(
     *,
     finetuned: WeightMap | None = None,
     gradient: Tensor | None = None,
+    held: Callable[[Tensor], Tensor] | None = None,
     device: torch.device | None = None,
 ) -> DecompositionInput:
     """Read what a target's start decomposes.
@@ -78,6 +79,7 @@ def read_matrix(
         weights: of the base; the weight (out, in) is read and let go of.
         finetuned: of the checkpoint that the rule names, if its start reads one.
         gradient: (out, in) mean gradient of the loss, for starts that need it.
+        held: makes of a weight what the quantised base computes with (`held_weight`), for starts `on_quantised`.
         device: where the decomposition runs; None is the CPU.
 
     Raises:
@@ -94,7 +96,8 @@ def read_matrix(
                 f"{finetuned.source}: {name}.weight is {tuple(tuned.shape)}; the base's is {tuple(weight.shape)}",
                 hint="`finetuned` must be a fine-tuned version of the same base.",
             )
-    material = Material(weight, tuned, None if gradient is None else gradient.to(device))
+    rounded = held(weight) if held is not None and target.rule.start.on_quantised else None
+    material = Material(weight, tuned, None if gradient is None else gradient.to(device), rounded)
     return DecompositionInput(target.rule.start.matrix(material), norm)
 
 
@@ -154,13 +157,14 @@ def _most_terms(target: TargetModule) -> int:
 
 
 def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *, seed: int = 0) -> Candidate:
-    """Kronecker-decompose one target.
+    """Kronecker-decompose one target, unless nothing depends on it.
 
     Args:
         known: the module, its rule and its factor shape (None: `shape = "auto"` is searched here), with the moments of
             its inputs and of its outputs' gradients, which weigh the decomposition.
         matrix: what `read_matrix` read.
-        file: where the terms are written (safetensors: left, right, sigma, in float32).
+        file: where the terms are written (safetensors: left, right, sigma, in float32); not for a start that is
+            drawn with a fixed rank, which takes none.
         seed: of the randomised range finder, and of random factors.
 
     Raises:
@@ -170,6 +174,9 @@ def decompose(known: TargetStatistics, matrix: DecompositionInput, file: Path, *
     start, shape, most = target.rule.start, target.shape, _most_terms(target)
     if shape is None:
         shape, most = _search_shape(target, values, most, seed)
+    if start.drawn and isinstance(target.rule.rank, RankFixed):  # the spectrum decides nothing, and is not worked out
+        size = target.rule.scale * typical_entry(matrix.weight_norm, shape)
+        return Candidate(target, shape, (), matrix.weight_norm**2, min(most, shape.max_rank), file, size, seed, False)
     pool = pool_size(target, shape)
     if outputs is not None:
         values = outputs.weigh(values)

@@ -25,6 +25,7 @@ from soka_serve.starts import ROWS
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from soka_serve.base.base import Base
     from soka_serve.base.target_modules import TargetModule
@@ -46,7 +47,10 @@ def choose_ranks(candidates: Sequence[Candidate], budgets: Mapping[str, int]) ->
         if isinstance(policy, RankBudget):
             groups.setdefault((policy, budgets.get(name, 0)), []).append(candidate)
         else:
-            chosen = choose_rank(candidate.sigma, candidate.total_energy, policy)
+            if isinstance(policy, RankFixed) and not candidate.sigma:  # nothing was decomposed
+                chosen = policy.rank
+            else:
+                chosen = choose_rank(candidate.sigma, candidate.total_energy, policy)
             ranks[name] = min(chosen, candidate.most)
     for (policy, _), members in groups.items():
         spectra = {c.target.module.name: c.sigma[: c.most] for c in members}
@@ -132,6 +136,7 @@ class InitRun:
             moments (see `soka_serve.compiler.init.probe`), few at a time, so that they never lie in memory together.
         budgets: by module, the number of the budget that it shares (see `budget_groups`); without it, modules
             with equal budget policies share one.
+        held: makes of a weight what the quantised base computes with (`held_weight`), for starts `on_quantised`.
         seed: every module gets its own seed from this and its position, whichever process decomposes it.
         device: where decompositions run.
         processes: share the modules among them; default: this one alone.
@@ -145,6 +150,7 @@ class InitRun:
     adapters: Mapping[str, Mapping[str, Factors]] = field(default_factory=dict)
     statistics: Callable[[Sequence[TargetModule]], Iterable[TargetStatistics]] | None = None
     budgets: Mapping[str, int] = field(default_factory=dict)
+    held: Callable[[Tensor], Tensor] | None = None
     seed: int = 0
     device: torch.device | None = None
     processes: Processes = field(default_factory=lambda: Processes(1))
@@ -187,6 +193,7 @@ class InitRun:
                     self.base.weights,
                     finetuned=None if tuned is None else tuned.weights,
                     gradient=known.gradient,
+                    held=self.held,
                     device=self.device,
                 )
                 file = self.scratch / f"{order[name]}.safetensors"

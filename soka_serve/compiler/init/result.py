@@ -22,7 +22,8 @@ from soka_serve.trained import Form
 class ModuleInit:
     """What was decided for one module.
 
-    `sigma` is the candidate pool's spectrum, descending, whose squares are energies; `total_energy` is that of all that
+    `sigma` is the candidate pool's spectrum, descending, whose squares are energies, and empty where factors are random
+    and the rank is fixed; `total_energy` is that of all that
     was decomposed: the squared Frobenius norm of the weight, the delta or the gradient, or, where activations weigh the
     weight, the mean squared norm of its outputs. Factors of the start are scaled otherwise (`[[adapt]] scale`).
     `trained` are the choices of its form.

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from soka_serve.adapter.format import Adapter
 from soka_serve.base.base import Base
@@ -26,6 +26,9 @@ from soka_serve.io.safetensors import STORED_NAMES, TensorInfo
 from soka_serve.io.stamps import FileStamps
 from soka_serve.kron import Factors
 
+if TYPE_CHECKING:
+    from soka_serve.base.model import Quantize
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _THREADS = 4  # files in work at once; each waits for the disk now and then
@@ -38,10 +41,15 @@ class MergeLayout:
         base: gives the files, their tensors and their order.
         adapters: with their weights.
         dtype: of all floating tensors; "auto" keeps each one's own.
+
+    Raises:
+        CheckpointError: the adapters add to a base in bits, and a weight that it holds so is no tensor of its own.
+        BuildError: the same, and bitsandbytes is not installed.
     """
 
     def __init__(self, base: Base, adapters: Sequence[tuple[Adapter, float]], dtype: Dtype) -> None:
         self.base, self.checkpoint = base, base.checkpoint
+        self.held = _held_tensors(base, adapters[0][0].quantize)
         self.adapted: dict[str, list[tuple[Factors, float]]] = {}
         for adapter, weight in adapters:
             for module in adapter.factors:
@@ -51,7 +59,7 @@ class MergeLayout:
         for info in self.checkpoint.tensors.values():
             by_file[info.file].append(info)
         name = STORED_NAMES.get(dtype, "auto")
-        self.files = {file: plan_file(infos, name, self.adapted) for file, infos in by_file.items() if infos}
+        self.files = {file: plan_file(infos, name, self.adapted, self.held) for file, infos in by_file.items() if infos}
         self.total_bytes = sum(plan.size for plan in self.files.values())
 
     @property
@@ -90,6 +98,16 @@ class MergeLayout:
             "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
         }
         write_text_atomic(new / INDEX_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def _held_tensors(base: Base, quantize: str | None) -> dict[str, Quantize]:
+    """By tensor name, the bits that a base which adapters add to computes with in its place."""
+    if quantize is None:
+        return {}
+    from soka_serve.base.held import held_modules
+
+    bits = cast("Quantize", quantize)
+    return {base.weights.get(module).name: bits for module in sorted(held_modules(base.directory, bits))}
 
 
 def write_layout(layout: MergeLayout, new: Path, finished: MergeJournal, *, hashed: bool, progress: bool) -> str | None:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from soka_serve.adapter.format import Adapter, check_against
+from soka_serve.adapter.format import Adapter, check_against, unlike_bits
 from soka_serve.adapter.source import read_source
 from soka_serve.adapter.weighted import check_weight
 from soka_serve.base.base import Base
@@ -21,7 +21,7 @@ from soka_serve.compiler.merge.layout import Dtype, MergeLayout, write_layout
 from soka_serve.compiler.merge.papers import MERGED, copy_side_files, write_papers
 from soka_serve.compiler.merge.resume import MergeJournal, merge_key
 from soka_serve.compiler.merge.verify import verify_logits, verify_tensors
-from soka_serve.errors import CheckpointError, SokaError, joined
+from soka_serve.errors import CheckpointError, joined
 from soka_serve.io.files import replace_directory
 from soka_serve.io.places import given_path
 from soka_serve.io.warn_once import one_command
@@ -107,6 +107,8 @@ def merge(
 class MergeRun:
     """One merge: W + sum(weight * delta) for every adapted weight, and every other tensor as it is.
 
+    Where the adapters add to a base in bits (`soka_quantize`), W is what that base computes with.
+
     Semantics: merged[name] = W + sum over adapters of weight * delta, summed in float32 (float64 for a float32
     output) and rounded once to the output's dtype.
 
@@ -151,6 +153,9 @@ class MergeRun:
         _check_fit(self.base, adapters)
         layout = MergeLayout(self.base, adapters, self.dtype)
         layout.check_space(self.out)
+        if layout.held:
+            bits = adapters[0][0].quantize
+            log.info("the adapter adds to its base in %s: %d weights are rounded to that first", bits, len(layout.held))
         reason = self._no_logits(layout)
         expected = {s.adapter.directory: sha for s, _ in sources if (sha := s.base_sha256) is not None}
         hashed = bool(expected) and not self.allow_other_base
@@ -165,9 +170,9 @@ class MergeRun:
             write_papers(new, self.base.directory, sources, self.dtype, base_sha256)
             ulp = nats = None
             if self.verify is not False:
-                ulp = verify_tensors(new, self.base, adapters)
+                ulp = verify_tensors(new, self.base, adapters, layout.held)
                 if reason is None:
-                    nats = verify_logits(new, self.base.directory, self.adapters[0][0])
+                    nats = verify_logits(new, self.base.directory, adapters[0][0])
                 else:
                     log.info("verify: logits are not compared (%s)", reason)
         return MergeResult(
@@ -208,8 +213,8 @@ class MergeRun:
 
 
 def _check_fit(base: Base, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Refuse adapters that do not belong to this base, and bases that no delta can be added to."""
-    problems: list[SokaError] = []
+    """Refuse adapters that do not belong to this base or to each other, and bases that no delta can be added to."""
+    problems = unlike_bits([adapter for adapter, _ in adapters])
     for adapter, weight in adapters:
         for check in (partial(check_weight, adapter, weight), partial(check_against, adapter, base.weights)):
             try:

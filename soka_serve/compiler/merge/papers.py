@@ -123,20 +123,22 @@ def write_papers(
     base = sources[0][0].adapter.base_model or ""
     if not base or Path(base).is_absolute():  # where it lay on some machine is nobody's business
         base = Path(base or directory).name
-    base = printable(base)
+    base, quantize = printable(base), sources[0][0].adapter.quantize
     lock = {
         "soka": 1,
         "kind": "merged",
         "dtype": dtype,
         "base": {"name": base, **({"sha256": base_sha256} if base_sha256 else {})},
+        **({} if quantize is None else {"quantize": quantize}),
         "adapters": weighted_lock(sources),
         "versions": versions(),
     }
     write_lock(new / LOCK_FILE, lock)
+    held = f" W is rounded to {quantize} by bitsandbytes and back: the adapter adds to that." if quantize else ""
     card = (
         "---\nlibrary_name: transformers\ntags: [soka, merged]\n---\n\n"
         f"# {base} with {len(sources)} SoKA adapter{'s' * (len(sources) > 1)} merged in\n\n"
-        "Dense weights: W + sum of weight x delta, rounded once. Loads like the base model.\n\n"
+        f"Dense weights: W + sum of weight x delta, rounded once.{held} Loads like the base model.\n\n"
         f"{weighted_table(sources)}\n\n"
         "`soka.lock` holds the hashes and versions.\n"
     )

@@ -29,6 +29,8 @@ from soka_serve.kron import Factors
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash
 
+    from soka_serve.base.model import Quantize
+
 log = logging.getLogger(__name__)
 
 _BLOCK_VALUES = 1 << 19  # values of a block of an adapted weight: few calls, and what is in work stays in caches
@@ -70,18 +72,22 @@ class Terms:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor's place in the file to be written; `deltas` is empty for a tensor that no adapter touches."""
+    """A tensor's place in the file to be written; `deltas` is empty for a tensor that no adapter touches.
+
+    `quantize` names the bits that the base computes with in its place ("none": itself).
+    """
 
     info: TensorInfo
     dtype: str
     start: int
     end: int
     deltas: Weighted
+    quantize: Quantize = "none"
 
     @property
     def is_copy(self) -> bool:
         """Whether its bytes are those of the base."""
-        return not self.deltas and self.dtype == self.info.dtype
+        return not self.deltas and self.dtype == self.info.dtype and self.quantize == "none"
 
 
 @dataclass(frozen=True)
@@ -106,13 +112,16 @@ class FilePlan:
         return starts == sorted(starts)
 
 
-def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, Weighted]) -> FilePlan:
+def plan_file(
+    tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, Weighted], held: Mapping[str, Quantize]
+) -> FilePlan:
     """Header and layout of the merged version of one safetensors file.
 
     Args:
         tensors: all tensors of the file, in the order of their data.
         dtype: safetensors' name of the dtype that floating tensors get, or "auto" to keep each one's own.
         adapted: by tensor name, the factors and weights to add.
+        held: by tensor name, the bits that the base computes with in its place.
     """
     file = tensors[0].file
     kept = dtype == "auto" or all(t.dtype == dtype or t.dtype not in FLOAT_DTYPES for t in tensors)
@@ -136,7 +145,8 @@ def plan_file(tensors: Sequence[TensorInfo], dtype: str, adapted: Mapping[str, W
         header = struct.pack("<Q", len(text)) + text
     at = len(header)
     pieces = [
-        OutputTensor(info, out, at + start, at + end, adapted.get(info.name, ())) for info, out, start, end in places
+        OutputTensor(info, out, at + start, at + end, adapted.get(info.name, ()), held.get(info.name, "none"))
+        for info, out, start, end in places
     ]
     return FilePlan(header, pieces)
 
@@ -232,9 +242,13 @@ def _write_sums(base: Reader, out: Writer, work: _TensorJob) -> Iterator[int]:
     rounded = torch.empty(values, dtype=getattr(torch, DTYPES[piece.dtype][1]))
     largest = min(torch.finfo(rounded.dtype).max ** 2, torch.finfo(work.dtype).max)
     row_bytes = stored_bytes(info.dtype, columns)
+    held = _held(base, piece)
     for row in range(0, work.rows, work.step):
         rows = min(work.step, work.rows - row)
-        part = torch.frombuffer(base.read(info.start + row * row_bytes, rows * row_bytes), dtype=info.torch_dtype)
+        if held is None:
+            part = torch.frombuffer(base.read(info.start + row * row_bytes, rows * row_bytes), dtype=info.torch_dtype)
+        else:
+            part = held[row * columns : (row + rows) * columns]
         block, result = sums[: rows * columns], rounded[: rows * columns]
         block.copy_(part)
         for terms in work.terms:
@@ -245,6 +259,22 @@ def _write_sums(base: Reader, out: Writer, work: _TensorJob) -> Iterator[int]:
             raise _not_finite(piece, part, block)
         out.append(memoryview(result.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         yield rows * work.row_bytes
+
+
+def _held(base: Reader, piece: OutputTensor) -> Tensor | None:
+    """What a base in bits computes with in a tensor's place, flat, float32; None: the tensor itself.
+
+    It is worked out of the whole tensor, whose scales are quantised together.
+    """
+    info = piece.info
+    if piece.quantize == "none":
+        return None
+    from soka_serve.base.held import held_weight
+
+    whole = torch.frombuffer(base.read(info.start, info.nbytes), dtype=info.torch_dtype).view(info.shape)
+    if not bool(torch.isfinite(whole).all()):
+        raise _not_finite(piece, whole, whole)
+    return held_weight(whole, piece.quantize).flatten()
 
 
 def _not_finite(piece: OutputTensor, before: Tensor, exact: Tensor) -> CheckpointError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -16,9 +17,13 @@ from torch import Tensor
 from soka_serve.adapter.format import Adapter
 from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.held import held_modules, held_weight
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import BuildError, CheckpointError, name_some
 from soka_serve.io.safetensors import TensorInfo, read_header, read_tensor
+
+if TYPE_CHECKING:
+    from soka_serve.base.model import Quantize
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +42,19 @@ def _spread(count: int, most: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
 
 
-def verify_tensors(directory: Path, original: Base, adapters: Sequence[tuple[Adapter, float]]) -> float:
+def verify_tensors(
+    directory: Path, original: Base, adapters: Sequence[tuple[Adapter, float]], held: Mapping[str, Quantize]
+) -> float:
     """Read a sample of the written weights back and hold it against base + delta in float64.
 
     Up to 8 adapted tensors, 16 rows of each; 8 others, whose rows must not have changed. The safetensors library must
     find them in the files, and the delta's rows come from numpy.kron.
+
+    Args:
+        directory: the merged model.
+        original: its base.
+        adapters: with their weights.
+        held: by tensor name, the bits that the base computes with in its place.
 
     Returns:
         The largest error, in units of the last place of the written dtype.
@@ -56,11 +69,12 @@ def verify_tensors(directory: Path, original: Base, adapters: Sequence[tuple[Ada
             deltas.setdefault(original.weights.get(module).name, []).append((adapter, module, weight))
     others = [n for n, t in checkpoint.tensors.items() if n not in deltas and t.shape]
     worst, damaged = 0.0, list[str]()
-    for name, row, got, base in _sample(directory, checkpoint, list(deltas)):
+    sample = partial(_sample, directory, checkpoint, held)
+    for name, row, got, base in sample(list(deltas)):
         exact = base[0].double()
         want = exact + torch.from_numpy(sum(w * _delta_row(a, m, row) for a, m, w in deltas[name]))
         worst = max(worst, _check_row(name, row, got[0], want, exact))
-    for name, row, got, base in _sample(directory, checkpoint, others):
+    for name, row, got, base in sample(others):
         if not _is_kept(got, base):
             raise BuildError(f"verify: {name}, row {row}: not adapted, yet changed by the merge", hint=_HINT)
         if base.is_floating_point() and not bool(torch.isfinite(base.float()).all()) and name not in damaged:
@@ -72,13 +86,16 @@ def verify_tensors(directory: Path, original: Base, adapters: Sequence[tuple[Ada
     return worst
 
 
-def _sample(directory: Path, checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[tuple[str, int, Tensor, Tensor]]:
-    """Some rows of some tensors: name, index, the row as written and as in the base, (1, ...) each."""
+def _sample(
+    directory: Path, checkpoint: Checkpoint, held: Mapping[str, Quantize], names: Sequence[str]
+) -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """Some rows of some tensors: name, index, the row as written and as the base computes with it, (1, ...) each."""
     for name in [names[i] for i in _spread(len(names), _SAMPLED_TENSORS)]:
         info, written = checkpoint.info(name), _written(directory, checkpoint.info(name))
+        whole = held_weight(read_tensor(info), held[name]) if name in held else None
         for row in _spread(info.shape[0], _SAMPLED_ROWS):
-            got, base = (read_tensor(each, slice(row, row + 1)) for each in (written, info))
-            yield name, row, got, base
+            got = read_tensor(written, slice(row, row + 1))
+            yield name, row, got, read_tensor(info, slice(row, row + 1)) if whole is None else whole[row : row + 1]
 
 
 def _is_kept(got: Tensor, base: Tensor) -> bool:
@@ -127,8 +144,10 @@ def _check_row(name: str, row: int, got: Tensor, want: Tensor, base: Tensor) -> 
 
 
 @torch.no_grad()
-def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
+def verify_logits(directory: Path, base: Path, adapter: Adapter) -> float | None:
     """Load the merged model with transformers and compare it with base + adapter through PEFT, both in float32.
+
+    The base of an adapter that adds to one in bits computes with plain weights of those values.
 
     Returns:
         The largest difference of a log-probability on 2 sequences of 16 arbitrary tokens, nats; in half precision
@@ -140,7 +159,7 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
     """
     from peft import PeftModel
 
-    import soka_serve.peft  # noqa: F401 - registers SOKA
+    import soka_serve.peft  # registers SOKA
     from soka_serve.base.model import quiet_bars
     from soka_serve.base.pretrained import open_model
 
@@ -153,6 +172,7 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
         ids = torch.randint(words, _PROBE, generator=generator)
         return torch.log_softmax(model(input_ids=ids).logits.double(), -1)
 
+    quantize = cast("Quantize", adapter.quantize or "none")
     try:
         model = load(base)
     except CheckpointError as refusal:
@@ -160,13 +180,20 @@ def verify_logits(directory: Path, base: Path, adapter: Path) -> float | None:
             f"verify: transformers cannot load the base without its own code:\n{refusal.message}",
             hint=f"merge without this check (--no-verify), or: {refusal.hint}",
         ) from refusal
+    weights = Base(base).weights
+    for name in held_modules(base, quantize):
+        model.get_submodule(name).weight.copy_(held_weight(weights.read(name), quantize))
     alone = answer(model)
     if not bool(torch.isfinite(alone).all()):
         bad = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
         blamed = f"; NaN or infinite in the base: {name_some(bad)}" if bad else ""
         log.warning("verify: the base %s itself computes NaN or infinity, so logits are not compared%s", base, blamed)
         return None
-    tuned = PeftModel.from_pretrained(model, str(adapter)).eval()
+    if quantize == "none":
+        tuned = PeftModel.from_pretrained(model, str(adapter.directory)).eval()
+    else:  # which PEFT refuses on plain weights
+        deltas = {name: adapter.exact_delta(name) for name in adapter.factors}
+        tuned = soka_serve.peft.build_soka_model(model, deltas, initial=False).eval()
     adapted = answer(tuned)
     # The same model with its weights rounded as the merged ones are: what is left is no rounding.
     rounded = tuned.merge_and_unload()

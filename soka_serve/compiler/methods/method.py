@@ -39,6 +39,7 @@ class StartingPoint:
         factors: theta at the start by module name, for SoKA.
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
         forms: what of a module is trained by its name, for SoKA; of others everything.
+        quantize: the bits of the base that the adapter adds to, where it is right on that alone, for SoKA.
     """
 
     targets: Sequence[str]
@@ -52,6 +53,7 @@ class StartingPoint:
     factors: Mapping[str, Factors]
     initial: Collection[str]
     forms: Mapping[str, Form] = field(default_factory=dict)
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,12 @@ class Soka(Method):
         from soka_serve.peft import build_soka_model, soka_layers
 
         adapted = build_soka_model(
-            model, start.factors, initial=bool(start.initial), base_model=start.base_name, forms=start.forms
+            model,
+            start.factors,
+            initial=bool(start.initial),
+            base_model=start.base_name,
+            forms=start.forms,
+            soka_quantize=start.quantize,
         )
         for name, layer in soka_layers(adapted).items():
             if start.initial and name not in start.initial:

@@ -85,7 +85,7 @@ def settle_targets(
 def check_base(
     adapters: dict[str, GivenAdapter], base_sha256: str, manifest: Manifest, name_key: Callable[[TomlPath], str]
 ) -> None:
-    """Refuse adapters whose soka.lock names other base weights.
+    """Refuse adapters whose soka.lock names other base weights, and those of a base in other bits.
 
     Raises:
         PlanError: names them.
@@ -95,6 +95,13 @@ def check_base(
         f"({adapter.base_sha256[:12]} in its soka.lock; this base's are {base_sha256[:12]})"
         for source, adapter in adapters.items()
         if adapter.base_sha256 not in (None, base_sha256) and adapter.base_sha256
+    ]
+    bits = manifest.base.quantize
+    problems += [
+        f"{_key(manifest, source, name_key)}: {adapter.directory} adds to a base in {adapter.quantize}; base.quantize "
+        f"is {bits!r}"
+        for source, adapter in adapters.items()
+        if adapter.quantize not in (None, bits)
     ]
     if problems:
         raise PlanError("\n".join(problems), hint="Its terms add to the weights that it was trained with.")

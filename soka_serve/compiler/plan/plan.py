@@ -16,6 +16,7 @@ from soka_serve.base.resolve import resolve_base
 from soka_serve.base.target_modules import TargetModule, describe_not_adapted, resolve_targets
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.comparisons import Comparison, compare_methods
+from soka_serve.compiler.plan.decay import check_decay
 from soka_serve.compiler.plan.estimate import MemoryEstimate, TrainingSetup
 from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
 from soka_serve.compiler.plan.given import settle_targets
@@ -113,6 +114,7 @@ def make_plan(
     layout = base.layout
     targets = resolve_targets(manifest, layout.modules, layout.left_out, loaded.name_key)
     targets, _ = settle_targets(targets, manifest, loaded.directory, loaded.name_key)
+    check_decay(manifest, targets, loaded.name_key)
     size, method = layout.size, METHODS[train.method]
     planned = plan_training(manifest, targets, method, size)
     bundled = base.directory.parent == _CONFIGS

@@ -27,7 +27,7 @@ def render_card(data: ReportData) -> str:
     dense = data.registered.whole_model or ("merged" in data.artefacts and "adapter" not in data.artefacts)
     return _render(
         "card.md.jinja",
-        _use(data.base_name, data.name, data.registered, dense=dense),
+        _use(data.base_name, data.name, data.registered, dense=dense, quantize=data.quantize),
         data=data,
         accuracies=[(name, accuracy) for name, accuracy in accuracies if accuracy is not None and accuracy[1] > 0],
         rank_span=span([m.rank for m in data.modules]),
@@ -58,7 +58,9 @@ def _render(template: str, use: Mapping[str, object], **values: object) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _use(base_name: str, name: str, method: Method, *, dense: bool = False) -> dict[str, object]:
+def _use(
+    base_name: str, name: str, method: Method, *, dense: bool = False, quantize: str | None = None
+) -> dict[str, object]:
     """Template variables of the paragraphs on loading and serving."""
     base_model = _public(base_name)
     base = _shown(base_model)
@@ -66,6 +68,7 @@ def _use(base_name: str, name: str, method: Method, *, dense: bool = False) -> d
     return {
         "name": name,
         "method": method,
+        "quantize": quantize,
         "dense": dense,  # there is a whole model, and no adapter
         "base": base,
         "base_model": base_model,  # for the front matter, which has its own way with what is not printable

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.compiler.methods import METHODS, Method
+from soka_serve.regularisers import REGULARISERS
 
 if TYPE_CHECKING:
     from soka_serve.compiler.init.result import ModuleInit
@@ -24,6 +25,8 @@ class HistoryPoint:
     learning_rate: float | None = None
     eval_loss: float | None = None
     eval_accuracy: float | None = None
+    regularisers: Mapping[str, float] = field(default_factory=dict)
+    """The value of each that [train.regularise] sets, by its name."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class ReportData:
     `accuracy_before` and `accuracy_after` are (correct, total). `comparison` maps other methods to the trainable
     parameters that they would need on the same modules. `artefacts` maps names to paths relative to the report.
     `rank_over_time` maps modules to (step, rank), where terms were dropped in training. Times are in seconds.
-    `measured` is what `soka_serve.compiler.measures` returned, by name.
+    `measured` is what `soka_serve.compiler.measures` returned, by name. `quantize` names the bits of the base that the
+    adapter adds to, where it is right on that alone.
     """
 
     name: str
@@ -72,6 +76,7 @@ class ReportData:
     rank_over_time: Mapping[str, Sequence[tuple[int, int]]] | None
     timings_s: Mapping[str, float]
     measured: Mapping[str, Any] = field(default_factory=dict)
+    quantize: str | None = None
 
     @property
     def registered(self) -> Method:
@@ -87,10 +92,22 @@ def history_points(log: Sequence[Mapping[str, Any]]) -> list[HistoryPoint]:
     """
     values: dict[int, dict[str, float]] = {}
     for entry in log:
-        found = {key: float(value) for key in _LOGGED if isinstance(value := entry.get(key), int | float)}
+        keys = (*_LOGGED, *REGULARISERS)
+        found = {key: float(value) for key in keys if isinstance(value := entry.get(key), int | float)}
         if found:
             values.setdefault(int(entry["step"]), {}).update(found)
-    return [HistoryPoint(step, *map(values[step].get, _LOGGED)) for step in sorted(values)]
+    return [
+        HistoryPoint(
+            step,
+            said.get("loss"),
+            said.get("grad_norm"),
+            said.get("learning_rate"),
+            said.get("eval_loss"),
+            said.get("eval_accuracy"),
+            {key: said[key] for key in REGULARISERS if key in said},
+        )
+        for step, said in sorted(values.items())
+    ]
 
 
 def rank_history(log: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, int]]]:

@@ -181,7 +181,7 @@ def heat_map(
 
 
 def curves(history: Sequence[HistoryPoint]) -> list[Panel]:
-    """Loss, gradient norm and learning rate over steps; what was never logged has no panel."""
+    """Loss, gradient norm, learning rate, regularisers and others over steps; what was never logged has no panel."""
     panels = []
     train, held_out = logged(history, "loss"), logged(history, "eval_loss")
     if train or held_out:
@@ -199,6 +199,10 @@ def curves(history: Sequence[HistoryPoint]) -> list[Panel]:
         if points := logged(history, field):
             line = Series(points, "main", marks=_dots(points, title.lower()))
             panels.append(_curve(title, note, [line], title.lower()))
+    for name in dict.fromkeys(name for point in history for name in point.regularisers):
+        points = [(float(p.step), p.regularisers[name]) for p in history if name in p.regularisers]
+        line = Series(points, "main", marks=_dots(points, name))
+        panels.append(_curve(name, "of [train.regularise], before its number", [line], name))
     return panels
 
 

@@ -46,6 +46,7 @@ class TrainingRun:
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
         forms: what of a module is trained by its name, for SoKA; of others everything.
         batches: makes training batches on the run's device, for methods that read some before they start.
+        quantize: of a base in bits, where the adapter is right on that alone, for SoKA.
     """
 
     model_dir: Path
@@ -57,6 +58,7 @@ class TrainingRun:
     initial: Collection[str] = frozenset()
     forms: Mapping[str, Form] = field(default_factory=dict)
     batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]] = tuple
+    quantize: str | None = None
 
     @property
     def initial_dir(self) -> Path:
@@ -78,6 +80,7 @@ class TrainingRun:
             factors=self.factors,
             initial=self.initial,
             forms=self.forms,
+            quantize=self.quantize,
         )
 
 

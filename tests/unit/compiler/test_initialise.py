@@ -199,6 +199,26 @@ def test_entries_have_unit_rms_and_sigma_is_the_scale_times_the_weights(base: Ba
         torch.testing.assert_close(factors.sigma.square().mean().sqrt(), scale * typical)
 
 
+@pytest.mark.parametrize("init", ["zero", "random"])
+def test_nothing_is_decomposed_for_random_factors(base: Base, monkeypatch: pytest.MonkeyPatch, init: str) -> None:
+    """Where a policy reads the spectrum, it is worked out; factors and ranks are the same either way."""
+    whole = _start(base, {"modules": ["q_proj"], "init": init, "rank": {"policy": "energy", "threshold": 1, "max": 3}})
+    assert all(len(m.sigma) > 3 and m.rank == 3 for m in whole.modules)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr("soka_serve.starts.start.Start.decompose", fail)
+    rank = {"policy": "fixed", "rank": 3}
+    started = _start(base, {"modules": ["q_proj"], "init": init, "rank": rank})
+    assert all((m.sigma, m.rank, m.captured_frac()) == ((), 3, None) for m in started.modules)
+    for name, factors in whole.factors.items():
+        for part in ("left", "right", "sigma"):
+            assert torch.equal(getattr(started.factors[name], part), getattr(factors, part))
+    with pytest.raises(AssertionError, match="decomposed"):
+        _start(base, {"modules": ["q_proj"], "init": "weights", "rank": rank})
+
+
 def test_random_is_subtracted_and_follows_the_seed(base: Base) -> None:
     rules = {"modules": ["q_proj"], "init": "random"}
     started, again, other = _start(base, rules), _start(base, rules), _start(base, rules, seed=1)

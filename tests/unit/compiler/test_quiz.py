@@ -15,7 +15,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
 from soka_serve.compiler import answers
 from soka_serve.compiler.quiz import make_quiz
-from soka_serve.errors import DataError
+from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
 UNMARKED = """\
@@ -55,6 +55,16 @@ def test_built_in_problems_are_none_that_results_are_measured_on(tmp_path: Path)
     prompts = {problem.prompt for problem in quiz.problems}
     assert len(prompts) == 30
     assert not prompts & {problem.prompt for problem in generate("math", "test", 500)}
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_launches_that_shard_the_model_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert make_quiz(manifest(None), tmp_path, TOKENIZER) is None
+    with pytest.raises(PlanError, match=r"train\.answered does not go with (FSDP|DeepSpeed)"):
+        make_quiz(manifest(3), tmp_path, TOKENIZER)
 
 
 @pytest.mark.parametrize(

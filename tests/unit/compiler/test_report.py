@@ -290,6 +290,16 @@ def test_read_history_merges_steps_and_later_lines_win(tmp_path: Path) -> None:
     assert history_points(read_history(path)) == [HistoryPoint(10, 2.0, 1.0, 1e-3, 2.5), HistoryPoint(20, 1.0)]
 
 
+def test_regularisers_have_curves(tmp_path: Path, data: ReportData) -> None:
+    lines = [{"step": 10, "loss": 2.0, "sorsa": 0.5}, {"step": 20, "loss": 1.0, "sorsa": 0.25, "kasa": 3.0}]
+    points = history_points(read_history(write_lines(tmp_path / "history.jsonl", *lines)))
+    assert [point.regularisers for point in points] == [{"sorsa": 0.5}, {"sorsa": 0.25, "kasa": 3.0}]
+    html = render_report(replace(data, history=points))
+    assert "sorsa over optimiser steps, from 0.5 at step 10 to 0.25 at step 20" in html
+    assert "kasa over optimiser steps" in html
+    assert "sorsa over" not in render_report(data)
+
+
 def test_read_history_keeps_nan(tmp_path: Path) -> None:
     (point,) = history_points(read_history(write_lines(tmp_path / "h.jsonl", '{"step": 1, "loss": NaN}')))
     assert point.loss is not None

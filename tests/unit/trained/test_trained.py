@@ -60,6 +60,13 @@ TAIL = '[train]\nsteps = 1\ndata = { builtin = "math" }\n'
             "right_lr would be ignored: no rule trains right",
         ),
         ("extra_terms = -1", "", "5:15", "at least 0"),
+        ("extra_terms = 1025", "", "5:15", "at most 1024"),
+        (
+            "",
+            "left_lr = 0\nright_lr = 0\nsigma_lr = 0",
+            "7:1",
+            "nothing would be trained: left_lr, right_lr and sigma_lr",
+        ),
         (
             "extra_terms = 1",
             "right_lr = 0",
