@@ -56,6 +56,7 @@ class SokaLayer(MergingLayer):
             setattr(self, name, Parts(trained=False))
         self.soka_dropout = nn.ModuleDict()
         self._to_be_loaded: set[str] = set()
+        self._mending: set[str] = set()
         self._forms: dict[str, Form] = {}
 
     # --- factors -------------------------------------------------------------------------------------------------
@@ -71,6 +72,10 @@ class SokaLayer(MergingLayer):
     def form(self, adapter: str) -> Form:
         """What of an adapter is trained."""
         return self._forms.get(adapter, PLAIN)
+
+    def mends(self, adapter: str) -> bool:
+        """Whether an adapter began with what quantising the base loses (`soka_quantize`)."""
+        return adapter in self._mending
 
     def set_form(self, adapter: str, form: Form) -> None:
         """Train of an adapter what a form says, if it is trained at all."""
@@ -168,6 +173,7 @@ class SokaLayer(MergingLayer):
             log.warning("%s: %d terms asked for, the factor shape %s has at most %d", *asked)
             rank = shape.max_rank
         self._forms[adapter] = config.form_of(self.module_name)
+        (self._mending.discard if config.soka_quantize is None else self._mending.add)(adapter)
         factors = self._initial_values(rank, shape, config, dtype)
         for part in PARTS:
             value = getattr(factors, part)

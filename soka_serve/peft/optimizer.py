@@ -16,7 +16,9 @@ whose squares add up. Hence c^2 = r * sqrt(N), with r the module's number of ter
 together change what the model computes alike. docs/training.md says where that was measured.
 
 Terms that are a delta and not subtracted (`init = "delta"`) are as large as they are, not small. Their factors move
-sqrt(DEFAULT_SCALE) as fast: with terms as large as the weight, size * lr^2 is then what it is for small ones.
+sqrt(DEFAULT_SCALE) as fast: with terms as large as the weight, size * lr^2 is then what it is for small ones. Those
+that mend a quantised base are smaller than it, and their size beside it is measured: with entries of RMS s in units of
+the weight's, they move sqrt(DEFAULT_SCALE / s) as fast, at most as fast as small ones.
 
 Weight decay pulls a module's delta to zero: factors to the initial ones that are subtracted from them, and to zero
 where none are. Towards zero, K(theta) - K(theta0) would end as -K(theta0), which takes terms out of the base.
@@ -99,6 +101,9 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
     start = layer.initial(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
     small = zeros or (start is not None and bool(_whole(start.sigma).any()))
     pace = 1.0 if small else math.sqrt(DEFAULT_SCALE)
+    if not small and layer.mends(adapter):
+        term = math.prod(found.values())
+        pace = min(1.0, math.sqrt(DEFAULT_SCALE * float(layer.float_weight().float().square().mean().sqrt()) / term))
     for part in PARTS:
         yield part, parameters[part], pace * sizes[part] / math.sqrt(terms)
     for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():

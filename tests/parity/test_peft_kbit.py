@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 from soka_serve.kron import dense_delta, kpsvd
-from soka_serve.peft import SokaConfig, get_factors, soka_layers
+from soka_serve.manifest.rules import DEFAULT_SCALE
+from soka_serve.peft import SokaConfig, build_soka_model, get_factors, soka_layers
+from soka_serve.peft.optimizer import learning_rates
 from tests.support.peft_models import logits, perturb, steps, tiny_llama, tokens, trainable
 
 pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
@@ -151,3 +154,18 @@ def test_a_repacked_weight_is_read_merged_and_restored_rightly(tmp_path: Path) -
     assert (merged - ours).abs().mean() < 0.7 * (ours - before).abs().mean()
     model.unmerge_adapter()
     assert torch.equal(logits(model, ids), ours)
+
+
+def test_terms_that_mend_a_base_move_as_small_terms_do(tmp_path: Path) -> None:
+    """By their size beside the weight: size * rate^2 is that of terms of DEFAULT_SCALE."""
+    for share in (0.03, 0.0003):
+        rates = {}
+        for mark in ("4bit", None):
+            model = quantised("4bit", tmp_path, "cpu")
+            probe = get_peft_model(model, SokaConfig(r=1, target_modules=["q_proj"], init_scale=share))
+            factors = get_factors(probe)[0]
+            made = build_soka_model(probe.unload(), factors, initial=False, soka_quantize=mark)
+            rates[mark] = list(learning_rates(made, {"left": 1.0, "right": 1.0, "sigma": 1.0}).values())
+        expected = min(1.0, math.sqrt(DEFAULT_SCALE / share)) / math.sqrt(DEFAULT_SCALE)
+        for marked, plain in zip(rates["4bit"], rates[None], strict=True):
+            assert marked / plain == pytest.approx(expected, rel=0.02), share
