@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -19,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from soka_serve.errors import EvalError, ServeError
+from soka_serve.evaluation.shared import SharedModel, SharedServer, own_dtype, started_vllm
 from soka_serve.evaluation.subject import Subject
-from soka_serve.io.json_files import read_json
 from soka_serve.io.versions import versions_of
 from soka_serve.serving.client import Client, Endpoint
-from soka_serve.serving.command import Launch, ServeOptions
+from soka_serve.serving.command import Launch
 
 if TYPE_CHECKING:
     from soka_serve.base.tokenizer import TextTokenizer
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-START_S = 1800.0
 _METRICS_S = 30.0
 _TEXT = "Question: Anna has 3 red apples and 12 green ones. She gives 5 of them to Ben. How many are left?\nAnswer: 3"
 
@@ -54,15 +51,6 @@ class RoleModel:
     counted: Callable[[], float | None] = lambda: None
 
 
-def own_dtype(asked: str, model: Path) -> str:
-    """The checkpoint's own dtype, which "auto" means with both backends. vLLM would take 16 bits for float32."""
-    if asked != "auto":
-        return asked
-    config = read_json(model / "config.json")
-    found = config.get("dtype") or config.get("torch_dtype")
-    return found if found in ("float32", "bfloat16", "float16") else "auto"
-
-
 class VllmBackend:
     """A vLLM server: one that is started here, or one that runs.
 
@@ -74,6 +62,7 @@ class VllmBackend:
     """
 
     name = "vllm"
+    shared: SharedServer | None = None
 
     def __init__(self, subject: Subject, *, server: str | None, concurrency: int, options: tuple[str, ...]) -> None:
         self._subject = subject
@@ -97,6 +86,10 @@ class VllmBackend:
             yield lambda role: self._ask(role, endpoint)
         elif self._subject.target.kind == "merged":  # a server each, one after the other
             yield self._own_server
+        elif self.shared is not None and (running := self.shared.running()) is not None:
+            launch, process = running
+            with process.explaining():
+                yield lambda role: self._ask(role, launch)
         else:
             given = f"{self._subject.target.name}={self._subject.target.path}"
             with self._started(given, self._subject.base) as launch:
@@ -110,28 +103,8 @@ class VllmBackend:
 
     @contextmanager
     def _started(self, given: str, model: Path) -> Iterator[Launch]:
-        from soka_serve.serving.process import StopSignal, started
-        from soka_serve.serving.serve import plan_launch
-
-        host, port = "127.0.0.1", _free_port()
-        serve = self._subject.manifest.serve
-        options = list(self._options)
-        dtype = own_dtype(serve.dtype, model)
-        for option, value in (("--dtype", dtype), ("--max-model-len", serve.max_model_len)):
-            if value is not None and option not in options:
-                options += [option, str(value)]
-        if model == self._subject.base != self._subject.tokenizer and "--tokenizer" not in options:
-            options += ["--tokenizer", str(self._subject.tokenizer)]
-        settings = ServeOptions(host=host, port=port, runtime_loading=False, vllm=tuple(options))
-        base = None if self._subject.target.kind == "merged" else str(self._subject.base)
-        _, launch = plan_launch([given], settings, base=base)
-        log = Path(tempfile.mkdtemp(prefix="soka-eval-")) / "vllm.log"
-        try:
-            with started(launch, log, START_S) as server, server.explaining():
-                logger.info("vLLM answers after %.0f s", server.ready_s)
-                yield launch
-        except StopSignal as stopped:
-            raise KeyboardInterrupt from stopped
+        with started_vllm(self._subject, [given], model, self._options) as (launch, _):
+            yield launch
 
     def _running(self, url: str) -> Endpoint:
         """A server that was not started here: it must serve the build's adapter under its name."""
@@ -185,6 +158,7 @@ class TransformersBackend:
     """
 
     name = "transformers"
+    shared: SharedModel | None = None
 
     def __init__(self, subject: Subject, *, batch_size: int) -> None:
         self._subject = subject
@@ -207,7 +181,15 @@ class TransformersBackend:
         from soka_serve.base.cpu import fast_products
 
         with fast_products():  # all of it: an effect is what the adapter changes, not the library that multiplies
-            yield self._loaded(role)
+            try:
+                model = self._loaded(role)
+            except BaseException:
+                if self.shared is not None:
+                    self.shared.drop()
+                raise
+            yield model
+            if self.shared is not None:  # not after an error: the base is then loaded again
+                self.shared.give_back()
 
     def _loaded(self, role: str) -> RoleModel:
         from soka_serve.base.base import Base
@@ -219,7 +201,8 @@ class TransformersBackend:
         quantize = subject.manifest.base.quantize if not merged else "none"
         with quiet_bars():
             place = subject.target.path if merged else subject.base
-            model: Any = load_base(place, subject.manifest.serve.dtype, quantize)
+            load = load_base if merged or self.shared is None else self.shared.load
+            model: Any = load(place, subject.manifest.serve.dtype, quantize)
             before = None
             if role != "base" and not merged:
                 from peft import PeftModel
@@ -229,6 +212,8 @@ class TransformersBackend:
                 model = _placed(model)
                 before = _logprobs(model, tokenizer)
                 model = PeftModel.from_pretrained(model, str(subject.target.path))
+                if self.shared is not None:
+                    self.shared.adapted = model
         model = _placed(model).eval()
         lm = LocalModel(model, tokenizer, subject.context, self._batch_size)
         facts = {"model": subject.target.name if role != "base" else "base", "context": subject.context}
@@ -294,9 +279,3 @@ def wait_counted(counted: Callable[[], float | None], least: float) -> float | N
             )
         time.sleep(0.2)
     return now
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -20,11 +20,12 @@ from soka_serve.io.console import FILE, PassThroughCommand, say
     soka-serve eval manifests/math.toml --backend transformers --fail-under 0.9
     soka-serve eval mine.toml --tasks soka_gsm8k --tasks soka_math_500 -- --tensor-parallel-size 2
     soka-serve eval mine.toml --server http://127.0.0.1:8000
+    soka-serve eval one.toml two.toml three.toml --limit 200
 
-    Exit code 3 when a --fail-under is not reached.
+    Exit code 3 when a --fail-under is not reached; of several manifests 2 when one of them failed.
     """,
 )
-@click.argument("manifest", type=FILE)
+@click.argument("manifests", type=FILE, nargs=-1, required=True, metavar="MANIFEST...")
 @click.option(
     "--tasks", multiple=True, help="lm-eval task or group; may be given several times (default: [eval] tasks)."
 )
@@ -55,15 +56,26 @@ from soka_serve.io.console import FILE, PassThroughCommand, say
     help="Run code that the models write, in a sandbox; code tasks need it.",
 )
 @click.option("--out", type=FILE, help="Folder of builds (default: [output] dir).")
-@click.option("--results", type=FILE, help="Folder for the results (default: OUT/NAME-eval).")
-def evaluate(manifest: Path, fail_under: tuple[str, ...], **options: Any) -> None:
-    """Measure the build of MANIFEST and its base with lm-eval.
+@click.option(
+    "--results", type=FILE, help="Folder for the results (default: OUT/NAME-eval, of several manifests OUT/eval)."
+)
+def evaluate(manifests: tuple[Path, ...], fail_under: tuple[str, ...], results: Path | None, **options: Any) -> None:
+    """Measure the build of each MANIFEST and its base with lm-eval.
 
+    Several builds share a server, or a loaded base, and its answers; one that fails is named, and the others go on.
     Resumable: run it again after an interruption, and answers that have come are not asked for again.
     """
     from soka_serve.evaluation.results import Threshold
+    from soka_serve.evaluation.run import EvalSettings
     from soka_serve.evaluation.run import evaluate as run
 
-    found = run(manifest, fail_under=[Threshold.parse(text) for text in fail_under], **options)
-    say(found.to_text())
-    raise click.exceptions.Exit(3 if found.missed else 0)
+    least = tuple(Threshold.parse(text) for text in fail_under)
+    if len(manifests) == 1:
+        found = run(manifests[0], fail_under=least, results=results, **options)
+        say(found.to_text())
+        raise click.exceptions.Exit(3 if found.missed else 0)
+    from soka_serve.evaluation.many import evaluate_many
+
+    all_of_them = evaluate_many(manifests, EvalSettings(fail_under=least, **options), results=results)
+    say(all_of_them.to_text())
+    raise click.exceptions.Exit(2 if all_of_them.failed else 3 if all_of_them.missed else 0)

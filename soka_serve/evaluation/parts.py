@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 SEED = 1234  # lm-eval's own, of few-shot examples and of sampling
 # A difference of log-probabilities that rounding alone makes is below so many times what two equal requests differ by.
 _NOISE_FACTOR = 10.0
-_PARTS = ".parts"
 # Raised when a model is asked otherwise, so that parts of before are asked again: 2 is rendered chats as they are.
 _VERSION = 2
 
@@ -40,14 +39,15 @@ def run_parts(evaluation: Evaluation) -> dict[tuple[str, str], dict[str, Any]]:
     Raises:
         SokaError: no such task, a server that does not answer, an adapter without effect.
     """
-    common, parts = _identity(evaluation), evaluation.folder / _PARTS
+    common, parts = _identity(evaluation), evaluation.parts_folder
     places = {
         (role, task): parts / f"{role}-{sha256_text(json.dumps([common, evaluation.weights[role], task]))[:16]}"
         for role in ROLES
         for task in evaluation.tasks
     }
     with disk_errors(evaluation.folder):
-        parts.mkdir(parents=True, exist_ok=True)
+        for folder in (evaluation.folder, parts):
+            folder.mkdir(parents=True, exist_ok=True)
     done = {part: record for part, place in places.items() if (record := _read(place)) is not None}
     missing = {part: place for part, place in places.items() if part not in done}
     if not missing:

@@ -121,10 +121,16 @@ def collect(parts: Mapping[tuple[str, str], Mapping[str, Any]], tasks: Sequence[
 def table(scores: Sequence[Score], name: str) -> str:
     """A Markdown table."""
     lines = [f"| task | metric | problems | base | {name} | difference |", "|---|---|---:|---:|---:|---:|"]
+    return "\n".join([*lines, *score_rows(scores)])
+
+
+def score_rows(scores: Sequence[Score]) -> list[str]:
+    """The rows of a Markdown table with task, metric, problems, base, result and difference."""
+    lines = []
     for s in scores:
         shown = [f"{s.problems}", _shown(s.base, s.base_stderr), _shown(s.result, s.result_stderr)]
         lines.append(f"| {s.task} | {s.metric} | {' | '.join(shown)} | {s.result - s.base:+.4f} |")
-    return "\n".join(lines)
+    return lines
 
 
 def missed(scores: Sequence[Score], tasks: Sequence[str], thresholds: Sequence[Threshold]) -> tuple[str, ...]:

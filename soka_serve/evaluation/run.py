@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,26 +62,72 @@ def evaluate(
     Raises:
         SokaError: anything that the user can mend: not built, no such task, no consent, an adapter without effect.
     """
+    given = (tuple(tasks), backend, server, limit, parallel, out, tuple(fail_under), allow_code_execution)
+    settings = EvalSettings(*given, tuple(vllm_options))
+    return measure(prepare(read_manifest(Path(manifest)), settings, results), settings)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """The options of `evaluate`, which says what they mean; they hold for every manifest."""
+
+    tasks: tuple[str, ...] = ()
+    backend: Literal["vllm", "transformers"] = "vllm"
+    server: str | None = None
+    limit: int | None = None
+    parallel: int | None = None
+    out: str | Path | None = None
+    fail_under: tuple[Threshold, ...] = ()
+    allow_code_execution: bool = False
+    vllm_options: tuple[str, ...] = ()
+
+
+def prepare(
+    loaded: LoadedManifest, settings: EvalSettings, results: str | Path | None, parts: Path | None = None
+) -> Evaluation:
+    """Check all of an evaluation that can be checked before a model runs.
+
+    Args:
+        loaded: the manifest whose build is measured.
+        settings: the options.
+        results: folder for the results; None is OUT/NAME-eval.
+        parts: see `Evaluation`.
+
+    Raises:
+        SokaError: anything that the user can mend.
+    """
     check_installed()
-    loaded = read_manifest(Path(manifest))
-    if server is not None and (backend != "vllm" or vllm_options):
+    if settings.server is not None and (settings.backend != "vllm" or settings.vllm_options):
         raise EvalError("a running server was given: --backend transformers and options for vLLM have no place there")
-    if limit is not None and limit < 1:
-        raise EvalError(f"limit {limit}: expected a number of problems from 1")
-    chosen = _chosen(loaded, tasks, allow_code_execution)
-    check_thresholds(fail_under, chosen)
-    subject = _subject(loaded, None if out is None else Path(out))
-    root = given_path(out, "out") if out is not None else Path(loaded.manifest.output.dir)
+    if settings.limit is not None and settings.limit < 1:
+        raise EvalError(f"limit {settings.limit}: expected a number of problems from 1")
+    chosen = _chosen(loaded, settings.tasks, settings.allow_code_execution)
+    check_thresholds(settings.fail_under, chosen)
+    subject = _subject(loaded, None if settings.out is None else Path(settings.out))
+    root = given_path(settings.out, "out") if settings.out is not None else Path(loaded.manifest.output.dir)
     folder = given_path(results, "results") if results is not None else root / f"{loaded.manifest.name}-eval"
-    models: Backend = TransformersBackend(subject, batch_size=parallel or 16)
-    if backend == "vllm":
-        models = VllmBackend(subject, server=server, concurrency=parallel or 64, options=tuple(vllm_options))
-    evaluation = Evaluation(loaded, subject, models, chosen, limit, folder, allow_code_execution)
+    models: Backend = TransformersBackend(subject, batch_size=settings.parallel or 16)
+    if settings.backend == "vllm":
+        models = VllmBackend(
+            subject, server=settings.server, concurrency=settings.parallel or 64, options=settings.vllm_options
+        )
+    evaluation = Evaluation(
+        loaded, subject, models, chosen, settings.limit, folder, settings.allow_code_execution, parts
+    )
     json_file, table_file = evaluation.result_files
     check_results(json_file, [table_file], ("manifest", "scores", "parts"))
+    return evaluation
+
+
+def measure(evaluation: Evaluation, settings: EvalSettings) -> EvalResult:
+    """Run an evaluation and write its results.
+
+    Raises:
+        SokaError: no such task, a server that does not answer, an adapter without effect.
+    """
     with task_environment(evaluation), quiet_harness():
         parts = run_parts(evaluation)
-    return _write(evaluation, parts, fail_under)
+    return _write(evaluation, parts, settings.fail_under)
 
 
 def _chosen(loaded: LoadedManifest, tasks: Sequence[str], allow_code_execution: bool) -> tuple[str, ...]:

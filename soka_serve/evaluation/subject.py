@@ -61,6 +61,7 @@ class Evaluation:
         limit: problems per task; None is all of them.
         folder: for the results.
         allow_code_execution: consent to running code that the models write.
+        parts: folder of what is done of tasks; None is one in `folder`. Evaluations that share it ask the base once.
     """
 
     loaded: LoadedManifest
@@ -70,6 +71,12 @@ class Evaluation:
     limit: int | None
     folder: Path
     allow_code_execution: bool
+    parts: Path | None = None
+
+    @property
+    def parts_folder(self) -> Path:
+        """Where what is done of tasks is kept, for the next run."""
+        return self.folder / ".parts" if self.parts is None else self.parts
 
     @property
     def result_files(self) -> tuple[Path, Path]:

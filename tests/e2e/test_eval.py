@@ -223,6 +223,40 @@ def test_a_server_of_something_else(folder: Path, idle: Path, server: Server, mo
             assert word in done.output
 
 
+@pytest.mark.parametrize(("backend", "limit"), [("transformers", 20), ("vllm", 20)])
+def test_several_builds(folder: Path, idle: Path, local: dict[str, Any], backend: str, limit: int) -> None:
+    """One server, or one base in memory, and its answers; what cannot be measured is named, and the others go on."""
+    (folder / "unbuilt.toml").write_text(MANIFEST.replace('"sums"', '"unbuilt"'))
+    (folder / "broken.toml").write_text("schema = ")
+    given = ["sums.toml", "unbuilt.toml", "broken.toml", str(idle)]
+    results = f"several-{backend}"
+    arguments = ["eval", *given, "--results", results, "--backend", backend, "--limit", str(limit)]
+    done = run_cli(*arguments, cwd=folder, timeout_s=900, host="vllm" if backend == "vllm" else "soka")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("starting vLLM on") == (1 if backend == "vllm" else 0)
+    rows = json.loads((folder / results / f"results-{backend}.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["sums", "unbuilt", "broken.toml", "idle"]
+    assert "not built" in rows[1]["error"]
+    assert "broken.toml" in rows[2]["error"]
+    for row in rows[1:3]:
+        assert f"{row['name']} failed: " in done.stdout
+    (sums,), (idle_score,) = rows[0]["scores"], rows[3]["scores"]
+    assert round(sums["result"] * limit) == _correct(folder, "result", limit)
+    assert idle_score["base"] == sums["base"]
+    assert idle_score["result"] <= 0.1 < sums["result"]
+    for row in (rows[0], rows[3]):
+        found = json.loads((folder / results / row["results"]).read_text())
+        parts = {part["role"]: part for part in found["parts"]}
+        assert parts["result"]["active"]["effect_before_nats"] > 1e-4
+        assert parts["result"]["model"] == row["name"]
+    assert len(list((folder / results / ".parts").glob("base-*.json"))) == 1
+    table = (folder / results / f"results-{backend}.md").read_text()
+    assert "| sums | soka_builtin_math |" in table
+    assert "| unbuilt | failed |" in table
+    assert str(folder) not in table
+
+
 def test_an_adapter_without_effect_is_no_result(folder: Path, idle: Path) -> None:
     adapter = read_adapter(folder / "build" / "idle" / "adapter")
     lock = read_lock(adapter.directory / "soka.lock")

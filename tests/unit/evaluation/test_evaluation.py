@@ -17,9 +17,9 @@ from soka_serve.builtin import base_directory
 from soka_serve.data.examples import DataReader
 from soka_serve.errors import EvalError, SandboxError
 from soka_serve.evaluation import gsm8k, math_task, mbpp, prompts, sources, tasks
-from soka_serve.evaluation.backends import own_dtype
 from soka_serve.evaluation.harness import task_manager
 from soka_serve.evaluation.prompts import SHIPPED_PROMPTS, zero_shot_prompt
+from soka_serve.evaluation.shared import own_dtype
 from soka_serve.manifest.read import read_manifest
 
 pytestmark = pytest.mark.usefixtures("plain_evaluation")
