@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from soka_serve.builtin import base_directory
+from tests.support import preloaded
 from tests.support.serve_adapters import (
     ALPHA,
     BETA,
@@ -19,7 +23,7 @@ from tests.support.serve_adapters import (
     write_peft,
     write_soka,
 )
-from tests.support.serving import base_model, random_factors, serve
+from tests.support.serving import ONE_PROCESS, Server, base_model, random_factors, serve
 
 pytestmark = pytest.mark.slow
 
@@ -179,3 +183,41 @@ def test_many_sums_take_no_more_than_a_few(served: AdapterServer) -> None:
     status, reply = served.server.load("x", "soka-sum:[]")
     assert status == 400
     assert "a sum of adapters is not loaded" in reply["error"]["message"]
+
+
+# --- without a server -------------------------------------------------------------------------------------------------
+
+ASK = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from soka_vllm.sums import sum_request
+
+adapters = {"math": LoRARequest("math", 1, sys.argv[2]), "lora": LoRARequest("lora", 2, sys.argv[3])}
+lora = {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8, "lora_target_modules": sys.argv[4].split()}
+model = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4, **lora)
+sampling = SamplingParams(temperature=0, max_tokens=12, logprobs=1, ignore_eos=True)
+asked = sum_request("math+0.5*lora", adapters)
+(reply,) = model.generate({"prompt_token_ids": json.loads(sys.argv[5])}, sampling, lora_request=asked)
+out = reply.outputs[0]
+logprobs = [step[token].logprob for step, token in zip(out.logprobs, out.token_ids)]
+print("ANSWER", json.dumps([list(out.token_ids), logprobs]))
+"""
+
+
+def test_the_llm_class(tmp_path: Path) -> None:
+    """The members were never asked for; they are loaded for the sum."""
+    references = {
+        "base": base_model(),
+        "math": write_soka(tmp_path / "math", random_factors(ALPHA, 1, seed=1, scale=0.02)),
+        "lora": write_peft(tmp_path / "lora", LORA, seed=4),
+    }
+    references["sum"] = summed(references, (1, "math"), (0.5, "lora"))
+    environment = {**ONE_PROCESS, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [base_directory(), tmp_path / "math", tmp_path / "lora", " ".join(TARGET_OPTIONS[1:]), PROMPTS[0]]
+    command = [preloaded.CODE, ASK, *map(str, arguments)]
+    done = preloaded.run("vllm", command, cwd=tmp_path, env=environment, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert lines, done.stdout[-2000:] + done.stderr[-4000:]
+    tokens, logprobs = json.loads(lines[0].removeprefix("ANSWER "))
+    AdapterServer(Server("", tmp_path / "log"), references, tmp_path).check(["sum"], [(tokens, logprobs)], [PROMPTS[0]])
