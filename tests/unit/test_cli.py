@@ -35,7 +35,7 @@ def test_init_plan_and_a_typing_mistake(tmp_path: Path, monkeypatch: pytest.Monk
     assert _run("init", "mine").exit_code == 0
     planned = _run("plan", "mine.toml", "--json")
     assert planned.exit_code == 0, planned.output
-    assert json.loads(planned.output)["name"] == "mine"
+    assert json.loads(planned.stdout)["name"] == "mine"
 
     refused = _run("init", "mine")
     assert refused.exit_code == 2
