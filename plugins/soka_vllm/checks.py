@@ -46,7 +46,6 @@ CALLED = (
         )
     ),
     Signature("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", "self method args"),
-    Signature("vllm.lora.utils", "get_adapter_absolute_path", "lora_path"),
 )
 # By module: a class and what its constructor must set.
 ATTRIBUTES = {

@@ -13,9 +13,11 @@ from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from soka_serve.errors import is_printable, printable
+from soka_serve.adapter.remote.address import is_url
+from soka_serve.adapter.remote.problems import FetchError
+from soka_serve.errors import SokaError, is_printable, printable
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
-from soka_vllm import metrics
+from soka_vllm import metrics, remote
 from soka_vllm.folders import OutsideError, lies_in
 from soka_vllm.names import build_names, missing_model
 from soka_vllm.places import Locks, adapter_directory, allowed_roots
@@ -49,7 +51,10 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
         missing = f"The model '{printable(lora_name)}' does not exist"  # to `check_model`, which knows more
         return create_error_response(missing, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
     with reasons_noted() as reasons:
-        answer = await stock(models, lora_name)
+        try:
+            answer = await stock(models, lora_name)
+        except SokaError as error:
+            return _not_fetched(lora_name, error)
     if isinstance(answer, ErrorResponse) and reasons:
         answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
     return answer
@@ -58,6 +63,9 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
 async def check_model(stock: Any, serving: Any, request: Any) -> Any:
     """BaseServing._check_model: a sum of adapters is one; of a model that does not exist, the answer says which do."""
     begin_request()
+    served = getattr(serving.models, "lora_requests", {}).get(request.model)
+    if served is not None:
+        await remote.keep(served.lora_path)
     answer = await stock(serving, request)
     missing = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND
     if not missing and not (answer is None and envs.VLLM_SKIP_MODEL_NAME_VALIDATION):  # any name is the base's then
@@ -103,6 +111,14 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     path = request.lora_path or ""
     roots = None if operator_loads() else allowed_roots()
     message = _refusal(request.lora_name, path)
+    if not message:
+        try:
+            found = await _fetched(models, path)
+        except SokaError as error:
+            return _not_fetched(request.lora_name, error)
+        if found is not None:
+            path, roots = str(found), [found]
+            request = request.model_copy(update={"lora_path": path})
     if not message and roots is not None and path:
         directory = adapter_directory(path, roots)
         if not await asyncio.to_thread(lies_in, directory, roots):
@@ -127,11 +143,43 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
 
 async def unload(stock: Any, models: Any, request: Any) -> Any:
     """OpenAIServingModels.unload_lora_adapter."""
+    served = models.lora_requests.get(request.lora_name)
     answer = await stock(models, request)
     if not isinstance(answer, ErrorResponse):
+        if served is not None and all(other.lora_path != served.lora_path for other in models.lora_requests.values()):
+            remote.forget(served.lora_path)
         metrics.counters().unloaded(request.lora_name)
         sums_of(models).unloaded(request.lora_name)
     return answer
+
+
+async def _fetched(models: Any, path: str) -> Path | None:
+    """The folder of an adapter that is kept elsewhere; None where a load names a path of this machine.
+
+    Clients may have loaded what lies below the URL of the builds, and hub ids where no folders are set.
+
+    Raises:
+        SokaError: not allowed, or it cannot be fetched.
+    """
+    if is_url(path) and path.startswith("file:"):
+        raise SokaError(f"'{printable(path)}': give the folder as a path")
+    free = operator_loads()
+    if not free and not is_url(path):
+        if allowed_roots() is not None:
+            return None
+        free = True
+    folders = [r.folder for r in getattr(models, "lora_resolvers", ()) if isinstance(r, remote.RemoteResolver)]
+    address = remote.address_of(path, folders, free=free)
+    return None if address is None else await remote.fetch(address)
+
+
+def _not_fetched(name: str, error: SokaError) -> ErrorResponse:
+    """The answer about an adapter that cannot be fetched: 503 where another try, or the operator, can mend it."""
+    _logger.warning("Adapter '%s' is not fetched: %s%s", printable(name), error.message, f" {error.hint or ''}")
+    mendable = isinstance(error, FetchError) and error.kind in ("passing", "denied", "no credentials")
+    status = HTTPStatus.SERVICE_UNAVAILABLE if mendable else HTTPStatus.BAD_REQUEST
+    kind = "ServiceUnavailableError" if mendable else "BadRequestError"
+    return create_error_response(f"{printable(name)}: {error.message}", err_type=kind, status_code=status)
 
 
 def _refusal(name: str, path: str) -> str:

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
+from soka_serve.adapter.remote.fetch import local_adapter
 from soka_serve.errors import printable
 from soka_serve.io.file_names import CONFIG_FILE
 from soka_vllm.folders import lies_in, opened, renamed
@@ -29,6 +30,11 @@ _LIMITED = "soka-roots:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
+def is_build_name(name: str) -> bool:
+    """Whether a name can be that of a build: one component of a path, not hidden."""
+    return _NAME.fullmatch(name) is not None
+
+
 def find_build(folder: Path, name: str) -> Path | None:
     """The adapter of a name in a folder of builds; None where there is none, or where the name leads out of the folder.
 
@@ -36,7 +42,7 @@ def find_build(folder: Path, name: str) -> Path | None:
         folder: the folder.
         name: what a client asked for, so anything.
     """
-    if not _NAME.fullmatch(name):
+    if not is_build_name(name):
         return None
     for place in (folder / name / "adapter", folder / name):
         if (place / CONFIG_FILE).is_file():
@@ -68,11 +74,12 @@ def roots_of(lora_request: Any) -> list[Path] | None:
 
 
 def adapter_directory(path: str, roots: Sequence[Path] | None) -> Path:
-    """Where an adapter's files are; hub ids are fetched, but not for those who may load from `roots` only."""
-    if roots is None and not os.path.isabs(path):  # noqa: PTH117
-        from vllm.lora.utils import get_adapter_absolute_path
+    """Where an adapter's files are; hub ids and URLs are fetched, but not for those who may load from `roots` only.
 
-        return Path(get_adapter_absolute_path(path))
+    A server has fetched them before it asks; they come here from programs that call vLLM themselves.
+    """
+    if roots is None and not os.path.isabs(path):  # noqa: PTH117
+        return local_adapter(path).absolute()
     return Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 (pathlib's raises for users that do not exist)
 
 

@@ -3,8 +3,8 @@
 Two environment variables set which folders adapters come from:
 
 - SOKA_BUILDS=FOLDER: a request for a model NAME that is not served yet loads FOLDER/NAME/adapter, or FOLDER/NAME where
-  the adapter is there itself. vLLM asks its resolvers with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only. SoKA, LoKr and LoRA
-  alike; vLLM's own filesystem resolver knows LoRA only.
+  the adapter is there itself. FOLDER may be a URL (`soka_vllm.remote`). vLLM asks its resolvers with
+  VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 only. SoKA, LoKr and LoRA alike; vLLM's own filesystem resolver knows LoRA only.
 - SOKA_ADAPTER_ROOTS=FOLDER[:FOLDER...]: /v1/load_lora_adapter refuses (400) what is not inside one of them, hub ids
   too. Adapters that the server is started with, and those of SOKA_BUILDS, are the operator's and not held against it.
 """
@@ -22,6 +22,8 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+from soka_serve.adapter.remote.address import is_url, local_path, parse_folder
+from soka_serve.errors import SokaError
 from soka_serve.io.scoped import scoped
 from soka_vllm.places import find_build, limited
 from soka_vllm.settings import BUILDS_VARIABLE
@@ -55,14 +57,26 @@ def register() -> None:
     """Register the resolver if SOKA_BUILDS is set.
 
     Raises:
-        ValueError: SOKA_BUILDS is no directory.
+        ValueError: SOKA_BUILDS is no directory, and no URL of one.
     """
     folder = os.environ.get(BUILDS_VARIABLE)
-    if folder:
-        path = Path(folder).expanduser()
+    if folder and is_url(folder) and not folder.startswith("file:"):
+        from soka_vllm.remote import RemoteResolver
+
+        try:
+            LoRAResolverRegistry.register_resolver("SoKA builds", RemoteResolver(parse_folder(folder)))
+        except SokaError as error:
+            raise ValueError(f"{BUILDS_VARIABLE}: {error.message}") from error
+    elif folder:
+        path = local_path(folder)
         if not path.is_dir():
             raise ValueError(f"{BUILDS_VARIABLE} is {folder!r}: no such directory")
         LoRAResolverRegistry.register_resolver("SoKA builds", BuildsResolver(path.resolve()))
+
+
+def limit_to(folder: Path) -> None:
+    """The load at hand, of this folder, must lie in it."""
+    _limits.set((str(folder), [folder]))
 
 
 def limits_of(lora_request: Any) -> Any:

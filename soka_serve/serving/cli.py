@@ -5,11 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from soka_serve.io.console import FILE, PassThroughCommand, say
+from soka_serve.io.console import FILE, SOURCE, PassThroughCommand, say
+
+if TYPE_CHECKING:
+    from soka_serve.adapter.remote.address import Address
+
+
+def _builds(given: str | None) -> Path | Address | None:
+    """The value of --builds."""
+    from soka_serve.adapter.remote.address import is_url, local_path, parse_folder
+
+    if given is None or not is_url(given):
+        return None if given is None else Path(given)
+    return local_path(given) if given.startswith("file:") else parse_folder(given)
 
 
 @click.command(
@@ -22,6 +34,7 @@ from soka_serve.io.console import FILE, PassThroughCommand, say
     soka-serve serve build/math/merged
     soka-serve serve --builds build --base tiny
     soka-serve serve owner/math@v2 code=s3://bucket/adapters/code
+    soka-serve serve --builds s3://bucket/adapters --base path/to/base
     """,
 )
 @click.argument("targets", nargs=-1, metavar="[NAME=]TARGET... [-- VLLM OPTIONS]")
@@ -32,7 +45,13 @@ from soka_serve.io.console import FILE, PassThroughCommand, say
     help="The base, in place of the one that the adapters name: a directory (quantised or not), a hub id, or 'tiny'.",
 )
 @click.option("--out", type=FILE, help="Folder of builds of the manifests (default: [output] dir).")
-@click.option("--builds", type=FILE, help="Also serve every adapter in this folder by its name, at the first request.")
+@click.option(
+    "--builds",
+    type=SOURCE,
+    callback=lambda ctx, param, value: _builds(value),
+    help="Also serve every adapter in this folder by its name, at the first request: a folder, its URL (s3://, gs://, "
+    "https://), or hf://OWNER for a hub's.",
+)
 @click.option(
     "--runtime-loading/--no-runtime-loading",
     default=None,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+from soka_serve.adapter.remote.address import Address
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_code
 from soka_serve.errors import SokaError
@@ -70,7 +71,7 @@ class ServeOptions:
     host: str | None = None
     port: int | None = None
     runtime_loading: bool | None = None
-    builds: Path | None = None
+    builds: Path | Address | None = None
     vllm: tuple[str, ...] = ()
 
 
@@ -228,7 +229,7 @@ def _ours(
         options["--tokenizer"] = [str(base.tokenizer)]
     later = _loads_later(settings)
     adapters = {t.path for t in targets}
-    if settings.builds is not None:
+    if isinstance(settings.builds, Path):
         adapters |= {path.resolve() for path in list_builds(settings.builds)}
     slots = max(len(targets), len(adapters), _LATER_SLOTS if later else 1)
     options |= {
@@ -322,11 +323,12 @@ def _environment(
             added["VLLM_PLUGINS"] = ",".join(sorted(set(found) - {PLUGIN}))
         return added
     if settings.builds is not None:
-        added["SOKA_BUILDS"] = str(settings.builds.resolve())
+        folder = str(settings.builds.resolve()) if isinstance(settings.builds, Path) else settings.builds.url
+        added["SOKA_BUILDS"] = folder
         added[_RUNTIME_VARIABLE] = "1"
         if not settings.runtime_loading and "SOKA_ADAPTER_ROOTS" not in os.environ:
             # vLLM opens its load endpoint with it, which would read any folder: the folder of builds is enough.
-            added["SOKA_ADAPTER_ROOTS"] = str(settings.builds.resolve())
+            added["SOKA_ADAPTER_ROOTS"] = folder if isinstance(settings.builds, Path) else ""
     elif settings.runtime_loading is not None:
         added[_RUNTIME_VARIABLE] = "1" if settings.runtime_loading else "0"
     if not _loads_later(settings) and not any(t.peft_type == "LORA" for t in targets) and "SOKA_LORA" not in os.environ:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from soka_serve.adapter.remote.address import Address
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.files import disk_errors
 from soka_serve.io.own_cache import own_folder
@@ -45,7 +46,7 @@ def plan_launch(
     _check_installation(merged=merged)
     served: ServedBase | None = None
     if not merged:
-        served = find_base(targets or _some_build(settings.builds), base)
+        served = find_base(targets or _some_build(settings.builds, base), base)
     return targets, make_launch(targets, served, settings)
 
 
@@ -110,9 +111,13 @@ def _check_installation(*, merged: bool) -> None:
         )
 
 
-def _some_build(folder: Path | None) -> list[Target]:
+def _some_build(folder: Path | Address | None, base: str | None) -> list[Target]:
     """The adapters of a folder of builds, whose base is the one to serve."""
     assert folder is not None
+    if isinstance(folder, Address):  # whose adapters are not listed
+        if base is None:
+            raise SokaError(f"--builds {folder}: which base is served is not said", hint="Give --base, or a TARGET.")
+        return []
     adapters = list_builds(folder)
     if not adapters:
         raise SokaError(f"--builds {folder}: no adapter in it", hint="Build one, or give --base and TARGETs.")

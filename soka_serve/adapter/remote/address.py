@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -52,6 +52,15 @@ class Address:
         """Whether it can mean one content only, so that what was fetched once need not be asked for again."""
         return self.sha256 is not None or (self.revision is not None and bool(_COMMIT.fullmatch(self.revision)))
 
+    @property
+    def url(self) -> str:
+        """The location as a URL."""
+        return f"{HUB}://{self.location}" if self.scheme == HUB else self.location
+
+    def below(self, name: str) -> Address:
+        """The adapter `name` in this folder, or of this owner on a hub."""
+        return replace(self, location=f"{self.location}/{name}")
+
     def __str__(self) -> str:
         revision = f"@{self.revision}" if self.revision else ""
         pin = f"@sha256:{self.sha256}" if self.sha256 else ""
@@ -90,7 +99,19 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
-def _parse_url(text: str) -> Address | None:
+def parse_folder(text: str) -> Address:
+    """The URL of a folder that holds adapters by name; `hf://owner` for all of a hub's owner.
+
+    Raises:
+        CheckpointError: no such URL, or one with a pin.
+    """
+    address = _parse_url(text, folder=True)
+    if address is None or address.sha256 is not None:
+        raise CheckpointError(f"{_shown(text)}: expected the URL of a folder that holds adapters", hint=EXPECTED)
+    return address
+
+
+def _parse_url(text: str, *, folder: bool = False) -> Address | None:
     rest, sha256 = _split_pin(text)
     scheme = rest.partition("://")[0].lower()
     problem = _url_problem(rest)
@@ -102,8 +123,10 @@ def _parse_url(text: str) -> Address | None:
             raise CheckpointError(f"{_shown(text)}: a pin is for what is fetched", hint="Leave @sha256:... out.")
         return None
     if scheme == HUB:
+        if folder and "/" not in path:
+            return Address(HUB, path)
         found = _HUB_ID.fullmatch(path)
-        if found is None:
+        if found is None or folder:
             raise CheckpointError(f"{_shown(text)}: expected hf://owner/name or hf://owner/name@revision")
         return _hub(found, sha256)
     return Address(scheme, f"{scheme}://{path}", None, sha256)

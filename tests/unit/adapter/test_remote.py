@@ -19,7 +19,7 @@ import pytest
 
 from soka_serve.adapter.remote import cache as cache_module
 from soka_serve.adapter.remote import fetch as fetch_module
-from soka_serve.adapter.remote.address import Address, parse_address
+from soka_serve.adapter.remote.address import Address, parse_address, parse_folder
 from soka_serve.adapter.remote.cache import FOLDER_VARIABLE, LIMIT_VARIABLE, AdapterCache, hold
 from soka_serve.adapter.remote.fetch import fetch_adapter, local_adapter
 from soka_serve.adapter.remote.problems import FetchError
@@ -163,6 +163,14 @@ def test_what_is_no_address_is_refused_and_no_secret_shown(text: str, said: str)
     with pytest.raises(CheckpointError, match=said) as raised:
         parse_address(text)
     assert "hunter2" not in raised.value.message + str(raised.value.hint)
+
+
+def test_folders_of_adapters() -> None:
+    assert parse_folder("s3://b/a/").below("math").location == "s3://b/a/math"
+    assert parse_folder("hf://owner").below("math") == Address("hf", "owner/math")
+    for text in ("file:///a", "hf://owner/name", "s3://b/a@sha256:" + "0" * 64):
+        with pytest.raises(CheckpointError, match=r"folder that holds adapters|hf://owner"):
+            parse_folder(text)
 
 
 # --- stores ---

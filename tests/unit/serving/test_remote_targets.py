@@ -44,6 +44,16 @@ def test_targets_of_serve(web: WebServer, tmp_path: Path) -> None:
     assert "no such file or directory" in said
 
 
+def test_a_url_of_builds(web: WebServer) -> None:
+    done = run_serve("--builds", f"{web.url}/kept", "--base", base_directory(), "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert f"SOKA_BUILDS={web.url}/kept " in done.output
+    assert "SOKA_ADAPTER_ROOTS='' " in done.output  # no folder of this machine
+    assert "--max-loras 8" in done.output
+    assert "which base" in refused("--builds", f"{web.url}/kept")
+    assert "credentials" in refused("--builds", "https://me:secret@host/kept", "--base", "tiny")
+
+
 def test_inspect_merge_combine_and_export(web: WebServer, tmp_path: Path) -> None:
     url = f"{web.url}/kept/one"
     assert json.loads(run("inspect", url, "--json"))["modules"][0]["module"] == PROJECTION

@@ -1,0 +1,125 @@
+"""Adapters that are kept elsewhere, seen from the API process: fetched into the cache, and fetched again if need be.
+
+The engine and its workers see folders of the cache only, so that none of them waits for a network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver
+
+from soka_serve.adapter.remote.address import Address, parse_address
+from soka_serve.adapter.remote.cache import touch
+from soka_serve.adapter.remote.fetch import fetch_adapter
+from soka_serve.adapter.remote.problems import FetchError
+from soka_serve.errors import SokaError, printable
+from soka_vllm.places import is_build_name
+
+_logger = logging.getLogger("vllm.soka")
+
+# Threads of their own: a slow store takes none of those that check adapters of this machine.
+_threads = ThreadPoolExecutor(4, "soka-fetch")
+_fetched: dict[str, Address] = {}  # by folder in the cache
+_MISSING_S = 5.0  # anyone may ask for what is not there, and each time a store would be asked
+_MOST_MISSING = 1000
+
+
+class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types here
+    """Finds adapters by name below a URL.
+
+    Args:
+        folder: the URL, as `parse_folder` gives it.
+    """
+
+    def __init__(self, folder: Address) -> None:
+        self.folder = folder
+        self._missing: dict[str, float] = {}
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        """Return a LoRARequest for the adapter of this name, or None; the load checks whether it fits.
+
+        Raises:
+            SokaError: it is there, or may be, and cannot be fetched.
+        """
+        from soka_vllm.resolver import limit_to
+
+        if not is_build_name(lora_name) or self._missing.get(lora_name, 0.0) > time.monotonic():
+            return None
+        try:
+            found = await fetch(self.folder.below(lora_name))
+        except FetchError as error:
+            if error.kind != "missing":
+                raise
+            if len(self._missing) >= _MOST_MISSING:
+                self._missing.clear()
+            self._missing[lora_name] = time.monotonic() + _MISSING_S
+            return None
+        limit_to(found)
+        return LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
+
+
+async def fetch(address: Address) -> Path:
+    """The folder of an adapter in the cache; it is fetched if it is not there.
+
+    Raises:
+        SokaError: it cannot be.
+    """
+    found = await asyncio.get_running_loop().run_in_executor(_threads, fetch_adapter, address)
+    _fetched[str(found)] = address
+    return found
+
+
+async def keep(path: str) -> None:
+    """Mark a served adapter's folder as used, and fetch it again where the cache has dropped it.
+
+    Where that fails, the adapter may still be in memory: the engine tells whether it needs the files.
+    """
+    address = _fetched.get(path)
+    if address is None:
+        return
+    try:
+        touch(Path(path))
+    except OSError:
+        try:
+            found = await fetch(address)
+        except SokaError as error:
+            _logger.warning("The cache has dropped an adapter that is served: %s", error.message)
+            return
+        if str(found) != path:
+            _logger.warning("The cache has dropped an adapter that is served, and %s holds another now", address)
+
+
+def forget(path: str) -> None:
+    """An adapter is served no more."""
+    _fetched.pop(path, None)
+
+
+def address_of(path: str, folders: list[Address], *, free: bool) -> Address | None:
+    """The address that a load was asked for with; None where that is a path of this machine.
+
+    Args:
+        path: what came.
+        folders: URLs below which adapters may be loaded.
+        free: whether everything may be loaded, as on the command line.
+
+    Raises:
+        SokaError: no address, or one outside of the folders.
+    """
+    address = parse_address(path)
+    if address is None or free:
+        return address
+    if any(_is_below(address, folder) for folder in folders):
+        return address
+    where = ", ".join(map(str, folders))
+    raise SokaError(f"'{printable(path)}' is not below {where}" if where else f"'{printable(path)}': no URL is allowed")
+
+
+def _is_below(address: Address, folder: Address) -> bool:
+    return address.scheme == folder.scheme and address.location.startswith(f"{folder.location}/")

@@ -1,0 +1,154 @@
+"""vLLM's list of models with adapters that are kept elsewhere; the engine is a stand-in that reads what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+with warnings.catch_warnings():  # vLLM uses what torch has deprecated
+    warnings.simplefilter("ignore")
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+
+    from soka_vllm import endpoints, remote
+
+from soka_serve.adapter.remote import fetch as fetch_module
+from soka_serve.adapter.remote.address import parse_folder
+from soka_serve.io.file_names import WEIGHTS_FILE
+from soka_vllm.places import adapter_files
+from soka_vllm.resolver import limits_of, operator_load
+from tests.support.remote_stores import WebServer, send, web_server
+
+STORED = Path(__file__).parents[2] / "data" / "stored" / "out" / "stored" / "adapter"
+
+
+class Engine:
+    """Reads the files of an adapter as the engine does, within the folders that a load is limited to."""
+
+    model_config = SimpleNamespace(model="base", max_model_len=16)
+    renderer = input_processor = None
+    errored = False
+
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+
+    async def add_lora(self, lora_request: Any) -> bool:
+        with adapter_files(limits_of(lora_request)) as files:
+            self.read.append((files / WEIGHTS_FILE).read_bytes())
+        return True
+
+
+@pytest.fixture
+def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    monkeypatch.setenv("SOKA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SOKA_ADAPTER_ROOTS", "")  # as `serve --builds URL` sets it
+    monkeypatch.setattr(fetch_module, "FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(remote, "_fetched", {})
+    with web_server() as site:
+        for path in ("builds/math/adapter", "builds/code", "kept/other"):
+            site.upload(STORED, path)
+        yield site
+
+
+@pytest.fixture
+def models(web: WebServer) -> Any:
+    made = OpenAIServingModels(Engine(), [BaseModelPath("tiny", "tiny")])
+    made.lora_resolvers = [remote.RemoteResolver(parse_folder(f"{web.url}/builds"))]
+    return made
+
+
+def resolve(models: Any, name: str) -> Any:
+    return asyncio.run(endpoints.resolve(OpenAIServingModels.resolve_lora, models, name))
+
+
+def load(models: Any, name: str, path: str) -> Any:
+    request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path)
+    return asyncio.run(endpoints.load(OpenAIServingModels.load_lora_adapter, models, request))
+
+
+def refused(answer: Any, code: int) -> str:
+    assert isinstance(answer, ErrorResponse), answer
+    assert answer.error.code == code, answer
+    return answer.error.message
+
+
+def test_a_name_is_fetched_at_its_first_request(models: Any, web: WebServer, tmp_path: Path) -> None:
+    for name in ("math", "code"):
+        found = resolve(models, name)
+        assert found.lora_name == name
+        assert tmp_path / "cache" in Path(found.lora_path).parents
+    assert models.engine_client.read == [(STORED / WEIGHTS_FILE).read_bytes()] * 2
+    assert sorted(models.lora_requests) == ["code", "math"]
+
+
+def test_what_is_not_there_or_not_to_be_had(models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(web, "answer", lambda request: asked.append(request.path))
+    assert "does not exist" in refused(resolve(models, "none"), 404)
+    times = len(asked)
+    assert times > 0
+    refused(resolve(models, "none"), 404)
+    assert len(asked) == times  # not again within seconds
+    for name in ("..", "kept/other", ".hidden", "a/../../kept/other", "%2e%2e", "x" * 201):
+        refused(resolve(models, name), 404)
+    assert len(asked) == times
+    web.files[f"/builds/code/{WEIGHTS_FILE}"] = b"0123456789"
+    assert "not a safetensors file" in refused(resolve(models, "code"), 400)
+    monkeypatch.setattr(web, "answer", lambda request: send(request, 403, b"") is None)
+    assert "access denied" in refused(resolve(models, "math"), 503)
+    monkeypatch.setattr(web, "answer", lambda request: send(request, 503, b"") is None)
+    assert "cannot be reached" in refused(resolve(models, "math"), 503)
+    assert models.lora_requests == {}
+
+
+def test_clients_load_what_is_below_the_url_and_nothing_else(models: Any, web: WebServer) -> None:
+    for path, said in {
+        f"{web.url}/kept/other": "is not below",
+        f"{web.url}/builds/../kept/other": "'.' or '..'",
+        f"{web.url}/builds": "is not below",
+        f"{web.url}/buildsmore/other": "is not below",
+        "s3://bucket/other": "is not below",
+        "https://me:hunter2@host/a": "credentials in a URL",
+        f"file://{STORED}": "give the folder as a path",
+        str(STORED): "not an adapter directory inside",
+        "owner/name": "not an adapter directory inside",
+    }.items():
+        message = refused(load(models, "a", path), 400)
+        assert said in message, path
+        assert "hunter2" not in message
+    assert not web.asked
+    assert "added" in load(models, "a", f"{web.url}/builds/math")
+    with operator_load():
+        assert "added" in load(models, "b", f"{web.url}/kept/other")
+    models.lora_resolvers = []
+    assert "no URL is allowed" in refused(load(models, "c", f"{web.url}/builds/math"), 400)
+
+
+def test_what_the_cache_has_dropped_is_fetched_again(models: Any, web: WebServer) -> None:
+    path = Path(resolve(models, "math").lora_path)
+    shutil.rmtree(path.parent)
+
+    async def checked(serving: Any, request: Any) -> None:
+        assert (path / WEIGHTS_FILE).is_file()
+
+    def ask() -> None:
+        serving = SimpleNamespace(models=models)
+        asyncio.run(endpoints.check_model(checked, serving, SimpleNamespace(model="math")))
+
+    ask()
+    asked = len(web.asked)
+    ask()
+    assert len(web.asked) == asked
+    asyncio.run(
+        endpoints.unload(OpenAIServingModels.unload_lora_adapter, models, UnloadLoRAAdapterRequest(lora_name="math"))
+    )
+    assert remote._fetched == {}
