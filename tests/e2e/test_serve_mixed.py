@@ -29,6 +29,7 @@ from tests.support.serve_adapters import (
     PROMPTS,
     TARGET_OPTIONS,
     AdapterServer,
+    summed,
     write_peft,
     write_soka,
 )
@@ -160,6 +161,7 @@ def test_bfloat16_in_eager_mode(tmp_path: Path) -> None:
         "lora": write_peft(tmp_path / "lora", LORA, seed=3),
         "beta": write_soka(tmp_path / "beta", random_factors(BETA, 4, seed=2, scale=0.02)),
     }
+    references["alpha+0.3*lora"] = summed(references, (1, "alpha"), (0.3, "lora"))
     options = [*TARGET_OPTIONS, "--enforce-eager", "--max-loras", "3"]
     options += ["--lora-modules", *(f"{n}={tmp_path / n}" for n in ("alpha", "lora", "beta"))]
     jobs = [(name, prompt) for prompt in PROMPTS for name in references]

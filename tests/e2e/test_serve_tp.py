@@ -25,6 +25,7 @@ from tests.support.serve_adapters import (
     TARGET_OPTIONS,
     AdapterServer,
     module,
+    summed,
     write_peft,
     write_soka,
 )
@@ -44,6 +45,11 @@ AWKWARD = {
     "down": (8, 11, 16, 32),
 }
 KINDS = ["base", "alpha", "awkward", "lora", "lokr"]
+# Of one kind, and of two that share layers; awkward ones are cut.
+SUMS: dict[str, list[tuple[float, str]]] = {
+    "0.5*awkward": [(0.5, "awkward")],
+    "awkward+-0.5*lora": [(1, "awkward"), (-0.5, "lora")],
+}
 LONG = [1, *range(30, 230)]  # more than a block of the prefix cache, which has 128 tokens on CPUs
 
 
@@ -56,6 +62,7 @@ def serve_two(folder: Path, options: list[str], keep_gib: str) -> Iterator[Adapt
         "lora": write_peft(folder / "lora", LORA, seed=3),
         "lokr": write_peft(folder / "lokr", LOKR, seed=3),
     }
+    references |= {text: summed(references, *terms) for text, terms in SUMS.items()}
     options = [*options, "--max-loras", "4", *TARGET_OPTIONS]
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in KINDS[1:])]
     with pytest.MonkeyPatch.context() as patch:
@@ -102,7 +109,7 @@ def change(folder: Path, key: str, value: torch.Tensor) -> None:
 def test_tensor_parallel_answers(tensor_parallel: AdapterServer) -> None:
     for name in KINDS:
         tensor_parallel.check_alone(name, PROMPTS[0])
-    tensor_parallel.check_at_once(KINDS)
+    tensor_parallel.check_at_once([*KINDS, *SUMS])
 
 
 def test_a_refused_adapter_leaves_the_workers_together(tensor_parallel: AdapterServer) -> None:
@@ -198,7 +205,7 @@ def test_files_that_vanish_are_not_missed(tensor_parallel: AdapterServer) -> Non
 def test_pipeline_parallel_answers(pipeline_parallel: AdapterServer) -> None:
     for name in KINDS:
         pipeline_parallel.check_alone(name, PROMPTS[0])
-    pipeline_parallel.check_at_once(KINDS)
+    pipeline_parallel.check_at_once([*KINDS, *SUMS])
 
 
 def test_each_stage_answers_for_its_layers(pipeline_parallel: AdapterServer) -> None:
