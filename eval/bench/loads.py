@@ -6,7 +6,8 @@ Layers are the plugin's, with the shapes of a LLaMA and nothing of vLLM's behind
 (packing q, k and v, its caches, the call into the worker) is left out; `eval.bench.serve --loads` has it in. Adapters
 are written in bfloat16 with one term a module and are in the page cache. Medians of processor time, ms:
 
-- "read": files opened, checked and read into factors for the slots;
+- "read": files opened, checked and read into factors for the slots; "first_read": the same, of an adapter whose config
+  and header are like none that was read before (the plugin remembers what follows from them);
 - "fingerprint": the hash of all values, which the engine compares between workers;
 - "slot": put into a slot by `set_lora` of every layer; "swap": again, into a slot that holds another adapter.
 """
@@ -63,17 +64,20 @@ def make_manager(shards: dict[str, LayerShards], packed: dict[str, list[str]]) -
     """What the plugin asks of vLLM's WorkerLoRAManager."""
     from soka_vllm.layers import KroneckerMixin
     from soka_vllm.limits import ModelLimits
+    from soka_vllm.plans import Plans
     from soka_vllm.slots import SlotStore
 
     class Layer(KroneckerMixin):
         def __init__(self, shards: LayerShards) -> None:
             self.shards, self._lora_slots, self._lora_served, self._on_cpu = shards, set(), False, True
+            self._beside = False
             self._kronecker = SlotStore(SLOTS + 1, shards.widths, shards.in_features, torch.bfloat16, "cpu")
 
     model = SimpleNamespace(named_modules=list)
     plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
     modules = {name: Layer(part) for name, part in shards.items()}
     adapters = SimpleNamespace(modules=modules, packed_modules=packed, model=model, **plain)
+    adapters._soka_plans = Plans(alone=True)  # asked of vLLM's groups of processes, as the limits are
     return SimpleNamespace(
         _adapter_manager=adapters,
         lora_config=SimpleNamespace(lora_dtype=torch.bfloat16, max_lora_rank=8),
@@ -93,7 +97,7 @@ def measure(size: tuple[int, ...], folder: Path) -> dict[str, Any]:
     for i in range(ADAPTERS):
         torch.manual_seed(i)
         write_adapter(folder / f"{i}", random_factors(weights, 1), base_model="base", dtype=torch.bfloat16)
-    times: dict[str, list[float]] = {"read": [], "fingerprint": [], "slot": [], "swap": []}
+    times: dict[str, list[float]] = {name: [] for name in ("first_read", "read", "fingerprint", "slot", "swap")}
 
     def timed(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
         start = time.process_time()
@@ -108,6 +112,8 @@ def measure(size: tuple[int, ...], folder: Path) -> dict[str, Any]:
     kept = []
     for i in range(ADAPTERS):
         request = LoRARequest(f"{i}", i + 1, str(folder / f"{i}"), load_inplace=True)
+        manager._adapter_manager._soka_plans.by_layout.clear()
+        timed("first_read", reading.load, None, manager, request)
         model = timed("read", reading.load, None, manager, request)
         timed("fingerprint", store._reading, model)
         loras = dict(model.loras)

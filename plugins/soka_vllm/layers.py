@@ -9,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from soka_serve.kron.sharding import Cut, LayerShards, cut
+from soka_serve.kron.shapes import FactorShape
+from soka_serve.kron.sharding import Cut, LayerShards, Shard, cut
 from soka_vllm import compat
+from soka_vllm.ops.torch_ops import StackKind
 from soka_vllm.settings import serves_lora
 from soka_vllm.slots import SlotStore
 from soka_vllm.worker import ADAPTERS_IN_STEP
@@ -18,7 +20,7 @@ from soka_vllm.worker import ADAPTERS_IN_STEP
 _logger = logging.getLogger("vllm.soka")
 
 # Of a Left: its slice of the layer, and it and its Right as a slot holds them.
-_ARRANGED = "soka_arranged"
+ARRANGED = "soka_arranged"
 
 
 class KroneckerMixin:
@@ -95,8 +97,20 @@ class KroneckerMixin:
             return None
         found = self._kronecker.arrange(left, right, out_skip=part.out_skip, in_skip=part.in_skip)
         left, right = found.factors
-        setattr(left, _ARRANGED, (slice_, found))
+        setattr(left, ARRANGED, (slice_, found))
         return left, right, found.values
+
+    def whole_slice(self, index: int) -> int | None:
+        """The slice that is all of a module, where `arranged` has factors of the module; else None."""
+        found = [(i, part) for i, part in enumerate(self.shards.slices) if part.source == index]
+        if not self._on_cpu or len(found) != 1:
+            return None
+        rows, columns = self.shards.shapes[index]
+        return found[0][0] if found[0][1] == Shard(index, range(rows), range(columns)) else None
+
+    def kind(self, rank: int, shape: FactorShape) -> StackKind:
+        """How a slot of this layer holds whole factors of a rank and shape."""
+        return self._kronecker.kind(rank, shape)
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -125,14 +139,17 @@ class KroneckerMixin:
             self._lora_slots.add(index)
             return
         self.reset_lora(index)
+        ready = []
         for source, (left, right) in enumerate(zip(lefts, rights, strict=True)):
             if left is None:
                 continue
-            if (ready := getattr(left, _ARRANGED, None)) is not None:
-                self._kronecker.fill(index, *ready)
+            if (one := getattr(left, ARRANGED, None)) is not None:
+                ready.append(one)
             else:
                 for i, part in self.parts(source, left, right):
-                    self._kronecker.put(index, i, part.left, part.right, out_skip=part.out_skip, in_skip=part.in_skip)
+                    skips = {"out_skip": part.out_skip, "in_skip": part.in_skip}
+                    ready.append((i, self._kronecker.arrange(part.left, part.right, **skips)))
+        self._kronecker.fill(index, ready)
 
     def set_lora_beside(self, index: int, lora_a: list[Tensor | None], lora_b: list[Tensor | None]) -> None:
         """Add LoRA's matrices to a slot that holds Kronecker factors: the layer adds both deltas.

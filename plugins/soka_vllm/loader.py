@@ -12,16 +12,21 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
+from soka_serve.adapter.format import PEFT_TYPE, look_at_adapter
+from soka_serve.adapter.raw import read_raw
+from soka_serve.adapter.stacks import find_stacks
 from soka_serve.errors import SokaError, first_ten, is_shown, printable
 from soka_serve.io.budget import ReadingBudget
-from soka_serve.io.safetensors import find_not_finite
+from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
 from soka_vllm import compat
 from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.lycoris import KIND as LYCORIS
 from soka_vllm.lycoris import unflatten
-from soka_vllm.readers import READERS, within
+from soka_vllm.plans import Plan, make_plan, plans_of, refuse_not_finite
+from soka_vllm.readers import READERS, SokaFiles, within
+from soka_vllm.store import READ_RESULT, ReadResult
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -45,49 +50,86 @@ def load_adapter(
     Raises:
         ValueError: everything that is wrong with the adapter, or that does not fit the model.
     """
-    places = places_of(manager)
+    budget = budget or ReadingBudget()
+    plans = plans_of(manager)
     try:
-        files = READERS[kind](directory, budget or ReadingBudget())
-        own = files.shapes
+        raw = read_raw(directory, budget) if kind == PEFT_TYPE and plans.alone else None
+        plan = plans.find(raw.layout) if raw is not None else None
+        if plan is not None:
+            budget.take_values(directory, plan.stacks.values)
+            return _planned_model(plan, directory, lora_request, dtype)
+        files = READERS[kind](directory, budget) if raw is None else SokaFiles(look_at_adapter(directory, budget, raw))
+        own, places = files.shapes, places_of(manager)
         names = _served_names(kind, own, places, manager)
         # What does not fit the model is refused before its values are read.
-        here = 0 if files.problems else _check_layers({name: own[names[name]] for name in names}, places, manager)
+        if not files.problems:
+            _check_layers({name: own[names[name]] for name in names}, places, manager)
+        if raw is not None and isinstance(files, SokaFiles) and (stacks := find_stacks(files.files)) is not None:
+            plan = make_plan(stacks, names, places)
+            if plan is not None:
+                model = _planned_model(plan, directory, lora_request, dtype)
+                plans.keep(raw.layout, plan)
+                return model
         found = files.read()
-        adapter = {name: found[names[name]] for name in names}
     except SokaError as error:
         raise ValueError(within(directory, error)) from error
+    adapter = {name: found[names[name]] for name in names}
+    return _model_of(adapter, kind, lora_request, places, dtype)
+
+
+def _planned_model(plan: Plan, directory: Path, lora_request: Any, dtype: torch.dtype) -> Any:
+    """An adapter whose layout was checked."""
+    factors, fingerprint, nbytes = plan.load(directory, dtype)
+    weights = {}
+    for planned in plan.planned:
+        for name, _ in planned.places:
+            left, right = factors[name]
+            weights[name] = LoRALayerWeights(name, planned.kind.rank, planned.kind.rank, left, right, scaling=1)
+    _log_loaded(PEFT_TYPE, lora_request, weights, f"{nbytes} bytes in {dtype}")
+    model = LoRAModel(lora_request.lora_int_id, plan.ranks[1], weights)
+    setattr(model, READ_RESULT, ReadResult(fingerprint=fingerprint, nbytes=nbytes))
+    return model
+
+
+def _model_of(
+    adapter: Mapping[str, Factors],
+    kind: str,
+    lora_request: Any,
+    places: Mapping[str, tuple[Any, int]],
+    dtype: torch.dtype,
+) -> Any:
+    """An adapter of which each module's terms were read, by the served model's names."""
     weights = {}
     tensors: dict[str, torch.Tensor] = {}
-    flat: list[torch.Tensor] = []
-    values, room = 0, None
+    values, room, here = 0, None, 0
     for name, factors in adapter.items():
         left, right = (factors.left * factors.sigma[:, None, None]).to(dtype), factors.right.to(dtype)
         layer, index = places.get(name, (None, 0))
+        here += layer is not None
         if layer is not None and (arranged := layer.arranged(index, left, right)) is not None:
             left, right, own = arranged
-            flat.append(own)
             values += own.numel()
         else:
             right = factors.right.to(dtype, copy=True)  # else all of the file stays in memory for it
-            flat += left.flatten(), right.flatten()
             if layer is not None:
                 room = layer.slot_values
                 values += sum(part.left.numel() + part.right.numel() for _, part in layer.parts(index, left, right))
         tensors |= {f"{name}: Left": left, f"{name}: Right": right}
         weights[name] = LoRALayerWeights(name, factors.rank, factors.rank, left, right, scaling=1)
-    if not bool(torch.isfinite(torch.cat(flat)).all()):
-        spoilt = find_not_finite(tensors)
-        lines = first_ten([f"{name} has values that are not finite in {dtype}" for name in spoilt])
-        raise ValueError("\n".join(lines))
+    refuse_not_finite(tensors, dtype)
     if room is not None and values > room:
         raise ValueError(too_large(values, room))
-    ranks = sorted({weight.rank for weight in weights.values()})
+    size = values * dtype.itemsize
+    _log_loaded(kind, lora_request, weights, f"on this rank {here} of them with {size} bytes in {dtype}")
+    return LoRAModel(lora_request.lora_int_id, max(weight.rank for weight in weights.values()), weights)
+
+
+def _log_loaded(kind: str, lora_request: Any, weights: Mapping[str, Any], size: str) -> None:
+    ranks = [weight.rank for weight in weights.values()]
     _logger.info(
-        "%s adapter %r from %s: %d modules, ranks %d to %d, on this rank %d of them with %d bytes in %s",
-        *(kind, lora_request.lora_name, lora_request.lora_path, len(weights), ranks[0], ranks[-1]),
-        *(here, values * dtype.itemsize, dtype),
+        "%s adapter %r from %s: %d modules, ranks %d to %d, %s",
+        *(kind, lora_request.lora_name, lora_request.lora_path, len(weights), min(ranks), max(ranks), size),
     )
-    return LoRAModel(lora_request.lora_int_id, ranks[-1], weights)
 
 
 def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], manager: Any) -> dict[str, str]:
@@ -153,25 +195,20 @@ def places_of(manager: Any) -> dict[str, tuple[Any, int]]:
     return places
 
 
-def _check_layers(shapes: Mapping[str, FactorShape], places: Mapping[str, tuple[Any, int]], manager: Any) -> int:
+def _check_layers(shapes: Mapping[str, FactorShape], places: Mapping[str, tuple[Any, int]], manager: Any) -> None:
     """Check that each adapted module is a layer, or a slice of one, that takes Kronecker factors of its shape.
 
     A rank of a pipeline answers for its own layers; what lies inside a layer that it knows to be another's is left to
     that rank.
-
-    Returns:
-        How many of the modules are on this rank.
 
     Raises:
         ValueError: all that do not fit.
     """
     problems: list[str] = []
     elsewhere = compat.modules_elsewhere(manager.model)
-    here = 0
     for name, shape in shapes.items():
         if f"{name}.".startswith(elsewhere):
             continue
-        here += 1
         layer, index = places.get(name, (None, 0))
         if layer is None:
             problems.append(_no_layer(name, places, manager) if is_shown(problems) else name)
@@ -184,4 +221,3 @@ def _check_layers(shapes: Mapping[str, FactorShape], places: Mapping[str, tuple[
             )
     if problems:
         raise ValueError("\n".join(first_ten(problems)))
-    return here

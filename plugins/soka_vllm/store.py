@@ -11,7 +11,6 @@ The functions are sent to the workers by name; each takes vLLM's worker first an
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +18,15 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+import xxhash
 from torch import Tensor
 
 from soka_serve.errors import printable
 
 _logger = logging.getLogger("vllm.soka")
 
+# Of a LoRAModel: what `read` answers, where its reader knows that.
+READ_RESULT = "soka_read_result"
 _LONGEST_REASON = 4000  # characters of why an adapter is refused
 # On the LoRAModel of a sum: LoRA's matrices for layers that hold Kronecker factors of it too, by module.
 BESIDE = "soka_beside"
@@ -129,16 +131,18 @@ def undo(worker: Any, lora_request: Any) -> None:
 
 
 def _reading(model: Any) -> ReadResult:
-    digest = hashlib.sha256()
-    nbytes = 0
+    known = getattr(model, READ_RESULT, None)
+    if isinstance(known, ReadResult):
+        return known
+    nbytes, digest = 0, xxhash.xxh3_128()
     for name, tensor in _tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
         nbytes += tensor.nbytes
     return ReadResult(fingerprint=digest.hexdigest(), nbytes=nbytes)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """A tensor's values in row-major order. A dimension of one may have any stride, which `view` would refuse."""
     flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data  # type: ignore[no-any-return, unused-ignore]

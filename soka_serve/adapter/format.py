@@ -29,20 +29,20 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from soka_serve.adapter.raw import RawAdapter, read_raw
 from soka_serve.base.quantisation import QUANTIZE
 from soka_serve.base.weight_map import WeightMap
 from soka_serve.errors import CheckpointError, SokaError, first_ten, is_printable, is_shown, name_some, printable
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CARD_FILE, CONFIG_FILE, LOCK_FILE, WEIGHTS_FILE
 from soka_serve.io.files import write_bytes_atomic, write_text_atomic
-from soka_serve.io.json_files import read_json
+from soka_serve.io.json_files import parse_json
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.safetensors import (
     FLOAT_DTYPES,
-    PICKLE_SUFFIXES,
     TensorInfo,
     find_not_finite,
-    read_header,
+    parse_header,
     read_tensors,
 )
 from soka_serve.kron import Factors, stack_terms
@@ -58,7 +58,7 @@ KEY_PREFIX = "base_model.model."
 QUANTIZE_KEY = "soka_quantize"
 _KINDS = ("", "_initial")  # trained, and what the training began with
 
-_SAVE_AGAIN = "save or download the adapter again"
+SAVE_AGAIN = "save or download the adapter again"
 
 # The fields of soka_serve.peft.SokaConfig (a test holds the two together), with what a finished adapter has there.
 _CONFIG: dict[str, Any] = {
@@ -178,7 +178,7 @@ class AdapterFiles:
         values = read_tensors(fitting, torch.float32)
         problems += [f"{WEIGHTS_FILE}: {name} has values that are not finite" for name in find_not_finite(values)]
         if problems:
-            raise refusal(self.directory, problems, _SAVE_AGAIN)
+            raise refusal(self.directory, problems, SAVE_AGAIN)
         factors, initial = (
             {
                 name: Factors(*(values[key] for key in keys))
@@ -194,7 +194,7 @@ class AdapterFiles:
             if name in initial and not torch.equal(getattr(factors[name], part), getattr(initial[name], part))
         ]
         if moved:
-            raise refusal(self.directory, moved, _SAVE_AGAIN)
+            raise refusal(self.directory, moved, SAVE_AGAIN)
         for name, spec in self.config["soka_modules"].items():
             added = {part: values[key] for part in TENSORS if (key := f"{KEY_PREFIX}{name}.soka_{part}") in values}
             if added:
@@ -223,34 +223,38 @@ def read_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> 
     return look_at_adapter(directory, budget).read()
 
 
-def look_at_adapter(directory: str | Path, budget: ReadingBudget | None = None) -> AdapterFiles:
+def look_at_adapter(
+    directory: str | Path, budget: ReadingBudget | None = None, raw: RawAdapter | None = None
+) -> AdapterFiles:
     """Check an adapter directory without reading the values of its tensors.
 
     Args:
         directory: the adapter.
         budget: what reading it may take; the values of all its tensors are taken from it.
+        raw: what `read_raw` has read of it.
 
     Raises:
         CheckpointError: what is wrong with the files themselves, one line each.
     """
     folder, budget = Path(directory), budget or ReadingBudget()
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such directory", hint=f"give the folder that holds {CONFIG_FILE}")
-    problems = _check_files(folder)
+    raw = raw or read_raw(folder, budget)
+    problems = list(raw.problems)
     config: dict[str, Any] = {}
     tensors: dict[str, TensorInfo] = {}
     try:
-        config = read_json(folder / CONFIG_FILE, budget)
-        problems += [f"{CONFIG_FILE}: {line}" for line in _check_config(config)]
+        if raw.config is not None:
+            config = parse_json(folder / CONFIG_FILE, raw.config, unique=True)
+            problems += [f"{CONFIG_FILE}: {line}" for line in _check_config(config)]
     except CheckpointError as error:
         problems.append(error.message)
     try:
-        tensors = read_header(folder / WEIGHTS_FILE, budget)
-        budget.take_values(folder / WEIGHTS_FILE, sum(info.numel for info in tensors.values()))
+        if raw.header is not None:
+            tensors = parse_header(raw.header, budget)
+            budget.take_values(folder / WEIGHTS_FILE, sum(info.numel for info in tensors.values()))
     except CheckpointError as error:
         problems.append(error.message)
     if problems:
-        raise refusal(folder, problems, _SAVE_AGAIN)
+        raise refusal(folder, problems, SAVE_AGAIN)
     return AdapterFiles(folder, config, tensors, _check_tensors(config, tensors))
 
 
@@ -361,16 +365,6 @@ def check_against(adapter: Adapter, weights: WeightMap) -> None:
         raise refusal(adapter.directory, problems, f"the adapter was made for {adapter.base_model}")
 
 
-def _check_files(folder: Path) -> list[str]:
-    """Refuse pickles, except in a resume point, whose own ones (of the Trainer) nothing here opens."""
-    if (folder / "trainer_state.json").exists():
-        return []
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-    if not pickles:
-        return []
-    return [f"pickles, which can run code when loaded, have no place in an adapter: {name_some(pickles)}"]
-
-
 def _check_config(config: Mapping[str, Any]) -> list[str]:
     """Problems of adapter_config.json, one line each."""
     if config.get("peft_type") != PEFT_TYPE:
@@ -443,9 +437,15 @@ def _check_tensors(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo])
 def _expected(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor that the config makes."""
     expected: dict[str, tuple[int, ...]] = {}
+    plain: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}  # mostly few shapes for many modules
     for name, spec in config["soka_modules"].items():
-        sizes = Form(spec.get("trained", {})).sizes(spec["rank"], FactorShape(*spec["shape"]))
-        expected |= {f"{KEY_PREFIX}{name}.soka_{part}": size for part, size in sizes.items()}
+        rank, shape, trained = spec["rank"], spec["shape"], spec.get("trained", {})
+        if trained or (sizes := plain.get((rank, *shape))) is None:
+            sizes = Form(trained).sizes(rank, FactorShape(*shape))
+            if not trained:
+                plain[rank, *shape] = sizes
+        for part, size in sizes.items():
+            expected[f"{KEY_PREFIX}{name}.soka_{part}"] = size
         if config["soka_initial"]:
             expected |= {key: sizes[part] for key, part in zip(_keys(name, "_initial"), PARTS, strict=True)}
     return expected

@@ -34,16 +34,24 @@ def read_json(file: Path, budget: ReadingBudget | None = None) -> dict[str, Any]
     Raises:
         CheckpointError: missing, not UTF-8, not JSON (with line and column), not an object, or too large.
     """
+    return parse_json(file, read_json_text(file, budget), unique=budget is not None)
+
+
+def read_json_text(file: Path, budget: ReadingBudget | None = None) -> str:
+    """The text of a JSON file, not parsed yet.
+
+    Raises:
+        CheckpointError: missing, not UTF-8, or too large.
+    """
     limits = budget or ReadingBudget()
     try:
-        text = read_limited(file, limits.config_bytes, limits.source)
+        return read_limited(file, limits.config_bytes, limits.source)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint=CHECK_RIGHTS) from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: not UTF-8 text: {error.reason}", hint=FETCH_AGAIN) from error
-    return parse_json(file, text, unique=budget is not None)
 
 
 def parse_json(file: Path, content: str | bytes, *, unique: bool = False) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeGuard
 
 from soka_serve.errors import CheckpointError, first_ten, is_printable, printable
 from soka_serve.io.budget import ReadingBudget, open_regular, refuse_hole
@@ -56,8 +57,7 @@ _MAX_SIZE = 1 << 62
 _MAX_NAME = 1000
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where a tensor lies: `start` and `end` are absolute byte offsets in `file`, `dtype` is safetensors' name."""
 
     name: str
@@ -91,11 +91,51 @@ class TensorInfo:
         return dtype
 
 
-def _read_raw_header(file: Path, budget: ReadingBudget | None = None) -> tuple[dict[str, Any], int, int]:
-    """The JSON of a safetensors file, the offset where its data begin, and the file's size.
+@dataclass(frozen=True)
+class RawHeader:
+    """A safetensors file's header as it was read, not parsed yet: what is in it depends on these bytes and the size.
 
     Args:
+        file: the file.
+        text: JSON.
+        size: of the whole file, bytes.
+    """
+
+    file: Path
+    text: bytes
+    size: int
+
+    @property
+    def data_start(self) -> int:
+        """The offset at which the data begin."""
+        return 8 + len(self.text)
+
+    def parse(self, budget: ReadingBudget | None = None) -> dict[str, Any]:
+        """The JSON object.
+
+        Raises:
+            CheckpointError: malformed, or more tensors than the budget allows.
+        """
+        try:
+            header = json.loads(self.text, object_pairs_hook=no_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.file}: malformed header: {error}", hint=FETCH_AGAIN) from error
+        if not isinstance(header, dict):
+            raise CheckpointError(f"{self.file}: malformed header: expected an object", hint=FETCH_AGAIN)
+        if budget is not None:
+            budget.take_tensors(self.file, len(header))
+        return header
+
+
+def read_raw_header(file: Path, budget: ReadingBudget | None = None) -> RawHeader:
+    """The header of a safetensors file, not parsed.
+
+    Args:
+        file: the file.
         budget: of an adapter; a hole is then refused, too.
+
+    Raises:
+        CheckpointError: missing, truncated, no safetensors file, or its header is larger than allowed.
     """
     limit = (budget or ReadingBudget()).header_bytes
     try:
@@ -122,20 +162,11 @@ def _read_raw_header(file: Path, budget: ReadingBudget | None = None) -> tuple[d
                 )
             if budget is not None:
                 refuse_hole(file, stream)
-            text = read_exactly(stream, length)
+            return RawHeader(file, read_exactly(stream, length), size)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such file", hint=FETCH_AGAIN) from None
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}", hint=CHECK_RIGHTS) from error
-    try:
-        header = json.loads(text, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: malformed header: {error}", hint=FETCH_AGAIN) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file}: malformed header: expected an object", hint=FETCH_AGAIN)
-    if budget is not None:
-        budget.take_tensors(file, len(header))
-    return header, 8 + length, size
 
 
 def read_exactly(stream: BinaryIO, length: int) -> bytes:
@@ -157,8 +188,7 @@ def _is_naturals(value: object) -> TypeGuard[list[int]]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The `__metadata__` of a safetensors file (usually {"format": "pt"}); {} where there is none."""
-    header, _, _ = _read_raw_header(file)
-    metadata = header.get("__metadata__", {})
+    metadata = read_raw_header(file).parse().get("__metadata__", {})
     return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
 
 
@@ -173,7 +203,17 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
         CheckpointError: missing, truncated (with the expected and the actual number of bytes), malformed, or beyond
             the budget.
     """
-    header, data_start, size = _read_raw_header(file, budget)
+    return parse_header(read_raw_header(file, budget), budget)
+
+
+def parse_header(raw: RawHeader, budget: ReadingBudget | None = None) -> dict[str, TensorInfo]:
+    """`read_header` of what was read before.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    file, data_start = raw.file, raw.data_start
+    header = raw.parse(budget)
     header.pop("__metadata__", None)
     tensors: list[TensorInfo] = []
     wrong: list[str] = []
@@ -190,14 +230,15 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
         if dtype not in DTYPES:
             wrong.append(f"{name}: dtype {dtype!r:.40} is not one of {', '.join(DTYPES)}")
             continue
-        info = TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], data_start + offsets[1])
-        if (offsets[1] - offsets[0]) * 8 != math.prod(shape) * DTYPES[dtype][0]:
+        first, last = offsets
+        info = TensorInfo(name, dtype, tuple(shape), file, data_start + first, data_start + last)
+        if (last - first) * 8 != math.prod(shape) * DTYPES[dtype][0]:
             wrong.append(
                 f"{name}: {dtype} of shape {shape} takes {stored_bytes(dtype, info.numel)} bytes, "
                 f"data_offsets {offsets} span {info.nbytes}"
             )
         tensors.append(info)
-    tensors.sort(key=lambda t: (t.start, t.end))
+    tensors.sort(key=attrgetter("start", "end"))
     position = data_start
     if not wrong:
         for info in tensors:
@@ -208,9 +249,9 @@ def read_header(file: Path, budget: ReadingBudget | None = None) -> dict[str, Te
     if wrong:
         lines = first_ten([f"{file}: malformed header: {line}" for line in wrong])
         raise CheckpointError("\n".join(lines), hint=FETCH_AGAIN)
-    if size != position:
-        what = "truncated" if size < position else "longer than its header says"
-        raise CheckpointError(f"{file}: {what}: expected {position} bytes, found {size}", hint=FETCH_AGAIN)
+    if raw.size != position:
+        what = "truncated" if raw.size < position else "longer than its header says"
+        raise CheckpointError(f"{file}: {what}: expected {position} bytes, found {raw.size}", hint=FETCH_AGAIN)
     return {info.name: info for info in tensors}
 
 
@@ -275,6 +316,25 @@ def read_tensors(tensors: Mapping[str, TensorInfo], dtype: torch.dtype | None = 
             part = part.clone()
         found[name] = part.view(info.torch_dtype).view(info.shape).to(dtype or info.torch_dtype)
     return found
+
+
+def read_block(file: Path, start: int, elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values that lie in one piece in a file, (elements,) on the CPU.
+
+    Args:
+        file: the file.
+        start: byte at which they begin.
+        elements, dtype: of them.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends early.
+    """
+    import torch
+
+    values = torch.empty(elements, dtype=dtype)
+    with read_errors(file):
+        _read_into(values.view(torch.uint8), file, start, "tensors")
+    return values
 
 
 def _read_into(target: torch.Tensor, file: Path, start: int, what: str) -> None:

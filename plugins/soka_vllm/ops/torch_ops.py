@@ -39,9 +39,8 @@ _Ints = np.ndarray[Any, np.dtype[np.int64]]
 _PIECE_VALUES = 1 << 18  # most values of an intermediate: 1 MiB in float32
 
 
-def choose_order(left: Tensor, right: Tensor) -> int:
-    """The order of the products of (r, m, n) and (r, p, q) factors that has fewer multiply-adds."""
-    shape = FactorShape(left.shape[1], left.shape[2], right.shape[1], right.shape[2])
+def choose_order(shape: FactorShape) -> int:
+    """The order of the products of factors that has fewer multiply-adds."""
     return LEFT_FIRST if cheaper_order(shape) == "left" else RIGHT_FIRST
 
 
@@ -58,13 +57,17 @@ def arrange(left: Tensor, right: Tensor, order: int) -> Tensor:
 
 
 def arranged(values: Tensor, kind: StackKind) -> tuple[Tensor, Tensor]:
-    """What `arrange` was given: Left (r, m, n) and Right (r, p, q), as views of its result."""
-    left, right = values[: kind.left_size], values[kind.left_size :]
+    """What `arrange` was given: Left (r, m, n) and Right (r, p, q), as views of its result.
+
+    Of several results, (..., values), Left (..., r, m, n) and Right (..., r, p, q).
+    """
+    left, right = torch.split(values, [kind.left_size, kind.size - kind.left_size], -1)
+    more = values.shape[:-1]
     if kind.order == LEFT_FIRST:
-        return left.view(kind.m, kind.rank, kind.n).transpose(0, 1), right.view(kind.rank, kind.q, kind.p).transpose(
-            1, 2
-        )
-    return left.view(kind.m, kind.n, kind.rank).permute(2, 0, 1), right.view(kind.q, kind.rank, kind.p).permute(1, 2, 0)
+        left = left.view(*more, kind.m, kind.rank, kind.n).transpose(-3, -2)
+        return left, right.view(*more, kind.rank, kind.q, kind.p).transpose(-2, -1)
+    left = left.view(*more, kind.m, kind.n, kind.rank).movedim(-1, -3)
+    return left, right.view(*more, kind.q, kind.rank, kind.p).movedim(-3, -1)
 
 
 class StackKind(NamedTuple):

@@ -68,7 +68,7 @@ def test_what_is_arranged_before_is_put_as_it_is(left: tuple[int, ...], right: t
     stores = [SlotStore(2, [5, 16], 32, torch.float32, "cpu") for _ in range(2)]
     stores[0].put(1, 1, lefts, rights)
     arranged = stores[1].arrange(lefts, rights)
-    stores[1].fill(1, 1, arranged)
+    stores[1].fill(1, [(1, arranged)])
     for put_in, got in zip((lefts, rights), arranged.factors, strict=True):
         assert torch.equal(put_in, got)
         assert got.untyped_storage().data_ptr() == arranged.values.untyped_storage().data_ptr()
