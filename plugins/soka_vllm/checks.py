@@ -46,11 +46,18 @@ CALLED = (
         )
     ),
     Signature("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", "self method args"),
+    *(
+        Signature("vllm.v1.core.sched.request_queue", f"{queue}RequestQueue.{name}", parameters)
+        for queue in ("FCFS", "Priority")
+        for name, parameters in (("add_request", "self request"), ("remove_requests", "self requests"))
+    ),
 )
 # By module: a class and what its constructor must set.
 ATTRIBUTES = {
     "vllm.lora.model_manager": ("LoRAModelManager", ("packed_modules", "modules")),
     "vllm.lora.punica_wrapper.punica_base": ("PunicaWrapperBase", ("_token_lora_indices",)),
+    "vllm.v1.core.sched.scheduler": ("Scheduler", ("lora_config", "policy", "requests", "running", "waiting")),
+    "vllm.v1.request": ("Request", ("arrival_time", "lora_request", "num_preemptions", "priority")),
 }
 CLASSES = ("vllm.lora.utils", "_all_lora_classes")  # where vLLM looks for the layers
 

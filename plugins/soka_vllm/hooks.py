@@ -20,8 +20,16 @@ from types import ModuleType
 from typing import Any
 
 from soka_serve.errors import printable
-from soka_vllm.checks import CALLED, Signature, check_modules, check_version
-from soka_vllm.settings import BUILDS_VARIABLE, METRICS_VARIABLE, keep_limit, serves_lora, sums_limit, sums_salt
+from soka_vllm.checks import ATTRIBUTES, CALLED, Signature, check_modules, check_version
+from soka_vllm.settings import (
+    BUILDS_VARIABLE,
+    METRICS_VARIABLE,
+    keep_limit,
+    serves_lora,
+    sums_limit,
+    sums_salt,
+    turn_seconds,
+)
 
 _logger = logging.getLogger("vllm.soka")
 _LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
@@ -125,6 +133,10 @@ HOOKS = (
         "A request's adapter is in memory before the request is in a step.",
     ),
     Hook(
+        *("vllm.v1.core.sched.scheduler", "Scheduler.schedule", "self throttle_prefills", "soka_vllm.turns:schedule"),
+        "Requests past --max-loras get their turn, whatever others ask for.",
+    ),
+    Hook(
         *("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys", "request", "soka_vllm.engine:prefix_keys"),
         "The prefix cache tells new weights under a known name from the old ones.",
     ),
@@ -168,7 +180,7 @@ HOOKS = (
 )
 
 SIGNATURES = (*CALLED, *(Signature(h.module, h.name, h.parameters) for h in HOOKS if h.parameters is not None))
-MODULES = frozenset(signature.module for signature in SIGNATURES) | {hook.module for hook in HOOKS}
+MODULES = frozenset(signature.module for signature in SIGNATURES) | {hook.module for hook in HOOKS} | ATTRIBUTES.keys()
 
 
 def install() -> None:
@@ -185,6 +197,7 @@ def install() -> None:
     keep_limit()
     sums_limit()
     sums_salt()
+    turn_seconds()
     imported = [name for name in sorted(MODULES) if name in sys.modules]
     check_modules(imported, SIGNATURES)
     if BUILDS_VARIABLE in os.environ:

@@ -11,9 +11,11 @@ METRICS_VARIABLE = "SOKA_METRICS_DIR"
 LORA_VARIABLE = "SOKA_LORA"
 KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
 SUMS_VARIABLE = "SOKA_SUMS"
+TURN_VARIABLE = "SOKA_TURN_SECONDS"
 _SALT_VARIABLE = "SOKA_SUMS_SALT"  # the plugin's own: of the numbers of sums, the same in all processes of a server
 _KEEP_DEFAULT_GIB = 4.0
 _SUMS_DEFAULT = 32
+_TURN_DEFAULT_S = 1.0
 
 
 def serves_lora() -> bool:
@@ -34,13 +36,7 @@ def keep_limit() -> int:
     Raises:
         ValueError: the environment variable is not a number of at least 0.
     """
-    text = os.environ.get(KEEP_VARIABLE, str(_KEEP_DEFAULT_GIB))
-    try:
-        gib = float(text)
-    except ValueError:
-        gib = -1.0
-    if not 0 <= gib < float("inf"):
-        raise ValueError(f"{KEEP_VARIABLE} is {text!r}, expected a number of GiB, 0 or more")
+    gib = _number(KEEP_VARIABLE, _KEEP_DEFAULT_GIB, "GiB")
     return int(gib * 2**30)
 
 
@@ -59,3 +55,23 @@ def sums_limit() -> int:
 def sums_salt() -> str:
     """What the numbers of this server's sums are made from, beside the sums; set by its first process that asks."""
     return os.environ.setdefault(_SALT_VARIABLE, secrets.token_hex(8))
+
+
+def turn_seconds() -> float:
+    """How long a request waits before adapters of the running batch make room for its own (SOKA_TURN_SECONDS).
+
+    Raises:
+        ValueError: the environment variable is not a number of at least 0.
+    """
+    return _number(TURN_VARIABLE, _TURN_DEFAULT_S, "seconds")
+
+
+def _number(variable: str, default: float, unit: str) -> float:
+    text = os.environ.get(variable, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{variable} is {text!r}, expected a number of {unit}, 0 or more")
+    return value

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,31 @@ def test_a_hostile_lock_of_the_build(harm: HarmCheck) -> None:
 
 def test_there_are_enough_kinds() -> None:
     assert len(MALFORMED) >= 75
+
+
+def test_a_client_that_never_stops_keeps_nobody_out(harm: HarmCheck) -> None:
+    """Both adapters of a step are asked for at any time; a third one has its turn all the same."""
+    stop = threading.Event()
+
+    def ask_on(name: str, tokens: int) -> int:
+        count = 0
+        while not stop.is_set():
+            harm.server.ask(name, [1, 2, 3], tokens)
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(6) as pool:
+        # Of several lengths: where all of an adapter's end in one step, another one comes in.
+        greedy = [pool.submit(ask_on, name, tokens) for name in ("beta", "lora") for tokens in (70, 90, 110)]
+        try:
+            assert harm.load(harm.folder / "lokr")[0] == 200
+            for _ in range(3):
+                harm.server.ask(NAME, [1, 2, 3], 4)
+        finally:
+            stop.set()
+    assert all(client.result() for client in greedy)
+    harm.check_answers("base", "beta", "lora")
+    assert harm.server.unload(NAME)[0] == 200
 
 
 def test_a_malformed_rebuild_leaves_what_was_served(harm: HarmCheck) -> None:
