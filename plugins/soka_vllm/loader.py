@@ -12,7 +12,7 @@ import torch
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
-from soka_serve.adapter.format import PEFT_TYPE, look_at_adapter
+from soka_serve.adapter.format import PEFT_TYPE
 from soka_serve.adapter.raw import read_raw
 from soka_serve.adapter.stacks import find_stacks
 from soka_serve.errors import SokaError, first_ten, is_shown, printable
@@ -25,7 +25,7 @@ from soka_vllm.layers import KroneckerMixin
 from soka_vllm.lycoris import KIND as LYCORIS
 from soka_vllm.lycoris import unflatten
 from soka_vllm.plans import Plan, make_plan, plans_of, refuse_not_finite
-from soka_vllm.readers import READERS, SokaFiles, within
+from soka_vllm.readers import READERS, SokaFiles, look_at_soka, within
 from soka_vllm.store import READ_RESULT, ReadResult
 
 _logger = logging.getLogger("vllm.soka")
@@ -58,7 +58,7 @@ def load_adapter(
         if plan is not None:
             budget.take_values(directory, plan.stacks.values)
             return _planned_model(plan, directory, lora_request, dtype)
-        files = READERS[kind](directory, budget) if raw is None else SokaFiles(look_at_adapter(directory, budget, raw))
+        files = READERS[kind](directory, budget) if raw is None else look_at_soka(directory, budget, raw)
         own, places = files.shapes, places_of(manager)
         names = _served_names(kind, own, places, manager)
         # What does not fit the model is refused before its values are read.

@@ -12,6 +12,7 @@ from typing import Protocol
 from soka_serve.adapter.format import PEFT_TYPE, QUANTIZE_KEY, AdapterFiles, look_at_adapter
 from soka_serve.adapter.lokr import look_at_lokr
 from soka_serve.adapter.patterns import Matcher
+from soka_serve.adapter.raw import RawAdapter
 from soka_serve.errors import CheckpointError, SokaError
 from soka_serve.io.budget import ReadingBudget
 from soka_serve.io.file_names import CONFIG_FILE
@@ -85,14 +86,19 @@ class SokaFiles:
         return {name: adapter.delta_factors(name) for name in adapter.factors}
 
 
-def look_at_soka(directory: Path, budget: ReadingBudget) -> SokaFiles:
+def look_at_soka(directory: Path, budget: ReadingBudget, raw: RawAdapter | None = None) -> SokaFiles:
     """Check a SoKA adapter without reading its values.
+
+    Args:
+        directory: the adapter.
+        budget: what reading it may take.
+        raw: what `read_raw` has read of it.
 
     Raises:
         CheckpointError: what is wrong with it, or it adds to a base that bitsandbytes holds in bits: vLLM's layers that
             take adapters hold none so.
     """
-    files = look_at_adapter(directory, budget)
+    files = look_at_adapter(directory, budget, raw)
     if (bits := files.config.get(QUANTIZE_KEY)) is not None:
         message = f"{directory}: adds to its base in {bits} (bitsandbytes), and is wrong on the served one"
         if os.environ.get(ALLOW_VARIABLE) != "1":

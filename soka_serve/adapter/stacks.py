@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from soka_serve.adapter.format import KEY_PREFIX, AdapterFiles
+from soka_serve.adapter.format import KEY_PREFIX, QUANTIZE_KEY, AdapterFiles
 from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_serve.io.safetensors import read_block
 from soka_serve.kron.shapes import FactorShape
@@ -95,12 +95,19 @@ class Stacks:
 def find_stacks(files: AdapterFiles) -> Stacks | None:
     """The stacks of an adapter that was checked; None where its tensors do not lie as they do in a finished one.
 
-    That is a checkpoint of a training, a file of several dtypes, and one whose tensors are in another order.
+    That is a checkpoint of a training, a file of several dtypes, one whose tensors are in another order, and an adapter
+    of a base that is held in bits, of which whoever reads it has more to say.
     """
     config, tensors = files.config, files.tensors
     dtypes = {info.dtype for info in tensors.values()}
     modules = config["soka_modules"]
-    if files.problems or config["soka_initial"] or len(dtypes) != 1 or len(tensors) != len(PARTS) * len(modules):
+    if (
+        files.problems
+        or QUANTIZE_KEY in config
+        or config["soka_initial"]
+        or len(dtypes) != 1
+        or len(tensors) != len(PARTS) * len(modules)
+    ):
         return None
     first = next(iter(tensors.values()))  # in the order of the data, without gaps
     width = first.torch_dtype.itemsize
