@@ -2,7 +2,7 @@
 # What is worth measuring on one GPU, in one command of ten minutes, the most important first.
 #
 #   bash eval/gpu.sh OUT           # on the GPU; OUT gets a log and one JSON file per benchmark
-#   bash eval/gpu.sh OUT --prove   # without one: every step at a tiny size, to see that all of it runs
+#   bash eval/gpu.sh OUT --prove   # without one: every step at a small size, to see that all of it runs
 #
 # Needs torch with CUDA, triton, transformers, accelerate, peft and pytest, and the packages of pyproject.toml that
 # soka_serve imports; nothing is fetched. Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560)
@@ -54,7 +54,7 @@ if [ -n "$prove" ]; then
         --settings num_warps
     unset TRITON_INTERPRET
     bench kpsvd 300 kpsvd --rank 1
-    bench step 200 step --llama 64 176 1 --ranks 1 --rows 1 --length 16 --repeats 2
+    bench step 200 step --llama 512 1408 1 --ranks 1 --rows 4 --length 128 --repeats 2
     bench apply 300 apply --repeats 1 --dtypes float32
 else
     export SOKA_REQUIRE_GPU=1
