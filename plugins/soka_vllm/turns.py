@@ -6,8 +6,11 @@ that has waited for so many seconds makes room. The adapter that has been in the
 at least, is closed: what runs of it goes on, and new requests for it wait until it has left the batch and come again.
 
 A request then waits at most T + ceil(A / S) * (T + D) seconds before it is admitted, with T the seconds, A the adapters
-that were asked for before it and wait, S = `--max-loras`, and D the longest time that a running request takes. What
-waits for other reasons (`--max-num-seqs`, memory for the KV cache) waits as vLLM has it.
+that wait, its own and those that were asked for before it, S = `--max-loras`, and D the longest time that a running
+request takes. What waits for other reasons (`--max-num-seqs`, memory for the KV cache) waits as vLLM has it.
+
+To look at n waiting requests takes about n microseconds, so that it is done once in n / 10 ms or T, whichever is less,
+and not in every step. Each T in the bound is longer by up to as much, and the first by up to twice as much.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from soka_vllm.settings import turn_seconds
 _SINCE = "soka_waits_since"  # on vLLM's Request: when it was first seen waiting
 
 _READY = ("WAITING", "PREEMPTED")  # others wait for something else: their grammar, their input, blocks from elsewhere
+# vLLM admits these in the step in which it finds their grammar ready.
+_MAY_BE_READY = "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR"
+_LOOK_SECONDS = 1e-4  # between two looks at all waiting requests, for each of them: a look takes a hundredth of that
 
 
 class Turns:
@@ -33,6 +39,7 @@ class Turns:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._began: dict[int, float] = {}  # when each adapter of the running batch came into it
+        self._next_look = float("-inf")
 
     def held(self, scheduler: Any, now: float) -> list[Any]:
         """The waiting requests that this step must not admit.
@@ -43,25 +50,32 @@ class Turns:
         """
         running = {_adapter(request) for request in scheduler.running} - {0}
         self._began = {adapter: self._began.get(adapter, now) for adapter in running}
-        if len(scheduler.requests) == len(scheduler.running):
+        waiting = len(scheduler.requests) - len(scheduler.running)
+        if not waiting or now < self._next_look:
             return []
+        self._next_look = now + min(self.seconds, waiting * _LOOK_SECONDS)
         admitted = set(map(id, scheduler.running))
         overdue: dict[int, int] = {}  # adapter: the most urgent priority of its requests
         inside = []
         for request in scheduler.requests.values():
-            if id(request) in admitted or request.status.name not in _READY:
+            status = request.status.name
+            if id(request) in admitted or status not in (*_READY, _MAY_BE_READY):
                 continue
             adapter = _adapter(request)
-            since = request.__dict__.setdefault(_SINCE, now)
             if adapter in running:
                 inside.append(request)
-            elif adapter and now - since >= self.seconds:
+            if status == _MAY_BE_READY:
+                continue
+            since = request.__dict__.setdefault(_SINCE, now)
+            if adapter and adapter not in running and now - since >= self.seconds:
                 overdue[adapter] = min(request.priority, overdue.get(adapter, request.priority))
         wanted = len(overdue) - (scheduler.lora_config.max_loras - len(running))
         if wanted <= 0:
             return []
         longest = sorted(running, key=self._began.__getitem__)[:wanted]
         closed = {adapter for adapter in longest if now - self._began[adapter] >= self.seconds}
+        if closed:
+            self._next_look = now  # who asks for one of them meanwhile is held, too
         # Where requests have priorities, none waits for a less urgent one.
         most = min(overdue.values()) if scheduler.policy.value == "priority" else None
         return [

@@ -107,6 +107,28 @@ def test_only_the_oldest_adapters_are_closed_and_only_as_many_as_are_needed(cloc
     assert [r.name for r in rule.held(core, 2.8)] == ["b2"]
 
 
+def test_many_waiting_requests_are_not_looked_at_in_every_step(clock: SimpleNamespace) -> None:
+    """A job of 5,000 requests for one adapter: to look at all of them takes as long as a small model's step."""
+
+    class Looks(dict[str, Any]):
+        count = 0
+
+        def values(self) -> Any:
+            self.count += 1
+            return super().values()
+
+    stock = scheduler([request("a", 1, 0)], [request(f"a{i}", 1, 0) for i in range(5_000)], slots=1)
+    looks = Looks(stock.requests)
+    core: Any = SimpleNamespace(**vars(stock), requests=looks)
+    rule = Turns(1.0)
+    assert [rule.held(core, step / 100) for step in range(100)] == [[]] * 100
+    assert looks.count == 2
+    looks["b"] = request("b", 2, 0)
+    found = [step for step in range(100, 320) if rule.held(core, step / 100)]
+    assert 200 <= found[0] <= 300  # seen within half a second, it waits for a turn, and half a second more at most
+    assert found == list(range(found[0], 320))  # from then on in each step: who asks for "a" is held
+
+
 def test_a_turn_lasts_as_long_as_the_wait_for_it(clock: SimpleNamespace) -> None:
     rule = Turns(1.0)
     core = scheduler([request("a", 1, 0)], [request("b", 2, 0), request("a2", 1, 0)], slots=1)
@@ -125,6 +147,37 @@ def test_what_waits_for_something_else_closes_nobody(clock: SimpleNamespace) -> 
     core.waiting[0].status = SimpleNamespace(name="WAITING")
     assert rule.held(core, 3.0) == []
     assert [r.name for r in rule.held(core, 4.0)] == ["a2"]
+
+
+def test_requests_whose_grammar_is_ready_in_the_same_step_are_held_too(clock: SimpleNamespace) -> None:
+    """vLLM admits them in the step in which it sees them first: a client that asks for JSON would keep others out."""
+    rule = Turns(1.0)
+    grammar = SimpleNamespace(name="WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR")
+    waiting = [request("b", 2, 0), request("a2", 1, 0, status=grammar)]
+    core = scheduler([request("a", 1, 0)], waiting, slots=1)
+    rule.held(core, 0.0)
+    assert [r.name for r in rule.held(core, 2.0)] == ["a2"]
+
+
+def test_the_bound_holds_and_counts_a_request_s_own_adapter(clock: SimpleNamespace) -> None:
+    """T + ceil(A / S) * (T + D), for the last of A adapters that come together beside S that are always asked for."""
+    length, turn = 3.0, 1.0
+    for slots, adapters in ((1, 1), (1, 3), (2, 2), (2, 3), (4, 1), (4, 4), (4, 5)):
+        core = scheduler([], [], slots=slots)
+        ends: dict[str, float] = {}
+        admitted: dict[str, float] = {}
+        for step in range(400):
+            clock.s = step / 10
+            core.running[:] = [r for r in core.running if ends[r.name] > clock.s]
+            if step % 5 == 0:  # while one of them runs the next one comes
+                core.waiting += [request(f"{a} {step}", a, clock.s) for a in range(1, slots + 1)]
+            if step == 100:
+                core.waiting += [request(f"late {i}", 100 + i, clock.s) for i in range(adapters)]
+            for name in schedule(admit, core):
+                ends[name] = clock.s + length
+                admitted[name] = clock.s
+        waited = admitted[f"late {adapters - 1}"] - 10.0
+        assert turn < waited <= turn + -(-adapters // slots) * (turn + length), (slots, adapters)
 
 
 def test_what_has_run_and_what_is_more_urgent_goes_on(clock: SimpleNamespace) -> None:
