@@ -17,6 +17,8 @@ from soka_serve.kron.shapes import FactorShape
 from soka_vllm.arena import Arena, Buffer, FactorMemory
 from soka_vllm.ops import dispatch, torch_ops
 
+_MOST_PATTERNS = 64  # a layer's; about 1.3 KB each
+
 
 class Arranged(NamedTuple):
     """Factors as a slot holds them.
@@ -197,16 +199,26 @@ class SlotStore:
         """Raises ValueError where the factors of one of the slices do not cover it."""
         known = self._patterns.get(kinds)
         if known is None:
+            if len(self._patterns) >= _MOST_PATTERNS:
+                self._forget()
             rows, start = [], 0
             for index, kind in kinds:
                 self._check(index, kind)
-                number = self._kinds.setdefault(kind, len(self._kinds) + 1)
+                if kind not in self._kinds:
+                    self._kinds[kind] = max(self._kinds.values(), default=0) + 1
+                number = self._kinds[kind]
                 rows.append([start, number, *kind, self._starts[index], self.widths[index]])
                 start += kind.size
             where = _indices([index for index, _ in kinds])
             known = _Pattern(where, np.array(rows, dtype=np.int64), [kind.size for _, kind in kinds])
             self._patterns[kinds] = known
         return known
+
+    def _forget(self) -> None:
+        """Forget patterns, and kinds of which no slot holds any: with sums of adapters there is no end to them."""
+        self._patterns.clear()
+        held = set(self.table[:, :, 1].flatten().tolist())
+        self._kinds = {kind: number for kind, number in self._kinds.items() if number in held}
 
     def _check(self, index: int, kind: torch_ops.StackKind) -> None:
         want = (kind.out_skip + self.widths[index], kind.in_skip + self.in_features)

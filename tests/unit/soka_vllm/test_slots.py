@@ -49,6 +49,22 @@ def test_slots_are_replaced_emptied_and_reused() -> None:
     assert rows(store, [0, 1, 2]) == [0.0, 0.0, 0.0]
 
 
+def test_what_is_remembered_of_factors_is_bounded_whatever_clients_load() -> None:
+    """Sums of adapters have any ranks; slots that stay filled keep their kinds."""
+    store = SlotStore(3, [8, 8], 8, torch.float32, "cpu")
+    put(store, 1, 2, 3.0)
+    for rank in range(1, 400):
+        parts = [(i, store.arrange(torch.ones(rank + i, 2, 2), torch.ones(rank + i, 4, 4))) for i in range(2)]
+        store.clear(0)
+        store.fill(0, parts)
+        put(store, 2, rank, 1.0)
+    assert len(store._patterns) <= 64
+    assert len(store._kinds) <= 200
+    out = torch.zeros(3, 16)
+    store.add_to(out, torch.ones(3, 8), torch.tensor([0, 1, 2]))
+    assert out[:, ::8].tolist() == [[8 * 399, 8 * 400], [48, 0], [8 * 399, 0]]
+
+
 def test_slots_are_filled_inside_inference_mode_and_outside() -> None:
     store = SlotStore(2, [8], 8, torch.float32, "cpu")
     with torch.inference_mode():
