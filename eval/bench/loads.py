@@ -1,6 +1,6 @@
 """Times the plugin's own part of loading an adapter, without an engine: read it, fingerprint it, fill a slot with it.
 
-    python -m eval.bench.loads --out eval/results/loads.json
+    python -m eval.bench.loads --out eval/results/loads_stacks.json
 
 Layers are the plugin's, with the shapes of a LLaMA and nothing of vLLM's behind them. What vLLM itself does at a load
 (packing q, k and v, its caches, the call into the worker) is left out; `eval.bench.serve --loads` has it in. Adapters

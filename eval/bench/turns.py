@@ -8,8 +8,9 @@ all end in one step. Others ask for adapters 4 to 63, the k-th of them in propor
 moments, on average once in `--every` steps. First in vLLM's order, which is that of SOKA_TURN_SECONDS=0, then with
 turns as by default.
 
-The plugin's clock is the engine's steps, of which each counts as 10 ms: other load on the machine changes nothing, and
-both runs see the same requests. "wait" is from the request to its first token, in such seconds, of the others'
+The plugin's clock is the engine's steps, of which each counts as 10 ms: other load on the machine changes nothing. In
+both runs the others ask for the same adapters at the same steps; what the greedy client asks for next depends on what
+it got. "wait" is from the request to its first token, in such seconds, of the others'
 requests; those that had none when the run ended count with what they had waited until then, as "never" says. "tokens"
 are the whole server's, of finished requests.
 """
@@ -128,7 +129,7 @@ def make_engine(folder: Path) -> Any:
         str(base_directory()),
         dtype="float32",
         skip_tokenizer_init=True,
-        enable_prefix_caching=False,  # both runs ask the same
+        enable_prefix_caching=False,  # the second run could use what the first has left
         max_model_len=64,
         max_num_seqs=PLACES,
         enable_lora=True,
