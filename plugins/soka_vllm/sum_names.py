@@ -16,7 +16,7 @@ from soka_serve.errors import printable
 LONGEST_SUM = 2000  # characters
 _MOST_TERMS = 16
 _LONGEST_NAME = 300  # characters, with spaces behind it; names themselves have 200 at most
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?(?:inf(?:inity)?|nan)"
+_NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?|[-+]?(?:inf(?:inity)?|nan)"
 _SCALE = re.compile(rf"\s*({_NUMBER})\s*\*", re.IGNORECASE | re.ASCII)
 _ONLY_NUMBER = re.compile(rf"\s*(?:{_NUMBER})\s*", re.IGNORECASE | re.ASCII)
 
