@@ -145,7 +145,7 @@ class Replica:
             ReplicaLostError: vLLM or its engine died before the answer was whole.
         """
         request = self._client.build_request(
-            asked.method, asked.path, headers=_kept(dict(asked.headers)), content=asked.body
+            asked.method, replica_url(str(self._client.base_url), asked.path), headers=_kept(dict(asked.headers)), content=asked.body
         )
         try:
             answer = await self._client.send(request, stream=True)
@@ -181,6 +181,15 @@ class Replica:
 
 def _kept(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.lower(): value for name, value in headers.items() if name.lower() not in _HOP_HEADERS}
+
+
+def replica_url(server: str, path: str) -> httpx.URL:
+    """The URL on a server of a request's path and query, whose beginning is taken for no host.
+
+    Raises:
+        httpx.InvalidURL: a path that no URL can have.
+    """
+    return httpx.URL(server).copy_with(raw_path=path.encode())
 
 
 def free_port() -> int:

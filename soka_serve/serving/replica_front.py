@@ -9,12 +9,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from soka_serve.serving.replica import AnswerHead, Asked, ReplicaLostError
+from soka_serve.serving.replica import AnswerHead, Asked, ReplicaLostError, replica_url
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,12 +46,16 @@ class Front:
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request as a replica's vLLM answers it."""
-        path = request.url.path
+        query = f"?{request.url.query}" if request.url.query else ""
+        try:
+            sent = replica_url("http://replica", request.url.path + query)
+        except httpx.InvalidURL as error:
+            return _refusal(400, "BadRequestError", f"the path of the request cannot be passed on: {error}")
+        path = sent.path  # as a replica's vLLM gets it: without '..', say
         if path in _OF_ONE_REPLICA:
             return _refusal(400, "BadRequestError", f"{path} is not served here: {_OF_ONE_REPLICA[path]}")
         body = await request.body()
-        query = f"?{request.url.query}" if request.url.query else ""
-        asked = Asked(request.method, path + query, tuple(request.headers.items()), body)
+        asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)
         last = ""
         deadline = time.monotonic() + self._retry_s
         while True:

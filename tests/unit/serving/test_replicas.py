@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import ValidationError
+from starlette.requests import Request
 
 from soka_serve.errors import SokaError
 
@@ -17,7 +19,8 @@ pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray, about its own models
-    from soka_serve.serving.replica import ReplicaSettings
+    from soka_serve.serving.replica import ReplicaSettings, replica_url
+    from soka_serve.serving.replica_front import Front
     from soka_serve.serving.replicas import ReplicaOptions
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
@@ -65,3 +68,26 @@ def test_the_rayservice_names_the_application() -> None:
     module, name = application["import_path"].split(":")
     assert callable(getattr(importlib.import_module(module), name))
     ReplicaOptions.model_validate(application["args"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/load_lora_adapter",
+        "/v1/x/../load_lora_adapter",
+        "/./v1/./load_lora_adapter",
+        "/v1/../metrics",
+    ],
+)
+def test_what_would_reach_one_replica_is_refused_however_it_is_written(path: str) -> None:
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
+    answer = asyncio.run(Front(None, by_adapter=True, retry_s=0)(Request(scope)))
+    assert answer.status_code == 400
+    assert b"is not served here" in answer.body
+
+
+def test_a_path_reaches_its_replica_and_no_other_host() -> None:
+    for path in ("//elsewhere.example/v1/models", "/v1/models?a=%2F", "/a%2Fb"):
+        url = replica_url("http://127.0.0.1:8001", path)
+        assert (url.host, url.port) == ("127.0.0.1", 8001)
+        assert url.raw_path == path.encode()
