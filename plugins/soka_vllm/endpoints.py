@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from contextvars import ContextVar
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from soka_vllm.sums import is_sum
 _LISTING_SECONDS = 2.0
 
 _logger = logging.getLogger("vllm.soka")
+
+# Why the model of the request at hand cannot be fetched; vLLM's check answers 404 whatever it is.
+_unfetched: ContextVar[ErrorResponse | None] = ContextVar("soka_unfetched", default=None)
 
 
 def make_models(stock: Any, models: Any, *arguments: Any, **options: Any) -> None:
@@ -54,7 +58,9 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
         try:
             answer = await stock(models, lora_name)
         except SokaError as error:
-            return _not_fetched(lora_name, error)
+            answer = _not_fetched(lora_name, error)
+            _unfetched.set(answer)
+            return answer
     if isinstance(answer, ErrorResponse) and reasons:
         answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
     return answer
@@ -63,10 +69,13 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
 async def check_model(stock: Any, serving: Any, request: Any) -> Any:
     """BaseServing._check_model: a sum of adapters is one; of a model that does not exist, the answer says which do."""
     begin_request()
+    _unfetched.set(None)
     served = getattr(serving.models, "lora_requests", {}).get(request.model)
     if served is not None:
         await remote.keep(served.lora_path)
     answer = await stock(serving, request)
+    if isinstance(answer, ErrorResponse) and (unfetched := _unfetched.get()) is not None:
+        return unfetched
     missing = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.NOT_FOUND
     if not missing and not (answer is None and envs.VLLM_SKIP_MODEL_NAME_VALIDATION):  # any name is the base's then
         return answer
@@ -117,7 +126,7 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         except SokaError as error:
             return _not_fetched(request.lora_name, error)
         if found is not None:
-            path, roots = str(found), [found]
+            path, roots = str(found), remote.folders_of(found)
             request = request.model_copy(update={"lora_path": path})
     if not message and roots is not None and path:
         directory = adapter_directory(path, roots)

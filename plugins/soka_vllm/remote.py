@@ -61,7 +61,7 @@ class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types h
                 self._missing.clear()
             self._missing[lora_name] = time.monotonic() + _MISSING_S
             return None
-        limit_to(found)
+        limit_to(found, folders_of(found))
         return LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
 
 
@@ -74,6 +74,12 @@ async def fetch(address: Address) -> Path:
     found = await asyncio.get_running_loop().run_in_executor(_threads, fetch_adapter, address)
     _fetched[str(found)] = address
     return found
+
+
+def folders_of(found: Path) -> list[Path]:
+    """Folders in which the files of a fetched adapter lie: in a hub's own cache they are links to a folder beside."""
+    blobs = found.parent.parent / "blobs"
+    return [found, blobs] if found.parent.name == "snapshots" and blobs.is_dir() else [found]
 
 
 async def keep(path: str) -> None:

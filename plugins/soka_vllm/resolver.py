@@ -74,9 +74,9 @@ def register() -> None:
         LoRAResolverRegistry.register_resolver("SoKA builds", BuildsResolver(path.resolve()))
 
 
-def limit_to(folder: Path) -> None:
-    """The load at hand, of this folder, must lie in it."""
-    _limits.set((str(folder), [folder]))
+def limit_to(folder: Path, roots: Sequence[Path]) -> None:
+    """The load at hand, of this folder, must lie in `roots`."""
+    _limits.set((str(folder), roots))
 
 
 def limits_of(lora_request: Any) -> Any:

@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 
 from soka_serve.errors import printable
 from soka_serve.io.names import is_model_name
-from soka_vllm import metrics
+from soka_vllm import metrics, remote
 from soka_vllm.resolver import reasons_noted
 from soka_vllm.settings import sums_limit
 from soka_vllm.sum_names import SumError, Term, may_be_sum, parse_sum, sum_terms
@@ -77,7 +77,8 @@ class ServedSums:
     async def ask(self, text: str) -> Any:
         """The request of a sum, which is made if need be; None where the text is none, or sums are not served.
 
-        An ErrorResponse (400) of what is wrong with a sum whose names are right, or with one of its adapters.
+        An ErrorResponse (400) of what is wrong with a sum whose names are right, or with one of its adapters; 503 where
+        that cannot be fetched.
 
         Raises:
             MissingError: parts that are no adapters.
@@ -106,11 +107,12 @@ class ServedSums:
             if models.is_base_model(name):
                 raise SumError(f"`{printable(name)}` is the base, which is in every sum; leave it out")
             if name in models.lora_requests:
+                await remote.keep(models.lora_requests[name].lora_path)
                 continue
             found = None
             if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING and is_model_name(name):
                 found = await models.resolve_lora(name)
-            if isinstance(found, ErrorResponse) and found.error.code == HTTPStatus.BAD_REQUEST:
+            if isinstance(found, ErrorResponse) and found.error.code != HTTPStatus.NOT_FOUND:
                 return found
             if not isinstance(found, LoRARequest):
                 missing.append(name)

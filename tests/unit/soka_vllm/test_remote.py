@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import warnings
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+    from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 
     from soka_vllm import endpoints, remote
@@ -68,6 +70,13 @@ def models(web: WebServer) -> Any:
 
 def resolve(models: Any, name: str) -> Any:
     return asyncio.run(endpoints.resolve(OpenAIServingModels.resolve_lora, models, name))
+
+
+STOCK_RESOLVE = OpenAIServingModels.resolve_lora
+
+
+async def resolve_hooked(models: Any, name: str) -> Any:
+    return await endpoints.resolve(STOCK_RESOLVE, models, name)
 
 
 def load(models: Any, name: str, path: str) -> Any:
@@ -152,3 +161,56 @@ def test_what_the_cache_has_dropped_is_fetched_again(models: Any, web: WebServer
         endpoints.unload(OpenAIServingModels.unload_lora_adapter, models, UnloadLoRAAdapterRequest(lora_name="math"))
     )
     assert remote._fetched == {}
+
+
+def asked(models: Any, name: str) -> Any:
+    """What vLLM's check of a request's model answers."""
+    serving = SimpleNamespace(models=models, request_logger=None, _is_model_supported=models.is_base_model)
+    serving.create_error_response = BaseServing.create_error_response
+    check = BaseServing._check_model
+    return asyncio.run(endpoints.check_model(check, serving, SimpleNamespace(model=name)))
+
+
+def test_a_request_is_told_that_the_store_does_not_answer(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(type(models), "resolve_lora", partialmethod(resolve_hooked))
+    assert asked(models, "code") is None
+    monkeypatch.setattr(web, "answer", lambda request: send(request, 503, b"") is None)
+    for name in ("math", "code+0.5*math"):
+        assert "math: " in refused(asked(models, name), 503)
+    monkeypatch.setattr(web, "answer", lambda request: None)
+    assert "does not exist" in refused(asked(models, "none"), 404)
+    assert "no adapter `none`" in refused(asked(models, "code+none"), 404)
+
+
+def test_the_adapters_of_a_sum_are_fetched_again(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(type(models), "resolve_lora", partialmethod(resolve_hooked))
+
+    async def add_lora(lora_request: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(models.engine_client, "add_lora", add_lora)
+    assert asked(models, "code+0.5*math") is None
+    paths = [Path(one.lora_path) for one in models.lora_requests.values()]
+    assert len(paths) == 2
+    for path in paths:
+        shutil.rmtree(path.parent)
+    assert asked(models, "code+0.5*math") is None
+    assert all((path / WEIGHTS_FILE).is_file() for path in paths)
+
+
+def test_an_adapter_of_the_hubs_own_cache_is_read(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / ("0" * 40)
+    blobs = snapshot.parents[1] / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(STORED.iterdir()):
+        shutil.copy(file, blobs / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(remote, "fetch_adapter", lambda address: snapshot)
+    assert resolve(models, "name").lora_path == str(snapshot)
+    monkeypatch.delenv("SOKA_ADAPTER_ROOTS")
+    assert "added" in load(models, "other", "owner/name")
