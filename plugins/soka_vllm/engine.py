@@ -12,15 +12,16 @@ import inspect
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from soka_vllm import store
 from soka_vllm.base import check_base
+from soka_vllm.limits import LEAST_BYTES
 from soka_vllm.places import adapter_directory, limited, roots_of
-from soka_vllm.settings import SUMS_VARIABLE, keep_limit, sums_limit
+from soka_vllm.settings import KEEP_VARIABLE, SUMS_VARIABLE, keep_limit, sums_limit
 from soka_vllm.sums import is_sum, members_of
 
 _logger = logging.getLogger("vllm.soka")
@@ -54,10 +55,31 @@ class EngineAdapters:
             self.roots.pop(number, None)
             _fingerprints.pop(number, None)
 
+    def check_number(self, number: int, path: str) -> None:
+        """Refuse a sum whose number another one in memory has: ValueError."""
+        if self.sums.get(number, path) != path:
+            raise ValueError("another sum of adapters has its number; change a scale in a digit that does not matter")
+
     def sums_to_drop(self, needed: set[int]) -> list[int]:
         """Sums to evict for another one: the least recently used that no request needs."""
         surplus = len(self.sums) + 1 - self.most_sums
         return [number for number in self.sums if number not in needed][: max(surplus, 0)]
+
+    def check_room(self, nbytes: int, dropped: Container[int]) -> None:
+        """Refuse another sum of `nbytes` beside those that stay in memory.
+
+        Any client can ask for sums without end, and those of requests that wait are needed.
+
+        Raises:
+            ValueError: they would take more than adapters may.
+        """
+        staying = sum(self.nbytes[number] for number in self.sums if number not in dropped)
+        room = max(self.limit, LEAST_BYTES)
+        if staying and staying + nbytes > room:
+            raise ValueError(
+                f"it takes {nbytes} bytes, and sums of adapters that requests use take {staying} of {room}; ask again "
+                f"when some have ended, or start the server with a larger {KEEP_VARIABLE}"
+            )
 
     def to_drop(self, nbytes: int, needed: set[int]) -> list[int]:
         """Adapters to evict for another of `nbytes`: the least recently used that no request needs."""
@@ -100,6 +122,8 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
         number = lora_request.lora_int_id
         try:
             if number in adapters.nbytes:
+                if is_sum(lora_request.lora_path):
+                    adapters.check_number(number, lora_request.lora_path)
                 adapters.touch(number)
             else:
                 _load(core, lora_request, adapters.roots.get(number), anew=False, activate=False)
@@ -167,8 +191,7 @@ def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -
     adapters, number = _adapters(core), lora_request.lora_int_id
     if not adapters.most_sums:
         raise ValueError(f"{SUMS_VARIABLE} is 0, so sums of adapters are not served")
-    if adapters.sums.get(number, lora_request.lora_path) != lora_request.lora_path:
-        raise ValueError("another sum of adapters has its number; change a scale in a digit that does not matter")
+    adapters.check_number(number, lora_request.lora_path)
     numbers = frozenset(member.number for member in members)
     for member in members:
         if member.number in adapters.nbytes:
@@ -221,6 +244,7 @@ def _load(
     drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed)
     if members and number not in adapters.sums:
         drop += [other for other in adapters.sums_to_drop(needed) if other not in drop]
+        adapters.check_room(nbytes, drop)
     failures = dict.fromkeys(filter(None, executor.collective_rpc(store.take, args=(lora_request, activate, drop))))
     for other in drop:
         adapters.forget(other)

@@ -16,7 +16,7 @@ _TEXT_BYTES, _CONFIG_BYTES_A_MODULE, _LOCK_BYTES_A_MODULE = 1 << 18, 1 << 10, 1 
 _SECONDS = 20.0
 # Of the processor, in the engine's loop: below what a request of a model of this size takes.
 _PATTERN_SECONDS, _PATTERN_SECONDS_A_MODULE = 0.05, 0.001
-_LEAST_BYTES = 1 << 30
+LEAST_BYTES = 1 << 30
 
 
 class ModelLimits(NamedTuple):
@@ -58,4 +58,4 @@ class ModelLimits(NamedTuple):
 
 def values_kept() -> int:
     """Number of float32 values that a worker's adapter cache holds; an upper bound for a single adapter."""
-    return max(keep_limit(), _LEAST_BYTES) // 4
+    return max(keep_limit(), LEAST_BYTES) // 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 
 from soka_vllm import engine
 from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys
-from soka_vllm.settings import KEEP_VARIABLE, keep_limit
+from soka_vllm.settings import KEEP_VARIABLE, SUMS_VARIABLE, keep_limit
 
 
 class LoadRequest(msgspec.Struct):
@@ -276,3 +277,33 @@ def test_the_limit_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv(KEEP_VARIABLE, wrong)
         with pytest.raises(ValueError, match=KEEP_VARIABLE):
             keep_limit()
+
+
+def test_sums_that_requests_use_take_no_more_memory_than_adapters_may(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LEAST_BYTES", 0)
+    monkeypatch.setenv(SUMS_VARIABLE, "1")
+    monkeypatch.setenv(KEEP_VARIABLE, str(64 / 2**30))  # two of them
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    for manager in core.managers:
+        read = manager._load_adapter
+        monkeypatch.setattr(manager, "_load_adapter", lambda request, read=read: read(msgspec.structs.replace(request, lora_path="a")))
+
+    def summed(number: int) -> LoadRequest:
+        return LoadRequest(f"{number}*a", number, f"soka-sum:{json.dumps([[number, 'a', 1, 'a', False, 0]])}")
+
+    assert ask(core, "first", summed(7)) is not None
+    assert ask(core, "second", summed(8)) is not None
+    assert ask(core, "third", summed(8)) is not None
+    with pytest.raises(ValueError, match="take 64 of 64"):
+        add_lora(None, core, summed(9))
+    assert ask(core, "fourth", summed(9)) is None
+    assert core.refused == ["fourth"]
+    assert list(core._soka_adapters.sums) == [7, 8]  # type: ignore[attr-defined]
+    assert ask(core, "other", LoadRequest("2*a", 8, summed(9).lora_path)) is None  # the number is taken
+    del core.scheduler.requests["first"]
+    assert ask(core, "fifth", summed(9)) is not None
+    assert list(core._soka_adapters.sums) == [8, 9]  # type: ignore[attr-defined]
+    core.scheduler.requests.clear()
+    assert ask(core, "last", summed(10)) is not None
+    assert list(core._soka_adapters.sums) == [10]  # type: ignore[attr-defined]
