@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 def _builds(given: str | None) -> Path | Address | None:
     """The value of --builds."""
-    from soka_serve.adapter.remote.address import is_url, local_path, parse_folder
+    from soka_serve.serving.command import parse_builds
 
-    if given is None or not is_url(given):
-        return None if given is None else Path(given)
-    return local_path(given) if given.startswith("file:") else parse_folder(given)
+    return None if given is None else parse_builds(given)
 
 
 @click.command(

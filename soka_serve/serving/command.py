@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
-from soka_serve.adapter.remote.address import Address
+from soka_serve.adapter.remote.address import Address, is_url, local_path, parse_folder
+from soka_serve.adapter.remote.store import check_scheme
 from soka_serve.base.folder import ModelFolder
 from soka_serve.base.foreign_code import check_no_code
 from soka_serve.errors import SokaError
@@ -257,6 +258,21 @@ def _tokenizer_mode(model: Path) -> dict[str, list[str]]:
     own = any(model.glob("consolidated*.safetensors"))
     files = (model / "tekken.json").exists() or any(model.glob("tokenizer.model.v*"))
     return {"--tokenizer-mode": ["hf"]} if own and files else {}
+
+
+def parse_builds(given: str) -> Path | Address:
+    """A folder of builds, or the URL of one, which is not asked.
+
+    Raises:
+        SokaError: no such URL, or of a kind that nothing here can open.
+    """
+    if not is_url(given):
+        return Path(given)
+    if given.startswith("file:"):
+        return local_path(given)
+    folder = parse_folder(given)
+    check_scheme(folder)
+    return folder
 
 
 def list_builds(folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 
 from soka_serve.errors import ServeError, SokaError
-from soka_serve.serving.command import Launch, ServeOptions, list_builds, parse_options
+from soka_serve.serving.command import Launch, ServeOptions, list_builds, parse_builds, parse_options
 from soka_serve.serving.probe import probe
 from soka_serve.serving.process import Server
 from soka_serve.serving.serve import log_file, plan_launch
@@ -66,12 +66,13 @@ class ReplicaSettings:
         """How many adapters vLLM holds in slots: --max-loras, else one for each.
 
         Raises:
-            SokaError: no such folder of builds, or something before the first option in `vllm`.
+            SokaError: no such folder of builds, a URL that nothing here can open, or something before the first option in `vllm`.
         """
         given = parse_options(self.vllm).get("--max-loras")
         if given and given[0].isdigit():
             return max(int(given[0]), 1)
-        return max(len(self.targets), len(list_builds(Path(self.builds))) if self.builds is not None else 1, 8)
+        builds = parse_builds(self.builds) if self.builds is not None else None
+        return max(len(self.targets), len(list_builds(builds)) if isinstance(builds, Path) else 1, 8)
 
 
 class Replica:
@@ -113,7 +114,7 @@ class Replica:
 
     @staticmethod
     def _plan(settings: ReplicaSettings) -> tuple[list[Target], Launch]:
-        builds = Path(settings.builds) if settings.builds is not None else None
+        builds = parse_builds(settings.builds) if settings.builds is not None else None
         options = ServeOptions(host="127.0.0.1", port=free_port(), builds=builds, vllm=settings.vllm)
         return plan_launch(settings.targets, options, base=settings.base)
 
@@ -145,7 +146,10 @@ class Replica:
             ReplicaLostError: vLLM or its engine died before the answer was whole.
         """
         request = self._client.build_request(
-            asked.method, replica_url(str(self._client.base_url), asked.path), headers=_kept(dict(asked.headers)), content=asked.body
+            asked.method,
+            replica_url(str(self._client.base_url), asked.path),
+            headers=_kept(dict(asked.headers)),
+            content=asked.body,
         )
         try:
             answer = await self._client.send(request, stream=True)

@@ -35,7 +35,9 @@ class ReplicaOptions(BaseModel):
 
     targets: _Words = Field([], description="[NAME=]TARGET each, as for `soka-serve serve`.")
     base: str | None = Field(None, description="Replaces the base that the adapters name.")
-    builds: str | None = Field(None, description="A folder of builds: its adapters are loaded at their first request.")
+    builds: str | None = Field(
+        None, description="A folder of builds, or its URL: its adapters are loaded at their first request."
+    )
     vllm: _Words = Field([], description="Options of `vllm serve`, such as --max-loras 8.")
     replicas: int = Field(1, ge=1, description="Replicas; with max_replicas the fewest.")
     max_replicas: int | None = Field(None, ge=1, description="The most replicas: they are then scaled by load.")

@@ -19,6 +19,7 @@ EXPECTED = (
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*::)*[A-Za-z][A-Za-z0-9+.-]*://")
 _PIN = re.compile(r"(.+)@sha256:(.*)", re.DOTALL)
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@([\w./-]{1,200}))?", re.ASCII)
+_HUB_OWNER = re.compile(r"[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILES = (".toml", ".safetensors", ".json")  # a hub's names could end so, a mistyped path does
@@ -123,10 +124,14 @@ def _parse_url(text: str, *, folder: bool = False) -> Address | None:
             raise CheckpointError(f"{_shown(text)}: a pin is for what is fetched", hint="Leave @sha256:... out.")
         return None
     if scheme == HUB:
-        if folder and "/" not in path:
+        if folder:
+            if _HUB_OWNER.fullmatch(path) is None:
+                raise CheckpointError(
+                    f"{_shown(text)}: expected hf://OWNER, without the name of an adapter or a revision"
+                )
             return Address(HUB, path)
         found = _HUB_ID.fullmatch(path)
-        if found is None or folder:
+        if found is None:
             raise CheckpointError(f"{_shown(text)}: expected hf://owner/name or hf://owner/name@revision")
         return _hub(found, sha256)
     return Address(scheme, f"{scheme}://{path}", None, sha256)

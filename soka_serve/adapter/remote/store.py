@@ -65,6 +65,26 @@ def open_store(address: Address) -> Store:
     return HubStore(address) if address.scheme == HUB else FileStore(address)
 
 
+def check_scheme(address: Address) -> None:
+    """Refuse an address of a kind that nothing here can open; no store is asked.
+
+    Raises:
+        FetchError: fsspec does not know it, or it needs a package that is not installed.
+    """
+    if address.scheme == HUB:
+        return
+    import fsspec
+
+    try:
+        fsspec.get_filesystem_class(address.scheme)
+    except (ImportError, ValueError) as error:
+        extra = _EXTRAS.get(address.scheme)
+        hint = f"pip install 'soka-serve[{extra}]'" if extra else "Install the package that it names."
+        known = isinstance(error, ImportError)
+        message = f"{address}: needs a package that is not installed ({error})" if known else f"{address}: {error}"
+        raise FetchError(message, hint=hint if known else "fsspec knows no such kind of URL.") from error
+
+
 class FileStore:
     """A folder of one of fsspec's file systems."""
 
@@ -72,14 +92,8 @@ class FileStore:
         import fsspec
 
         self.address = address
-        try:
-            self._fs: Any = fsspec.filesystem(address.scheme, **_options(address.scheme))
-        except (ImportError, ValueError) as error:
-            extra = _EXTRAS.get(address.scheme)
-            hint = f"pip install 'soka-serve[{extra}]'" if extra else "Install the package that it names."
-            known = isinstance(error, ImportError)
-            message = f"{address}: needs a package that is not installed ({error})" if known else f"{address}: {error}"
-            raise FetchError(message, hint=hint if known else "fsspec knows no such kind of URL.") from error
+        check_scheme(address)
+        self._fs: Any = fsspec.filesystem(address.scheme, **_options(address.scheme))
 
     def look(self) -> Listing:
         """See `Store`."""

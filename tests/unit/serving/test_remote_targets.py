@@ -51,6 +51,9 @@ def test_a_url_of_builds(web: WebServer) -> None:
     assert "SOKA_ADAPTER_ROOTS='' " in done.output  # no folder of this machine
     assert "--max-loras 8" in done.output
     assert "which base" in refused("--builds", f"{web.url}/kept")
+    assert "s4://bucket/kept: Protocol not known: s4" in refused("--builds", "s4://bucket/kept", "--base", "tiny")
+    for folder in ("hf://owner/name", "hf://owner@v2"):
+        assert "expected hf://OWNER" in refused("--builds", folder, "--base", "tiny")
     assert "credentials" in refused("--builds", "https://me:secret@host/kept", "--base", "tiny")
 
 

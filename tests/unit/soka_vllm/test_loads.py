@@ -279,7 +279,9 @@ def test_the_limit_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch)
             keep_limit()
 
 
-def test_sums_that_requests_use_take_no_more_memory_than_adapters_may(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_that_requests_use_take_no_more_memory_than_adapters_may(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(engine, "LEAST_BYTES", 0)
     monkeypatch.setenv(SUMS_VARIABLE, "1")
     monkeypatch.setenv(KEEP_VARIABLE, str(64 / 2**30))  # two of them
@@ -287,7 +289,9 @@ def test_sums_that_requests_use_take_no_more_memory_than_adapters_may(core: Core
     add_lora(None, core, LoadRequest("a", 1, "a"))
     for manager in core.managers:
         read = manager._load_adapter
-        monkeypatch.setattr(manager, "_load_adapter", lambda request, read=read: read(msgspec.structs.replace(request, lora_path="a")))
+        monkeypatch.setattr(
+            manager, "_load_adapter", lambda request, read=read: read(msgspec.structs.replace(request, lora_path="a"))
+        )
 
     def summed(number: int) -> LoadRequest:
         return LoadRequest(f"{number}*a", number, f"soka-sum:{json.dumps([[number, 'a', 1, 'a', False, 0]])}")
