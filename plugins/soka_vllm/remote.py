@@ -27,8 +27,9 @@ _logger = logging.getLogger("vllm.soka")
 # Threads of their own: a slow store takes none of those that check adapters of this machine.
 _threads = ThreadPoolExecutor(4, "soka-fetch")
 _fetched: dict[str, Address] = {}  # by folder in the cache
-_MISSING_S = 5.0  # anyone may ask for what is not there, and each time a store would be asked
-_MOST_MISSING = 1000
+# Anyone may ask for what is not there or damaged, and each time a store would be asked, and the latter fetched.
+_FAILED_S = 5.0
+_MOST_FAILED = 1000
 
 
 class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types here
@@ -40,7 +41,7 @@ class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types h
 
     def __init__(self, folder: Address) -> None:
         self.folder = folder
-        self._missing: dict[str, float] = {}
+        self._failed: dict[str, tuple[float, FetchError]] = {}
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
         """Return a LoRARequest for the adapter of this name, or None; the load checks whether it fits.
@@ -50,19 +51,27 @@ class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types h
         """
         from soka_vllm.resolver import limit_to
 
-        if not is_build_name(lora_name) or self._missing.get(lora_name, 0.0) > time.monotonic():
+        if not is_build_name(lora_name):
             return None
-        try:
-            found = await fetch(self.folder.below(lora_name))
-        except FetchError as error:
-            if error.kind != "missing":
-                raise
-            if len(self._missing) >= _MOST_MISSING:
-                self._missing.clear()
-            self._missing[lora_name] = time.monotonic() + _MISSING_S
+        until, failure = self._failed.get(lora_name, (0.0, None))
+        if failure is None or until <= time.monotonic():
+            try:
+                found = await fetch(self.folder.below(lora_name))
+            except FetchError as error:
+                failure = FetchError(error.message, hint=error.hint, kind=error.kind)
+                if error.kind in ("missing", "other"):  # the rest may be mended at any moment
+                    self._note(lora_name, failure)
+            else:
+                limit_to(found, folders_of(found))
+                return LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
+        if failure.kind == "missing":
             return None
-        limit_to(found, folders_of(found))
-        return LoRARequest(lora_name, 1, str(found))  # the number is replaced by vLLM
+        raise FetchError(failure.message, hint=failure.hint, kind=failure.kind)
+
+    def _note(self, name: str, failure: FetchError) -> None:
+        if len(self._failed) >= _MOST_FAILED:
+            self._failed.clear()
+        self._failed[name] = time.monotonic() + _FAILED_S, failure
 
 
 async def fetch(address: Address) -> Path:

@@ -66,7 +66,8 @@ class ReplicaSettings:
         """How many adapters vLLM holds in slots: --max-loras, else one for each.
 
         Raises:
-            SokaError: no such folder of builds, a URL that nothing here can open, or something before the first option in `vllm`.
+            SokaError: no such folder of builds, a URL that nothing here can open, or something before the first option
+                in `vllm`.
         """
         given = parse_options(self.vllm).get("--max-loras")
         if given and given[0].isdigit():

@@ -112,6 +112,9 @@ def test_what_is_not_there_or_not_to_be_had(models: Any, web: WebServer, monkeyp
     assert len(asked) == times
     web.files[f"/builds/code/{WEIGHTS_FILE}"] = b"0123456789"
     assert "not a safetensors file" in refused(resolve(models, "code"), 400)
+    fetched = len(asked)
+    assert "not a safetensors file" in refused(resolve(models, "code"), 400)
+    assert len(asked) == fetched  # a damaged one is not fetched again at once either
     monkeypatch.setattr(web, "answer", lambda request: send(request, 403, b"") is None)
     assert "access denied" in refused(resolve(models, "math"), 503)
     monkeypatch.setattr(web, "answer", lambda request: send(request, 503, b"") is None)
