@@ -27,6 +27,7 @@ from eval.record import make_parser, write_record
 from soka_serve.adapter.export import export
 from soka_serve.adapter.format import write_adapter
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.base.pretrained import open_model
 from soka_serve.builtin import base_directory
 from soka_serve.compiler.merge.merge import merge
 from soka_serve.kron import Factors
@@ -92,9 +93,7 @@ def _fp8(merged: Path, out: Path) -> dict[str, float]:
 
 
 def _load(folder: Path) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: nn.Module = open_model(folder, dtype=torch.float32)
     return model.eval()
 
 

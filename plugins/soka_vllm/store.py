@@ -52,6 +52,10 @@ class WorkerAdapters:
         """The LoRAModel of an id, or None."""
         return self.adapters[number][0] if number in self.adapters else None
 
+    def fingerprint(self, number: int) -> str:
+        """Of what was read of an adapter in use."""
+        return self.adapters[number][1].fingerprint
+
 
 def worker_adapters(manager: Any) -> WorkerAdapters:
     """The `WorkerAdapters` of a WorkerLoRAManager, made at the first call."""
@@ -135,7 +139,7 @@ def _reading(model: Any) -> ReadResult:
     if isinstance(known, ReadResult):
         return known
     nbytes, digest = 0, xxhash.xxh3_128()
-    for name, tensor in _tensors(model):
+    for name, tensor in tensors_of(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(bytes_of(tensor))
         nbytes += tensor.nbytes
@@ -148,7 +152,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data  # type: ignore[no-any-return, unused-ignore]
 
 
-def _tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a LoRAModel, with their scaling in the name, in an order of their own.
 
     Not every rank of a pipeline may know where a name of LyCORIS has its dots, so they do not count.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
@@ -20,7 +21,7 @@ from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.loader import places_of
 from soka_vllm.settings import KEEP_VARIABLE
-from soka_vllm.store import BESIDE, worker_adapters
+from soka_vllm.store import BESIDE, READ_RESULT, ReadResult, tensors_of, worker_adapters
 from soka_vllm.sums import members_of
 
 _logger = logging.getLogger("vllm.soka")
@@ -72,7 +73,21 @@ def add_up(manager: Any, lora_request: Any, values: int) -> Any:
         for name, a, b, scaling in _flat(model, adapters.packed_modules):
             modules.setdefault(name, []).append(_Part(member.name, member.scale * scaling, a, b))
     _check(modules, manager.lora_config.max_lora_rank, values)
-    return _model(lora_request, modules, adapters)
+    model = _model(lora_request, modules, adapters)
+    setattr(model, READ_RESULT, _reading(manager, lora_request, model))
+    return model
+
+
+def _reading(manager: Any, lora_request: Any, model: Any) -> ReadResult:
+    """What a worker says of a sum it has made: by its members, since workers hold the same ones in unlike forms.
+
+    vLLM multiplies the scaling into matrices of an adapter where it puts them into a slot, which under pipeline
+    parallelism it does in some workers only.
+    """
+    digest = xxhash.xxh3_128(lora_request.lora_path.encode())
+    for member in members_of(lora_request):
+        digest.update(worker_adapters(manager).fingerprint(member.number).encode())
+    return ReadResult(fingerprint=digest.hexdigest(), nbytes=sum(tensor.nbytes for _, tensor in tensors_of(model)))
 
 
 def _flat(model: Any, packed: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Tensor, Tensor, float]]:

@@ -484,12 +484,11 @@ NO_LABELS = EncodedSet([EncodedExample([1, 2], [-100, -100])], total=3, dropped=
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"left_lr": 0.0, "right_lr": 0.0, "sigma_lr": 0.0}, PlanError, "nothing is left to train"),
         ({"eval_every": 2}, DataError, "no evaluation examples"),
         ({"train_set": NO_LABELS}, DataError, "no training examples: 3 were read, 2 dropped"),
         ({"method": "pissa", "quantize": "8bit"}, PlanError, r"base\.quantize holds them in a few bits"),
     ],
-    ids=["no rate", "no evaluation examples", "no training examples", "a quantised base to rewrite"],
+    ids=["no evaluation examples", "no training examples", "a quantised base to rewrite"],
 )
 def test_what_cannot_be_trained(
     base: Path, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
