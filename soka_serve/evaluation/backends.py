@@ -201,6 +201,8 @@ class TransformersBackend:
         quantize = subject.manifest.base.quantize if not merged else "none"
         with quiet_bars():
             place = subject.target.path if merged else subject.base
+            if merged and self.shared is not None:
+                self.shared.drop()  # the base: not two models at once
             load = load_base if merged or self.shared is None else self.shared.load
             model: Any = load(place, subject.manifest.serve.dtype, quantize)
             before = None

@@ -176,7 +176,9 @@ def _groups(evaluations: Mapping[Path, Evaluation], settings: EvalSettings) -> l
     for path, evaluation in evaluations.items():
         subject = evaluation.subject
         serve, base = subject.manifest.serve, subject.manifest.base
-        key: Any = (subject.base, own_dtype(serve.dtype, subject.base), serve.max_model_len, subject.tokenizer)
+        # Servers refuse adapters of a base in bits: one of those would keep the others from sharing a server.
+        bits = subject.target.quantize
+        key: Any = (subject.base, own_dtype(serve.dtype, subject.base), serve.max_model_len, subject.tokenizer, bits)
         if settings.backend == "transformers":
             key = (subject.base, serve.dtype, base.quantize)
         groups.setdefault((subject.target.kind, key), {})[path] = evaluation
@@ -192,7 +194,12 @@ def _sharing(evaluations: Sequence[Evaluation], settings: EvalSettings) -> Itera
         for backend in backends:
             assert isinstance(backend, TransformersBackend)
             backend.shared = model
-    elif settings.server is None and len(evaluations) > 1 and evaluations[0].subject.target.kind == "adapter":
+        try:
+            yield
+        finally:
+            model.drop()  # backends outlive the block, and the next group has another base
+        return
+    if settings.server is None and len(evaluations) > 1 and evaluations[0].subject.target.kind == "adapter":
         with SharedServer([evaluation.subject for evaluation in evaluations], settings.vllm_options) as server:
             for backend in backends:
                 assert isinstance(backend, VllmBackend)
