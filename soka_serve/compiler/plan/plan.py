@@ -150,7 +150,8 @@ def _memory_setting(manifest: Manifest, layout: BaseModules) -> TrainingSetup:
     """What the manifest says that training memory depends on."""
     train = manifest.train
     held = layout.size.dtype if manifest.base.dtype == "auto" else manifest.base.dtype
-    computed = "float32" if METHODS[train.method].whole_model else held
+    in_bits = manifest.base.quantize != "none" and manifest.base.dtype == "auto"
+    computed = "float32" if METHODS[train.method].whole_model else "bfloat16" if in_bits else held
     return TrainingSetup(
         size=layout.size,
         modules=layout.modules,

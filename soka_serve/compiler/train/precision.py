@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import torch
+from accelerate.utils import parse_flag_from_env
 
 from soka_serve.base.model import held_dtype
 from soka_serve.compiler.methods import METHODS
 from soka_serve.manifest.schema import Manifest
+
+
+def training_device() -> torch.device:
+    """Where training runs: on the accelerator that is there, unless `accelerate launch --cpu` asks for the CPU.
+
+    torch names the accelerator that it was built for, on machines without one too.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return torch.device("cpu") if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator
 
 
 def computing_dtype(manifest: Manifest, stored: str) -> str:
@@ -23,7 +33,7 @@ def computing_dtype(manifest: Manifest, stored: str) -> str:
     train, base = manifest.train, manifest.base
     if train.precision != "auto":
         return train.precision
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = training_device()
     on_cpu = device.type == "cpu"
     if METHODS[train.method].whole_model or (base.quantize != "none" and on_cpu):
         return "float32"

@@ -22,6 +22,7 @@ from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
 from soka_serve.compiler.train.packing import check_packing
+from soka_serve.compiler.train.precision import training_device
 from soka_serve.compiler.train.regularise import Regularisation, base_logits
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import CheckpointError, DivergedError, PlanError
@@ -44,7 +45,7 @@ def make_arguments(train: Train, work_dir: Path, *, name: str, evaluate: bool, p
         PlanError: float16, or an optimiser for GPUs, without a GPU.
         BuildError: the optimiser or a tracker in `report_to` is not installed.
     """
-    use_cpu = not torch.accelerator.is_available()
+    use_cpu = training_device().type == "cpu"
     _check(train, use_cpu)
     optimiser = OPTIMISERS[train.optimiser]
     judged_by = "loss" if train.answered is None else "accuracy"

@@ -82,6 +82,20 @@ def test_llama2_memory_by_hand(tmp_path: Path) -> None:
     assert full.parameters_max == 6_738_415_616
 
 
+@pytest.mark.parametrize(("quantize", "computed"), [("none", "float32"), ("4bit", "bfloat16")])
+def test_memory_of_what_auto_computes_in(tmp_path: Path, quantize: str, computed: str) -> None:
+    """The embedded base is in float32; held in bits, it is computed with in bfloat16."""
+
+    def logits(precision: str) -> int:
+        file = tmp_path / f"{precision}.toml"
+        base = f'[base]\nbuiltin = "tiny"\nquantize = "{quantize}"'
+        file.write_text(f'schema = 1\n{base}\n[train]\nprecision = "{precision}"\n[train.data]\njsonl = "d.jsonl"\n')
+        return make_plan(read_manifest(file)).memory.logits
+
+    assert logits("auto") == logits(computed)
+    assert logits("float32") > logits("bfloat16")
+
+
 def test_policies_for_a_million_parameters() -> None:
     rows = policies_for(Base(LLAMA2_7B).layout.modules, 990_000)
     assert all(0 < row.parameters <= 990_000 for row in rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.train.precision import computing_dtype
+from soka_serve.compiler.train.trainer import make_arguments
 from tests.support.training import make_manifest
 
 INPUTS = InputHashes(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
@@ -18,6 +20,7 @@ INPUTS = InputHashes(base="b", config="c", tokenizer="t", data="d", finetuned={}
 def set_device(patch: pytest.MonkeyPatch, device: str, *, amx: bool = False, bfloat16: bool = True) -> None:
     found = None if device == "cpu" else torch.device(device)
     patch.setattr(torch.accelerator, "current_accelerator", lambda: found)
+    patch.setattr(torch.accelerator, "is_available", lambda: found is not None)
     patch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16)
 
@@ -46,6 +49,23 @@ def test_auto_is_the_dtype_in_which_the_base_is_held(
 ) -> None:
     set_device(monkeypatch, **device)
     assert computing_dtype(make_manifest(**said), stored) == computed
+
+
+@pytest.mark.parametrize("why", ["accelerate launch --cpu", "a build of torch for GPUs, and none"])
+@pytest.mark.parametrize(("said", "computed"), [({"dtype": "bfloat16"}, "bfloat16"), ({"dtype": "float16"}, "float32")])
+def test_auto_on_the_cpu_of_a_torch_for_gpus(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str, said: dict[str, Any], computed: str
+) -> None:
+    set_device(monkeypatch, "cuda", bfloat16="launch" in why)
+    if "launch" in why:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    else:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    manifest = make_manifest(**said)
+    assert computing_dtype(manifest, "float16") == computed
+    arguments = make_arguments(manifest.train, tmp_path, name="n", evaluate=False, precision=computed)
+    assert arguments.device.type == "cpu"
+    assert arguments.use_cpu
 
 
 def keys(inputs: InputHashes, **said: Any) -> dict[str, str]:
