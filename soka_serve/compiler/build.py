@@ -89,6 +89,7 @@ def build(
         loaded, workspace = context.loaded, context.workspace
         processes.check_shared(workspace.cache)
         processes.check_same("other files or packages", repr(sorted(context.keys.items())))
+        _check_dtypes(context)
         if force and processes.is_main:
             shutil.rmtree(workspace.cache / f"init-{context.keys.get('init')}", ignore_errors=True)
             shutil.rmtree(workspace.cache / f"tune-{context.keys['tune']}", ignore_errors=True)
@@ -109,6 +110,20 @@ def build(
 
         with quiet_bars():
             return _run(context, previous)
+
+
+def _check_dtypes(context: Context) -> None:
+    """Check that "auto" is the same dtype in every process: it depends on the device.
+
+    Raises:
+        BuildError: it is not, in every process.
+    """
+    if context.processes.count > 1:
+        from soka_serve.compiler.train.precision import dtypes_here
+
+        here = dtypes_here(context.loaded.manifest, context.base.layout.size.dtype)
+        hint = "Machines hold and compute in other dtypes (AMX, GPUs): set base.dtype and train.precision."
+        context.processes.check_same('"auto" is another dtype', here, hint)
 
 
 def _run(context: Context, previous: dict[str, str]) -> BuildResult:

@@ -13,6 +13,8 @@ from soka_serve.errors import BuildError, SokaError
 
 T = TypeVar("T")
 
+_SAME_FILES = "Every machine needs the same files (base, data, manifest) and the same packages."
+
 
 class Processes:
     """This process's place among its fellows. torch.distributed is only touched when there are several.
@@ -77,8 +79,13 @@ class Processes:
             raise BuildError("\n".join(reasons), hint="Every machine reads the manifest, the base and the data itself.")
         return done[0]
 
-    def check_same(self, what: str, value: str) -> None:
+    def check_same(self, what: str, value: str, hint: str = _SAME_FILES) -> None:
         """Check that a value is the same in every process.
+
+        Args:
+            what: of a process whose value is another, as in "process 1: WHAT than process 0".
+            value: this process's.
+            hint: what to do then.
 
         Raises:
             BuildError: it is not, in every process.
@@ -88,7 +95,7 @@ class Processes:
         if others:
             raise BuildError(
                 f"process {', '.join(map(str, others))}: {what} than process 0",
-                hint="Every machine needs the same files (base, data, manifest) and the same packages.",
+                hint=hint,
             )
 
     def check_shared(self, folder: Path) -> None:

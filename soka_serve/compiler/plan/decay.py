@@ -51,7 +51,8 @@ def _rate(manifest: Manifest, target: TargetModule, modules: int) -> float:
     shape = target.shape or balanced_shape(target.module.out_features, target.module.in_features)
     most = rule.rank.rank if isinstance(rule.rank, RankFixed) else rule.rank.max
     terms = rule.form.served(min(most, shape.max_rank), subtracted=False)
-    pace = math.sqrt(DEFAULT_SCALE) if rule.start.changes else 1.0
+    # Terms that mend a quantised base move by their size, at most as fast as small ones.
+    pace = math.sqrt(DEFAULT_SCALE) if rule.start.changes and not rule.start.on_quantised else 1.0
     sides = {"left": train.left_lr / math.sqrt(shape.n), "right": train.right_lr / math.sqrt(shape.q)}
     moving = [rate for part, rate in sides.items() if part in rule.form.rates]
     return train.rate * pace * max(moving, default=0.0) / math.sqrt(terms * math.sqrt(modules))

@@ -19,6 +19,12 @@ def training_device() -> torch.device:
     return torch.device("cpu") if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator
 
 
+def dtypes_here(manifest: Manifest, stored: str) -> str:
+    """The dtypes in which this machine holds a plain base and computes, in words; arguments as `computing_dtype`'s."""
+    held = held_dtype(manifest.base.dtype, getattr(torch, stored), training_device())
+    return f"held in {held}, computed in {computing_dtype(manifest, stored)}".replace("torch.", "")
+
+
 def computing_dtype(manifest: Manifest, stored: str) -> str:
     """The autocast dtype of a training: 'float32' is none.
 

@@ -57,6 +57,15 @@ def test_the_limit_is_where_a_step_goes_all_the_way(tmp_path: Path) -> None:
     assert limit(tmp_path, ', rank = { policy = "fixed", rank = 4 }') == pytest.approx(2 * most, rel=0.1)
 
 
+def test_terms_that_mend_a_quantised_base_count_as_fast_as_they_may_move(tmp_path: Path) -> None:
+    """How large they are beside the weight is not known yet; they move at most as fast as small ones."""
+    file = write(tmp_path, 1e6, ', init = "quantisation"')
+    file.write_text(file.read_text().replace('builtin = "tiny"', 'builtin = "tiny", quantize = "4bit"'))
+    with pytest.raises(PlanError) as caught:
+        soka_serve.plan(file)
+    assert f"at most {limit(tmp_path):.2g} " in str(caught.value.hint)
+
+
 def test_it_is_worked_out_from_the_rates_of_the_optimiser() -> None:
     """Those of as many modules of the same shapes."""
     model = tiny_llama()

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
+import torch
+
+from soka_serve.base import model
+from soka_serve.compiler.build import _check_dtypes
 from soka_serve.compiler.processes import Processes
 from soka_serve.errors import DataError, SokaError
 from tests.support.ranks import as_processes
+from tests.support.training import make_manifest
+
+
+OTHER = (
+    'process 1: "auto" is another dtype than process 0: '
+    "Machines hold and compute in other dtypes (AMX, GPUs): set base.dtype and train.precision."
+)
 
 
 def test_what_one_cannot_do_none_does() -> None:
@@ -42,6 +57,26 @@ def test_they_compare_what_they_read() -> None:
 
     assert act("aaa") == [""] * 3
     assert act("aba") == ["process 1: other files than process 0"] * 3
+
+
+@pytest.mark.parametrize(("amx", "said"), [(True, ""), (False, OTHER)])
+def test_they_compute_in_one_dtype(monkeypatch: pytest.MonkeyPatch, amx: bool, said: str) -> None:
+    """A machine with AMX trains on a base in bfloat16 as it is, one without holds it in float32."""
+    here = threading.local()
+    monkeypatch.setattr(model, "has_amx", lambda: here.amx)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    base = SimpleNamespace(layout=SimpleNamespace(size=SimpleNamespace(dtype="bfloat16")))
+
+    def compare(processes: Processes) -> str:
+        here.amx = amx or processes.index == 0
+        loaded = SimpleNamespace(manifest=make_manifest())
+        try:
+            _check_dtypes(cast(Any, SimpleNamespace(processes=processes, loaded=loaded, base=base)))
+        except SokaError as error:
+            return f"{error.message}: {error.hint}"
+        return ""
+
+    assert as_processes(2, compare) == [said] * 2
 
 
 def test_they_see_one_folder(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def test_one_base_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     backend, alive = evaluation.backend, list[Any]()
     assert isinstance(backend, TransformersBackend)
     with _sharing([evaluation], settings), backend.roles() as open_role:
-        assert (shared := backend.shared) is not None
+        shared = backend.shared
+        assert shared is not None
         with open_role("base"):
             assert shared._base is not None
         load = model.load_base
