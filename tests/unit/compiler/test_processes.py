@@ -17,7 +17,6 @@ from soka_serve.errors import DataError, SokaError
 from tests.support.ranks import as_processes
 from tests.support.training import make_manifest
 
-
 OTHER = (
     'process 1: "auto" is another dtype than process 0: '
     "Machines hold and compute in other dtypes (AMX, GPUs): set base.dtype and train.precision."
