@@ -118,6 +118,7 @@ class _Trial:
             method=method,
             targets=[t.module.name for t in self.context.targets],
             work_dir=self.folder,
+            stored=self.context.base.layout.size.dtype,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
             forms=start.forms if start else {},
@@ -129,7 +130,7 @@ class _Trial:
             self.folder,
             name=self.contender.name,
             evaluate=False,
-            precision=computing_dtype(manifest, self.context.base.layout.size.dtype),
+            precision=computing_dtype(manifest, self.run.stored),
         )
         self.arguments.save_strategy = SaveStrategy.NO
         self.rows, _ = make_rows(self.run, training, None)

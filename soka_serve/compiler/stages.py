@@ -173,6 +173,7 @@ def tune_stage(
             method=context.method,
             targets=[t.module.name for t in context.targets],
             work_dir=directory,
+            stored=context.base.layout.size.dtype,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
             forms=start.forms if start else {},

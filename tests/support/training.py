@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from soka_serve.base.base import Base
 from soka_serve.base.model import load_base
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.methods.adapter_files import load_adapter
@@ -123,6 +124,7 @@ def run_training(
         method=method,
         targets=target_names(),
         work_dir=work_dir,
+        stored=Base(base).layout.size.dtype,
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
         forms=dict.fromkeys(factors, Form(form)) if form else {},

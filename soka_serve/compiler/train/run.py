@@ -38,6 +38,7 @@ class TrainingRun:
 
     Args:
         model_dir: the base checkpoint.
+        stored: the dtype of its weights, in torch's spelling ('bfloat16').
         manifest: [base] and [train] are read, but for the method's name.
         method: what is trained.
         targets: full names of the modules to adapt; SoKA adapts those of `factors`.
@@ -54,6 +55,7 @@ class TrainingRun:
     method: Method
     targets: Sequence[str]
     work_dir: Path
+    stored: str = "float32"
     factors: Mapping[str, Factors] = field(default_factory=dict)
     initial: Collection[str] = frozenset()
     forms: Mapping[str, Form] = field(default_factory=dict)

@@ -21,7 +21,6 @@ from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from soka_serve.base.base import Base
 from soka_serve.base.cpu import fast_products
 from soka_serve.base.model import held_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
@@ -83,7 +82,7 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
             work_dir,
             name=run.manifest.name or "soka",
             evaluate=recipe.eval_every is not None,
-            precision=computing_dtype(run.manifest, Base(run.model_dir).layout.size.dtype),
+            precision=computing_dtype(run.manifest, run.stored),
         )
         device = arguments.device  # joins the other processes, if there are any
         if recipe.prune is not None and arguments.world_size > 1:
