@@ -14,6 +14,7 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.builtin import base_directory
 from soka_serve.io.lockfile import write_lock
 from soka_serve.kron import Factors
+from soka_serve.kron.cpu import has_amx
 from tests.support.quantised import METHODS, write_copy
 from tests.support.serve_adapters import ALPHA, BETA, LORA, PROMPTS, write_peft, write_soka
 from tests.support.serving import ONE_PROCESS, Server, base_model, greedy_logprobs, random_factors, serve, with_delta
@@ -98,20 +99,35 @@ def server(folder: Path, references: dict[str, Any]) -> Iterator[Server]:
     options += ["--lora-modules", *(f"{name}={folder / name}" for name in ("alpha", "beta"))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SOKA_LORA", "0")
-        patch.setenv("VLLM_CPU_INT4_W4A8", "0")  # vLLM's kernel for AMX rounds what goes into a layer to 8 bits
         with serve(folder, options, "bfloat16", ONE_PROCESS) as server:
             yield server
 
 
+def in_eight_bits(layer: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    """What goes into a layer, each token's values rounded to one of 255 even steps."""
+    (values,) = inputs
+    step = values.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return ((values.float() / step).round() * step).to(values.dtype)
+
+
+def rounded_model(model: Any) -> Any:
+    """A model in the precision in which it is served: bfloat16; with AMX, vLLM rounds what goes into 4-bit layers."""
+    low = type(model)(model.config).eval()
+    low.load_state_dict(model.state_dict())
+    low = low.bfloat16()
+    for name, layer in low.named_modules():
+        if has_amx() and name.endswith("_proj"):
+            layer.register_forward_pre_hook(in_eight_bits)
+    return low
+
+
 def test_answers(server: Server, references: dict[str, Any]) -> None:
-    """As near to the dequantised weights with the dense delta as bfloat16 lets transformers itself be."""
+    """As near to the dequantised weights with the dense delta as the served precision lets transformers itself be."""
     jobs = [(name, prompt) for prompt in PROMPTS for name in references]
     answers = [*(server.ask(*job) for job in jobs), *server.ask_at_once(jobs)]
     for name, model in references.items():
         want, got, plain, rounded = [], [], [], []
-        low = type(model)(model.config).eval()
-        low.load_state_dict(model.state_dict())
-        low = low.bfloat16()
+        low = rounded_model(model)
         for (asked, prompt), (tokens, logprobs) in zip(jobs + jobs, answers, strict=True):
             if asked == name:
                 chosen = torch.tensor(tokens)[:, None]
