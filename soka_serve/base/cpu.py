@@ -3,8 +3,8 @@
 Two facts, measured by `python -m eval.bench.step_real` (eval/results/step_smollm2.json):
 
 - torch multiplies float32 matrices by MKL, which keeps to AVX2 on CPUs that are not Intel's. oneDNN uses AVX-512 there.
-- torch's flash attention multiplies small blocks, one call each. Few tokens are faster in whole products, on AMD's
-  CPUs and on Intel's, in float32 and in bfloat16.
+- torch's flash attention multiplies small blocks, one call each. Few tokens are faster in whole products. The file
+  shows that on AMD's CPUs; on Intel's with AMX steps in float32 and bfloat16 were timed by hand.
 """
 
 from __future__ import annotations
