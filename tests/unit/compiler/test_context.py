@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -81,10 +80,7 @@ def test_a_build_may_be_replaced(tmp_path: Path) -> None:
     check_output(context)
 
 
-def test_replacing_another_manifests_build_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)
+def test_replacing_another_manifests_build_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _artefact(tmp_path)
     check_output(_context(tmp_path))
     assert "was built from first.toml; this build of small.toml replaces it" in caplog.text
@@ -113,14 +109,11 @@ def test_a_build_does_not_replace_what_it_reads(tmp_path: Path, what: str) -> No
         check_output(context)
 
 
-def test_a_damaged_lock_is_built_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_lock_is_built_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     target = _artefact(tmp_path)
     assert is_whole(target)
     assert previous_keys(target) == {"init": "1"}
     (target / "soka.lock").write_text("= not TOML")
-    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)  # the command line turns it off
     assert not is_whole(target)
     assert previous_keys(target) == {}
     check_output(_context(tmp_path))

@@ -28,7 +28,6 @@ def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(base.ALLOW_VARIABLE, raising=False)
     monkeypatch.setattr(base, "_hashes", {})
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level(logging.INFO, "vllm.soka")
 
 

@@ -285,7 +285,6 @@ def test_what_comes_while_a_merge_runs_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("soka_serve"), "propagate", True)
     out = tmp_path / "out"
     if what != "a new folder":
         run(adapter, base, out)
