@@ -2,7 +2,7 @@
 
 Adapters come from clients. The engine's loop reads them between two steps, so what costs much more than an adapter of
 this model can is refused here, in a thread of its own. The engine's workers hold the same limits again: they read
-later, and files change.
+later, and files change. The weights are read here first, so that the engine, on this machine, waits for no disk.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 
 from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import read_limited
-from soka_serve.io.file_names import LOCK_FILE
+from soka_serve.io.file_names import LOCK_FILE, WEIGHTS_FILE
 from soka_vllm import metrics
 from soka_vllm.engine import check_served_base
 from soka_vllm.limits import ModelLimits
+from soka_vllm.lycoris import find_lycoris
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import look_at
 from soka_vllm.resolver import limits_of, note_reason
@@ -27,6 +28,7 @@ from soka_vllm.sums import is_sum
 
 # One thread: however many loads are asked for at once, the rest of this process shares its time with one of them.
 _thread = ThreadPoolExecutor(1, "soka-admission")
+_AHEAD_BYTES = 1 << 20  # at a time
 
 
 async def add_lora(stock: Any, front: Any, lora_request: Any) -> bool:
@@ -57,7 +59,10 @@ async def _check(front: Any, lora_request: Any) -> None:
     """Check an adapter's files within the budget of the served model."""
     if "_soka_limits" not in front.__dict__:
         front._soka_limits = ModelLimits(*await front.engine_core.call_utility_async("soka_limits"))
-    await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request, front._soka_limits)
+    limits = front._soka_limits
+    await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request, limits)
+    # Not in `_thread`: one adapter on a slow disk would keep all others waiting.
+    await asyncio.to_thread(read_ahead, lora_request, 8 * max(limits.values, limits.lora_values))
 
 
 def _look(lora_request: Any, limits: ModelLimits) -> None:
@@ -71,3 +76,24 @@ def _look(lora_request: Any, limits: ModelLimits) -> None:
                 except CheckpointError as error:
                     raise ValueError(error.message.replace(f"{folder}/", "")) from error
                 return
+
+
+def read_ahead(lora_request: Any, most: int) -> None:
+    """Have an adapter's weights in the kernel's page cache.
+
+    Args:
+        lora_request: vLLM's, with what `limited` puts into it.
+        most: bytes, after which it is left; the file may be another one than was checked.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    with adapter_files(lora_request) as directory:
+        file = directory / WEIGHTS_FILE
+        found = file if file.exists() else find_lycoris(directory)
+        if found is None:
+            return
+        buffer = bytearray(_AHEAD_BYTES)
+        with found.open("rb", buffering=0) as stream:
+            while (read := stream.readinto(buffer)) and most > 0:
+                most -= read
