@@ -193,7 +193,8 @@ class Adapt(Table):
     )
     adapter: PathOrId | None = Field(
         None,
-        description="For init = 'adapter': folder of the finished adapter, which gives ranks and factor shapes.",
+        description="For init = 'adapter': folder of the finished adapter, or its URL (hf://owner/name@revision, "
+        "s3://..., https://...); it gives ranks and factor shapes.",
         examples=["../build/math/adapter"],
     )
     calibration_batches: Annotated[int, Field(ge=0)] | None = Field(

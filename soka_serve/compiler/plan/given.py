@@ -109,9 +109,11 @@ def check_base(
 
 def _open(source: str, manifest: Manifest, directory: Path, name_key: Callable[[TomlPath], str]) -> GivenAdapter:
     from soka_serve.adapter.given import open_given  # which loads torch
+    from soka_serve.adapter.remote.address import is_url
+    from soka_serve.adapter.remote.fetch import local_adapter
 
     try:
-        return open_given(directory / Path(source).expanduser())
+        return open_given(local_adapter(source) if is_url(source) else directory / Path(source).expanduser())
     except CheckpointError as error:
         raise CheckpointError(f"{_key(manifest, source, name_key)}: {error.message}", hint=error.hint) from error
 

@@ -27,6 +27,7 @@ from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import read_manifest
 from soka_serve.manifest.schema import Manifest
 from tests.support import kron_oracle as oracle
+from tests.support.remote_stores import web_server
 
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 MANIFEST = """\
@@ -139,6 +140,21 @@ def test_what_is_hashed_is_the_adapter_and_not_its_place(tmp_path: Path) -> None
         tmp_path / "moved", {n: f.to(torch.bfloat16).to(torch.float32) for n, f in _terms().items()}, base_model="tiny"
     )
     assert keys()["init"] != before["init"]
+
+
+def test_an_adapter_that_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOKA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    manifest = _write(tmp_path)
+    near = prepare(read_manifest(manifest), Workspace(tmp_path, "further"), progress=False).keys
+    with web_server() as site:
+        site.upload(tmp_path / "first", "kept/first")
+        text = manifest.read_text()
+        manifest.write_text(text.replace('"first"', f'"{site.url}/kept/first"'))
+        far = prepare(read_manifest(manifest), Workspace(tmp_path, "further"), progress=False).keys
+        assert far["init"] == near["init"]
+        manifest.write_text(text.replace('"first"', f'"{site.url}/kept/none"'))
+        with pytest.raises(CheckpointError, match=r"adapt\[0\]\.adapter.*kept/none: no adapter_config\.json there"):
+            make_plan(read_manifest(manifest))
 
 
 @pytest.mark.parametrize(
