@@ -43,7 +43,7 @@ def check_base(adapter: Path, model: str, revision: str | None, roots: Sequence[
 
     with opened(adapter, roots) as files:
         try:
-            expected = base_sha256_of(find_lock(files, ReadingBudget(lock_bytes=_MAX_LOCK_BYTES)))
+            expected = base_sha256_of(find_lock(files, ReadingBudget(lock_bytes=_MAX_LOCK_BYTES), only="base"))
         except SokaError as error:
             raise ValueError(renamed(error.message, files, adapter)) from error
     if expected is None:

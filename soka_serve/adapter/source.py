@@ -61,15 +61,17 @@ def base_sha256_of(lock: Mapping[str, Any] | None) -> str | None:
     return str(digest) if digest else None
 
 
-def find_lock(directory: Path, budget: ReadingBudget | None = None) -> dict[str, Any] | None:
-    """The soka.lock of an adapter, or of the build it lies in; None where there is none.
+def find_lock(
+    directory: Path, budget: ReadingBudget | None = None, only: str | None = None
+) -> dict[str, Any] | None:
+    """The soka.lock of an adapter, or of the build it lies in, or one table of it (`read_lock`); None without any.
 
     Raises:
         CheckpointError: it cannot be read, or not within the budget.
     """
     for file in _locks(directory):
         if file.exists():
-            return read_lock(file, budget)
+            return read_lock(file, budget, only)
     return None
 
 

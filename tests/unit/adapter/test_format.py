@@ -318,6 +318,22 @@ def test_lock_round_trip(lock: dict[str, Any], tmp_path_factory: pytest.TempPath
     assert read_lock(file) == lock
 
 
+@settings(max_examples=100, deadline=None)
+@given(lock=_TABLES, base=_TABLES)
+def test_one_table_of_a_lock(
+    lock: dict[str, Any], base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "one.lock"
+    write_lock(file, lock | {"base": base})
+    values = {key: value for key, value in base.items() if not isinstance(value, dict)}
+    assert read_lock(file, only="base") == {"base": values}
+
+
+def test_a_lock_whose_tables_are_inline_is_read_whole(tmp_path: Path) -> None:
+    (tmp_path / "l").write_text("base = { sha256 = '1' }\nother = 2\n")
+    assert read_lock(tmp_path / "l", only="base") == {"base": {"sha256": "1"}, "other": 2}
+
+
 def test_lock_is_readable(tmp_path: Path) -> None:
     write_lock(tmp_path / "l", {"seed": 1, "base": {"name": "a/b", "files": {"model.safetensors": "ab"}}, "ok": True})
     assert (tmp_path / "l").read_text() == (
