@@ -61,9 +61,7 @@ def base_sha256_of(lock: Mapping[str, Any] | None) -> str | None:
     return str(digest) if digest else None
 
 
-def find_lock(
-    directory: Path, budget: ReadingBudget | None = None, only: str | None = None
-) -> dict[str, Any] | None:
+def find_lock(directory: Path, budget: ReadingBudget | None = None, only: str | None = None) -> dict[str, Any] | None:
     """The soka.lock of an adapter, or of the build it lies in, or one table of it (`read_lock`); None without any.
 
     Raises:

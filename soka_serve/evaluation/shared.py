@@ -35,7 +35,8 @@ def own_dtype(asked: str, model: Path) -> str:
 class SharedServer:
     """One vLLM server for the adapters of several evaluations, which agree on all but the adapter.
 
-    It is started when the first of them has something to ask, and ended with the block.
+    It is started when the first of them has something to ask, again for the next of them if it has died meanwhile, and
+    ended with the block.
 
     Args:
         subjects: what they measure.
@@ -57,6 +58,10 @@ class SharedServer:
 
     def running(self) -> tuple[Launch, Server] | None:
         """The server; None where it could not be started, as when one adapter of them ends it."""
+        if self._running is not None and not self._running[1].is_healthy:
+            logger.warning("the server of these evaluations has died; starting it again for the next of them")
+            self._running = None
+            self._stack.close()
         if self._running is None and not self._failed:
             given = [f"{subject.target.name}={subject.target.path}" for subject in self._subjects]
             first = self._subjects[0]

@@ -164,6 +164,11 @@ class Server:
         """Whether its first process has not ended."""
         return self._process.poll() is None
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it answers, and its engine lives."""
+        return self.is_running and self._client.is_healthy()
+
     def wait(self) -> None:
         """Wait until it ends by itself, which it should not.
 

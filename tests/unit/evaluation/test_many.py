@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from soka_serve.base import model
 from soka_serve.builtin import base_directory
+from soka_serve.evaluation import shared
 from soka_serve.evaluation.backends import TransformersBackend
 from soka_serve.evaluation.many import _groups, _sharing
 from soka_serve.evaluation.run import EvalSettings
+from soka_serve.evaluation.shared import SharedServer
 from soka_serve.evaluation.subject import Evaluation, Subject
 from soka_serve.manifest.read import read_manifest
 from soka_serve.serving.targets import Kind, Target
@@ -43,12 +48,12 @@ def test_one_base_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
     backend, alive = evaluation.backend, list[Any]()
     assert isinstance(backend, TransformersBackend)
     with _sharing([evaluation], settings), backend.roles() as open_role:
-        shared = backend.shared
-        assert shared is not None
+        common = backend.shared
+        assert common is not None
         with open_role("base"):
-            assert shared._base is not None
+            assert common._base is not None
         load = model.load_base
-        monkeypatch.setattr(model, "load_base", lambda *key: (alive.append(shared._base), load(*key))[1])
+        monkeypatch.setattr(model, "load_base", lambda *key: (alive.append(common._base), load(*key))[1])
         with open_role("result"):
             assert alive == [None]
     adapter = make(tmp_path, "adapter")
@@ -57,3 +62,25 @@ def test_one_base_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.Mon
         pass
     assert adapter.backend.shared is not None
     assert adapter.backend.shared._base is None
+
+
+def test_a_shared_server_that_has_died_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers, ended = [], []
+
+    @contextmanager
+    def started(*_: object) -> Iterator[Any]:
+        servers.append(SimpleNamespace(is_healthy=True))
+        yield None, servers[-1]
+        ended.append(servers.index(servers[-1]))
+
+    monkeypatch.setattr(shared, "started_vllm", started)
+    with SharedServer([make(tmp_path, name).subject for name in "ab"], ()) as server:
+        first = server.running()
+        assert first is not None
+        assert server.running() == first
+        servers[0].is_healthy = False
+        second = server.running()
+        assert second is not None
+        assert second[1] is servers[1]
+        assert ended == [0]
+    assert ended == [0, 1]
