@@ -145,7 +145,9 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         _logger.warning("Refused adapter %r from %s: %s", request.lora_name, path, answer.error.message)
         answer.error.code = HTTPStatus.BAD_REQUEST.value
         answer.error.type = "BadRequestError"
-    if not isinstance(answer, ErrorResponse) and request.load_inplace:
+    if isinstance(answer, ErrorResponse):
+        _forget(models, path)
+    elif request.load_inplace:
         sums_of(models).reloaded(request.lora_name)
     return answer
 
@@ -155,11 +157,17 @@ async def unload(stock: Any, models: Any, request: Any) -> Any:
     served = models.lora_requests.get(request.lora_name)
     answer = await stock(models, request)
     if not isinstance(answer, ErrorResponse):
-        if served is not None and all(other.lora_path != served.lora_path for other in models.lora_requests.values()):
-            remote.forget(served.lora_path)
+        if served is not None:
+            _forget(models, served.lora_path)
         metrics.counters().unloaded(request.lora_name)
         sums_of(models).unloaded(request.lora_name)
     return answer
+
+
+def _forget(models: Any, path: str) -> None:
+    """Forget where an adapter was fetched from, unless another name serves it."""
+    if all(served.lora_path != path for served in models.lora_requests.values()):
+        remote.forget(path)
 
 
 async def _fetched(models: Any, path: str) -> Path | None:

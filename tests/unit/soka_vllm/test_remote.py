@@ -166,6 +166,17 @@ def test_what_the_cache_has_dropped_is_fetched_again(models: Any, web: WebServer
     assert remote._fetched == {}
 
 
+def test_nothing_is_kept_of_an_adapter_that_is_refused(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refusing(engine: Engine, lora_request: Any) -> bool:
+        raise ValueError("it does not fit")
+
+    monkeypatch.setattr(Engine, "add_lora", refusing)
+    assert "it does not fit" in refused(load(models, "a", f"{web.url}/builds/math"), 400)
+    assert remote._fetched == {}
+
+
 def asked(models: Any, name: str) -> Any:
     """What vLLM's check of a request's model answers."""
     serving = SimpleNamespace(models=models, request_logger=None, _is_model_supported=models.is_base_model)
