@@ -84,6 +84,11 @@ class Protocol(Table):
         description="How many of the settings see the sweep seeds after the first: those that the first finds best; "
         "default: all.",
     )
+    refine: bool = Field(
+        False,
+        description="The last of the settings lies where parabolas through the best one and its neighbours on each "
+        "axis are lowest: a finer step for every method alike.",
+    )
     choose_by: Literal["loss", "accuracy"] = Field(
         "loss", description="What chooses a setting: loss or accuracy of the answers to the validation problems."
     )
