@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 KERNELS = "vllm/lora/ops/triton_ops"
+_SOURCE = "SOURCE"  # in what `pack` writes: the name of the wheel
 _FILES = ("lora_shrink_op", "lora_expand_op", "lora_kernel_metadata", "kernel_utils", "utils")
 # vLLM's defaults; with a GPU's dual stream and programmatic launches it has them off, too.
 _ENVIRONMENT = {
@@ -36,8 +37,18 @@ def pack(wheel: Path, out: Path) -> None:
         KeyError: the wheel has no such files.
     """
     with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr(_SOURCE, wheel.name)
         for name in _FILES:
             target.writestr(f"{KERNELS}/{name}.py", source.read(f"{KERNELS}/{name}.py"))
+
+
+def source_name(source: Path) -> str:
+    """What the kernels of `load` are of: the name of the wheel, or of the folder."""
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as file:
+            if _SOURCE in file.namelist():
+                return file.read(_SOURCE).decode()
+    return source.name
 
 
 def load(source: Path) -> SimpleNamespace:

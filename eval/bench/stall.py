@@ -44,10 +44,17 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def leave_cache(folder: Path) -> None:
-    """Have the kernel forget a file, which is on the disk by then."""
+    """Have the kernel forget a file, which is on the disk by then.
+
+    Raises:
+        SystemExit: it does not, as on a file system in memory.
+    """
     with (folder / WEIGHTS_FILE).open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with suppress(BlockingIOError):
+            os.preadv(stream.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+            raise SystemExit(f"{folder}: its files stay in memory; set TMPDIR to a folder on a disk")
 
 
 class Stream:

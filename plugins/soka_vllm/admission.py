@@ -22,12 +22,14 @@ from soka_vllm.engine import check_served_base
 from soka_vllm.limits import ModelLimits
 from soka_vllm.lycoris import find_lycoris
 from soka_vllm.places import adapter_files
-from soka_vllm.readers import look_at
+from soka_vllm.readers import LORA, READERS, look_at
 from soka_vllm.resolver import limits_of, note_reason
 from soka_vllm.sums import is_sum
 
 # One thread: however many loads are asked for at once, the rest of this process shares its time with one of them.
 _thread = ThreadPoolExecutor(1, "soka-admission")
+# Not the same: one adapter on a slow disk would keep all others waiting.
+_reading = ThreadPoolExecutor(4, "soka-read-ahead")
 _AHEAD_BYTES = 1 << 20  # at a time
 
 
@@ -60,12 +62,14 @@ async def _check(front: Any, lora_request: Any) -> None:
     if "_soka_limits" not in front.__dict__:
         front._soka_limits = ModelLimits(*await front.engine_core.call_utility_async("soka_limits"))
     limits = front._soka_limits
-    await asyncio.get_running_loop().run_in_executor(_thread, _look, lora_request, limits)
-    # Not in `_thread`: one adapter on a slow disk would keep all others waiting.
-    await asyncio.to_thread(read_ahead, lora_request, 8 * max(limits.values, limits.lora_values))
+    loop = asyncio.get_running_loop()
+    kind = await loop.run_in_executor(_thread, _look, lora_request, limits)
+    if kind == LORA or kind in READERS:
+        await loop.run_in_executor(_reading, read_ahead, lora_request, limits)
 
 
-def _look(lora_request: Any, limits: ModelLimits) -> None:
+def _look(lora_request: Any, limits: ModelLimits) -> str | None:
+    """Raises ValueError where something is wrong with an adapter; else its kind."""
     with adapter_files(lora_request) as directory:
         kind, budget = limits.open(directory)
         look_at(directory, kind, budget)
@@ -75,23 +79,25 @@ def _look(lora_request: Any, limits: ModelLimits) -> None:
                     read_limited(folder / LOCK_FILE, budget.lock_bytes, budget.source)
                 except CheckpointError as error:
                     raise ValueError(error.message.replace(f"{folder}/", "")) from error
-                return
+                break
+        return kind
 
 
-def read_ahead(lora_request: Any, most: int) -> None:
-    """Have an adapter's weights in the kernel's page cache.
+def read_ahead(lora_request: Any, limits: ModelLimits) -> None:
+    """Have the weights of an adapter that was looked at in the kernel's page cache.
 
     Args:
         lora_request: vLLM's, with what `limited` puts into it.
-        most: bytes, after which it is left; the file may be another one than was checked.
+        limits: no more is read than they allow; the file may be another one than was looked at.
 
     Raises:
         ValueError: the file cannot be read.
     """
+    most = 8 * max(limits.values, limits.lora_values)  # bytes
     with adapter_files(lora_request) as directory:
         file = directory / WEIGHTS_FILE
-        found = file if file.exists() else find_lycoris(directory)
-        if found is None:
+        found = file if file.exists() else find_lycoris(directory, limits.budget())
+        if found is None or not found.is_file():  # a pipe, say: to open it would be to wait for its writer
             return
         buffer = bytearray(_AHEAD_BYTES)
         with found.open("rb", buffering=0) as stream:

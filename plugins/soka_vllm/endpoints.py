@@ -14,7 +14,7 @@ from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-from soka_serve.adapter.remote.address import is_url
+from soka_serve.adapter.remote.address import Address, is_url
 from soka_serve.adapter.remote.problems import FetchError
 from soka_serve.errors import SokaError, is_printable, printable
 from soka_serve.io.names import MODEL_NAME_RULE, is_model_name
@@ -119,10 +119,11 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     """
     path = request.lora_path or ""
     roots = None if operator_loads() else allowed_roots()
-    message = _refusal(request.lora_name, path)
+    message, address = _refusal(request.lora_name, path), None
     if not message:
         try:
-            found = await _fetched(models, path)
+            address = _address(models, path)
+            found = None if address is None else await remote.fetch(address)
         except SokaError as error:
             return _not_fetched(request.lora_name, error)
         if found is not None:
@@ -147,7 +148,10 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         answer.error.type = "BadRequestError"
     if isinstance(answer, ErrorResponse):
         _forget(models, path)
-    elif request.load_inplace:
+        return answer
+    if address is not None:
+        remote.remember(path, address)  # a refused load of the same has forgotten it meanwhile
+    if request.load_inplace:
         sums_of(models).reloaded(request.lora_name)
     return answer
 
@@ -170,13 +174,13 @@ def _forget(models: Any, path: str) -> None:
         remote.forget(path)
 
 
-async def _fetched(models: Any, path: str) -> Path | None:
-    """The folder of an adapter that is kept elsewhere; None where a load names a path of this machine.
+def _address(models: Any, path: str) -> Address | None:
+    """Where an adapter that is kept elsewhere is; None where a load names a path of this machine.
 
     Clients may have loaded what lies below the URL of the builds, and hub ids where no folders are set.
 
     Raises:
-        SokaError: not allowed, or it cannot be fetched.
+        SokaError: not allowed.
     """
     if is_url(path) and path.startswith("file:"):
         raise SokaError(f"'{printable(path)}': give the folder as a path")
@@ -186,8 +190,7 @@ async def _fetched(models: Any, path: str) -> Path | None:
             return None
         free = True
     folders = [r.folder for r in getattr(models, "lora_resolvers", ()) if isinstance(r, remote.RemoteResolver)]
-    address = remote.address_of(path, folders, free=free)
-    return None if address is None else await remote.fetch(address)
+    return remote.address_of(path, folders, free=free)
 
 
 def _not_fetched(name: str, error: SokaError) -> ErrorResponse:

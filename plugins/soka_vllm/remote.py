@@ -81,8 +81,13 @@ async def fetch(address: Address) -> Path:
         SokaError: it cannot be.
     """
     found = await asyncio.get_running_loop().run_in_executor(_threads, fetch_adapter, address)
-    _fetched[str(found)] = address
+    remember(str(found), address)
     return found
+
+
+def remember(path: str, address: Address) -> None:
+    """Note where a folder of the cache was fetched from."""
+    _fetched[path] = address
 
 
 def folders_of(found: Path) -> list[Path]:

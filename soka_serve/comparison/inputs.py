@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from soka_serve.adapter.remote.address import is_url, parse_address
 from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.target_modules import resolve_targets
@@ -13,6 +14,7 @@ from soka_serve.comparison.suite import Suite
 from soka_serve.compiler.context import CONFIG_FILES, open_sources, sha256_of
 from soka_serve.compiler.plan.given import check_base
 from soka_serve.data.sources import data_sha256
+from soka_serve.errors import BuildError, printable
 from soka_serve.io.files import sha256_text
 from soka_serve.io.hardware import has_nvidia_gpu
 from soka_serve.io.versions import versions
@@ -30,6 +32,7 @@ def read_inputs(loaded: LoadedSuite, hashes: HashCache) -> RunInputs:
     Raises:
         CheckpointError, DataError: base, data, or what a method starts from, that cannot be read.
         PlanError: an adapter that a method starts from does not fit the base.
+        BuildError: the URL of one does not say which it is.
     """
     base = resolve_base(loaded.suite.base, manifest_dir=loaded.directory, name_key=loaded.name_key)
     base.check_adaptable()
@@ -56,6 +59,12 @@ def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) ->
         def name_key(path: TomlPath, number: int = number) -> str:
             return loaded.name_key(("method", number, "adapt", *path[2:]))  # a manifest's path is adapt, rule, key
 
+        source = contender.adapt.source
+        if is_url(source) and not ((address := parse_address(source)) and address.is_fixed):
+            raise BuildError(
+                f"{name_key(('adapt', 0, 'adapter'))}: {printable(source)} may be another adapter at the next run",
+                hint="Say which it is: put @sha256: and the hash of its weights at the end, or on a hub name a commit.",
+            )
         manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
         targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, name_key)
         _, sources = open_sources(targets, manifest, loaded.directory, name_key)

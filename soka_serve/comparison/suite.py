@@ -269,7 +269,7 @@ class Suite(Table):
     @property
     def settings(self) -> int:
         """Settings that are tried for each method on each dataset: the same number for all."""
-        return self.protocol.settings or max(m.first_pass for m in self.method)
+        return self.protocol.settings or max(m.first_pass for m in self.method) + self.protocol.refine
 
     @property
     def claims_sha256(self) -> str:

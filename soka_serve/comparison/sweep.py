@@ -90,8 +90,8 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     if not scores:
         start = tuple((axis, values[len(values) // 2]) for axis, values in grid.items())
         return _line(start, next(iter(grid)), grid)[:left]
-    best = _best(scores)
-    if left == 1 and cell.suite.protocol.refine and _is_fresh(lowest := _lowest(best, scores), scores, cell):
+    best, refine = _best(scores), cell.suite.protocol.refine
+    if left == 1 and refine and (lowest := _lowest(best, scores, cell)) not in scores:
         return [lowest]
     unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
     for line in (
@@ -101,9 +101,9 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
         *(_line(best, axis, grid) for axis in grid),
         *(_with(best, axis, _between(best, axis, scores)) for axis in grid),
     ):
-        fresh = [setting for setting in line if _is_fresh(setting, scores, cell)]
+        fresh = [setting for setting in line if setting not in scores and cell.takes(setting)]
         if fresh:
-            return fresh[:left]
+            return fresh[: max(left - refine, 1)]
     return []
 
 
@@ -170,11 +170,12 @@ def _between(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]
     return [_rounded(math.sqrt(here * near)) for near in nearest if near != here and near * here]
 
 
-def _lowest(setting: Setting, scores: Mapping[Setting, Score | None]) -> Setting:
+def _lowest(setting: Setting, scores: Mapping[Setting, Score | None], cell: Cell) -> Setting:
     """The setting with each value moved to the vertex of a parabola through three losses, by the value's logarithm.
 
-    A value stays where it has no neighbours on both sides that were tried with the other axes as they are, or where one
-    of the three has no finite loss.
+    A value stays where it has no neighbours on both sides that were tried with the other axes as they are, where its
+    loss is not the lowest of the three (what chose it was the accuracy) or one is not finite, and where manifests do
+    not take the new one.
     """
     moved = []
     for axis, here in setting:
@@ -188,10 +189,10 @@ def _lowest(setting: Setting, scores: Mapping[Setting, Score | None]) -> Setting
             min((v for v in losses if v > here), default=0),
         )
         near = (below, here, above)
-        if min(near) > 0 and all(math.isfinite(losses[value]) for value in near):
-            moved.append((axis, _rounded(math.exp(_vertex([(math.log(v), losses[v]) for v in near])))))
-        else:
-            moved.append((axis, here))
+        value = here
+        if min(near) > 0 and all(losses[here] <= losses[v] < math.inf for v in near):
+            value = _rounded(math.exp(_vertex([(math.log(v), losses[v]) for v in near])))
+        moved.append((axis, value if cell.takes(_with(setting, axis, [value])[0]) else here))
     return tuple(moved)
 
 
@@ -200,10 +201,6 @@ def _vertex(points: Sequence[tuple[float, float]]) -> float:
     (a, low), (b, least), (c, high) = points
     left, right = (b - a) * (least - high), (b - c) * (least - low)
     return b if left == right else b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
-
-
-def _is_fresh(setting: Setting, scores: Mapping[Setting, Score | None], cell: Cell) -> bool:
-    return setting not in scores and cell.takes(setting)
 
 
 def _rounded(value: float) -> float:

@@ -52,6 +52,7 @@ def test_from_a_zip_file_without_vllm(tmp_path: Path, root: Path) -> None:
         for file in (Path(spec.origin).parent / "lora" / "ops").rglob("*.py"):
             wheel.write(file, file.relative_to(Path(spec.origin).parents[1]))
     vllm_lora.pack(tmp_path / "vllm.whl", tmp_path / "part.zip")
+    assert vllm_lora.source_name(tmp_path / "part.zip") == "vllm.whl"
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "part.zip")]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)

@@ -12,6 +12,7 @@ import pytest
 
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_vllm.admission import read_ahead
+from soka_vllm.limits import ModelLimits
 
 PAGES = 300
 
@@ -29,8 +30,12 @@ def resident(file: Path) -> int:
     return sum(page & 1 for page in found)
 
 
-@pytest.mark.parametrize("most", [1 << 30, 1 << 20])
-def test_weights_are_in_memory_before_the_engine_asks(tmp_path: Path, most: int) -> None:
+def ahead(folder: Path, values: int = 1 << 24) -> None:
+    read_ahead(SimpleNamespace(lora_path=str(folder), base_model_name=None), ModelLimits(1, values, values))
+
+
+@pytest.mark.parametrize("values", [1 << 24, 1 << 17])
+def test_weights_are_in_memory_before_the_engine_asks(tmp_path: Path, values: int) -> None:
     file = tmp_path / WEIGHTS_FILE
     (tmp_path / CONFIG_FILE).write_text("{}")
     with file.open("wb") as stream:
@@ -40,9 +45,13 @@ def test_weights_are_in_memory_before_the_engine_asks(tmp_path: Path, most: int)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if resident(file):
         pytest.skip("the file system of the temporary folder keeps its files in memory")
-    read_ahead(SimpleNamespace(lora_path=str(tmp_path), base_model_name=None), most)
-    assert resident(file) == PAGES if most > file.stat().st_size else resident(file) > 0
+    ahead(tmp_path, values)
+    assert resident(file) == PAGES if 8 * values > file.stat().st_size else resident(file) > 0
 
 
-def test_a_folder_without_weights_is_left_to_the_engine(tmp_path: Path) -> None:
-    read_ahead(SimpleNamespace(lora_path=str(tmp_path / "none"), base_model_name=None), 1 << 20)
+def test_what_is_no_file_is_left_to_the_engine(tmp_path: Path) -> None:
+    """A pipe would be waited for, for good."""
+    ahead(tmp_path / "none")
+    (tmp_path / CONFIG_FILE).write_text("{}")
+    os.mkfifo(tmp_path / WEIGHTS_FILE)
+    ahead(tmp_path)
