@@ -154,8 +154,10 @@ def answer_or_wrong(doc: Mapping[str, Any], number: int) -> str:
     return doc["code"] if doc["task_id"] % 2 == 0 else "def wrong():\n    pass"
 
 
-@pytest.mark.slow  # 500 + 500 + 257 programs
+@pytest.mark.slow
 def test_mbpp_gold_programs_pass(lm_tasks: Any, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through lm-eval a hundred of them; the next but two has all."""
+    monkeypatch.setattr("soka_serve.evaluation.mbpp._TEST_IDS", range(11, 111))
     tasks = ["soka_mbpp", "soka_mbpp_fewshot", "soka_mbpp_sanitized"]
     found, model = run_mbpp(
         lm_tasks, shared_data, monkeypatch, tasks, lambda doc, _: f"Here:\n```python\n{doc['code']}\n```\nDone."
@@ -164,7 +166,7 @@ def test_mbpp_gold_programs_pass(lm_tasks: Any, shared_data: Path, monkeypatch: 
     assert metrics(found, "soka_mbpp") == {"pass_at_1,sandbox": 1.0}
     assert metrics(found, "soka_mbpp_sanitized") == {"pass_at_1,sandbox": 1.0}
     assert metrics(found, "soka_mbpp_fewshot") == {"pass_at_1,sandbox": 0.0}
-    assert [found["n-samples"][task]["effective"] for task in tasks] == [500, 500, 257]
+    assert [found["n-samples"][task]["effective"] for task in tasks] == [100, 100, 56]
     shot = next(p for p in model.prompts if p.count("[BEGIN]") == 4)
     assert shot.startswith("You are an expert Python programmer, and here is your task: Write a function to find the")
     assert shot.count("\n[DONE]") == 3

@@ -27,11 +27,15 @@ from tests.support.served_models import (
 from tests.support.serving import ONE_PROCESS
 
 CHOSEN = [*(a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")), FUSED]
+MORE = {"Qwen3"}
 
 
 @pytest.mark.slow
 @NEEDS_VLLM
-@pytest.mark.parametrize("architecture", CHOSEN, ids=[a.name for a in CHOSEN])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(a, id=a.name, marks=[pytest.mark.slow_matrix] if a.name in MORE else []) for a in CHOSEN],
+)
 def test_served_as_transformers_computes_it(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
