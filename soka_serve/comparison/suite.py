@@ -84,11 +84,6 @@ class Protocol(Table):
         description="How many of the settings see the sweep seeds after the first: those that the first finds best; "
         "default: all.",
     )
-    refine: bool = Field(
-        False,
-        description="The last of the settings lies where parabolas through the best one and its neighbours on each "
-        "axis are lowest: a finer step for every method alike.",
-    )
     choose_by: Literal["loss", "accuracy"] = Field(
         "loss", description="What chooses a setting: loss or accuracy of the answers to the validation problems."
     )
@@ -269,7 +264,7 @@ class Suite(Table):
     @property
     def settings(self) -> int:
         """Settings that are tried for each method on each dataset: the same number for all."""
-        return self.protocol.settings or max(m.first_pass for m in self.method) + self.protocol.refine
+        return self.protocol.settings or max(m.first_pass for m in self.method)
 
     @property
     def claims_sha256(self) -> str:

@@ -4,9 +4,8 @@ The search begins in the middle of the grid and tries all values of one axis aft
 setting so far (coordinate search). Then, as long as settings are left: along the ridge of rate and scale, beyond an end
 of an axis where the best value lies, along the axes through the best setting, and between the best value and its
 neighbours. The ridge is there because what a product of two trained factors changes grows with scale * rate^2: a search
-along the axes alone cannot follow it. With `refine`, the last setting lies where parabolas through the losses of the
-best one and of its neighbours on each axis are lowest (a step of successive parabolic interpolation). With `finalists`,
-that search looks at the first sweep seed alone; the others choose among the settings that it found best.
+along the axes alone cannot follow it. With `finalists`, that search looks at the first sweep seed alone; the others
+choose among the settings that it found best.
 
 A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
 """
@@ -90,9 +89,7 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     if not scores:
         start = tuple((axis, values[len(values) // 2]) for axis, values in grid.items())
         return _line(start, next(iter(grid)), grid)[:left]
-    best, refine = _best(scores), cell.suite.protocol.refine
-    if left == 1 and refine and (lowest := _lowest(best, scores, cell)) not in scores:
-        return [lowest]
+    best = _best(scores)
     unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
     for line in (
         *(_line(best, axis, grid) for axis in unseen),
@@ -103,7 +100,7 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     ):
         fresh = [setting for setting in line if setting not in scores and cell.takes(setting)]
         if fresh:
-            return fresh[: max(left - refine, 1)]
+            return fresh[:left]
     return []
 
 
@@ -168,39 +165,6 @@ def _between(setting: Setting, axis: str, scores: Mapping[Setting, Score | None]
     at = tried.index(here)
     nearest = tried[max(at - 1, 0) : at + 2]
     return [_rounded(math.sqrt(here * near)) for near in nearest if near != here and near * here]
-
-
-def _lowest(setting: Setting, scores: Mapping[Setting, Score | None], cell: Cell) -> Setting:
-    """The setting with each value moved to the vertex of a parabola through three losses, by the value's logarithm.
-
-    A value stays where it has no neighbours on both sides that were tried with the other axes as they are, where its
-    loss is not the lowest of the three (what chose it was the accuracy) or one is not finite, and where manifests do
-    not take the new one.
-    """
-    moved = []
-    for axis, here in setting:
-        losses = {
-            dict(other)[axis]: -min(found)  # one of the two is minus the loss, the other 0 or an accuracy
-            for other, found in scores.items()
-            if found is not None and dict(other) | {axis: here} == dict(setting)
-        }
-        below, above = (
-            max((v for v in losses if v < here), default=0),
-            min((v for v in losses if v > here), default=0),
-        )
-        near = (below, here, above)
-        value = here
-        if min(near) > 0 and all(losses[here] <= losses[v] < math.inf for v in near):
-            value = _rounded(math.exp(_vertex([(math.log(v), losses[v]) for v in near])))
-        moved.append((axis, value if cell.takes(_with(setting, axis, [value])[0]) else here))
-    return tuple(moved)
-
-
-def _vertex(points: Sequence[tuple[float, float]]) -> float:
-    """Where the parabola through three points is lowest, of which the middle one is the lowest."""
-    (a, low), (b, least), (c, high) = points
-    left, right = (b - a) * (least - high), (b - c) * (least - low)
-    return b if left == right else b - 0.5 * ((b - a) * left - (b - c) * right) / (left - right)
 
 
 def _rounded(value: float) -> float:

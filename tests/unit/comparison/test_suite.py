@@ -299,42 +299,6 @@ def test_a_ridge_of_rate_and_scale_is_followed(names: tuple[str, str]) -> None:
     assert dict(choose(cell, records)[0].setting or ()) == dict(zip(names, (0.5, 4.0), strict=True))
 
 
-def test_the_last_setting_is_refined_by_parabolas() -> None:
-    def loss(clip: float, rate: float, scale: float) -> float:
-        return 2.0 + math.log(rate / 2.5) ** 2 + 3 * math.log(scale / 1.2) ** 2 + clip
-
-    grid = "clip = [0, 3], learning_rate = [1.0, 2.0, 4.0], scale = [0.5, 1.0, 2.0]"
-    text = TEXT.replace("learning_rate = [1.0, 2.0, 4.0], scale = [1.0, 2.0]", grid)
-    cell = cells_of(text.replace("settings = 5", "settings = 7\nrefine = true"))[0]
-    batches, records = search(cell, loss)
-    assert [len(batch) for batch in batches] == [2, 2, 2, 1]
-    lowest = (("clip", 0), ("learning_rate", 2.5), ("scale", 1.2))
-    assert choose(cell, records)[0].setting == lowest
-    accuracy = search(cell, lambda *at: record(loss(*at), right=3, answered=9))[1]
-    assert choose(cell, accuracy)[0].setting == lowest
-    # Without a finite loss on both sides an axis stays as it is; without anything to move the search goes on as ever.
-    diverged = search(cell, lambda *at: record(0.0, "diverged") if at[1] > 2 else loss(*at))[0]
-    assert dict(diverged[-1][0]) == {"clip": 0, "learning_rate": 2.0, "scale": 1.2}
-    assert dict(search(cell, lambda clip, rate, scale: clip + rate * scale)[0][-1][0])["learning_rate"] == 0.5
-    # A setting that its accuracy chose need not have the lowest loss of the three.
-    right = search(cell, lambda *at: record(1.0 - at[1] / 9, right=5 if at[1] == 2 else 1, answered=9))[0][-1][0]
-    assert 0.5 <= dict(right)["learning_rate"] <= 8.0
-
-
-def test_every_method_is_refined_and_a_value_that_no_manifest_takes_stays() -> None:
-    grid = 'clip = [0, 3], learning_rate = [0.5, 1.0, 2.0, 4.0], "adapt.rank.rank" = [1, 2, 4]'
-    text = TEXT.replace("settings = 5", "settings = 7\nrefine = true").replace(
-        "learning_rate = [1.0, 2.0] }", grid + " }"
-    )
-    cell = cells_of(text)[2]
-    losses = {0.5: 1.3, 1.0: 1.0, 2.0: 1.1, 4.0: 1.7}
-    batches = search(cell, lambda clip, rate, rank: losses.get(rate, 0.9) + clip + math.log(rank / 2.5) ** 2)[0]
-    assert [len(batch) for batch in batches] == [2, 3, 1, 1]
-    last = dict(batches[-1][0])
-    assert last["adapt.rank.rank"] == 2
-    assert 1.0 < last["learning_rate"] < 1.5
-
-
 def test_every_method_is_tried_with_as_many_settings_and_a_border_is_told() -> None:
     first, _, second = cells_of()
     for cell, loss in ((first, lambda rate, scale: -rate * scale), (second, lambda rate: -rate)):
