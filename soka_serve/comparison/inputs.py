@@ -59,8 +59,8 @@ def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) ->
         def name_key(path: TomlPath, number: int = number) -> str:
             return loaded.name_key(("method", number, "adapt", *path[2:]))  # a manifest's path is adapt, rule, key
 
-        source = contender.adapt.source
-        if is_url(source) and not ((address := parse_address(source)) and address.is_fixed):
+        source, of_adapter = contender.adapt.source, contender.adapt.start.source == "adapter"
+        if of_adapter and is_url(source) and not ((address := parse_address(source)) and address.is_fixed):
             raise BuildError(
                 f"{name_key(('adapt', 0, 'adapter'))}: {printable(source)} may be another adapter at the next run",
                 hint="Say which it is: put @sha256: and the hash of its weights at the end, or on a hub name a commit.",

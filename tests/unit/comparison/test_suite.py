@@ -24,7 +24,7 @@ from soka_serve.comparison.read import parse_suite, read_suite
 from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
-from soka_serve.errors import CheckpointError, ManifestError
+from soka_serve.errors import BuildError, CheckpointError, ManifestError
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import parse_manifest
@@ -529,3 +529,5 @@ def test_what_a_method_starts_from_is_an_input_by_its_content(tmp_path: Path) ->
         assert key(f'init = "{start}", {kind} = "{name}"') != before
     with pytest.raises(CheckpointError, match=r"s.toml:\d+:\d+: method\[1\].adapt.adapter: .*none: no adapter"):
         key('init = "adapter", adapter = "none"')
+    with pytest.raises(BuildError, match=r"adapter: https://host/math may be another adapter at the next run"):
+        key('init = "adapter", adapter = "https://host/math"')
