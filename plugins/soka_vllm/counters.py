@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 # In place of an adapter's name, which begins otherwise: for requests without one, for those that end after their
 # adapter was unloaded, and for the names beyond _MOST_NAMES where series cannot be taken back.
@@ -54,18 +54,29 @@ class AdapterLabels:
 
 
 class Counters:
-    """The metrics of one API process; the adapter of a request is None for the base."""
+    """The metrics of one API process; the adapter of a request is None for the base.
 
-    def __init__(self) -> None:
+    Args:
+        registry: takes them, once.
+    """
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
         # Made at first use: with several API processes vLLM says only then where their values are kept.
-        self._requests = Counter("soka:requests", "Finished requests, by adapter and reason.", ["adapter", "reason"])
-        self._prompt = Counter("soka:prompt_tokens", "Prompt tokens of requests, by adapter.", ["adapter"])
-        self._generated = Counter("soka:generation_tokens", "Tokens generated, by adapter.", ["adapter"])
+        self._requests = Counter(
+            "soka:requests", "Finished requests, by adapter and reason.", ["adapter", "reason"], registry=registry
+        )
+        self._prompt = Counter(
+            "soka:prompt_tokens", "Prompt tokens of requests, by adapter.", ["adapter"], registry=registry
+        )
+        self._generated = Counter(
+            "soka:generation_tokens", "Tokens generated, by adapter.", ["adapter"], registry=registry
+        )
         self._loads = Histogram(
             "soka:adapter_load_seconds",
             "Time of loads over HTTP, from the question to the engine's answer.",
             ["outcome"],
             buckets=_LOAD_BUCKETS,
+            registry=registry,
         )
         self._names = AdapterLabels()
         # `labels` takes a lock and builds a key: once per adapter, not once per token.

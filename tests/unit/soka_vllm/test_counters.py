@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from prometheus_client import REGISTRY
+from prometheus_client import CollectorRegistry
 
 from soka_vllm.counters import _MOST_NAMES, BASE, OTHERS, UNLOADED, AdapterLabels, Counters
 
@@ -38,10 +38,11 @@ def test_where_series_cannot_be_taken_back_there_are_so_many(monkeypatch: pytest
 
 
 def test_counters_come_and_go() -> None:
-    counters = Counters()
+    registry = CollectorRegistry()
+    counters = Counters(registry)
 
     def series(name: str) -> int:
-        samples = [sample for family in REGISTRY.collect() for sample in family.samples]
+        samples = [sample for family in registry.collect() for sample in family.samples]
         return sum(sample.labels.get("adapter") == name for sample in samples)
 
     for name in ("a", "b"):
@@ -61,5 +62,3 @@ def test_counters_come_and_go() -> None:
     assert (series("a"), series(UNLOADED)) == (0, 6)
     counters.loaded("a", "loaded", 0.1)
     assert counters.tokens("a")[0]._value.get() == 0
-    for collector in (counters._requests, counters._prompt, counters._generated, counters._loads):
-        REGISTRY.unregister(collector)
