@@ -30,7 +30,7 @@ def read_lock(path: str | Path, budget: ReadingBudget | None = None, only: str |
         path: the file.
         budget: of the adapter it belongs to.
         only: the one table that is wanted: where it begins with a line of its own, as `write_lock` writes it, the
-            others are not parsed. Of 224 modules that takes 0.2 ms instead of 5.
+            others, of which there is a line for each module, are not parsed.
 
     Raises:
         CheckpointError: missing, unreadable, too large, or not TOML that `write_lock` could have written (with the
