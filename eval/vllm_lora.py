@@ -21,7 +21,7 @@ import torch
 KERNELS = "vllm/lora/ops/triton_ops"
 _SOURCE = "SOURCE"  # in what `pack` writes: the name of the wheel
 _FILES = ("lora_shrink_op", "lora_expand_op", "lora_kernel_metadata", "kernel_utils", "utils")
-# vLLM's defaults; with a GPU's dual stream and programmatic launches it has them off, too.
+# vLLM's defaults. Without the dual stream its kernels make no programmatic dependent launches.
 _ENVIRONMENT = {
     "VLLM_BATCH_INVARIANT": False,
     "VLLM_TUNED_CONFIG_FOLDER": None,
