@@ -6,10 +6,11 @@ Batches of 8 rows as training makes them, in processor seconds of one thread, fo
 take turns in one process, batch by batch. `step_s` is the median of `steps_s` but for its first, which warms up.
 `random` has batches in random order and logits of all positions; `grouped` has batches of similar lengths
 (`group_by_length`); `trained` is grouped, with logits of the trained positions alone, which is what training does;
-`bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `trained` through
-torch.compile; the name of a regulariser is `trained` with that one at 1. Method `base` is a forward pass alone, without
-loss or gradients. SoKA has theta and theta0. `peak_mb` is the most memory of one step above what was held before, each
-case in a process of its own. `epoch` counts what all batches hold.
+`bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `bfloat16` with decoder layers
+through torch.compile (`train.compile`), which the first step waits for; the name of a regulariser is `trained` with
+that one at 1. Method `base` is a forward pass alone, without loss or gradients. SoKA has theta and theta0. `peak_mb` is
+the most memory of one step above what was held before, each case in a process of its own. `epoch` counts what all
+batches hold.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from eval.record import make_parser, write_record
 from soka_serve.base.base import Base
 from soka_serve.base.cpu import attention_for, fast_products
 from soka_serve.base.model import load_base
+from soka_serve.compiler.train.compiled import compiled_layers
 from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.regularise import Regularisation, base_logits
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -79,25 +81,26 @@ def make_model(folder: Path, method: str, rank: int, dtype: Any) -> Any:
 
 def make_step(folder: Path, method: str, rank: int, way: str) -> tuple[Callable[[Batch], None], int]:
     """One step as a function of a batch, and the number of trained parameters."""
-    half = way == "bfloat16"
+    half = way in ("bfloat16", "compiled")
     model = make_model(folder, method, rank, "bfloat16" if half else "float32")
     head = output_layer(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
-    called = torch.compile(model, dynamic=True) if way == "compiled" else model
+    if way == "compiled":
+        compiled_layers(model).__enter__()  # to the end of the process
     added = Regularisation({way: 1.0} if way in REGULARISERS else {})
 
     def step(batch: Batch) -> None:
         if optimizer is None:
             with torch.no_grad():
-                called(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             return
         picked = way not in ("random", "grouped") and head is not None
         with trained_positions(head, batch) if picked and head is not None else nullcontext(batch) as inputs:
             tokens = batch["labels"].shape[1]
             with torch.autocast("cpu", torch.bfloat16, enabled=half), attention_for(tokens, torch.device("cpu")):
                 base = base_logits(model, inputs) if added.asks_base else None
-                outputs = called(**inputs)
+                outputs = model(**inputs)
                 loss = outputs.loss
                 if base is not None:
                     loss = loss + added.divergence(base, outputs.logits, inputs["labels"], None)

@@ -44,7 +44,7 @@ class Prune(Table):
 class Train(Table):
     """The fine-tuning run."""
 
-    LATER = frozenset({"answered", "optimiser", "regularise", "weight_decay_schedule"})
+    LATER = frozenset({"answered", "compile", "optimiser", "regularise", "weight_decay_schedule"})
 
     method: Literal["soka", "lora", "pissa", "lokr", "full"] = Field(
         "soka", description="What is trained; the others are PEFT baselines over the same modules, data and schedule."
@@ -119,6 +119,11 @@ class Train(Table):
         True, description="Put examples of similar lengths in a batch, which leaves little padding."
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward; saves memory.")
+    compile: bool = Field(
+        False,
+        description="Run decoder layers through torch.compile: faster steps, once it has taken a minute or two. A CPU "
+        "needs a C++ compiler.",
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Autocast dtype of the computation; trained factors stay float32. 'auto' is the dtype in which the "

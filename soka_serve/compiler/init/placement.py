@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from soka_serve.base.decoder import NotWalkableError, decoder_layers
 from soka_serve.base.model import Dtype, held_dtype, load_base
-from soka_serve.compiler.init.walk import NotWalkableError, decoder_layers
 from soka_serve.io.safetensors import DTYPES
 
 if TYPE_CHECKING:

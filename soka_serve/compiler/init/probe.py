@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from soka_serve.base.decoder import NotWalkableError
 from soka_serve.compiler.init.candidate import TargetStatistics
 from soka_serve.compiler.init.collect import Batch, Rows, Run, collect_gradients, collect_moments, rows_of
-from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
+from soka_serve.compiler.init.walk import LayerWalk
 from soka_serve.io.files import disk_errors
 
 if TYPE_CHECKING:

@@ -15,11 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from soka_serve.base.decoder import NotWalkableError, decoder_layers
+
 _TOLERANCE = 1e-3  # of the norm of the last hidden states; a layer that gets other arguments is off by far more
-
-
-class NotWalkableError(Exception):
-    """The layers of this model cannot be run one by one; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,6 @@ class LayerWalk:
             raise NotWalkableError(
                 f"its last hidden states differ by {difference:.1g} of their norm from a forward pass's"
             )
-
-
-def decoder_layers(model: nn.Module) -> tuple[nn.Module, str, list[nn.Module]]:
-    """The decoder, the name in `model` of its list of layers, and the layers. Raises NotWalkableError: it has none."""
-    decoder = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
-    config = getattr(decoder, "config", None)
-    count = getattr(config, "num_hidden_layers", None)
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(decoder, nn.Module) or not isinstance(layers, nn.ModuleList) or len(layers) != count:
-        raise NotWalkableError("it has no decoder whose `layers` are as many as its configuration says")
-    name = next(name for name, module in model.named_modules() if module is layers)
-    return decoder, name, list(layers)
 
 
 def _hidden_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from soka_serve.base.cpu import attention_for
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
+from soka_serve.compiler.train.compiled import compiled_layers
 from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
 from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
@@ -193,6 +194,19 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             )
         self.regularisation.attach(self.optimizer, target, lambda: self.state)
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own, with compiled layers where the recipe asks for them.
+
+        Raises:
+            PlanError: FSDP or DeepSpeed, which put the layers in wrappers of their own; or no decoder layers.
+        """
+        if not self.recipe.compile:
+            return super().train(*args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise PlanError("train.compile does not go with DeepSpeed or FSDP", hint="leave it out, or train with DDP")
+        with compiled_layers(self.model):
+            return super().train(*args, **kwargs)
 
     def _decay_share(self) -> float:
         """What is left of the weight decay at the step to come."""

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from soka_serve.base.decoder import NotWalkableError
 from soka_serve.base.modules import Module
 from soka_serve.base.target_modules import TargetModule
 from soka_serve.compiler.init.collect import Batch
 from soka_serve.compiler.init.probe import batches_needed, gather, split_targets
-from soka_serve.compiler.init.walk import LayerWalk, NotWalkableError
+from soka_serve.compiler.init.walk import LayerWalk
 from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import CheckpointError
