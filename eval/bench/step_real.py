@@ -15,10 +15,11 @@ batches hold.
 
 from __future__ import annotations
 
+import atexit
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from soka_serve.peft import SokaConfig, soka_layers
 from soka_serve.regularisers import REGULARISERS
 
 ROWS = 8
+_TO_THE_END = ExitStack()  # of the process
+atexit.register(_TO_THE_END.close)
 Batch = dict[str, Tensor]
 
 
@@ -87,7 +90,7 @@ def make_step(folder: Path, method: str, rank: int, way: str) -> tuple[Callable[
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
     if way == "compiled":
-        compiled_layers(model).__enter__()  # to the end of the process
+        _TO_THE_END.enter_context(compiled_layers(model))
     added = Regularisation({way: 1.0} if way in REGULARISERS else {})
 
     def step(batch: Batch) -> None:
