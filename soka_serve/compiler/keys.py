@@ -116,6 +116,8 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     unread = {"data"} if method.scaled else {"data", "method_scale"}
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
     recipe["precision"] = keyed_precision(manifest, inputs.dtype)
+    if not method.kronecker:
+        recipe["sigma_lr"] = 1.0  # the default when these keys began; nothing reads it
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash(
         "tune",

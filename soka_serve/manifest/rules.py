@@ -23,7 +23,9 @@ LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 SERVED_PROJECTIONS = (*LLAMA_PROJECTIONS, "qkv_proj", "gate_up_proj")
 
 DEFAULT_CALIBRATION_BATCHES = 8
-DEFAULT_SCALE = 0.003
+DEFAULT_SCALE = 0.01
+SMALL = 0.003
+"""The scale beside which terms of another size than `scale` have their rates (`soka_serve.peft.optimizer`)."""
 LAYER_RANGE = r"^(all|\d+|\d+-\d*|-\d+-)$"
 
 if TYPE_CHECKING:

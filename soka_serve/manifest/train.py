@@ -96,7 +96,13 @@ class Train(Table):
     right_lr: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Multiplier on the learning rate for right factors."
     )
-    sigma_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="Multiplier on the learning rate for sigma.")
+    sigma_lr: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Multiplier on the learning rate for sigma. Default: 0 where it repeats the size of factors that "
+        "are trained (terms that are subtracted at the start, but for train_factors = ['sigma'] and core, and for "
+        "regularisers of sigma), else 1.",
+        examples=[1.0],
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
     warmup_frac: Annotated[float, Field(ge=0, lt=1)] = Field(0.03, description="Share of the steps spent warming up.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -190,6 +196,15 @@ class Train(Table):
         if self.learning_rate is not None:
             return self.learning_rate
         return SOKA_RATE if self.method == "soka" else _OTHER_RATE
+
+    @property
+    def multipliers(self) -> dict[str, float | None]:
+        """Of the rates of left, right and sigma, as `soka_serve.peft.optimizer` takes them."""
+        asked = any(
+            row.whole or row.trains == ("sigma",) for row in map(REGULARISERS.__getitem__, self.regularise.chosen)
+        )
+        sigma = 1.0 if self.sigma_lr is None and asked else self.sigma_lr
+        return {"left": self.left_lr, "right": self.right_lr, "sigma": sigma}
 
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:

@@ -11,14 +11,16 @@ changes it by up to e * sigma * x * n sqrt(q), and one of Right by e * sigma * x
     rate of sigma = lr * RMS(sigma) / c
 
 each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was, sigma
-apart. The terms of one module see the same gradients, so what they change adds up; modules change different things,
-whose squares add up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all
-together change what the model computes alike. docs/training.md says where that was measured.
+apart. Sigma is the size of Left and Right over again, and each of its steps moves all of a term's entries together, so
+beside Left or Right it is trained where that is asked for alone: SmolLM2 learned more without (docs/training.md). The
+terms of one module see the same gradients, so what they change adds up; modules change different things, whose squares
+add up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change
+what the model computes alike. docs/training.md says where that was measured.
 
 Terms that are a delta and not subtracted (`init = "delta"`) are as large as they are, not small. Their factors move
-sqrt(DEFAULT_SCALE) as fast: with terms as large as the weight, size * lr^2 is then what it is for small ones. Those
-that mend a quantised base are smaller than it, and their size beside it is measured: with entries of RMS s in units of
-the weight's, they move sqrt(DEFAULT_SCALE / s) as fast, at most as fast as small ones.
+sqrt(SMALL) as fast: with terms as large as the weight, size * lr^2 is then what it is for terms of the scale SMALL.
+Those that mend a quantised base are smaller than it, and their size beside it is measured: with entries of RMS s in
+units of the weight's, they move sqrt(SMALL / s) as fast, at most as fast as small ones. Their sigma is trained.
 
 Weight decay pulls a module's delta to zero: factors to the initial ones that are subtracted from them, and to zero
 where none are. Towards zero, K(theta) - K(theta0) would end as -K(theta0), which takes terms out of the base.
@@ -29,33 +31,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import FactorShape
-from soka_serve.manifest.rules import DEFAULT_SCALE
+from soka_serve.manifest.rules import SMALL
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 
+Multipliers: TypeAlias = Mapping[str, float | None]
+"""Of the rates of "left", "right" and "sigma". None, for sigma, is 0 where it only repeats the size of factors that are
+trained, else 1."""
 
-def learning_rates(model: nn.Module, multipliers: Mapping[str, float]) -> dict[nn.Parameter, float]:
+
+def learning_rates(model: nn.Module, multipliers: Multipliers) -> dict[nn.Parameter, float]:
     """What to multiply `lr` by, for every factor of a model's SoKA adapters that needs gradients.
 
     Collective where parameters are sharded (FSDP 2), since the whole of each is measured.
 
     Args:
-        multipliers: further ones, of "left", "right" and "sigma".
+        multipliers: further ones.
     """
     trained = list(_trained(model))
-    return {
-        parameter: multiplier * multipliers[part] / len(trained) ** 0.25
-        for layer, name in trained
-        for part, parameter, multiplier in _law(layer, name)
-        if parameter.requires_grad
-    }
+    found: dict[nn.Parameter, float] = {}
+    for layer, name in trained:
+        moved = any(getattr(layer, f"soka_{p}")[name].requires_grad and multipliers[p] != 0 for p in ("left", "right"))
+        for part, parameter, multiplier, repeats in _law(layer, name):
+            if parameter.requires_grad:
+                given = multipliers[part]
+                asked = (0.0 if repeats and moved else 1.0) if given is None else given
+                found[parameter] = multiplier * asked / len(trained) ** 0.25
+    return found
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[SokaLayer, str]]:
@@ -71,8 +80,10 @@ def _is_trained(layer: SokaLayer, adapter: str) -> bool:
     return any(store[adapter].requires_grad for name, store in layer.stores(adapter).items() if "initial" not in name)
 
 
-def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """(factor, parameter, multiplier) of one adapter of a layer; of what its form adds, the factor that it is like.
+def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float, bool]]:
+    """(factor, parameter, multiplier, repeats) of one adapter of a layer; of what its form adds, the like factor.
+
+    `repeats`: it is the size of Left and Right over again, that of terms which start small.
 
     Zeros have no size. A factor of zeros counts as large as the other one, and sigmas of zeros as small terms of a
     weight that keeps its inputs' size: a module may start from a delta of zero.
@@ -96,18 +107,20 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         layer.check_loaded(adapter)
         found["left"] = found["left"] or found["right"] or 1.0
         found["right"] = found["right"] or found["left"]
-        found["sigma"] = found["sigma"] or DEFAULT_SCALE / math.sqrt(n * q) / (found["left"] * found["right"])
+        found["sigma"] = found["sigma"] or SMALL / math.sqrt(n * q) / (found["left"] * found["right"])
     sizes = {part: found[part] / math.sqrt(width) for part, width in zip(PARTS, (n, q, 1), strict=True)}
     start = layer.initial(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
     small = zeros or (start is not None and bool(_whole(start.sigma).any()))
-    pace = 1.0 if small else math.sqrt(DEFAULT_SCALE)
+    pace = 1.0 if small else math.sqrt(SMALL)
     if not small and layer.mends(adapter):
         term = math.prod(found.values())
-        pace = min(1.0, math.sqrt(DEFAULT_SCALE * float(layer.float_weight().float().square().mean().sqrt()) / term))
+        pace = min(1.0, math.sqrt(SMALL * float(layer.float_weight().float().square().mean().sqrt()) / term))
+    repeats = small and bool((_whole(parameters["sigma"]) != 0).all())
     for part in PARTS:
-        yield part, parameters[part], pace * sizes[part] / math.sqrt(terms)
+        yield part, parameters[part], pace * sizes[part] / math.sqrt(terms), repeats and part == "sigma"
     for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():
-        yield added.like, getattr(layer, f"soka_{name}")[adapter], pace * sizes[added.like] / math.sqrt(added.terms)
+        parameter = getattr(layer, f"soka_{name}")[adapter]
+        yield added.like, parameter, pace * sizes[added.like] / math.sqrt(added.terms), False
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -118,7 +131,7 @@ def _whole(parameter: Tensor) -> Tensor:
 def parameter_groups(
     model: nn.Module,
     lr: float,
-    multipliers: Mapping[str, float],
+    multipliers: Multipliers,
     weight_decay: float,
     decayed: Collection[str],
     other_lr: float | None = None,
@@ -129,7 +142,7 @@ def parameter_groups(
     factor's group says for how many terms its rate is (`follow_terms`).
 
     Args:
-        multipliers: of "left", "right" and "sigma"; parameters with 0 are frozen.
+        multipliers: parameters with 0 are frozen.
         other_lr: of what is no factor; None is `lr`.
         decayed: names of the parameters that `weight_decay` is for. Factors with initial ones are left to
             `pull_to_initial`.
@@ -237,7 +250,7 @@ def create_soka_optimizer(
     lr: float,
     left_lr: float = 1.0,
     right_lr: float = 1.0,
-    sigma_lr: float = 1.0,
+    sigma_lr: float | None = None,
     other_lr: float = 1e-3,
     weight_decay: float = 0.0,
     **kwargs: Any,
@@ -249,7 +262,7 @@ def create_soka_optimizer(
     >>> model = peft.get_peft_model(base, soka_serve.peft.SokaConfig(target_modules=["0"]))
     >>> optimizer = soka_serve.peft.create_soka_optimizer(model, lr=8.0)
     >>> len(optimizer.param_groups)
-    3
+    2
 
     Args:
         model: its parameters that need gradients are trained; those that are no factors (`modules_to_save`) at
@@ -257,7 +270,8 @@ def create_soka_optimizer(
         optimizer_cls: an optimiser that normalises gradients, as AdamW does.
         lr: how far a step moves the factors, as a share of themselves and of what was worked out for one term on one
             module (see this module).
-        left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen.
+        left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen. Sigma's is 0 by default where it
+            repeats the size of factors that are trained, else 1.
         weight_decay: of all trained parameters. It pulls a module's delta to zero: factors to the initial ones, where
             there are any. That part is decoupled from gradients, as AdamW's is, with every optimiser.
         kwargs: for `optimizer_cls`, such as `betas`.

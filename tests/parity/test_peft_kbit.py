@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 
 from soka_serve.kron import dense_delta, kpsvd
-from soka_serve.manifest.rules import DEFAULT_SCALE
+from soka_serve.manifest.rules import SMALL
 from soka_serve.peft import SokaConfig, build_soka_model, get_factors, soka_layers
 from soka_serve.peft.optimizer import learning_rates
 from tests.support.peft_models import logits, perturb, steps, tiny_llama, tokens, trainable
@@ -157,7 +157,7 @@ def test_a_repacked_weight_is_read_merged_and_restored_rightly(tmp_path: Path) -
 
 
 def test_terms_that_mend_a_base_move_as_small_terms_do(tmp_path: Path) -> None:
-    """By their size beside the weight: size * rate^2 is that of terms of DEFAULT_SCALE."""
+    """By their size beside the weight: size * rate^2 is that of terms of SMALL."""
     for share in (0.03, 0.0003):
         rates = {}
         for mark in ("4bit", None):
@@ -166,6 +166,6 @@ def test_terms_that_mend_a_base_move_as_small_terms_do(tmp_path: Path) -> None:
             factors = get_factors(probe)[0]
             made = build_soka_model(probe.unload(), factors, initial=False, soka_quantize=mark)
             rates[mark] = list(learning_rates(made, {"left": 1.0, "right": 1.0, "sigma": 1.0}).values())
-        expected = min(1.0, math.sqrt(DEFAULT_SCALE / share)) / math.sqrt(DEFAULT_SCALE)
+        expected = min(1.0, math.sqrt(SMALL / share)) / math.sqrt(SMALL)
         for marked, plain in zip(rates["4bit"], rates[None], strict=True):
             assert marked / plain == pytest.approx(expected, rel=0.02), share

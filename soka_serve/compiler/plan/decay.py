@@ -11,7 +11,7 @@ from soka_serve.errors import PlanError
 from soka_serve.kron.shapes import balanced_shape
 from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted
-from soka_serve.manifest.rules import DEFAULT_SCALE, RankFixed
+from soka_serve.manifest.rules import SMALL, RankFixed
 from soka_serve.manifest.schema import Manifest
 
 
@@ -52,7 +52,7 @@ def _rate(manifest: Manifest, target: TargetModule, modules: int) -> float:
     most = rule.rank.rank if isinstance(rule.rank, RankFixed) else rule.rank.max
     terms = rule.form.served(min(most, shape.max_rank), subtracted=False)
     # Terms that mend a quantised base move by their size, at most as fast as small ones.
-    pace = math.sqrt(DEFAULT_SCALE) if rule.start.changes and not rule.start.on_quantised else 1.0
+    pace = math.sqrt(SMALL) if rule.start.changes and not rule.start.on_quantised else 1.0
     sides = {"left": train.left_lr / math.sqrt(shape.n), "right": train.right_lr / math.sqrt(shape.q)}
     moving = [rate for part, rate in sides.items() if part in rule.form.rates]
     return train.rate * pace * max(moving, default=0.0) / math.sqrt(terms * math.sqrt(modules))

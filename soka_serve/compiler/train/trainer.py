@@ -174,10 +174,9 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             anneal_weight_decay(self.optimizer, self._decay_share)
             return self.optimizer
         target = self.model if model is None else model
-        multipliers = {part: getattr(self.recipe, f"{part}_lr") for part in ("left", "right", "sigma")}
         decayed = set(self.get_decay_parameter_names(target))
         rate = self.args.learning_rate
-        groups = parameter_groups(target, rate, multipliers, self.args.weight_decay, decayed)
+        groups = parameter_groups(target, rate, self.recipe.multipliers, self.args.weight_decay, decayed)
         if not groups:
             raise PlanError(
                 "nothing is left to train: left_lr, right_lr and sigma_lr are all 0",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, PlanError
-from soka_serve.manifest.rules import DEFAULT_SCALE
+from soka_serve.manifest.rules import SMALL
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
@@ -42,7 +42,7 @@ def test_a_step_changes_an_output_by_lr_times_the_typical_one(
         model, layer = _adapted(shape, init_soka_weights="random", init_scale=scale)
         typical = scale * layer.get_base_layer().weight.square().mean().sqrt()
         x = torch.randn(1, width)
-        optimizer = create_soka_optimizer(model, lr=0.01 / math.sqrt(DEFAULT_SCALE), **others)  # not subtracted
+        optimizer = create_soka_optimizer(model, lr=0.01 / math.sqrt(SMALL), **others)  # not subtracted
         before = model(x)[0, 3]
         before.backward()
         optimizer.step()
@@ -65,7 +65,7 @@ def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("init", "pace"), [("weights", 1.0), ("zero", 1.0), ("random", math.sqrt(DEFAULT_SCALE))])
+@pytest.mark.parametrize(("init", "pace"), [("weights", 1.0), ("zero", 1.0), ("random", math.sqrt(SMALL))])
 def test_terms_that_are_a_delta_move_as_if_they_were_as_large_as_the_weight(init: str, pace: float) -> None:
     """SokaConfig's random ones are not subtracted."""
     model, layer = _adapted((16, 16, 16, 16), init_soka_weights=init)
@@ -73,12 +73,31 @@ def test_terms_that_are_a_delta_move_as_if_they_were_as_large_as_the_weight(init
     assert rate == pytest.approx(pace / 4 * _size(layer))
 
 
+@pytest.mark.parametrize(
+    ("init", "others", "trained"),
+    [
+        ("weights", {}, {"left", "right"}),
+        ("zero", {}, {"left", "right"}),
+        ("random", {}, {"left", "right", "sigma"}),  # a delta, of its own size
+        ("weights", {"sigma_lr": 0.5}, {"left", "right", "sigma"}),
+        ("weights", {"left_lr": 0.0}, {"right"}),
+        ("weights", {"left_lr": 0.0, "right_lr": 0.0}, {"sigma"}),
+    ],
+)
+def test_sigma_is_trained_where_it_is_no_repetition(init: str, others: dict[str, float], trained: set[str]) -> None:
+    model, layer = _adapted((16, 16, 16, 16), init_soka_weights=init)
+    optimizer = create_soka_optimizer(model, lr=1.0, **others)
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert {p for p in ("left", "right", "sigma") if id(getattr(layer, f"soka_{p}")["default"]) in moved} == trained
+    assert layer.soka_sigma["default"].requires_grad == ("sigma" in trained)
+
+
 def test_a_delta_beside_terms_that_are_subtracted_is_a_delta() -> None:
     """Its module has initial factors too then, with sigmas of zero."""
     model, layer = _adapted((16, 16, 16, 16))
     layer.soka_sigma_initial["default"].data.zero_()
     rate = create_soka_optimizer(model, lr=1.0).param_groups[0]["lr"]
-    assert rate == pytest.approx(math.sqrt(DEFAULT_SCALE) / 4 * _size(layer))
+    assert rate == pytest.approx(math.sqrt(SMALL) / 4 * _size(layer))
 
 
 @pytest.mark.parametrize("size", [1.0, 1 / 16])
@@ -93,7 +112,7 @@ def test_a_delta_of_zero_moves_outputs_like_small_terms(size: float) -> None:
     before.square().sum().backward()
     create_soka_optimizer(model, lr=8.0).step()
     change = (model(x) - before).square().mean().sqrt() / x.square().mean().sqrt()
-    assert change.item() == pytest.approx(8.0 * DEFAULT_SCALE, rel=0.2)
+    assert change.item() == pytest.approx(8.0 * SMALL, rel=0.2)
 
 
 def test_factors_that_are_still_to_be_loaded_have_no_rates() -> None:
@@ -116,7 +135,7 @@ def test_factors_that_were_flattened_have_no_rates(size: int) -> None:
 def test_terms_share_the_square_of_the_way_and_modules_its_root() -> None:
     base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0", "1"], rank_pattern={"0": 6}, r=3))
-    lefts = [group["lr"] for group in create_soka_optimizer(model, lr=0.3).param_groups[::3]]
+    lefts = [group["lr"] for group in create_soka_optimizer(model, lr=0.3).param_groups[::2]]
     assert lefts == pytest.approx(
         [
             0.3 / 2 / math.sqrt(len(layer.soka_sigma["default"]) * math.sqrt(2)) * _size(layer)
@@ -151,7 +170,7 @@ def test_weight_decay_is_adamws_towards_a_delta_of_zero(init: str) -> None:
         model(torch.randn(8, 16, dtype=torch.float64)).square().mean().backward()
         gradients.append([p.grad.clone() for p, _ in trained])
         optimizer.step()
-    subtracted = 3 if init == "weights" else 0
+    subtracted = 2 if init == "weights" else 0
     towards = [start if number < subtracted else torch.zeros_like(start) for number, (_, start) in enumerate(trained)]
     for (value, start), rate, target, *found in zip(trained, rates, towards, *gradients, strict=True):
         expected = _adamw(start, found, rate, 0.5, target)
