@@ -58,6 +58,16 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
     for part in PARTS:
         if value_of(train, f"{part}_lr") not in (None, 1.0) and all(part not in rule.form.rates for rule in made):
             yield ("train", f"{part}_lr"), f"{part}_lr would be ignored: no rule trains {part}"
+    for i, rule in enumerate(made) if value_of(train, "sigma_lr") is None and method in (None, "soka") else ():
+        if (
+            "train_factors" in rule.model_fields_set
+            and set(rule.train_factors) == set(PARTS)
+            and not rule.start.changes
+        ):
+            message = (
+                "train_factors names sigma, which is trained beside left and right where sigma_lr in [train] says so"
+            )
+            yield ("adapt", i, "train_factors"), f"{message}: set sigma_lr = 1, or leave sigma out"
     still = {part for part in PARTS if value_of(train, f"{part}_lr") == 0}
     idle = still == set(PARTS) and method in (None, "soka") and value_of(train, "steps") != 0
     if idle and not all(rule.form.choices for rule in made):  # of those that choose, the rule is named below

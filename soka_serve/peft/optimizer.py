@@ -115,7 +115,8 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
     if not small and layer.mends(adapter):
         term = math.prod(found.values())
         pace = min(1.0, math.sqrt(SMALL * float(layer.float_weight().float().square().mean().sqrt()) / term))
-    repeats = small and bool((_whole(parameters["sigma"]) != 0).all())
+    named = "train_factors" in form.choices  # which then says so of sigma as well
+    repeats = small and not named and bool((_whole(parameters["sigma"]) != 0).all())
     for part in PARTS:
         yield part, parameters[part], pace * sizes[part] / math.sqrt(terms), repeats and part == "sigma"
     for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():

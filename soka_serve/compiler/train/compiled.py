@@ -39,8 +39,9 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
+        reason = getattr(error, "inner_exception", error)
         raise BuildError(
-            f"train.compile: torch cannot compile here: {str(error).strip().splitlines()[0]}",
+            f"train.compile: torch cannot compile here: {str(reason).strip().splitlines()[0]}",
             hint="a CPU needs a C++ compiler (g++) and Python's headers, a GPU needs Triton; or leave compile out",
         ) from error
     finally:

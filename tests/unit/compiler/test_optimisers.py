@@ -131,9 +131,8 @@ def first_step(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch, name: st
         return norm
 
     monkeypatch.setattr(SokaTrainer, "_clip_grad_norm", noted)
-    result = run_training(
-        base, work, steps=1, warmup_frac=0.0, schedule="constant", learning_rate=RATE, left_lr=4.0, optimiser=name
-    )
+    options = {"learning_rate": RATE, "left_lr": 4.0, "sigma_lr": 1.0, "optimiser": name}
+    result = run_training(base, work, steps=1, warmup_frac=0.0, schedule="constant", **options)
     trained, starts = read_adapter(result.directory).factors, make_factors(base)
     found = {}
     for key, gradient in gradients.items():
@@ -174,9 +173,11 @@ def test_each_factor_moves_by_its_own_rate(
 def test_it_trains_otherwise_than_adamw_and_goes_on_after_an_interruption(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    options: dict[str, Any] = {"steps": 6, "save_every": 3, "optimiser": name, "weight_decay": 0.1}
+    options: dict[str, Any] = {"steps": 6, "save_every": 3, "optimiser": name, "weight_decay": 0.1, "sigma_lr": 1.0}
     straight = tensors_of(run_training(base, tmp_path / "straight", **options))
-    assert straight.keys() == (other := tensors_of(run_training(base, tmp_path / "adamw", steps=6))).keys()
+    assert (
+        straight.keys() == (other := tensors_of(run_training(base, tmp_path / "adamw", steps=6, sigma_lr=1.0))).keys()
+    )
     assert all(not torch.equal(straight[key], other[key]) for key in straight if not key.endswith("_initial"))
     interrupt(monkeypatch, after=3)
     with pytest.raises(KeyboardInterrupt):

@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """Six steps from bent factors without any."""
-    return train(base, tmp_path_factory.mktemp("plain"), factors=bent(base), learning_rate=0.5)
+    return train(base, tmp_path_factory.mktemp("plain"), factors=bent(base), learning_rate=0.5, sigma_lr=1.0)
 
 
 def train(base: Path, work: Path, **options: Any) -> TrainResult:

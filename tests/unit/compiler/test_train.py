@@ -78,7 +78,9 @@ def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path
         assert torch.equal(adapter.initial[name].left, start.left)
         assert not torch.equal(adapter.factors[name].left, start.left)
         assert adapter.factors[name].left.dtype == torch.float32
-    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
+    # Sigma, one value per term, is left alone beside Left and Right.
+    assert result.trainable_parameters == sum(f.parameters - f.rank for f in adapter.factors.values())
+    assert all(torch.equal(adapter.factors[name].sigma, adapter.initial[name].sigma) for name in adapter.factors)
     whole = export(result.directory, tmp_path / "whole")
     assert (whole.ranks, whole.dropped_energy_frac < 1e-9) == ((4, 4), True)
     cut = export(result.directory, tmp_path / "cut", rank="trained")
@@ -146,7 +148,7 @@ def test_merged_baseline_answers_as_trained(base: Path, tmp_path: Path, method: 
 
 @pytest.mark.parametrize("part", ["left", "right", "sigma"])
 def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part: str) -> None:
-    result = run_training(base, tmp_path, **{f"{part}_lr": 0.0})
+    result = run_training(base, tmp_path, **{"sigma_lr": 1.0, f"{part}_lr": 0.0})
     adapter = read_adapter(result.directory)
     for name, start in make_factors(base).items():
         for other in ("left", "right", "sigma"):
@@ -158,7 +160,7 @@ def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part:
 
 def test_the_first_step_moves_each_factor_by_its_rate(base: Path, tmp_path: Path) -> None:
     """AdamW's first step moves each value by its rate: lr RMS / sqrt(width rank sqrt(modules))."""
-    result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, schedule="constant")
+    result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, sigma_lr=1.0, schedule="constant")
     adapter = read_adapter(result.directory)
     starts = make_factors(base)
     for name, start in starts.items():

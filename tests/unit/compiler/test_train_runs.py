@@ -49,7 +49,7 @@ def test_pruning_drops_terms_and_goes_on(base: Path, tmp_path: Path) -> None:
     assert ranks[-1] == 3 * len(factors) - sum(result.pruned.values())
     assert ranks == sorted(ranks, reverse=True)
     assert history[-1]["loss"] < history[0]["loss"]
-    assert result.trainable_parameters == sum(f.parameters for f in adapter.factors.values())
+    assert result.trainable_parameters == sum(f.parameters - f.rank for f in adapter.factors.values())
 
 
 def test_pruned_modules_train_at_the_rates_of_their_terms(
@@ -237,7 +237,7 @@ def test_one_of_two_processes_goes_on_with_the_examples_of_its_epoch(
     assert seen[2] == seen[0][6:]
 
 
-@pytest.mark.parametrize("limit", [8_000, 50_000, 60_000])
+@pytest.mark.parametrize("limit", [8_000, 50_000, 45_000])
 def test_files_that_cannot_grow(base: Path, tmp_path: Path, limit: int) -> None:
     """The kernel refuses to write the adapter (8 kB), or the optimiser's state, as on a full disk."""
     factors = make_factors(base)
