@@ -148,7 +148,7 @@ class Bench:
         factors = self.start(way, int(terms), batches)
         prepared = time.process_time()
         model = build_soka_model(self.base_model, factors, initial=True)
-        optimizer = create_soka_optimizer(model, lr=self.options.rate)
+        optimizer = create_soka_optimizer(model, lr=self.options.rate, sigma_lr=1.0)
         scores: Scores = {}
         losses = []
         for step, batch in enumerate(batches):
@@ -189,7 +189,9 @@ class Bench:
         states = {name: {part: optimizer.state[p] for part, p in parts.items()} for name, parts in names.items()}
         theta, initial = ({n: f[n].terms(index) for n, index in kept.items()} for f in (theta, initial))
         pruned = build_soka_model(model.unload(), initial, initial=True)
-        after = create_soka_optimizer(pruned, lr=self.options.rate)  # of the sizes at the start, as the other's
+        after = create_soka_optimizer(
+            pruned, lr=self.options.rate, sigma_lr=1.0
+        )  # of the sizes at the start, as the other's
         for name, layer in soka_layers(pruned).items():
             layer.set_factors("default", theta[name], initial[name])
             for part in PARTS:

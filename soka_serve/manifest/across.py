@@ -58,11 +58,13 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
     for part in PARTS:
         if value_of(train, f"{part}_lr") not in (None, 1.0) and all(part not in rule.form.rates for rule in made):
             yield ("train", f"{part}_lr"), f"{part}_lr would be ignored: no rule trains {part}"
+    regularise = value_of(train, "regularise")
+    needing = any(row.needs_sigma and value_of(regularise, name) for name, row in REGULARISERS.items())
     for i, rule in enumerate(made) if value_of(train, "sigma_lr") is None and method in (None, "soka") else ():
         if (
             "train_factors" in rule.model_fields_set
             and set(rule.train_factors) == set(PARTS)
-            and not rule.start.changes
+            and not (rule.start.changes or rule.start.frozen or needing)
         ):
             message = (
                 "train_factors names sigma, which is trained beside left and right where sigma_lr in [train] says so"

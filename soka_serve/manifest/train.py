@@ -98,9 +98,8 @@ class Train(Table):
     )
     sigma_lr: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Multiplier on the learning rate for sigma. Default: 0 where it repeats the size of factors that "
-        "are trained (terms that are subtracted at the start, but for train_factors = ['sigma'] and core, and for "
-        "regularisers of sigma), else 1.",
+        description="Multiplier on the learning rate for sigma. Default: 0 where sigma only repeats the size of Left "
+        "and Right (docs/training.md has the cases), else 1.",
         examples=[1.0],
     )
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Learning rate after warm-up.")
@@ -200,9 +199,7 @@ class Train(Table):
     @property
     def multipliers(self) -> dict[str, float | None]:
         """Of the rates of left, right and sigma, as `soka_serve.peft.optimizer` takes them."""
-        asked = any(
-            row.whole or row.trains == ("sigma",) for row in map(REGULARISERS.__getitem__, self.regularise.chosen)
-        )
+        asked = any(REGULARISERS[name].needs_sigma for name in self.regularise.chosen)
         sigma = 1.0 if self.sigma_lr is None and asked else self.sigma_lr
         return {"left": self.left_lr, "right": self.right_lr, "sigma": sigma}
 

@@ -58,6 +58,8 @@ class SokaLayer(MergingLayer):
         self._to_be_loaded: set[str] = set()
         self._mending: set[str] = set()
         self._forms: dict[str, Form] = {}
+        self.sigma_repeats: dict[str, bool] = {}
+        """By adapter, what is known of its start: whether sigma only repeats the size of Left and Right."""
 
     # --- factors -------------------------------------------------------------------------------------------------
 

@@ -11,11 +11,11 @@ changes it by up to e * sigma * x * n sqrt(q), and one of Right by e * sigma * x
     rate of sigma = lr * RMS(sigma) / c
 
 each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was, sigma
-apart. Sigma is the size of Left and Right over again, and each of its steps moves all of a term's entries together, so
-beside Left or Right it is trained where that is asked for alone: SmolLM2 learned more without (docs/training.md). The
-terms of one module see the same gradients, so what they change adds up; modules change different things, whose squares
-add up. Hence c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change
-what the model computes alike. docs/training.md says where that was measured.
+apart. Sigma only repeats what the size of Left and Right says already, and each of its steps moves all of a term's
+entries together, so beside Left or Right it is trained only where that is asked for. The terms of one module see the
+same gradients, so what they change adds up; modules change different things, whose squares add up. Hence
+c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change what the model
+computes alike. docs/training.md says where that was measured.
 
 Terms that are a delta and not subtracted (`init = "delta"`) are as large as they are, not small. Their factors move
 sqrt(SMALL) as fast: with terms as large as the weight, size * lr^2 is then what it is for terms of the scale SMALL.
@@ -37,10 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import PlanError
+from soka_serve.kron.factors import Factors
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import SMALL
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
+from soka_serve.trained import Form
 
 Multipliers: TypeAlias = Mapping[str, float | None]
 """Of the rates of "left", "right" and "sigma". None, for sigma, is 0 where it only repeats the size of factors that are
@@ -81,7 +83,7 @@ def _is_trained(layer: SokaLayer, adapter: str) -> bool:
 
 
 def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, float, bool]]:
-    """(factor, parameter, multiplier, repeats) of one adapter of a layer; of what its form adds, the like factor.
+    """(factor, parameter, multiplier, repeats) of one adapter of a layer; of what its form adds, the factor it is like.
 
     `repeats`: it is the size of Left and Right over again, that of terms which start small.
 
@@ -115,13 +117,26 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
     if not small and layer.mends(adapter):
         term = math.prod(found.values())
         pace = min(1.0, math.sqrt(SMALL * float(layer.float_weight().float().square().mean().sqrt()) / term))
-    named = "train_factors" in form.choices  # which then says so of sigma as well
-    repeats = small and not named and bool((_whole(parameters["sigma"]) != 0).all())
+    if (repeats := layer.sigma_repeats.get(adapter)) is None:
+        theta = Factors(*(_whole(parameters[part]) for part in PARTS))
+        repeats = sigma_repeats(theta, subtracted=small and not zeros, form=form)
     for part in PARTS:
         yield part, parameters[part], pace * sizes[part] / math.sqrt(terms), repeats and part == "sigma"
     for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():
         parameter = getattr(layer, f"soka_{name}")[adapter]
         yield added.like, parameter, pace * sizes[added.like] / math.sqrt(added.terms), False
+
+
+def sigma_repeats(theta: Factors, *, subtracted: bool, form: Form) -> bool:
+    """Whether sigma only repeats the size of Left and Right: in terms that start small, unless the form names it.
+
+    Args:
+        theta: the factors at the start of training.
+        subtracted: they are subtracted from what they become.
+        form: what of them is trained.
+    """
+    small = subtracted or not (theta.left.any() and theta.right.any())
+    return small and "train_factors" not in form.choices and bool((theta.sigma != 0).all())
 
 
 def _whole(parameter: Tensor) -> Tensor:
@@ -271,8 +286,8 @@ def create_soka_optimizer(
         optimizer_cls: an optimiser that normalises gradients, as AdamW does.
         lr: how far a step moves the factors, as a share of themselves and of what was worked out for one term on one
             module (see this module).
-        left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen. Sigma's is 0 by default where it
-            repeats the size of factors that are trained, else 1.
+        left_lr, right_lr, sigma_lr: multipliers on `lr`; a part with 0 is frozen, so call this before the model is
+            wrapped (DDP). Sigma's is 0 by default where it only repeats the size of factors that are trained, else 1.
         weight_decay: of all trained parameters. It pulls a module's delta to zero: factors to the initial ones, where
             there are any. That part is decoupled from gradients, as AdamW's is, with every optimiser.
         kwargs: for `optimizer_cls`, such as `betas`.

@@ -33,6 +33,7 @@ class Kasa(Penalty):
         "its start where that is subtracted. Beside `sorsa`, which holds Left and Right, it keeps deltas small; "
         "`sorsa` is KaSA's gamma, at twice the number."
     )
+    needs_sigma: ClassVar[bool] = True
     trains: ClassVar[Sequence[str]] = ("sigma",)
 
     def penalty(self, modules: Sequence[tuple[Factors, Factors | None]]) -> Tensor:

@@ -34,6 +34,8 @@ class Regulariser:
     """It asks the base, which a method must not have changed."""
     trains: ClassVar[Collection[str]] = ("left", "right", "sigma")
     """The parts of the factors that it acts on; one of them must be trained."""
+    needs_sigma: ClassVar[bool] = False
+    """Sigma is trained with it unless a manifest says otherwise: it acts on sigma, or leaves a term's size to it."""
     unit_factors: ClassVar[bool] = False
     """It holds factors at the size that they start with, so that none may start at zero."""
     own_delta: ClassVar[bool] = False
@@ -106,6 +108,7 @@ class Rewrite(Regulariser, ABC):
     """Other factors of the same delta, every so many steps; the optimiser's averages then begin at zero."""
 
     whole: ClassVar[bool] = True
+    needs_sigma: ClassVar[bool] = True
     own_delta: ClassVar[bool] = True
     excludes: ClassVar[Mapping[str, str]] = {
         "prune": "terms are told apart by their numbers",

@@ -29,6 +29,7 @@ class Sorsa(Penalty):
         "SORSA's gamma, on the mean norm of VᵀV − I over the matrices V of Left, and of Right, factors of a module, as "
         "columns of norm 1 at the start. It keeps the terms of a module orthogonal, and their size in sigma."
     )
+    needs_sigma: ClassVar[bool] = True
     trains: ClassVar[Sequence[str]] = ("left", "right")
     unit_factors: ClassVar[bool] = True
 

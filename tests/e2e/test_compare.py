@@ -72,7 +72,7 @@ def test_killed_resumed_limited_and_reported(tmp_path: Path) -> None:
 
     results = json.loads(out.read_text())
     assert results["data_order_equal"] is True
-    assert {row["name"]: row["trainable_parameters"] for row in results["table"]} == {"soka-r1": 8796, "lora-r1": 9344}
+    assert {row["name"]: row["trainable_parameters"] for row in results["table"]} == {"soka-r1": 8768, "lora-r1": 9344}
     assert all(row["complete"] and row["accuracy"]["n"] == 2 for row in results["table"])
     assert results["effort_equal"] is True
     assert results["claims_changed_after"] == 0

@@ -40,12 +40,15 @@ class Soka(Method):
             if start.initial and name not in start.initial:
                 # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
                 layer.soka_sigma_initial[ADAPTER].data.zero_()
+        _tell_of_sigma(adapted, start)
         return adapted
 
     def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         from soka_serve.compiler.methods.adapter_files import load_adapter
 
-        return load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
+        adapted = load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
+        _tell_of_sigma(adapted, start)
+        return adapted
 
     def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
         from soka_serve.adapter.export import export
@@ -56,3 +59,15 @@ class Soka(Method):
         from soka_serve.compiler.merge.merge import MergeRun
 
         MergeRun([(source, 1.0)], merging.base, merging.out, merging.dtype, progress=merging.progress).run()
+
+
+def _tell_of_sigma(adapted: Any, start: StartingPoint) -> None:
+    """Whether sigma is trained depends on the factors of the start, which a resumed run's model no longer has."""
+    from soka_serve.compiler.methods.adapter_files import ADAPTER
+    from soka_serve.peft import soka_layers
+    from soka_serve.peft.optimizer import sigma_repeats
+
+    for name, layer in soka_layers(adapted).items():
+        layer.sigma_repeats[ADAPTER] = sigma_repeats(
+            start.factors[name], subtracted=name in start.initial, form=layer.form(ADAPTER)
+        )

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from soka_serve.base.decoder import NotWalkableError, decoder_layers
 from soka_serve.errors import BuildError, PlanError
 from soka_serve.peft import soka_layers
+
+_MOST_GRAPHS = 64  # layers whose numbers of terms differ have graphs of their own; torch would stop at 8
 
 
 @contextmanager
@@ -35,7 +38,8 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.compile(dynamic=True)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+            yield
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
@@ -47,6 +51,19 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Meanwhile modules that are compiled run as they are: answers, with a cache and a token at a time, do not pay."""
+    found = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in found:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in found.items():
+            module._compiled_call_impl = call
 
 
 def _unwrapped(model: Any) -> nn.Module:

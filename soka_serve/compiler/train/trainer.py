@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from soka_serve.base.cpu import attention_for
 from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
-from soka_serve.compiler.train.compiled import compiled_layers
+from soka_serve.compiler.train.compiled import compiled_layers, plain_layers
 from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
 from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.length_groups import LengthGroups
@@ -229,16 +229,22 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """The model's loss, in training and evaluation, with logits of the positions that count alone."""
         head = output_layer(self.accelerator.unwrap_model(model)) if self.args.n_gpu <= 1 else None
         picked = nullcontext(inputs) if head is None else trained_positions(head, inputs)
-        with picked as batch, attention_for(inputs["labels"].shape[-1], self.args.device):
+        with picked as batch, self._attention(inputs["labels"].shape[-1]):
             if model.training and self.regularisation.asks_base:
                 return self._loss_beside_base(model, batch, **kwargs)
             return super().compute_loss(model, batch, *args, **kwargs)
+
+    def _attention(self, tokens: int) -> AbstractContextManager[None]:
+        """Of rows of so many tokens. What is compiled keeps the first one that it sees: there, of the longest rows."""
+        return attention_for(self.recipe.max_length if self.recipe.compile else tokens, self.args.device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of the evaluation examples and, where it is asked for, the accuracy of answers."""
         output = super().evaluation_loop(*args, **kwargs)
         if self._accuracy is not None:
-            found = [self._accuracy(self.accelerator.unwrap_model(self.model)) if self.args.process_index == 0 else 0.0]
+            with plain_layers(self.model):
+                model = self.accelerator.unwrap_model(self.model)
+                found = [self._accuracy(model) if self.args.process_index == 0 else 0.0]
             (output.metrics["eval_accuracy"],) = broadcast_object_list(found)
         return output
 
@@ -266,7 +272,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if self.recipe.packing and not self._packing_checked:
             self._check_packing(args[0] if args else kwargs["model"])
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-        with attention_for(inputs["labels"].shape[-1], self.args.device):  # checkpointing runs layers again, backward
+        with self._attention(inputs["labels"].shape[-1]):  # checkpointing runs layers again, backward
             loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             self._check_base()

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from soka_serve.base.decoder import decoder_layers
 from soka_serve.base.model import load_base
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.train.compiled import compiled_layers
+from soka_serve.compiler.train.compiled import compiled_layers, plain_layers
 from soka_serve.errors import BuildError, PlanError
 from tests.support.training import make_base, make_factors, run_training, tensors_of
 
@@ -55,6 +55,15 @@ def test_layers_run_as_before_afterwards(base: Path) -> None:
     with compiled_layers(model):
         assert all(layer._compiled_call_impl is not None for layer in layers)
     assert all(layer._compiled_call_impl is None for layer in layers)
+
+
+def test_layers_can_run_plainly_meanwhile(base: Path) -> None:
+    model = load_base(base, "float32")
+    layers = decoder_layers(model)[2]
+    with compiled_layers(model):
+        with plain_layers(model):
+            assert all(layer._compiled_call_impl is None for layer in layers)
+        assert all(layer._compiled_call_impl is not None for layer in layers)
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:

@@ -371,6 +371,19 @@ def test_terms_are_orthogonal_after_every_other_step(
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize(
+    ("table", "options", "trained"),
+    [(SORSA, {}, True), (KASA, {}, True), ({"orthogonalise": 2}, ALONE, True), ({"protect": 1}, {}, False)],
+)
+def test_sigma_is_trained_where_it_is_needed(
+    base: Path, tmp_path: Path, table: dict[str, float], options: dict[str, Any], trained: bool
+) -> None:
+    result = train(base, tmp_path, regularise=table, **options)
+    factors = read_adapter(result.directory).factors
+    count = sum(f.parameters - (0 if trained else f.rank) for f in factors.values())
+    assert result.trainable_parameters == count
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,42 @@ def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch:
     assert point.step == 2
     resumed = tensors_of(run_training(base, tmp_path / "cut", **options))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize(("initial", "moves_sigma"), [((), False), (("zero",), True), (None, False)])
+def test_a_start_of_zero_goes_on_as_it_began(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initial: tuple[str, ...] | None, moves_sigma: bool
+) -> None:
+    """Whether sigma is trained depends on the start: terms of zero, alone or beside others, or sigmas of zero."""
+    factors = make_factors(base)
+    first, second, *_ = factors
+    if initial is None:  # every term is subtracted
+        options: dict[str, Any] = {}
+    else:  # nothing is, or all but one module
+        subtracted = set(factors) - {first} if initial else ()
+        options = {"initial": subtracted}
+        for name in set(factors) - set(subtracted):
+            factors[name] = replace(factors[name], right=torch.zeros_like(factors[name].right))
+    if moves_sigma:
+        factors[second] = replace(factors[second], sigma=torch.zeros_like(factors[second].sigma))
+    options |= {"factors": factors, "steps": 6, "save_every": 3}
+    whole = run_training(base, tmp_path / "whole", **options)
+    step = SokaTrainer.training_step
+
+    def interrupted(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SokaTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_training(base, tmp_path / "cut", **options)
+    resumed = tensors_of(run_training(base, tmp_path / "cut", **options))
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors_of(whole).items())
+    trained = read_adapter(whole.directory).factors
+    moved = {name for name, start in factors.items() if not torch.equal(trained[name].sigma, start.sigma)}
+    assert moved == ({second} if moves_sigma else set())
 
 
 @pytest.mark.parametrize("grouped", [True, False])
