@@ -153,7 +153,7 @@ def deltas(adapter: Path) -> dict[str, torch.Tensor]:
     return {name: dense_delta(read.delta_factors(name)) for name in read.factors}
 
 
-QUICK = '[[adapt]]\nmodules = ["q_proj", "down_proj"]\nscale = 1.0\ncalibration_batches = 0'
+QUICK = '[[adapt]]\nmodules = ["q_proj", "down_proj"]\nscale = 3.0\ncalibration_batches = 0'
 
 
 @pytest.mark.slow
