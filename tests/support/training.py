@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
@@ -18,6 +20,7 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.methods.adapter_files import load_adapter
 from soka_serve.compiler.train.run import TrainingRun, TrainResult
 from soka_serve.compiler.train.train import TrainingData, train
+from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.kron import Factors, kpsvd
 from soka_serve.kron.shapes import balanced_shape
@@ -147,3 +150,19 @@ def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(input_ids=torch.tensor([[1, 5, 6, 3, 5]])).logits
     return logits
+
+
+@contextmanager
+def interrupted_at(step: int) -> Iterator[None]:
+    """Meanwhile training stops with Ctrl-C after so many steps, which the block must come to."""
+    train_step = SokaTrainer.training_step
+
+    def stop(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return train_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SokaTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

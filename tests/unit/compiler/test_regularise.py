@@ -24,7 +24,15 @@ from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.read import read_manifest
 from soka_serve.peft import build_soka_model, soka_layers
 from soka_serve.regularisers import REGULARISERS, Constraint, Divergence, Penalty, Rewrite
-from tests.support.training import load_trained, make_base, make_examples, make_factors, run_training, tensors_of
+from tests.support.training import (
+    interrupted_at,
+    load_trained,
+    make_base,
+    make_examples,
+    make_factors,
+    run_training,
+    tensors_of,
+)
 
 RATE = 5e-2
 ALONE: dict[str, Any] = {"initial": (), "adapt": [{"init": "zero"}]}  # nothing is subtracted
@@ -393,20 +401,11 @@ def test_sigma_is_trained_where_it_is_needed(
     ids=["added", "rewritten"],
 )
 def test_an_interrupted_run_ends_with_the_same_weights(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: dict[str, float], options: dict[str, Any]
+    base: Path, tmp_path: Path, table: dict[str, float], options: dict[str, Any]
 ) -> None:
     whole = train(base, tmp_path / "whole", regularise=table, **options)
-    step = SokaTrainer.training_step
-
-    def stop(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SokaTrainer, "training_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(base, tmp_path / "cut", regularise=table, **options, save_every=3)
+    with interrupted_at(4):
+        train(base, tmp_path / "cut", regularise=table, **options, save_every=3)
     assert (tmp_path / "cut" / "checkpoint-3").exists()
     resumed = train(base, tmp_path / "cut", regularise=table, **options, save_every=3)
     assert resumed.steps == 6

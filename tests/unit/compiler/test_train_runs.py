@@ -24,7 +24,15 @@ from soka_serve.errors import BuildError, PlanError
 from soka_serve.kron import dense_delta
 from soka_serve.kron.factors import energy_by_term
 from soka_serve.manifest.schema import Prune
-from tests.support.training import make_base, make_examples, make_factors, run_training, target_names, tensors_of
+from tests.support.training import (
+    interrupted_at,
+    make_base,
+    make_examples,
+    make_factors,
+    run_training,
+    target_names,
+    tensors_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +209,7 @@ def test_ctrl_c_in_the_middle_of_saving(base: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(("initial", "moves_sigma"), [((), False), (("zero",), True), (None, False)])
 def test_a_start_of_zero_goes_on_as_it_began(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, initial: tuple[str, ...] | None, moves_sigma: bool
+    base: Path, tmp_path: Path, initial: tuple[str, ...] | None, moves_sigma: bool
 ) -> None:
     """Whether sigma is trained depends on the start: terms of zero, alone or beside others, or sigmas of zero."""
     factors = make_factors(base)
@@ -217,17 +225,8 @@ def test_a_start_of_zero_goes_on_as_it_began(
         factors[second] = replace(factors[second], sigma=torch.zeros_like(factors[second].sigma))
     options |= {"factors": factors, "steps": 6, "save_every": 3}
     whole = run_training(base, tmp_path / "whole", **options)
-    step = SokaTrainer.training_step
-
-    def interrupted(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 4:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SokaTrainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(base, tmp_path / "cut", **options)
+    with interrupted_at(4):
+        run_training(base, tmp_path / "cut", **options)
     resumed = tensors_of(run_training(base, tmp_path / "cut", **options))
     assert all(torch.equal(resumed[name], tensor) for name, tensor in tensors_of(whole).items())
     trained = read_adapter(whole.directory).factors
@@ -255,18 +254,9 @@ def test_one_of_two_processes_goes_on_with_the_examples_of_its_epoch(
     options: dict[str, Any] = {"steps": 8, "save_every": 6, "train_set": make_examples(32), "group_by_length": grouped}
     seen.append([])
     run_training(base, tmp_path / "whole", **options)
-    step = SokaTrainer.training_step
-
-    def interrupted(self: SokaTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self.state.global_step == 6:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
     seen.append([])
-    with monkeypatch.context() as patch:
-        patch.setattr(SokaTrainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_training(base, tmp_path / "cut", **options)
+    with interrupted_at(6):
+        run_training(base, tmp_path / "cut", **options)
     seen.append([])
     run_training(base, tmp_path / "cut", **options)
     assert len(seen[0]) == 8
