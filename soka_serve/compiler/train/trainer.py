@@ -203,7 +203,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if not self.recipe.compile:
             return super().train(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise PlanError("train.compile does not go with DeepSpeed or FSDP", hint="leave it out, or train with DDP")
+            raise PlanError("train.compile does not go with DeepSpeed or FSDP", hint="leave it out")
         with compiled_layers(self.model):
             return super().train(*args, **kwargs)
 
