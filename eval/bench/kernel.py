@@ -13,7 +13,9 @@ down) together:
   and with rank 16: its CPU code (`PunicaWrapperCPU.add_lora_linear`) or its Triton kernels (shrink and expand; from
   `--vllm`, see `eval.vllm_lora`, where vLLM is not installed, else left out);
 - "limit" (CUDA): moving the factors of the adapters in the batch, the inputs and the outputs once, at the bandwidth
-  that copying 1 GiB reaches here.
+  that copying 1 GiB reaches here;
+- "limit_float32", "limit_bfloat16" (CPU): the multiply-adds of "soka" at the rate that a product of square matrices
+  with 1,024 rows reaches here in that dtype.
 
 On a CPU the figure is the best of many rounds. On CUDA every way is recorded in a graph and the figure is the median of
 replays, before each of which 256 MiB are written so that nothing is left in the L2 cache. `--dry-run` lists the cases.
@@ -42,6 +44,8 @@ from torch.nn.functional import linear
 from eval import vllm_lora
 from eval.measure import best_us
 from eval.record import make_parser, write_record
+from soka_serve.kron.cost import apply_cost
+from soka_serve.kron.cpu import multiplies_bfloat16
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.arena import Arena
 from soka_vllm.slots import SlotStore
@@ -203,6 +207,11 @@ class Layer:
 
         return run
 
+    def multiply_adds(self) -> int:
+        """Of the operator."""
+        shapes = [balanced_shape(width, module.in_features) for module in self.modules for width in module.widths]
+        return self.case.tokens * sum(apply_cost(shape, self.case.rank) for shape in shapes)
+
     def moved_bytes(self) -> int:
         """The least that the operator must read and write."""
         values = self.case.adapters * soka_parameters(self.modules, self.case.rank)
@@ -240,8 +249,13 @@ def graph_us(ways: dict[str, Way], seconds: float) -> dict[str, float]:
     return {name: round(statistics.median(values[1:]) * 1e3, 1) for name, values in times.items()}
 
 
-def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dict[str, Any]:
-    """One case."""
+def measure(case: Case, options: argparse.Namespace, bytes_per_us: float, products: dict[str, float]) -> dict[str, Any]:
+    """One case.
+
+    Args:
+        bytes_per_us: of a copy on the GPU; 0 on a CPU.
+        products: multiply-adds per microsecond on the CPU, by dtype.
+    """
     layer = Layer(case, options.device, options.vllm)
     parameters = soka_parameters(layer.modules, case.rank)
     lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
@@ -257,6 +271,7 @@ def measure(case: Case, options: argparse.Namespace, bytes_per_us: float) -> dic
         times = (graph_us if options.device == "cuda" else best_us)(ways, options.seconds)
     if bytes_per_us:
         times["limit"] = round(layer.moved_bytes() / bytes_per_us, 1)
+    times |= {f"limit_{dtype}": round(layer.multiply_adds() / rate, 1) for dtype, rate in products.items()}
     return {
         **case._asdict(),
         "soka_parameters": parameters,
@@ -270,6 +285,18 @@ def copy_bandwidth() -> float:
     """Bytes per microsecond, read and written, of a copy of 1 GiB on the GPU."""
     source, target = (torch.zeros(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
     return 2**31 / graph_us({"base": lambda: target.copy_(source)}, 0.2)["base"]
+
+
+def product_rates(seconds: float) -> dict[str, float]:
+    """Multiply-adds per microsecond of a large product on the CPU, by dtype."""
+
+    def product(dtype: torch.dtype) -> Way:
+        left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+        return lambda: left @ right
+
+    dtypes = [torch.float32] + ([torch.bfloat16] if multiplies_bfloat16() else [])
+    times = best_us({str(dtype)[6:]: product(dtype) for dtype in dtypes}, seconds)
+    return {name: 1024**3 / time for name, time in times.items()}
 
 
 def version(*names: str) -> str | None:
@@ -314,15 +341,20 @@ def main() -> None:
     torch.manual_seed(0)
     cuda = options.device == "cuda"
     bytes_per_us = copy_bandwidth() if cuda else 0.0
+    products = product_rates(options.seconds) if options.device == "cpu" else {}
     rows = []
     for case in cases(options):
-        rows.append(measure(case, options, bytes_per_us))
+        rows.append(measure(case, options, bytes_per_us, products))
         times = ", ".join(f"{key[:-3]} {value:.0f}" for key, value in rows[-1].items() if key.endswith("_us"))
         print(f"{case.model} {case.dtype} rank {case.rank} tokens {case.tokens} adapters {case.adapters}: {times}")
         sys.stdout.flush()
     write_record(
         options,
-        {"copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None, "rows": rows},
+        {
+            "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
+            "products_gflop_per_s": {name: round(2 * rate / 1e3, 1) for name, rate in products.items()},
+            "rows": rows,
+        },
         machine={"device": torch.cuda.get_device_name() if cuda else "cpu"},
         packages={
             "triton": version("triton"),

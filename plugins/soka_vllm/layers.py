@@ -14,7 +14,7 @@ from soka_serve.kron.sharding import Cut, LayerShards, Shard, cut
 from soka_vllm import compat
 from soka_vllm.ops.torch_ops import StackKind
 from soka_vllm.settings import serves_lora
-from soka_vllm.slots import SlotStore
+from soka_vllm.slots import Arranged, SlotStore
 from soka_vllm.worker import ADAPTERS_IN_STEP
 
 _logger = logging.getLogger("vllm.soka")
@@ -138,18 +138,30 @@ class KroneckerMixin:
             cast(Any, super()).set_lora(index, lora_a, lora_b)  # begins with reset_lora
             self._lora_slots.add(index)
             return
+        ready = [one for left in lefts if (one := getattr(left, ARRANGED, None)) is not None]
+        all_ready = len(ready) == sum(left is not None for left in lefts)
+        if all_ready and index not in self._lora_slots and self._kronecker.overwrite(index, ready):
+            return
         self.reset_lora(index)
-        ready = []
-        for source, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-            if left is None:
-                continue
-            if (one := getattr(left, ARRANGED, None)) is not None:
-                ready.append(one)
-            else:
-                for i, part in self.parts(source, left, right):
-                    skips = {"out_skip": part.out_skip, "in_skip": part.in_skip}
-                    ready.append((i, self._kronecker.arrange(part.left, part.right, **skips)))
+        if not all_ready:
+            pairs = enumerate(zip(lefts, rights, strict=True))
+            ready = [
+                one
+                for source, (left, right) in pairs
+                if left is not None
+                for one in self._arranged(source, left, right)
+            ]
         self._kronecker.fill(index, ready)
+
+    def _arranged(self, source: int, left: Tensor, right: Tensor) -> list[tuple[int, Arranged]]:
+        """What this rank takes of a module's factors as slots hold them, and of which slices it is."""
+        if (one := getattr(left, ARRANGED, None)) is not None:
+            return [one]
+        arrange = self._kronecker.arrange
+        return [
+            (i, arrange(part.left, part.right, out_skip=part.out_skip, in_skip=part.in_skip))
+            for i, part in self.parts(source, left, right)
+        ]
 
     def set_lora_beside(self, index: int, lora_a: list[Tensor | None], lora_b: list[Tensor | None]) -> None:
         """Add LoRA's matrices to a slot that holds Kronecker factors: the layer adds both deltas.

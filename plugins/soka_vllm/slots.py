@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from soka_vllm.arena import Arena, Buffer, FactorMemory
 from soka_vllm.ops import dispatch, torch_ops
 
 _MOST_PATTERNS = 64  # a layer's; about 1.3 KB each
+
+_Kinds: TypeAlias = tuple[tuple[int, torch_ops.StackKind], ...]
+"""Of some slices, each with its number."""
 
 
 class Arranged(NamedTuple):
@@ -92,8 +95,9 @@ class SlotStore:
         self._starts = [sum(self.widths[:index]) for index in range(len(self.widths))]
         self._kinds: dict[torch_ops.StackKind, int] = {}
         self._taken: dict[int, dict[int, _Stretch]] = {}  # by slot and slice
+        self._filled: dict[int, tuple[_Kinds, int, int]] = {}  # of slots that one `fill` filled: where its values lie
         # Of factors that were put in before.
-        self._patterns: dict[tuple[tuple[int, torch_ops.StackKind], ...], _Pattern] = {}
+        self._patterns: dict[_Kinds, _Pattern] = {}
 
     @property
     def values(self) -> Tensor:
@@ -161,19 +165,15 @@ class SlotStore:
             slot: the slot.
             parts: slices, and the factors of each.
         """
-        where, rows, sizes = self._pattern(tuple([(index, part.kind) for index, part in parts]))
+        kinds = tuple([(index, part.kind) for index, part in parts])
+        where, rows, sizes = self._pattern(kinds)
         if slot in self._taken:
             self._drop(slot, [index for index, _ in parts])
         size = sum(sizes)
         start = self._memory.take(slot, size)
-        target = self._memory.values[start : start + size]
-        if len(parts) == 1:
-            target.copy_(parts[0][1].values)
-        elif self._rows is not None:
-            torch.cat([part.values for _, part in parts], out=target)
-        else:
-            for piece, (_, part) in zip(torch.split(target, sizes), parts, strict=True):
-                piece.copy_(part.values)
+        self._write(start, size, parts)
+        if slot not in self._taken:
+            self._filled[slot] = kinds, start, size
         rows = rows.copy()
         rows[:, 0] += start
         if self._rows is not None:
@@ -184,10 +184,35 @@ class SlotStore:
         for index, _ in parts:
             held[index] = stretch
 
+    def overwrite(self, slot: int, parts: Sequence[tuple[int, Arranged]]) -> bool:
+        """Do what `clear` and `fill` do, where the slot holds factors of these kinds alone; else nothing, and False.
+
+        Mostly adapters were trained alike; then nothing of the table changes.
+        """
+        kinds, start, size = self._filled.get(slot, ((), 0, 0))
+        if not kinds or len(kinds) != len(parts):
+            return False
+        for (index, kind), (own_index, own) in zip(kinds, parts, strict=True):
+            if index != own_index or kind != own.kind:
+                return False
+        self._write(start, size, parts)
+        return True
+
+    def _write(self, start: int, size: int, parts: Sequence[tuple[int, Arranged]]) -> None:
+        target = self._memory.values[start : start + size]
+        if len(parts) == 1:
+            target.copy_(parts[0][1].values)
+        elif self._rows is not None:
+            torch.cat([part.values for _, part in parts], out=target)
+        else:
+            for piece, (_, part) in zip(torch.split(target, [p.kind.size for _, p in parts]), parts, strict=True):
+                piece.copy_(part.values)
+
     def clear(self, slot: int) -> None:
         """Empty a slot."""
         held = self._taken.pop(slot, None)
         if held is not None:
+            self._filled.pop(slot, None)
             self._leave(slot, held.values())
             (self.table if self._rows is None else self._rows)[:, slot] = 0
 
@@ -232,6 +257,7 @@ class SlotStore:
 
     def _drop(self, slot: int, indices: Sequence[int]) -> None:
         held = self._taken[slot]
+        self._filled.pop(slot, None)
         self._leave(slot, [held.pop(index) for index in indices if index in held])
         if not held:
             del self._taken[slot]

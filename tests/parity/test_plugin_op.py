@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from soka_serve.kron import dense_delta
 from soka_serve.kron.shapes import FactorShape
+from soka_vllm.ops import torch_ops
 from tests.support.plugin_layers import Layer, equal_slices_layer, kron_sum, qkv_layer, random_factors, sharded_layer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -62,6 +65,35 @@ def test_many_adapters_of_few_shapes(dtype: torch.dtype) -> None:
     for slot in range(129):
         layer.put(slot, 0, 1 + slot % 16, (8, 12, 12, 8), seed=slot)
     layer.check(torch.arange(130), 130)
+
+
+@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer])
+def test_many_products_in_bfloat16(make: Callable[[torch.dtype], Layer], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make(torch.bfloat16)
+    base, x = layer.arguments(60)
+    slots = torch.tensor([0, 1, 2, -1, 0]).repeat(12)
+    results = []
+    for many in (2**62, 0):
+        monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
+        monkeypatch.setattr(torch_ops, "_MANY", many)
+        for chosen in (slots, torch.zeros(60, dtype=torch.long)):
+            layer.check(chosen, 60)
+        results.append(base.clone())
+        layer.store.add_to(results[-1], x, slots)
+    assert not torch.equal(*results)  # else both were in float32
+
+
+def test_few_products_and_other_dtypes_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
+    kind = torch_ops.StackKind(1, 24, 24, 32, 32, torch_ops.RIGHT_FIRST, 0, 0)
+    values = torch.zeros(0, dtype=torch.bfloat16)
+    x = torch.zeros(1, 768, dtype=torch.bfloat16)
+    assert torch_ops._dtype(x, values, kind, tokens=8) == torch.float32
+    assert torch_ops._dtype(x, values, kind, tokens=512) == torch.bfloat16
+    assert torch_ops._dtype(x.float(), values, kind, tokens=512) == torch.float32
+    assert torch_ops._dtype(x, values.double(), kind, tokens=512) == torch.float64
+    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", False)
+    assert torch_ops._dtype(x, values, kind, tokens=512) == torch.float32
 
 
 def test_no_tokens() -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from soka_vllm.arena import Arena, Buffer
-from soka_vllm.slots import SlotStore
+from soka_vllm.slots import Arranged, SlotStore
 
 
 def put(store: SlotStore, slot: int, rank: int, value: float) -> None:
@@ -47,6 +47,38 @@ def test_slots_are_replaced_emptied_and_reused() -> None:
         store.clear(slot)
     assert store.empty
     assert rows(store, [0, 1, 2]) == [0.0, 0.0, 0.0]
+
+
+def test_factors_of_the_same_kinds_are_overwritten_in_place() -> None:
+    store = SlotStore(3, [8, 8], 8, torch.float32, "cpu")
+
+    def parts(rank: int, value: float) -> list[tuple[int, Arranged]]:
+        left, right = torch.full((rank, 2, 2), value), torch.ones(rank, 4, 4)
+        return [(index, store.arrange(left * (index + 1), right)) for index in range(2)]
+
+    def outputs(slot: int) -> list[float]:
+        out = torch.zeros(1, 16)
+        store.add_to(out, torch.ones(1, 8), torch.tensor([slot]))
+        return out[0, [0, 8]].tolist()
+
+    assert not store.overwrite(0, parts(1, 1.0))  # nothing is there
+    assert store.empty
+    store.fill(0, parts(1, 1.0))
+    store.fill(1, parts(1, 5.0))
+    table, size = store.table.clone(), store.values.numel()
+    assert store.overwrite(0, parts(1, 2.0))
+    assert (outputs(0), outputs(1)) == ([16.0, 32.0], [40.0, 80.0])
+    assert torch.equal(store.table, table)
+    assert store.values.numel() == size
+    for other in (parts(2, 3.0), parts(1, 3.0)[:1], parts(1, 3.0)[::-1]):
+        assert not store.overwrite(0, other)
+        assert outputs(0) == [16.0, 32.0]
+    store.put(0, 1, torch.ones(1, 2, 2), torch.ones(1, 4, 4))  # its slices now lie apart
+    assert not store.overwrite(0, parts(1, 3.0))
+    assert outputs(0) == [16.0, 8.0]
+    store.clear(0)
+    assert not store.overwrite(0, parts(1, 3.0))
+    assert (outputs(0), outputs(1)) == ([0.0, 0.0], [40.0, 80.0])
 
 
 def test_what_is_remembered_of_factors_is_bounded_whatever_clients_load() -> None:
