@@ -1,4 +1,4 @@
-"""A whole training step: SoKA against PEFT's LoRA, PiSSA, DoRA and LoKr at (nearly) equal parameters.
+"""A whole training step: SoKA against PEFT's LoRA, PiSSA, DoRA and LoKr, and LyCORIS' LoKr, at about equal parameters.
 
     python -m eval.bench.step --out eval/results/step.json
     python -m eval.bench.step --llama 4096 11008 1 --ranks 1 4 --rows 1 --length 512 --repeats 3 --out ...
@@ -10,6 +10,9 @@ process, step by step; `step_ratio` is SoKA's median processor time over the oth
 change it as it does wall time). Peak memory is measured in a fresh process per method: the high-water mark of resident
 memory during steps above what the adapted model held before (`peak_ratio`, SoKA's over the other's). LoRA and LoKr get
 the setting whose number of trained parameters is nearest to SoKA's from above, or below where there is none above.
+
+"lycoris", where lycoris-lora is installed, is one whole Kronecker product in every projection: SoKA's of one term that
+starts from zero. Its forward and backward pass are fused Triton kernels on a GPU (`LYCORIS_KERNEL_BACKEND`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +40,7 @@ from soka_serve.peft import SokaConfig
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 LOKR_SETTINGS = [(factor, rank) for factor in (-1, 2, 4, 8, 16) for rank in (1, 2, 4, 8, 16, 100_000)]
+LYCORIS_SETTINGS = (-1, 2, 4, 8, 16)  # `factor`
 LARGE_LOKR_SETTINGS = [(factor, rank) for factor in (-1, 8, 16) for rank in (1, 4, 16)]
 VOCABULARY = 512  # of a model that --llama describes: the head is no part of what is compared
 
@@ -80,7 +85,24 @@ def make_model(method: str, setting: Any, llama: Sequence[int] | None, dtype: st
     """The base with one fresh adapter, in training mode. Adapters are in float32, as PEFT casts them."""
     torch.manual_seed(0)
     with torch.device(device):
+        if method == "lycoris":
+            return add_lycoris(make_base(llama, dtype), setting).train()
         return get_peft_model(make_base(llama, dtype), make_config(method, setting)).train()
+
+
+def add_lycoris(base: Any, factor: int) -> Any:
+    """The base with LyCORIS' LoKr, one Kronecker product without a factorisation of its factors."""
+    from lycoris.modules.lokr import LokrModule
+
+    base.requires_grad_(False)
+    layers = [(name, layer) for name, layer in base.named_modules() if name.endswith("_proj")]
+    base.lycoris = torch.nn.ModuleList(
+        LokrModule(name.replace(".", "_"), layer, factor=factor, full_matrix=True, bypass_mode=True)
+        for name, layer in layers
+    )
+    for module in base.lycoris:
+        module.apply_to()
+    return base
 
 
 def parameters(method: str, setting: Any, llama: Sequence[int] | None) -> int:
@@ -91,7 +113,10 @@ def parameters(method: str, setting: Any, llama: Sequence[int] | None) -> int:
         layers = [m for name, m in base.named_modules() if name.endswith("_proj")]
         return sum(balanced_shape(m.out_features, m.in_features).parameters(setting[1]) for m in layers)
     with torch.device("meta" if llama else "cpu"):
-        model = get_peft_model(base, make_config("lora" if method == "pissa" else method, setting))
+        if method == "lycoris":
+            model = add_lycoris(base, setting)
+        else:
+            model = get_peft_model(base, make_config("lora" if method == "pissa" else method, setting))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -143,6 +168,8 @@ def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict
     for name in ("lora", "pissa", "dora"):
         methods[name] = nearest(name, LORA_RANKS, wanted, size.llama)
     methods["lokr"] = nearest("lokr", LARGE_LOKR_SETTINGS if size.llama else LOKR_SETTINGS, wanted, size.llama)
+    if find_spec("lycoris"):
+        methods["lycoris"] = nearest("lycoris", LYCORIS_SETTINGS, wanted, size.llama)
     steps = {name: make_step(name.split()[0], setting, size) for name, (setting, _) in methods.items()}
     clock = time.perf_counter if size.device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from ray import serve
 
 from soka_serve.errors import ServeError, SokaError
 from soka_serve.serving.command import Launch, ServeOptions, list_builds, parse_builds, parse_options
@@ -127,6 +128,17 @@ class Replica:
         """The names of the base (or of the merged model) in the API."""
         answer = await self._client.get("/v1/models", headers=self._keys)
         return [card["id"] for card in answer.json()["data"] if not card.get("parent")]
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica's name in Ray Serve, and the page of its vLLM's metrics.
+
+        Raises:
+            ServeError: vLLM has none for it.
+        """
+        answer = await self._client.get("/metrics", headers=self._keys)
+        if answer.status_code != 200:
+            raise ServeError(f"vLLM answers {answer.status_code} to /metrics")
+        return serve.get_replica_context().replica_id.unique_id, answer.text
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica where this fails.

@@ -16,16 +16,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from soka_serve.serving.replica import AnswerHead, Asked, ReplicaLostError, replica_url
+from soka_serve.serving.replica_metrics import CONTENT_TYPE, merge_metrics
 
 logger = logging.getLogger("ray.serve")
 
 _LOST = (RayActorError, ReplicaLostError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSE_S = 0.2
+_METRICS_S = 8  # Prometheus asks for 10 s
 # What would reach one replica of several, which nobody can tell apart.
 _OF_ONE_REPLICA = {
     "/v1/load_lora_adapter": "every replica loads adapters of the application's `builds` folder by their names",
     "/v1/unload_lora_adapter": "replicas unload the adapters that were not used for longest",
-    "/metrics": "each replica has its own metrics, on its machine",
 }
 
 
@@ -54,6 +55,8 @@ class Front:
         path = sent.path  # as a replica's vLLM gets it: without '..', say
         if path in _OF_ONE_REPLICA:
             return _refusal(400, "BadRequestError", f"{path} is not served here: {_OF_ONE_REPLICA[path]}")
+        if path == "/metrics":
+            return await self._metrics()
         body = await request.body()
         asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)
         last = ""
@@ -67,6 +70,17 @@ class Front:
             if time.monotonic() >= deadline:
                 return _refusal(503, "ServiceUnavailableError", f"no replica has answered: {last}")
             await asyncio.sleep(_PAUSE_S)
+
+    async def _metrics(self) -> Response:
+        """What all replicas count, with their names. One that is lost meanwhile is left out."""
+        try:
+            found = await self._replica.broadcast("metrics").results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except TimeoutError:
+            return _refusal(503, "ServiceUnavailableError", f"a replica has given no metrics in {_METRICS_S} s")
+        for error in found:
+            if isinstance(error, BaseException):
+                logger.warning("/metrics: without one replica: %s", str(error).split("\n")[0])
+        return Response(merge_metrics(dict(one for one in found if isinstance(one, tuple))), media_type=CONTENT_TYPE)
 
     async def _ask(self, asked: Asked) -> Response:
         adapter = await self._adapter(asked.body)

@@ -42,6 +42,8 @@ class ReplicaOptions(BaseModel):
     replicas: int = Field(1, ge=1, description="Replicas; with max_replicas the fewest.")
     max_replicas: int | None = Field(None, ge=1, description="The most replicas: they are then scaled by load.")
     target_requests: float = Field(16, gt=0, description="Running requests a replica that scaling aims at.")
+    add_after_s: float = Field(30, ge=0, description="Seconds of more load than aimed at, after which one is added.")
+    remove_after_s: float = Field(600, ge=0, description="Seconds of less load, after which one is taken away.")
     max_requests: int = Field(256, ge=1, description="Requests at once in a replica; more wait in the front.")
     fronts: int = Field(1, ge=1, description="Processes that take requests and choose replicas.")
     cpus: float = Field(1, ge=0, description="CPUs of a replica, as Ray counts them.")
@@ -88,6 +90,8 @@ def application(options: ReplicaOptions, kind: type[Replica] = Replica) -> Appli
                 "min_replicas": options.replicas,
                 "max_replicas": options.max_replicas,
                 "target_ongoing_requests": options.target_requests,
+                "upscale_delay_s": options.add_after_s,
+                "downscale_delay_s": options.remove_after_s,
             }
         }
     settings = ReplicaSettings(

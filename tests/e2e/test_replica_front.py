@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support.replicas import Application, replicas, wait_until
 
@@ -87,6 +90,17 @@ def test_an_adapter_is_asked_where_it_is_and_refusals_pass(application: Applicat
     assert "every replica loads adapters of the application's `builds` folder" in reply["error"]["message"]
 
 
+def test_metrics_of_all_replicas_are_one_page(application: Application) -> None:
+    with urllib.request.urlopen(application.url + "/metrics", timeout=60) as reply:
+        assert reply.headers["content-type"].startswith("text/plain")
+        (family,) = text_string_to_metric_families(reply.read().decode())
+    assert (family.name, family.documentation, family.type) == ("port", "Its own.", "gauge")
+    ports = {str(int(sample.value)) for sample in family.samples}
+    assert ports == {process.cmdline()[-1] for process in servers(application)}
+    assert {sample.labels["model_name"] for sample in family.samples} == {"base"}
+    assert len({sample.labels["replica"] for sample in family.samples}) == 2
+
+
 @pytest.mark.parametrize("killed", ["replica", "server"])
 def test_a_death_loses_no_request(application: Application, killed: str) -> None:
     before = {process.pid for process in servers(application)}
@@ -103,3 +117,32 @@ def test_a_death_loses_no_request(application: Application, killed: str) -> None
     assert all(found[number] != "cut" for number in range(80) if number % 5 != 4)
     wait_until(lambda: len(servers(application)) == 2 and {p.pid for p in servers(application)} != before)
     assert len(before & {process.pid for process in servers(application)}) == 1  # no server outlives its replica
+
+
+@pytest.mark.slow_matrix
+def test_scaling_by_load_loses_no_request(tmp_path: Path) -> None:
+    """One replica, two while requests wait, one again while a few still come."""
+    scale = {"replicas": 1, "max_replicas": 2, "target_requests": 2, "add_after_s": 1, "remove_after_s": 3}
+    arguments = {"targets": ["none"], "vllm": ["--max-loras", str(SLOTS)], "cpus": 0.1, **scale}
+    with replicas(tmp_path, arguments, "tests.support.stand_in_app:app") as scaled, ThreadPoolExecutor(12) as pool:
+        clients, numbers = 12, itertools.count()
+        found: list[str] = []
+
+        def client(place: int) -> None:
+            while place < clients:
+                number = next(numbers)
+                found.append(ask(scaled, f"a{number % 4}", stream=number % 2 == 1))
+
+        assert len(servers(scaled)) == 1
+        running = [pool.submit(client, place) for place in range(clients)]
+        wait_until(lambda: len(servers(scaled)) == 2, timeout_s=120)
+        both = len(found)
+        wait_until(lambda: len(set(found[both:])) == 2, timeout_s=60)
+        clients = 1
+        wait_until(lambda: len(servers(scaled)) == 1, timeout_s=120)
+        after = len(found)
+        wait_until(lambda: len(found) > after + 3, timeout_s=60)
+        clients = 0
+        for one in running:
+            one.result()
+    assert "cut" not in found

@@ -20,6 +20,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            port = self.server.server_address[1]
+            page = f'# HELP port Its own.\n# TYPE port gauge\nport{{model_name="base"}} {port}\n'
+            self._send(200, "text/plain", page.encode())
+            return
         self._answer(200, {"data": [{"id": "base", "parent": None}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
@@ -45,9 +50,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"0\r\n\r\n")
 
     def _answer(self, status: int, body: Any) -> None:
-        data = json.dumps(body).encode()
+        self._send(status, "application/json", json.dumps(body).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
         self.send_response(status)
-        self.send_header("content-type", "application/json")
+        self.send_header("content-type", kind)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
