@@ -55,7 +55,7 @@ class Front:
         path = sent.path  # as a replica's vLLM gets it: without '..', say
         if path in _OF_ONE_REPLICA:
             return _refusal(400, "BadRequestError", f"{path} is not served here: {_OF_ONE_REPLICA[path]}")
-        if path == "/metrics":
+        if path.rstrip("/") == "/metrics":
             return await self._metrics()
         body = await request.body()
         asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)

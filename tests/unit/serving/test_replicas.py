@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 from starlette.requests import Request
+from starlette.responses import Response
 
 from soka_serve.errors import SokaError
 
@@ -79,14 +80,43 @@ def test_the_rayservice_names_the_application() -> None:
         "/v1/load_lora_adapter",
         "/v1/x/../load_lora_adapter",
         "/./v1/./load_lora_adapter",
-        "/v1/../metrics",
     ],
 )
 def test_what_would_reach_one_replica_is_refused_however_it_is_written(path: str) -> None:
-    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
-    answer = asyncio.run(Front(None, by_adapter=True, retry_s=0)(Request(scope)))
+    answer = ask(None, "POST", path)
     assert answer.status_code == 400
     assert b"is not served here" in answer.body
+
+
+def ask(replicas: Any, method: str, path: str) -> Response:
+    scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
+    return asyncio.run(Front(replicas, by_adapter=True, retry_s=0)(Request(scope)))
+
+
+class Replicas:
+    """A handle of replicas that answer a broadcast so."""
+
+    def __init__(self, *answers: object, late: bool = False) -> None:
+        self.answers, self.late = answers, late
+
+    def broadcast(self, method: str) -> Replicas:
+        assert method == "metrics"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list[object]:
+        assert return_exceptions
+        if self.late:
+            raise TimeoutError
+        return list(self.answers)
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/v1/../metrics"])
+def test_metrics_come_without_a_replica_that_has_none(path: str) -> None:
+    answer = ask(Replicas(("x", "# TYPE a gauge\na 1.0\n"), RuntimeError("lost")), "GET", path)
+    assert answer.status_code == 200
+    assert b'\na{replica="x"} 1.0\n' in answer.body
+    assert b"\na{" not in ask(Replicas(RuntimeError("lost")), "GET", path).body
+    assert ask(Replicas(late=True), "GET", path).status_code == 503
 
 
 def test_a_path_reaches_its_replica_and_no_other_host() -> None:
