@@ -54,6 +54,7 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
     if not is_model_name(lora_name) or sums_of(models).find(lora_name) is not None:
         missing = f"The model '{printable(lora_name)}' does not exist"  # to `check_model`, which knows more
         return create_error_response(missing, err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
+    remote.begin_request()
     with reasons_noted() as reasons:
         try:
             answer = await stock(models, lora_name)
@@ -61,6 +62,8 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
             answer = _not_fetched(lora_name, error)
             _unfetched.set(answer)
             return answer
+    if isinstance(answer, ErrorResponse) and (path := remote.last_fetched()) is not None:
+        _forget(models, path)
     if isinstance(answer, ErrorResponse) and reasons:
         answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
     return answer

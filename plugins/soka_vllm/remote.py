@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _logger = logging.getLogger("vllm.soka")
 # Threads of their own: a slow store takes none of those that check adapters of this machine.
 _threads = ThreadPoolExecutor(4, "soka-fetch")
 _fetched: dict[str, Address] = {}  # by folder in the cache
+_last: ContextVar[str | None] = ContextVar("soka_last_fetched", default=None)
 # Anyone may ask for what is not there or damaged, and each time a store would be asked, and the latter fetched.
 _FAILED_S = 5.0
 _MOST_FAILED = 1000
@@ -82,7 +84,18 @@ async def fetch(address: Address) -> Path:
     """
     found = await asyncio.get_running_loop().run_in_executor(_threads, fetch_adapter, address)
     remember(str(found), address)
+    _last.set(str(found))
     return found
+
+
+def last_fetched() -> str | None:
+    """The folder that the request at hand had fetched last, since it began (`begin_request`)."""
+    return _last.get()
+
+
+def begin_request() -> None:
+    """Nothing has been fetched for this request yet."""
+    _last.set(None)
 
 
 def remember(path: str, address: Address) -> None:

@@ -61,10 +61,19 @@ class Client:
 
     def is_healthy(self) -> bool:
         """Whether it answers, and its engine lives."""
+        return self._health() is True
+
+    def has_died(self) -> bool:
+        """Whether nothing answers, or it says that its engine has died. A busy one that answers late has not."""
+        return self._health() is False
+
+    def _health(self) -> bool | None:
+        """None: no answer yet."""
         try:
             self._send("/health", timeout_s=_HEALTH_TIMEOUT_S)
-        except (OSError, ValueError):
-            return False
+        except (OSError, ValueError) as error:
+            late = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
+            return None if late else False
         return True
 
     def models(self) -> list[dict[str, Any]]:

@@ -165,9 +165,9 @@ class Server:
         return self._process.poll() is None
 
     @property
-    def is_healthy(self) -> bool:
-        """Whether it answers, and its engine lives."""
-        return self.is_running and self._client.is_healthy()
+    def has_died(self) -> bool:
+        """Whether it has ended, or its engine has. A busy one that answers late has not."""
+        return not self.is_running or self._client.has_died()
 
     def wait(self) -> None:
         """Wait until it ends by itself, which it should not.
@@ -188,7 +188,7 @@ class Server:
         try:
             yield
         except ServeError as error:
-            if self.log is None or self._client.is_healthy():
+            if self.log is None or not self._client.has_died():
                 raise
             causes = root_causes(self._log_text())
             if not causes:

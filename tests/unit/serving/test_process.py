@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from soka_serve.cli import main
 from soka_serve.errors import ServeError, SokaError
-from soka_serve.serving import doctor
+from soka_serve.serving import client, doctor
 from soka_serve.serving.command import Launch
 from soka_serve.serving.log import failure_lines
 from soka_serve.serving.probe import probe
@@ -54,6 +54,14 @@ LOG = """\
 
 
 CAUSE = "AttributeError: module has no attribute float32"
+
+
+def test_a_server_that_answers_late_has_not_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listening:  # which never answers
+        asked = client.Client(client.Endpoint(port=listening.getsockname()[1]))
+        assert (asked.is_healthy(), asked.has_died()) == (False, False)
+    assert (asked.is_healthy(), asked.has_died()) == (False, True)
 
 
 def test_an_engine_that_dies_at_the_probe_says_what_of(tmp_path: Path) -> None:

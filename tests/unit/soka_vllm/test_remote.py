@@ -175,6 +175,8 @@ def test_nothing_is_kept_of_an_adapter_that_is_refused(
     monkeypatch.setattr(Engine, "add_lora", refusing)
     assert "it does not fit" in refused(load(models, "a", f"{web.url}/builds/math"), 400)
     assert remote._fetched == {}
+    assert isinstance(resolve(models, "math"), ErrorResponse)
+    assert remote._fetched == {}
 
 
 def asked(models: Any, name: str) -> Any:
