@@ -9,7 +9,7 @@ are written in bfloat16 with one term a module and are in the page cache. Median
 - "read": files opened, checked and read into factors for the slots; "first_read": the same, of an adapter whose config
   and header are like none that was read before (the plugin remembers what follows from them);
 - "fingerprint": the hash of all values, which the engine compares between workers;
-- "slot": put into a slot by `set_lora` of every layer; "swap": again, into a slot that holds another adapter.
+- "slot": put into a slot of every layer, as the worker does it; "swap": again, into a slot that holds another adapter.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def make_manager(shards: dict[str, LayerShards], packed: dict[str, list[str]]) -
     plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
     modules = {name: Layer(part) for name, part in shards.items()}
     adapters = SimpleNamespace(modules=modules, packed_modules=packed, model=model, **plain)
+    adapters._active_adapters, adapters._registered_adapters = {}, {}
     adapters._soka_plans = Plans(alone=True)  # asked of vLLM's groups of processes, as the limits are
     return SimpleNamespace(
         _adapter_manager=adapters,
@@ -90,7 +91,7 @@ def measure(size: tuple[int, ...], folder: Path) -> dict[str, Any]:
     from vllm.lora.lora_weights import PackedLoRALayerWeights
     from vllm.lora.request import LoRARequest
 
-    from soka_vllm import reading, store
+    from soka_vllm import reading, store, worker
 
     shards, packed, weights = make_model(size)
     manager = make_manager(shards, packed)
@@ -105,11 +106,17 @@ def measure(size: tuple[int, ...], folder: Path) -> dict[str, Any]:
         times[name].append((time.process_time() - start) * 1e3)
         return answer
 
-    def fill(loras: dict[str, Any], slot: int) -> None:
-        for name, layer in manager._adapter_manager.modules.items():
-            layer.set_lora(slot, loras[name].lora_a, loras[name].lora_b)
+    def set_all(adapters: Any, number: int) -> bool:  # what vLLM's manager does
+        for name, layer in adapters.modules.items():
+            layer.set_lora(adapters.slot, kept[number][name].lora_a, kept[number][name].lora_b)
+        return True
 
-    kept = []
+    def fill(number: int, slot: int) -> None:
+        adapters = manager._adapter_manager
+        adapters.slot, adapters.lora_index_to_id = slot, [-1] * slot + [None]
+        worker.activate(set_all, adapters, number)
+
+    kept: list[dict[str, Any]] = []
     for i in range(ADAPTERS):
         request = LoRARequest(f"{i}", i + 1, str(folder / f"{i}"), load_inplace=True)
         manager._adapter_manager._soka_plans.by_layout.clear()
@@ -122,9 +129,9 @@ def measure(size: tuple[int, ...], folder: Path) -> dict[str, Any]:
         }
         kept.append(loras)
         if i < SLOTS:
-            timed("slot", fill, loras, i)
-    for i, loras in enumerate(kept):
-        timed("swap", fill, loras, (i + 1) % SLOTS)
+            timed("slot", fill, i, i)
+    for i in range(ADAPTERS):
+        timed("swap", fill, i, (i + 1) % SLOTS)
     return {"modules": len(weights), "ms": {name: round(statistics.median(found), 2) for name, found in times.items()}}
 
 

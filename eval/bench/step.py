@@ -11,8 +11,9 @@ change it as it does wall time). Peak memory is measured in a fresh process per 
 memory during steps above what the adapted model held before (`peak_ratio`, SoKA's over the other's). LoRA and LoKr get
 the setting whose number of trained parameters is nearest to SoKA's from above, or below where there is none above.
 
-"lycoris", where lycoris-lora is installed, is one whole Kronecker product in every projection: SoKA's of one term that
-starts from zero. Its forward and backward pass are fused Triton kernels on a GPU (`LYCORIS_KERNEL_BACKEND`).
+"lycoris", beside one term and where lycoris-lora is installed, is one whole Kronecker product in every projection, with
+factors as near to squares as it makes them (`factor` -1): a term of SoKA's that starts from zero. Its forward and
+backward pass are fused Triton kernels on a GPU (`LYCORIS_KERNEL_BACKEND`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from soka_serve.peft import SokaConfig
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA_RANKS = (1, 2, 3, 4, 6, 8, 12, 16)
 LOKR_SETTINGS = [(factor, rank) for factor in (-1, 2, 4, 8, 16) for rank in (1, 2, 4, 8, 16, 100_000)]
-LYCORIS_SETTINGS = (-1, 2, 4, 8, 16)  # `factor`
 LARGE_LOKR_SETTINGS = [(factor, rank) for factor in (-1, 8, 16) for rank in (1, 4, 16)]
 VOCABULARY = 512  # of a model that --llama describes: the head is no part of what is compared
 
@@ -164,12 +164,15 @@ def measure_peak(case: tuple[str, Any, Size, int]) -> int:
 def compare(rank: int, size: Size, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of one number of SoKA terms."""
     wanted = parameters("soka", ("weights", rank), size.llama)
-    methods = {"soka": (("weights", rank), wanted), "soka (zero init)": (("zero", rank), wanted)}
+    methods: dict[str, tuple[Any, int]] = {
+        "soka": (("weights", rank), wanted),
+        "soka (zero init)": (("zero", rank), wanted),
+    }
     for name in ("lora", "pissa", "dora"):
         methods[name] = nearest(name, LORA_RANKS, wanted, size.llama)
     methods["lokr"] = nearest("lokr", LARGE_LOKR_SETTINGS if size.llama else LOKR_SETTINGS, wanted, size.llama)
-    if find_spec("lycoris"):
-        methods["lycoris"] = nearest("lycoris", LYCORIS_SETTINGS, wanted, size.llama)
+    if rank == 1 and find_spec("lycoris"):
+        methods["lycoris"] = (-1, parameters("lycoris", -1, size.llama))
     steps = {name: make_step(name.split()[0], setting, size) for name, (setting, _) in methods.items()}
     clock = time.perf_counter if size.device == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in steps}

@@ -62,8 +62,11 @@ async def resolve(stock: Any, models: Any, lora_name: str) -> Any:
             answer = _not_fetched(lora_name, error)
             _unfetched.set(answer)
             return answer
-    if isinstance(answer, ErrorResponse) and (path := remote.last_fetched()) is not None:
-        _forget(models, path)
+    if (fetched := remote.last_fetched()) is not None:
+        if isinstance(answer, ErrorResponse):
+            _forget(models, fetched[0])
+        else:
+            remote.remember(*fetched)  # a refused load of the same has forgotten it meanwhile
     if isinstance(answer, ErrorResponse) and reasons:
         answer.error.message = "\n".join([answer.error.message, *dict.fromkeys(reasons)])
     return answer

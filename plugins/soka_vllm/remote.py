@@ -28,7 +28,7 @@ _logger = logging.getLogger("vllm.soka")
 # Threads of their own: a slow store takes none of those that check adapters of this machine.
 _threads = ThreadPoolExecutor(4, "soka-fetch")
 _fetched: dict[str, Address] = {}  # by folder in the cache
-_last: ContextVar[str | None] = ContextVar("soka_last_fetched", default=None)
+_last: ContextVar[tuple[str, Address] | None] = ContextVar("soka_last_fetched", default=None)
 # Anyone may ask for what is not there or damaged, and each time a store would be asked, and the latter fetched.
 _FAILED_S = 5.0
 _MOST_FAILED = 1000
@@ -84,12 +84,12 @@ async def fetch(address: Address) -> Path:
     """
     found = await asyncio.get_running_loop().run_in_executor(_threads, fetch_adapter, address)
     remember(str(found), address)
-    _last.set(str(found))
+    _last.set((str(found), address))
     return found
 
 
-def last_fetched() -> str | None:
-    """The folder that the request at hand had fetched last, since it began (`begin_request`)."""
+def last_fetched() -> tuple[str, Address] | None:
+    """The folder that the request at hand had fetched last, since it began (`begin_request`), and where from."""
     return _last.get()
 
 

@@ -19,16 +19,17 @@ def apply_adapters(stock: Any, manager: Any, lora_requests: Any) -> None:
 
 
 def activate(stock: Any, manager: Any, lora_id: int) -> bool:
-    """LoRAModelManager.activate_adapter: empty the slot in all layers first, and again if filling it fails.
+    """LoRAModelManager.activate_adapter: on a GPU empty the slot in all layers first; if filling it fails, free it.
 
-    vLLM up to 0.32 serves an adapter half set that could not be put into its slot.
+    Layers share memory on a GPU, where the old and the new factors need not fit together. vLLM up to 0.32 serves an
+    adapter half set that could not be put into its slot.
     """
     from soka_vllm.layers import KroneckerMixin
 
     if lora_id not in manager._active_adapters and None in manager.lora_index_to_id:
         slot = manager.lora_index_to_id.index(None)  # vLLM takes the first
         for layer in manager.modules.values():
-            if isinstance(layer, KroneckerMixin):
+            if isinstance(layer, KroneckerMixin) and not layer._on_cpu:
                 layer.reset_lora(slot)
     try:
         filled = bool(stock(manager, lora_id))

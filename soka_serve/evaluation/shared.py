@@ -58,7 +58,7 @@ class SharedServer:
 
     def running(self) -> tuple[Launch, Server] | None:
         """The server; None where it could not be started, as when one adapter of them ends it."""
-        if self._running is not None and self._running[1].has_died:
+        if self._running is not None and not self._running[1].lives():
             logger.warning("the server of these evaluations has died; starting it again for the next of them")
             self._running = None
             self._stack.close()

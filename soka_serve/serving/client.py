@@ -61,14 +61,10 @@ class Client:
 
     def is_healthy(self) -> bool:
         """Whether it answers, and its engine lives."""
-        return self._health() is True
+        return self.health() is True
 
-    def has_died(self) -> bool:
-        """Whether nothing answers, or it says that its engine has died. A busy one that answers late has not."""
-        return self._health() is False
-
-    def _health(self) -> bool | None:
-        """None: no answer yet."""
+    def health(self) -> bool | None:
+        """As `is_healthy`; None where there is no answer yet, as of a busy one."""
         try:
             self._send("/health", timeout_s=_HEALTH_TIMEOUT_S)
         except (OSError, ValueError) as error:

@@ -164,10 +164,13 @@ class Server:
         """Whether its first process has not ended."""
         return self._process.poll() is None
 
-    @property
-    def has_died(self) -> bool:
-        """Whether it has ended, or its engine has. A busy one that answers late has not."""
-        return not self.is_running or self._client.has_died()
+    def lives(self, timeout_s: float = 60.0) -> bool:
+        """Whether it runs, and its engine lives, which a busy one may take this long to say."""
+        deadline = time.monotonic() + timeout_s
+        while self.is_running and (healthy := self._client.health()) is not False:
+            if healthy or time.monotonic() >= deadline:
+                return bool(healthy)
+        return False
 
     def wait(self) -> None:
         """Wait until it ends by itself, which it should not.
@@ -188,7 +191,7 @@ class Server:
         try:
             yield
         except ServeError as error:
-            if self.log is None or not self._client.has_died():
+            if self.log is None or self._client.is_healthy():
                 raise
             causes = root_causes(self._log_text())
             if not causes:

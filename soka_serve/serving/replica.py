@@ -19,6 +19,7 @@ from soka_serve.serving.serve import log_file, plan_launch
 from soka_serve.serving.targets import Target
 
 _HEALTH_S = 60.0
+_METRICS_S = 5.0
 # Of one connection, or made anew on the way to the client.
 _HOP_HEADERS = frozenset(
     ("connection", "content-length", "date", "host", "keep-alive", "server", "transfer-encoding", "upgrade")
@@ -133,9 +134,12 @@ class Replica:
         """This replica's name in Ray Serve, and the page of its vLLM's metrics.
 
         Raises:
-            ServeError: vLLM has none for it.
+            ServeError: vLLM has none for it, or none in time.
         """
-        answer = await self._client.get("/metrics", headers=self._keys)
+        try:
+            answer = await self._client.get("/metrics", headers=self._keys, timeout=_METRICS_S)
+        except httpx.TransportError as error:
+            raise ServeError(f"vLLM does not answer to /metrics: {type(error).__name__}") from None
         if answer.status_code != 200:
             raise ServeError(f"vLLM answers {answer.status_code} to /metrics")
         return serve.get_replica_context().replica_id.unique_id, answer.text

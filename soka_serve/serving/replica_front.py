@@ -53,9 +53,9 @@ class Front:
         except httpx.InvalidURL as error:
             return _refusal(400, "BadRequestError", f"the path of the request cannot be passed on: {error}")
         path = sent.path  # as a replica's vLLM gets it: without '..', say
-        if path in _OF_ONE_REPLICA:
-            return _refusal(400, "BadRequestError", f"{path} is not served here: {_OF_ONE_REPLICA[path]}")
-        if path.rstrip("/") == "/metrics":
+        if (reason := _OF_ONE_REPLICA.get(path.rstrip("/"))) is not None:
+            return _refusal(400, "BadRequestError", f"{path} is not served here: {reason}")
+        if path.startswith("/metrics"):  # whatever follows, vLLM answers with all
             return await self._metrics()
         body = await request.body()
         asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)
@@ -72,15 +72,24 @@ class Front:
             await asyncio.sleep(_PAUSE_S)
 
     async def _metrics(self) -> Response:
-        """What all replicas count, with their names. One that is lost meanwhile is left out."""
+        """What all replicas count, with their names; without those that have none to give."""
         try:
-            found = await self._replica.broadcast("metrics").results_async(timeout_s=_METRICS_S, return_exceptions=True)
-        except TimeoutError:
-            return _refusal(503, "ServiceUnavailableError", f"a replica has given no metrics in {_METRICS_S} s")
-        for error in found:
-            if isinstance(error, BaseException):
-                logger.warning("/metrics: without one replica: %s", str(error).split("\n")[0])
-        return Response(merge_metrics(dict(one for one in found if isinstance(one, tuple))), media_type=CONTENT_TYPE)
+            asked = self._replica.broadcast("metrics")
+            found = await asked.results_async(timeout_s=_METRICS_S, return_exceptions=True)
+        except (TimeoutError, *_LOST) as error:
+            said = str(error).split("\n")[0]
+            return _refusal(503, "ServiceUnavailableError", f"no metrics of all replicas in {_METRICS_S} s: {said}")
+        pages: dict[str, str] = {}
+        for one in found:
+            if isinstance(one, BaseException):
+                logger.warning("/metrics: without one replica: %s", str(one).split("\n")[0])
+            else:
+                name, page = one
+                pages[name] = page
+        if not pages:
+            return _refusal(503, "ServiceUnavailableError", "no replica has metrics to give")
+        # Pages are long, and streams pass through this loop.
+        return Response(await asyncio.to_thread(merge_metrics, pages), media_type=CONTENT_TYPE)
 
     async def _ask(self, asked: Asked) -> Response:
         adapter = await self._adapter(asked.body)

@@ -153,11 +153,14 @@ def check_slots(adapted: AdaptedLayer) -> None:
         adapted.put_lora(1)  # in the last slot, which vLLM's CPU code reads for tokens of the base
         adapted.check()
     assert layer.lora_a_stacked[0].shape[0] == SLOTS + 1
-    adapted.put_kronecker(1, rank=2, goal=2)
-    adapted.check()
+    for _ in range(2):  # the second time where factors of the same kinds are
+        adapted.put_kronecker(1, rank=2, goal=2)
+        adapted.check()
     assert not layer.lora_a_stacked[0].any()
     adapted.put_lora(0)
     adapted.put_lora(1)
+    adapted.check()
+    adapted.put_kronecker(1, rank=2, goal=2)
     adapted.check()
     adapted.put_kronecker(0, rank=1, goal=4)
     layer._lora_always = True  # as on a GPU, where LoRA's part runs whatever the slots hold

@@ -19,7 +19,9 @@ are one adapter's, without copies. On a CPU the copies cost less than a pair of 
 adapter has most tokens; taking adjacent slices of one kind together gains nothing.
 
 Products run in float32, and many at once of bfloat16 activations and factors in bfloat16 where the CPU has matrix
-units for it (AMX): there a call in bfloat16 costs about 25 microseconds more and a multiply-add a fraction.
+units for it (AMX): there a call in bfloat16 costs about 25 microseconds more and a multiply-add a fraction. So with
+many tokens of one kind in a step, results are rounded to bfloat16 three times instead of once: between the products,
+behind them, and when they are added.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
     Other tokens, and slots that are empty, keep their row.
 
     Args:
-        out: (tokens, sum of widths), any floating dtype; changed in place, rounded once.
+        out: (tokens, sum of widths), any floating dtype; changed in place, rounded once (but see above).
         x: (tokens, in).
         token_slots: (at least tokens,) integers; what lies behind the tokens may be uninitialised.
         values: the flat buffer; products run in float32 (float64 for float64 values), or in bfloat16 (see above).
@@ -176,7 +178,10 @@ def _add_slice(
     """
     tokens, width = inputs.shape[0] if chosen is None else chosen.size, target.shape[1]
     shared = _factors(values, starts, kind.size, inputs.dtype) if starts.size == 1 else None
-    step = max(1, _PIECE_VALUES // max(kind.between, 0 if shared is not None else kind.size))
+    own = kind.size if shared is None else 0
+    if shared is not None and inputs.dtype == torch.bfloat16:
+        own = kind.left_size  # oneDNN's products copy the Left that all tokens share to each of them
+    step = max(1, _PIECE_VALUES // max(kind.between, own))
     for begin in range(0, tokens, step):
         some = slice(begin, begin + step)
         factors = _factors(values, starts[some], kind.size, inputs.dtype) if shared is None else shared

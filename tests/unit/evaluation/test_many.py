@@ -69,7 +69,7 @@ def test_a_shared_server_that_has_died_is_started_again(tmp_path: Path, monkeypa
 
     @contextmanager
     def started(*_: object) -> Iterator[Any]:
-        servers.append(SimpleNamespace(has_died=False))
+        servers.append(SimpleNamespace(lives=lambda: True))
         yield None, servers[-1]
         ended.append(servers.index(servers[-1]))
 
@@ -78,7 +78,7 @@ def test_a_shared_server_that_has_died_is_started_again(tmp_path: Path, monkeypa
         first = server.running()
         assert first is not None
         assert server.running() == first
-        servers[0].has_died = True
+        servers[0].lives = lambda: False
         second = server.running()
         assert second is not None
         assert second[1] is servers[1]
