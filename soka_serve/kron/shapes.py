@@ -37,6 +37,17 @@ class FactorShape(NamedTuple):
         """The most terms a decomposition can have: the smaller side of the rearranged weight."""
         return min(self.m * self.n, self.p * self.q)
 
+    @property
+    def spread(self) -> float:
+        """A quarter of the largest singular value of Left ⊗ Right with random entries of variance 1.
+
+        A random matrix (m, n) has about sqrt(m) + sqrt(n) (Bai and Yin, 1993), a Kronecker product the product of both.
+
+        >>> round(FactorShape(24, 24, 24, 24).spread), round(FactorShape(576, 1, 1, 576).spread)
+        (24, 156)
+        """
+        return (math.sqrt(self.m) + math.sqrt(self.n)) * (math.sqrt(self.p) + math.sqrt(self.q)) / 4
+
     def parameters(self, rank: int) -> int:
         """Trainable parameters at `rank` terms, rank * (m*n + p*q + 1) (arXiv:2506.15251, section 3)."""
         return rank * (self.m * self.n + self.p * self.q + 1)

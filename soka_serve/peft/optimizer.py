@@ -2,18 +2,18 @@
 
 Factors start small beside what training makes of them (a manifest's `scale`), and K(theta) is their product: what a
 module changes grows with the square of the way that its factors have gone. An optimiser such as Adam moves every entry
-of a parameter by about its rate. A term's output is sigma * Left X Right^T, with X the token as an (n, q) matrix, and
-with entries of RMS 1, and X of RMS x, it is sigma * x * sqrt(n q). A move of Left by `e` in one direction of its rows
-changes it by up to e * sigma * x * n sqrt(q), and one of Right by e * sigma * x * q sqrt(n). So
+of a parameter by about its rate. What a delta can do to an output is its largest singular value, that of factors with
+random entries of RMS 1 being about (sqrt(m) + sqrt(n)) (sqrt(p) + sqrt(q)) = 4 S (`FactorShape.spread`). So
 
-    rate of Left  = lr * RMS(Left) / sqrt(n) / c
-    rate of Right = lr * RMS(Right) / sqrt(q) / c
+    rate of Left  = lr * RMS(Left) / sqrt(S) / c
+    rate of Right = lr * RMS(Right) / sqrt(S) / c
     rate of sigma = lr * RMS(sigma) / c
 
-each change a term's output by lr / c of itself at most, and after t steps it is (lr t / c)^2 of what it was, sigma
-apart. Sigma only repeats what the size of Left and Right says already, and each of its steps moves all of a term's
-entries together, so beside Left or Right it is trained only where that is asked for. The terms of one module see the
-same gradients, so what they change adds up; modules change different things, whose squares add up. Hence
+let a term's largest singular value grow to about 4 sigma RMS(Left) RMS(Right) (lr t / c)^2 in t steps, whatever the
+factors' shapes, sigma apart. At equal entries an outer product of vectors has a larger one than a product of square
+factors, and moves less. Sigma only repeats what the size of Left and Right says already, and each of its steps moves
+all of a term's entries together, so beside Left or Right it is trained only where that is asked for. The terms of one
+module see the same gradients, so what they change adds up; modules change different things, whose squares add up. Hence
 c^2 = r * sqrt(N), with r the module's number of terms and N the number of modules: all together change what the model
 computes alike. docs/training.md says where that was measured.
 
@@ -100,7 +100,7 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
             f"{layer.module_name}: its factors are sharded as flat tensors, so that their sizes are not known",
             hint="FSDP 2 keeps shapes (fsdp_version: 2); otherwise make the optimizer before the model is sharded",
         )
-    (rank, _, n), q = left.shape, right.shape[2]
+    rank, shape = len(left), FactorShape(*left.shape[1:], *right.shape[1:])
     form = layer.form(adapter)
     terms = form.served(rank, subtracted=False)
     parameters = {part: getattr(layer, f"soka_{part}")[adapter] for part in PARTS}
@@ -109,8 +109,8 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         layer.check_loaded(adapter)
         found["left"] = found["left"] or found["right"] or 1.0
         found["right"] = found["right"] or found["left"]
-        found["sigma"] = found["sigma"] or SMALL / math.sqrt(n * q) / (found["left"] * found["right"])
-    sizes = {part: found[part] / math.sqrt(width) for part, width in zip(PARTS, (n, q, 1), strict=True)}
+        found["sigma"] = found["sigma"] or SMALL / math.sqrt(shape.in_features) / (found["left"] * found["right"])
+    sizes = {part: found[part] / (1.0 if part == "sigma" else math.sqrt(shape.spread)) for part in PARTS}
     start = layer.initial(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
     small = zeros or (start is not None and bool(_whole(start.sigma).any()))
     pace = 1.0 if small else math.sqrt(SMALL)
@@ -122,7 +122,7 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         repeats = sigma_repeats(theta, subtracted=small and not zeros, form=form)
     for part in PARTS:
         yield part, parameters[part], pace * sizes[part] / math.sqrt(terms), repeats and part == "sigma"
-    for name, added in form.parts(rank, FactorShape(*left.shape[1:], *right.shape[1:])).items():
+    for name, added in form.parts(rank, shape).items():
         parameter = getattr(layer, f"soka_{name}")[adapter]
         yield added.like, parameter, pace * sizes[added.like] / math.sqrt(added.terms), False
 

@@ -53,6 +53,5 @@ def _rate(manifest: Manifest, target: TargetModule, modules: int) -> float:
     terms = rule.form.served(min(most, shape.max_rank), subtracted=False)
     # Terms that mend a quantised base move by their size, at most as fast as small ones.
     pace = math.sqrt(SMALL) if rule.start.changes and not rule.start.on_quantised else 1.0
-    sides = {"left": train.left_lr / math.sqrt(shape.n), "right": train.right_lr / math.sqrt(shape.q)}
-    moving = [rate for part, rate in sides.items() if part in rule.form.rates]
-    return train.rate * pace * max(moving, default=0.0) / math.sqrt(terms * math.sqrt(modules))
+    moving = [rate for part, rate in (("left", train.left_lr), ("right", train.right_lr)) if part in rule.form.rates]
+    return train.rate * pace * max(moving, default=0.0) / math.sqrt(shape.spread * terms * math.sqrt(modules))

@@ -139,7 +139,7 @@ def first_step(base: Path, work: Path, monkeypatch: pytest.MonkeyPatch, name: st
         module, _, part = key.removeprefix("base_model.model.").partition(".soka_")
         part = part.partition(".")[0]
         start = starts[module]
-        width = {"left": start.shape.n, "right": start.shape.q, "sigma": 1}[part]
+        width = 1 if part == "sigma" else start.shape.spread
         before, after = (getattr(f, part).double() for f in (start, trained[module]))
         size = float(before.square().mean().sqrt())
         rate = RATE * (4.0 if part == "left" else 1.0) * size / (width * start.rank) ** 0.5 / len(starts) ** 0.25

@@ -159,12 +159,14 @@ def test_a_multiplier_of_zero_freezes_a_factor(base: Path, tmp_path: Path, part:
 
 
 def test_the_first_step_moves_each_factor_by_its_rate(base: Path, tmp_path: Path) -> None:
-    """AdamW's first step moves each value by its rate: lr RMS / sqrt(width rank sqrt(modules))."""
+    """AdamW's first step moves each value by its rate: lr RMS / sqrt(spread rank sqrt(modules))."""
     result = run_training(base, tmp_path, steps=1, warmup_frac=0.0, left_lr=4.0, sigma_lr=1.0, schedule="constant")
     adapter = read_adapter(result.directory)
     starts = make_factors(base)
     for name, start in starts.items():
-        for part, multiplier, width in (("left", 4, start.shape.n), ("right", 1, start.shape.q), ("sigma", 1, 1)):
+        m, n, p, q = start.shape
+        spread = (m**0.5 + n**0.5) * (p**0.5 + q**0.5) / 4
+        for part, multiplier, width in (("left", 4, spread), ("right", 1, spread), ("sigma", 1, 1)):
             before, after = getattr(start, part), getattr(adapter.factors[name], part)
             size = float(before.square().mean().sqrt())
             expected = 5e-2 * multiplier * size / (width * start.rank) ** 0.5 / len(starts) ** 0.25
