@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import SMALL
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
 
@@ -33,8 +34,13 @@ def _size(layer: nn.Module) -> float:
 def test_a_step_changes_an_output_by_lr_times_the_typical_one(
     shape: tuple[int, int, int, int], scale: float, part: str
 ) -> None:
-    """A step aligns with the one output that is asked for; normal entries are sqrt(2/pi) of their RMS in the mean."""
+    """A step aligns with the one output that is asked for; normal entries are sqrt(2/pi) of their RMS in the mean.
+
+    Of Left and Right times the root of n, or q, over the shape's spread.
+    """
     width = shape[1] * shape[3]
+    aligned = {"left": shape[1], "right": shape[3]}
+    share = math.sqrt(aligned[part] / FactorShape(*shape).spread) if part in aligned else 1.0
     others = {f"{name}_lr": 0.0 for name in ("left", "right", "sigma") if name != part}
     changes = []
     for seed in range(48):
@@ -47,7 +53,23 @@ def test_a_step_changes_an_output_by_lr_times_the_typical_one(
         before.backward()
         optimizer.step()
         changes.append(((before - model(x)[0, 3]) / (typical * x.norm())).item())
-    assert sum(changes) / 48 == pytest.approx(0.01 * math.sqrt(2 / math.pi), rel=0.25)
+    assert sum(changes) / 48 == pytest.approx(0.01 * math.sqrt(2 / math.pi) * share, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "shape", [(16, 16, 16, 16), (64, 4, 4, 64), (256, 1, 1, 256), (1, 256, 256, 1), (8, 8, 64, 64), (32, 24, 48, 18)]
+)
+def test_terms_of_any_shape_grow_to_the_same_largest_singular_value(shape: tuple[int, int, int, int]) -> None:
+    """Here of moves in random directions, by one rate each: 4 sigma RMS(Left) RMS(Right) lr^2, with one module."""
+    torch.manual_seed(0)
+    model, layer = _adapted(shape)
+    rates = [group["lr"] for group in create_soka_optimizer(model, lr=1.0).param_groups]
+    sizes = [float(getattr(layer, f"soka_{p}")["default"].detach().square().mean().sqrt()) for p in ("left", "right")]
+    (m, n, p, q) = shape
+    moves = [(rate * torch.randn(20, *size).sign()) for rate, size in zip(rates, ((m, n), (p, q)), strict=True)]
+    left, right = (torch.linalg.matrix_norm(move.double(), 2).mean() for move in moves)
+    found = left * right  # of their Kronecker product
+    assert float(found) == pytest.approx(4 * sizes[0] * sizes[1], rel=0.25)
 
 
 def test_factors_of_any_size_move_by_the_same_share_of_themselves() -> None:
