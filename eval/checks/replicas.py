@@ -89,6 +89,8 @@ def draw(jobs: list[Job], names: list[str], requests: int, seed: int) -> Request
 def run(application: Application, requests: Requests, clients: int) -> dict[str, Any]:
     """All phases on one application."""
     half = len(requests) // 2
+    wait_until(lambda: len(application.engines()) == 2)
+    wait_until(lambda: all(answers(engine, "/health") for engine in application.engines().values()))
     routed = measured(application, [application.url], requests[:half], clients)
     print("by_adapter", routed, flush=True)
     at_random = measured(application, [e.url for e in application.engines().values()], requests[:half], clients)
