@@ -9,10 +9,11 @@ rounding cannot change them.
 
 "by_adapter": half of the requests, through the application. "at_random": the same, each sent to the server of one of
 the two replicas, chosen at random, which is what routing by load alone comes to. "with_kill": the other half, after a
-fifth of which one replica's process is killed; `replaced_s` is how long it took from then until two replicas answered
-again. `hit_rate` is the part of the requests that found their adapter in a slot where they came to (one minus slot
-fills over requests). Requests are never sent again by the clients: `lost` counts those without a whole answer; streams
-that the kill cut are among them, and `streams_cut` counts them alone.
+fifth of which one replica's process is killed; `replaced_s` is at most how long it took from then until two replicas
+answered again: it is looked at when all requests have been answered. `hit_rate` is the part of the requests that found
+their adapter in a slot where they came to (one minus slot fills over requests). Requests are never sent again by the
+clients: `lost` counts those without a whole answer; streams that the kill cut are among them, and `streams_cut` counts
+them alone.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from soka_serve.manifest.schema import Manifest, Train
 STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "measure": 1, "report": 1}
 
 # The same for builds that train Kronecker factors: all of them, and those that set a key of [train].
-_KRONECKER_VERSION = 2
+_KRONECKER_VERSION = 3  # rates over the root of a shape's spread
 _TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
 
 # Keys of [train] that do not change what is learned.

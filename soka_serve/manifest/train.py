@@ -87,7 +87,7 @@ class Train(Table):
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="Peak learning rate of AdamW. For soka it says how far a step moves factors, and means the same "
-        "at every width and rank of balanced factors. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
+        "at every width, rank and factor shape. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
             "RATE", f"{SOKA_RATE:g}"
         ),
         examples=[SOKA_RATE],

@@ -328,8 +328,8 @@ def test_keys_of_records_stay() -> None:
     assert keys == [
         "c8d3d24e13a4796d41d8a759",
         "0ded26ef23f81f5de22cead4",
-        "d10daf6f58c651a2c3a84674",
-        "43aba6c6766f75d6b8c5a8aa",
+        "7c3ad8b2586ed6846e9afbbc",
+        "905a81c221b66507d13b16ee",
     ]
 
 
