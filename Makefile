@@ -43,7 +43,7 @@ quickstart: venv ## Fine-tune the embedded model on word problems and show accur
 test: venv lint ## Everything: lint, types, unit, parity and end-to-end tests
 	$(PYTEST) -ra -m "not slow_matrix"
 
-test-all: venv lint ## As `make test`, and what it has once at more settings, and what takes longest
+test-all: venv lint ## As `make test`, and what it has once at more settings
 	$(PYTEST) -ra
 
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)

@@ -9,8 +9,8 @@
 # after the start: what has ended by then is in OUT. MODEL and DATA, a base and the folder that eval.suites.prepare made
 # for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a wheel of vLLM or what
 # eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora, where it is installed,
-# its fused training kernels to the benchmark of a step. The exit code is that of the
-# first step, which says whether the kernel is right; others may fail, and the log says so.
+# its fused training kernels to the benchmark of a step. The exit code is that of the first step, which says whether the
+# kernel is right; others may fail, and the log says so.
 set -u
 out=${1:?usage: bash eval/gpu.sh OUT [--prove]}
 prove=${2:-}

@@ -58,6 +58,11 @@ class ReplicaOptions(BaseModel):
             raise ValueError("nothing to serve: give targets, or a folder of builds")
         if self.max_replicas is not None and self.max_replicas < self.replicas:
             raise ValueError(f"max_replicas = {self.max_replicas} is less than replicas = {self.replicas}")
+        scaling = [
+            name for name in ("target_requests", "add_after_s", "remove_after_s") if name in self.model_fields_set
+        ]
+        if scaling and self.max_replicas is None:
+            raise ValueError(f"{scaling[0]} is for scaling by load: give max_replicas as well, or leave it out")
         taken = [name for name in ("--host", "--port") if name in parse_options(self.vllm)]
         if taken:
             raise ValueError(f"vllm: {taken[0]} is a replica's own; the application's is in Serve's http_options")

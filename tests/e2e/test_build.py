@@ -214,7 +214,7 @@ def test_ctrl_c_and_sigkill_leave_the_last_good_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.slow_matrix)])
+@pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow_matrix)])
 def test_a_build_killed_at_random_points_ends_like_an_uninterrupted_one(tmp_path: Path, count: int) -> None:
     manifest = write_manifest(tmp_path, steps=40, save_every=4)
     whole = soka_serve.build(manifest, out=tmp_path / "whole", progress=False)

@@ -216,7 +216,7 @@ def test_plain_lm_eval_with_an_adapter(root: Path, tmp_path: Path, adapter: tupl
     assert score == measured.correct / measured.total
 
 
-@pytest.mark.slow_matrix  # vLLM starts
+@pytest.mark.slow  # vLLM starts
 def test_plain_lm_eval_with_an_adapter_in_vllm(root: Path, tmp_path: Path, adapter: tuple[Path, Any]) -> None:
     """`--model_args lora_local_path=`, in float32: the answers are the adapter's, token for token."""
     folder, tuned = adapter

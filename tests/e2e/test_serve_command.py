@@ -291,7 +291,6 @@ def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> Non
         running.end()
 
 
-@pytest.mark.slow_matrix
 def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -> None:
     target = f"math={folder / 'build' / 'math'}"
     # prometheus_client reads at its import that the counts of several processes are added.

@@ -40,6 +40,7 @@ def test_texts_of_the_command_line_are_split() -> None:
         ({}, "nothing to serve: give targets, or a folder of builds"),
         ({"targets": ["a"], "replica": 2}, "replica\n  Extra inputs are not permitted"),
         ({"targets": ["a"], "replicas": 3, "max_replicas": 2}, "max_replicas = 2 is less than replicas = 3"),
+        ({"targets": ["a"], "remove_after_s": 9}, "remove_after_s is for scaling by load: give max_replicas as well"),
         ({"targets": ["a"], "vllm": ["--port", "1"]}, "vllm: --port is a replica's own"),
     ],
 )
