@@ -37,6 +37,7 @@ TESTS = {
     "vllm": [
         "tests/e2e/test_serve_mixed.py",
         "tests/e2e/test_serve_layers.py",
+        "tests/e2e/test_serve_sums.py",
         "tests/e2e/test_serve_tp.py",
         "tests/parity/test_plugin_op.py",
         "tests/parity/test_plugin_triton.py",
@@ -48,7 +49,6 @@ TESTS = {
         "tests/unit/adapter/test_format.py",
         "tests/unit/compiler/test_train.py",
         "tests/e2e/test_peft_trainers.py",
-        "tests/e2e/test_train_builtin.py",
         "tests/e2e/test_build.py",
     ],
 }

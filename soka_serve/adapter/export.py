@@ -72,13 +72,14 @@ def export(
     *,
     to: Form = "soka",
     rank: int | Literal["trained"] | None = None,
+    energy: float | None = None,
     dtype: str = "float32",
     progress: bool = False,
 ) -> ExportResult:
     """Write an adapter, or a training checkpoint, as a finished SoKA adapter or as a LoRA.
 
     "soka": trained minus initial terms, recompressed exactly (QR of the stacked factors and a small SVD; the dense
-    delta is never built): nothing is lost unless `rank` cuts terms or `dtype` rounds. "lora": the best rank-`rank`
+    delta is never built): nothing is lost unless `rank` or `energy` cuts terms or `dtype` rounds. "lora": the best rank-`rank`
     approximation of every delta. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
 
     Args:
@@ -87,15 +88,16 @@ def export(
         to: "soka" or "lora".
         rank: most terms per module, "trained" for as many as a training checkpoint trained, or the LoRA rank (then
             required; modules with fewer dimensions are padded).
+        energy: for "soka", the share of each delta's energy that is kept, by as few terms as hold it; in (0, 1].
         dtype: of the written tensors.
         progress: show progress.
 
     Raises:
         CheckpointError: the source is damaged.
-        SokaError: no rank for a LoRA, or one below 1.
+        SokaError: no rank for a LoRA, one below 1, or an energy that is no share or is given for a LoRA.
         BuildError: disk full and the like, or `out` holds something else.
     """
-    _check_request(to, rank)
+    _check_request(to, rank, energy)
     lora_rank = rank if isinstance(rank, int) else 1
     out, read_from, stored = given_path(out, "out"), local_adapter(source), getattr(torch, dtype)
     EXPORTED.check(out, keep=[read_from])
@@ -109,7 +111,7 @@ def export(
     with replace_directory(out, foreign=EXPORTED.foreign) as new:
         with track(len(adapter.factors), f"export to {to}", unit="module", enabled=progress) as advance:
             if to == "soka":
-                written, energies = _to_soka(adapter, rank, stored, advance)
+                written, energies = _to_soka(adapter, rank, energy, stored, advance)
                 ranks = [f.rank for f in written.values()]
                 parameters = sum(f.parameters for f in written.values())
             else:
@@ -135,9 +137,13 @@ def export(
     return result
 
 
-def _check_request(to: str, rank: int | str | None) -> None:
+def _check_request(to: str, rank: int | str | None, energy: float | None) -> None:
     if to not in ("soka", "lora"):
         raise SokaError(f"to: expected 'soka' or 'lora'; got {to!r}")
+    if energy is not None and not 0 < energy <= 1:
+        raise SokaError(f"energy: expected a share above 0, at most 1; got {energy!r}")
+    if energy is not None and to == "lora":
+        raise SokaError("energy chooses the terms of each module, and a LoRA has one rank", hint="give --rank instead")
     if to == "lora" and rank is None:
         raise SokaError("a LoRA needs a rank", hint="give --rank, such as 8; the energy it loses is then reported")
     if rank == "trained" and to == "soka":
@@ -147,13 +153,13 @@ def _check_request(to: str, rank: int | str | None) -> None:
 
 
 def _to_soka(
-    adapter: Adapter, rank: int | Literal["trained"] | None, dtype: torch.dtype, advance: Any
+    adapter: Adapter, rank: int | Literal["trained"] | None, energy: float | None, dtype: torch.dtype, advance: Any
 ) -> tuple[dict[str, Factors], Energies]:
     written: dict[str, Factors] = {}
     energies: dict[str, tuple[float, float]] = {}
     for name, factors in adapter.factors.items():
         delta = adapter.delta_factors(name)
-        kept, _ = recompress(delta, rank=factors.rank if rank == "trained" else rank)
+        kept, _ = recompress(delta, rank=factors.rank if rank == "trained" else rank, energy=energy)
         written[name] = kept.to(dtype)
         energies[name] = lost_energy(delta, written[name])
         advance(name)

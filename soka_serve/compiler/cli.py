@@ -109,6 +109,11 @@ def extract(finetuned: str, **options: Any) -> None:
 @click.argument("source", type=SOURCE)
 @click.option("--to", type=click.Choice(["soka", "lora"]), default="soka", show_default=True)
 @click.option("--rank", type=click.IntRange(min=1), help="Terms (soka) or LoRA rank; needed for lora.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of each delta's energy to keep, by as few terms as hold it (soka).",
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--out", type=FILE, required=True, help="Directory of the export; an earlier one is replaced.")
 def export(source: str, out: Path, **options: Any) -> None:

@@ -318,7 +318,9 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None = None) -> tuple[Factors, float]:
+def recompress(
+    factors: Factors, *, rank: int | None = None, energy: float | None = None, rtol: float | None = None
+) -> tuple[Factors, float]:
     """The same delta with the fewest terms: orthogonal factors, sigma descending; or the best `rank` of them.
 
     QR of the two factor stacks (m*n x r and p*q x r), then an SVD of the r x r core, all in float64; the dense delta
@@ -329,6 +331,7 @@ def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None 
     Args:
         factors: the terms, for instance `stack_terms(trained, initial, signs=(1, -1))`.
         rank: most terms to keep; None keeps all that are not numerically zero.
+        energy: the share of the delta's energy that the fewest terms must hold, in (0, 1]; None keeps all of it.
         rtol: relative size of a numerically zero term; default 1e-7 (1e-14 for float64 factors).
 
     Returns:
@@ -336,10 +339,12 @@ def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None 
         terms), and the share of the delta's energy that was dropped, in [0, 1].
 
     Raises:
-        ValueError: `rank` is negative, or a factor is not finite.
+        ValueError: `rank` is negative, `energy` is no share, or a factor is not finite.
     """
     if rank is not None and rank < 0:
         raise ValueError(f"expected a rank from 0; got {rank}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"expected a share of the energy above 0, at most 1; got {energy}")
     if rtol is None:
         rtol = 1e-14 if factors.left.dtype == torch.float64 else 1e-7
     shape = factors.shape
@@ -357,9 +362,12 @@ def recompress(factors: Factors, *, rank: int | None = None, rtol: float | None 
     noise = 1e-13 * (sigma.abs() * left.norm(dim=0) * right.norm(dim=0)).norm()
     core_sigma = torch.where(core_sigma > noise, core_sigma, 0.0)
     keep = max(1, int((core_sigma > core_sigma[0] * rtol).sum()))
+    energies = core_sigma.square()
+    if energy is not None:
+        lost = energies.flip(0).cumsum(0).flip(0)  # by keeping fewer than each term's number
+        keep = min(keep, max(1, int((lost > (1 - energy) * lost[0]).sum())))
     keep = keep if rank is None else min(keep, rank)
-    energy = core_sigma.square()
-    dropped = float(energy[keep:].sum() / energy.sum()) if core_sigma[0] > 0 else 0.0
+    dropped = float(energies[keep:].sum() / energies.sum()) if core_sigma[0] > 0 else 0.0
     result = from_vectors(
         left_basis @ core_left[:, :keep], right_basis @ core_right[:keep].t(), core_sigma[:keep], shape
     )

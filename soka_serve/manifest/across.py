@@ -17,7 +17,7 @@ def conflicts_across(keys: TableKeys) -> Iterator[tuple[Key, str]]:
         bits = value_of(keys.values["base"], "quantize")
         if bits not in (None, "none"):
             yield ("base", "quantize"), f"a base in {bits} cannot be trained whole: method = 'full' needs 'none'"
-    if keys.knows("output", "train") and value_of(keys.values["output"], "adapter_terms") == "trained":
+    if keys.knows("output", "train") and value_of(keys.values["output"], "adapter_terms") not in (None, "all"):
         method = value_of(keys.values["train"], "method")
         if method not in (None, "soka"):
             yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"

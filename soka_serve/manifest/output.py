@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from soka_serve.manifest.fields import PathOrId, PositiveInt, Text
 from soka_serve.manifest.table import Key, Table, TableKeys
@@ -21,10 +22,12 @@ class Output(Table):
         ("adapter",), strict=False, min_length=1, description="'adapter', 'merged' (a dense model), or both."
     )
     adapter_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Dtype of the factors.")
-    adapter_terms: Literal["all", "trained"] = Field(
+    adapter_terms: Literal["all", "trained"] | Annotated[float, Field(gt=0, le=1)] = Field(
         "all",
         description="Terms that are stored, merged and served. 'all' is exact: trained minus initial ones, up to twice "
-        "as many as were trained. 'trained' keeps the best ones, as many as were trained; the report has what is lost.",
+        "as many as were trained. 'trained' keeps the best ones, as many as were trained; a share keeps as few as hold "
+        "that share of each module's energy. The report has what is lost.",
+        examples=[0.999],
     )
     merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of the merged model; 'auto' is the base's own."
@@ -39,6 +42,15 @@ class Output(Table):
         "gradients (some training batches, forward and backward).",
         examples=[["intruders", "spectra"]],
     )
+
+    @field_validator("adapter_terms", mode="before")
+    @classmethod
+    def _check_adapter_terms(cls, value: object) -> object:
+        """Check the whole value here: one error instead of one for each side of the union."""
+        if value in ("all", "trained") or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+            return value
+        expected = "'all', 'trained', or a share of the energy above 0, at most 1"
+        raise PydanticCustomError("expected", "{expected}", {"expected": expected, "words": ["all", "trained"]})
 
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:

@@ -126,6 +126,28 @@ def test_truncated_recompression_reports_the_energy_it_drops_and_is_optimal() ->
         assert relative_error(oracle.oracle_delta(small), expected) ** 2 == pytest.approx(share, abs=1e-10)
 
 
+def test_recompression_keeps_as_few_terms_as_hold_the_energy() -> None:
+    shape = FactorShape(5, 4, 3, 6)
+    stacked = oracle.draw_factors(shape, 6)
+    rearranged = oracle.oracle_rearrangement(oracle.oracle_delta(stacked), shape)
+    energy = torch.linalg.svdvals(rearranged)[:6].square()
+    held = energy.cumsum(0) / energy.sum()
+    ranks = set()
+    for wanted in (0.2, 0.8, 0.9, 0.99):
+        small, dropped = recompress(stacked, energy=wanted)
+        ranks.add(small.rank)
+        assert small.rank == 1 + int((held < wanted).sum())
+        assert dropped == pytest.approx(1 - float(held[small.rank - 1]), abs=1e-12)
+        assert dropped <= 1 - wanted
+    assert len(ranks) > 2
+    assert recompress(stacked, energy=1.0)[0].rank == 6
+    assert recompress(stacked, energy=0.99, rank=1)[0].rank == 1
+    assert recompress(stacked, energy=1e-6)[0].rank == 1
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="share of the energy"):
+            recompress(stacked, energy=wrong)
+
+
 def test_recompression_of_nothing() -> None:
     factors = oracle.draw_factors(FactorShape(3, 4, 4, 3), 2, dtype=torch.float32)
     zero, dropped = recompress(stack_terms(factors, factors, signs=(1, -1)))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from eval.checks.compat import TESTS
+
 # One process: most of them import torch, and some vLLM.
 _CODE = """\
 import contextlib, io, runpy, sys
@@ -37,3 +39,7 @@ def test_each_command_of_eval_has_a_help(root: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", _CODE, *commands]
     done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_that_compat_runs_are_there(root: Path) -> None:
+    assert [test for tests in TESTS.values() for test in tests if not (root / test).exists()] == []

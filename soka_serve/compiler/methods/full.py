@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Terms, Trainable
 
 if TYPE_CHECKING:
     from soka_serve.base.modules import Module
@@ -41,7 +41,7 @@ class Full(Method):
         config["use_cache"] = original.get("use_cache", True)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: Terms = "all") -> float:
         raise NotImplementedError("full fine-tuning makes no adapter: merge() writes what it trained")
 
     def merge(self, source: Path, merging: DenseOutput) -> None:

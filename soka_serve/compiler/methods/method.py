@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from soka_serve.trained import Form
 
 Trainable: TypeAlias = Any  # PeftModel | PreTrainedModel, of libraries without types
+Terms: TypeAlias = Literal["all", "trained"] | float  # which are exported, see `adapter_terms` in [output]
 
 
 @dataclass(frozen=True)
@@ -150,14 +151,15 @@ class Method(ABC):
             shutil.copy2(checkpoint / name, out / name)
 
     @abstractmethod
-    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: Terms = "all") -> float:
         """Write the finished adapter into `out`, a directory to make.
 
         Args:
             trained: what `collect` wrote.
             out: directory of the adapter.
             dtype: of the tensors, for SoKA; the others stay in float32.
-            terms: for SoKA, "all", or the best ones of each module, as many as were "trained".
+            terms: for SoKA, "all", or the best ones of each module: as many as were "trained", or as few as hold a
+                share of the module's energy.
 
         Returns:
             The share of the delta's energy that was dropped.

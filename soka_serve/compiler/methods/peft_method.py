@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Terms, Trainable
 from soka_serve.errors import PlanError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PeftMethod(Method):
         load_adapter_weights(adapted, checkpoint)
         return adapted
 
-    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: Terms = "all") -> float:
         shutil.copytree(trained, out)
         return 0.0
 

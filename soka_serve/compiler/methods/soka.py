@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Trainable
+from soka_serve.compiler.methods.method import DenseOutput, Method, StartingPoint, Terms, Trainable
 from soka_serve.kron.shapes import balanced_shape
 
 if TYPE_CHECKING:
@@ -50,10 +50,12 @@ class Soka(Method):
         _tell_of_sigma(adapted, start)
         return adapted
 
-    def export(self, trained: Path, out: Path, dtype: str, terms: str = "all") -> float:
+    def export(self, trained: Path, out: Path, dtype: str, terms: Terms = "all") -> float:
         from soka_serve.adapter.export import export
 
-        return export(trained, out, dtype=dtype, rank="trained" if terms == "trained" else None).dropped_energy_frac
+        energy = None if isinstance(terms, str) else terms
+        rank: Literal["trained"] | None = "trained" if terms == "trained" else None
+        return export(trained, out, dtype=dtype, rank=rank, energy=energy).dropped_energy_frac
 
     def merge(self, source: Path, merging: DenseOutput) -> None:
         from soka_serve.compiler.merge.merge import MergeRun

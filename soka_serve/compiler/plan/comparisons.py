@@ -53,7 +53,7 @@ def _own(
     # where the two share a factor.
     plain = max(high - planned.formed_trained, 0)
     subtracted = plain if any(t.rule.start.subtracted for t in targets) else 0
-    served = plain + (subtracted if manifest.output.adapter_terms == "all" else 0) + planned.formed_stored
+    served = plain + (subtracted if manifest.output.adapter_terms != "trained" else 0) + planned.formed_stored
     stored = served * dtype_bytes(manifest.output.adapter_dtype)
     frozen = subtracted + planned.formed_frozen
     return Comparison(name, low, high, stored, estimate_memory(setting, trained=high, frozen=frozen))

@@ -88,7 +88,7 @@ def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> Trai
     budgets = {t.module.name: group for group in budget_groups(manifest, targets).values() for t in group}
     planned = tuple(_plan_module(t, budgets.get(t.module.name), manifest.train.prune) for t in targets)
     formed = [(t, m) for t, m in zip(targets, planned, strict=True) if t.rule.form.choices]
-    whole = manifest.output.adapter_terms == "all"
+    whole = manifest.output.adapter_terms != "trained"
     frozen = stored = 0
     for target, module in formed:
         form, shape, subtracted = target.rule.form, _shape(target), target.rule.start.subtracted

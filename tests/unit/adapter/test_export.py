@@ -51,6 +51,8 @@ def test_again_gives_the_same_bytes(tmp_path: Path, source: Path) -> None:
         ({"to": "lora"}, "a LoRA needs a rank"),
         ({"to": "lokr"}, "expected 'soka' or 'lora'; got 'lokr'"),
         ({"rank": 0}, "rank: expected at least 1; got 0"),
+        ({"energy": 1.5}, "energy: expected a share above 0, at most 1; got 1.5"),
+        ({"to": "lora", "rank": 1, "energy": 0.9}, "energy chooses the terms of each module"),
     ],
 )
 def test_wrong_options(tmp_path: Path, source: Path, options: dict[str, object], message: str) -> None:

@@ -45,6 +45,7 @@ def _manifest(**change: Any) -> Manifest:
         ({"output__merged_dtype": "bfloat16"}, {"merge", "report"}),
         ({"output__adapter_dtype": "bfloat16"}, {"export", "merge", "check", "report"}),
         ({"output__adapter_terms": "trained"}, {"export", "merge", "check", "report"}),
+        ({"output__adapter_terms": 0.99}, {"export", "merge", "check", "report"}),
         ({"eval__limit": 5}, {"check", "report"}),
         ({"train__learning_rate": 1.0}, {"tune", "export", "merge", "check", "report"}),
         ({"train__max_length": 64}, {"tune", "export", "merge", "check", "report"}),

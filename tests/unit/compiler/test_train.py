@@ -85,6 +85,11 @@ def test_soka_starts_at_the_base_and_its_adapter_reads_back(base: Path, tmp_path
     assert (whole.ranks, whole.dropped_energy_frac < 1e-9) == ((4, 4), True)
     cut = export(result.directory, tmp_path / "cut", rank="trained")
     assert (cut.ranks, 0 < cut.dropped_energy_frac < 0.9) == ((2, 2), True)
+    share = 1 - cut.dropped_energy_frac / 2
+    stated = export(result.directory, tmp_path / "stated", energy=share)
+    assert 0 < stated.dropped_energy_frac < 1 - share
+    assert max(stated.by_module.values()) <= 1 - share
+    assert cut.parameters < stated.parameters < whole.parameters
 
 
 def test_zero_steps_export_the_initialisation(base: Path, tmp_path: Path) -> None:
