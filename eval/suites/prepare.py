@@ -3,7 +3,8 @@
     python -m eval.suites.prepare --gsm8k train.jsonl test.jsonl --mbpp mbpp.jsonl --base MODEL --out DATA
 
 GSM8K's files are those of openai/grade-school-math, MBPP's is google-research's `mbpp.jsonl`. `soka-serve compare
-SUITE --root DATA` then finds everything, the base by a link. MBPP is split as its paper says: tasks 601 to 974 train,
+SUITE --root DATA` then finds everything, the base by a link. `gsm8k_test_late` is the test file from its 601st row on:
+suites that use the file as a whole take the first 200 rows that are short enough, which lie before. MBPP is split as its paper says: tasks 601 to 974 train,
 11 to 510 test; training tasks whose description stands in the test too are left out. The English is prose of the
 reference documentation that is part of CPython (`pydoc_data.topics`): paragraphs of 200 to 450 characters, in the order
 of their hashes. Another text: `--english FILE`, with a paragraph per line.
@@ -21,6 +22,8 @@ from typing import Any
 
 from soka_serve.io.files import write_text_atomic
 
+LATE = 600
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,9 +36,11 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     train, test = split_mbpp(read_rows(given.mbpp))
     text = given.english.read_text().splitlines() if given.english else reference_prose()
+    gsm8k_test = read_rows(given.gsm8k[1])
     files = {
         "gsm8k_train": read_rows(given.gsm8k[0]),
-        "gsm8k_test": read_rows(given.gsm8k[1]),
+        "gsm8k_test": gsm8k_test,
+        "gsm8k_test_late": gsm8k_test[LATE:],
         "mbpp_train": train,
         "mbpp_test": test,
         "english": [{"text": paragraph} for paragraph in text if paragraph.strip()],

@@ -164,6 +164,8 @@ def list_cells(suite: Suite, inputs: RunInputs) -> list[Cell]:
 def runs_per_cell(suite: Suite) -> tuple[int, int]:
     """Runs of the search and of the results, for a method on a dataset."""
     protocol = suite.protocol
+    if suite.settings == 1:
+        return 0, len(protocol.seeds)
     seeds = len(protocol.sweep_seeds)
     sweep = suite.settings * seeds if protocol.finalists is None else suite.settings + protocol.finalists * (seeds - 1)
     return sweep, len(protocol.seeds)

@@ -12,7 +12,7 @@ from soka_serve.base.target_modules import resolve_targets
 from soka_serve.comparison.plan import runs_per_cell
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.settings import manifest_of
-from soka_serve.comparison.suite import Contender, Protocol
+from soka_serve.comparison.suite import Contender, Protocol, Suite
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.plan.given import settle_targets
 from soka_serve.compiler.plan.modules import plan_training
@@ -39,8 +39,7 @@ class Preview:
         sweep, final = runs_per_cell(suite)
         lines += [
             "",
-            f"each method on each dataset: {suite.settings} settings {_with_seeds(protocol)} = {sweep} runs to choose "
-            f"one, then {final} runs of the results; by priority:",
+            f"each method on each dataset: {_search(suite, sweep)}{final} runs of the results; by priority:",
         ]
         for contender in sorted(suite.method, key=lambda m: m.priority):
             grid = "; ".join(f"{axis} {', '.join(f'{v:g}' for v in values)}" for axis, values in contender.grid.items())
@@ -79,6 +78,12 @@ def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tupl
     targets, _ = settle_targets(resolve_targets(manifest, base.modules), manifest, loaded.directory)
     planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
     return planned.parameters_min, planned.parameters_max
+
+
+def _search(suite: Suite, runs: int) -> str:
+    if not runs:
+        return "one setting, nothing to search, "
+    return f"{suite.settings} settings {_with_seeds(suite.protocol)} = {runs} runs to choose one, then "
 
 
 def _with_seeds(protocol: Protocol) -> str:

@@ -112,6 +112,7 @@ def _cell(
         target: [steps_to(record["loss"], target, window) or steps + 1 for record in done]
         for target in cell.dataset.loss_targets
     }
+    searched = choice.setting is not None and bool(choice.finalists)
     return {
         "method": cell.contender.name,
         "dataset": cell.dataset.name,
@@ -119,7 +120,7 @@ def _cell(
         "tried": [{**dict(s), "score": score and score[0]} for s, score in choice.scores.items()],
         "setting": None if choice.setting is None else dict(choice.setting),
         "at_border": list(choice.border),
-        "sweep_seeds_that_agree": None if choice.setting is None else seeds_that_agree(cell, choice, records),
+        "sweep_seeds_that_agree": seeds_that_agree(cell, choice, records) if searched else None,
         "seeds": sorted(finals),
         "diverged": sum(r["status"] == "diverged" for r in finals.values()),
         "diverged_in_sweep": sum(r["status"] == "diverged" for r in sweeps),

@@ -5,7 +5,7 @@ setting so far (coordinate search). Then, as long as settings are left: along th
 of an axis where the best value lies, along the axes through the best setting, and between the best value and its
 neighbours. The ridge is there because what a product of two trained factors changes grows with scale * rate^2: a search
 along the axes alone cannot follow it. With `finalists`, that search looks at the first sweep seed alone; the others
-choose among the settings that it found best.
+choose among the settings that it found best. Where a suite has one setting for each method, nothing is searched.
 
 A search has no state of its own: everything follows from the suite and its records, so it may be killed at any time.
 """
@@ -46,6 +46,8 @@ class Choice:
 def choose(cell: Cell, records: Mapping[str, Record]) -> tuple[Choice, list[RunSpec]]:
     """The choice as far as a cell's search has come, and the sweep runs that it needs next."""
     grid, (first, others) = cell.contender.grid, _seeds(cell)
+    if cell.suite.settings == 1:
+        return Choice({}, setting=_middle(grid)), []
     scores: dict[Setting, Score | None] = {}
     while settings := _next(grid, scores, cell):
         runs = {s: [cell.spec("sweep", s, seed) for seed in first] for s in settings}
@@ -87,8 +89,7 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
     if left <= 0:
         return []
     if not scores:
-        start = tuple((axis, values[len(values) // 2]) for axis, values in grid.items())
-        return _line(start, next(iter(grid)), grid)[:left]
+        return _line(_middle(grid), next(iter(grid)), grid)[:left]
     best = _best(scores)
     unseen = [axis for axis, values in grid.items() if set(values) - _tried(scores, axis)]
     for line in (
@@ -102,6 +103,10 @@ def _next(grid: Grid, scores: Mapping[Setting, Score | None], cell: Cell) -> lis
         if fresh:
             return fresh[:left]
     return []
+
+
+def _middle(grid: Grid) -> Setting:
+    return tuple((axis, values[len(values) // 2]) for axis, values in grid.items())
 
 
 def _best(scores: Mapping[Setting, Score | None]) -> Setting:

@@ -40,12 +40,10 @@ def tables(results: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[s
 def remarks(results: Mapping[str, Any]) -> list[str]:
     """How to read the numbers, in sentences."""
     protocol = results["protocol"]
-    settings, sweeps = results["settings_per_method"], len(protocol["sweep_seeds"])
     said = [
         f"Mean over {len(protocol['seeds'])} seeds with 95% confidence intervals (Student's t, over seeds; those of "
-        f"accuracies are cut at 0 and 100%). The setting of every method was chosen among {settings}, by coordinate "
-        f"search, by the {protocol['choose_by']} on {protocol['validation']} validation problems with {sweeps} other "
-        f"seeds{_finalists(protocol)}. Results are on {protocol['test']} test problems that share none with those.",
+        f"accuracies are cut at 0 and 100%). {_chosen(results)} Results are on {protocol['test']} test problems that "
+        f"share none with {protocol['validation']} validation problems.",
         "Held-out loss: nats per token of the right answer. Forgetting: rise of that loss on text that nothing was "
         "trained on. Steps to the loss: first step at which the running mean of "
         f"{protocol['loss_window']} training losses is at most the suite's smallest target; a run that does not get "
@@ -73,6 +71,17 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
     if borders:
         said.append(f"**The best value is the smallest or largest that was tried**: {'; '.join(borders)}.")
     return said
+
+
+def _chosen(results: Mapping[str, Any]) -> str:
+    """How settings were found."""
+    protocol, settings = results["protocol"], results["settings_per_method"]
+    if settings == 1:
+        return "Every method has the one setting that the suite gives it."
+    return (
+        f"The setting of every method was chosen among {settings}, by coordinate search, by the {protocol['choose_by']} "
+        f"on the validation problems with {len(protocol['sweep_seeds'])} other seeds{_finalists(protocol)}."
+    )
 
 
 def _finalists(protocol: Mapping[str, Any]) -> str:

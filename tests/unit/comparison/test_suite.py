@@ -416,6 +416,20 @@ def test_order_is_priority_then_sweeps_then_seeds_over_all_cells() -> None:
     assert len(records) == 3 * (5 + 2)
 
 
+def test_where_there_is_one_setting_nothing_is_searched() -> None:
+    text = TEXT.replace("settings = 5", "settings = 1")
+    cells = cells_of(text)
+    runs = next_runs(cells, {})
+    assert [(r.stage, r.method, r.dataset, r.seed) for r in runs[:2]] == [
+        ("final", "first", "math", 0),
+        ("final", "first", "code", 0),
+    ]
+    assert {r.stage for r in runs} == {"final"}
+    assert runs[0].setting == START
+    assert runs_per_cell(parse_suite(text, "s.toml")) == (0, 2)
+    assert progress_of(cells, {}) == {"done": 0, "left": 6, "failed": 0}
+
+
 def test_runs_of_a_setting_that_is_being_tried_are_counted_and_handed_on() -> None:
     cells = cells_of()[2:]
     records = {run.key: record(1.0) for run in next_runs(cells, {})[:1]}
