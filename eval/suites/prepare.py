@@ -3,11 +3,12 @@
     python -m eval.suites.prepare --gsm8k train.jsonl test.jsonl --mbpp mbpp.jsonl --base MODEL --out DATA
 
 GSM8K's files are those of openai/grade-school-math, MBPP's is google-research's `mbpp.jsonl`. `soka-serve compare
-SUITE --root DATA` then finds everything, the base by a link. `gsm8k_test_late` is the test file from its 601st row on:
-suites that use the file as a whole take the first 200 rows that are short enough, which lie before. MBPP is split as its paper says: tasks 601 to 974 train,
-11 to 510 test; training tasks whose description stands in the test too are left out. The English is prose of the
-reference documentation that is part of CPython (`pydoc_data.topics`): paragraphs of 200 to 450 characters, in the order
-of their hashes. Another text: `--english FILE`, with a paragraph per line.
+SUITE --root DATA` then finds everything, the base by a link. GSM8K's training file is also there in two parts, of
+which nothing chose anything: rows 1 to 5,000 (`gsm8k_early`) and 5,001 to 6,900 (`gsm8k_late`); the validation
+problems of suites that take the last 100 short ones lie behind. MBPP is split as its paper says: tasks 601 to 974
+train, 11 to 510 test; training tasks whose description stands in the test too are left out. The English is prose of
+the reference documentation that is part of CPython (`pydoc_data.topics`): paragraphs of 200 to 450 characters, in the
+order of their hashes. Another text: `--english FILE`, with a paragraph per line.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from soka_serve.io.files import write_text_atomic
 
-LATE = 600
+LATE = 5000, 6900  # rows of GSM8K's training file
 
 
 def main() -> None:
@@ -36,11 +37,12 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     train, test = split_mbpp(read_rows(given.mbpp))
     text = given.english.read_text().splitlines() if given.english else reference_prose()
-    gsm8k_test = read_rows(given.gsm8k[1])
+    gsm8k = read_rows(given.gsm8k[0])
     files = {
-        "gsm8k_train": read_rows(given.gsm8k[0]),
-        "gsm8k_test": gsm8k_test,
-        "gsm8k_test_late": gsm8k_test[LATE:],
+        "gsm8k_train": gsm8k,
+        "gsm8k_early": gsm8k[: LATE[0]],
+        "gsm8k_late": gsm8k[slice(*LATE)],
+        "gsm8k_test": read_rows(given.gsm8k[1]),
         "mbpp_train": train,
         "mbpp_test": test,
         "english": [{"text": paragraph} for paragraph in text if paragraph.strip()],

@@ -79,8 +79,9 @@ def _chosen(results: Mapping[str, Any]) -> str:
     if settings == 1:
         return "Every method has the one setting that the suite gives it."
     return (
-        f"The setting of every method was chosen among {settings}, by coordinate search, by the {protocol['choose_by']} "
-        f"on the validation problems with {len(protocol['sweep_seeds'])} other seeds{_finalists(protocol)}."
+        f"The setting of every method was chosen among {settings}, by coordinate search, by the "
+        f"{protocol['choose_by']} on the validation problems with {len(protocol['sweep_seeds'])} other seeds"
+        f"{_finalists(protocol)}."
     )
 
 
