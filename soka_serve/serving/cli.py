@@ -28,7 +28,7 @@ def _builds(given: str | None) -> Path | Address | None:
 
     \b
     soka-serve serve manifests/math.toml manifests/code.toml
-    soka-serve serve sums=build/math/adapter --port 9000 -- --max-model-len 2048
+    soka-serve serve sums=build/math/adapter --port 9000 -- --max-model-len 1024
     soka-serve serve build/math/merged
     soka-serve serve --builds build --base tiny
     soka-serve serve owner/math@v2 code=s3://bucket/adapters/code

