@@ -79,8 +79,9 @@ def export(
     """Write an adapter, or a training checkpoint, as a finished SoKA adapter or as a LoRA.
 
     "soka": trained minus initial terms, recompressed exactly (QR of the stacked factors and a small SVD; the dense
-    delta is never built): nothing is lost unless `rank` or `energy` cuts terms or `dtype` rounds. "lora": the best rank-`rank`
-    approximation of every delta. Kronecker terms have full matrix rank, so a LoRA of small rank loses much of them.
+    delta is never built): nothing is lost unless `rank` or `energy` cuts terms or `dtype` rounds. "lora": the best
+    rank-`rank` approximation of every delta. Kronecker terms have full matrix rank, so a LoRA of small rank loses much
+    of them.
 
     Args:
         source: directory of a finished adapter or of a training checkpoint; as text also a hub id or URL.
