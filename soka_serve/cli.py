@@ -13,12 +13,12 @@ from typing import Any
 import click
 
 from soka_serve.adapter.cli import combine, inspect
-from soka_serve.comparison.cli import compare
+from soka_serve.comparison.cli import compare, schema
 from soka_serve.compiler.cli import build, export, extract, merge, plan
 from soka_serve.errors import SokaError, printable_lines
 from soka_serve.evaluation.cli import evaluate
 from soka_serve.io.warn_once import one_command
-from soka_serve.manifest.cli import init, schema
+from soka_serve.manifest.cli import init
 from soka_serve.serving.cli import doctor, serve
 
 

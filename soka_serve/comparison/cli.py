@@ -1,7 +1,8 @@
-"""The command `compare`."""
+"""The commands `compare` and `schema`: a suite's, or that of the manifest below it."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,25 @@ def compare(suite: Path, root: Path | None, out: Path | None, dry_run: bool, **o
     shown = {"jobs": options["jobs"], "ray": options["ray"], "root": root, "out": out}
     given = "".join(f" --{name} {value}" for name, value in shown.items() if value)
     say(run(suite, root=root, out=out, command=f"soka-serve compare {suite}{given}", **options).to_text())
+
+
+@click.command(
+    epilog="""Examples:
+
+    \b
+    soka-serve schema > soka.schema.json
+    soka-serve schema --suite > suite.schema.json
+    """
+)
+@click.option("--suite", is_flag=True, help="Print the schema of comparison suites instead.")
+def schema(suite: bool) -> None:
+    """Print the manifest's JSON Schema, for editors."""
+    from soka_serve.manifest.read import json_schema
+
+    if suite:
+        from soka_serve.comparison.suite import Suite
+
+        found = json_schema(Suite, "suite")
+    else:
+        found = json_schema()
+    click.echo(json.dumps(found, indent=2))

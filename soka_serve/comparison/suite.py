@@ -4,6 +4,8 @@
 
 Fields that a manifest has too are the manifest's own: [base], [[dataset]] data, [[method]] adapt, and in [train] the
 keys of the recipe that every method shares. A setting is one value for each axis of a method's `grid`.
+
+docs/suite.md and `soka-serve schema --suite` are rendered from `Field(description=...)`.
 """
 
 from __future__ import annotations
@@ -64,15 +66,28 @@ _fields: dict[str, Any] = {
     name: (Train.model_fields[name].annotation, Train.model_fields[name]) for name in SHARED_KEYS
 }
 _fields["steps"] = (PositiveInt, Field(description="Optimiser steps of every run.", examples=[150]))
-Recipe = create_model("Recipe", __base__=Table, __doc__="The part of [train] that all methods share.", **_fields)
+Recipe = create_model(
+    "Recipe",
+    __base__=Table,
+    __doc__="What all methods share of a manifest's [train]; the learning rate is an axis of a method's grid.",
+    **_fields,
+)
 
 
 class Protocol(Table):
     """How settings are chosen and results are measured."""
 
-    seeds: Seeds = Field((0, 1, 2, 3, 4), strict=False, min_length=1, description="Seeds of the results.")
+    seeds: Seeds = Field(
+        (0, 1, 2, 3, 4),
+        strict=False,
+        min_length=1,
+        description="Seeds of the results, each from 0; five or more where a claim pairs seeds.",
+    )
     sweep_seeds: Seeds = Field(
-        (100, 101, 102), strict=False, min_length=1, description="Seeds that settings are chosen by."
+        (100, 101, 102),
+        strict=False,
+        min_length=1,
+        description="Seeds that settings are chosen by, each from 0; none of `seeds`.",
     )
     settings: PositiveInt | None = Field(
         None,
@@ -93,7 +108,9 @@ class Protocol(Table):
         None, description="How many test problems the model answers in words, for its accuracy; default: all of them."
     )
     max_new_tokens: PositiveInt = Field(96, description="Longest answer, tokens.")
-    loss_window: PositiveInt = Field(10, description="Steps that the training loss is averaged over.")
+    loss_window: PositiveInt = Field(
+        10, description="Steps that the training loss is averaged over, for steps to a loss and for the last loss."
+    )
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
@@ -119,8 +136,8 @@ class DataSet(Table):
     data: Data = Field(description="Training and evaluation data, as in a manifest's [train.data].")
     answers: Literal["builtin", "hashes", "boxed", "exact"] = Field(
         "builtin",
-        description="How an answer is marked: a builtin family's own way; the number after '####'; the content of the "
-        "first \\boxed{}; or equality with the completion.",
+        description="How an answer is marked: a builtin family's own way, which data of your own has not; the number "
+        "after '####'; the content of the first \\boxed{}; or equality with the completion.",
     )
     validation: Literal["eval", "train"] = Field(
         "eval",
@@ -130,10 +147,15 @@ class DataSet(Table):
     test_seed: Annotated[int, Field(ge=2, lt=2**32)] | None = Field(
         None,
         description="For a builtin family: draw other test problems than the 500 that builds measure by, and share "
-        "neither arithmetic nor function with them; validation problems are the first of those 500.",
+        "neither arithmetic nor function with them; validation problems are the first of those 500. Default: test "
+        "problems are the first of those 500.",
         examples=[2],
     )
-    loss_targets: Values = Field((), description="Training losses that steps are counted to.", examples=[[0.5, 0.2]])
+    loss_targets: Values = Field(
+        (),
+        description="Training losses, nats per token and each from 0, that steps are counted to; default: none.",
+        examples=[[0.5, 0.2]],
+    )
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
@@ -168,11 +190,16 @@ class Contender(Table):
         description="Rank of lora, pissa, rslora, dora, lokr, cdka, corda and eva; adalora begins with half as much "
         "more and ends with it. soka reads adapt; osf trains half of each weight's singular directions.",
     )
-    adapt: Adapt = Field(default_factory=lambda: Adapt(), description="Modules; for soka also init, rank and shape.")
+    adapt: Adapt = Field(
+        default_factory=lambda: Adapt(),
+        description="Modules; for soka also init, rank and shape. Default: every linear projection in the language "
+        "model's layers, for soka with one term.",
+    )
     grid: dict[str, Values] = Field(
         min_length=1,
-        description="Axes and the values to try: learning_rate, clip, scale, or any key of a manifest with its table "
-        "('train.warmup_frac', 'adapt.rank.parameters'). The first axis is searched first.",
+        description="Axes, each with an array of the values to try, from 0: learning_rate, clip, scale (adapt.scale of "
+        "soka, train.method_scale of the others), or any key of a manifest with its table ('train.warmup_frac', "
+        "'adapt.rank.parameters'). The first axis is searched first.",
         examples=[{"learning_rate": [1e-3, 2e-3, 4e-3], "clip": [0, 3]}],
     )
     datasets: tuple[Name, ...] | None = Field(None, strict=False, description="Datasets to run on; default: all.")
@@ -220,13 +247,21 @@ class Claim(Table):
     relation: Literal["better", "no worse"] = Field(
         "better", description="Better than the reference, or worse by less than `margin`."
     )
-    margin: Annotated[float, Field(ge=0)] = Field(0.0, description="In the metric's unit; 'no worse' needs one.")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="How much worse than the reference is still 'no worse', which needs a margin above 0; 'better' has "
+        "none. In the metric's unit: nats per token (answer_loss, forgetting), a share of the answers (accuracy), "
+        "steps (steps_to_loss); grad_noise has no unit.",
+    )
     pairs: Literal["seeds", "examples"] = Field(
         "seeds",
         description="What is paired: seeds, or examples, each with its mean over the seeds (answer_loss, forgetting). "
         "The test speaks for further seeds, or for further examples.",
     )
-    primary: bool = Field(False, description="The one contrast that is tested without correction.")
+    primary: bool = Field(
+        False,
+        description="Test this contrast without correction; where there are claims, exactly one is primary.",
+    )
 
     @classmethod
     def conflicts(cls, seen: TableKeys) -> Iterator[tuple[Key, str]]:
@@ -247,11 +282,21 @@ class Suite(Table):
     description: str = Field("", description="One line about the suite.")
     base: Base = Field(description="The base model, as in a manifest.")
     train: Recipe = Field(description="What all methods share of a manifest's [train].")
-    protocol: Protocol = Field(default_factory=lambda: Protocol(), description="How it is measured.")
-    dataset: tuple[DataSet, ...] = Field(strict=False, min_length=1, description="Datasets.")
-    other: tuple[Other, ...] = Field((), strict=False, description="Text that shows what is forgotten.")
-    method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods.")
-    claim: tuple[Claim, ...] = Field((), strict=False, description="Contrasts that are tested.")
+    protocol: Protocol = Field(
+        default_factory=lambda: Protocol(),
+        description="How settings are chosen and results are measured; default: that of each of its keys.",
+    )
+    dataset: tuple[DataSet, ...] = Field(
+        strict=False, min_length=1, description="Data that methods are trained on and measured with."
+    )
+    other: tuple[Other, ...] = Field(
+        (),
+        strict=False,
+        description="Text that nothing is trained on; it shows what is forgotten. Default: none, and forgetting is not "
+        "measured.",
+    )
+    method: tuple[Contender, ...] = Field(strict=False, min_length=1, description="Methods that are compared.")
+    claim: tuple[Claim, ...] = Field((), strict=False, description="Contrasts that are tested; default: none.")
 
     def datasets_of(self, contender: Contender) -> list[DataSet]:
         """The datasets that a method runs on."""

@@ -1,8 +1,7 @@
-"""The commands `init` and `schema`."""
+"""The command `init`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -23,11 +22,3 @@ def init(name: str, force: bool) -> None:
         raise SokaError(f"{path} is there already", hint="Choose another name, or give --force to overwrite it.")
     write_text_atomic(path, starter_manifest(path.stem))
     click.echo(f"wrote {path}; next: soka-serve plan {path}")
-
-
-@click.command(epilog="Example:  soka-serve schema > soka.schema.json")
-def schema() -> None:
-    """Print the manifest's JSON Schema, for editors."""
-    from soka_serve.manifest.read import json_schema
-
-    click.echo(json.dumps(json_schema(), indent=2))

@@ -31,8 +31,6 @@ M = TypeVar("M", bound=BaseModel)
 _MOST = 10  # large integers that are named
 MAX_BYTES = 256 << 10  # of a manifest or a suite; those that ship have a few thousand
 
-SCHEMA_ID = f"urn:soka-serve:manifest:{SCHEMA_VERSION}"
-
 _BYTE_ORDER_MARKS = {
     b"\xef\xbb\xbf": "begins with a UTF-8 byte-order mark",
     b"\xff\xfe": "is UTF-16",
@@ -194,18 +192,26 @@ def _large_integers(value: object, path: TomlPath = ()) -> Iterator[TomlPath]:
         yield path
 
 
-def json_schema() -> dict[str, Any]:
-    """The manifest's JSON Schema, for editors.
+def json_schema(model: type[BaseModel] = Manifest, kind: str = "manifest") -> dict[str, Any]:
+    """The JSON Schema of a manifest, or of another kind of file, for editors.
 
     Draft 7, which the TOML language servers read: no `$defs`, no `prefixItems`. TOML has no null, so optional keys
     lose theirs.
+
+    Args:
+        model: the file's schema.
+        kind: what such a file is called; it goes into the schema's title and id.
     """
-    schema = _for_editors(copy.deepcopy(Manifest.model_json_schema(by_alias=True)))
+    schema = _for_editors(copy.deepcopy(model.model_json_schema(by_alias=True)))
     for name, table in schema["definitions"].items():
         if name.startswith("Rank"):
             table["required"] = sorted({"policy", *table.get("required", ())})
-    head = {"$schema": "http://json-schema.org/draft-07/schema#", "$id": SCHEMA_ID, "title": "soka-serve manifest"}
-    return {**head, **schema}
+    return {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "$id": f"urn:soka-serve:{kind}:{SCHEMA_VERSION}",
+        "title": f"soka-serve {kind}",
+        **schema,
+    }
 
 
 def _for_editors(node: Any) -> Any:

@@ -79,6 +79,13 @@ def test_bad_input_gets_one_error_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_schema_prints_the_manifests_or_the_suites() -> None:
+    for arguments, title in (([], "soka-serve manifest"), (["--suite"], "soka-serve suite")):
+        done = _run("schema", *arguments)
+        assert done.exit_code == 0
+        assert json.loads(done.stdout)["title"] == title
+
+
 def test_a_bug_of_ours_exits_with_1_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise RuntimeError("a bug")

@@ -13,7 +13,7 @@ MORE = (*HEAVY, "numpy", "tokenizers", "safetensors", "jinja2")
 LIGHT = (
     *("soka_serve", "soka_serve.cli", "soka_serve.adapter.inspect", "soka_serve.base.resolve"),
     *("soka_serve.base.target_modules", "soka_serve.builtin", "soka_serve.comparison.compare"),
-    *("soka_serve.comparison.page", "soka_serve.comparison.preview"),
+    *("soka_serve.comparison.docs", "soka_serve.comparison.page", "soka_serve.comparison.preview"),
     *("soka_serve.comparison.held_out", "soka_serve.compiler.context"),
     *("soka_serve.compiler.methods", "soka_serve.compiler.plan.plan", "soka_serve.compiler.plan.text"),
     *("soka_serve.compiler.report.card", "soka_serve.compiler.report.page", "soka_serve.compiler.status"),
@@ -23,7 +23,7 @@ LIGHT = (
     *("soka_serve.io.outputs", "soka_serve.io.safetensors", "soka_serve.io.versions", "soka_serve.kron.shapes"),
     *("soka_serve.kron.sharding", "soka_serve.manifest.docs", "soka_serve.manifest.read", "soka_serve.serving.serve"),
 )
-COMMANDS = ("--help", "schema", "plan manifests/math.toml", "inspect tests/data/stored/out/stored")
+COMMANDS = ("--help", "schema", "schema --suite", "plan manifests/math.toml", "inspect tests/data/stored/out/stored")
 
 
 @pytest.mark.parametrize(
