@@ -92,7 +92,7 @@ class Protocol(Table):
     settings: PositiveInt | None = Field(
         None,
         description="Settings that are tried for every method and dataset, each with every sweep seed (see "
-        "`finalists`); default: what one pass over the axes of the largest grid takes.",
+        "`finalists`); 1 searches nothing. Default: what one pass over the axes of the largest grid takes.",
     )
     finalists: PositiveInt | None = Field(
         None,

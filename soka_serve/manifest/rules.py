@@ -214,7 +214,7 @@ class Adapt(Table):
     scale: Annotated[float, Field(gt=0)] = Field(
         DEFAULT_SCALE,
         description="Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
-        "of the weight's typical entry: SoKA's alpha. Small, so that the delta is what training makes of them. Not for "
+        "of the weight's typical entry: SoKA's alpha. The larger, the more a step changes. Not for "
         "init = "
         f"{names_of(s for s in STARTS.values() if s.changes)}, whose terms have a size of their own.",
     )

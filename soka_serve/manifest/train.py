@@ -86,10 +86,9 @@ class Train(Table):
     )
     learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Peak learning rate of AdamW. For soka it says how far a step moves factors, and means the same "
-        "at every width, rank and factor shape. Default: RATE with method = 'soka', 2e-3 otherwise.".replace(
-            "RATE", f"{SOKA_RATE:g}"
-        ),
+        description="Peak learning rate of AdamW. For soka it says how far a step moves factors, meant to be right at "
+        "every width, rank and factor shape; long runs may need less. Default: RATE with method = 'soka', 2e-3 "
+        "otherwise, which is tuned for no method.".replace("RATE", f"{SOKA_RATE:g}"),
         examples=[SOKA_RATE],
     )
     left_lr: Annotated[float, Field(ge=0)] = Field(1.0, description="Multiplier on the learning rate for left factors.")
