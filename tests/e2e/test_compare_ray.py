@@ -36,7 +36,7 @@ def records(work: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_and_ctrl_c_lose_nothing_and_records_are_those_of_one_machine(
+def test_a_killed_process_ctrl_c_and_a_dead_machine_lose_nothing_and_records_are_those_of_one_machine(
     cluster: RayCluster, tmp_path: Path
 ) -> None:
     work, log, out = tmp_path / "ray", tmp_path / "log", tmp_path / "out.json"
@@ -71,6 +71,15 @@ def test_a_killed_process_and_ctrl_c_lose_nothing_and_records_are_those_of_one_m
     while cluster.processes("ray::_run"):
         assert time.monotonic() < deadline, "a run goes on after Ctrl-C"
         time.sleep(0.1)
+
+    process = start_cli(*command, 2, cwd=ROOT, log=log)
+    while not (raylets := {p for run in cluster.processes("ray::_run") if "--head" not in (p := run.parent()).cmdline()}):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    raylets.pop().kill()  # a machine that is gone, with the run on it
+    assert process.wait(300) == 0, log.read_text()
+    assert "begun again" in log.read_text()
+    assert [record["status"] for record in records(work).values()] == ["done"] * 4
 
 
 @pytest.mark.parametrize(
