@@ -47,7 +47,9 @@ class Output(Table):
     @classmethod
     def _check_adapter_terms(cls, value: object) -> object:
         """Check the whole value here: one error instead of one for each side of the union."""
-        if value in ("all", "trained") or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1):
+        if value in ("all", "trained") or (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+        ):
             return value
         expected = "'all', 'trained', or a share of the energy above 0, at most 1"
         raise PydanticCustomError("expected", "{expected}", {"expected": expected, "words": ["all", "trained"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from safetensors.torch import load_file
 
 from soka_serve.compiler.history import read_history
+from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.run import TrainResult
+from soka_serve.errors import PlanError
 from tests.conftest import ROOT
 from tests.support.preloaded import start
 from tests.support.serving import free_port
-from tests.support.training import make_base, make_examples, make_mixed_start, run_training
+from tests.support.training import make_base, make_examples, make_manifest, make_mixed_start, run_training
 
 # What `accelerate launch` says to the processes that it starts.
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
@@ -183,8 +186,8 @@ def test_two_processes_rewrite_and_choose_like_one(whole: Launched) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
-    """With another optimiser than AdamW."""
-    options = OPTIONS | {"steps": 3, "optimiser": "adafactor"}
+    """With another optimiser than AdamW, where it can step what each process has a part of."""
+    options = OPTIONS | {"steps": 3, "optimiser": "adafactor" if whole.config == "multi_cpu" else "adamw"}
     for code, log in whole.train("form", **options, mixed=True, batch_size=2):
         assert code == 0, log
     result, start = TrainResult.read(whole.folder / "form"), make_mixed_start(whole.folder / "base")
@@ -199,6 +202,15 @@ def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
             if not torch.equal(tensors[f"base_model.model.{name}.soka_{part}"], getattr(terms, part))
         }
         assert moved == [set(), {"sigma"}, {"left", "sigma"}, {"left", "right"}][number % 4], name
+
+
+def test_only_sharded_launches_refuse_an_optimiser(whole: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in whole.environments[0].items():
+        monkeypatch.setenv(key, value)
+    check_installed(make_manifest(optimiser="adamw").train)
+    refused = pytest.raises(PlanError, match=r'train\.optimiser = "adafactor" does not go with FSDP 2')
+    with refused if whole.config == "fsdp" else nullcontext():
+        check_installed(make_manifest(optimiser="adafactor").train)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("multi_cpu", "MULTI_GPU"), ("fsdp", "FSDP")])

@@ -151,7 +151,9 @@ def run_training(
         stored=Base(base).layout.size.dtype,
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
-        forms={name: Form(choices) for name, choices in (dict.fromkeys(factors, form) if form else forms or {}).items()},
+        forms={
+            name: Form(choices) for name, choices in (dict.fromkeys(factors, form) if form else forms or {}).items()
+        },
     )
     return train(run, TrainingData(train_set or make_examples(), eval_set, 0, accuracy), progress=False)
 
