@@ -13,7 +13,19 @@ from soka_serve.errors import BuildError, SokaError
 
 T = TypeVar("T")
 
+# What `accelerate launch` sets for the processes that it starts; the Trainer reads the same.
+_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
+_TRUE = ("1", "true", "yes", "y", "on", "t")
+
 _SAME_FILES = "Every machine needs the same files (base, data, manifest) and the same packages."
+
+
+def launched_sharding() -> str | None:
+    """How the launch shards a model that is trained: "FSDP 2" (each parameter on its own), "FSDP" or "DeepSpeed"."""
+    for name, key in _SHARDING.items():
+        if os.environ.get(key, "").lower() in _TRUE:
+            return "FSDP 2" if name == "FSDP" and os.environ.get("FSDP_VERSION") == "2" else name
+    return None
 
 
 class Processes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,13 @@ from soka_serve.builtin.tasks import (
     extract_hashes,
     generate_validation,
 )
+from soka_serve.compiler.processes import launched_sharding
 from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
 logger = logging.getLogger(__name__)
 
-# What `accelerate launch` sets for the processes that it starts; the Trainer reads the same.
-_SHARDING = {"FSDP": "ACCELERATE_USE_FSDP", "DeepSpeed": "ACCELERATE_USE_DEEPSPEED"}
-_TRUE = ("1", "true", "yes", "y", "on", "t")
 _NO_EXAMPLES = "train.answered is set, but there are no evaluation examples"
 _EXTRACT: dict[str, Callable[[str], str | None]] = {"math": extract_hashes, "boxed": extract_boxed}
 """How an answer is found in a text, by the family whose marking is used."""
@@ -71,9 +68,9 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
         return None
     if data is None:
         raise DataError(_NO_EXAMPLES)
-    if launched := [name for name, key in _SHARDING.items() if os.environ.get(key, "").lower() in _TRUE]:
+    if launched := launched_sharding():
         raise PlanError(
-            f"train.answered does not go with {launched[0]}: no process has the whole model to answer with",
+            f"train.answered does not go with {launched}: no process has the whole model to answer with",
             hint="leave train.answered out, or launch without --use_fsdp and --use_deepspeed (DDP)",
         )
     limit = manifest.eval.max_new_tokens

@@ -25,6 +25,7 @@ class Optimiser:
         projects: it projects the gradients of whole weight matrices, and nothing else has such.
         state: classes beside tensors that its state consists of, as module:class, which a resume point then holds.
         by_value: its state is one value per trained value, so that it can be cut with a dropped term.
+        sharded: it steps parameters of which each process has a part (FSDP 2).
     """
 
     trainer: str
@@ -35,6 +36,7 @@ class Optimiser:
     projects: bool = False
     state: tuple[str, ...] = ()
     by_value: bool = False
+    sharded: bool = False
 
 
 def _bitsandbytes(*names: str, lawless: str = "", needs_gpu: bool = False) -> dict[str, Optimiser]:
@@ -53,22 +55,22 @@ _BY_GRADIENT = "a step is the rate times the gradient, not about the rate"
 _TOO_LARGE = "its first steps move values by ten times their rate"
 
 OPTIMISERS: dict[str, Optimiser] = {
-    DEFAULT_OPTIMISER: Optimiser("adamw_torch_fused", by_value=True),
-    "adamw_torch": Optimiser("adamw_torch", by_value=True),
-    "adamw_torch_fused": Optimiser("adamw_torch_fused", by_value=True),
+    DEFAULT_OPTIMISER: Optimiser("adamw_torch_fused", by_value=True, sharded=True),
+    "adamw_torch": Optimiser("adamw_torch", by_value=True, sharded=True),
+    "adamw_torch_fused": Optimiser("adamw_torch_fused", by_value=True, sharded=True),
     "adafactor": Optimiser("adafactor"),
     "adagrad": Optimiser("adagrad"),
     **_bitsandbytes("adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_32bit", "lion_8bit"),
     **_bitsandbytes("paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", needs_gpu=True),
     **_bitsandbytes("paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", needs_gpu=True),
-    "adamw_torch_8bit": Optimiser("adamw_torch_8bit", "torchao", "torchao"),
-    "adamw_torch_4bit": Optimiser("adamw_torch_4bit", "torchao", "torchao"),
+    "adamw_torch_8bit": Optimiser("adamw_torch_8bit", "torchao", "torchao", sharded=True),
+    "adamw_torch_4bit": Optimiser("adamw_torch_4bit", "torchao", "torchao", sharded=True),
     "stable_adamw": Optimiser("stable_adamw", "optimi", "torch-optimi", needs_gpu=True),
     **_galore("galore_adamw", "galore_adafactor"),
     **_galore("galore_adamw_8bit", needs_gpu=True),
     "apollo_adamw": Optimiser("apollo_adamw", "apollo_torch", "apollo-torch", projects=True, state=_APOLLO),
-    "sgd": Optimiser("sgd", lawless=_BY_GRADIENT),
-    "rmsprop": Optimiser("rmsprop", lawless=_TOO_LARGE),
+    "sgd": Optimiser("sgd", lawless=_BY_GRADIENT, sharded=True),
+    "rmsprop": Optimiser("rmsprop", lawless=_TOO_LARGE, sharded=True),
     **_bitsandbytes("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", lawless=_TOO_LARGE),
 }
 """By the name that the manifest says."""

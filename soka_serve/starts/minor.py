@@ -2,8 +2,8 @@
 
 MiLoRA (arXiv:2406.09044) and SoMA (arXiv:2412.04077) train the smallest singular components of a weight, so that what
 the large ones hold stays; here they are terms of R(W), and the adapter is K(theta) - K(theta0). Differs from MiCA
-(arXiv:2604.01694), which freezes the left vectors (`left_lr = 0` does) and starts the right ones at zero, and from
-SoMA, which lets the weight decay fade.
+(arXiv:2604.01694), which freezes the left vectors (`left_lr = 0` does) and starts the right ones at zero. SoMA lets the
+weight decay fade, as `[train] weight_decay_schedule` does.
 
 The tail is exact: a full SVD of R(W), since a randomised range finder only finds what is large. Terms have the size
 that `scale` says and their ratios from the spectrum, as the principal ones do.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from safetensors.torch import load_file
 
 from soka_serve.compiler.history import read_history
+from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.run import TrainResult
+from soka_serve.errors import PlanError
 from tests.conftest import ROOT
 from tests.support.preloaded import start
 from tests.support.serving import free_port
-from tests.support.training import make_base, run_training
+from tests.support.training import make_base, make_examples, make_manifest, make_mixed_start, run_training
 
 # What `accelerate launch` says to the processes that it starts.
 LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
@@ -74,6 +77,14 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for code, log in launched.train("two", **OPTIONS, batch_size=2):
         assert code == 0, log
     return launched
+
+
+def check_alike(result: TrainResult, expected: TrainResult) -> None:
+    """The same tensors, to what the order of sums makes of them."""
+    tensors, others = (load_file(r.directory / "adapter_model.safetensors") for r in (result, expected))
+    assert tensors.keys() == others.keys()
+    for key, tensor in others.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-3, msg=lambda m, k=key: f"{k}: {m}")
 
 
 @pytest.mark.slow
@@ -140,18 +151,66 @@ def test_two_processes_resume(whole: Launched) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_a_form_says(whole: Launched) -> None:
-    """A core between frozen factors, and a term of its own beside them."""
-    options = OPTIONS | {"form": {"core": True, "extra_terms": 1}, "steps": 3}
-    for code, log in whole.train("form", **options, batch_size=2):
+def test_two_processes_rewrite_and_choose_like_one(whole: Launched) -> None:
+    """Terms made orthogonal, a weight decay that fades and, where processes have the whole model, the weights of the
+    best answers: the first process asks, and both stop."""
+    folder = whole.folder
+    options = OPTIONS | {
+        **{"initial": (), "adapt": [{"init": "zero"}], "regularise": {"orthogonalise": 2}},
+        **{"weight_decay": 2.0, "weight_decay_schedule": "cosine"},
+    }
+    accuracies = [0.1, 0.5, 0.3] if whole.config == "multi_cpu" else []
+    if accuracies:
+        options |= {"eval_every": 2, "early_stopping": 1, "answered": 8}
+    for code, log in whole.train("rewritten", **options, accuracies=accuracies, batch_size=2):
         assert code == 0, log
-    result = TrainResult.read(whole.folder / "form")
-    single = run_training(whole.folder / "base", whole.folder / "form-one", **options, batch_size=4)
+    reports = [json.loads((folder / f"rewritten-{rank}.json").read_text()) for rank in range(2)]
+    assert [report["asked"] for report in reports] == [len(accuracies), 0]
+
+    def alone(name: str, **others: Any) -> TrainResult:
+        left = iter(accuracies)
+        judged = {"eval_set": make_examples(8, seed=7), "accuracy": lambda _: next(left)} if accuracies else {}
+        return run_training(folder / "base", folder / name, **options | judged | others, batch_size=4)
+
+    result, single = TrainResult.read(folder / "rewritten"), alone("rewritten-one")
+    assert (result.steps, result.steps_run) == (single.steps, single.steps_run) == ((4, 6) if accuracies else (8, 8))
+    for line, expected in zip(read_history(result.history), read_history(single.history), strict=True):
+        assert line.keys() == expected.keys()
+        for key in {"loss", "orthogonalise", "eval_loss", "eval_accuracy"} & expected.keys():
+            assert line[key] == pytest.approx(expected[key], rel=1e-2), key
+    check_alike(result, single)
+    unfaded = alone("unfaded", weight_decay_schedule="constant")
+    with pytest.raises(AssertionError):
+        check_alike(result, unfaded)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
+    """With another optimiser than AdamW, where it can step what each process has a part of."""
+    options = OPTIONS | {"steps": 3, "optimiser": "adafactor" if whole.config == "multi_cpu" else "adamw"}
+    for code, log in whole.train("form", **options, mixed=True, batch_size=2):
+        assert code == 0, log
+    result, start = TrainResult.read(whole.folder / "form"), make_mixed_start(whole.folder / "base")
+    single = run_training(whole.folder / "base", whole.folder / "form-one", **options, **start, batch_size=4)
     assert result.trainable_parameters == single.trainable_parameters
-    tensors, alone = (load_file(r.directory / "adapter_model.safetensors") for r in (result, single))
-    assert tensors.keys() == alone.keys()
-    for key, tensor in alone.items():
-        torch.testing.assert_close(tensors[key], tensor, rtol=1e-3, atol=1e-3)
+    check_alike(result, single)
+    tensors = load_file(result.directory / "adapter_model.safetensors")
+    for number, (name, terms) in enumerate(start["factors"].items()):
+        moved = {
+            part
+            for part in ("left", "right", "sigma")
+            if not torch.equal(tensors[f"base_model.model.{name}.soka_{part}"], getattr(terms, part))
+        }
+        assert moved == [set(), {"sigma"}, {"left", "sigma"}, {"left", "right"}][number % 4], name
+
+
+def test_only_sharded_launches_refuse_an_optimiser(whole: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in whole.environments[0].items():
+        monkeypatch.setenv(key, value)
+    check_installed(make_manifest(optimiser="adamw").train)
+    refused = pytest.raises(PlanError, match=r'train\.optimiser = "adafactor" does not go with FSDP 2')
+    with refused if whole.config == "fsdp" else nullcontext():
+        check_installed(make_manifest(optimiser="adafactor").train)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("multi_cpu", "MULTI_GPU"), ("fsdp", "FSDP")])

@@ -11,6 +11,7 @@ from soka_serve.kron.output_weighting import OutputMoments
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.kron.weighting import InputMoments, OutputError, refine_terms, weighted_kpsvd
 from tests.support import kron_oracle as oracle
+from tests.support.tolerances import relative_error
 
 SHAPE = FactorShape(4, 6, 5, 3)
 
@@ -45,6 +46,41 @@ def test_the_error_that_the_loss_sees_is_smaller() -> None:
         rest = weight.double() - oracle.oracle_delta(_decompose(weight, inputs, given))
         errors.append(float((inputs.double() @ rest.t() @ gradients.double().t()).square().mean()))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_terms_are_the_best_in_the_metric_of_inputs_and_outputs() -> None:
+    """Where C and D are Kronecker products, R(D^(1/2) W C^(1/2)) tells: its leading part, with the roots taken out of
+    it again, is the least tr(D E C E^T) of so many terms. All of it in float64 from the dense moments."""
+    m, n, p, q = SHAPE
+    weight = oracle.draw(SHAPE.out_features, SHAPE.in_features, seed=4)
+    # Rows of these have the second moments A A^T kron B B^T, over their number.
+    first, second = (torch.kron(*(oracle.draw(k, k, seed=k) for k in sizes)) for sizes in ((m, p), (n, q)))
+    moments, outputs = InputMoments(SHAPE.in_features), OutputMoments(SHAPE)
+    moments.accumulate(second.t())
+    outputs.accumulate(first.t())
+
+    # D's factors are damped by a tenth of their mean eigenvalue.
+    blocks = first.view(m, p, -1)
+    damped = []
+    for side in (torch.einsum("ixt,jxt->ij", blocks, blocks), torch.einsum("xit,xjt->ij", blocks, blocks)):
+        unit = torch.eye(len(side), dtype=torch.float64)
+        damped.append(torch.linalg.cholesky((side * len(side) / side.trace() + 0.1 * unit) / 1.1).t())
+    above, below = torch.kron(*damped), second  # roots: D = above^T above, C ~ below below^T
+    rearranged = oracle.oracle_rearrangement(above @ weight @ below, SHAPE)
+    u, s, v = torch.linalg.svd(rearranged)
+    pairs = zip(u.t()[:2], s[:2], v[:2], strict=True)
+    best = torch.stack([size * torch.kron(a.view(m, n), b.view(p, q)) for a, size, b in pairs]).sum(0)
+
+    problem = OutputError(outputs.weigh(weight), SHAPE, moments, damping=1e-9)
+    found = oracle.oracle_delta(outputs.take_out(refine_terms(problem, weighted_kpsvd(problem, 2).factors, sweeps=20)))
+    least = float(s[2:].norm())
+    assert float((above @ (weight - found) @ below).norm()) == pytest.approx(least, rel=1e-6)
+    # Gradients are summed in float32.
+    assert relative_error(found, torch.linalg.solve(above, best) @ torch.linalg.inv(below)) < 1e-4
+
+    by_inputs = OutputError(weight, SHAPE, moments)
+    for other in (kpsvd(weight, SHAPE, 2).factors, refine_terms(by_inputs, weighted_kpsvd(by_inputs, 2).factors)):
+        assert float((above @ (weight - oracle.oracle_delta(other)) @ below).norm()) > 1.2 * least
 
 
 def test_a_sum_of_terms_is_found_again_with_sides_of_norm_1() -> None:

@@ -55,7 +55,7 @@ def main() -> None:
         shard_on_cpu()
     base, work_dir, options = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
-    from tests.support.training import run_training
+    from tests.support.training import make_examples, make_mixed_start, run_training
 
     written: set[str] = set()
 
@@ -75,9 +75,23 @@ def main() -> None:
     torch.save = audited_save
     if "diverge_at" in options:
         fail_at(options.pop("diverge_at"))
+    if options.pop("mixed", False):
+        options |= make_mixed_start(base)
+    if "eval_every" in options:
+        options["eval_set"] = make_examples(8, seed=7)
+    asked = 0
+    if "accuracies" in options:
+        accuracies = options.pop("accuracies")
+
+        def accuracy(_: Any) -> float:
+            nonlocal asked
+            asked += 1
+            return float(accuracies[asked - 1])
+
+        options["accuracy"] = accuracy
     run_training(base, work_dir, **options)
     rank = int(os.environ.get("RANK", "0"))
-    report = {"written": sorted(written), "sharded": sorted(sharded)}
+    report = {"written": sorted(written), "sharded": sorted(sharded), "asked": asked}
     work_dir.with_name(f"{work_dir.name}-{rank}.json").write_text(json.dumps(report))
 
 

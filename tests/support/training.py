@@ -22,8 +22,9 @@ from soka_serve.compiler.train.run import TrainingRun, TrainResult
 from soka_serve.compiler.train.train import TrainingData, train
 from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
-from soka_serve.kron import Factors, kpsvd
+from soka_serve.kron import Factors, dense_delta, kpsvd
 from soka_serve.kron.shapes import balanced_shape
+from soka_serve.manifest.rules import Adapt
 from soka_serve.manifest.schema import Manifest
 from soka_serve.trained import Form
 from tests.support.tiny_models import small_config
@@ -77,6 +78,24 @@ def make_factors(base: Path, rank: int = 2, modules: list[str] | None = None) ->
     return factors
 
 
+def make_mixed_start(base: Path) -> dict[str, Any]:
+    """Options of a run whose modules each train something else of their two terms: a core between them and a term of
+    its own, sigma alone, Left beside the fixed Right of `right = "dct"` (where nothing is subtracted), or all."""
+    cosines = Adapt(init="gradient", right="dct")
+    choices = [{"core": True, "extra_terms": 1}, {"train_factors": ["sigma"]}, cosines.form.choices, {}]
+    factors, forms, subtracted = make_factors(base), {}, set()
+    for number, (name, terms) in enumerate(factors.items()):
+        if choice := choices[number % 4]:
+            forms[name] = choice
+        if number % 4 != 2:
+            subtracted.add(name)
+            continue
+        found = cosines.start.decompose(dense_delta(terms), terms.shape, terms.rank, 0).factors.with_unit_rms()
+        atoms = Factors(torch.zeros_like(found.left), found.right, torch.ones(terms.rank))
+        factors[name] = atoms.with_size(float(terms.sigma.square().mean().sqrt()))
+    return {"factors": factors, "initial": subtracted, "forms": forms}
+
+
 def make_manifest(**options: Any) -> Manifest:
     """A manifest with the given [train] keys; `quantize` and `dtype` go to [base], `adapt` are the rules."""
     rules = {"adapt": options.pop("adapt")} if "adapt" in options else {}
@@ -99,6 +118,7 @@ def run_training(
     factors: dict[str, Factors] | None = None,
     initial: Collection[str] | None = None,
     form: Mapping[str, Any] | None = None,
+    forms: Mapping[str, Mapping[str, Any]] | None = None,
     train_set: EncodedSet | None = None,
     eval_set: EncodedSet | None = None,
     accuracy: Callable[[Any], float] | None = None,
@@ -112,6 +132,7 @@ def run_training(
         factors: SoKA's starting factors; default: of `rank`, or 2.
         initial: the modules whose starting factors are subtracted; default: all.
         form: what of SoKA's factors is trained, the choices of a `Form`; default: everything.
+        forms: the same by module, where `form` is not given; default of those that are not named: everything.
         train_set, eval_set: the examples; default: 64 for training.
         accuracy: of a model's answers, for `answered`.
         options: `rank`, and what `make_manifest` takes.
@@ -130,7 +151,9 @@ def run_training(
         stored=Base(base).layout.size.dtype,
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
-        forms=dict.fromkeys(factors, Form(form)) if form else {},
+        forms={
+            name: Form(choices) for name, choices in (dict.fromkeys(factors, form) if form else forms or {}).items()
+        },
     )
     return train(run, TrainingData(train_set or make_examples(), eval_set, 0, accuracy), progress=False)
 

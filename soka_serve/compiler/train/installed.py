@@ -1,21 +1,29 @@
-"""What a training needs installed, said before the first stage runs; needs no torch."""
+"""What a training needs of its packages and its launch, said before the first stage runs; needs no torch."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-from soka_serve.errors import BuildError
+from soka_serve.compiler.processes import launched_sharding
+from soka_serve.errors import BuildError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS
 from soka_serve.manifest.schema import Train
 
 
 def check_installed(train: Train) -> None:
-    """Refuse an optimiser or trackers whose packages are not installed.
+    """Refuse an optimiser or trackers whose packages are not installed, and an optimiser that the launch is not for.
 
     Raises:
         BuildError: names the package.
+        PlanError: launched with FSDP 2, whose sharded parameters the optimiser cannot step.
     """
     optimiser = OPTIMISERS[train.optimiser]
+    if not optimiser.sharded and launched_sharding() == "FSDP 2":
+        able = ", ".join(f'"{name}"' for name, other in OPTIMISERS.items() if other.sharded and not other.lawless)
+        raise PlanError(
+            f'train.optimiser = "{train.optimiser}" does not go with FSDP 2, whose sharded parameters it cannot step',
+            hint=f"take one of {able}, or launch without --use_fsdp (DDP)",
+        )
     if optimiser.package and find_spec(optimiser.package) is None:
         raise BuildError(
             f'train.optimiser = "{train.optimiser}" needs the package {optimiser.pip}, which is not installed',

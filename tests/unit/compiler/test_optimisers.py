@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,7 @@ from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.errors import BuildError, ManifestError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS, REFUSED
 from soka_serve.manifest.read import read_manifest
-from tests.support.training import make_base, make_factors, run_training, tensors_of
+from tests.support.training import make_base, make_factors, make_manifest, run_training, tensors_of
 
 RATE = 5e-2
 
@@ -101,6 +102,18 @@ def test_a_package_that_is_not_installed_stops_a_build_before_its_first_stage(
     assert 'train.optimiser = "adamw_8bit" needs the package bitsandbytes, which is not installed' in done.output
     assert "pip install bitsandbytes" in done.output
     assert not list((tmp_path / "out").rglob("init*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "refused"), [("adamw", "2", False), ("adafactor", "2", True), ("adafactor", "1", False)]
+)
+def test_what_cannot_step_sharded_parameters(
+    monkeypatch: pytest.MonkeyPatch, name: str, version: str, refused: bool
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(PlanError, match=r'"adafactor" does not go with FSDP 2') if refused else nullcontext():
+        installed.check_installed(make_manifest(optimiser=name).train)
 
 
 def test_what_cannot_be_made_here(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
