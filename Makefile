@@ -4,17 +4,19 @@
 #   PYTHON           the interpreter that .venv is made from (3.11 or newer)          default: python3.11, else python3
 #   TORCH_INDEX_URL  the CPU wheel index that pytorch.org's install page prints, for machines where pip would
 #                    otherwise fetch the CUDA build of torch (several GB)              default: pip's own index
+#   TESTS            how many tests run at a time; each may start servers of two to three GB           default: 3
 #   ENGINE           cpu or cuda: which build of torch and vLLM is installed           default: cuda where nvidia-smi works
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX_URL ?=
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TESTS ?= 3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles a module at its first import; pip would compile all 28,000 that are installed.
 INSTALL := $(PIP) install -qq --no-compile
-# Two processes, a module's tests in one of them; end-to-end modules, which take longest, come first.
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+# A module's tests in one process; end-to-end modules, which take longest, come first.
+PYTEST := $(BIN)/python -m pytest -q -n $(TESTS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-all test-fast compat bench bench-7b lint format clean
