@@ -1,7 +1,7 @@
 # soka-serve: `make quickstart` runs the main job, `make test` passes the tests. Both make .venv first.
 #
 # Variables:
-#   PYTHON           the interpreter that .venv is made from (3.11 or newer)          default: python3.11, else python3
+#   PYTHON           the interpreter that .venv is made from (3.11 to 3.13)           default: python3.11, else python3
 #   TORCH_INDEX_URL  the CPU wheel index that pytorch.org's install page prints, for machines where pip would
 #                    otherwise fetch the CUDA build of torch (several GB)              default: pip's own index
 #   TESTS            how many tests run at a time; each may start servers of two to three GB           default: 3
