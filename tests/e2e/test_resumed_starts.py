@@ -1,4 +1,4 @@
-"""Builds from starts that are no components of the weight: interrupted while they train, they end as one that was not."""
+"""Builds from starts that are no components of the weight, interrupted while they train, end as if they were not."""
 
 from __future__ import annotations
 

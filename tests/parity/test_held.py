@@ -13,8 +13,8 @@ from soka_serve.base.held import held_modules, held_weight
 from soka_serve.base.model import Dtype, Quantize, load_base
 from soka_serve.base.target_modules import resolve_targets
 from soka_serve.builtin import base_directory
-from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.compiler.init.candidate import TargetStatistics
+from soka_serve.compiler.init.initialise import InitRun
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.kron.weighting import InputMoments
 from soka_serve.manifest.schema import Manifest
