@@ -187,7 +187,8 @@ def test_two_processes_rewrite_and_choose_like_one(whole: Launched) -> None:
 @pytest.mark.slow
 def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
     """With another optimiser than AdamW, where it can step what each process has a part of."""
-    options = OPTIONS | {"steps": 3, "optimiser": "adafactor" if whole.config == "multi_cpu" else "adamw"}
+    optimiser = "adafactor" if whole.config == "multi_cpu" else "adamw"
+    options = OPTIONS | {"steps": 3, "optimiser": optimiser, "weight_decay_schedule": "linear"}
     for code, log in whole.train("form", **options, mixed=True, batch_size=2):
         assert code == 0, log
     result, start = TrainResult.read(whole.folder / "form"), make_mixed_start(whole.folder / "base")
@@ -204,6 +205,7 @@ def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
         assert moved == [set(), {"sigma"}, {"left", "sigma"}, {"left", "right"}][number % 4], name
 
 
+@pytest.mark.slow  # as the runs of its launch are
 def test_only_sharded_launches_refuse_an_optimiser(whole: Launched, monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in whole.environments[0].items():
         monkeypatch.setenv(key, value)
