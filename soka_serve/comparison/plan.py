@@ -130,6 +130,9 @@ class Cell:
                 STAGE_VERSIONS["init"],
                 STAGE_VERSIONS["tune"],
                 *training_versions(METHODS[contender.method], made.train),
+                # Version 0 of these ran without them.
+                *(["protect", 1] if "protect" in made.train.regularise.chosen else []),
+                *(["pruned", 1] if made.train.prune is not None else []),
             ],
             "manifest": {name: manifest[name] for name in ("base", "adapt", "train")}
             | {"adapt": [_with_hashes(rule, inputs.sources) for rule in manifest["adapt"]]},

@@ -31,7 +31,9 @@ from soka_serve.compiler.answers import generate_answers
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
+from soka_serve.compiler.train.callbacks import Pruning
 from soka_serve.compiler.train.precision import computing_dtype
+from soka_serve.compiler.train.regularise import make_guards
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -157,13 +159,15 @@ class _Trial:
     def trainer(self, callbacks: list[Any]) -> SokaTrainer:
         """The Trainer of builds, without resume points."""
         train = self.run.manifest.train
+        pruning = [Pruning(train.prune)] if train.prune is not None else []
         trainer = SokaTrainer(
             train,
+            guards=make_guards(train.regularise.chosen, self.model, self.run.factors, self.arguments.device),
             model=self.model,
             args=self.arguments,
             train_dataset=self.rows,
             data_collator=self.collator,
-            callbacks=[*self.run.method.callbacks(), *callbacks],
+            callbacks=[*self.run.method.callbacks(), *pruning, *callbacks],
             optimizers=(self.run.method.optimizer(self.model, train.rate, train.weight_decay), None),
         )
         trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,84 @@
+"""A run of a comparison trains as a build with the same keys does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from soka_serve.comparison import run as run_module
+from soka_serve.comparison.inputs import read_inputs
+from soka_serve.comparison.plan import Cell, list_cells
+from soka_serve.comparison.read import LoadedSuite, read_suite
+from soka_serve.comparison.run import measure_run
+from soka_serve.compiler.train.callbacks import Pruning
+from soka_serve.io.workspace import HashCache
+
+SUITE = """
+schema = 1
+name = "s"
+[base]
+builtin = "tiny"
+[train]
+steps = 4
+batch_size = 4
+max_length = 128
+[protocol]
+seeds = [0]
+validation = 4
+test = 4
+answered = 0
+[[dataset]]
+name = "math"
+data = { builtin = "math", limit = 32 }
+[[method]]
+name = "plain"
+method = "soka"
+grid = { learning_rate = [8] }
+[[method]]
+name = "protected"
+method = "soka"
+grid = { "train.regularise.protect" = [4] }
+[[method]]
+name = "pruned"
+method = "soka"
+adapt = { rank = { policy = "fixed", rank = 2 } }
+grid = { "train.prune.threshold" = [0.9] }
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedSuite, dict[str, Cell]]:
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "s.toml").write_text(SUITE)
+    loaded = read_suite(folder / "s.toml")
+    return loaded, {c.contender.name: c for c in list_cells(loaded.suite, read_inputs(loaded, HashCache(folder / "h")))}
+
+
+def run(loaded: tuple[LoadedSuite, dict[str, Cell]], name: str, work: Path) -> list[float]:
+    """The training losses of a method's one run."""
+    suite, cells = loaded
+    (spec,) = cells[name].finals(tuple((axis, values[0]) for axis, values in cells[name].contender.grid.items()))
+    losses: list[float] = measure_run(suite, spec, work)["loss"]
+    return losses
+
+
+@pytest.mark.slow
+def test_a_constraint_constrains(loaded: tuple[LoadedSuite, dict[str, Cell]], tmp_path: Path) -> None:
+    constrained, plain = run(loaded, "protected", tmp_path), run(loaded, "plain", tmp_path)
+    assert constrained[0] == plain[0]
+    assert constrained[-1] != plain[-1]
+
+
+@pytest.mark.slow
+def test_terms_are_pruned(
+    loaded: tuple[LoadedSuite, dict[str, Cell]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the manifest's own numbers a term is dropped after a hundred steps at the earliest."""
+    sooner = {"every": 1, "patience": 1}
+    monkeypatch.setattr(run_module, "Pruning", lambda rules: Pruning(rules.model_copy(update=sooner)))
+    with_it = run(loaded, "pruned", tmp_path)
+    monkeypatch.setattr(run_module, "Pruning", lambda rules: Pruning(rules))
+    without = run(loaded, "pruned", tmp_path)
+    assert with_it[0] == without[0]
+    assert with_it[-1] != without[-1]
