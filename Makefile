@@ -4,13 +4,13 @@
 #   PYTHON           the interpreter that .venv is made from (3.11 to 3.13)           default: python3.11, else python3
 #   TORCH_INDEX_URL  the CPU wheel index that pytorch.org's install page prints, for machines where pip would
 #                    otherwise fetch the CUDA build of torch (several GB)              default: pip's own index
-#   TESTS            how many tests run at a time; each may start servers of two to three GB           default: 3
+#   TESTS            how many tests run at a time; each may start servers of two to three GB           default: 2
 #   ENGINE           cpu or cuda: which build of torch and vLLM is installed           default: cuda where nvidia-smi works
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX_URL ?=
 ENGINE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-TESTS ?= 3
+TESTS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Python compiles a module at its first import; pip would compile all 28,000 that are installed.

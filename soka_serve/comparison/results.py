@@ -116,7 +116,7 @@ def _cell(
     return {
         "method": cell.contender.name,
         "dataset": cell.dataset.name,
-        "settings": len(choice.scores),
+        "settings": len(choice.scores) or int(choice.setting is not None),
         "tried": [{**dict(s), "score": score and score[0]} for s, score in choice.scores.items()],
         "setting": None if choice.setting is None else dict(choice.setting),
         "at_border": list(choice.border),

@@ -77,7 +77,7 @@ def _chosen(results: Mapping[str, Any]) -> str:
     """How settings were found."""
     protocol, settings = results["protocol"], results["settings_per_method"]
     if settings == 1:
-        return "Every method has the one setting that the suite gives it."
+        return "Every method has the middle of its grid: nothing was searched."
     return (
         f"The setting of every method was chosen among {settings}, by coordinate search, by the "
         f"{protocol['choose_by']} on the validation problems with {len(protocol['sweep_seeds'])} other seeds"

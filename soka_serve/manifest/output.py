@@ -26,7 +26,7 @@ class Output(Table):
         "all",
         description="Terms that are stored, merged and served. 'all' is exact: trained minus initial ones, up to twice "
         "as many as were trained. 'trained' keeps the best ones, as many as were trained; a share keeps as few as hold "
-        "that share of each module's energy. The report has what is lost.",
+        "that share of each module's energy (plans count all of them). The report has what is lost.",
         examples=[0.999],
     )
     merged_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
