@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from soka_serve.base.cpu import attention_for, fast_products
@@ -31,9 +31,7 @@ from soka_serve.compiler.answers import generate_answers
 from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
-from soka_serve.compiler.train.callbacks import Pruning
 from soka_serve.compiler.train.precision import computing_dtype
-from soka_serve.compiler.train.regularise import make_guards
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -158,20 +156,14 @@ class _Trial:
 
     def trainer(self, callbacks: list[Any]) -> SokaTrainer:
         """The Trainer of builds, without resume points."""
-        train = self.run.manifest.train
-        pruning = [Pruning(train.prune)] if train.prune is not None else []
-        trainer = SokaTrainer(
-            train,
-            guards=make_guards(train.regularise.chosen, self.model, self.run.factors, self.arguments.device),
-            model=self.model,
-            args=self.arguments,
+        return SokaTrainer(
+            self.run,
+            self.model,
+            self.arguments,
+            callbacks=callbacks,
             train_dataset=self.rows,
             data_collator=self.collator,
-            callbacks=[*self.run.method.callbacks(), *pruning, *callbacks],
-            optimizers=(self.run.method.optimizer(self.model, train.rate, train.weight_decay), None),
         )
-        trainer.remove_callback(PrinterCallback)
-        return trainer
 
     def answers(self) -> dict[str, Any]:
         """Loss of each held-out answer, and how many of those that the model writes itself are right."""

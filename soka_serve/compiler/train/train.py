@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
 from soka_serve.base.cpu import fast_products
 from soka_serve.base.model import held_dtype, load_base, quiet_bars
 from soka_serve.compiler.methods.method import Trainable
 from soka_serve.compiler.train import resume as resume_points
-from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, Pruning, ResumePoints
+from soka_serve.compiler.train.callbacks import EarlyStopping, EpochOrder, History, Progress, ResumePoints
 from soka_serve.compiler.train.precision import computing_dtype
-from soka_serve.compiler.train.regularise import check_devices, check_regularisers, make_guards
+from soka_serve.compiler.train.regularise import check_devices, check_regularisers
 from soka_serve.compiler.train.resume import ResumePoint
 from soka_serve.compiler.train.run import TrainingRun, TrainResult, fingerprint, finish, prepare_directory
 from soka_serve.compiler.train.trainer import SokaTrainer, make_arguments
@@ -200,38 +200,27 @@ def _fit(
     bar: ExitStack | None,
 ) -> None:
     """Run the Trainer to its end; the last checkpoint in `work_dir` is then the final one."""
-    recipe = run.manifest.train
+    recipe, facts = run.manifest.train, None if point is None else point.facts
     rows, eval_rows = make_rows(run, data.training, data.evaluation)
-    pruning = Pruning(recipe.prune) if recipe.prune is not None else None
-    if pruning and point:
-        pruning.restore(point.facts["prune"])
-    callbacks: list[Any] = [*run.method.callbacks(), EpochOrder(), History(run.work_dir / "history.jsonl")]
-    if pruning:
-        callbacks.append(pruning)
+    callbacks: list[Any] = [EpochOrder(), History(run.work_dir / "history.jsonl")]
     if recipe.early_stopping is not None:
         callbacks.append(EarlyStopping(recipe.early_stopping))
     callbacks.append(
-        ResumePoints(
-            run.work_dir,
-            facts=lambda: {"norms": list(trainer.clip.norms)} | ({"prune": pruning.facts()} if pruning else {}),
-            elapsed_s=point.facts["elapsed_s"] if point else 0.0,
-        )
+        ResumePoints(run.work_dir, lambda: trainer.facts(), elapsed_s=facts["elapsed_s"] if facts else 0.0),
     )
     if bar is not None:
         callbacks.append(Progress(bar))
     trainer = SokaTrainer(
-        recipe,
-        point.facts["norms"] if point else (),
-        data.accuracy if recipe.answered is not None else None,
-        make_guards(recipe.regularise.chosen, model, run.factors, arguments.device),
-        model=model,
-        args=arguments,
+        run,
+        model,
+        arguments,
+        facts=facts,
+        accuracy=data.accuracy if recipe.answered is not None else None,
+        callbacks=callbacks,
         train_dataset=rows,
         eval_dataset=eval_rows,
         data_collator=PadCollator(data.pad_id, multiple_of=1 if arguments.use_cpu else 8),
-        callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)
     if point is not None:
         logger.info("going on from step %d", point.step)
     with warnings.catch_warnings():

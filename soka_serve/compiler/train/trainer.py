@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from soka_serve.base.cpu import attention_for
-from soka_serve.compiler.train.callbacks import read_spectra, tracker_metrics
+from soka_serve.compiler.methods.method import Trainable
+from soka_serve.compiler.train.callbacks import Pruning, read_spectra, tracker_metrics
 from soka_serve.compiler.train.clip import RelativeClip
 from soka_serve.compiler.train.compiled import compiled_layers, plain_layers
 from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
@@ -24,13 +25,13 @@ from soka_serve.compiler.train.length_groups import LengthGroups
 from soka_serve.compiler.train.optimisers import make_optimiser, stored_classes
 from soka_serve.compiler.train.packing import check_packing
 from soka_serve.compiler.train.precision import training_device
-from soka_serve.compiler.train.regularise import Regularisation, base_logits
+from soka_serve.compiler.train.regularise import Regularisation, base_logits, make_guards
+from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import CheckpointError, DivergedError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS
 from soka_serve.manifest.schema import Train
 from soka_serve.peft.optimizer import parameter_groups, pull_to_initial
-from soka_serve.regularisers import Guard
 
 _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
@@ -118,31 +119,48 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
-    """The Trainer with learning-rate multipliers per factor, a loss that must be finite, and our resume points.
+    """The Trainer with all of [train] that changes a step: whoever trains a run has it whole.
 
     Args:
-        recipe: the manifest's [train] table.
-        norms: the gradients' norms that an interrupted run has noted for its clip.
+        run: what is trained.
+        model: of `run`; of an interrupted run as its checkpoint left it.
+        args: from `make_arguments`.
+        facts: what `facts` gave before the interruption; None at a start.
         accuracy: of a model's answers to some problems; evaluations then have it beside the loss.
-        guards: what modules may do, from `make_guards`.
-        others: what `transformers.Trainer` takes. The model has been restored from the checkpoint already.
+        callbacks: what watches and saves.
+        others: what else `transformers.Trainer` takes.
     """
 
     def __init__(
         self,
-        recipe: Train,
-        norms: Iterable[float] = (),
+        run: TrainingRun,
+        model: Trainable,
+        args: TrainingArguments,
+        *,
+        facts: Mapping[str, Any] | None = None,
         accuracy: Callable[[Any], float] | None = None,
-        guards: Mapping[str, Guard] | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
         **others: Any,
     ) -> None:
-        self.recipe, self._accuracy = recipe, accuracy
+        self.recipe = recipe = run.manifest.train
+        self._accuracy = accuracy
         self.optimizer: Any
         self.control: Any
         self._packing_checked = False
-        self.clip = RelativeClip(recipe.clip, norms)
+        self.clip = RelativeClip(recipe.clip, facts["norms"] if facts else ())
+        guards = make_guards(recipe.regularise.chosen, model, run.factors, args.device)
         self.regularisation = Regularisation(recipe.regularise.chosen, guards)
-        super().__init__(**others)
+        self.pruning = None if recipe.prune is None else Pruning(recipe.prune)
+        if self.pruning and facts:
+            self.pruning.restore(facts["prune"])
+        super().__init__(
+            model=model,
+            args=args,
+            callbacks=[*run.method.callbacks(), *([self.pruning] if self.pruning else []), *callbacks],
+            optimizers=(run.method.optimizer(model, recipe.rate, recipe.weight_decay), None),
+            **others,
+        )
+        self.remove_callback(PrinterCallback)
         if self.is_deepspeed_enabled and recipe.regularise.chosen:
             raise PlanError(
                 f"train.regularise.{next(iter(recipe.regularise.chosen))} does not go with DeepSpeed, which keeps "
@@ -161,6 +179,10 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 hint="leave it out: the loss then says which evaluation is the best",
             )
 
+    def facts(self) -> dict[str, Any]:
+        """What a resumed run needs beside what the Trainer writes."""
+        return {"norms": list(self.clip.norms)} | ({"prune": self.pruning.facts()} if self.pruning else {})
+
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The manifest's optimiser, with the learning rates of `soka_serve.peft.optimizer` for SoKA's factors.
 
@@ -170,7 +192,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Raises:
             PlanError: nothing is trained; or DeepSpeed steps copies of the factors, where weight decay pulls them.
         """
-        if self.optimizer is not None:  # given to the constructor
+        if self.optimizer is not None:  # the method's own
             anneal_weight_decay(self.optimizer, self._decay_share)
             return self.optimizer
         target = self.model if model is None else model

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from soka_serve.comparison import run as run_module
 from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, list_cells
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.run import measure_run
+from soka_serve.compiler.train import trainer as trainer_module
 from soka_serve.compiler.train.callbacks import Pruning
 from soka_serve.io.workspace import HashCache
 
@@ -76,9 +76,9 @@ def test_terms_are_pruned(
 ) -> None:
     """With the manifest's own numbers a term is dropped after a hundred steps at the earliest."""
     sooner = {"every": 1, "patience": 1}
-    monkeypatch.setattr(run_module, "Pruning", lambda rules: Pruning(rules.model_copy(update=sooner)))
+    monkeypatch.setattr(trainer_module, "Pruning", lambda rules: Pruning(rules.model_copy(update=sooner)))
     with_it = run(loaded, "pruned", tmp_path)
-    monkeypatch.setattr(run_module, "Pruning", lambda rules: Pruning(rules))
+    monkeypatch.setattr(trainer_module, "Pruning", lambda rules: Pruning(rules))
     without = run(loaded, "pruned", tmp_path)
     assert with_it[0] == without[0]
     assert with_it[-1] != without[-1]
