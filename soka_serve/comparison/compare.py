@@ -21,6 +21,8 @@ from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
+from soka_serve.comparison.settings import manifest_of
+from soka_serve.compiler.train.installed import check_installed
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.outputs import check_results
@@ -94,6 +96,8 @@ def compare(
     if out is not None:
         _check_out(given_path(out, "out"))
     workspace = Workspace(folder, loaded.suite.name)
+    if ray is None:
+        _check_installed(loaded)
     with connected(ray) as cluster, workspace.locked():
         inputs = read_inputs(loaded, HashCache(workspace.hashes))
         cells = list_cells(loaded.suite, inputs)
@@ -121,6 +125,14 @@ def compare(
         table="\n".join(markdown_table(*method_rows(results))),
         written=() if out is None else _write(results, Path(out), store.to_lines(cells)),
     )
+
+
+def _check_installed(loaded: LoadedSuite) -> None:
+    """Refuse an optimiser whose package is missing, which would be a failed run for each of its settings."""
+    suite = loaded.suite
+    for contender in suite.method:
+        made = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
+        check_installed(made.train.model_copy(update=contender.words))
 
 
 def _check_out(out: Path) -> None:

@@ -65,7 +65,7 @@ def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) ->
                 f"{name_key(('adapt', 0, 'adapter'))}: {printable(source)} may be another adapter at the next run",
                 hint="Say which it is: put @sha256: and the hash of its weights at the end, or on a hub name a commit.",
             )
-        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
+        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
         targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, name_key)
         _, sources = open_sources(targets, manifest, loaded.directory, name_key)
         check_base(sources.adapters, digest, manifest, name_key)

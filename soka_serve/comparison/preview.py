@@ -42,7 +42,8 @@ class Preview:
             f"each method on each dataset: {_search(suite, sweep)}{final} runs of the results; by priority:",
         ]
         for contender in sorted(suite.method, key=lambda m: m.priority):
-            grid = "; ".join(f"{axis} {', '.join(f'{v:g}' for v in values)}" for axis, values in contender.grid.items())
+            axes = [f"{axis} {', '.join(f'{v:g}' for v in values)}" for axis, values in contender.grid.items()]
+            grid = "; ".join([*axes, *(f"{key} {word}" for key, word in contender.words.items())])
             names = ", ".join(d.name for d in suite.datasets_of(contender))
             lines.append(f"  {contender.priority}  {contender.name:<{width}}  on {names}: {grid}")
         cells = sum(len(suite.datasets_of(m)) for m in suite.method)
@@ -74,7 +75,7 @@ def preview(suite: Path | str | LoadedSuite, root: Path | str | None = None) -> 
 def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tuple[int, int]:
     """Fewest and most trained parameters of a method."""
     suite = loaded.suite
-    manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0)
+    manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
     targets, _ = settle_targets(resolve_targets(manifest, base.modules), manifest, loaded.directory)
     planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
     return planned.parameters_min, planned.parameters_max

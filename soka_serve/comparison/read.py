@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
+from typing import Any
 
-from soka_serve.comparison.settings import disagreement, refusal
+from soka_serve.comparison.settings import disagreement, refusal, refused_words
 from soka_serve.comparison.suite import Suite
 from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError, ManifestProblem
@@ -73,15 +74,15 @@ def _protocol(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
     """More finalists than settings by default, and an optimiser that a method would not take."""
     if (suite.protocol.finalists or 0) > suite.settings:
         yield ("protocol", "finalists"), f"finalists is larger than settings ({suite.settings}, the default)"
-    optimiser = getattr(suite.train, "optimiser")  # noqa: B009 - of a model that is made at run time
-    if optimiser != DEFAULT_OPTIMISER:
-        for contender in suite.method:
-            if METHODS[contender.method].brings_optimizer:
-                yield (
-                    ("train", "optimiser"),
-                    f"{contender.name} is trained with AdamW whatever this says: method = {contender.method!r} has "
-                    "rates of its own",
-                )
+    recipe: Any = suite.train
+    for i, contender in enumerate(suite.method):
+        own = contender.words.get("optimiser")
+        if METHODS[contender.method].brings_optimizer and (own or recipe.optimiser) != DEFAULT_OPTIMISER:
+            yield (
+                ("method", i, "train", "optimiser") if own else ("train", "optimiser"),
+                f"{contender.name} is trained with AdamW whatever this says: method = {contender.method!r} has "
+                "rates of its own",
+            )
 
 
 def _names(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
@@ -110,6 +111,8 @@ def _grids(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
         for one, other in combinations((axis for axis in contender.grid if axis not in wrong), 2):
             if clash := disagreement(suite, contender, (one, other)):
                 yield ("method", i, "grid", other), clash
+        for word, message in () if wrong else refused_words(suite, contender).items():
+            yield ("method", i, "train", word), message
 
 
 def _claims(suite: Suite) -> Iterator[tuple[TomlPath, str]]:

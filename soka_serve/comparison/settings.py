@@ -19,15 +19,26 @@ _NOT_SEARCHED = ("steps", "seed", "data", "log_every", "eval_every", "save_every
 _SOKA_KEYS = ("adapt.", "train.left_lr", "train.right_lr", "train.sigma_lr", "train.prune")
 
 
+def refused_words(suite: Suite, contender: Contender) -> dict[str, str]:
+    """Why words of a method's own [train] do not go with the rest of it, by key."""
+    first = tuple((axis, values[0]) for axis, values in contender.grid.items())
+    try:
+        manifest_of(suite, contender, suite.dataset[0], setting=first, seed=0)
+    except ValidationError as error:
+        said = {str(e["loc"][-1]): e["msg"] for e in error.errors() if e["loc"][:1] == ("train",)}
+        return {key: said[key] for key in contender.words if key in said}
+    return {}
+
+
 def refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str | None:
-    """Why an axis or one of its values cannot be set; None if it can."""
+    """Why an axis or one of its values cannot be set, whatever words the method has; None if it can."""
     key = contender.key_of(axis)
     if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in _NOT_SEARCHED:
         return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
     if not _is_read(key, METHODS[contender.method]):
         return f"sets {key}, which method = {contender.method!r} does not read"
     try:
-        manifest_of(suite, contender, suite.dataset[0], setting=((axis, value),), seed=0)
+        manifest_of(suite, contender, suite.dataset[0], setting=((axis, value),), seed=0, words=False)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -52,14 +63,20 @@ def disagreement(suite: Suite, contender: Contender, axes: tuple[str, str]) -> s
         return f"sets {contender.key_of(one)}, as {one} does"
     for setting in product(*([(axis, value) for value in contender.grid[axis]] for axis in axes)):
         try:
-            manifest_of(suite, contender, suite.dataset[0], setting=setting, seed=0)
+            manifest_of(suite, contender, suite.dataset[0], setting=setting, seed=0, words=False)
         except ValidationError as error:
             return f"its {setting[1][1]:g} does not go with {one} = {setting[0][1]:g}: {error.errors()[0]['msg']}"
     return None
 
 
-def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, setting: Setting, seed: int) -> Manifest:
+def manifest_of(
+    suite: Suite, contender: Contender, dataset: DataSet, *, setting: Setting, seed: int, words: bool = True
+) -> Manifest:
     """The manifest of one run. A method that manifests do not know has the recipe of `lora`.
+
+    Args:
+        setting: values of axes, or of some of them.
+        words: with the method's own [train], which may need an axis that `setting` lacks.
 
     Raises:
         pydantic.ValidationError: the setting has a key that manifests lack, or a value that it does not take.
@@ -75,6 +92,8 @@ def manifest_of(suite: Suite, contender: Contender, dataset: DataSet, *, setting
     )
     manifest = Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
     values = manifest.model_dump(by_alias=True, exclude_none=True)
+    if words:
+        values["train"] |= contender.words
     for axis, value in setting:
         table, *inner, key = contender.key_of(axis).split(".")
         for start in values["adapt"] if table == "adapt" else (values["train"],):

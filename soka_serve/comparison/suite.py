@@ -74,6 +74,23 @@ Recipe = create_model(
 )
 
 
+def _word(name: str) -> tuple[Any, Any]:
+    """A key of [train] that a method may leave to the recipe."""
+    field: Any = Train.model_fields[name]
+    kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+    return kind | None, Field(None, description=f"In place of the recipe's {name}.")
+
+
+Words = create_model(
+    "Words",
+    __base__=Table,
+    __doc__="What a method has of its own in [train] that is no number; numbers are axes of its grid.",
+    optimiser=_word("optimiser"),
+    schedule=_word("schedule"),
+    weight_decay_schedule=_word("weight_decay_schedule"),
+)
+
+
 class Protocol(Table):
     """How settings are chosen and results are measured."""
 
@@ -195,6 +212,11 @@ class Contender(Table):
         description="Modules; for soka also init, rank and shape. Default: every linear projection in the language "
         "model's layers, for soka with one term.",
     )
+    train: Words = Field(
+        default_factory=lambda: Words(),
+        description="Words of [train] that this method alone has; numbers go into its grid. Default: the recipe's.",
+        examples=[{"optimiser": "adafactor"}],
+    )
     grid: dict[str, Values] = Field(
         min_length=1,
         description="Axes, each with an array of the values to try, from 0: learning_rate, clip, scale (adapt.scale of "
@@ -228,6 +250,12 @@ class Contender(Table):
         if axis == "scale":
             return "adapt.scale" if METHODS[self.method].kronecker else "train.method_scale"
         return AXES.get(axis, axis)
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What it has of its own in [train], by key."""
+        found: dict[str, str] = self.train.model_dump(exclude_none=True)
+        return found
 
     @property
     def first_pass(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from soka_serve.manifest.data import Data, DataPart
 from soka_serve.manifest.fields import PositiveInt
@@ -20,10 +20,17 @@ REWRITING = ("pissa", "full")  # methods that train on changed weights of the ba
 SOKA_RATE = 8.0
 _OTHER_RATE = 2e-3
 
+
+def _taken(value: object) -> object:
+    if isinstance(value, str) and value in REFUSED:
+        raise ValueError(f"the Trainer's {value} is refused: {REFUSED[value]}")
+    return value
+
+
 if TYPE_CHECKING:
     OptimiserName = str
 else:
-    OptimiserName = Literal[tuple(OPTIMISERS)]
+    OptimiserName = Annotated[Literal[tuple(OPTIMISERS)], BeforeValidator(_taken)]
 
 
 def _data_form(value: object) -> str:
@@ -180,13 +187,6 @@ class Train(Table):
         """Shares of the datasets in an epoch; None where each gives all of its examples."""
         found = [part.weight for part in self.data if part.weight is not None] if isinstance(self.data, tuple) else []
         return tuple(found) or None
-
-    @field_validator("optimiser", mode="before")
-    @classmethod
-    def _check_optimiser(cls, value: object) -> object:
-        if isinstance(value, str) and value in REFUSED:
-            raise ValueError(f"the Trainer's {value} is refused: {REFUSED[value]}")
-        return value
 
     @property
     def rate(self) -> float:

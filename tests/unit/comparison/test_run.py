@@ -44,6 +44,11 @@ name = "pruned"
 method = "soka"
 adapt = { rank = { policy = "fixed", rank = 2 } }
 grid = { "train.prune.threshold" = [0.9] }
+[[method]]
+name = "other-optimiser"
+method = "soka"
+train = { optimiser = "adafactor" }
+grid = { learning_rate = [8] }
 """
 
 
@@ -82,3 +87,10 @@ def test_terms_are_pruned(
     without = run(loaded, "pruned", tmp_path)
     assert with_it[0] == without[0]
     assert with_it[-1] != without[-1]
+
+
+@pytest.mark.slow
+def test_a_methods_own_optimiser_steps(loaded: tuple[LoadedSuite, dict[str, Cell]], tmp_path: Path) -> None:
+    other, plain = run(loaded, "other-optimiser", tmp_path), run(loaded, "plain", tmp_path)
+    assert other[0] == plain[0]
+    assert other[-1] != plain[-1]

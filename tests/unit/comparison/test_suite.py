@@ -16,14 +16,16 @@ from eval.suites.prepare import split_mbpp
 from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.comparison import inputs as inputs_module
+from soka_serve.comparison.compare import compare
 from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
 from soka_serve.comparison.pool import next_runs
 from soka_serve.comparison.preview import preview
-from soka_serve.comparison.read import parse_suite, read_suite
+from soka_serve.comparison.read import LoadedSuite, parse_suite, read_suite
 from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
+from soka_serve.compiler.train import installed
 from soka_serve.errors import BuildError, CheckpointError, ManifestError
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.kron.shapes import FactorShape
@@ -59,6 +61,10 @@ def problems(text: str) -> str:
     with pytest.raises(ManifestError) as caught:
         parse_suite(text, "s.toml")
     return str(caught.value)
+
+
+def preview_text(text: str) -> str:
+    return preview(LoadedSuite(parse_suite(text, "s.toml"), Path("s.toml"), Path(), text, "")).to_text()
 
 
 def test_a_suite_and_its_defaults() -> None:
@@ -149,6 +155,50 @@ def test_an_optimiser_that_a_method_would_not_take_is_refused() -> None:
     text = GOOD.replace("steps = 3", 'steps = 3\noptimiser = "adafactor"')
     parse_suite(text, "s.toml")
     assert "s.toml:8:13: train.optimiser: a is trained with AdamW" in problems(text.replace('"lora"', '"cdka"'))
+
+
+WORDS = GOOD.replace('method = "soka"', 'method = "soka"\ntrain = { optimiser = "adafactor" }')
+
+
+def test_a_methods_own_words_are_its_alone() -> None:
+    suite = parse_suite(WORDS, "s.toml")
+    made = [manifest_of(suite, m, suite.dataset[0], setting=(), seed=0).train.optimiser for m in suite.method]
+    assert made == ["adamw", "adafactor"]
+    assert "learning_rate 0.01, 0.02; train.sigma_lr 0.5; optimiser adafactor" in preview_text(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("adafactor", "lomo", "s.toml:18:23: method[1].train.optimiser: the Trainer's lomo is refused"),
+        ("adafactor", "galore_adamw", "s.toml:18:23: method[1].train.optimiser: galore_adamw projects gradients"),
+        ('"soka"', '"cdka"', "s.toml:18:23: method[1].train.optimiser: b is trained with AdamW"),
+        ("optimiser", "steps", "s.toml:18:11: method[1].train.steps: unknown key"),
+        (
+            'optimiser = "adafactor"',
+            'weight_decay_schedule = "linear"',
+            "s.toml:18:35: method[1].train.weight_decay_schedule: weight_decay_schedule belongs to weight_decay",
+        ),
+    ],
+)
+def test_words_that_do_not_go_with_the_method(old: str, new: str, message: str) -> None:
+    text = WORDS.replace("adapt = { init", "# adapt = { init").replace(', "train.sigma_lr" = [0.5]', "")
+    parse_suite(text, "s.toml")
+    assert message in problems(text.replace(old, new))
+
+
+def test_words_that_need_an_axis() -> None:
+    text = GOOD.replace('method = "soka"', 'method = "soka"\ntrain = { weight_decay_schedule = "linear" }')
+    text = text.replace('"train.sigma_lr" = [0.5]', '"train.weight_decay" = [0.1, 0.2]')
+    assert "train.weight_decay 0.1, 0.2; weight_decay_schedule linear" in preview_text(text)
+
+
+def test_a_missing_package_is_said_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "find_spec", lambda name: None)
+    (tmp_path / "s.toml").write_text(WORDS.replace("adafactor", "adamw_8bit"))
+    with pytest.raises(BuildError, match='"adamw_8bit" needs the package bitsandbytes, which is not installed'):
+        compare(tmp_path / "s.toml", work=tmp_path / "work", progress=False)
+    assert not list(tmp_path.rglob("records/*"))
 
 
 @pytest.mark.parametrize(

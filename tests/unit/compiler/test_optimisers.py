@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from torch import Tensor
-from transformers import trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.cli import main
 from soka_serve.compiler.train import installed
+from soka_serve.compiler.train import trainer as trainer_module
 from soka_serve.compiler.train.callbacks import ResumePoints
+from soka_serve.compiler.train.optimisers import make_optimiser
 from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.errors import BuildError, ManifestError, PlanError
 from soka_serve.manifest.optimisers import OPTIMISERS, REFUSED
@@ -214,74 +212,46 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
 # --------------------------------------------------------------------------------------- projections of gradients
 
 
-class GaLoreProjector:
-    """An object in the state, as GaLore has."""
-
-    def __init__(self) -> None:
-        self.calls = 0
+PROJECTING = ("galore_adamw", "apollo_adamw")
 
 
-class Projecting(torch.optim.AdamW):
-    """AdamW that projects to `rank` rows where a group has one; notes its groups."""
-
-    made: ClassVar[list[list[dict[str, Any]]]] = []
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        super().__init__(params, **options)
-        Projecting.made.append(self.param_groups)
-
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if "rank" in group and p.grad is not None:
-                    projector = self.state[p].setdefault("projector", GaLoreProjector())
-                    projector.calls += 1
-                    p.grad[2 + projector.calls :] = 0
-        state = {p: self.state[p].pop("projector") for p in list(self.state) if "projector" in self.state[p]}
-        done = super().step(closure)
-        for p, projector in state.items():
-            self.state[p]["projector"] = projector
-        return done
-
-
-@pytest.fixture
-def galore(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the package."""
-    Projecting.made.clear()
-    for name in ("galore_torch", "galore_torch.galore_projector"):
-        module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        for kind in ("GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit"):
-            setattr(module, kind, Projecting)
-        module.GaLoreProjector = GaLoreProjector  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(trainer_optimizer, "is_galore_torch_available", lambda: True)
-
-
-@pytest.mark.usefixtures("galore")
-def test_projections_are_of_the_trained_weights_alone(base: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"method": "full", "steps": 6, "save_every": 3, "optimiser": "galore_adamw"}
-    straight = tensors_of(run_training(base, tmp_path / "straight", weight_decay=0.25, **options))
-    (groups,) = Projecting.made
-    assert [(g.get("rank"), g["weight_decay"], len(g["params"])) for g in groups] == [
-        (None, 0.25, 2),  # embedding and output layer
-        (128, 0.25, 14),
-        (None, 0.0, 5),  # norms
-    ]
-    adamw = tensors_of(run_training(base, tmp_path / "adamw", method="full", steps=6, weight_decay=0.25))
-    assert any(not torch.equal(straight[key], adamw[key]) for key in straight)
-
-
-@pytest.mark.usefixtures("galore")
-def test_what_its_state_holds_is_read_back_and_nothing_else(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore")  # the packages' own, about themselves
+@pytest.mark.parametrize("name", PROJECTING, indirect=True)
+def test_projections_are_of_the_trained_weights_alone(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    options: dict[str, Any] = {"method": "full", "steps": 6, "save_every": 3, "optimiser": "galore_adamw"}
+    made = []
+
+    def noted(*given: Any) -> Any:
+        made.append(make_optimiser(*given))
+        return made[-1]
+
+    monkeypatch.setattr(trainer_module, "make_optimiser", noted)
+    options: dict[str, Any] = {"method": "full", "steps": 3, "weight_decay": 0.25}
+    projected = tensors_of(run_training(base, tmp_path / "projected", optimiser=name, **options))
+    (optimiser,) = made
+    assert type(optimiser).__module__.partition(".")[0] == OPTIMISERS[name].package
+    assert [("rank" in g, g["weight_decay"], len(g["params"])) for g in optimiser.param_groups] == [
+        (False, 0.25, 2),  # embedding and output layer
+        (True, 0.25, 14),
+        (False, 0.0, 5),  # norms
+    ]
+    adamw = tensors_of(run_training(base, tmp_path / "adamw", **options))
+    assert any(not torch.equal(projected[key], adamw[key]) for key in projected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PROJECTING, indirect=True)
+def test_what_their_state_holds_is_read_back_and_nothing_else(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    options: dict[str, Any] = {"method": "full", "steps": 6, "save_every": 3, "optimiser": name}
     straight = tensors_of(run_training(base, tmp_path / "straight", **options))
     with monkeypatch.context() as context:
         interrupt(context, after=3)
         with pytest.raises(KeyboardInterrupt):
             run_training(base, tmp_path / "again", **options)
+    allowed = list(torch.serialization.get_safe_globals())
     again = tensors_of(run_training(base, tmp_path / "again", **options))
     assert all(torch.equal(straight[key], again[key]) for key in straight)
-    assert GaLoreProjector not in torch.serialization.get_safe_globals()
+    assert torch.serialization.get_safe_globals() == allowed
