@@ -28,6 +28,7 @@ from soka_serve.kron.intruders import count_intruders
 
 METHODS: dict[str, str] = {
     "soka r=1": 'method = "soka"',
+    "lora r=1": 'method = "lora"\nmethod_rank = 1',
     "lora r=8": 'method = "lora"\nmethod_rank = 8',
     "full": 'method = "full"\nlearning_rate = 1e-3',
 }

@@ -4,7 +4,8 @@
 
 Each has a SoKA adapter on all of its projections. A server, started as `soka-serve serve` starts it, and transformers
 with our PEFT layers give the log-probabilities of one prompt in float32; the file has their largest difference for base
-and adapter, and by how much the adapter moves them. Mixtures of experts are refused where they cannot run.
+and adapter, and by how much the adapter moves them. Mixtures of experts are refused where they cannot run. The language
+model of a multimodal one is served where torchvision is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def measure(architecture: models.Architecture, folder: Path) -> dict[str, Any]:
     plain, adapted = models.expected(base, adapter, architecture)
     found: dict[str, Any] = {"architecture": architecture.name, "config": architecture.config}
     try:
-        with models.served(base, adapter, folder / "vllm.log") as ask:
+        with models.served(base, adapter, folder / "vllm.log", architecture.options) as ask:
             found["base_difference"] = models.difference(ask("base"), plain)
             found["adapter_difference"] = models.difference(ask("adapter"), adapted)
     except SokaError as error:
@@ -50,7 +52,8 @@ def main() -> None:
     given = parser.parse_args()
     engine = find_engine()
     rows = []
-    for architecture in (*models.ARCHITECTURES, *models.EXPERTS):
+    multimodal = (models.MULTIMODAL,) if find_spec("torchvision") else ()
+    for architecture in (*models.ARCHITECTURES, *multimodal, *models.EXPERTS):
         if not given.only or architecture.name in given.only:
             with tempfile.TemporaryDirectory(prefix="soka-served-") as folder:
                 rows.append(measure(architecture, Path(folder)))

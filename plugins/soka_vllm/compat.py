@@ -68,6 +68,11 @@ def served_name(model: Any, name: str) -> str:
     return str(mapper._map_name(f"{name}.weight") or name).removesuffix(".weight")
 
 
+def language_model_prefix(manager: Any) -> str | None:
+    """Of the names of a multimodal model's language model, with a dot behind it; None where it is all of the model."""
+    return f"{manager.mm_mapping.language_model[0].rstrip('.')}." if manager.supports_mm else None
+
+
 def modules_elsewhere(model: Any) -> tuple[str, ...]:
     """Names of the modules that other ranks of a pipeline hold, each with a dot behind it."""
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer))

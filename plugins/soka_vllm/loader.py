@@ -133,10 +133,22 @@ def _log_loaded(kind: str, lora_request: Any, weights: Mapping[str, Any], size: 
 
 
 def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], manager: Any) -> dict[str, str]:
-    """Map from the served model's module names to the adapter's."""
+    """Map from the served model's module names to the adapter's.
+
+    Of a multimodal model also those that the language model's modules have in a checkpoint of it alone
+    (model.layers.0...), as vLLM from 0.33 on takes LoRA's.
+    """
     if kind == LYCORIS:
         return unflatten({name: name for name in own}, places, compat.modules_elsewhere(manager.model))
-    return {compat.served_name(manager.model, name): name for name in own}
+    prefix = compat.language_model_prefix(manager)
+
+    def served(name: str) -> str:
+        found = compat.served_name(manager.model, name)
+        if found in places or prefix is None:
+            return found
+        return next((n for n in (prefix + name, prefix + name.removeprefix("model.")) if n in places), found)
+
+    return {served(name): name for name in own}
 
 
 def check_lora(model: Any, manager: Any) -> None:

@@ -43,12 +43,14 @@ class Architecture:
         config: class of transformers' configuration.
         settings: of the configuration, beside what all have.
         attention: transformers' implementation that computes what the model is defined by.
+        options: of `vllm serve`.
     """
 
     name: str
     config: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     attention: str = "sdpa"
+    options: tuple[str, ...] = ()
 
 
 ARCHITECTURES = (
@@ -71,6 +73,20 @@ ARCHITECTURES = (
 )
 # Its qkv_proj and gate_up_proj are one weight each.
 FUSED = Architecture("Phi-3", "Phi3Config")
+# Its language model is adapted and served. vLLM imports what prepares images, which needs torchvision.
+MULTIMODAL = Architecture(
+    "Gemma 3 (multimodal)",
+    "Gemma3Config",
+    {
+        "text_config": {**_COMMON, **_WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 28, "patch_size": 14,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92,
+    },
+    options=("--language-model-only",),
+)  # fmt: skip
 # Refused on CPUs.
 EXPERTS = (
     Architecture("Mixtral", "MixtralConfig", {"num_local_experts": 4, "head_dim": 32}),
@@ -115,7 +131,7 @@ def write_random_adapter(directory: Path, base: Path, *, seed: int = 1) -> Path:
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     factors: dict[str, Factors] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
+        if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in PROJECTIONS and "vision" not in name:
             factors[name] = random_factors(module.out_features, module.in_features, 1 + len(factors) % 2, seed)
             seed += 1
     lock = {"soka": 1, "seed": 0, "base": {"name": base.name, "sha256": Checkpoint.open(base).sha256()}}
@@ -145,13 +161,18 @@ def _logprobs(model: Callable[..., Any]) -> list[float]:
 
 
 @contextmanager
-def served(base: Path, adapter: Path, log: Path) -> Iterator[Callable[[str], list[float]]]:
+def served(
+    base: Path, adapter: Path, log: Path, options: tuple[str, ...] = ()
+) -> Iterator[Callable[[str], list[float]]]:
     """Serve base and adapter with the command that `soka-serve serve` makes, in float32.
+
+    Args:
+        options: further ones of `vllm serve`.
 
     Yields:
         "base" or "adapter" -> log-probability of each token of PROMPT but the first.
     """
-    vllm = ("--dtype", "float32", "--served-model-name", "base", "--max-num-seqs", "4")
+    vllm = ("--dtype", "float32", "--served-model-name", "base", "--max-num-seqs", "4", *options)
     _, launch = plan_launch([f"adapter={adapter}"], ServeOptions(port=free_port(), vllm=vllm), base=str(base))
     assert launch.command[1] == "-m"
     with running(launch.command[2:], Server(launch.url, log), launch.environment) as server:
