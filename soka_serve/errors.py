@@ -39,6 +39,15 @@ def name_some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, first_ten(names)))
 
 
+def install_extra(name: str) -> str:
+    """How to install what an extra of this package needs.
+
+    >>> install_extra("eval")
+    "In the checkout of soka-serve: pip install -e '.[eval]'"
+    """
+    return f"In the checkout of soka-serve: pip install -e '.[{name}]'"
+
+
 def is_shown(problems: Sequence[str]) -> bool:
     """Whether `first_ten` will show one more problem; costly hints are made for those only."""
     return len(problems) < _SHOWN

@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from soka_serve.base.pretrained import BUILD_ERRORS, cannot_build, first_line, open_model, quiet
-from soka_serve.errors import BuildError, CheckpointError
+from soka_serve.errors import BuildError, CheckpointError, install_extra
 from soka_serve.kron.cpu import has_amx
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def quantization_config(quantize: Quantize, dtype: Dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise BuildError(
             f"base.quantize = {quantize!r} needs bitsandbytes, which is not installed",
-            hint="pip install 'soka-serve[kbit]', or set base.quantize = \"none\"",
+            hint=f'{install_extra("kbit")}; or set base.quantize = "none"',
         )
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)

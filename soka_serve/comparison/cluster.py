@@ -20,7 +20,7 @@ from typing import Any
 
 from soka_serve.comparison.plan import RunInputs, RunSpec
 from soka_serve.comparison.read import LoadedSuite
-from soka_serve.errors import BuildError, SokaError, name_some
+from soka_serve.errors import BuildError, SokaError, install_extra, name_some
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.own_cache import own_hashes
 
@@ -85,7 +85,7 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
         import ray
     except ImportError:
         raise BuildError(
-            f"--ray {address}: Ray is not installed", hint="pip install 'soka-serve[ray]', on every machine"
+            f"--ray {address}: Ray is not installed", hint=f"{install_extra('ray')}, on every machine"
         ) from None
     if ray.is_initialized():
         yield Cluster(ray, address)

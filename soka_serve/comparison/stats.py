@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from soka_serve.errors import BuildError
+from soka_serve.errors import BuildError, install_extra
 
 CONFIDENCE = 0.95
 
@@ -19,9 +19,7 @@ def _scipy_stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise BuildError(
-            "comparisons need scipy, which is not installed", hint="pip install 'soka-serve[compare]'"
-        ) from error
+        raise BuildError("comparisons need scipy, which is not installed", hint=install_extra("compare")) from error
     return stats
 
 

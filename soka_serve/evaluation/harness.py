@@ -10,7 +10,7 @@ from functools import partialmethod
 from importlib.util import find_spec
 from typing import Any
 
-from soka_serve.errors import EvalError
+from soka_serve.errors import EvalError, install_extra
 from soka_serve.evaluation.prompts import MANIFEST_VARIABLE
 from soka_serve.evaluation.subject import Evaluation
 from soka_serve.evaluation.tasks import lm_eval_manager, own_task_names
@@ -25,7 +25,7 @@ def check_installed() -> None:
     if missing:
         raise EvalError(
             f"lm-eval is not installed as it is needed here: no {', '.join(missing)}",
-            hint="pip install 'soka-serve[eval]'",
+            hint=install_extra("eval"),
         )
 
 

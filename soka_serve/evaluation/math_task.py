@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from soka_serve.errors import EvalError
+from soka_serve.errors import EvalError, install_extra
 from soka_serve.evaluation.prompts import zero_shot_prompt
 from soka_serve.evaluation.sources import as_dataset, read_rows
 
@@ -126,9 +126,7 @@ def _verified(answer: str, gold: str) -> bool:
     try:
         from math_verify import parse, verify
     except ImportError:
-        raise EvalError(
-            "MATH is scored by math-verify, which is not installed", hint="pip install 'soka-serve[eval]'"
-        ) from None
+        raise EvalError("MATH is scored by math-verify, which is not installed", hint=install_extra("eval")) from None
     parsed = [parse(f"${text}$", parsing_timeout=5) for text in (gold, answer)]
     return bool(all(parsed) and verify(*parsed, timeout_seconds=5))
 

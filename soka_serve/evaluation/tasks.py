@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.builtin.tasks import TARGET_FAMILIES
-from soka_serve.errors import EvalError
+from soka_serve.errors import EvalError, install_extra
 from soka_serve.manifest.schema import Manifest
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _foreign_runs_code(names: Iterable[str]) -> bool:
     except ImportError:
         raise EvalError(
             f"{', '.join(names)}: not tasks of soka-serve, and lm-eval is not installed to know others",
-            hint="pip install 'soka-serve[eval]'",
+            hint=install_extra("eval"),
         ) from None
     known: dict[str, Mapping[str, Any]] = {name: entry.cfg or {} for name, entry in index.items()}
     members = {name: sorted(entry.tags) for name, entry in index.items() if entry.kind.name == "TAG"}

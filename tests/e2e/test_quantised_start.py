@@ -19,7 +19,7 @@ from soka_serve.compiler.build import BuildResult
 from soka_serve.io.lockfile import read_lock
 from tests.support.builds import run_cli, write_manifest
 
-pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
+pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install -e '.[kbit]')")
 
 
 @pytest.fixture(scope="module")

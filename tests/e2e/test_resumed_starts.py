@@ -52,7 +52,7 @@ TWO = 'rank = { policy = "fixed", rank = 2 }'
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt:UserWarning")
 def test_an_interrupted_build_ends_with_the_same_weights(tmp_path: Path, base: str, rule: str, moved: set[str]) -> None:
     if base:
-        pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
+        pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install -e '.[kbit]')")
     sizes = {m.name: (m.out_features, m.in_features) for m in Base(base_directory()).layout.modules}
     shapes = {name: balanced_shape(*sizes[name]) for name in MODULES}
     terms = {n: oracle.draw_factors(s, 2, scale=0.01).to(torch.float32) for n, s in shapes.items()}

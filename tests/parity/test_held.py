@@ -21,7 +21,7 @@ from soka_serve.manifest.schema import Manifest
 from tests.support import kron_oracle as oracle
 from tests.support.tolerances import relative_error
 
-pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
+pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install -e '.[kbit]')")
 
 NAME = "model.layers.0.self_attn.q_proj"
 

@@ -19,7 +19,7 @@ from soka_serve.peft import SokaConfig, build_soka_model, get_factors, soka_laye
 from soka_serve.peft.optimizer import learning_rates
 from tests.support.peft_models import logits, perturb, steps, tiny_llama, tokens, trainable
 
-pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install 'soka-serve[kbit]')")
+pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip install -e '.[kbit]')")
 
 pytestmark = [
     pytest.mark.slow,

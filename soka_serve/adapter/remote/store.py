@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, Protocol
 
 from soka_serve.adapter.remote.address import HUB, Address
 from soka_serve.adapter.remote.problems import FetchError, kind_of, without_queries
+from soka_serve.errors import install_extra
 from soka_serve.io.file_names import ADAPTER_FILES, CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.safetensors import PICKLE_SUFFIXES
 from soka_serve.io.warn_once import warn
@@ -79,7 +80,7 @@ def check_scheme(address: Address) -> None:
         fsspec.get_filesystem_class(address.scheme)
     except (ImportError, ValueError) as error:
         extra = _EXTRAS.get(address.scheme)
-        hint = f"pip install 'soka-serve[{extra}]'" if extra else "Install the package that it names."
+        hint = install_extra(extra) if extra else "Install the package that it names."
         known = isinstance(error, ImportError)
         message = f"{address}: needs a package that is not installed ({error})" if known else f"{address}: {error}"
         raise FetchError(message, hint=hint if known else "fsspec knows no such kind of URL.") from error

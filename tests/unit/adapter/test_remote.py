@@ -225,7 +225,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     with pytest.raises(FetchError, match="not installed") as raised:
         fetched("gs://b/a")
-    assert "soka-serve[gcs]" in str(raised.value.hint)
+    assert "pip install -e '.[gcs]'" in str(raised.value.hint)
     with pytest.raises(FetchError, match="nonsense"):
         fetched("nonsense://b/a")
 

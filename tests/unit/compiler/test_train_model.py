@@ -85,7 +85,7 @@ def test_quantised_base_without_bitsandbytes(base: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "bitsandbytes" else find(n, *a))
     with pytest.raises(BuildError, match="needs bitsandbytes") as raised:
         load_base(base, quantize="4bit")
-    assert "soka-serve[kbit]" in str(raised.value.hint)
+    assert "pip install -e '.[kbit]'" in str(raised.value.hint)
 
 
 @pytest.mark.filterwarnings("ignore")
