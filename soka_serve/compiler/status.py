@@ -42,7 +42,9 @@ def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int |
     loaded = read_manifest(Path(manifest))
     root = given or Path(loaded.manifest.output.dir)
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
-    return make_plan(loaded, base=base, stages=stage_statuses(loaded, base, root), policies=policies)
+    made = make_plan(loaded, base=base, policies=policies)
+    # Behind it: what stops both, such as an adapter that cannot be reached, is then looked for once.
+    return made.with_stages(stage_statuses(loaded, base, root))
 
 
 def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[StageStatus] | str:

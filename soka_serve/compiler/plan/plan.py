@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,12 @@ class Plan:
         """Estimated training memory of this manifest."""
         return self.comparisons[0].memory
 
+    def with_stages(self, stages: Sequence[StageStatus] | str) -> Plan:
+        """With what is cached and what would run, from `status.stage_statuses`, or why that is not known."""
+        if isinstance(stages, str):
+            return replace(self, stages=None, stages_problem=stages)
+        return replace(self, stages=tuple(stages), stages_problem=None)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
         value = asdict(self)
@@ -89,7 +95,6 @@ def make_plan(
     loaded: LoadedManifest,
     *,
     base: Base | None = None,
-    stages: Sequence[StageStatus] | str | None = None,
     policies: int | None = None,
 ) -> Plan:
     """Plan a build.
@@ -98,7 +103,6 @@ def make_plan(
         loaded: the manifest.
         base: its base, where the caller has opened it already; else it is resolved without weights (a hub that cannot
             be reached is replaced by the config inside the package, if there is one).
-        stages: what is cached and what would run, from `status.stage_statuses`, or why that is not known.
         policies: also list rules that give about so many trainable parameters.
 
     Raises:
@@ -138,8 +142,8 @@ def make_plan(
         comparisons=comparisons,
         batch_tokens=setting.tokens,
         data=plan_data(manifest, loaded.directory, base, hub_down=bundled),
-        stages=None if stages is None or isinstance(stages, str) else tuple(stages),
-        stages_problem=stages if isinstance(stages, str) else None,
+        stages=None,
+        stages_problem=None,
         policies=() if policies is None else tuple(policies_for(layout.modules, policies)),
         notes=(*planned.notes, *_remarks(manifest, base, targets)),
         not_adapted=() if method.whole_model else tuple(describe_not_adapted(layout, targets)),

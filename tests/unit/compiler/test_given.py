@@ -13,6 +13,8 @@ from torch import Tensor
 import soka_serve
 from soka_serve.adapter.format import read_adapter, write_adapter
 from soka_serve.adapter.given import open_given
+from soka_serve.adapter.remote import fetch
+from soka_serve.adapter.remote.problems import FetchError
 from soka_serve.base.base import Base
 from soka_serve.base.target_modules import resolve_targets
 from soka_serve.builtin import base_directory
@@ -155,6 +157,21 @@ def test_an_adapter_that_is_kept_elsewhere(tmp_path: Path, monkeypatch: pytest.M
         manifest.write_text(text.replace('"first"', f'"{site.url}/kept/none"'))
         with pytest.raises(CheckpointError, match=r"adapt\[0\]\.adapter.*kept/none: no adapter_config\.json there"):
             make_plan(read_manifest(manifest))
+
+
+def test_an_adapter_that_cannot_be_reached_is_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(given: str) -> Path:
+        asked.append(given)
+        raise FetchError(f"{given}: cannot be reached")
+
+    monkeypatch.setattr(fetch, "local_adapter", unreachable)
+    url = "https://127.0.0.1:1/adapter"
+    manifest = _write(tmp_path, text=MANIFEST.replace('"first"', f'"{url}"'))
+    with pytest.raises(CheckpointError, match=r"adapt\[0\]\.adapter.*cannot be reached"):
+        soka_serve.plan(manifest)
+    assert asked == [url]
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_stages_and_policies_are_shown(tmp_path: Path) -> None:
         StageStatus("init", "abcdef0123456789", True),
         StageStatus("tune", "1234", False, "learning_rate changed"),
     ]
-    plan = tiny(tmp_path, stages=stages, policies=40_000)
+    plan = tiny(tmp_path, policies=40_000).with_stages(stages)
     text = render_plan(plan, color=False)
     assert "abcdef012345" in text
     assert "learning_rate changed" in text
@@ -139,7 +139,7 @@ def test_identical_layers_are_one_line(tmp_path: Path) -> None:
 
 
 def test_json_round_trip(tmp_path: Path) -> None:
-    plan = tiny(tmp_path, stages=[StageStatus("init", "k", False)])
+    plan = tiny(tmp_path).with_stages([StageStatus("init", "k", False)])
     value = json.loads(json.dumps(plan.to_json()))
     assert value["parameters_max"] == plan.parameters_max
     assert len(value["modules"]) == len(plan.modules)
