@@ -73,6 +73,11 @@ def language_model_prefix(manager: Any) -> str | None:
     return f"{manager.mm_mapping.language_model[0].rstrip('.')}." if manager.supports_mm else None
 
 
+def text_names_are_taken(manager: Any) -> bool:
+    """Whether this vLLM takes LoRA's modules by the names of a checkpoint of the language model alone (0.33 does)."""
+    return hasattr(manager, "_get_text_lora_names")
+
+
 def modules_elsewhere(model: Any) -> tuple[str, ...]:
     """Names of the modules that other ranks of a pipeline hold, each with a dot behind it."""
     return tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer))

@@ -137,25 +137,44 @@ def _served_names(kind: str, own: Iterable[str], places: Mapping[str, object], m
 
     Of a multimodal model also those that the language model's modules have in a checkpoint of it alone
     (model.layers.0...), as vLLM from 0.33 on takes LoRA's.
+
+    Raises:
+        ValueError: two of the adapter's modules are one of the served model's.
     """
+    elsewhere = compat.modules_elsewhere(manager.model)
     if kind == LYCORIS:
-        return unflatten({name: name for name in own}, places, compat.modules_elsewhere(manager.model))
+        return unflatten({name: name for name in own}, places, elsewhere)
+    found: dict[str, str] = {}
+    twice = []
+    for name in own:
+        served = _served_name(name, places, elsewhere, manager)
+        if served in found:
+            twice.append(f"{printable(found[served])} and {printable(name)} are both the served model's {served}")
+        found[served] = name
+    if twice:
+        raise ValueError("\n".join(first_ten(twice)))
+    return found
+
+
+def _served_name(name: str, places: Mapping[str, object], elsewhere: tuple[str, ...], manager: Any) -> str:
+    """What the served model calls a module of an adapter; where it has none, the name that an error shows."""
+    found = compat.served_name(manager.model, name)
+    return next(
+        (n for n in (found, *_text_names(name, manager)) if n in places or f"{n}.".startswith(elsewhere)), found
+    )
+
+
+def _text_names(name: str, manager: Any) -> tuple[str, ...]:
+    """What a multimodal model may call a module that has this name in a checkpoint of its language model alone."""
     prefix = compat.language_model_prefix(manager)
-
-    def served(name: str) -> str:
-        found = compat.served_name(manager.model, name)
-        if found in places or prefix is None:
-            return found
-        return next((n for n in (prefix + name, prefix + name.removeprefix("model.")) if n in places), found)
-
-    return {served(name): name for name in own}
+    return () if prefix is None else (prefix + name, prefix + name.removeprefix("model."))
 
 
 def check_lora(model: Any, manager: Any) -> None:
     """Hold an ordinary LoRA adapter, as vLLM has read it, against the layers: vLLM leaves out what it cannot place.
 
     Where vLLM itself renames modules or leaves some out on purpose (experts, towers of multimodal models, pooling
-    models) nothing is checked.
+    models) single modules are not checked; of a multimodal model at least one must be there.
 
     Args:
         model: vLLM's LoRAModel, not yet packed.
@@ -164,9 +183,11 @@ def check_lora(model: Any, manager: Any) -> None:
     Raises:
         ValueError: all modules that the served model has no layer for, or whose matrices do not fit or are not finite.
     """
+    places, elsewhere = places_of(manager), compat.modules_elsewhere(manager.model)
+    if manager.supports_mm and not manager._is_moe and not manager.is_pooling_model:
+        _check_any(model.loras, places, elsewhere, manager)
     if manager._is_moe or manager.supports_mm or manager.is_pooling_model:
         return
-    places, elsewhere = places_of(manager), compat.modules_elsewhere(manager.model)
     problems: list[str] = []
     for name, weights in model.loras.items():
         if f"{name}.".startswith(elsewhere):
@@ -188,6 +209,18 @@ def check_lora(model: Any, manager: Any) -> None:
                 )
     if problems:
         raise ValueError("\n".join(first_ten(problems)))
+
+
+def _check_any(names: Iterable[str], places: Mapping[str, object], elsewhere: tuple[str, ...], manager: Any) -> None:
+    """Refuse a LoRA that would change nothing, such as one with the names of a checkpoint of the language model alone
+    before vLLM 0.33."""
+    taken = compat.text_names_are_taken(manager)
+    for name in names:
+        own = (name, *(_text_names(name, manager) if taken else ()))
+        if any(n in places or f"{n}.".startswith(elsewhere) for n in own):
+            return
+    problems = [_no_layer(name, places, manager) for name in sorted(names)[:10]]
+    raise ValueError("\n".join(problems) or "the adapter has no modules")
 
 
 def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:

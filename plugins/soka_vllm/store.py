@@ -152,6 +152,12 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data  # type: ignore[no-any-return, unused-ignore]
 
 
+def whole_modules(model: Any) -> Mapping[str, Any]:
+    """The modules that a LoRAModel replaces, by name; vLLM before 0.31 knows none."""
+    found: Mapping[str, Any] | None = getattr(model, "modules_to_save", None)
+    return found or {}
+
+
 def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a LoRAModel, with their scaling in the name, in an order of their own.
 
@@ -164,5 +170,5 @@ def tensors_of(model: Any) -> Iterator[tuple[str, Tensor]]:
                 for tensor in values if isinstance(values, Iterable) and not isinstance(values, Tensor) else [values]:
                     if tensor is not None:
                         yield f"{name} {parts[name].scaling}", tensor
-    for name, saved in sorted((getattr(model, "modules_to_save", None) or {}).items()):
+    for name, saved in sorted(whole_modules(model).items()):
         yield from ((name, tensor) for tensor in (saved.weight, saved.bias) if tensor is not None)

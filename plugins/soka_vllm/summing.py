@@ -21,7 +21,7 @@ from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
 from soka_vllm.loader import places_of
 from soka_vllm.settings import KEEP_VARIABLE
-from soka_vllm.store import BESIDE, READ_RESULT, ReadResult, tensors_of, worker_adapters
+from soka_vllm.store import BESIDE, READ_RESULT, ReadResult, tensors_of, whole_modules, worker_adapters
 from soka_vllm.sums import members_of
 
 _logger = logging.getLogger("vllm.soka")
@@ -68,7 +68,7 @@ def add_up(manager: Any, lora_request: Any, values: int) -> Any:
         model = worker_adapters(manager).model(member.number)
         if model is None:
             raise ValueError(f"`{member.name}` is not in this worker's memory")
-        if model.modules_to_save:
+        if whole_modules(model):
             raise ValueError(f"`{member.name}` replaces whole modules; those have no sum")
         for name, a, b, scaling in _flat(model, adapters.packed_modules):
             modules.setdefault(name, []).append(_Part(member.name, member.scale * scaling, a, b))

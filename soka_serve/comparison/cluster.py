@@ -282,10 +282,11 @@ def check_machine(loaded: LoadedSuite, inputs: RunInputs) -> _Refusal | None:
 
 def _differences(here: RunInputs, there: RunInputs) -> Iterator[str]:
     """What of the inputs is not the same, in words."""
+    ours = {**here.versions, **here.packages}
     changed = [
-        f"{package} {here.versions.get(package, 'missing')} instead of {version}"
-        for package, version in there.versions.items()
-        if here.versions.get(package) != version
+        f"{package} {ours.get(package, 'missing')} instead of {version}"
+        for package, version in {**there.versions, **there.packages}.items()
+        if ours.get(package) != version
     ]
     if changed:
         yield f"it has {name_some(changed)}"

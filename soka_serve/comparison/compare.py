@@ -16,13 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.comparison.cluster import Cluster, connected
-from soka_serve.comparison.inputs import read_inputs
+from soka_serve.comparison.inputs import check_able, read_inputs
 from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
-from soka_serve.comparison.settings import manifest_of
-from soka_serve.compiler.train.installed import check_installed
 from soka_serve.errors import BuildError
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.outputs import check_results
@@ -96,8 +94,6 @@ def compare(
     if out is not None:
         _check_out(given_path(out, "out"))
     workspace = Workspace(folder, loaded.suite.name)
-    if ray is None:
-        _check_installed(loaded)
     with connected(ray) as cluster, workspace.locked():
         inputs = read_inputs(loaded, HashCache(workspace.hashes))
         cells = list_cells(loaded.suite, inputs)
@@ -106,6 +102,8 @@ def compare(
             store.take_over(_records_file(Path(out)), cells)
         if retry_failed:
             store.forget_failed(cells)
+        if limit_runs != 0:
+            check_able(loaded, inputs, {run.method for run in next_runs(cells, store.read())})
         started = time.monotonic()
         run_all(loaded, cells, store, CallLimits(jobs, minutes, limit_runs, cluster), workspace, progress)
         seconds = time.monotonic() - started
@@ -125,14 +123,6 @@ def compare(
         table="\n".join(markdown_table(*method_rows(results))),
         written=() if out is None else _write(results, Path(out), store.to_lines(cells)),
     )
-
-
-def _check_installed(loaded: LoadedSuite) -> None:
-    """Refuse an optimiser whose package is missing, which would be a failed run for each of its settings."""
-    suite = loaded.suite
-    for contender in suite.method:
-        made = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
-        check_installed(made.train.model_copy(update=contender.words))
 
 
 def _check_out(out: Path) -> None:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from soka_serve.adapter.remote.address import is_url, parse_address
 from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.base.target_modules import resolve_targets
 from soka_serve.base.tokenizer_class import TOKENIZER_FILES, check_tokenizer_files
-from soka_serve.comparison.plan import RunInputs
+from soka_serve.comparison.plan import RunInputs, packages_of
 from soka_serve.comparison.read import LoadedSuite
 from soka_serve.comparison.settings import manifest_of
-from soka_serve.comparison.suite import Suite
+from soka_serve.comparison.suite import Contender, Suite
 from soka_serve.compiler.context import CONFIG_FILES, open_sources, sha256_of
 from soka_serve.compiler.plan.given import check_base
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError, printable
 from soka_serve.io.files import sha256_text
 from soka_serve.io.hardware import has_nvidia_gpu
-from soka_serve.io.versions import versions
+from soka_serve.io.versions import installed, versions
 from soka_serve.io.workspace import HashCache
 from soka_serve.manifest.nodes import TomlPath
+from soka_serve.manifest.optimisers import OPTIMISERS
+from soka_serve.manifest.schema import Manifest
 
 
 def read_inputs(loaded: LoadedSuite, hashes: HashCache) -> RunInputs:
@@ -46,7 +50,48 @@ def read_inputs(loaded: LoadedSuite, hashes: HashCache) -> RunInputs:
         {item.name: data_sha256(item.data, manifest_dir=loaded.directory) for item in items}
         for items in (loaded.suite.dataset, loaded.suite.other)
     )
-    return RunInputs(digest, papers, data, other, versions(), _device(loaded.suite, base), sources)
+    named = {package for contender in loaded.suite.method for package in packages_of(_first(loaded.suite, contender))}
+    return RunInputs(
+        digest,
+        papers,
+        data,
+        other,
+        versions(),
+        _device(loaded.suite, base),
+        sources,
+        packages={package: installed(package) or "not installed" for package in sorted(named)},
+    )
+
+
+def check_able(loaded: LoadedSuite, inputs: RunInputs, methods: Collection[str]) -> None:
+    """Refuse, before any run, methods none of whose runs could be made here.
+
+    Args:
+        loaded: the suite.
+        inputs: of this machine.
+        methods: names of those that have runs left.
+
+    Raises:
+        BuildError: an optimiser whose package is not installed, or one for GPUs without a GPU.
+    """
+    for i, contender in enumerate(loaded.suite.method):
+        if contender.name not in methods:
+            continue
+        name = _first(loaded.suite, contender).train.optimiser
+        path: TomlPath = ("method", i, "train") if "optimiser" in contender.words else ("train",)
+        place, optimiser = loaded.name_key((*path, "optimiser")), OPTIMISERS[name]
+        if optimiser.pip and inputs.packages[optimiser.pip] == "not installed":
+            raise BuildError(
+                f"{place}: {name!r} needs the package {optimiser.pip}, which is not installed",
+                hint=f"pip install {optimiser.pip}, or take another optimiser",
+            )
+        if optimiser.needs_gpu and inputs.device != "cuda":
+            raise BuildError(f"{place}: {name!r} needs a GPU, and there is none", hint="take another optimiser")
+
+
+def _first(suite: Suite, contender: Contender) -> Manifest:
+    """A manifest of one of the method's runs."""
+    return manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=contender.first, seed=0)
 
 
 def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) -> dict[str, str]:
@@ -65,7 +110,7 @@ def _sources(loaded: LoadedSuite, base: Base, digest: str, hashes: HashCache) ->
                 f"{name_key(('adapt', 0, 'adapter'))}: {printable(source)} may be another adapter at the next run",
                 hint="Say which it is: put @sha256: and the hash of its weights at the end, or on a hub name a commit.",
             )
-        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
+        manifest = _first(suite, contender)
         targets = resolve_targets(manifest, base.layout.modules, base.layout.left_out, name_key)
         _, sources = open_sources(targets, manifest, loaded.directory, name_key)
         check_base(sources.adapters, digest, manifest, name_key)

@@ -16,6 +16,8 @@ from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.suite import Contender, DataSet, Suite
 from soka_serve.compiler.keys import STAGE_VERSIONS, keyed_precision, training_versions
 from soka_serve.compiler.methods import METHODS
+from soka_serve.manifest.optimisers import OPTIMISERS
+from soka_serve.manifest.schema import Manifest
 from soka_serve.starts import STARTS
 
 Stage = Literal["sweep", "final"]
@@ -71,7 +73,8 @@ class RunInputs:
 
     `base` is of the base's weights, `papers` of its config and tokenizer. `data` has datasets by name, `other` the
     texts that nothing is trained on. `device` also tells CPUs apart that hold the base in different dtypes. `sources`
-    has what methods start from besides the base, by what `finetuned` or `adapter` says.
+    has what methods start from besides the base, by what `finetuned` or `adapter` says; `packages` the versions of what
+    some of the runs need (`packages_of`).
     """
 
     base: str
@@ -81,6 +84,13 @@ class RunInputs:
     versions: Mapping[str, str]
     device: str
     sources: Mapping[str, str] = field(default_factory=dict)
+    packages: Mapping[str, str] = field(default_factory=dict)
+
+
+def packages_of(manifest: Manifest) -> list[str]:
+    """Names, as pip has them, of the packages that this run's numbers depend on, and not every run's."""
+    optimiser = OPTIMISERS[manifest.train.optimiser].pip
+    return sorted({optimiser} - {""} | ({"bitsandbytes"} if manifest.base.quantize != "none" else set()))
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class Cell:
             "base": [inputs.base, inputs.papers],
             "data": inputs.data[dataset.name],
             "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
-            "versions": dict(inputs.versions),
+            "versions": {**inputs.versions} | {package: inputs.packages[package] for package in packages_of(made)},
             "device": inputs.device,
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_DIGITS]

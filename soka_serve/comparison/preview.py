@@ -73,12 +73,16 @@ def preview(suite: Path | str | LoadedSuite, root: Path | str | None = None) -> 
 
 
 def _count(loaded: LoadedSuite, contender: Contender, base: BaseModules) -> tuple[int, int]:
-    """Fewest and most trained parameters of a method."""
-    suite = loaded.suite
-    manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=(), seed=0, words=False)
-    targets, _ = settle_targets(resolve_targets(manifest, base.modules), manifest, loaded.directory)
-    planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
-    return planned.parameters_min, planned.parameters_max
+    """Fewest and most trained parameters of a method, over the values of its axes."""
+    suite, counts = loaded.suite, list[int]()
+    shaping = [(axis, values) for axis, values in contender.grid.items() if contender.key_of(axis).startswith("adapt.")]
+    for axis, value in [*((axis, value) for axis, values in shaping for value in values), contender.first[0]]:
+        setting = tuple((dict(contender.first) | {axis: value}).items())
+        manifest = manifest_of(suite, contender, suite.datasets_of(contender)[0], setting=setting, seed=0)
+        targets, _ = settle_targets(resolve_targets(manifest, base.modules), manifest, loaded.directory)
+        planned = plan_training(manifest, targets, METHODS[contender.method], base.size)
+        counts += [planned.parameters_min, planned.parameters_max]
+    return min(counts), max(counts)
 
 
 def _search(suite: Suite, runs: int) -> str:

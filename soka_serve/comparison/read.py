@@ -8,7 +8,7 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from soka_serve.comparison.settings import disagreement, refusal, refused_words
+from soka_serve.comparison.settings import disagreement, mismatches, refusal
 from soka_serve.comparison.suite import Suite
 from soka_serve.compiler.methods import METHODS
 from soka_serve.errors import ManifestError, ManifestProblem
@@ -111,8 +111,9 @@ def _grids(suite: Suite) -> Iterator[tuple[TomlPath, str]]:
         for one, other in combinations((axis for axis in contender.grid if axis not in wrong), 2):
             if clash := disagreement(suite, contender, (one, other)):
                 yield ("method", i, "grid", other), clash
-        for word, message in () if wrong else refused_words(suite, contender).items():
-            yield ("method", i, "train", word), message
+                wrong.add(other)
+        for place, message in () if wrong else mismatches(suite, contender):
+            yield ("method", i, *place), message
 
 
 def _claims(suite: Suite) -> Iterator[tuple[TomlPath, str]]:

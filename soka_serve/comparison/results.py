@@ -119,6 +119,7 @@ def _cell(
         "settings": len(choice.scores) or int(choice.setting is not None),
         "tried": [{**dict(s), "score": score and score[0]} for s, score in choice.scores.items()],
         "setting": None if choice.setting is None else dict(choice.setting),
+        **({"train": cell.contender.words} if cell.contender.words else {}),
         "at_border": list(choice.border),
         "sweep_seeds_that_agree": seeds_that_agree(cell, choice, records) if searched else None,
         "seeds": sorted(finals),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from soka_serve.comparison.suite import SHARED_KEYS, Contender, DataSet, Suite
+from soka_serve.comparison.suite import Contender, DataSet, Suite
 from soka_serve.compiler.methods import METHODS, Method
-from soka_serve.manifest.schema import Manifest, Train
+from soka_serve.manifest.schema import Manifest
 
 Setting: TypeAlias = tuple[tuple[str, float], ...]
 """A value for each axis, in the order of the grid."""
@@ -19,32 +21,19 @@ _NOT_SEARCHED = ("steps", "seed", "data", "log_every", "eval_every", "save_every
 _SOKA_KEYS = ("adapt.", "train.left_lr", "train.right_lr", "train.sigma_lr", "train.prune")
 
 
-def refused_words(suite: Suite, contender: Contender) -> dict[str, str]:
-    """Why words of a method's own [train] do not go with the rest of it, by key."""
-    first = tuple((axis, values[0]) for axis, values in contender.grid.items())
-    try:
-        manifest_of(suite, contender, suite.dataset[0], setting=first, seed=0)
-    except ValidationError as error:
-        said = {str(e["loc"][-1]): e["msg"] for e in error.errors() if e["loc"][:1] == ("train",)}
-        return {key: said[key] for key in contender.words if key in said}
-    return {}
-
-
 def refusal(suite: Suite, contender: Contender, axis: str, value: float) -> str | None:
-    """Why an axis or one of its values cannot be set, whatever words the method has; None if it can."""
+    """Why an axis or one of its values cannot be set, whatever the others say; None if it can."""
     key = contender.key_of(axis)
     if key.split(".")[0] not in ("train", "adapt") or key.removeprefix("train.") in _NOT_SEARCHED:
         return "expected learning_rate, clip, scale, or a key of [train] or [[adapt]] with its table: 'train.left_lr'"
     if not _is_read(key, METHODS[contender.method]):
         return f"sets {key}, which method = {contender.method!r} does not read"
-    try:
-        manifest_of(suite, contender, suite.dataset[0], setting=((axis, value),), seed=0, words=False)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "extra_forbidden":
-            return f"sets {key}, and manifests have no such key"
-        return f"sets {key}, which does not take {value:g}: {first['msg']}"
-    return None
+    wrong = _never(suite, contender, ((axis, value),))
+    if wrong is None:
+        return None
+    if wrong["type"] == "extra_forbidden":
+        return f"sets {key}, and manifests have no such key"
+    return f"sets {key}, which does not take {value:g}: {_message(wrong, contender)}"
 
 
 def _is_read(key: str, method: Method) -> bool:
@@ -62,11 +51,71 @@ def disagreement(suite: Suite, contender: Contender, axes: tuple[str, str]) -> s
     if contender.key_of(one) == contender.key_of(other):
         return f"sets {contender.key_of(one)}, as {one} does"
     for setting in product(*([(axis, value) for value in contender.grid[axis]] for axis in axes)):
-        try:
-            manifest_of(suite, contender, suite.dataset[0], setting=setting, seed=0, words=False)
-        except ValidationError as error:
-            return f"its {setting[1][1]:g} does not go with {one} = {setting[0][1]:g}: {error.errors()[0]['msg']}"
+        if (wrong := _never(suite, contender, setting)) is not None:
+            said = _message(wrong, contender)
+            return f"its {setting[1][1]:g} does not go with {one} = {setting[0][1]:g}: {said}"
     return None
+
+
+def mismatches(suite: Suite, contender: Contender) -> Iterator[tuple[tuple[str, str], str]]:
+    """What of a method's words and axes does not go together, each value beside the first ones of the other axes.
+
+    Yields:
+        The table of the method and the key in it, and why.
+    """
+    seen = set()
+    for axis, values in contender.grid.items():
+        for value in values:
+            for wrong in _wrong(suite, contender, _whole(contender, ((axis, value),))):
+                place = _place(contender, wrong["loc"]) or ("grid", axis)
+                if place not in seen:
+                    seen.add(place)
+                    yield place, _message(wrong, contender)
+
+
+def _place(contender: Contender, found: tuple[int | str, ...]) -> tuple[str, str] | None:
+    """Where the method says what an error of its manifest is about: one of its words, or an axis."""
+    path = [part for part in found if isinstance(part, str)]
+    for word in contender.words:
+        if path[:2] == ["train", word]:
+            return "train", word
+    for axis in contender.grid:
+        key = contender.key_of(axis).split(".")
+        if key[: len(path)] == path or path[: len(key)] == key:
+            return "grid", axis
+    return None
+
+
+def _message(wrong: ErrorDetails, contender: Contender) -> str:
+    """An error's message, which names the recipe that a method borrows for the method."""
+    recipe = _recipe_of(contender)
+    return wrong["msg"].replace(f"the method is {recipe!r}", f"the method is {contender.method!r}")
+
+
+def _never(suite: Suite, contender: Contender, setting: Setting) -> ErrorDetails | None:
+    """What is wrong with values of axes alone, with the method's words, and with its other axes as well; None if they
+    are taken once: what they miss, another key has."""
+    wrong = [
+        _wrong(suite, contender, setting, words=False),
+        _wrong(suite, contender, setting),
+        _wrong(suite, contender, _whole(contender, setting)),
+    ]
+    return wrong[0][0] if all(wrong) else None
+
+
+def _whole(contender: Contender, setting: Setting) -> Setting:
+    """A setting with the first value of every other axis that is a key at all."""
+    others = {axis: value for axis, value in contender.first if "." in contender.key_of(axis)}
+    return tuple((others | dict(setting)).items())
+
+
+def _wrong(suite: Suite, contender: Contender, setting: Setting, *, words: bool = True) -> list[ErrorDetails]:
+    """What manifests say of a setting."""
+    try:
+        manifest_of(suite, contender, suite.dataset[0], setting=setting, seed=0, words=words)
+    except ValidationError as error:
+        return error.errors()
+    return []
 
 
 def manifest_of(
@@ -81,19 +130,20 @@ def manifest_of(
     Raises:
         pydantic.ValidationError: the setting has a key that manifests lack, or a value that it does not take.
     """
-    shared: Any = suite.train
-    train = Train(
-        method=cast(Any, contender.method if METHODS[contender.method].in_manifests else "lora"),
-        method_rank=contender.rank,
-        data=dataset.data,
-        seed=seed,
-        log_every=1,
-        **{name: getattr(shared, name) for name in SHARED_KEYS},
-    )
-    manifest = Manifest(schema=1, name=contender.name, base=suite.base, adapt=(contender.adapt,), train=train)
-    values = manifest.model_dump(by_alias=True, exclude_none=True)
-    if words:
-        values["train"] |= contender.words
+
+    def plain(table: Any) -> dict[str, Any]:
+        found: dict[str, Any] = table.model_dump(by_alias=True, exclude_none=True)
+        return found
+
+    train = plain(suite.train) | (contender.words if words else {})
+    train |= {"method": _recipe_of(contender), "method_rank": contender.rank, "seed": seed, "log_every": 1}
+    values: dict[str, Any] = {
+        "schema": 1,
+        "name": contender.name,
+        "base": plain(suite.base),
+        "adapt": [plain(contender.adapt)],
+        "train": train | {"data": plain(dataset.data)},
+    }
     for axis, value in setting:
         table, *inner, key = contender.key_of(axis).split(".")
         for start in values["adapt"] if table == "adapt" else (values["train"],):
@@ -102,3 +152,8 @@ def manifest_of(
                 place = place.setdefault(name, {})
             place[key] = value
     return Manifest.model_validate(values)
+
+
+def _recipe_of(contender: Contender) -> str:
+    """The method whose recipe it has in manifests."""
+    return contender.method if METHODS[contender.method].in_manifests else "lora"

@@ -84,7 +84,7 @@ def _word(name: str) -> tuple[Any, Any]:
 Words = create_model(
     "Words",
     __base__=Table,
-    __doc__="What a method has of its own in [train] that is no number; numbers are axes of its grid.",
+    __doc__="Optimiser and schedules that a method has of its own; numbers are axes of its grid.",
     optimiser=_word("optimiser"),
     schedule=_word("schedule"),
     weight_decay_schedule=_word("weight_decay_schedule"),
@@ -214,7 +214,7 @@ class Contender(Table):
     )
     train: Words = Field(
         default_factory=lambda: Words(),
-        description="Words of [train] that this method alone has; numbers go into its grid. Default: the recipe's.",
+        description="Optimiser and schedules of its own; numbers go into its grid. Default: those of the recipe.",
         examples=[{"optimiser": "adafactor"}],
     )
     grid: dict[str, Values] = Field(
@@ -250,6 +250,11 @@ class Contender(Table):
         if axis == "scale":
             return "adapt.scale" if METHODS[self.method].kronecker else "train.method_scale"
         return AXES.get(axis, axis)
+
+    @property
+    def first(self) -> tuple[tuple[str, float], ...]:
+        """The setting of each axis's first value."""
+        return tuple((axis, values[0]) for axis, values in self.grid.items())
 
     @property
     def words(self) -> dict[str, str]:

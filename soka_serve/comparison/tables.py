@@ -146,9 +146,10 @@ def cell_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _setting(cell: Mapping[str, Any]) -> str:
-    """'learning_rate 0.002, clip 1 (border)'."""
+    """'learning_rate 0.002, clip 1 (border), optimiser adafactor'."""
     marks = dict.fromkeys(cell["at_border"], " (border)")
-    return ", ".join(f"{axis} {value:g}{marks.get(axis, '')}" for axis, value in (cell["setting"] or {}).items()) or "–"
+    found = [f"{axis} {value:g}{marks.get(axis, '')}" for axis, value in (cell["setting"] or {}).items()]
+    return ", ".join([*found, *(f"{key} {word}" for key, word in cell.get("train", {}).items())]) or "–"
 
 
 def _each(values: Mapping[str, float], form: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from soka_serve.comparison.read import LoadedSuite, parse_suite, read_suite
 from soka_serve.comparison.records import keys_of, progress_of, run_keys
 from soka_serve.comparison.settings import Setting, manifest_of
 from soka_serve.comparison.sweep import choose, seeds_that_agree
-from soka_serve.compiler.train import installed
 from soka_serve.errors import BuildError, CheckpointError, ManifestError
 from soka_serve.io.workspace import HashCache, Workspace
 from soka_serve.kron.shapes import FactorShape
@@ -164,6 +164,9 @@ def test_a_methods_own_words_are_its_alone() -> None:
     suite = parse_suite(WORDS, "s.toml")
     made = [manifest_of(suite, m, suite.dataset[0], setting=(), seed=0).train.optimiser for m in suite.method]
     assert made == ["adamw", "adafactor"]
+    runs = [next_runs(list_cells(parse_suite(text, "s"), INPUTS), {}) for text in (GOOD, WORDS)]
+    equal = {run.method: run.key == other.key for run, other in zip(*runs, strict=True)}
+    assert equal == {"a": True, "b": False}
     assert "learning_rate 0.01, 0.02; train.sigma_lr 0.5; optimiser adafactor" in preview_text(WORDS)
 
 
@@ -187,6 +190,42 @@ def test_words_that_do_not_go_with_the_method(old: str, new: str, message: str) 
     assert message in problems(text.replace(old, new))
 
 
+def test_a_borrowed_recipe_is_not_named() -> None:
+    text = GOOD.replace('method = "lora"', 'method = "osf"\ntrain = { optimiser = "galore_adamw" }').replace(
+        ", scale = [1.0, 2.0]", ""
+    )
+    assert "it belongs to method = 'full'; the method is 'osf'" in problems(text)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ('"train.prune.threshold" = [0.1]', 'grid."train.prune.threshold": prune does not go with optimiser'),
+        ('"train.regularise.orthogonalise" = [0, 10], "train.left_lr" = [0]', "orthogonalise"),
+    ],
+)
+def test_axes_that_do_not_go_with_words(grid: str, message: str) -> None:
+    text = WORDS.replace("adapt = { init", "# adapt = { init").replace('"train.sigma_lr" = [0.5]', grid)
+    assert message in problems(text)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "grid"),
+    [
+        ('optimiser = "sgd"', 'optimiser = "adamw"', ""),
+        ('optimiser = "adafactor"', 'optimiser = "adamw"', ', "train.prune.threshold" = [0.1]'),
+        ('weight_decay_schedule = "linear"', 'weight_decay_schedule = "constant"', ""),
+        ('weight_decay_schedule = "linear"', 'schedule = "linear"', ', "train.weight_decay" = [0.1, 0.2]'),
+    ],
+)
+def test_words_stand_in_the_place_of_the_recipes(recipe: str, words: str, grid: str) -> None:
+    head, _, rest = GOOD.partition("[[method]]")
+    text = (head + rest[rest.index("[[method]]") :]).replace("steps = 3", f"steps = 3\n{recipe}")
+    text = text.replace('method = "soka"', f'method = "soka"\ntrain = {{ {words} }}')
+    suite = parse_suite(text.replace(', "train.sigma_lr" = [0.5]', grid), "s.toml")
+    assert next_runs(list_cells(suite, INPUTS), {})
+
+
 def test_words_that_need_an_axis() -> None:
     text = GOOD.replace('method = "soka"', 'method = "soka"\ntrain = { weight_decay_schedule = "linear" }')
     text = text.replace('"train.sigma_lr" = [0.5]', '"train.weight_decay" = [0.1, 0.2]')
@@ -194,11 +233,25 @@ def test_words_that_need_an_axis() -> None:
 
 
 def test_a_missing_package_is_said_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(installed, "find_spec", lambda name: None)
-    (tmp_path / "s.toml").write_text(WORDS.replace("adafactor", "adamw_8bit"))
-    with pytest.raises(BuildError, match='"adamw_8bit" needs the package bitsandbytes, which is not installed'):
-        compare(tmp_path / "s.toml", work=tmp_path / "work", progress=False)
+    file = tmp_path / "s.toml"
+    file.write_text(WORDS.replace("adafactor", "adamw_8bit"))
+    monkeypatch.setattr(inputs_module, "installed", lambda package: None)
+    with pytest.raises(BuildError, match=r"s\.toml:18:23: method\[1\].* needs the package bitsandbytes, which is not"):
+        compare(file, work=tmp_path / "work", progress=False)
+    monkeypatch.undo()
+    file.write_text(WORDS.replace("adafactor", "paged_adamw_8bit"))
+    with pytest.raises(BuildError, match="'paged_adamw_8bit' needs a GPU, and there is none"):
+        compare(file, work=tmp_path / "work", progress=False)
     assert not list(tmp_path.rglob("records/*"))
+
+
+@pytest.mark.parametrize(("text", "counts"), [(GOOD, False), (WORDS.replace("adafactor", "lion_32bit"), True)])
+def test_the_version_of_a_package_counts_where_it_is_used(text: str, counts: bool) -> None:
+    keys = [
+        next_runs(list_cells(parse_suite(text, "s"), replace(INPUTS, packages={"bitsandbytes": version})), {})[-1].key
+        for version in ("1", "2")
+    ]
+    assert (keys[0] != keys[1]) == counts
 
 
 @pytest.mark.parametrize(

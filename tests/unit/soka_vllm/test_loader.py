@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.conftest import NEEDS_VLLM
 
@@ -17,7 +18,12 @@ DECODER = "language_model.model.layers.0.self_attn.q_proj"
 def manager(*, multimodal: bool) -> Any:
     """As much of vLLM's LoRAModelManager as names need."""
     mapping = SimpleNamespace(language_model=["language_model"])
-    return SimpleNamespace(model=SimpleNamespace(), supports_mm=multimodal, mm_mapping=mapping)
+    found = SimpleNamespace(
+        model=nn.Module(), supports_mm=multimodal, mm_mapping=mapping, modules={}, packed_modules={}
+    )
+    found.lora_config = SimpleNamespace(target_modules=None)
+    found._is_moe = found.is_pooling_model = False
+    return found
 
 
 @pytest.mark.parametrize(
@@ -42,6 +48,46 @@ def test_a_language_model_without_a_prefix_of_its_own() -> None:
     other.mm_mapping = SimpleNamespace(language_model=["llm."])
     names = _served_names("SOKA", ["model.layers.0.mlp.up_proj"], {"llm.layers.0.mlp.up_proj": None}, other)
     assert names == {"llm.layers.0.mlp.up_proj": "model.layers.0.mlp.up_proj"}
+
+
+def test_a_module_of_another_stage_of_a_pipeline() -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    from soka_vllm.loader import _served_names
+
+    staged = manager(multimodal=True)
+    staged.model = nn.ModuleDict(
+        {"language_model": nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList()})})}
+    )
+    staged.model["language_model"]["model"]["layers"].append(PPMissingLayer())
+    assert _served_names("SOKA", ["model.layers.0.self_attn.q_proj"], {}, staged) == {
+        DECODER: "model.layers.0.self_attn.q_proj"
+    }
+
+
+def test_two_names_of_one_module_are_refused() -> None:
+    from soka_vllm.loader import _served_names
+
+    names = [DECODER, "model.layers.0.self_attn.q_proj"]
+    with pytest.raises(ValueError, match=rf"{names[0]} and {names[1]} are both the served model's {DECODER}"):
+        _served_names("SOKA", names, {DECODER: None}, manager(multimodal=True))
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", DECODER])
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_lora_that_would_change_nothing(name: str, taken: bool) -> None:
+    from soka_vllm.loader import check_lora
+
+    other = manager(multimodal=True)
+    other.modules = {DECODER: None}
+    if taken:
+        other._get_text_lora_names = None
+    lora = SimpleNamespace(loras={name: None})
+    if name == DECODER or taken:
+        check_lora(lora, other)
+    else:
+        with pytest.raises(ValueError, match="no layer of the served model that takes adapters; close is"):
+            check_lora(lora, other)
 
 
 def test_names_of_other_models_stay() -> None:
