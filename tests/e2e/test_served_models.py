@@ -17,6 +17,7 @@ from tests.support.builds import write_manifest
 from tests.support.served_models import (
     ARCHITECTURES,
     FUSED,
+    MULTIMODAL,
     Architecture,
     difference,
     expected,
@@ -26,8 +27,8 @@ from tests.support.served_models import (
 )
 from tests.support.serving import ONE_PROCESS
 
-CHOSEN = [*(a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")), FUSED]
-MORE = {"Qwen3"}
+CHOSEN = [*(a for a in ARCHITECTURES if a.name in ("Gemma 2", "Qwen3")), FUSED, MULTIMODAL]
+MORE = {"Qwen3", MULTIMODAL.name}
 
 
 @pytest.mark.slow
@@ -39,6 +40,8 @@ MORE = {"Qwen3"}
 def test_served_as_transformers_computes_it(
     architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if architecture is MULTIMODAL:
+        pytest.importorskip("torchvision", reason="vLLM's multimodal models need torchvision, here its CPU build")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name, value in ONE_PROCESS.items():
         monkeypatch.setenv(name, value)
@@ -46,7 +49,7 @@ def test_served_as_transformers_computes_it(
     adapter = write_random_adapter(tmp_path / "adapter", base)
     plain, adapted = expected(base, adapter, architecture)
     assert difference(plain, adapted) > 0.5
-    with served(base, adapter, tmp_path / "vllm.log") as ask:
+    with served(base, adapter, tmp_path / "vllm.log", architecture.options) as ask:
         assert difference(ask("base"), plain) < 2e-5
         assert difference(ask("adapter"), adapted) < 2e-5
 

@@ -17,6 +17,7 @@ from eval.suites.prepare import split_mbpp
 from soka_serve.adapter.format import write_adapter
 from soka_serve.builtin import base_directory
 from soka_serve.comparison import inputs as inputs_module
+from soka_serve.comparison.cluster import _differences
 from soka_serve.comparison.compare import compare
 from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells, runs_per_cell
@@ -243,6 +244,11 @@ def test_a_missing_package_is_said_before_any_run(tmp_path: Path, monkeypatch: p
     with pytest.raises(BuildError, match="'paged_adamw_8bit' needs a GPU, and there is none"):
         compare(file, work=tmp_path / "work", progress=False)
     assert not list(tmp_path.rglob("records/*"))
+
+
+def test_another_machines_package_is_told() -> None:
+    here, there = (replace(INPUTS, packages={"bitsandbytes": version}) for version in ("not installed", "0.50.2"))
+    assert list(_differences(here, there)) == ["it has bitsandbytes not installed instead of 0.50.2"]
 
 
 @pytest.mark.parametrize(("text", "counts"), [(GOOD, False), (WORDS.replace("adafactor", "lion_32bit"), True)])
