@@ -126,7 +126,7 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     path = request.lora_path or ""
     roots = None if operator_loads() else allowed_roots()
     message, address = _refusal(request.lora_name, path), None
-    if not message and path and models.is_base_model(request.lora_name):  # as vLLM itself does, but not 0.29
+    if not message and path and models.is_base_model(request.lora_name):  # as vLLM itself does from 0.31 on
         message = f"The lora adapter '{request.lora_name}' conflicts with a served base model."
     if not message:
         try:
