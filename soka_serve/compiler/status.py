@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from soka_serve.adapter.remote.problems import FetchError
 from soka_serve.base.base import Base
 from soka_serve.base.resolve import resolve_base
 from soka_serve.compiler.context import is_whole, prepare, previous_keys
@@ -42,9 +43,8 @@ def plan(manifest: str | Path, *, out: str | Path | None = None, policies: int |
     loaded = read_manifest(Path(manifest))
     root = given or Path(loaded.manifest.output.dir)
     base = resolve_base(loaded.manifest.base, manifest_dir=loaded.directory, weights=False, name_key=loaded.name_key)
-    made = make_plan(loaded, base=base, policies=policies)
-    # Behind it: what stops both, such as an adapter that cannot be reached, is then looked for once.
-    return made.with_stages(stage_statuses(loaded, base, root))
+    stages = stage_statuses(loaded, base, root)
+    return make_plan(loaded, base=base, policies=policies).with_stages(stages)
 
 
 def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[StageStatus] | str:
@@ -54,6 +54,9 @@ def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[Stage
         loaded: the manifest.
         base: its base, with or without weights.
         root: the folder of builds.
+
+    Raises:
+        FetchError: an adapter that targets start from cannot be fetched, which a plan needs as well.
     """
     workspace = Workspace(root, str(loaded.manifest.name))
     if not base.has_weights:
@@ -64,6 +67,8 @@ def stage_statuses(loaded: LoadedManifest, base: Base, root: Path) -> list[Stage
         return "the base's weights have not been hashed yet; the first build does that"
     try:
         context = prepare(loaded, workspace, base=base, save_hashes=False)
+    except FetchError:
+        raise
     except SokaError as error:  # data or a fine-tuned checkpoint that can't be reached
         return f"{STOPS}{error.message}"
     previous = previous_keys(workspace.directory) if is_whole(workspace.directory) else {}

@@ -111,9 +111,13 @@ def _open(source: str, manifest: Manifest, directory: Path, name_key: Callable[[
     from soka_serve.adapter.given import open_given  # which loads torch
     from soka_serve.adapter.remote.address import is_url
     from soka_serve.adapter.remote.fetch import local_adapter
+    from soka_serve.adapter.remote.problems import FetchError
 
     try:
         return open_given(local_adapter(source) if is_url(source) else directory / Path(source).expanduser())
+    except FetchError as error:
+        message = f"{_key(manifest, source, name_key)}: {error.message}"
+        raise FetchError(message, hint=error.hint, kind=error.kind) from error
     except CheckpointError as error:
         raise CheckpointError(f"{_key(manifest, source, name_key)}: {error.message}", hint=error.hint) from error
 
