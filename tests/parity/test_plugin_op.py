@@ -83,6 +83,18 @@ def test_many_products_in_bfloat16(make: Callable[[torch.dtype], Layer], monkeyp
     assert not torch.equal(*results)  # else both were in float32
 
 
+@pytest.mark.parametrize("wide", [0, 2**62])
+@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer])
+def test_wide_outputs_in_another_dtype(
+    make: Callable[[torch.dtype], Layer], wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", False)
+    monkeypatch.setattr(torch_ops, "_WIDE", wide)
+    layer = make(torch.bfloat16)
+    layer.check(torch.tensor([0, 1, 2, -1, 0]).repeat(12), 60)
+    layer.check(torch.zeros(60, dtype=torch.long), 60)
+
+
 def test_few_products_and_other_dtypes_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
     kind = torch_ops.StackKind(1, 24, 24, 32, 32, torch_ops.RIGHT_FIRST, 0, 0)

@@ -20,8 +20,8 @@ adapter has most tokens; taking adjacent slices of one kind together gains nothi
 
 Products run in float32, and many at once of bfloat16 activations and factors in bfloat16 where the CPU has matrix
 units for it (AMX): there a call in bfloat16 costs about 25 microseconds more and a multiply-add a fraction. So with
-many tokens of one kind in a step, results are rounded to bfloat16 three times instead of once: between the products,
-behind them, and when they are added.
+many tokens of one kind in a step, results are rounded to bfloat16 two or three times instead of once: between the
+products, when they are added, and where the second product does not add by itself, behind it.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ LEFT_FIRST, RIGHT_FIRST = 0, 1
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 _PIECE_VALUES = 1 << 18  # most values of an intermediate: 1 MiB in float32
+
+_WIDE = 1 << 16  # values of an output from which adding to it in another dtype takes longer than two copies
 
 _MATRIX_UNITS = has_amx()
 _MANY = 4_000_000  # multiply-adds from which two calls in bfloat16 take less time than in float32 on a CPU with AMX
@@ -176,7 +178,7 @@ def _add_slice(
         chosen: the tokens; None for all.
         starts: where the factors of each of them lie; one number if it is the same for all.
     """
-    tokens, width = inputs.shape[0] if chosen is None else chosen.size, target.shape[1]
+    tokens = inputs.shape[0] if chosen is None else chosen.size
     shared = _factors(values, starts, kind.size, inputs.dtype) if starts.size == 1 else None
     own = kind.size if shared is None else 0
     if shared is not None and inputs.dtype == torch.bfloat16:
@@ -187,12 +189,13 @@ def _add_slice(
         factors = _factors(values, starts[some], kind.size, inputs.dtype) if shared is None else shared
         if chosen is not None:
             index = torch.from_numpy(chosen[some])
-            delta = _product(_embedded(inputs[index], kind), factors, kind, width)
-            target.index_copy_(0, index, target[index].add_(delta))
+            rows = target[index]
+            _add_product(rows, _embedded(inputs[index], kind), factors, kind)
+            target.index_copy_(0, index, rows)
         elif tokens <= step:
-            target.add_(_product(_embedded(inputs, kind), factors, kind, width))
+            _add_product(target, _embedded(inputs, kind), factors, kind)
         else:
-            target[some].add_(_product(_embedded(inputs[some], kind), factors, kind, width))
+            _add_product(target[some], _embedded(inputs[some], kind), factors, kind)
 
 
 def _embedded(inputs: Tensor, kind: StackKind) -> Tensor:
@@ -213,21 +216,30 @@ def _factors(values: Tensor, starts: _Ints, size: int, dtype: torch.dtype) -> Te
     return stretches.index_select(0, torch.from_numpy(starts)).to(dtype)
 
 
-def _product(inputs: Tensor, factors: Tensor, kind: StackKind, width: int) -> Tensor:
-    """(tokens, n*q) inputs and (tokens or 1, size) factors to (tokens, width) deltas."""
+def _add_product(target: Tensor, inputs: Tensor, factors: Tensor, kind: StackKind) -> None:
+    """Add the deltas of (tokens, n*q) inputs and (tokens or 1, size) factors to a (tokens, width) target."""
     rank, m, n, p, q = kind[:5]
     tokens, shared = inputs.shape[0], factors.shape[0] == 1
     left, right = factors[:, : kind.left_size], factors[:, kind.left_size :]
     if kind.order == LEFT_FIRST:
         left, right = left.view(-1, m * rank, n), right.view(-1, rank * q, p)
         between = torch.bmm(left.expand(tokens, -1, -1), inputs.view(tokens, n, q))
+        first, second = between.view(tokens, m, rank * q), right
         if shared:
-            delta = between.view(tokens * m, rank * q) @ right[0]
-        else:
-            delta = torch.bmm(between.view(tokens, m, rank * q), right)
+            first = first.view(1, tokens * m, rank * q)
     else:
         left, right = left.view(-1, m, n * rank), right.view(-1, q, rank * p)
         between = inputs.view(tokens * n, q) @ right[0] if shared else torch.bmm(inputs.view(tokens, n, q), right)
-        delta = torch.bmm(left.expand(tokens, -1, -1), between.view(tokens, n * rank, p))
-    delta = delta.view(tokens, m * p)
-    return delta if m * p == width else delta[:, kind.out_skip : kind.out_skip + width]
+        first, second = left.expand(tokens, -1, -1), between.view(tokens, n * rank, p)
+    if first.shape[0] == tokens and m * p == target.shape[1]:
+        # A product that adds takes less time than a product and an addition, but not on a view in float32.
+        if target.dtype == inputs.dtype == torch.bfloat16:
+            target.view(tokens, m, p).baddbmm_(first, second)
+            return
+        if target.dtype != inputs.dtype and target.numel() >= _WIDE:
+            rows = target.to(inputs.dtype, memory_format=torch.contiguous_format)
+            rows.view(tokens, m, p).baddbmm_(first, second)
+            target.copy_(rows)
+            return
+    delta = torch.bmm(first, second).view(tokens, m * p)
+    target.add_(delta if m * p == target.shape[1] else delta[:, kind.out_skip : kind.out_skip + target.shape[1]])
