@@ -14,7 +14,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from soka_serve.errors import printable
@@ -26,6 +26,9 @@ from soka_vllm.settings import BUILDS_VARIABLE, ROOTS_VARIABLE
 _logger = logging.getLogger("vllm.soka")
 
 _DESCRIPTORS = Path("/proc/self/fd")
+_PREFIX = "soka-adapter-"
+# To remove a directory takes some microseconds there, and on a disk some milliseconds: as long as the rest of a load.
+_IN_MEMORY = Path("/dev/shm")
 # What readers open or ask for; whatever else is in the folder of an adapter nobody looks at.
 _NAMES = frozenset({CONFIG_FILE, LOCK_FILE, "trainer_state.json"})
 _SUFFIXES = frozenset({".safetensors", *PICKLE_SUFFIXES})
@@ -81,7 +84,7 @@ def opened(directory: Path, roots: Sequence[Path] | None = None) -> Iterator[Pat
             if roots is None:
                 raise
             raise OutsideError(directory) from error
-        private = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soka-adapter-")))  # mode 0700
+        private = Path(stack.enter_context(_private_directory()))
         (private / "adapter").mkdir()
         for name, descriptor in found.items():
             (private / name).symlink_to(_DESCRIPTORS / str(descriptor))
@@ -153,6 +156,13 @@ def _is_there(name: str, folder: int) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    """An empty directory of mode 0700."""
+    with suppress(OSError):
+        return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_IN_MEMORY)
+    return tempfile.TemporaryDirectory(prefix=_PREFIX)
 
 
 def _names(folder: int) -> list[str]:

@@ -21,7 +21,7 @@ from soka_serve.adapter.format import SAVE_AGAIN, refusal
 from soka_serve.adapter.stacks import Stack, Stacks
 from soka_serve.errors import first_ten
 from soka_serve.io.file_names import WEIGHTS_FILE
-from soka_serve.io.safetensors import find_not_finite
+from soka_serve.io.safetensors import all_finite, find_not_finite
 from soka_vllm import compat
 from soka_vllm.layers import ARRANGED, KroneckerMixin
 from soka_vllm.ops.torch_ops import StackKind, arranged
@@ -98,7 +98,7 @@ class Plan:
             block = flat.view(len(places), kind.size)
             lefts, rights = arranged(block, kind)
             left, right, sigma = stack.factors(values)
-            lefts.copy_(left.to(torch.float32) * sigma.to(torch.float32)[:, :, None, None])
+            lefts.copy_(left.to(torch.float32, copy=True).mul_(sigma.to(torch.float32)[:, :, None, None]))
             rights.copy_(right)
             # To unbind makes the views of all modules by one call.
             for place, own_left, own_right, flat_part in zip(
@@ -106,8 +106,7 @@ class Plan:
             ):
                 setattr(own_left, ARRANGED, (place.slice, Arranged(kind, flat_part)))
                 factors[place.name] = own_left, own_right
-        # A sum is finite unless a value is not, or it overflows: only then is each looked at.
-        if not bool(torch.isfinite(own.sum(dtype=torch.float32))):
+        if not all_finite(own):
             self._name_not_finite(directory, values, factors, dtype)
         digest = xxhash.xxh3_128(self._described)
         digest.update(bytes_of(values))

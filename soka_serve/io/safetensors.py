@@ -351,6 +351,17 @@ def _read_into(target: torch.Tensor, file: Path, start: int, what: str) -> None:
             done += count
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor, any shape and floating dtype, on the CPU, holds neither NaN nor infinity."""
+    import torch
+
+    # A sum is finite unless an element is not, or it overflows: one pass, and a mask, which takes many times as long,
+    # only in doubt. bfloat16, whose range is float32's, is added in float32.
+    same = tensor.dtype in (torch.bfloat16, torch.float32, torch.float64)
+    total = tensor.sum(dtype=tensor.dtype if same else torch.float32)
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+
+
 def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of the tensors, floating and on the CPU, that hold NaN or infinity.
 
@@ -358,9 +369,9 @@ def find_not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """
     import torch
 
-    if not tensors or bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors.values()])).all()):
+    if not tensors or all_finite(torch.cat([tensor.flatten() for tensor in tensors.values()])):
         return []
-    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    return [name for name, tensor in tensors.items() if not all_finite(tensor)]
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
@@ -371,11 +382,8 @@ def check_finite(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """
     import torch
 
-    # A sum is finite unless an element is not (or it overflows): one cheap pass, the mask only in doubt.
-    if torch.isfinite(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)):
-        return tensor
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or infinite",
             hint=f"the checkpoint is damaged: {FETCH_AGAIN}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from soka_serve.base.optional_tensors import ties_embeddings
 from soka_serve.errors import CheckpointError
 from soka_serve.io.files import sha256_file
 from soka_serve.io.safetensors import (
+    all_finite,
     check_finite,
     find_not_finite,
     read_header,
@@ -133,6 +135,18 @@ def test_values_that_are_not_finite_are_found() -> None:
     good, bad = torch.ones(2, 2), torch.tensor([1.0, torch.nan])
     assert find_not_finite({}) == find_not_finite({"a": good, "b": good.half()}) == []
     assert find_not_finite({"a": good, "b": bad, "c": good.bfloat16(), "d": -bad / 0}) == ["b", "d"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_all_finite(dtype: torch.dtype, value: float) -> None:
+    values = torch.full((3, 1000), torch.finfo(dtype).max, dtype=dtype)  # their sum overflows
+    assert all_finite(values)
+    assert all_finite(torch.zeros(0, dtype=dtype))
+    values[1, 17] = value
+    assert not all_finite(values)
+    values[2, 3] = -value
+    assert not all_finite(values)
 
 
 def test_metadata(single: Path) -> None:

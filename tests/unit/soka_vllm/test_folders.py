@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import msgspec
 import pytest
 
 from soka_serve.adapter.format import CONFIG_FILE, WEIGHTS_FILE
+from soka_vllm import folders
 from soka_vllm.folders import OutsideError, lies_in, opened, renamed
 from soka_vllm.places import Locks, allowed_roots, find_build, limited, roots_of
 from soka_vllm.settings import ROOTS_VARIABLE
@@ -39,6 +41,7 @@ def places(tmp_path: Path) -> tuple[Path, Path]:
 def _nothing_is_left(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr("tempfile.tempdir", str(folder))
+    monkeypatch.setattr(folders, "_IN_MEMORY", folder)
     before = set(Path("/proc/self/fd").iterdir())
     yield
     assert not list(folder.iterdir())
@@ -57,6 +60,13 @@ def test_what_is_given(places: tuple[Path, Path]) -> None:
         message = renamed(f"{files / CONFIG_FILE}: no", files, roots / "good")
     assert message == f"{roots / 'good' / CONFIG_FILE}: no"
     assert not files.exists()
+
+
+def test_without_room_in_memory(places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(folders, "_IN_MEMORY", tmp_path / "nowhere")
+    with opened(places[0] / "good") as files:
+        assert files.is_relative_to(tempfile.gettempdir())
+        assert (files / CONFIG_FILE).read_text() == "inside"
 
 
 def test_a_folder_that_is_not_there_is_empty_for_the_operator(places: tuple[Path, Path]) -> None:
