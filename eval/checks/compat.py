@@ -121,7 +121,8 @@ def make_environment(folder: Path, engine: str, requirement: Requirement, releas
     subprocess.run([*pip, "--upgrade", "pip", "setuptools>=77"], check=True)
     if engine == "cpu":
         subprocess.run([*pip, "-c", str(constraints), "torch"], check=True)
-    extras = f"{engine},dev" if requirement.name != "peft" else "kbit,dev"
+    # Not the engine's extra: pip would refuse a release after the range.
+    extras = "dev" if requirement.name != "peft" else "kbit,dev"
     wanted = [f"{requirement.name}=={release}", "openai", "-e", f"{ROOT}[{extras}]"]
     subprocess.run([*pip, "-c", str(constraints), *wanted], check=True)
     if engine == "cpu":  # see the Makefile

@@ -155,6 +155,11 @@ HOOKS = (
         "A reload in place was repeated at every later step (vLLM up to 0.32).",
     ),
     Hook(
+        *(_WORKER, "LRUCacheWorkerLoRAManager.create_lora_manager", "self model vllm_config"),
+        "soka_vllm.metrics:note_engine",
+        "The metrics tell the workers of data-parallel engines apart.",
+    ),
+    Hook(
         *(_WORKER, "LRUCacheWorkerLoRAManager.add_adapter", "self lora_request", "soka_vllm.metrics:note_slots"),
         "The metrics show which adapters are in slots.",
     ),

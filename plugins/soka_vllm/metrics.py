@@ -30,6 +30,8 @@ from soka_vllm.settings import METRICS_VARIABLE
 
 _logger = logging.getLogger("vllm.soka")
 
+_LABELS = ("engine", "rank")  # of a worker
+
 
 def make_folder() -> None:
     """Make the folder that workers write to, in the first of vLLM's processes, and let its endpoint show them."""
@@ -96,6 +98,7 @@ class _WorkerMetrics:
         self.read_seconds = 0.0
         self.fills = 0
         self.slots: list[int | None] = []
+        self.engine = 0
 
     def write(self, manager: Any) -> None:
         """Write this worker's metrics file atomically."""
@@ -108,6 +111,8 @@ class _WorkerMetrics:
         known = set(adapters.list_adapters())
         self.names = {number: name for number, name in self.names.items() if number in known}
         told = {
+            "engine": self.engine,
+            "rank": int(get_world_group().rank),
             "slots": [None if number is None else self.names.get(number, str(number)) for number in self.slots],
             "in_memory": len(known),
             "reads": self.reads,
@@ -119,7 +124,7 @@ class _WorkerMetrics:
         }
         path = Path(folder) / f"{os.getpid()}.json"
         try:
-            path.with_suffix(".new").write_text(json.dumps({"rank": int(get_world_group().rank), **told}))
+            path.with_suffix(".new").write_text(json.dumps(told))
             path.with_suffix(".new").replace(path)
         except OSError as error:
             _logger.warning("No metrics of slots: %s", error)
@@ -130,6 +135,15 @@ def _of(manager: Any) -> _WorkerMetrics:
     worker = manager.__dict__.setdefault("_soka_metrics", _WorkerMetrics())
     assert isinstance(worker, _WorkerMetrics)
     return worker
+
+
+def note_engine(stock: Any, manager: Any, model: Any, vllm_config: Any) -> Any:
+    """LRUCacheWorkerLoRAManager.create_lora_manager: note the number of the data-parallel engine, as vLLM's metrics do.
+
+    Workers of two engines have the same ranks.
+    """
+    _of(manager).engine = int(vllm_config.parallel_config.data_parallel_index)
+    return stock(manager, model, vllm_config)
 
 
 def note_read(manager: Any, seconds: float) -> None:
@@ -163,7 +177,7 @@ class WorkerCollector:
     def collect(self) -> Iterator[Any]:
         """The metrics, one sample per worker; none before the first adapter."""
         slots, used, resident, memory, size = (
-            GaugeMetricFamily(f"soka:{name}", text, labels=["rank", *more])
+            GaugeMetricFamily(f"soka:{name}", text, labels=[*_LABELS, *more])
             for name, text, *more in (
                 ("slots", "Slots for adapters."),
                 ("slots_used", "Slots that hold an adapter."),
@@ -173,7 +187,7 @@ class WorkerCollector:
             )
         )
         fills, reads, seconds = (
-            CounterMetricFamily(f"soka:{name}", text, labels=["rank"])
+            CounterMetricFamily(f"soka:{name}", text, labels=_LABELS)
             for name, text in (
                 ("slot_fills", "Times that an adapter was put into a slot."),
                 ("adapter_reads", "Adapters read from files."),
@@ -181,12 +195,12 @@ class WorkerCollector:
             )
         )
         for told in self._told():
-            rank = str(told["rank"])
-            slots.add_metric([rank], len(told["slots"]))
+            worker = [str(told[label]) for label in _LABELS]
+            slots.add_metric(worker, len(told["slots"]))
             names = [name for name in told["slots"] if name is not None]
-            used.add_metric([rank], len(names))
+            used.add_metric(worker, len(names))
             for name in sorted(set(names)):
-                resident.add_metric([rank, name], 1)
+                resident.add_metric([*worker, name], 1)
             for family, key in (
                 (memory, "in_memory"),
                 (size, "kronecker_bytes"),
@@ -194,7 +208,7 @@ class WorkerCollector:
                 (reads, "reads"),
                 (seconds, "read_seconds"),
             ):
-                family.add_metric([rank], told[key])
+                family.add_metric(worker, told[key])
         yield from (slots, used, resident, memory, size, fills, reads, seconds)
 
     def _told(self) -> list[dict[str, Any]]:
@@ -204,4 +218,4 @@ class WorkerCollector:
                 found.append(json.loads(file.read_text()))
             except (OSError, ValueError):
                 continue  # the worker has just ended
-        return sorted(found, key=lambda told: int(told["rank"]))
+        return sorted(found, key=lambda told: [int(told[label]) for label in _LABELS])

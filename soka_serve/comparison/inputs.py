@@ -15,6 +15,7 @@ from soka_serve.comparison.settings import manifest_of
 from soka_serve.comparison.suite import Contender, Suite
 from soka_serve.compiler.context import CONFIG_FILES, open_sources, sha256_of
 from soka_serve.compiler.plan.given import check_base
+from soka_serve.compiler.train.installed import package_missing
 from soka_serve.data.sources import data_sha256
 from soka_serve.errors import BuildError, printable
 from soka_serve.io.files import sha256_text
@@ -81,12 +82,9 @@ def check_able(loaded: LoadedSuite, inputs: RunInputs, methods: Collection[str])
         path: TomlPath = ("method", i, "train") if "optimiser" in contender.words else ("train",)
         place, optimiser = loaded.name_key((*path, "optimiser")), OPTIMISERS[name]
         if optimiser.pip and inputs.packages[optimiser.pip] == "not installed":
-            raise BuildError(
-                f"{place}: {name!r} needs the package {optimiser.pip}, which is not installed",
-                hint=f"pip install {optimiser.pip}, or take another optimiser",
-            )
+            raise package_missing(place, name)
         if optimiser.needs_gpu and inputs.device != "cuda":
-            raise BuildError(f"{place}: {name!r} needs a GPU, and there is none", hint="take another optimiser")
+            raise BuildError(f'{place}: "{name}" needs a GPU, and there is none', hint="take another optimiser")
 
 
 def _first(suite: Suite, contender: Contender) -> Manifest:

@@ -50,6 +50,8 @@ _TAKEN = {
     "--skip-tokenizer-init": "the probe asks for completions of a text",
     "--tokens-only": "the probe asks for completions of a text",
 }
+# Only where adapters are served.
+_TAKEN_WITH_ADAPTERS = {"--enable-sleep-mode": "what adapters hold in slots may be gone after a sleep"}
 # Values of vLLM's options that would, by the names that vLLM has for the option.
 _TAKEN_VALUES = (
     (("--load-format",), lambda value: value.lower() == "dummy", "the base would have random weights"),
@@ -163,7 +165,8 @@ def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
-    problems = [f"{given} after --: {why}" for name, why in _TAKEN.items() for given in theirs if _means(given, name)]
+    taken = _TAKEN if merged else _TAKEN | _TAKEN_WITH_ADAPTERS
+    problems = [f"{given} after --: {why}" for name, why in taken.items() for given in theirs if _means(given, name)]
     problems += [
         f"{given} {value} after --: {why}"
         for names, is_refused, why in _TAKEN_VALUES

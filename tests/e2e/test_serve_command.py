@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -84,7 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def command(folder: Path) -> Iterator[Command]:
-    running = Command(folder, "math.toml", "code.toml", "--builds", "build", "--", "--max-num-seqs", "64")
+    arguments = ("math.toml", "code.toml", "--builds", "build", "--", "--max-num-seqs", "64")
+    running = Command(folder, *arguments, fresh=True)
     try:
         running.wait_ready()
         yield running
@@ -243,14 +245,15 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
     assert grown("soka:generation_tokens_total", 'adapter="code"') >= 1
 
     in_slot = {labels for name, labels in after if name == "soka:adapter_in_slot"}
-    assert in_slot >= {'adapter="math",rank="0"', 'adapter="code",rank="0"'}
-    assert {labels: value for (name, labels), value in after.items() if name == "soka:slots"} == {'rank="0"': 8.0}
-    assert after["soka:slots_used", 'rank="0"'] == len(in_slot)
-    assert after["soka:adapters_in_memory", 'rank="0"'] == len(in_slot)  # as many places as slots
-    assert after["soka:slot_fills_total", 'rank="0"'] >= len(in_slot)
-    assert after["soka:slot_bytes", 'rank="0"'] > 0
-    assert after["soka:adapter_reads_total", 'rank="0"'] >= len(in_slot)
-    assert after["soka:adapter_read_seconds_total", 'rank="0"'] > 0
+    assert in_slot >= {'adapter="math",engine="0",rank="0"', 'adapter="code",engine="0",rank="0"'}
+    worker = 'engine="0",rank="0"'
+    assert {labels: value for (name, labels), value in after.items() if name == "soka:slots"} == {worker: 8.0}
+    assert after["soka:slots_used", worker] == len(in_slot)
+    assert after["soka:adapters_in_memory", worker] == len(in_slot)  # as many places as slots
+    assert after["soka:slot_fills_total", worker] >= len(in_slot)
+    assert after["soka:slot_bytes", worker] > 0
+    assert after["soka:adapter_reads_total", worker] >= len(in_slot)
+    assert after["soka:adapter_read_seconds_total", worker] > 0
 
     loaded, refused = (("soka:adapter_load_seconds_count", f'outcome="{o}"') for o in ("loaded", "refused"))
     assert after[loaded] >= len(in_slot)
@@ -260,7 +263,7 @@ def test_metrics(command: Command, client: openai.OpenAI) -> None:
         with contextlib.suppress(openai.BadRequestError):
             client.completions.create(model=model, prompt=prompt, max_tokens=1)
         assert samples(command.url)[counted] == count + 1
-    assert 'adapter="flat",rank="0"' in {labels for _, labels in samples(command.url)}
+    assert 'adapter="flat",engine="0",rank="0"' in {labels for _, labels in samples(command.url)}
 
 
 def test_ctrl_c_ends_it_and_leaves_nothing_behind(command: Command) -> None:
@@ -291,10 +294,10 @@ def test_an_adapter_without_effect_stops_it(folder: Path, tmp_path: Path) -> Non
         running.end()
 
 
-def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -> None:
+def test_several_api_processes_and_engines_know_the_adapters(folder: Path, tmp_path: Path) -> None:
     target = f"math={folder / 'build' / 'math'}"
-    # prometheus_client reads at its import that the counts of several processes are added.
-    running = Command(tmp_path, target, "--", "--api-server-count", "2", "--max-model-len", "256", fresh=True)
+    counts = ("--api-server-count", "2", "--data-parallel-size", "2")
+    running = Command(tmp_path, target, "--", *counts, "--max-model-len", "256")
     try:
         running.wait_ready()
         deadline = time.monotonic() + START_S
@@ -302,8 +305,10 @@ def test_several_api_processes_know_the_adapters(folder: Path, tmp_path: Path) -
         while samples(running.url).get(loads) != 2:  # one process may answer before the other listens
             assert time.monotonic() < deadline, running.log.read_text()[-3000:]
             time.sleep(0.5)
-        names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in running.group()]
-        assert len([name for name in names if name.startswith(b"VLLM::APIServer")]) == 2
+        running_there = set(map(str, running.group()))
+        for kind in ("ApiServer_", "EngineCore_DP"):
+            told = set(re.findall(rf"\({kind}\d pid=(\d+)\)", running.log.read_text()))
+            assert len(told & running_there) == 2, kind
         prompt = generate("math", "test", 1)[0].prompt
         said = set()
         for _ in range(20):  # a connection each, which either process may take

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from soka_serve.kron.shapes import balanced_shape
 from tests.support.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
 
 pytestmark = pytest.mark.gpu
@@ -53,6 +54,21 @@ def test_wide_factors(dtype: torch.dtype, tokens: int, rank: int) -> None:
 def test_deltas_larger_than_the_slice(dtype: torch.dtype) -> None:
     sharded_layer(dtype, "cuda").check(torch.tensor([0, 1, -1, 2, 3, 4, 0, 5]).repeat(20), 160)
     equal_slices_layer(dtype, "cuda").check(torch.tensor([0, 1, 2, 3]).repeat(40), 160)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(
+    ("widths", "in_features"),
+    [([4096] * 3, 4096), ([11008] * 2, 4096), ([4096], 11008)],
+    ids=["qkv", "gate_up", "down"],
+)
+def test_layers_of_a_7b(dtype: torch.dtype, rank: int, widths: list[int], in_features: int) -> None:
+    layer = Layer(3, widths, in_features, dtype, "cuda")
+    for slot in (0, 2):
+        for index, width in enumerate(widths):
+            layer.put(slot, index, rank, tuple(balanced_shape(width, in_features)), seed=70 + 3 * slot + index)
+    layer.check(torch.tensor([0, 1, 2, -1, 2, 0]).repeat(12), 65)
 
 
 def test_nothing_waits_for_the_gpu() -> None:

@@ -30,8 +30,11 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
+
+from prometheus_client import values
 
 from tests.conftest import ROOT
 
@@ -315,6 +318,26 @@ class ForkingPopen(subprocess.Popen[bytes]):
         self._close_pipe_fds(*ends[:6])  # type: ignore[attr-defined]
 
 
+class MetricValues:
+    """prometheus_client's class of values, which it chooses by a variable at its import, here at a value's making."""
+
+    @property
+    def _chosen(self) -> Any:
+        return _shared_value() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else values.MutexValue
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        return self._chosen(*arguments, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chosen, name)
+
+
+@cache
+def _shared_value() -> Any:
+    """Of one count of several processes."""
+    return values.MultiProcessValue()
+
+
 def _import_nothing_again(name: str) -> None:
     """Fork where a program asks for processes that import everything anew."""
     ForkingPopen.modules = (*PRELOAD[name], "soka_serve.serving.vllm_command")
@@ -330,6 +353,7 @@ def _import_nothing_again(name: str) -> None:
 
         # It finds out about a model's class in such a process.
         registry._run_in_subprocess = lambda function: function()
+        values.ValueClass = MetricValues()  # type: ignore[assignment]
 
 
 def main(name: str, place: str) -> None:

@@ -25,13 +25,24 @@ def check_installed(train: Train) -> None:
             hint=f"take one of {able}, or launch without --use_fsdp (DDP)",
         )
     if optimiser.package and find_spec(optimiser.package) is None:
-        raise BuildError(
-            f'train.optimiser = "{train.optimiser}" needs the package {optimiser.pip}, which is not installed',
-            hint=f"pip install {optimiser.pip}, or take another optimiser",
-        )
+        raise package_missing("train.optimiser", train.optimiser)
     for tracker in train.report_to:
         if find_spec(tracker) is None:
             raise BuildError(
                 f"train.report_to names {tracker!r}, which is not installed",
                 hint=f"pip install {tracker}, or take it out of report_to",
             )
+
+
+def package_missing(place: str, optimiser: str) -> BuildError:
+    """What is said of an optimiser whose package is not installed.
+
+    Args:
+        place: of its name, as a user finds it.
+        optimiser: its name.
+    """
+    pip = OPTIMISERS[optimiser].pip
+    return BuildError(
+        f'{place}: "{optimiser}" needs the package {pip}, which is not installed',
+        hint=f"pip install {pip}, or take another optimiser",
+    )

@@ -97,7 +97,7 @@ def test_a_package_that_is_not_installed_stops_a_build_before_its_first_stage(
     monkeypatch.setattr(installed, "find_spec", lambda name: None)
     done = CliRunner().invoke(main, ["build", str(file), "--out", str(tmp_path / "out")])
     assert done.exit_code == 2, done.output
-    assert 'train.optimiser = "adamw_8bit" needs the package bitsandbytes, which is not installed' in done.output
+    assert 'train.optimiser: "adamw_8bit" needs the package bitsandbytes, which is not installed' in done.output
     assert "pip install bitsandbytes" in done.output
     assert not list((tmp_path / "out").rglob("init*"))
 
