@@ -5,15 +5,20 @@
 #   bash eval/gpu.sh OUT --prove   # without one: every step at a small size, to see that all of it runs
 #
 # Needs torch with CUDA, triton, transformers, accelerate, peft and pytest, and the packages of pyproject.toml that
-# soka_serve imports; nothing is fetched. Where a machine has torch and transformers and no network, this takes the rest
-# there: `pip download --no-deps -d wheels peft pytest pluggy iniconfig pydantic pydantic-core annotated-types
-# typing-inspection click jinja2 markupsafe pyarrow xxhash` (40 to 60 MB, for its version of Python), and
-# `pip install --no-deps wheels/*` on it. Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560)
-# after the start (--prove: an hour): what has ended by then is in OUT. MODEL and DATA, a base and the folder that eval.suites.prepare made
-# for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a wheel of vLLM or what
-# eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora, where it is installed,
-# its fused training kernels to the benchmark of a step. The exit code is that of the first step, which says whether the
-# kernel is right; others may fail, and the log says so.
+# soka_serve imports; nothing is fetched. To a machine that has the first four and no network this takes the rest (58 MB,
+# of which pyarrow has 55; pip must be that machine's version of Python):
+#
+#   pip download --no-deps -d wheels peft pytest pluggy iniconfig pydantic pydantic-core annotated-types \
+#     typing-inspection click jinja2 markupsafe pyarrow xxhash        # here
+#   pip install --no-deps wheels/*.whl                                # there
+#
+# Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560; with --prove 3600) after the start: what
+# has ended by then is in OUT, and of the kernel's benchmark each case that has. MODEL and DATA, a base and the folder that
+# eval.suites.prepare made for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a
+# wheel of vLLM or what eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora,
+# where it is installed, its fused training kernels to the benchmark of a step. The exit code is that of the first step,
+# which says whether the kernel is right; others may fail, and the log says so. The interpreter of Triton 3.6, which --prove
+# uses, does not go with numpy 2.4 and later.
 set -u
 out=${1:?usage: bash eval/gpu.sh OUT [--prove]}
 prove=${2:-}
