@@ -65,7 +65,7 @@ if [ -n "$prove" ]; then
     # Triton 3.6's interpreter converts arrays to scalars.
     step oracle 900 "$python" -m pytest -q -x "${alone[@]}" -W ignore::DeprecationWarning \
         tests/parity/test_plugin_triton.py
-    bench kernel 100 kernel --device interpreter --models embedded --dtypes float16 --ranks 1 --tokens 1 --adapters 1 \
+    bench kernel 300 kernel --device interpreter --models embedded --dtypes float16 --ranks 1 --tokens 1 --adapters 1 \
         "${vllm[@]}"
     bench blocks 400 blocks --device interpreter --model embedded --ranks 1 --tokens 1 --adapters 1 \
         --settings num_warps

