@@ -79,9 +79,13 @@ def write_model(
 
 
 def start_of(base: Path, rule: dict[str, Any]) -> tuple[Manifest, Base, list[TargetModule]]:
-    """A manifest with one rule on a checkpoint, the checkpoint opened, and what the rule adapts."""
+    """A manifest with one rule on a checkpoint, the checkpoint opened, and what the rule adapts.
+
+    The rule starts from the weights unless it says otherwise.
+    """
+    train = {"steps": 0, "data": {"builtin": "math"}}
     manifest = Manifest.model_validate(
-        {"schema": 1, "base": {"path": str(base)}, "adapt": [rule], "train": {"steps": 0, "data": {"builtin": "math"}}}
+        {"schema": 1, "base": {"path": str(base)}, "adapt": [{"init": "weights"} | rule], "train": train}
     )
     opened = Base(base)
     return manifest, opened, resolve_targets(manifest, opened.layout.modules)

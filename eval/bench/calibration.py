@@ -41,7 +41,7 @@ def read_rows(base: Base, file: Path, count: int, max_length: int) -> list[Encod
     """The first rows of a file that are not too long, as training encodes them."""
     data = {"jsonl": str(file.resolve()), **PROMPT}
     train = {"steps": 0, "max_length": max_length, "data": data}
-    made = {"schema": 1, "base": {"path": str(base.directory)}, "adapt": [{}], "train": train}
+    made = {"schema": 1, "base": {"path": str(base.directory)}, "adapt": [{"init": "weights"}], "train": train}
     manifest = Manifest.model_validate(made)
     examples = DataReader(manifest.train.datasets[0], Path(), 0, base.tokenizer).examples("train")
     return encode_examples(examples[: 2 * count], base.tokenizer, manifest.train).examples[:count]

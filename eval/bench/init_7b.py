@@ -133,6 +133,7 @@ def write_manifest(folder: Path, base: Path, dtype: str, train: Path, max_length
 path = {quote(str(base.resolve()))}
 dtype = {quote(dtype)}
 [[adapt]]
+init = "weights"
 [train]
 steps = 0
 max_length = {max_length}

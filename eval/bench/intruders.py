@@ -37,7 +37,7 @@ schema = 1
 name = "trained"
 base = {{ builtin = "tiny" }}
 eval = {{ limit = 100 }}
-adapt = [{{ rank = {{ policy = "fixed", rank = {rank} }} }}]
+adapt = [{{ init = "weights", rank = {{ policy = "fixed", rank = {rank} }} }}]
 output = {{ measure = ["intruders"] }}
 [train]
 {method}

@@ -6,11 +6,11 @@ Batches of 8 rows as training makes them, in processor seconds of one thread, fo
 take turns in one process, batch by batch. `step_s` is the median of `steps_s` but for its first, which warms up.
 `random` has batches in random order and logits of all positions; `grouped` has batches of similar lengths
 (`group_by_length`); `trained` is grouped, with logits of the trained positions alone, which is what training does;
-`bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `bfloat16` with decoder layers
-through torch.compile (`train.compile`), which the first step waits for; the name of a regulariser is `trained` with
-that one at 1. Method `base` is a forward pass alone, without loss or gradients. SoKA has theta and theta0. `peak_mb` is
-the most memory of one step above what was held before, each case in a process of its own. `epoch` counts what all
-batches hold.
+`bfloat16` is `trained` under autocast, on a base that is held in bfloat16; `compiled` is `bfloat16` with decoder
+layers through torch.compile (`train.compile`), which the first step waits for; the name of a regulariser is `trained`
+with that one at 1. Method `base` is a forward pass alone, without loss or gradients; `soka` has theta and theta0,
+which start from the weights has, and `zero` theta alone, as terms that start at zero. `peak_mb` is the most memory of
+one step above what was held before, each case in a process of its own. `epoch` counts what all batches hold.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def make_model(folder: Path, method: str, rank: int, dtype: Any) -> Any:
     common: dict[str, Any] = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
     if method == "lora":
         return get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, **common)).train()
+    if method == "zero":
+        return get_peft_model(base, SokaConfig(r=rank, init_soka_weights="zero", **common)).train()
     if method == "soka":
         model = get_peft_model(base, SokaConfig(r=rank, init_soka_weights=False, soka_initial=True, **common))
         for layer in soka_layers(model).values():
@@ -157,7 +159,9 @@ def main() -> None:
     parser = make_parser("eval.bench.step_real", __doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", required=True, metavar="METHOD:RANK:WAY", help="base, soka, lora or full")
+    parser.add_argument(
+        "--cases", nargs="+", required=True, metavar="METHOD:RANK:WAY", help="base, soka, zero, lora or full"
+    )
     parser.add_argument("--batches", type=int, default=5, help="of each kind, after one step that warms up")
     parser.add_argument("--max-length", type=int, default=192)
     parser.add_argument("--products", choices=("auto", "torch"), default="auto", help="whose float32 products")

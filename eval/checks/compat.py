@@ -22,6 +22,8 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,26 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
     return found
 
 
+def check_release(kind: str, engine: str, requirement: Requirement, release: str) -> dict[str, Any]:
+    """What the tests say in an environment with the release."""
+    folder = ROOT / "build" / "compat" / f"{requirement.name}-{release}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_environment(folder, engine, requirement, release)
+    found = run_tests(folder, TESTS[kind])
+    if kind == "peft":
+        found["peft_own_tests"] = run_peft_suite(folder, release)
+        found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
+    return {"beside": chosen(folder), "tests": TESTS[kind], **found}
+
+
+def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a release's check says, or why it could not be made: the other releases are checked all the same."""
+    try:
+        return work()
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        return {"ok": False, "failures": [str(error)]}
+
+
 def main() -> None:
     parser = make_parser("eval.checks.compat", __doc__, needs_out=True)
     parser.add_argument("--engine", choices=["cpu", "cuda"], default="cpu")
@@ -198,20 +220,14 @@ def main() -> None:
             if not wanted(kind, release):
                 continue
             print(f"{requirement.name} {release}: ", end="", flush=True)
-            folder = ROOT / "build" / "compat" / f"{requirement.name}-{release}"
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            make_environment(folder, arguments.engine, requirement, release)
-            found = run_tests(folder, TESTS[kind])
-            if kind == "peft":
-                found["peft_own_tests"] = run_peft_suite(folder, release)
-                found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
-            add(requirement, release, {"beside": chosen(folder), "tests": TESTS[kind], **found})
+            found = attempt(partial(check_release, kind, arguments.engine, requirement, release))
+            add(requirement, release, found)
     if arguments.engine == "cpu" and (not arguments.only or any(o.startswith("sources") for o in arguments.only)):
         for release in not_built(ranges["vllm"]):
             if wanted("sources", release):
                 print(f"vllm {release}, by its sources: ", end="", flush=True)
                 requirement = Requirement(f"vllm{ranges['vllm'].specifier}")
-                add(requirement, release, {"tests": "sources", **compare_sources(release)})
+                add(requirement, release, {"tests": "sources", **attempt(partial(compare_sources, release))})
     sys.exit(any(not result["ok"] for result in results))
 
 

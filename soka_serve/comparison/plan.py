@@ -129,7 +129,7 @@ class Cell:
         manifest["train"]["precision"] = keyed_precision(made, stored)
         if not METHODS[contender.method].kronecker:  # the defaults when these keys began; nothing reads them
             manifest["train"]["sigma_lr"] = 1.0
-            manifest["adapt"] = [rule | {"scale": 0.003} for rule in manifest["adapt"]]
+            manifest["adapt"] = [rule | {"init": "weights", "scale": 0.003} for rule in manifest["adapt"]]
         protocol, final = suite.protocol, stage == "final"
         validation = protocol.validation
         apart = dataset.validation == "eval" and (dataset.test_seed is None or validation <= DEFAULT_COUNTS["test"])

@@ -21,7 +21,7 @@ from soka_serve.compiler.methods import METHODS
 from soka_serve.io.files import sha256_text
 from soka_serve.manifest.fields import FormatVersion, PositiveInt
 from soka_serve.manifest.nodes import one_of
-from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.rules import Adapt, default_conflicts
 from soka_serve.manifest.schema import NAME_PATTERN, Base, Data, Train
 from soka_serve.manifest.table import Key, Table, TableKeys, value_of
 
@@ -244,6 +244,10 @@ class Contender(Table):
                 yield (name,), f"calibration_batches belongs to corda and eva; the method is {method.name!r}"
         if seen.knows("grid") and "scale" in seen.values["grid"] and not (method.scaled or method.kronecker):
             yield ("grid", "scale"), f"scale does not go with method = {method.name!r}"
+        if method.kronecker and seen.knows("adapt"):
+            adapt = seen.values["adapt"]
+            for _, key, message in default_conflicts([Adapt.model_validate(adapt)]):
+                yield ("adapt", key), message
 
     def key_of(self, axis: str) -> str:
         """The manifest's key that an axis sets, with its table: 'train.learning_rate'."""

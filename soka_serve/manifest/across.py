@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from soka_serve.manifest.rules import Adapt
+from soka_serve.manifest.rules import Adapt, default_conflicts
 from soka_serve.manifest.table import Key, TableKeys, value_of
 from soka_serve.regularisers import REGULARISERS
 from soka_serve.starts import STARTS
@@ -22,6 +22,9 @@ def conflicts_across(keys: TableKeys) -> Iterator[tuple[Key, str]]:
         if method not in (None, "soka"):
             yield ("output", "adapter_terms"), f"adapter_terms belongs to method = 'soka'; the method is {method!r}"
     if keys.knows("adapt", "train"):
+        if value_of(keys.values["train"], "method") in (None, "soka"):
+            for i, key, message in default_conflicts(_made(keys.values["adapt"])):
+                yield ("adapt", i, key), message
         yield from _trained_conflicts(keys.values["adapt"], keys.values["train"])
         yield from _start_conflicts(keys.values["adapt"], value_of(keys.values["train"], "regularise"))
     if keys.knows("adapt", "base") and value_of(keys.values["base"], "quantize") in (None, "none"):
@@ -45,9 +48,13 @@ def conflicts_across(keys: TableKeys) -> Iterator[tuple[Key, str]]:
                 )
 
 
+def _made(rules: Sequence[object]) -> list[Adapt]:
+    return [rule if isinstance(rule, Adapt) else Adapt.model_validate(rule) for rule in rules]
+
+
 def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple[Key, str]]:
     """Keys of rules about what is trained that [train] makes meaningless, and the other way round."""
-    made = [rule if isinstance(rule, Adapt) else Adapt.model_validate(rule) for rule in rules]
+    made = _made(rules)
     said = [(i, key) for i, rule in enumerate(made) for key in rule.form.choices if key in rule.model_fields_set]
     method = value_of(train, "method")
     for i, key in said if method not in (None, "soka") else ():
@@ -88,7 +95,7 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
 
 def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[Key, str]]:
     """Regularisers that need another start than a rule has, or all of the factors trained and nothing beside them."""
-    made = [rule if isinstance(rule, Adapt) else Adapt.model_validate(rule) for rule in rules]
+    made = _made(rules)
     starts = dict.fromkeys(rule.start for rule in made if "init" in rule.model_fields_set) or [Adapt().start]
     forms = {key for rule in made for key in rule.form.choices}
     for row in REGULARISERS.values():

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -134,7 +135,8 @@ def misfits(start: Start, rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         variant = rule.get(key)
         if variant not in (None, _PLAIN[key], start.name):
             having = names_of(other for other in STARTS.values() if variant in other.variants)
-            yield key, f"{key} = {variant!r} belongs to init = {having}; the init is {rule.get('init', 'weights')!r}"
+            init = rule.get("init") or Adapt.model_fields["init"].default
+            yield key, f"{key} = {variant!r} belongs to init = {having}; the init is {init!r}"
     policy = value_of(rule.get("rank"), "policy")
     if start.fixed_rank and policy not in (None, "fixed"):
         yield "rank", f"policy = {policy!r} does not go with {start.written}: {start.fixed_rank}"
@@ -175,7 +177,7 @@ class Adapt(Table):
         1, description="Tensor-parallel size that the shape must shard over: m for column-parallel, n for row-parallel."
     )
     init: StartName = Field(
-        "weights",
+        "zero",
         description="Where the factors start. " + "; ".join(f"{s.name!r}: {s.meaning}" for s in STARTS.values()) + ".",
     )
     components: Literal["principal", "minor"] = Field(
@@ -306,23 +308,40 @@ class Adapt(Table):
 
     @classmethod
     def conflicts(cls, keys: TableKeys) -> Iterator[tuple[Key, str]]:
-        if not keys.knows("init"):
-            return
-        start = _start_of(*(keys.values.get(key, _PLAIN.get(key)) for key in ("init", "components", "right")))
-        for other in STARTS.values() if keys.has("init") else ():
-            if other.source is not None and other.source != start.source and keys.has(other.source):
-                yield (
-                    (other.source,),
-                    f"{other.source} belongs to {other.written}; this rule's init is {keys.values['init']!r}",
-                )
-        if start.changes and keys.has("scale"):
-            yield ("scale",), f"scale does not go with {start.written}, whose terms have the delta's own size"
-        for key in keys.has("rank", "shape", "tp") if start.given else ():
-            yield (key,), f"{key} does not go with {start.written}: {start.given}"
-        if start.unweighed and keys.knows("calibration_batches") and keys.values["calibration_batches"]:
+        # Without an init of its own a rule has that of a rule before it, which `default_conflicts` and the plan see.
+        if keys.has("init") and keys.knows("init"):
+            for key, message in _start_conflicts(keys):
+                yield (key,), message
+
+
+def _start_conflicts(keys: TableKeys) -> Iterator[tuple[str, str]]:
+    """What a rule says that does not go with its start: (key, message)."""
+    start = _start_of(*(keys.values.get(key, _PLAIN.get(key)) for key in ("init", "components", "right")))
+    for other in STARTS.values() if keys.has("init") else ():
+        if other.source is not None and other.source != start.source and keys.has(other.source):
             yield (
-                ("calibration_batches",),
-                f"calibration_batches does not go with {start.written}: {start.unweighed}",
+                other.source,
+                f"{other.source} belongs to {other.written}; this rule's init is {keys.values['init']!r}",
             )
-        for key, message in misfits(start, keys.values):
-            yield (key,), message
+    if start.changes and keys.has("scale"):
+        yield "scale", f"scale does not go with {start.written}, whose terms have the delta's own size"
+    for key in keys.has("rank", "shape", "tp") if start.given else ():
+        yield key, f"{key} does not go with {start.written}: {start.given}"
+    for key in keys.has("calibration_batches", "weighting") if start.unweighed else ():
+        if keys.knows(key) and keys.values[key]:
+            yield key, f"{key} does not go with {start.written}: {start.unweighed}"
+    yield from misfits(start, keys.values)
+
+
+def default_conflicts(rules: Sequence[Adapt]) -> Iterator[tuple[int, str, str]]:
+    """What rules say that does not go with the default start, where none says another: (index, key, message)."""
+    plain, weights = Adapt.model_fields["init"].default, STARTS["weights"]
+    if any(rule.init != plain for rule in rules):
+        return
+    for index, rule in enumerate(rules):
+        keys = Adapt._see(rule.model_dump(exclude_unset=True), set())
+        taken = replace(keys, values={**keys.values, "init": weights.name})
+        refused = {key for key, _ in _start_conflicts(taken)}
+        for key, message in _start_conflicts(keys):
+            instead = f"; {weights.written} takes it, and {plain!r} is the default"
+            yield index, key, message + ("" if key in refused or weights.written in message else instead)

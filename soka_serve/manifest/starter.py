@@ -20,8 +20,7 @@ _WIDTH = 100
 _KEYS: dict[str, dict[str, Any]] = {
     "[base]": {"builtin": "tiny", "path": None, "hub": None, "revision": None, "dtype": None, "quantize": None},
     "[[adapt]]": {
-        **{"modules": ..., "layers": None, "shape": None, "init": ..., "scale": None},
-        **{"calibration_batches": None, "rank": ...},
+        **{"modules": ..., "layers": None, "shape": None, "init": ..., "scale": None, "rank": ...},
     },
     "[train]": {
         **{"method": None, "steps": 300, "epochs": None, "batch_size": 32, "learning_rate": None, "max_length": None},

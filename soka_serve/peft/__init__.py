@@ -6,7 +6,7 @@
 >>> x = torch.ones(2, 12)
 >>> before = base(x)
 >>> model = peft.get_peft_model(base, soka_serve.peft.SokaConfig(r=2, target_modules=["0"]))
->>> torch.equal(model(x), before)  # init "weights" never rewrites the base: nothing changes at step 0
+>>> torch.equal(model(x), before)  # the base is never rewritten, and nothing changes at step 0
 True
 >>> model.peft_config["default"].soka_modules
 {'0': {'rank': 2, 'shape': [4, 3, 2, 4]}}

@@ -64,11 +64,11 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
     )
     modules_to_save: list[str] | None = _field("Other modules that are trained and saved whole, such as 'lm_head'.")
     init_soka_weights: Literal["weights", "zero", "random", False] = _field(
-        "'weights': principal Kronecker components of each weight, subtracted again as frozen initial factors, so that "
-        "nothing changes at step 0. 'zero': right factors zero, left ones random (KronA). 'random': all random, from "
-        "torch's own generator, so that the adapter has an effect at once; for tests. False: empty until they are "
+        "'zero': right factors zero, left ones random (KronA). 'weights': principal Kronecker components of each "
+        "weight, subtracted again as frozen initial factors, so that nothing changes at step 0. 'random': all random, "
+        "from torch's own generator, so that the adapter has an effect at once; for tests. False: empty until they are "
         "loaded; a forward before that is an error.",
-        "weights",
+        "zero",
     )
     init_scale: float = _field(
         "Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share of the "

@@ -14,7 +14,7 @@ from soka_serve.starts.start import Start
 
 @dataclass(frozen=True)
 class Weights(Start):
-    """The default."""
+    """The paper's start, in the metric of the inputs where batches calibrate it."""
 
     meaning: ClassVar[str] = "principal Kronecker components of the weight"
     told: ClassVar[str] = (

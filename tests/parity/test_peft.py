@@ -57,7 +57,9 @@ def test_gradients_at_step_0_are_those_of_the_trained_factors_alone() -> None:
     base = nn.Linear(12, 10, bias=False).double()
     x, target = torch.randn(5, 12).double(), torch.randn(5, 10).double()
     weight = base.weight.detach().clone()
-    model = get_peft_model(nn.Sequential(base), SokaConfig(r=3, target_modules=["0"], shape=[5, 4, 2, 3]))
+    model = get_peft_model(
+        nn.Sequential(base), SokaConfig(init_soka_weights="weights", r=3, target_modules=["0"], shape=[5, 4, 2, 3])
+    )
     (layer,) = soka_layers(model).values()
     ((model(x) - target) ** 2).sum().backward()
     trained = [layer.soka_left["default"], layer.soka_right["default"], layer.soka_sigma["default"]]
@@ -74,7 +76,8 @@ def test_gradients_at_step_0_are_those_of_the_trained_factors_alone() -> None:
 def test_gradcheck_away_from_step_0() -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        nn.Sequential(nn.Linear(6, 8).double()), SokaConfig(r=2, target_modules=["0"], shape=[4, 2, 2, 3])
+        nn.Sequential(nn.Linear(6, 8).double()),
+        SokaConfig(init_soka_weights="weights", r=2, target_modules=["0"], shape=[4, 2, 2, 3]),
     )
     perturb(model, 0.3)
     (layer,) = soka_layers(model).values()
@@ -260,7 +263,7 @@ def test_merging_leaves_a_base_shared_with_another_model_alone() -> None:
     base = tiny_llama()
     shared = base.model.layers[0].self_attn.q_proj.weight.data
     before = shared.clone()
-    model = get_peft_model(base, SokaConfig(r=2, target_modules=["q_proj"]))
+    model = get_peft_model(base, SokaConfig(init_soka_weights="weights", r=2, target_modules=["q_proj"]))
     perturb(model)
     model.merge_adapter()
     assert not torch.equal(model.base_model.model.model.layers[0].self_attn.q_proj.weight, before)

@@ -269,7 +269,9 @@ def test_factors_that_were_never_loaded_show() -> None:
 
 def test_a_weight_that_is_not_there_cannot_be_decomposed() -> None:
     with pytest.raises(SokaError, match=r"0: init_soka_weights = 'weights' decomposes the weight, which is not in mem"):
-        get_peft_model(nn.Sequential(nn.Linear(6, 4, device="meta")), SokaConfig(target_modules=["0"]))
+        get_peft_model(
+            nn.Sequential(nn.Linear(6, 4, device="meta")), SokaConfig(init_soka_weights="weights", target_modules=["0"])
+        )
 
 
 def test_pefts_status_report_knows_the_layers() -> None:

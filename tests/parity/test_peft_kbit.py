@@ -100,8 +100,10 @@ def test_step_0_training_and_reload(
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_adapters_merge_into_one_rounding(kind: str, tmp_path: Path) -> None:
     ids = tokens()
-    model = get_peft_model(quantised(kind, tmp_path, "cpu"), SokaConfig(r=2, target_modules=["q_proj"]))
-    model.add_adapter("other", SokaConfig(r=1, target_modules=["q_proj"]))
+    model = get_peft_model(
+        quantised(kind, tmp_path, "cpu"), SokaConfig(init_soka_weights="weights", r=2, target_modules=["q_proj"])
+    )
+    model.add_adapter("other", SokaConfig(init_soka_weights="weights", r=1, target_modules=["q_proj"]))
     model.base_model.set_adapter(["default", "other"])
     perturb(model, 0.2)
     together = copy.deepcopy(model)
@@ -114,7 +116,9 @@ def test_two_adapters_merge_into_one_rounding(kind: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_init_weights_decomposes_what_the_quantised_layer_computes(kind: str, tmp_path: Path) -> None:
-    model = get_peft_model(quantised(kind, tmp_path, "cpu"), SokaConfig(r=4, target_modules=["v_proj"]))
+    model = get_peft_model(
+        quantised(kind, tmp_path, "cpu"), SokaConfig(init_soka_weights="weights", r=4, target_modules=["v_proj"])
+    )
     theta, _ = get_factors(model)
     for name, layer in soka_layers(model).items():
         identity = torch.eye(layer.in_features)
@@ -130,7 +134,9 @@ def test_gradient_checkpointing_on_a_prepared_model(kind: str, tmp_path: Path) -
     base = prepare_model_for_kbit_training(
         quantised(kind, tmp_path, "cpu"), gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    model = get_peft_model(base, SokaConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    model = get_peft_model(
+        base, SokaConfig(init_soka_weights="weights", r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).train()
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     assert trainable(model)
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable(model))
@@ -141,9 +147,11 @@ def test_a_repacked_weight_is_read_merged_and_restored_rightly(tmp_path: Path) -
     ids = tokens()
     base = quantised("4bit", tmp_path, "cpu").eval()
     before = logits(base, ids)
-    model = get_peft_model(base, SokaConfig(r=4, target_modules=["v_proj"])).eval()
+    model = get_peft_model(base, SokaConfig(init_soka_weights="weights", r=4, target_modules=["v_proj"])).eval()
     assert torch.equal(logits(model, ids), before)
-    straight = get_peft_model(quantised("4bit", tmp_path, "cpu"), SokaConfig(r=4, target_modules=["v_proj"]))
+    straight = get_peft_model(
+        quantised("4bit", tmp_path, "cpu"), SokaConfig(init_soka_weights="weights", r=4, target_modules=["v_proj"])
+    )
     for (name, theta), expected in zip(get_factors(model)[0].items(), get_factors(straight)[0].values(), strict=True):
         error = (dense_delta(theta) - dense_delta(expected)).norm() / dense_delta(expected).norm()
         assert error < 0.02, name
@@ -162,7 +170,9 @@ def test_terms_that_mend_a_base_move_as_small_terms_do(tmp_path: Path) -> None:
         rates = {}
         for mark in ("4bit", None):
             model = quantised("4bit", tmp_path, "cpu")
-            probe = get_peft_model(model, SokaConfig(r=1, target_modules=["q_proj"], init_scale=share))
+            probe = get_peft_model(
+                model, SokaConfig(init_soka_weights="weights", r=1, target_modules=["q_proj"], init_scale=share)
+            )
             factors = get_factors(probe)[0]
             made = build_soka_model(probe.unload(), factors, initial=False, soka_quantize=mark)
             rates[mark] = list(learning_rates(made, {"left": 1.0, "right": 1.0, "sigma": 1.0}).values())

@@ -165,7 +165,8 @@ def trained(folder: Path, target: str = "all-linear") -> tuple[PeftModel, Path]:
     base.save_pretrained(folder / "base")
     modules = {n: spec for n, spec in spread(base).items() if target in ("all-linear", n.rpartition(".")[2])}
     targets = target if target == "all-linear" else [target]
-    config = SokaConfig(target_modules=targets, soka_modules=modules, task_type="CAUSAL_LM")
+    start: dict[str, Any] = {"init_soka_weights": "weights", "soka_modules": modules}
+    config = SokaConfig(target_modules=targets, task_type="CAUSAL_LM", **start)
     model = get_peft_model(base, config)
     steps(model, torch.optim.AdamW(trainable(model), lr=2e-2), [tokens()] * 5)
     return model.eval(), folder / "base"
@@ -252,7 +253,9 @@ def test_transformers_own_adapter_interface() -> None:
 def _linear() -> tuple[PeftModel, nn.Linear, Tensor]:
     torch.manual_seed(0)
     base = nn.Linear(24, 20)
-    model = get_peft_model(nn.Sequential(base), SokaConfig(r=2, target_modules=["0"], shape=[5, 4, 4, 6]))
+    model = get_peft_model(
+        nn.Sequential(base), SokaConfig(init_soka_weights="weights", r=2, target_modules=["0"], shape=[5, 4, 4, 6])
+    )
     perturb(model, 0.3)
     return model, base, torch.randn(400, 24)
 

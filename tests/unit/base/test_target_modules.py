@@ -174,7 +174,7 @@ def test_attention_rank_1_counted_by_hand(modules: list[Module]) -> None:
 def test_later_rules_change_only_what_they_set(modules: list[Module]) -> None:
     targets = resolve_targets(
         manifest(
-            {"modules": ["q_proj"], "init": "zero", "rank": {"policy": "fixed", "rank": 3}},
+            {"modules": ["q_proj"], "init": "weights", "rank": {"policy": "fixed", "rank": 3}},
             {"modules": ["model.layers.*.q_proj", "*.v_proj"], "layers": "4-5", "shape": "auto"},
             {"modules": ["q_proj"], "layers": [5], "rank": {"policy": "energy"}},
         ),
@@ -182,14 +182,14 @@ def test_later_rules_change_only_what_they_set(modules: list[Module]) -> None:
     )
     rules = {(t.module.projection, t.module.layer): t for t in targets}
     assert len(targets) == 32 + 2
-    assert rules["q_proj", 0].rule.init == "zero"
+    assert rules["q_proj", 0].rule.init == "weights"
     assert rules["q_proj", 0].shape == (64, 64, 64, 64)
     four = rules["q_proj", 4]
-    assert (four.rules, four.rule.init, four.rule.rank, four.shape) == ((0, 1), "zero", RankFixed(rank=3), None)
+    assert (four.rules, four.rule.init, four.rule.rank, four.shape) == ((0, 1), "weights", RankFixed(rank=3), None)
     five = rules["q_proj", 5]
-    assert (five.rules, five.rule.init, five.shape) == ((0, 1, 2), "zero", None)
+    assert (five.rules, five.rule.init, five.shape) == ((0, 1, 2), "weights", None)
     assert five.rule.rank == RankEnergy(policy="energy")
-    assert rules["v_proj", 5].rule.init == "weights"
+    assert rules["v_proj", 5].rule.init == "zero"
 
 
 def test_setting_the_default_value_still_overrides(modules: list[Module]) -> None:
@@ -262,22 +262,24 @@ def test_delta_without_finetuned_after_the_cascade(modules: list[Module]) -> Non
     ],
 )
 def test_outputs_that_cannot_be_weighed(modules: list[Module], rule: dict[str, Any], message: str) -> None:
-    assert {t.rule.weighting for t in resolve_targets(manifest({"weighting": "both"}), modules)} == {"both"}
+    both = {"init": "weights", "weighting": "both"}
+    assert {t.rule.weighting for t in resolve_targets(manifest(both), modules)} == {"both"}
     with pytest.raises(PlanError, match=rf"adapt\[0\]\.weighting: .*{message}"):
-        resolve_targets(manifest({"weighting": "both"}, {"modules": ["q_proj"], **rule}), modules)
+        resolve_targets(manifest(both, {"modules": ["q_proj"], **rule}), modules)
 
 
 def test_minor_components_after_the_cascade(modules: list[Module], caplog: pytest.LogCaptureFixture) -> None:
     minor: dict[str, Any] = {"modules": ["q_proj"], "components": "minor"}
+    weights = {"init": "weights"}
     with pytest.raises(PlanError, match=r"adapt\[1\]\.components: components = 'minor' belongs to init = 'weights'"):
-        resolve_targets(manifest({"init": "zero"}, minor), modules)
+        resolve_targets(manifest({"init": "nystrom"}, minor), modules)
     with pytest.raises(PlanError, match=r"adapt\[0\]\.rank: policy = 'elbow' does not go with components = 'minor'"):
-        resolve_targets(manifest({"rank": {"policy": "elbow"}}, minor), modules)
+        resolve_targets(manifest(weights | {"rank": {"policy": "elbow"}}, minor), modules)
     with pytest.raises(
         PlanError, match=r"'both' .* there is none with components = 'minor' and no calibration_batches"
     ):
-        resolve_targets(manifest(minor | {"weighting": "both"}), modules)
-    targets = resolve_targets(manifest({"calibration_batches": 4}, minor), modules)
+        resolve_targets(manifest(weights, minor | {"weighting": "both"}), modules)
+    targets = resolve_targets(manifest(weights | {"calibration_batches": 4}, minor), modules)
     batches = {t.module.projection: t.rule.batches for t in targets}
     assert (batches["q_proj"], batches["k_proj"]) == (0, 4)
 

@@ -35,7 +35,9 @@ def _targets(*rules: dict[str, Any], base: Path | None = None) -> list[TargetMod
         {
             "schema": 1,
             "base": {"builtin": "tiny"},
-            "adapt": [{"calibration_batches": 0, **rule} for rule in rules],  # no data, if a rule asks for none
+            "adapt": [
+                {"init": "weights", "calibration_batches": 0} | rule for rule in rules
+            ],  # no data, if a rule asks for none
             "train": {"steps": 1, "data": {"builtin": "math"}},
         }
     )

@@ -24,7 +24,7 @@ def _manifest(**change: Any) -> Manifest:
     tables: dict[str, Any] = {
         "schema": 1,
         "base": {"builtin": "tiny"},
-        "adapt": [{"calibration_batches": 0}],
+        "adapt": [{"init": "weights", "calibration_batches": 0}],
         "train": {"steps": 3, "data": {"builtin": "math"}},
         "output": {"write": ["adapter", "merged"]},
     }

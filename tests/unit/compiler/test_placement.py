@@ -57,7 +57,7 @@ def test_auto_holds_half_precision_in_float32_where_the_cpu_is_slow_in_it(
 
 
 @pytest.mark.parametrize("walked", [True, False])
-@pytest.mark.parametrize("rule", [{"calibration_batches": 2}, {"init": "gradient"}])
+@pytest.mark.parametrize("rule", [{"init": "weights", "calibration_batches": 2}, {"init": "gradient"}])
 def test_the_same_statistics_as_of_the_whole_model(
     directory: Path, rule: dict[str, Any], walked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +86,7 @@ def test_hidden_states_are_kept_of_two_layers(directory: Path, monkeypatch: pyte
     kept = []
     target = TargetModule(
         Module("model.layers.1.mlp.up_proj", *SHAPES["mlp.up_proj"], 1, "bfloat16"),
-        Adapt(calibration_batches=2), (0,), None,
+        Adapt(init="weights", calibration_batches=2), (0,), None,
     )  # fmt: skip
     ids = torch.randint(3, 96, (2, 2, 11), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": i, "labels": i, "attention_mask": torch.ones_like(i)} for i in ids]

@@ -48,8 +48,11 @@ def test_llama2_attention_rank_1(tmp_path: Path) -> None:
     assert rows["LoRA r=8"].parameters_max == 4 * 32 * 8 * (4096 + 4096) == 8_388_608
     assert rows["LoRA r=16"].parameters_max == rows["PiSSA r=16"].parameters_max == 16_777_216
     assert rows["full fine-tuning"].parameters_max == 6_738_415_616
-    # Trained minus initial terms, float32; PiSSA's delta is a LoRA of twice the rank.
-    assert plan.adapter_bytes == 2 * 4 * 1_048_704
+    # Float32: the trained terms, and minus the initial ones where they are subtracted; PiSSA's delta is a LoRA of
+    # twice the rank.
+    assert plan.adapter_bytes == 4 * 1_048_704
+    subtracted = llama2(tmp_path, f'[[adapt]]\ninit = "weights"\n{ATTENTION}')
+    assert (subtracted.parameters_max, subtracted.adapter_bytes) == (plan.parameters_max, 2 * plan.adapter_bytes)
     assert rows["PiSSA r=8"].adapter_bytes == 2 * rows["LoRA r=8"].adapter_bytes
     assert rows["full fine-tuning"].adapter_bytes == 2 * 6_738_415_616
 
@@ -68,7 +71,9 @@ def test_llama2_memory_by_hand(tmp_path: Path) -> None:
     train = 'batch_size = 1\nmax_length = 1000\nprecision = "bfloat16"'
     memory = llama2(tmp_path, train=train).memory
     assert memory.base == 2 * 6_738_415_616
-    assert memory.trained == 16 * 1_048_704 + 4 * 1_048_704
+    assert memory.trained == 16 * 1_048_704
+    subtracted = llama2(tmp_path, f'[[adapt]]\ninit = "weights"\n{ATTENTION}', train=train).memory
+    assert subtracted.trained == memory.trained + 4 * 1_048_704
     per_layer = 1000 * 2 * (6 * 4096 + 4 * 4096 + 4 * 11008)
     assert memory.activations == 32 * per_layer
     assert memory.logits == 1000 * 32000 * 10

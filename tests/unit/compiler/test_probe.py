@@ -62,7 +62,7 @@ def _weighing(example: EncodedExample, x: torch.Tensor) -> torch.Tensor:
 def _target(model: Any, name: str, **rule: Any) -> TargetModule:
     weight = model.get_submodule(name).weight
     module = Module(name, weight.shape[0], weight.shape[1], int(name.split(".")[2]), "float64")
-    return TargetModule(module, Adapt(**rule), (0,), None)
+    return TargetModule(module, Adapt(**{"init": "weights"} | rule), (0,), None)
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -271,7 +271,7 @@ def test_the_model_is_left_as_it_was_found(model: Any, stop_early: bool) -> None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("rule", [{"init": "gradient"}, {"calibration_batches": 1}])
+@pytest.mark.parametrize("rule", [{"init": "gradient"}, {"init": "weights", "calibration_batches": 1}])
 def test_a_base_that_is_not_finite_is_named(model: Any, rule: dict[str, Any]) -> None:
     broken = copy.deepcopy(model)
     broken.get_submodule(QUERY).weight.data[0, 0] = float("nan")
@@ -291,12 +291,12 @@ def test_how_many_batches_the_rules_ask_for(model: Any) -> None:
 
 def test_few_statistics_lie_in_memory_together() -> None:
     sizes = {"q": (64, 64), "k": (64, 64), "o": (64, 64), "gate": (172, 64), "up": (172, 64), "down": (64, 172)}
-    for rule, counts in (({"init": "gradient"}, [2, 2, 2]), ({"calibration_batches": 1}, [2, 4])):
+    for rule, counts in (({"init": "gradient"}, [2, 2, 2]), ({"init": "weights", "calibration_batches": 1}, [2, 4])):
         targets = [
             TargetModule(Module(f"model.layers.0.{name}", *size, 0, "float32"), Adapt(**rule), (0,), None)
             for name, size in sizes.items()
         ]
-        most = 172 * 64 + 64 * 64 if "init" in rule else 172 * 172 + 64 * 64
+        most = 172 * 64 + 64 * 64 if rule["init"] == "gradient" else 172 * 172 + 64 * 64
         groups = split_targets(targets, most)
         assert sorted(t.module.name for g in groups for t in g) == sorted(t.module.name for t in targets)
         assert sum(counts) == len(targets)

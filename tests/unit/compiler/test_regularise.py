@@ -431,10 +431,14 @@ def test_an_interrupted_run_ends_with_the_same_weights(
         ("protect = 1\n[train]\nprune = { threshold = 0.1 }", "6:1", "protect does not go with prune"),
         ("protect = 2\n[[adapt]]\nextra_terms = 1", "6:1", "protect does not go with extra_terms in [[adapt]]"),
         ('kasa = 2\n[[adapt]]\ntrain_factors = ["left"]', "6:1", "kasa does not go with train_factors in [[adapt]]"),
-        ("orthogonalise = 9", "6:1", "does not go with init = 'weights', whose terms are subtracted again"),
+        (
+            'orthogonalise = 9\n[[adapt]]\ninit = "weights"',
+            "6:1",
+            "does not go with init = 'weights', whose terms are subtracted again",
+        ),
         ('orthogonalise = 9\nprotect = 1\n[[adapt]]\ninit = "zero"', "6:1", "does not go with protect: what sigma"),
         ('orthogonalise = 9\n[[adapt]]\ninit = "zero"\n[train]\nsigma_lr = 2', "6:1", "does not go with sigma_lr"),
-        ('sorsa = 0.1\n[[adapt]]\ninit = "zero"', "6:1", "one of whose factors starts at zero"),
+        ("sorsa = 0.1", "6:1", "one of whose factors starts at zero"),
     ],
 )
 def test_what_does_not_go(tmp_path: Path, lines: str, place: str, words: str) -> None:

@@ -136,8 +136,9 @@ def test_a_config_that_was_not_built_survives_the_disk(tmp_path: Path) -> None:
 
 
 def test_init_weights_means_initial_factors() -> None:
-    assert SokaConfig().soka_initial
-    assert not SokaConfig(init_soka_weights="zero").soka_initial
+    assert SokaConfig(init_soka_weights="weights").soka_initial
+    assert SokaConfig().init_soka_weights == "zero"
+    assert not SokaConfig().soka_initial
     assert not SokaConfig(init_soka_weights=False).soka_initial
 
 

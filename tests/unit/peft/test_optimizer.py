@@ -18,7 +18,9 @@ SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
 
 
 def _adapted(shape: tuple[int, int, int, int], **options: object) -> tuple[nn.Module, nn.Module]:
+    """A layer with terms of the weight, unless another start is asked for."""
     m, n, p, q = shape
+    options.setdefault("init_soka_weights", "weights")
     base = nn.Sequential(nn.Linear(n * q, m * p, bias=False))
     model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], shape=list(shape), **options))
     return model, soka_layers(model)["0"]

@@ -40,7 +40,7 @@ TAIL = '[train]\nsteps = 1\ndata = { builtin = "math" }\n'
         ('train_factors = ["left", "left"]', "", "5:17", "a factor is named twice"),
         ('train_factors = ["sigma"]\ninit = "zero"', "", "5:1", "right is missing, which init = 'zero' starts at zero"),
         ('train_factors = ["sigma"]', 'method = "lora"', "5:1", "train_factors belongs to method = 'soka'"),
-        ("right = 'dct'", "", "5:1", "right = 'dct' belongs to init = 'gradient'; the init is 'weights'"),
+        ("right = 'dct'", "", "5:1", "right = 'dct' belongs to init = 'gradient'; the init is 'zero'"),
         (
             "init = 'gradient'\nright = 'dct'\ntrain_factors = ['sigma']",
             "",
@@ -68,15 +68,15 @@ TAIL = '[train]\nsteps = 1\ndata = { builtin = "math" }\n'
         ),
         ("extra_terms = 1025", "", "5:15", "at most 1024"),
         (
-            "",
+            'init = "weights"',
             "left_lr = 0\nright_lr = 0\nsigma_lr = 0",
             "7:1",
             "nothing would be trained: left_lr, right_lr and sigma_lr",
         ),
         (
-            "extra_terms = 1",
+            'extra_terms = 1\ninit = "weights"',
             "right_lr = 0",
-            "7:1",
+            "8:1",
             "right_lr = 0 does not go with extra_terms of adapt[0], which starts",
         ),
         ("init = 'zero'", "right_lr = 0", "7:1", "with init = 'zero' of adapt[0], which starts right at zero"),
@@ -86,21 +86,49 @@ TAIL = '[train]\nsteps = 1\ndata = { builtin = "math" }\n'
             "8:1",
             "right = 'dct' of adapt[0], which starts left at zero",
         ),
-        ("core = true", "sigma_lr = 0", "7:1", "nothing of adapt[0] would be trained: its rates are all 0"),
-        ('train_factors = ["sigma"]', "sigma_lr = 0", "7:1", "nothing of adapt[0] would be trained"),
+        (
+            'core = true\ninit = "weights"',
+            "sigma_lr = 0",
+            "8:1",
+            "nothing of adapt[0] would be trained: its rates are all 0",
+        ),
+        ('train_factors = ["sigma"]\ninit = "weights"', "sigma_lr = 0", "8:1", "nothing of adapt[0] would be trained"),
         ('extra_terms = 1\nrank = { policy = "budget", parameters = 99 }', "", "5:1", "which does not pay for them"),
+        ("core = true", "", "5:1", "nothing would change; init = 'weights' takes it, and 'zero' is the default"),
+        ("core = true", 'method = "lora"', "5:1", "core belongs to method = 'soka'"),
+        (
+            'weighting = "both"',
+            "",
+            "5:1",
+            "weighting does not go with init = 'zero': nothing is decomposed; init = 'weig",
+        ),
         ("core = 1", "", "5:8", "expected true or false"),
         ('core = true\ninit = "zero"', "", "5:1", "core does not go with init = 'zero', which starts right at zero"),
-        ('core = true\ntrain_factors = ["sigma"]', "", "6:1", "train_factors does not go with core"),
-        ('core = true\nrank = { policy = "budget", parameters = 99 }', "", "6:1", "does not go with core, of r x r"),
-        ('core = true\nrank = { policy = "fixed", rank = 1025 }', "", "6:1", "core takes 1024 terms at most, not 1025"),
-        ("core = true", "prune = { threshold = 0.1 }", "7:1", "prune does not go with core of adapt[0]"),
-        ("core = true", "right_lr = 2", "7:1", "right_lr would be ignored: no rule trains right"),
+        ('core = true\ntrain_factors = ["sigma"]\ninit = "weights"', "", "6:1", "train_factors does not go with core"),
+        (
+            'core = true\nrank = { policy = "budget", parameters = 99 }\ninit = "weights"',
+            "",
+            "6:1",
+            "does not go with core, of r x r",
+        ),
+        (
+            'core = true\nrank = { policy = "fixed", rank = 1025 }\ninit = "weights"',
+            "",
+            "6:1",
+            "core takes 1024 terms at most, not 1025",
+        ),
+        (
+            'core = true\ninit = "weights"',
+            "prune = { threshold = 0.1 }",
+            "8:1",
+            "prune does not go with core of adapt[0]",
+        ),
+        ('core = true\ninit = "weights"', "right_lr = 2", "8:1", "right_lr would be ignored: no rule trains right"),
         ("core = true", 'method = "full"', "5:1", "core belongs to method = 'soka'"),
         (
-            'train_factors = ["sigma"]',
+            'train_factors = ["sigma"]\ninit = "weights"',
             "left_lr = 0.5",
-            "7:1",
+            "8:1",
             "left_lr would be ignored: no rule trains left",
         ),
     ],
@@ -114,9 +142,10 @@ def test_what_makes_no_sense_is_refused(rule: str, train: str, place: str, words
 
 
 def test_rules_that_meet_on_a_module_are_refused_there(tmp_path: Path) -> None:
-    rules = '[[adapt]]\ninit = "zero"\n[[adapt]]\nmodules = ["q_proj"]\ntrain_factors = ["left"]\n'
+    rule = '[[adapt]]\nmodules = ["q_proj"]\n'
+    rules = f'[[adapt]]\ninit = "gradient"\n{rule}init = "zero"\n{rule}train_factors = ["left"]\n'
     manifest = parse_manifest(HEAD + rules + TAIL, "m.toml")
-    with pytest.raises(PlanError, match=r"adapt\[1\].train_factors: right is missing, .*q_proj and 3 more"):
+    with pytest.raises(PlanError, match=r"adapt\[2\].train_factors: right is missing, .*q_proj and 3 more"):
         resolve_targets(manifest, Base(base_directory()).layout.modules)
 
 
@@ -135,7 +164,11 @@ def test_a_choice_reruns_from_the_initialisation() -> None:
     """Which counts parameters for a budget."""
 
     def keys(**rule: Any) -> dict[str, str]:
-        tables = {"schema": 1, "base": {"builtin": "tiny"}, "adapt": [{"calibration_batches": 0, **rule}]}
+        tables = {
+            "schema": 1,
+            "base": {"builtin": "tiny"},
+            "adapt": [{"init": "weights", "calibration_batches": 0, **rule}],
+        }
         manifest = Manifest.model_validate(tables | {"train": {"steps": 3, "data": {"builtin": "math"}}})
         return stage_keys(manifest, INPUTS, MODULES)
 
@@ -146,7 +179,7 @@ def test_a_choice_reruns_from_the_initialisation() -> None:
 
 
 def test_plans_count_what_is_trained(tmp_path: Path) -> None:
-    rank = 'rank = { policy = "fixed", rank = 8 }'
+    rank = 'init = "weights"\nrank = { policy = "fixed", rank = 8 }'
     plain = tiny(tmp_path, f"[[adapt]]\n{rank}")
     sigma = tiny(tmp_path, f'[[adapt]]\n{rank}\ntrain_factors = ["sigma"]')
     assert {m.parameters_max for m in sigma.modules} == {8}
@@ -168,7 +201,7 @@ def base() -> Base:
 
 def _start(base: Base, **rule: Any) -> Initialisation:
     tables = {"schema": 1, "base": {"builtin": "tiny"}, "train": {"steps": 1, "data": {"builtin": "math"}}}
-    adapt = [{"calibration_batches": 0, "modules": ["q_proj", "v_proj"], **rule}]
+    adapt = [{"init": "weights", "calibration_batches": 0, "modules": ["q_proj", "v_proj"], **rule}]
     manifest = Manifest.model_validate(tables | {"adapt": adapt})
     with TemporaryDirectory() as scratch:
         targets = resolve_targets(manifest, base.layout.modules)
