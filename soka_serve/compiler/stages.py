@@ -93,7 +93,13 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
         context.timings_s["init"] = _seconds_of(directory)
         return Initialisation.read(directory)
     train = context.loaded.manifest.train
-    with context.stage("init", f"decomposing {len(context.targets)} weights"), fast_products():
+    idle = all(t.rule.start.drawn and t.rule.rank.policy == "fixed" for t in context.targets)
+    what = (
+        f"drawing the factors of {len(context.targets)} modules"
+        if idle
+        else f"decomposing {len(context.targets)} weights"
+    )
+    with context.stage("init", what), fast_products():
         device = gpu()
         groups = budget_groups(context.loaded.manifest, context.targets)
         with scratch_directory(directory) as scratch:

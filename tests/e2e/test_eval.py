@@ -39,6 +39,7 @@ name = "sums"
 [base]
 builtin = "tiny"
 [[adapt]]
+init = "weights"
 scale = 1.0
 rank = { policy = "fixed", rank = 4 }
 [train]
