@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,9 +30,12 @@ from soka_serve.compiler.train.regularise import Regularisation, base_logits, ma
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
 from soka_serve.errors import CheckpointError, DivergedError, PlanError
+from soka_serve.io.warn_once import warn
 from soka_serve.manifest.optimisers import OPTIMISERS
 from soka_serve.manifest.schema import Train
 from soka_serve.peft.optimizer import parameter_groups, pull_to_initial
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_EPOCHS = 1.0
 _CHECKPOINTS_KEPT = 2
@@ -147,6 +151,7 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.optimizer: Any
         self.control: Any
         self._packing_checked = False
+        self._was_zero = False
         self.clip = RelativeClip(recipe.clip, facts["norms"] if facts else ())
         guards = make_guards(recipe.regularise.chosen, model, run.factors, args.device)
         self.regularisation = Regularisation(recipe.regularise.chosen, guards)
@@ -319,6 +324,10 @@ class SokaTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             return norm
         whole = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         self.clip.add(whole)
+        if whole == 0 and not self._was_zero:
+            self._was_zero = True
+            step, rate = self.state.global_step + 1, self.args.learning_rate
+            warn(logger, "step %d: the gradient is zero: nothing is learned from it (learning_rate is %g)", step, rate)
         if self.recipe.max_grad_norm is None and self.clip.multiple == 0 and math.isfinite(whole) and whole > 0:
             for parameter in model.parameters():
                 if parameter.grad is not None:

@@ -26,7 +26,7 @@ from soka_serve.compiler.train.decay import anneal_weight_decay, decay_share
 from soka_serve.compiler.train.trainer import SokaTrainer
 from soka_serve.data.encode import EncodedExample, EncodedSet
 from soka_serve.errors import BuildError, CheckpointError, DataError, PlanError
-from soka_serve.kron import dense_delta
+from soka_serve.kron import Factors, dense_delta
 from soka_serve.peft import soka_layers
 from tests.support.training import (
     load_trained,
@@ -512,6 +512,20 @@ def test_divergence_stops_with_a_mend(base: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"training diverged: the loss is (nan|inf) at step \d+ of 30") as raised:
         run_training(base, tmp_path, method="full", steps=30, learning_rate=1e30, warmup_frac=0.0)
     assert "lower train.learning_rate" in str(raised.value.hint)
+
+
+def test_steps_without_a_gradient_are_told(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A term that starts at zero and becomes huge at once leaves a finite loss, and layers that nothing passes."""
+    factors = {name: Factors(f.left, 0 * f.right, f.sigma) for name, f in make_factors(base).items()}
+    told = []
+    for rate in (0.1, 1e8):
+        caplog.clear()
+        options: dict[str, Any] = {"adapt": [{"init": "zero"}], "initial": (), "learning_rate": rate, "warmup_frac": 0.0}
+        run_training(base, tmp_path / f"{rate}", factors=factors, **options)
+        told.append([r.getMessage() for r in caplog.records if "the gradient is zero" in r.getMessage()])
+    assert not told[0]
+    (line,) = told[1]
+    assert line.endswith("nothing is learned from it (learning_rate is 1e+08)")
 
 
 @pytest.mark.parametrize("method", ["soka", "full"])
