@@ -520,8 +520,8 @@ def test_steps_without_a_gradient_are_told(base: Path, tmp_path: Path, caplog: p
     told = []
     for rate in (0.1, 1e8):
         caplog.clear()
-        options: dict[str, Any] = {"adapt": [{"init": "zero"}], "initial": (), "learning_rate": rate, "warmup_frac": 0.0}
-        run_training(base, tmp_path / f"{rate}", factors=factors, **options)
+        options: dict[str, Any] = {"initial": (), "learning_rate": rate, "warmup_frac": 0.0}
+        run_training(base, tmp_path / f"{rate}", factors=factors, adapt=[{"init": "zero"}], **options)
         told.append([r.getMessage() for r in caplog.records if "the gradient is zero" in r.getMessage()])
     assert not told[0]
     (line,) = told[1]
