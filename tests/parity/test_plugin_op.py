@@ -95,6 +95,24 @@ def test_wide_outputs_in_another_dtype(
     layer.check(torch.zeros(60, dtype=torch.long), 60)
 
 
+@pytest.mark.parametrize(("out", "units"), [(torch.float64, False), (torch.float32, True)])
+def test_outputs_that_hold_more_than_the_products_keep_it(
+    out: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in them is not rounded to the products' dtype on the way."""
+    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", units)
+    monkeypatch.setattr(torch_ops, "_MANY", 0)
+    monkeypatch.setattr(torch_ops, "_WIDE", 0)
+    layer = equal_slices_layer(torch.bfloat16)
+    _, x = layer.arguments(60)
+    base = torch.full((60, layer.dense.shape[1]), 1 + 4 * torch.finfo(out).eps, dtype=out)
+    result = base.clone()
+    layer.store.add_to(result, torch.zeros_like(x), torch.zeros(60, dtype=torch.long))
+    assert torch.equal(result, base)
+    layer.store.add_to(result, x, torch.zeros(60, dtype=torch.long))
+    assert not torch.equal(result, base)
+
+
 def test_few_products_and_other_dtypes_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
     kind = torch_ops.StackKind(1, 24, 24, 32, 32, torch_ops.RIGHT_FIRST, 0, 0)

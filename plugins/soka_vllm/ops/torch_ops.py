@@ -236,7 +236,8 @@ def _add_product(target: Tensor, inputs: Tensor, factors: Tensor, kind: StackKin
         if target.dtype == inputs.dtype == torch.bfloat16:
             target.view(tokens, m, p).baddbmm_(first, second)
             return
-        if target.dtype != inputs.dtype and target.numel() >= _WIDE:
+        is_held = torch.promote_types(target.dtype, inputs.dtype) == inputs.dtype  # nothing of it is rounded on the way
+        if target.dtype != inputs.dtype and is_held and target.numel() >= _WIDE:
             rows = target.to(inputs.dtype, memory_format=torch.contiguous_format)
             rows.view(tokens, m, p).baddbmm_(first, second)
             target.copy_(rows)
