@@ -6,18 +6,19 @@
 #
 # Needs torch with CUDA, triton, transformers, accelerate, peft and pytest, and the packages of pyproject.toml that
 # soka_serve imports; nothing is fetched. To a machine that has the first four and no network this takes the rest (58 MB,
-# of which pyarrow has 55; pip must be that machine's version of Python):
+# of which pyarrow has 55; --python-version is that machine's). The comparison needs scipy besides (35 MB).
 #
-#   pip download --no-deps -d wheels peft pytest pluggy iniconfig pydantic pydantic-core annotated-types \
-#     typing-inspection click jinja2 markupsafe pyarrow xxhash        # here
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels "peft>=0.21,<0.22" pytest pluggy iniconfig \
+#     pygments pydantic pydantic-core annotated-types typing-inspection click jinja2 markupsafe pyarrow xxhash     # here
 #   pip install --no-deps wheels/*.whl                                # there
 #
-# Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560; with --prove 3600) after the start: what
-# has ended by then is in OUT, and of the kernel's benchmark each case that has. MODEL and DATA, a base and the folder that
-# eval.suites.prepare made for it, add the comparison on the real model, whose records a later call goes on from. VLLM, a
-# wheel of vLLM or what eval.vllm_lora has made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora,
-# where it is installed, its fused training kernels to the benchmark of a step. The exit code is that of the first step,
-# which says whether the kernel is right; others may fail, and the log says so. The interpreter of Triton 3.6, which --prove
+# Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560; with --prove 3600) after the start:
+# what has ended by then is in OUT, and of the kernel's benchmark each case that has. MODEL and DATA, a base and the
+# folder that eval.suites.prepare made for it, add the comparison on the real model; a later call goes on from its
+# records (OUT's *.records.jsonl, or OUT/work where it was stopped). VLLM, a wheel of vLLM or what eval.vllm_lora has
+# made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora, where it is installed, its fused training
+# kernels to the benchmark of a step. The exit code is that of the first step, which says whether the kernel is right
+# (124: it was not done in time); others may fail, and the log says so. The interpreter of Triton 3.6, which --prove
 # uses, does not go with numpy 2.4 and later.
 set -u
 out=${1:?usage: bash eval/gpu.sh OUT [--prove]}
@@ -92,8 +93,9 @@ if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
     # Runs of the suite that begin, end: none is started in the last minute and a half.
     minutes=$(((deadline - SECONDS - 90) / 60))
     [ -n "$prove" ] && runs=(--limit-runs 0) || runs=(--minutes "$((minutes > 0 ? minutes : 0))" --jobs 4)
+    ln -sfn "$(cd "$MODEL" && pwd)" "$DATA/smollm2" # prepare's link leads to where the base lies on its machine
     step suite 560 "$python" -m soka_serve compare eval/suites/smollm2_gsm8k.toml --root "$DATA" \
         --work "$out/work" --out "$out/smollm2_gsm8k.json" "${runs[@]}"
-    rm -rf "$out/work"
+    [ ! -e "$out/smollm2_gsm8k.records.jsonl" ] || rm -rf "$out/work"
 fi
 exit "${first:-1}"

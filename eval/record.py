@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from soka_serve.io.files import write_text_atomic
 from soka_serve.io.versions import versions
 
 Pairs = Mapping[str, object] | tuple[()]
@@ -57,5 +58,5 @@ def write_record(
     record = {"command": command_of(options), "versions": versions() | dict(packages), "hardware": hardware, **found}
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_text_atomic(options.out, json.dumps(record, indent=1) + "\n")
     return record

@@ -93,20 +93,17 @@ def not_built(requirement: Requirement) -> list[str]:
     return [release for release in all_of_them if Version(release).release[:2] not in built]
 
 
-def compare_sources(release: str) -> dict[str, Any]:
-    """What in the sources of a release's wheel differs from what the plugin uses."""
+def compare_sources(found: dict[str, Any], release: str) -> None:
+    """Put what in the sources of a release's wheel differs from what the plugin uses into `found`."""
+    found["tests"] = "sources"
     started = time.monotonic()
     folder = ROOT / "build" / "compat" / "wheels"
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
-    subprocess.run([*pip, "-d", str(folder), f"vllm=={release}"], check=True)
+    _call([*pip, "-d", str(folder), f"vllm=={release}"])
     (wheel,) = folder.glob(f"vllm-{release}-*.whl")
     problems = source_problems(wheel_sources(wheel), SIGNATURES)
-    return {
-        "ok": not problems,
-        "signatures": len(SIGNATURES),
-        "failures": problems,
-        "seconds": round(time.monotonic() - started),
-    }
+    seconds = round(time.monotonic() - started)
+    found |= {"ok": not problems, "signatures": len(SIGNATURES), "failures": problems, "seconds": seconds}
 
 
 def make_environment(folder: Path, engine: str, requirement: Requirement, release: str) -> None:
@@ -114,23 +111,36 @@ def make_environment(folder: Path, engine: str, requirement: Requirement, releas
     ready = folder / ".ready"
     if ready.exists():
         return
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    _call([sys.executable, "-m", "venv", "--clear", str(folder)])
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "-qq"]
-    # Held to the versions that the tests ran with, but for what a release of vLLM or PEFT pins itself.
+    # Held to the torch that the tests ran with; a release after the range may ask for another.
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join(pins) + "\n" if engine == "cpu" else "")
-    subprocess.run([*pip, "--upgrade", "pip", "setuptools>=77"], check=True)
-    if engine == "cpu":
-        subprocess.run([*pip, "-c", str(constraints), "torch"], check=True)
+    held = engine == "cpu" and release in requirement.specifier
+    constraints.write_text("\n".join(pins) + "\n" if held else "")
+    _call([*pip, "--upgrade", "pip", "setuptools>=77"])
+    if held:
+        _call([*pip, "-c", str(constraints), "torch"])
     # Not the engine's extra: pip would refuse a release after the range.
     extras = "dev" if requirement.name != "peft" else "kbit,dev"
     wanted = [f"{requirement.name}=={release}", "openai", "-e", f"{ROOT}[{extras}]"]
-    subprocess.run([*pip, "-c", str(constraints), *wanted], check=True)
+    _call([*pip, "-c", str(constraints), *wanted])
     if engine == "cpu":  # see the Makefile
         drop = [str(folder / "bin" / "python"), "-m", "pip", "uninstall", "-qq", "--yes"]
-        subprocess.run([*drop, "torchvision", "torchaudio", "torchcodec"], check=True)
+        _call([*drop, "torchvision", "torchaudio", "torchcodec"])
     ready.touch()
+
+
+def _call(command: list[str]) -> None:
+    """Run a command.
+
+    Raises:
+        RuntimeError: it failed, with the last that it said.
+    """
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        said = " ".join((done.stderr or "").strip().splitlines()[-5:])
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {said}")
 
 
 def chosen(folder: Path) -> dict[str, str]:
@@ -138,7 +148,7 @@ def chosen(folder: Path) -> dict[str, str]:
     command = [str(folder / "bin" / "python"), "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"]
     listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     versions = {package["name"].replace("_", "-").lower(): package["version"] for package in listed}
-    return {name: versions[name] for name in BESIDE}
+    return {name: versions.get(name, "not installed") for name in BESIDE}
 
 
 def run_tests(folder: Path, tests: list[str]) -> dict[str, Any]:
@@ -163,7 +173,7 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
     """PEFT's own tests with SOKA's cases, in an environment: passed, failed and not applicable by name."""
     python, work = str(folder / "bin" / "python"), ROOT / "build" / "compat" / "peft-suite"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "-qq", "diffusers", "parameterized"]
-    subprocess.run(pip, check=True)
+    _call(pip)
     out = work / f"{release}.json"
     out.unlink(missing_ok=True)
     script = str(ROOT / "eval" / "peft_suite" / "run.py")
@@ -174,24 +184,27 @@ def run_peft_suite(folder: Path, release: str) -> dict[str, Any]:
     return found
 
 
-def check_release(kind: str, engine: str, requirement: Requirement, release: str) -> dict[str, Any]:
-    """What the tests say in an environment with the release."""
+def check_release(found: dict[str, Any], kind: str, engine: str, requirement: Requirement, release: str) -> None:
+    """Put what the tests say in an environment with the release into `found`, step by step."""
     folder = ROOT / "build" / "compat" / f"{requirement.name}-{release}"
     folder.parent.mkdir(parents=True, exist_ok=True)
+    found["tests"] = TESTS[kind]
     make_environment(folder, engine, requirement, release)
-    found = run_tests(folder, TESTS[kind])
+    found["beside"] = chosen(folder)
+    found |= run_tests(folder, TESTS[kind])
     if kind == "peft":
         found["peft_own_tests"] = run_peft_suite(folder, release)
         found["ok"] = found["ok"] and not found["peft_own_tests"]["failed"]
-    return {"beside": chosen(folder), "tests": TESTS[kind], **found}
 
 
-def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a release's check says, or why it could not be made: the other releases are checked all the same."""
+def attempt(work: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """What a release's check found, and why it could not go on: the other releases are checked all the same."""
+    found: dict[str, Any] = {}
     try:
-        return work()
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        return {"ok": False, "failures": [str(error)]}
+        work(found)
+    except Exception as error:  # noqa: BLE001 - of pip, a wheel, a parser: it is this release's result
+        found |= {"ok": False, "failures": [*found.get("failures", []), f"{type(error).__name__}: {error}"]}
+    return found
 
 
 def main() -> None:
@@ -220,14 +233,14 @@ def main() -> None:
             if not wanted(kind, release):
                 continue
             print(f"{requirement.name} {release}: ", end="", flush=True)
-            found = attempt(partial(check_release, kind, arguments.engine, requirement, release))
-            add(requirement, release, found)
+            check = partial(check_release, kind=kind, engine=arguments.engine, requirement=requirement, release=release)
+            add(requirement, release, attempt(check))
     if arguments.engine == "cpu" and (not arguments.only or any(o.startswith("sources") for o in arguments.only)):
         for release in not_built(ranges["vllm"]):
             if wanted("sources", release):
                 print(f"vllm {release}, by its sources: ", end="", flush=True)
                 requirement = Requirement(f"vllm{ranges['vllm'].specifier}")
-                add(requirement, release, {"tests": "sources", **attempt(partial(compare_sources, release))})
+                add(requirement, release, attempt(partial(compare_sources, release=release)))
     sys.exit(any(not result["ok"] for result in results))
 
 

@@ -111,10 +111,10 @@ def check_rendered(stack: Path, values: dict[str, Any]) -> list[str]:
                 continue
             try:
                 kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
-            except kubernetes_validate.ValidationError as error:
+            except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
                 found.append(f"{place}: {error.message}")
             for container in one["spec"]["template"]["spec"]["containers"] if one["kind"] == "Deployment" else ():
-                if container.get("command", [])[:2] == ["vllm", "serve"]:
+                if (container.get("command") or [])[:2] == ["vllm", "serve"]:
                     engines += 1
                     found += [f"{place}: {problem}" for problem in command_problems(container["command"][2:])]
     return found if engines == 1 else [*found, f"{engines} containers run vllm serve; expected 1"]
@@ -130,7 +130,7 @@ def command_problems(arguments: list[str]) -> list[str]:
         try:
             read = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         except SystemExit:
-            return [said.getvalue().strip().splitlines()[-1]]
+            return [(said.getvalue().strip().splitlines() or ["vLLM refuses the command, and does not say why"])[-1]]
     return [] if read.enable_lora else ["the engine has no --enable-lora"]
 
 

