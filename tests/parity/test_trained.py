@@ -176,6 +176,7 @@ def test_gradients_are_those_of_the_whole_difference(parts: Any) -> None:
 
 def test_modules_differ_and_everything_can_be_trained_again() -> None:
     config = SokaConfig(
+        init_soka_weights="weights",
         target_modules=["q_proj"],
         soka_trained={"train_factors": ["sigma"]},
         soka_modules={"model.layers.0.self_attn.q_proj": {"trained": {}}},
@@ -201,8 +202,10 @@ def test_zeros_that_are_not_trained_are_refused(form: dict[str, Any]) -> None:
 def test_a_core_has_a_most(tmp_path: Path) -> None:
     form = {"core": True}
     with pytest.raises(FitError, match="soka_trained: core: takes 1024 terms at most, not 1025"):
-        SokaConfig(r=1025, soka_trained=form)
-    model = get_peft_model(tiny_llama(), SokaConfig(target_modules=["q_proj"], soka_trained=form))
+        SokaConfig(init_soka_weights="weights", r=1025, soka_trained=form)
+    model = get_peft_model(
+        tiny_llama(), SokaConfig(init_soka_weights="weights", target_modules=["q_proj"], soka_trained=form)
+    )
     model.save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
     file.write_text(file.read_text().replace('"rank": 1', '"rank": 1025'))
@@ -246,7 +249,9 @@ def test_a_core_has_the_gradient_of_its_product() -> None:
     """Against autograd through Left, core and Right in float64."""
     torch.manual_seed(0)
     base = torch.nn.Linear(12, 10, bias=False).double()
-    config = SokaConfig(r=3, target_modules=["0"], shape=[5, 4, 2, 3], soka_trained={"core": True})
+    config = SokaConfig(
+        init_soka_weights="weights", r=3, target_modules=["0"], shape=[5, 4, 2, 3], soka_trained={"core": True}
+    )
     model = get_peft_model(torch.nn.Sequential(base), config)
     (layer,) = soka_layers(model).values()
     perturb(model, 0.3)
@@ -264,7 +269,7 @@ def test_a_core_has_the_gradient_of_its_product() -> None:
 
 def test_extra_terms_are_as_large_as_the_others() -> None:
     """Whose rates they have, so that a step of Right changes as much as one of the others' does."""
-    config = SokaConfig(r=3, target_modules=["q_proj"], soka_trained={"extra_terms": 2})
+    config = SokaConfig(init_soka_weights="weights", r=3, target_modules=["q_proj"], soka_trained={"extra_terms": 2})
     for layer in soka_layers(get_peft_model(tiny_llama(), config)).values():
         for part in ("left", "sigma"):
             sizes = [
@@ -276,7 +281,7 @@ def test_extra_terms_are_as_large_as_the_others() -> None:
 
 def test_a_core_moves_as_far_as_the_terms_that_it_has() -> None:
     """Its r x r entries move together: lr times sigma's size over the root of r x r terms and of the modules' root."""
-    config = SokaConfig(r=3, target_modules=["q_proj"], soka_trained={"core": True})
+    config = SokaConfig(init_soka_weights="weights", r=3, target_modules=["q_proj"], soka_trained={"core": True})
     model = get_peft_model(tiny_llama(), config)
     layers = list(soka_layers(model).values())
     groups = create_soka_optimizer(model, lr=0.3).param_groups
