@@ -93,7 +93,7 @@ def init_stage(context: Context, training: EncodedSet) -> Initialisation:
         context.timings_s["init"] = _seconds_of(directory)
         return Initialisation.read(directory)
     train = context.loaded.manifest.train
-    idle = all(t.rule.start.drawn and t.rule.rank.policy == "fixed" for t in context.targets)
+    idle = all(t.rule.start.drawn and t.rule.rank.policy == "fixed" and t.shape is not None for t in context.targets)
     what = (
         f"drawing the factors of {len(context.targets)} modules"
         if idle
