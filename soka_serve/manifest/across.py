@@ -82,7 +82,9 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
     if idle and not all(rule.form.choices for rule in made):  # of those that choose, the rule is named below
         yield ("train", "left_lr"), "nothing would be trained: left_lr, right_lr and sigma_lr are all 0"
     for i, rule in enumerate(made) if method in (None, "soka") else ():
-        zeros = [(rule.start.needs_trained, rule.start.written)]
+        # A rule without an init of its own has that of a rule before it.
+        said_here = "init" in rule.model_fields_set or all("init" not in other.model_fields_set for other in made)
+        zeros = [(rule.start.needs_trained, rule.start.written)] if said_here else []
         zeros += [(TRAINED[key].needs_trained, key) for key in rule.form.choices]
         for zero, whose in zeros:
             if zero in still:

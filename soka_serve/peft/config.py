@@ -158,7 +158,8 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         if problem := form_problem(self.soka_trained, self.r if _is_count(self.r) else 1):
             problems.append(f"soka_trained: {problem}")
         elif init == "zero" and "right" in Form(self.soka_trained).frozen:
-            problems.append("init_soka_weights = 'zero' starts right at zero, and soka_trained does not train it")
+            message = "init_soka_weights = 'zero' starts right at zero, and soka_trained does not train it"
+            problems.append(f"{message}; 'weights' goes with it")
         return problems
 
     @property

@@ -292,3 +292,8 @@ def test_terms_that_share_a_factor_are_subtracted_into_one(shared: tuple[str, ..
     got = whole({part: getattr(found, part) for part in ("left", "right", "sigma")})
     assert found.rank == (3 if shared else 6)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rule_without_an_init_has_that_of_another() -> None:
+    rules = '[[adapt]]\ninit = "weights"\n[[adapt]]\nmodules = ["q_proj"]\nscale = 0.1\n'
+    parse_manifest(HEAD + rules + TAIL.replace("steps = 1", "steps = 1\nright_lr = 0"), "m.toml")
