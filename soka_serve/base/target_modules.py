@@ -18,6 +18,7 @@ from soka_serve.base.modules import BaseModules, Module, ModuleExclusion
 from soka_serve.errors import PlanError
 from soka_serve.io.warn_once import warn
 from soka_serve.kron.shapes import FactorShape, balanced_shape, check_shape, parallel_of
+from soka_serve.manifest.across import training_misfits
 from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted
 from soka_serve.manifest.rules import Adapt, misfits
@@ -151,26 +152,29 @@ def resolve_targets(
     if not enabled and not problems:
         problems.append(f"{name_key(('adapt',))}: no module is left enabled; there is nothing to train")
     targets = []
-    failures: dict[tuple[int, str, str], list[str]] = {}  # rule, key, message -> modules: 32 layers, one line
+    failures: dict[tuple[TomlPath, str], list[str]] = {}  # key, message -> modules: 32 layers, one line
     for module in enabled:
         rule, hits_of = chosen_rules[module.name], tuple(matched[module.name])
         if rule.start.source and not rule.source:
             index = _setter(manifest, hits_of, "init")
             message = f"{rule.init!r} needs `{rule.start.source}`, {rule.start.source_is}"
-            failures.setdefault((index, "init", message), []).append(module.name)
-        for key, message in misfits(rule.start, dict(rule)):
-            failures.setdefault((_setter(manifest, hits_of, key), key, message), []).append(module.name)
-        if problem := _weighting_problem(rule):
-            failures.setdefault((_setter(manifest, hits_of, "weighting"), "weighting", problem), []).append(module.name)
+            failures.setdefault((("adapt", index, "init"), message), []).append(module.name)
+        found = list(misfits(rule.start, dict(rule)))
+        found += [("weighting", problem)] if (problem := _weighting_problem(rule)) else []
+        for key, message in found:
+            place = ("adapt", _setter(manifest, hits_of, key), key)
+            failures.setdefault((place, message), []).append(module.name)
+        for place, message in training_misfits(rule.start, manifest.train) if manifest.train.method == "soka" else ():
+            failures.setdefault((place, message), []).append(module.name)
         try:
             targets.append(TargetModule(module, rule, hits_of, _resolve_shape(module, rule)))
         except PlanError as error:
             index = _setter(manifest, hits_of, "tp" if rule.tp > 1 and not isinstance(rule.shape, tuple) else "shape")
             message = error.message.replace(module.name, module.projection)
-            failures.setdefault((index, "shape", message), []).append(module.name)
-    for (index, key, message), names in failures.items():
+            failures.setdefault((("adapt", index, "shape"), message), []).append(module.name)
+    for (place, message), names in failures.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        problems.append(f"{name_key(('adapt', index, key))}: {message} ({names[0]}{more})")
+        problems.append(f"{name_key(place)}: {message} ({names[0]}{more})")
     if problems:
         raise PlanError("\n".join(problems), hint="`soka-serve inspect BASE` lists a base's modules and shapes.")
     _warn_unused(manifest, targets)

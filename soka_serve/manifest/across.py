@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from soka_serve.manifest.rules import Adapt, default_conflicts
 from soka_serve.manifest.table import Key, TableKeys, value_of
 from soka_serve.regularisers import REGULARISERS
-from soka_serve.starts import STARTS
+from soka_serve.starts import STARTS, Start
 from soka_serve.trained import PARTS, TRAINED
 
 
@@ -87,12 +87,41 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
         zeros = [(rule.start.needs_trained, rule.start.written)] if said_here else []
         zeros += [(TRAINED[key].needs_trained, key) for key in rule.form.choices]
         for zero, whose in zeros:
-            if zero in still:
-                message = f"{zero}_lr = 0 does not go with {whose} of adapt[{i}], which starts {zero} at zero"
-                yield ("train", f"{zero}_lr"), f"{message}: nothing would ever change"
+            yield from _stays_zero(zero, f"{whose} of adapt[{i}]", train)
         if rule.form.choices and rule.form.rates <= still:
             place = ("train", f"{min(rule.form.rates)}_lr")
             yield place, f"nothing of adapt[{i}] would be trained: its rates are all 0"
+
+
+def _stays_zero(part: str, whose: str, train: object) -> Iterator[tuple[Key, str]]:
+    if part and value_of(train, f"{part}_lr") == 0:
+        starts = f"does not go with {whose}, which starts {part} at zero: nothing would ever change"
+        yield ("train", f"{part}_lr"), f"{part}_lr = 0 {starts}"
+
+
+def _unregularised(start: Start, table: object) -> Iterator[tuple[Key, str]]:
+    for row in REGULARISERS.values():
+        if value_of(table, row.name):
+            place, message = ("train", "regularise", row.name), f"{row.name} does not go with {start.written}"
+            if row.unit_factors and start.starts_at_zero:
+                message += ", one of whose factors starts at zero: it holds factors at the size of their start"
+                yield place, message
+            elif row.own_delta and start.subtracted:
+                yield place, f"{message}, whose terms are subtracted again: the delta is not the sum of the factors"
+
+
+def training_misfits(start: Start, train: object) -> Iterator[tuple[Key, str]]:
+    """What [train] says that does not go with the start of a module.
+
+    Args:
+        start: of the module.
+        train: the table, checked or not.
+
+    Yields:
+        (key, message) for each.
+    """
+    yield from _stays_zero(start.needs_trained, start.written, train)
+    yield from _unregularised(start, value_of(train, "regularise"))
 
 
 def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[Key, str]]:
@@ -100,23 +129,9 @@ def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[K
     made = _made(rules)
     starts = dict.fromkeys(rule.start for rule in made if "init" in rule.model_fields_set) or [Adapt().start]
     forms = {key for rule in made for key in rule.form.choices}
+    for start in starts:
+        yield from _unregularised(start, table)
     for row in REGULARISERS.values():
-        if not value_of(table, row.name):
-            continue
-        reasons = [
-            f"{start.written}, one of whose factors starts at zero: it holds factors at the size of their start"
-            for start in starts
-            if row.unit_factors and start.starts_at_zero
-        ]
-        reasons += [
-            f"{start.written}, whose terms are subtracted again: the delta is not the sum of the factors"
-            for start in starts
-            if row.own_delta and start.subtracted
-        ]
-        reasons += [
-            f"{key} in [[adapt]]: it acts on terms that are trained whole, with nothing beside them"
-            for key in sorted(forms)
-            if row.kronecker
-        ]
-        for reason in reasons:
-            yield ("train", "regularise", row.name), f"{row.name} does not go with {reason}"
+        for key in sorted(forms) if row.kronecker and value_of(table, row.name) else ():
+            what = f"{key} in [[adapt]]: it acts on terms that are trained whole, with nothing beside them"
+            yield ("train", "regularise", row.name), f"{row.name} does not go with {what}"

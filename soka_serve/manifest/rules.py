@@ -338,10 +338,11 @@ def default_conflicts(rules: Sequence[Adapt]) -> Iterator[tuple[int, str, str]]:
     plain, weights = Adapt.model_fields["init"].default, STARTS["weights"]
     if any(rule.init != plain for rule in rules):
         return
+    said = any("init" in rule.model_fields_set for rule in rules)
     for index, rule in enumerate(rules):
         keys = Adapt._see(rule.model_dump(exclude_unset=True), set())
         taken = replace(keys, values={**keys.values, "init": weights.name})
         refused = {key for key, _ in _start_conflicts(taken)}
         for key, message in _start_conflicts(keys):
-            instead = f"; {weights.written} takes it, and {plain!r} is the default"
+            instead = f"; {weights.written} takes it" + (f", and {plain!r} is the default" if not said else "")
             yield index, key, message + ("" if key in refused or weights.written in message else instead)

@@ -157,9 +157,13 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
                 problems.append(f"soka_modules[{name!r}]: trained: {problem}")
         if problem := form_problem(self.soka_trained, self.r if _is_count(self.r) else 1):
             problems.append(f"soka_trained: {problem}")
-        elif init == "zero" and "right" in Form(self.soka_trained).frozen:
-            message = "init_soka_weights = 'zero' starts right at zero, and soka_trained does not train it"
-            problems.append(f"{message}; 'weights' goes with it")
+        if init == "zero":
+            places = {"soka_trained": self.soka_trained}
+            places |= {f"soka_modules[{n!r}]": m["trained"] for n, m in self.soka_modules.items() if "trained" in m}
+            for place, choices in places.items():
+                if not form_problem(choices, 1) and "right" in Form(choices).frozen:
+                    message = f"init_soka_weights = 'zero' starts right at zero, and {place} does not train it"
+                    problems.append(f"{message}; 'weights' goes with it")
         return problems
 
     @property

@@ -196,6 +196,8 @@ def test_modules_differ_and_everything_can_be_trained_again() -> None:
 def test_zeros_that_are_not_trained_are_refused(form: dict[str, Any]) -> None:
     with pytest.raises(FitError, match="starts right at zero, and soka_trained does not train it"):
         SokaConfig(init_soka_weights="zero", soka_trained=form)
+    with pytest.raises(FitError, match=r"starts right at zero, and soka_modules\['a\.q_proj'\] does not train it"):
+        SokaConfig(init_soka_weights="zero", soka_modules={"a.q_proj": {"trained": form}, "a.k_proj": {}})
     SokaConfig(init_soka_weights="zero", soka_trained={"train_factors": ["right"]})
 
 

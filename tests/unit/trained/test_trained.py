@@ -149,6 +149,32 @@ def test_rules_that_meet_on_a_module_are_refused_there(tmp_path: Path) -> None:
         resolve_targets(manifest, Base(base_directory()).layout.modules)
 
 
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("regularise = { sorsa = 1.0 }", r"train\.regularise\.sorsa: sorsa does not go with init = 'zero', one of"),
+        ("right_lr = 0", r"train\.right_lr: right_lr = 0 does not go with init = 'zero', which starts right at zero"),
+    ],
+)
+def test_training_does_not_go_with_a_module_that_has_the_default_start(train: str, words: str) -> None:
+    rules = '[[adapt]]\nmodules = ["q_proj", "k_proj"]\n[[adapt]]\nmodules = ["q_proj"]\ninit = "weights"\n'
+    text = HEAD + rules + TAIL.replace("[train]\n", f"[train]\n{train}\n")
+    layers = Base(base_directory()).layout.modules
+    with pytest.raises(PlanError, match=rf"{words}.*\(model\.layers\.0\.self_attn\.k_proj and 3 more\)"):
+        resolve_targets(parse_manifest(text, "m.toml"), layers)
+    everywhere = text.replace('modules = ["q_proj"]', 'modules = ["q_proj", "k_proj"]')
+    assert resolve_targets(parse_manifest(everywhere, "m.toml"), layers)
+
+
+def test_a_default_is_named_only_where_no_rule_says_an_init() -> None:
+    with pytest.raises(ManifestError, match="'zero', which starts right at zero: nothing would change; init = 'weights'"):
+        parse_manifest(f"{HEAD}[[adapt]]\ncore = true\n{TAIL}", "m.toml")
+    with pytest.raises(ManifestError, match="nothing would change") as caught:
+        parse_manifest(f'{HEAD}[[adapt]]\ncore = true\n[[adapt]]\ninit = "zero"\n{TAIL}', "m.toml")
+    assert "is the default" not in str(caught.value)
+    assert "init = 'weights' takes it" in str(caught.value)
+
+
 def test_every_row_has_its_key_and_the_default_is_no_choice() -> None:
     assert set(TRAINED) <= set(Adapt.model_fields)
     assert set(TRAINED) <= Adapt.LATER
