@@ -1,11 +1,11 @@
-"""Stage `init` with activation weighting, the default, over a whole model of LLaMA-2-7B's shapes: time and memory.
+"""Stage `init` from the weights, with activation weighting, over a whole model of LLaMA-2-7B's shapes: time and memory.
 
     python -m eval.bench.init_7b --train gsm8k_train.jsonl --out eval/results/init_7b.json
 
 Generates the checkpoint in `--folder` where there is none, file by file (bf16; 13.5 GB at 32 layers; random weights,
 whose spectrum is the flattest), with the embedded model's tokenizer, which uses the first rows of the embeddings only.
 Without `--folder` it is removed at the end. Then, in a fresh process, reads a manifest with nothing in it but the base
-and its dtype, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to the stage's end:
+and its dtype, `init = "weights"`, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to the stage's end:
 hashes of the base, examples as tokens, stage `init`. Nothing is taken from a cache. The dtype is that of the manifests
 that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 208` makes of 64 rows of GSM8K about as many
 tokens as the tokenizers of real models do.
@@ -124,7 +124,7 @@ def write_base(folder: Path, hidden: int, inner: int, layers: int, vocabulary: i
 
 
 def write_manifest(folder: Path, base: Path, dtype: str, train: Path, max_length: int) -> Path:
-    """The default of everything that a manifest need not say."""
+    """A start from the weights, and the default of everything else that a manifest need not say."""
     quote = json.dumps  # of a TOML string
     file = folder / "init-7b.toml"
     file.write_text(

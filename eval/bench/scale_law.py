@@ -2,7 +2,7 @@
 
     python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.json --runs weights:1:0.003:8 lora:2:1:0.001
 
-A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted (by inputs, the default of a manifest), both (by outputs
+A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted (by inputs, as `init = "weights"` has it unless told otherwise), both (by outputs
 as well), gradient, random, zero, or lora (PEFT's, alpha = rank, where SCALE multiplies alpha). SEED is of the start and
 of the order of the examples. `--data` is a folder with gsm8k_train.jsonl, whose first 2,000 problems are trained on and
 whose last ones are held out, or `math`, the embedded word problems. `--base tiny` is the embedded model. A run that has

@@ -48,6 +48,7 @@ name = "start"
 builtin = "tiny"
 
 [[adapt]]
+init = "weights"
 calibration_batches = 0
 
 [train]

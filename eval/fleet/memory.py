@@ -7,7 +7,7 @@ read off. So the cuts of the factors, GQA and the integer tables are vLLM's and 
 All decoder layers are alike: one is made, and multiplied. Values have 2 bytes, on GPUs and on the host.
 
 - SoKA: balanced factor shapes. "soka_R" has R terms a module (init "zero" or "delta"). "soka_R_weights" was trained
-  with R terms and is served with 2R: what starts from the weights (the default) ends as trained minus initial terms; so
+  with R terms and is served with 2R: what starts from the weights ends as trained minus initial terms; so
   do init "gradient" and "random". `slot_bytes` is with SOKA_SLOT_PARAMETERS as small as it may be (`slot_values`) and
   SOKA_LORA=0. With neither set, a slot on a GPU takes the model's `unset_slot_bytes` whatever it holds, and adapters of
   more `slot_values` than the default are refused. Under tensor parallelism Left is cut, Right whole on every GPU.

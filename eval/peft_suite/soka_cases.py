@@ -35,15 +35,15 @@ SETTINGS: dict[str, str | None] = {
     "lora_alpha": None,
     "fan_in_fan_out": None,
 }
-# Tests where SOKA's default start is not applicable, and why: their cases start with `init_soka_weights = "zero"`.
-FROZEN = "the default start keeps its first factors, frozen, among the adapter's parameters"
-ZERO_START = {
-    "low_cpu_mem_usage": "the default start decomposes the weights, which needs memory for the factors",
+# Tests whose cases have SOKA's default start alone, and why; all others run from the weights too.
+FROZEN = "a start from the weights keeps its first factors, frozen, among the adapter's parameters"
+DEFAULT_START_ALONE = {
+    "low_cpu_mem_usage": "a start from the weights decomposes them, which needs memory for the factors",
     "requires_grad_set_correctly": FROZEN,
     "layer_indexing": FROZEN,
     "gradient_checkpointing": FROZEN,
     "test_training": FROZEN,
-    "test_parameters_after_loading_model": "three steps of SGD at learning rate 0.5 overflow from the default start",
+    "test_parameters_after_loading_model": "three steps of SGD at learning rate 0.5 overflow from the weights",
 }
 # "1": SOKA takes LoKr's place in all tests of the files that are run, instead of being a case more.
 IN_PLACE_OF_LOKR = os.environ.get("SOKA_SUITE_IN_PLACE_OF_LOKR") == "1"
@@ -114,27 +114,27 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if mark.name != "parametrize" or len(mark.args) < 2:
                 continue
             cases = list(soka_cases(list(mark.args[1])))
-            if any(name in metafunc.definition.name for name in ZERO_START):
-                cases = [_zero_start(case) for case in cases]
+            if not any(name in metafunc.definition.name for name in DEFAULT_START_ALONE):
+                cases += [_from_weights(case) for case in cases]
             if cases:
                 options = {name: value for name, value in mark.kwargs.items() if name != "ids"}
                 node.own_markers[place] = pytest.mark.parametrize(mark.args[0], cases, **options).mark
 
 
-def _zero_start(case: Any) -> Any:
+def _from_weights(case: Any) -> Any:
     """The same case from another start; a class alone becomes one that has it as its default."""
     if isinstance(case, tuple):
         if any(isinstance(value, dict) for value in case):
-            return tuple({**v, "init_soka_weights": "zero"} if isinstance(v, dict) else v for v in case)
-        return tuple(_zero_start(value) if value is SokaConfig else value for value in case)
-    return ZeroConfig if case is SokaConfig else case
+            return tuple({**v, "init_soka_weights": "weights"} if isinstance(v, dict) else v for v in case)
+        return tuple(_from_weights(value) if value is SokaConfig else value for value in case)
+    return WeightsConfig if case is SokaConfig else case
 
 
-class ZeroConfig(SokaConfig):
-    """SOKA's config, starting from zero."""
+class WeightsConfig(SokaConfig):
+    """SOKA's config, starting from the weights."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"init_soka_weights": "zero", **kwargs})
+        super().__init__(*args, **{"init_soka_weights": "weights", **kwargs})
 
 
 class LokrSubstituteConfig(SokaConfig):
@@ -146,7 +146,7 @@ class LokrSubstituteConfig(SokaConfig):
 
 
 def _has_soka(value: Any) -> bool:
-    return value in (SokaConfig, ZeroConfig) or (isinstance(value, tuple | list) and any(map(_has_soka, value)))
+    return value in (SokaConfig, WeightsConfig) or (isinstance(value, tuple | list) and any(map(_has_soka, value)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

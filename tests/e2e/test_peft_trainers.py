@@ -112,7 +112,7 @@ def test_trainer_trains_saves_and_resumes_exactly(init: str, tmp_path: Path) -> 
 
 
 def test_trainer_with_gradient_checkpointing_and_bfloat16(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(), soka())
+    model = get_peft_model(tiny_llama(), soka(init_soka_weights="weights"))
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "bf16": True}
     trainer = Trainer(model, TrainingArguments(**arguments(tmp_path, **options)), train_dataset=examples())
     trainer.train()
@@ -147,7 +147,7 @@ def test_sft_trainer(prepared: bool, checkpointing: bool, tmp_path: Path) -> Non
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
     options: dict[str, Any] = {}
     if prepared:
-        model = get_peft_model(model, soka())
+        model = get_peft_model(model, soka(init_soka_weights="weights"))
     else:
         options["peft_config"] = soka()
     settings = arguments(tmp_path, max_length=16, gradient_checkpointing=checkpointing, bf16=False)
@@ -225,7 +225,7 @@ def test_sft_trainer_on_a_4_bit_base(tmp_path: Path) -> None:
         args=SFTConfig(**settings),
         train_dataset=sentences(),
         processing_class=words(),
-        peft_config=SokaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=SokaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_soka_weights="weights"),
     )
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
     trainer.model.train()  # on the CPU, inference in eval mode would repack the 4-bit weights

@@ -64,7 +64,7 @@ def policies_for(modules: Sequence[Module], parameters: int = 990_000, *, closes
     usual = [row for row in rows if row.projections in {*USUAL_SETS, names}]
     best = [*_distinct(rows, everywhere=True)[:closest], *_distinct(rows, everywhere=False)[: closest // 2]]
     shown = sorted({*usual, *best}, key=lambda row: (-row.parameters, len(row.projections), row.projections))
-    toml = f'[[adapt]]\nrank = {{ policy = "budget", parameters = {parameters} }}'
+    toml = f'[[adapt]]\ninit = "weights"\nrank = {{ policy = "budget", parameters = {parameters} }}'
     return [*shown, PolicyRow(names, "all", "budget", None, parameters, toml)]
 
 
