@@ -5,10 +5,10 @@
 Generates the checkpoint in `--folder` where there is none, file by file (bf16; 13.5 GB at 32 layers; random weights,
 whose spectrum is the flattest), with the embedded model's tokenizer, which uses the first rows of the embeddings only.
 Without `--folder` it is removed at the end. Then, in a fresh process, reads a manifest with nothing in it but the base
-and its dtype, `init = "weights"`, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to the stage's end:
-hashes of the base, examples as tokens, stage `init`. Nothing is taken from a cache. The dtype is that of the manifests
-that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 208` makes of 64 rows of GSM8K about as many
-tokens as the tokenizers of real models do.
+and its dtype, `init = "weights"`, the data, `max_length` and `steps = 0`, and runs what `soka-serve build` runs up to
+the stage's end: hashes of the base, examples as tokens, stage `init`. Nothing is taken from a cache. The dtype is that
+of the manifests that ship for LLaMA-2-7B. That tokenizer's tokens are short: `--max-length 208` makes of 64 rows of
+GSM8K about as many tokens as the tokenizers of real models do.
 
 - `phases`: seconds on the wall and of the processor, of the stage. A phase that is inside of another one counts for
   itself alone. Files are mapped: the phase that first uses a weight waits for the disk. `decompositions` includes the

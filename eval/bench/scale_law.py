@@ -2,14 +2,15 @@
 
     python -m eval.bench.scale_law --base FOLDER --data FOLDER --out rows.json --runs weights:1:0.003:8 lora:2:1:0.001
 
-A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted (by inputs, as `init = "weights"` has it unless told otherwise), both (by outputs
-as well), gradient, random, zero, or lora (PEFT's, alpha = rank, where SCALE multiplies alpha). SEED is of the start and
-of the order of the examples. `--data` is a folder with gsm8k_train.jsonl, whose first 2,000 problems are trained on and
-whose last ones are held out, or `math`, the embedded word problems. `--base tiny` is the embedded model. A run that has
-its row in `--out` already is not made again. Each row has the loss per step, of examples that were not seen before as
-long as the first epoch lasts; the gradient's norm per step before it is scaled; and the mean loss per completion token
-of the same held-out examples for every run: `after` training (of the base: RATE 0), and with `--cut` also `cut`, with
-only as many terms served as were trained. `best` compares the rates of rows that differ in nothing else.
+A run is INIT:RANK:SCALE:RATE[:SEED]. INIT is weights, weighted (by inputs, as that start is unless a manifest says
+otherwise), both (by outputs as well), gradient, random, zero, or lora (PEFT's, alpha = rank, where SCALE multiplies
+alpha). SEED is of the start and of the order of the examples. `--data` is a folder with gsm8k_train.jsonl, whose first
+2,000 problems are trained on and whose last ones are held out, or `math`, the embedded word problems. `--base tiny` is
+the embedded model. A run that has its row in `--out` already is not made again. Each row has the loss per step, of
+examples that were not seen before as long as the first epoch lasts; the gradient's norm per step before it is scaled;
+and the mean loss per completion token of the same held-out examples for every run: `after` training (of the base: RATE
+0), and with `--cut` also `cut`, with only as many terms served as were trained. `best` compares the rates of rows that
+differ in nothing else.
 """
 
 from __future__ import annotations

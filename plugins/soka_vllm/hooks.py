@@ -40,7 +40,7 @@ class Hook:
     """One name that is rebound.
 
     Args:
-        module: of vLLM.
+        module: of vLLM, or of what vLLM leaves its endpoint of metrics to.
         name: function, Class.method or value in it.
         parameters: names of the parameters that vLLM's function must have; None where vLLM has no function there.
         replacement: "module:function" of the plugin. It is called with what vLLM has under the name (None for a name
@@ -118,6 +118,10 @@ HOOKS = (
     Hook(
         *(_OUTPUT, "OutputProcessor.abort_requests", "self request_ids internal", "soka_vllm.metrics:count_aborted"),
         "Aborted requests are counted too.",
+    ),
+    Hook(
+        *("prometheus_client.multiprocess", "MultiProcessCollector.collect", None, "soka_vllm.metrics:collect"),
+        "The endpoint of each of several API processes shows the slots too.",
     ),
     # In the engine.
     Hook(

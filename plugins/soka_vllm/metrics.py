@@ -6,7 +6,7 @@ Two kinds of processes know different things:
   which also add up over several API processes. Like vLLM's own they stand still under --disable-log-stats.
 - The workers know which adapters are in slots. They do not talk to the API process but through the engine, so each
   writes a small file into a folder of the API process's (SOKA_METRICS_DIR) when something has changed, which is read
-  when somebody looks. Under several API processes vLLM's endpoint shows counters only, and these are missing.
+  when somebody looks. Under several API processes the endpoint of each shows all of them.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ def make_folder() -> None:
     os.environ[METRICS_VARIABLE] = str(folder)
     atexit.register(_remove, folder, os.getpid())
     REGISTRY.register(WorkerCollector(folder))
+
+
+def collect(stock: Any, collector: Any) -> Iterator[Any]:
+    """MultiProcessCollector.collect: what the endpoint of one of several API processes shows is this alone."""
+    yield from stock(collector)
+    if (folder := os.environ.get(METRICS_VARIABLE)) is not None:
+        yield from WorkerCollector(Path(folder)).collect()
 
 
 def _remove(folder: Path, maker: int) -> None:
@@ -140,9 +147,11 @@ def _of(manager: Any) -> _WorkerMetrics:
 def note_engine(stock: Any, manager: Any, model: Any, vllm_config: Any) -> Any:
     """LRUCacheWorkerLoRAManager.create_lora_manager: note the number of the data-parallel engine, as vLLM's metrics do.
 
-    Workers of two engines have the same ranks.
+    Workers of two engines have the same ranks, but for those of mixtures of experts, which are one world.
     """
     _of(manager).engine = int(vllm_config.parallel_config.data_parallel_index)
+    if vllm_config.model_config.enable_sleep_mode:
+        _logger.warning("--enable-sleep-mode: what adapters hold in slots may be gone after a sleep; do not sleep")
     return stock(manager, model, vllm_config)
 
 

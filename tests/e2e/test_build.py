@@ -161,7 +161,7 @@ def test_a_folder_with_other_files_is_refused_before_anything_runs(tmp_path: Pat
 )
 def test_every_initialisation_builds(tmp_path: Path, init: str, calibration: int, more: str) -> None:
     rule = f'init = "{init}"\ncalibration_batches = {calibration}\n{more}'
-    manifest = write_manifest(tmp_path, steps=3, replace=("calibration_batches = 0", rule))
+    manifest = write_manifest(tmp_path, steps=3, start=rule)
     result = soka_serve.build(manifest, out=tmp_path / "build", progress=False)
     assert result.adapter is not None
     assert result.merged is not None  # and was compared with base + adapter, weights and logits

@@ -25,8 +25,8 @@ pytest.importorskip("bitsandbytes", reason="k-bit bases need bitsandbytes (pip i
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     folder = tmp_path_factory.mktemp("quantised")
-    rule = 'quantize = "4bit"\n\n[[adapt]]\ninit = "quantisation"'
-    manifest = write_manifest(folder, steps=0, replace=("\n[[adapt]]", rule), output='measure = ["intruders"]')
+    base, start = ("\n[[adapt]]", 'quantize = "4bit"\n\n[[adapt]]'), 'init = "quantisation"\ncalibration_batches = 0'
+    manifest = write_manifest(folder, steps=0, replace=base, start=start, output='measure = ["intruders"]')
     return soka_serve.build(manifest, out=folder / "build", progress=False)
 
 

@@ -317,6 +317,9 @@ def test_several_api_processes_and_engines_know_the_adapters(folder: Path, tmp_p
             client.close()
         assert len(said) == 1
         assert len(set(said.pop()[:2])) == 2
+        for _ in range(8):  # either process may answer
+            told = {labels for name, labels in samples(running.url) if name == "soka:slots"}
+            assert told == {f'engine="{engine}",rank="0"' for engine in (0, 1)}
     finally:
         running.end()
     assert running.group() == []

@@ -24,11 +24,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 class Worker:
     """A worker of an engine, with one slot; what it tells goes into a file of its own, as of a process."""
 
-    def __init__(self, pid: int, engine: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, pid: int, engine: int, monkeypatch: pytest.MonkeyPatch, *, sleeps: bool = False) -> None:
         adapters = SimpleNamespace(lora_index_to_id=[None], modules={}, list_adapters=lambda: [1])
         self.manager = SimpleNamespace(_adapter_manager=adapters)
         self._pid, self._patch = pid, monkeypatch
-        config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_index=engine))
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(data_parallel_index=engine),
+            model_config=SimpleNamespace(enable_sleep_mode=sleeps),
+        )
         assert metrics.note_engine(lambda manager, model, given: given, self.manager, None, config) is config
 
     def put(self, name: str) -> None:
@@ -58,3 +61,12 @@ def test_workers_of_data_parallel_engines_are_told_apart(folder: Path, monkeypat
     assert [dict(labels)["engine"] for name, labels, _ in found if name == "soka:slots"] == ["0", "1"]
     in_slot = [dict(labels) for name, labels, _ in found if name == "soka:adapter_in_slot"]
     assert in_slot == [{"engine": engine, "rank": "0", "adapter": "math"} for engine in "01"]
+
+
+@pytest.mark.parametrize("sleeps", [False, True])
+def test_sleep_mode_is_warned_of(
+    sleeps: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics._logger, "propagate", True)
+    Worker(1, 0, monkeypatch, sleeps=sleeps)
+    assert ("may be gone after a sleep" in caplog.text) == sleeps
