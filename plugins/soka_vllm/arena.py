@@ -36,17 +36,22 @@ class Buffer:
     """A buffer that grows when it has no gap that is large enough; growing may move it.
 
     Args:
-        dtype, device: of its values.
+        dtype, device: of its values, of which the last ones may never have been written.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.values = self._reserved = torch.empty(0, dtype=dtype, device=device)
+        self.values = torch.empty(0, dtype=dtype, device=device)
         self._room = _FreeList(0)
+
+    @property
+    def size(self) -> int:
+        """Up to where values were ever taken: behind that the system has given no memory."""
+        return self._room.end
 
     def take(self, slot: int, size: int) -> int:
         """Reserve `size` values and return their offset; `slot` is ignored."""
         start = self._room.find(size)
-        if start + size > self.values.numel():
+        if start + size > len(self.values):
             self._grow(start + size)
         self._room.take(start, size)
         return start
@@ -58,12 +63,11 @@ class Buffer:
     def _grow(self, size: int) -> None:
         # vLLM fills slots inside inference mode and outside it; a tensor made inside could not be changed outside.
         with torch.inference_mode(False):
-            if size > self._reserved.numel():
-                # Twice as much, so that filling many slots does not copy all of them each time. What no factors have
-                # been written to takes no memory: the system gives it page by page.
-                self._reserved = self.values.new_empty(max(size, 2 * self.values.numel()))
-                self._reserved[: self.values.numel()] = self.values
-            self.values = self._reserved[:size]
+            # Twice as much, so that filling many slots does not copy all of them each time. What no factors have been
+            # written to takes no memory: the system gives it page by page.
+            grown = self.values.new_empty(max(size, 2 * len(self.values)))
+            grown[: self.size] = self.values[: self.size]
+            self.values = grown
 
 
 class Arena:
@@ -135,7 +139,7 @@ class _FreeList:
     def __init__(self, begin: int) -> None:
         self.begin = begin
         self.used = 0
-        self._end = begin  # nothing behind this was ever taken
+        self.end = begin  # nothing behind this was ever taken
         self._taken: dict[int, int] = {}  # start: size
         self._given_back: dict[int, list[int]] = {}  # size: starts
 
@@ -143,8 +147,8 @@ class _FreeList:
         """Where the next stretch of `size` values may start; `take` it next."""
         if starts := self._given_back.get(size):
             return starts[-1]
-        if self.used == self._end - self.begin:  # there is no gap
-            return self._end
+        if self.used == self.end - self.begin:  # there is no gap
+            return self.end
         end = self.begin
         for start, length in sorted(self._taken.items()):
             if start - end >= size:
@@ -157,11 +161,11 @@ class _FreeList:
         starts = self._given_back.get(size)
         if starts and starts[-1] == start:
             starts.pop()
-        elif start < self._end:  # cut out of a gap, maybe out of what was given back
+        elif start < self.end:  # cut out of a gap, maybe out of what was given back
             self._given_back.clear()
         self._taken[start] = size
         self.used += size
-        self._end = max(self._end, start + size)
+        self.end = max(self.end, start + size)
 
     def give_back(self, start: int) -> None:
         """Free a stretch."""

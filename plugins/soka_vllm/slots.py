@@ -121,7 +121,7 @@ class SlotStore:
     def nbytes(self) -> int:
         """Bytes of the table and of the layer's buffer, or of what the layer takes of the arena."""
         if isinstance(self._memory, Buffer):
-            return self.values.nbytes + self.table.nbytes
+            return self._memory.size * self.values.element_size() + self.table.nbytes
         stretches = {id(stretch): stretch.size for held in self._taken.values() for stretch in held.values()}
         return sum(stretches.values()) * self.values.element_size() + self.table.nbytes
 
