@@ -3,7 +3,7 @@
 A machine with a GPU need not have vLLM installed for its kernels to be timed: they import six small things of it, which
 this module puts in their place. The part of a wheel that is needed, 15 kB instead of hundreds of MB:
 
-    python -m eval.vllm_lora vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl --out vllm_lora.zip
+    python -m eval.vllm_lora vllm-0.34.0-cp38-abi3-manylinux_2_28_x86_64.whl --out vllm_lora.zip
 """
 
 from __future__ import annotations

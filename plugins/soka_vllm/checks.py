@@ -20,17 +20,17 @@ LORA_LAYERS = tuple(
 
 
 class Signature(NamedTuple):
-    """A function of vLLM.
+    """A function of vLLM, or a value.
 
     Args:
         module: its module.
         name: function or Class.method.
-        parameters: names of the parameters that it must have, in order.
+        parameters: names of the parameters that it must have, in order; None: it must be there.
     """
 
     module: str
     name: str
-    parameters: str
+    parameters: str | None
 
 
 # What the plugin calls or overrides; what it rebinds is in `hooks.HOOKS`.
@@ -70,7 +70,7 @@ def check_version(signatures: Iterable[Signature]) -> None:
     Raises:
         RuntimeError: why; of a later version all that differs, as its sources have it.
     """
-    version = _version()
+    version = vllm_version()
     if is_supported(version):
         return
     if not is_unknown(version):
@@ -101,31 +101,35 @@ def check_modules(modules: Iterable[str], signatures: Iterable[Signature]) -> No
 
 def differs(signature: Signature, parameters: str | None) -> list[str]:
     """What is wrong with a function that has these parameters; None: that is not there."""
-    if parameters == signature.parameters:
+    if parameters is not None and signature.parameters in (None, parameters):
         return []
     name = signature.name if "." in signature.name else f"{signature.module}.{signature.name}"
-    return [f"{name} ({parameters or 'does not exist'}); expected ({signature.parameters})"]
+    expected = "" if signature.parameters is None else f"; expected ({signature.parameters})"
+    return [f"{name} ({parameters or 'does not exist'}){expected}"]
 
 
 UNKNOWN_FITS = "It is not known to this plugin; its functions are as the plugin expects, and nothing was run with it"
 _ADVICE = "install a supported version, or set VLLM_PLUGINS= to run without Kronecker adapters"
 
 
-def _version() -> str:
+def vllm_version() -> str:
+    """The version of vLLM in this process."""
     import vllm
 
     return str(vllm.__version__)
 
 
 def _here() -> str:
-    return f"soka_vllm supports vLLM {supported_text()}; installed is {_version()}"
+    return f"soka_vllm supports vLLM {supported_text()}; installed is {vllm_version()}"
 
 
 def _problems(signature: Signature) -> list[str]:
     found: Any = sys.modules[signature.module]
     for name in signature.name.split("."):
         found = getattr(found, name, None)
-    return differs(signature, None if found is None else " ".join(inspect.signature(found).parameters))
+    if found is None or signature.parameters is None:
+        return differs(signature, None if found is None else "")
+    return differs(signature, " ".join(inspect.signature(found).parameters))
 
 
 def _refuse(problems: list[str]) -> None:

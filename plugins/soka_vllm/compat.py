@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from vllm.distributed import get_pp_group, get_world_group
@@ -47,6 +48,11 @@ def shards_of(layer: Any) -> LayerShards:
         shards = column_parallel(sizes, base.input_size, rank, ranks, fused=True)
     else:
         shards = row_parallel(base.output_size, base.input_size, rank, ranks)
+    # What vLLM's packing repeats is one module of the checkpoint: Gemma 4's k_proj, where it is the values' too.
+    names = getattr(base, "lora_packed_modules", None)
+    if names and len(names) == len(shards.shapes):
+        slices = tuple(replace(part, source=names.index(names[part.source])) for part in shards.slices)
+        shards = replace(shards, slices=slices)
     # Not layer.output_slices: under --fully-sharded-loras that is a shard of LoRA's B.
     rows = base.output_size_per_partition, base.input_size_per_partition
     if (sum(shards.widths), shards.in_features) != rows:

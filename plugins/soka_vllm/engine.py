@@ -1,9 +1,12 @@
-"""Loading adapters, seen from the engine: all workers or none, and never in the middle of a step.
+"""Loading adapters, seen from the engine: all workers or none, and never in the middle of a worker's forward pass.
 
 In vLLM up to 0.32, and without this, one bad adapter under tensor parallelism makes later good ones fail (the executor
 stops at the first worker's error and leaves the replies of the others unread), an evicted adapter whose files are gone
 ends the engine when it is asked for, and new weights under a known name and path are answered from the prefix cache of
 the old ones. Runs in the engine's process; see `soka_vllm.store` for the workers'.
+
+From vLLM 0.34 on the engine takes requests in while it waits for a step's output. An adapter that is read for one of
+them is read between that step's forward pass and its sampling: nothing that is in a slot changes by it.
 """
 
 from __future__ import annotations
@@ -132,7 +135,8 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
             if not _answer_refused(core, request, error):
                 raise
             return
-        if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:  # reloaded since it was hashed
+        # Reloaded since it was hashed; or hashed by a front end, which vLLM from 0.34 on takes over.
+        if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:
             request.block_hashes.clear()
             request.update_block_hashes()
     stock(core, request, request_wave)

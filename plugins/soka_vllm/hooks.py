@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from soka_serve.errors import printable
-from soka_vllm.checks import ATTRIBUTES, CALLED, Signature, check_modules, check_version
+from soka_vllm.checks import ATTRIBUTES, CALLED, Signature, check_modules, check_version, vllm_version
 from soka_vllm.settings import (
     BUILDS_VARIABLE,
     METRICS_VARIABLE,
@@ -30,6 +30,7 @@ from soka_vllm.settings import (
     sums_salt,
     turn_seconds,
 )
+from soka_vllm.versions import is_before
 
 _logger = logging.getLogger("vllm.soka")
 _LONGEST_MESSAGE = 4000  # of the plugin's in the log, characters
@@ -42,11 +43,12 @@ class Hook:
     Args:
         module: of vLLM, or of what vLLM leaves its endpoint of metrics to.
         name: function, Class.method or value in it.
-        parameters: names of the parameters that vLLM's function must have; None where vLLM has no function there.
+        parameters: names of the parameters that vLLM's function must have; None: any, and of a value.
         replacement: "module:function" of the plugin. It is called with what vLLM has under the name (None for a name
             of the plugin's own) and then with what the name is called with. Of a value it returns the new one.
         why: what for.
         optional: whether versions that are supported may not have the name.
+        until: the first release that needs no such row. There and later the name may be gone; before, it must be there.
     """
 
     module: str
@@ -55,6 +57,12 @@ class Hook:
     replacement: str
     why: str
     optional: bool = False
+    until: tuple[int, int] | None = None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the name is the plugin's: vLLM has none there."""
+        return self.name.rpartition(".")[2].startswith("soka_")
 
 
 _SERVING = "vllm.entrypoints.openai.models.serving"
@@ -184,12 +192,30 @@ HOOKS = (
     Hook(
         *("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model", "self load_dummy_weights"),
         "soka_vllm.worker:load_model",
-        "The buffers of a later stage of a pipeline are there before its first request (vLLM up to 0.32).",
+        "The buffers of a later stage of a pipeline are there before its first request; later runners make them.",
+        until=(0, 34),
     ),
 )
 
-SIGNATURES = (*CALLED, *(Signature(h.module, h.name, h.parameters) for h in HOOKS if h.parameters is not None))
-MODULES = frozenset(signature.module for signature in SIGNATURES) | {hook.module for hook in HOOKS} | ATTRIBUTES.keys()
+
+@functools.cache
+def rows(version: str) -> tuple[Hook, ...]:
+    """The table's rows for a version of vLLM."""
+    return tuple(hook for hook in HOOKS if hook.until is None or is_before(version, hook.until))
+
+
+@functools.cache
+def signatures(version: str) -> tuple[Signature, ...]:
+    """The functions and values that a version of vLLM must have."""
+    needed = (hook for hook in rows(version) if not (hook.optional or hook.is_own))
+    return (*CALLED, *(Signature(hook.module, hook.name, hook.parameters) for hook in needed))
+
+
+@functools.cache
+def modules(version: str) -> frozenset[str]:
+    """The modules of a version of vLLM that the plugin looks at."""
+    called = {signature.module for signature in signatures(version)}
+    return frozenset(called | {hook.module for hook in rows(version)} | ATTRIBUTES.keys())
 
 
 def install() -> None:
@@ -201,14 +227,15 @@ def install() -> None:
     """
     if _finder in sys.meta_path:
         return
-    check_version(SIGNATURES)
+    version = vllm_version()
+    check_version(signatures(version))
     serves_lora()
     keep_limit()
     sums_limit()
     sums_salt()
     turn_seconds()
-    imported = [name for name in sorted(MODULES) if name in sys.modules]
-    check_modules(imported, SIGNATURES)
+    imported = [name for name in sorted(modules(version)) if name in sys.modules]
+    check_modules(imported, signatures(version))
     if BUILDS_VARIABLE in os.environ:
         from soka_vllm import resolver
 
@@ -226,11 +253,12 @@ def check_vllm() -> None:
     """Import all of vLLM that the plugin uses, and check it: RuntimeError where it is not supported."""
     from vllm.platforms import current_platform
 
-    check_version(SIGNATURES)
-    modules = [name for name in MODULES if current_platform.is_cpu() or "cpu" not in name]
-    for name in modules:
+    version = vllm_version()
+    check_version(signatures(version))
+    names = [name for name in modules(version) if current_platform.is_cpu() or "cpu" not in name]
+    for name in names:
         importlib.import_module(name)
-    check_modules(modules, SIGNATURES)
+    check_modules(names, signatures(version))
 
 
 def _one_line(record: logging.LogRecord) -> bool:
@@ -239,10 +267,10 @@ def _one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-def _rebind(modules: Sequence[str]) -> None:
+def _rebind(names: Sequence[str]) -> None:
     """Apply the rows of imported modules."""
-    for hook in HOOKS:
-        if hook.module in modules:
+    for hook in rows(vllm_version()):
+        if hook.module in names:
             *path, name = hook.name.split(".")
             owner: Any = functools.reduce(getattr, path, sys.modules[hook.module])
             stock = getattr(owner, name, None)
@@ -274,7 +302,8 @@ class _Finder:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Python's import system calls this; None leaves a module to the other entries."""
-        if name not in MODULES:
+        version = vllm_version() if name.startswith("vllm.") else ""
+        if not version or name not in modules(version):
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, specs), None)
@@ -284,7 +313,7 @@ class _Finder:
 
         def execute_and_rebind(module: ModuleType) -> None:
             execute(module)
-            check_modules([name], SIGNATURES)
+            check_modules([name], signatures(version))
             _rebind([name])
 
         spec.loader.exec_module = execute_and_rebind  # type: ignore[method-assign]

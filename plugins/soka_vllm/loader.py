@@ -232,11 +232,14 @@ def _no_layer(name: str, places: Mapping[str, object], manager: Any) -> str:
 
 
 def places_of(manager: Any) -> dict[str, tuple[Any, int]]:
-    """Map from a checkpoint's module name to the vLLM layer that takes its adapters and the index within that layer."""
+    """Map from a checkpoint's module name to the vLLM layer that takes its adapters and the index within that layer.
+
+    The first one of a module that the layer holds several times, see `compat.shards_of`.
+    """
     places = {}
     for name, layer in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
-        places.update({part: (layer, index) for index, part in enumerate(parts)})
+        places.update({part: (layer, parts.index(part)) for part in parts})
     return places
 
 

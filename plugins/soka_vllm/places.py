@@ -105,7 +105,7 @@ def are_equal(stock: Any, one: Any, other: object) -> bool:
 
     To vLLM they are equal, and a step collects the adapters of its requests in a set. An adapter that is unloaded and
     loaded again gets another id: with a request of before still running, a step had both ids and activated one, and the
-    engine ended with a KeyError (up to 0.32, LoRA too).
+    engine ended with a KeyError (up to 0.33, LoRA too).
     """
     return bool(stock(one, other)) and one.lora_int_id == getattr(other, "lora_int_id", None)
 

@@ -60,6 +60,18 @@ class Sources:
         place = self._find(module, name)
         return {node.attr for node in ast.walk(place.node) if isinstance(node, ast.Attribute)} if place else set()
 
+    def assigned(self, module: str, name: str, call: str) -> set[str]:
+        """Names of the attributes to which a function assigns what a call of this name returns."""
+        place = self._find(module, name)
+        made = [
+            node
+            for node in (ast.walk(place.node) if place else ())
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and ast.unparse(node.value.func).rpartition(".")[2] == call
+        ]
+        return {target.attr for node in made for target in node.targets if isinstance(target, ast.Attribute)}
+
     def fields(self, module: str, name: str) -> list[str]:
         """Names of a dataclass's fields."""
         place = self._find(module, name)
@@ -72,6 +84,12 @@ class Sources:
         if place is None or not isinstance(place.node, ast.Tuple):
             return None
         return [element.id for element in place.node.elts if isinstance(element, ast.Name)]
+
+    def constant(self, module: str, name: str) -> str | None:
+        """The text that a name stands for; None where it stands for none."""
+        place = self._find(module, name)
+        value = place.node.value if place is not None and isinstance(place.node, ast.Constant) else None
+        return value if isinstance(value, str) else None
 
     def _parse(self, module: str) -> tuple[ast.Module, bool] | None:
         """A module's tree, and whether it is a package."""
@@ -157,11 +175,25 @@ def installed_sources() -> Sources:
     return folder_sources(Path(next(iter(spec.submodule_search_locations))).parent)
 
 
+def version_of(sources: Sources) -> str:
+    """The version that a built vLLM names itself.
+
+    Raises:
+        RuntimeError: it was not built: a copy of the repository has no such file.
+    """
+    named = sources.constant("vllm._version", "version")
+    if named is None:
+        raise RuntimeError("vllm/_version.py names no version; give a wheel, or what is unpacked from one")
+    return named
+
+
 def source_problems(sources: Sources, signatures: Iterable[Signature]) -> list[str]:
     """What the plugin uses and these sources do not have as it expects; empty where the plugin fits them."""
     problems = []
     for signature in signatures:
-        problems += differs(signature, sources.parameters(signature.module, signature.name))
+        where = signature.module, signature.name
+        there = "" if sources.has(*where) else None
+        problems += differs(signature, there if signature.parameters is None else sources.parameters(*where))
     for module, (name, attributes) in ATTRIBUTES.items():
         missing = set(attributes) - sources.attributes(module, f"{name}.__init__")
         problems += [f"{name} has no {attribute}" for attribute in sorted(missing)]

@@ -96,9 +96,10 @@ def _flat(model: Any, packed: Mapping[str, Sequence[str]]) -> Iterator[tuple[str
         if isinstance(held.lora_a, Tensor):
             yield name, held.lora_a, held.lora_b, held.scaling
             continue
-        for part, a, b, scaling in zip(packed[name], held.lora_a, held.lora_b, held.scaling, strict=True):
-            if a is not None:
-                yield part, a, b, scaling
+        parts = packed[name]
+        for i, (a, b, scaling) in enumerate(zip(held.lora_a, held.lora_b, held.scaling, strict=True)):
+            if a is not None and parts.index(parts[i]) == i:  # a layer may hold a module twice
+                yield parts[i], a, b, scaling
 
 
 def _check(modules: Mapping[str, Sequence[_Part]], max_lora_rank: int, values: int) -> None:

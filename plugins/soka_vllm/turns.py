@@ -26,6 +26,9 @@ _SINCE = "soka_waits_since"  # on vLLM's Request: when it was first seen waiting
 _READY = ("WAITING", "PREEMPTED")  # others wait for something else: their grammar, their input, blocks from elsewhere
 # vLLM admits these in the step in which it finds their grammar ready.
 _MAY_BE_READY = "WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR"
+# Where requests wait that a step may admit. The second is vLLM's up to 0.30, for those that it has passed over; the
+# third from 0.34 on, for those whose blocks may come from elsewhere. What it keeps in `kv_holding_waiting` has blocks.
+QUEUES = ("waiting", "skipped_waiting", "async_kv_waiting")
 _LOOK_SECONDS = 1e-4  # between two looks at all waiting requests, for each of them: a look takes a hundredth of that
 
 
@@ -104,8 +107,7 @@ def schedule(stock: Any, scheduler: Any, *arguments: Any, **options: Any) -> Any
 
 
 def _queues(scheduler: Any) -> list[Any]:
-    """Where requests wait; vLLM up to 0.30 has a queue of its own for those that it has passed over."""
-    return [queue for queue in (scheduler.waiting, getattr(scheduler, "skipped_waiting", None)) if queue is not None]
+    return [queue for queue in (getattr(scheduler, name, None) for name in QUEUES) if queue is not None]
 
 
 def _take_out(queue: Any, held: Iterable[Any]) -> list[Any]:

@@ -63,7 +63,7 @@ def load_model(stock: Any, runner: Any, load_dummy_weights: bool = False) -> Non
     """CPUModelRunner.load_model; then allocate what a later stage of a pipeline receives.
 
     vLLM does so in its warm-up run, which its CPU build leaves out when nothing is compiled, as with LoRA: the first
-    request then ends the engine (versions up to 0.32).
+    request then ends the engine. So up to 0.33, whose other runner for CPUs allocates it itself, as all do later.
     """
     from vllm.distributed import get_pp_group
 

@@ -49,6 +49,7 @@ _TAKEN = {
     "-dpm": "it starts servers on several ports, and one is probed",
     "--skip-tokenizer-init": "the probe asks for completions of a text",
     "--tokens-only": "the probe asks for completions of a text",
+    "--checkpoint-prepare-on-startup": "the server starts paused, and the probe asks for completions",
 }
 # Only where adapters are served.
 _TAKEN_WITH_ADAPTERS = {"--enable-sleep-mode": "what adapters hold in slots may be gone after a sleep"}
@@ -204,7 +205,7 @@ def _check_engine(base: ServedBase) -> None:
     if engine is not None and engine.is_cpu and base.has_experts:
         raise SokaError(
             f"{base.directory}: a mixture of experts; with adapters, {engine.distribution} {engine.version} computes "
-            "experts by Triton's kernels only, and there is no Triton for CPUs",
+            "experts by Triton's kernels only, and nothing was tested with a Triton for CPUs",
             hint="Serve it on a GPU; or merge the adapter (`soka-serve merge`), and serve the merged model.",
         )
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0").strip().lower() in ("1", "true"):

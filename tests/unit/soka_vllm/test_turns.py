@@ -37,10 +37,11 @@ class Scheduler:
         self.running, self.waiting = running, Queue(waiting)
         self.lora_config: Any = SimpleNamespace(max_loras=slots)
         self.policy = SimpleNamespace(value=policy)
+        self.apart: list[Any] = []
 
     @property
     def requests(self) -> dict[str, Any]:
-        return {r.name: r for r in (*self.running, *self.waiting)}
+        return {r.name: r for r in (*self.running, *self.waiting, *self.apart)}
 
 
 def scheduler(running: list[Any], waiting: list[Any], slots: int = 2, policy: str = "fcfs") -> Any:
@@ -204,6 +205,18 @@ def test_held_requests_keep_their_place_also_when_a_step_fails(clock: SimpleName
     with pytest.raises(RuntimeError, match="a step"):
         schedule(fail, core)
     assert [r.name for r in core.waiting] == ["p", "b", "a2", "b2", "a3"]
+
+
+def test_requests_that_wait_apart_for_blocks_from_elsewhere_are_held_too(clock: SimpleNamespace) -> None:
+    """vLLM's third queue, from 0.34 on under --max-num-inflight-kv-loads."""
+    core = scheduler([request("a", 1, 0)], [request("b", 2, 1)], slots=1)
+    core.async_kv_waiting = Queue([request("a2", 1, 2), request("b2", 2, 3)])
+    core.apart = core.async_kv_waiting
+    schedule(lambda core: None, core)
+    clock.s = 2.0
+    assert schedule(lambda core: [r.name for r in core.async_kv_waiting], core) == ["b2"]
+    assert [r.name for r in core.async_kv_waiting] == ["a2", "b2"]
+    assert [r.name for r in core.waiting] == ["b"]
 
 
 def test_without_adapters_or_with_zero_seconds_it_is_vllm_s_order(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     from vllm.lora.lora_weights import PackedLoRALayerWeights
     from vllm.lora.request import LoRARequest
 
-    from soka_vllm import reading, worker
+    from soka_vllm import loader, reading, sum_names, summing, sums, worker
     from soka_vllm.slots import SlotStore
+    from soka_vllm.store import ReadResult, worker_adapters
 
 SIZE = (1, 64, 96, 4, 2, 16)  # layers, hidden, inner, heads, key/value heads, features of a head
 
@@ -67,3 +69,47 @@ def test_an_adapter_takes_the_place_of_one_that_was_trained_alike(
             assert (out - want).norm() < 2e-2 * want.norm()
     layers = len(shards)
     assert overwritten == [False] * layers + [True] * layers + [False] * layers
+
+
+def test_a_module_that_a_layer_holds_twice(tmp_path: Path) -> None:
+    """Gemma 4's k_proj where it is the values' too: its delta is in both slices, and once in a sum."""
+    shards, packed, weights = make_model(SIZE)
+    qkv = "model.layers.0.self_attn.qkv_proj"
+    q, k, v = packed[qkv]
+    packed[qkv] = [q, k, k]
+    shared = (replace(part, source=min(part.source, 1)) for part in shards[qkv].slices)
+    shards[qkv] = replace(shards[qkv], slices=tuple(shared))
+    del weights[v]
+    manager = make_manager(shards, packed)
+    adapters = manager._adapter_manager
+    assert loader.places_of(adapters)[k] == (adapters.modules[qkv], 1)
+    adapters.lora_index_to_id = [None]
+    factors = random_factors(weights, 1)
+    write_adapter(tmp_path, factors, base_model="base", dtype=torch.bfloat16)
+    model = reading.load(None, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
+    loras = dict(model.loras)
+    for name, parts in packed.items():
+        model.loras[name] = PackedLoRALayerWeights.pack([loras[part] for part in parts])
+        for part in parts:
+            model.loras.pop(part, None)
+
+    def fill(served: Any) -> None:
+        for name, layer in adapters.modules.items():
+            parts = packed.get(name, [name])
+            given = served.loras.get(name) or PackedLoRALayerWeights.pack([served.loras[part] for part in parts])
+            layer.set_lora(0, given.lora_a, given.lora_b)
+
+    def check(scale: float) -> None:
+        layer = adapters.modules[qkv]
+        x = torch.randn(3, shards[qkv].in_features)
+        out = torch.zeros(3, sum(shards[qkv].widths))
+        layer._kronecker.add_to(out, x, torch.zeros(3, dtype=torch.long))
+        want = scale * x.double() @ torch.cat([dense_delta(factors[part], torch.float64) for part in (q, k, k)]).T
+        assert (out - want).norm() < 2e-2 * want.norm()
+
+    fill(model)
+    check(1.0)
+    worker_adapters(manager).adapters[1] = model, ReadResult(fingerprint="a")
+    path = sums.request_of([sum_names.Term(0.5, "a")], {"a": LoRARequest("a", 1, str(tmp_path))}, {}).lora_path
+    fill(summing.add_up(manager, LoRARequest("0.5*a", 2, path), 1 << 30))
+    check(0.5)
