@@ -191,6 +191,8 @@ def source_problems(sources: Sources, signatures: Iterable[Signature]) -> list[s
     """What the plugin uses and these sources do not have as it expects; empty where the plugin fits them."""
     problems = []
     for signature in signatures:
+        if not _is_of_vllm(signature.module):
+            continue
         where = signature.module, signature.name
         there = "" if sources.has(*where) else None
         problems += differs(signature, there if signature.parameters is None else sources.parameters(*where))
@@ -215,7 +217,11 @@ def imported_names(folder: Path) -> list[tuple[str, str]]:
                 found |= {(node.module, alias.name) for alias in node.names}
             elif isinstance(node, ast.Import):
                 found |= {(alias.name, "") for alias in node.names}
-    return sorted((module, name) for module, name in found if module.partition(".")[0] == "vllm")
+    return sorted((module, name) for module, name in found if _is_of_vllm(module))
+
+
+def _is_of_vllm(module: str) -> bool:
+    return module.partition(".")[0] == "vllm"
 
 
 def _definitions(body: Iterable[ast.stmt], name: str) -> Iterator[ast.AST]:

@@ -162,8 +162,8 @@ def resolve_targets(
         found = list(misfits(rule.start, dict(rule)))
         found += [("weighting", problem)] if (problem := _weighting_problem(rule)) else []
         for key, message in found:
-            place = ("adapt", _setter(manifest, hits_of, key), key)
-            failures.setdefault((place, message), []).append(module.name)
+            setter = _setter(manifest, hits_of, key)
+            failures.setdefault((("adapt", setter, key), message), []).append(module.name)
         for place, message in training_misfits(rule.start, manifest.train) if manifest.train.method == "soka" else ():
             failures.setdefault((place, message), []).append(module.name)
         try:

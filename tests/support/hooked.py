@@ -15,10 +15,10 @@ from soka_vllm.hooks import modules, rows
 
 
 def attributes() -> dict[str, int]:
-    """Identities of all values in vLLM's modules and classes that are imported, by "module:name"."""
-    found = {}
+    """Identities of all values in imported modules of vLLM and of the table, and their classes, by "module:name"."""
+    found, names = {}, modules(vllm_version())
     for place, module in list(sys.modules.items()):
-        if place.partition(".")[0] == "vllm":
+        if place.partition(".")[0] == "vllm" or place in names:
             for name, value in list(vars(module).items()):
                 found[f"{place}:{name}"] = id(value)
                 if isinstance(value, type) and value.__module__ == place:
