@@ -32,7 +32,7 @@ from packaging.version import Version
 
 from eval.record import make_parser, write_record
 from soka_vllm.hooks import signatures
-from soka_vllm.sources import source_problems, wheel_sources
+from soka_vllm.sources import is_of_vllm, source_problems, wheel_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
@@ -101,7 +101,7 @@ def compare_sources(found: dict[str, Any], release: str) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-qq", "--no-deps"]
     _call([*pip, "-d", str(folder), f"vllm=={release}"])
     (wheel,) = folder.glob(f"vllm-{release}-*.whl")
-    wanted = signatures(release)
+    wanted = list(filter(is_of_vllm, signatures(release)))
     problems = source_problems(wheel_sources(wheel), wanted)
     seconds = round(time.monotonic() - started)
     found |= {"ok": not problems, "signatures": len(wanted), "failures": problems, "seconds": seconds}

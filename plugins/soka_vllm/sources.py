@@ -190,9 +190,7 @@ def version_of(sources: Sources) -> str:
 def source_problems(sources: Sources, signatures: Iterable[Signature]) -> list[str]:
     """What the plugin uses and these sources do not have as it expects; empty where the plugin fits them."""
     problems = []
-    for signature in signatures:
-        if not _is_of_vllm(signature.module):
-            continue
+    for signature in filter(is_of_vllm, signatures):
         where = signature.module, signature.name
         there = "" if sources.has(*where) else None
         problems += differs(signature, there if signature.parameters is None else sources.parameters(*where))
@@ -217,10 +215,15 @@ def imported_names(folder: Path) -> list[tuple[str, str]]:
                 found |= {(node.module, alias.name) for alias in node.names}
             elif isinstance(node, ast.Import):
                 found |= {(alias.name, "") for alias in node.names}
-    return sorted((module, name) for module, name in found if _is_of_vllm(module))
+    return sorted((module, name) for module, name in found if _in_vllm(module))
 
 
-def _is_of_vllm(module: str) -> bool:
+def is_of_vllm(signature: Signature) -> bool:
+    """Whether a function that the plugin uses is in vLLM's sources, not in what vLLM leaves something to."""
+    return _in_vllm(signature.module)
+
+
+def _in_vllm(module: str) -> bool:
     return module.partition(".")[0] == "vllm"
 
 
