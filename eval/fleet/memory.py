@@ -49,10 +49,9 @@ from soka_serve.compiler.methods.lora import lora_parameters
 from soka_serve.io.json_files import read_json
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape
-from soka_vllm.arena import SLOT_DEFAULT, SLOT_VARIABLE
 from soka_vllm.layers import kronecker_class
 from soka_vllm.loader import load_adapter
-from soka_vllm.settings import LORA_VARIABLE, keep_limit
+from soka_vllm.settings import LORA_VARIABLE, SLOT_DEFAULT, SLOT_VARIABLE, keep_limit
 
 CONFIGS = base_directory().parent / "configs"
 PARALLEL = (1, 2, 4, 8)

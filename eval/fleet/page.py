@@ -13,7 +13,7 @@ from eval.fleet.memory import PARALLEL, TIMED
 from eval.page import render_page
 from soka_serve.compiler.report.charts import Axis, Mark, Series, chart, linear_axis, log_axis
 from soka_serve.io.text import percent, size
-from soka_vllm.arena import SLOT_DEFAULT
+from soka_vllm.settings import SLOT_DEFAULT
 
 LINES = ("soka_1", "soka_1_weights", "soka_4", "soka_16", "lora_1", "lora_8", "lora_16", "lora_16_sharded")
 TITLE = "10,000 adapters, and 70B over 8 GPUs · calculated and simulated"

@@ -34,8 +34,7 @@ from eval.fleet import caches, memory
 from eval.fleet.page import page
 from eval.record import make_parser, write_record
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
-from soka_vllm.arena import SLOT_VARIABLE
-from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE
+from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE, SLOT_VARIABLE
 
 MEASURED = Path(__file__).parents[1] / "results" / "serve_cpu.json"
 

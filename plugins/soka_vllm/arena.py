@@ -9,15 +9,13 @@ old and new factors must fit together.
 
 from __future__ import annotations
 
-import os
 from typing import ClassVar, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
-SLOT_DEFAULT = 25_000_000  # two terms on every projection of a 70B model on one GPU: what the default init exports
+from soka_vllm.settings import SLOT_VARIABLE, slot_values
 
 
 class FactorMemory(Protocol):
@@ -94,10 +92,7 @@ class Arena:
         Raises:
             ValueError: SOKA_SLOT_PARAMETERS is not a positive integer.
         """
-        text = os.environ.get(SLOT_VARIABLE, str(SLOT_DEFAULT))
-        if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"{SLOT_VARIABLE}: expected a positive integer; got {text!r}")
-        key = (slots, int(text), dtype, device)
+        key = (slots, slot_values(), dtype, device)
         arena = cls._shared.get(key)
         if arena is None:
             arena = cls._shared[key] = cls(*key)

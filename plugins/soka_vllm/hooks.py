@@ -26,6 +26,7 @@ from soka_vllm.settings import (
     METRICS_VARIABLE,
     keep_limit,
     serves_lora,
+    slot_values,
     sums_limit,
     sums_salt,
     turn_seconds,
@@ -47,7 +48,7 @@ class Hook:
         replacement: "module:function" of the plugin. It is called with what vLLM has under the name (None for a name
             of the plugin's own) and then with what the name is called with. Of a value it returns the new one.
         why: what for.
-        optional: whether versions that are supported may not have the name.
+        since: the first release that has the name, None: the first that is supported.
         until: the first release that needs no such row. There and later the name may be gone; before, it must be there.
     """
 
@@ -56,7 +57,7 @@ class Hook:
     parameters: str | None
     replacement: str
     why: str
-    optional: bool = False
+    since: tuple[int, int] | None = None
     until: tuple[int, int] | None = None
 
     @property
@@ -75,6 +76,10 @@ HOOKS = (
     Hook(
         *("vllm.lora.request", "LoRARequest.__eq__", None, "soka_vllm.places:are_equal"),
         "An adapter that is loaded again under its name gets another id; to vLLM both are one.",
+    ),
+    Hook(
+        *("vllm.envs", "compile_factors", "", "soka_vllm.settings:compile_factors"),
+        "A compiled graph in vLLM's cache is taken by servers alone that have the same of the plugin in it.",
     ),
     # In the API process.
     Hook(
@@ -182,7 +187,7 @@ HOOKS = (
     Hook(
         *("vllm.lora.peft_helper", "PEFTHelper._match_pattern", None, "soka_serve.adapter.patterns:match_for_vllm"),
         "Patterns of adapters are matched in linear time.",
-        optional=True,
+        since=(0, 32),
     ),
     Hook(
         *("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata", None),
@@ -201,13 +206,18 @@ HOOKS = (
 @functools.cache
 def rows(version: str) -> tuple[Hook, ...]:
     """The table's rows for a version of vLLM."""
-    return tuple(hook for hook in HOOKS if hook.until is None or is_before(version, hook.until))
+    return tuple(
+        hook
+        for hook in HOOKS
+        if (hook.since is None or not is_before(version, hook.since))
+        and (hook.until is None or is_before(version, hook.until))
+    )
 
 
 @functools.cache
 def signatures(version: str) -> tuple[Signature, ...]:
     """The functions and values that a version of vLLM must have."""
-    needed = (hook for hook in rows(version) if not (hook.optional or hook.is_own))
+    needed = (hook for hook in rows(version) if not hook.is_own)
     return (*CALLED, *(Signature(hook.module, hook.name, hook.parameters) for hook in needed))
 
 
@@ -234,6 +244,7 @@ def install() -> None:
     sums_limit()
     sums_salt()
     turn_seconds()
+    slot_values()
     imported = [name for name in sorted(modules(version)) if name in sys.modules]
     check_modules(imported, signatures(version))
     if BUILDS_VARIABLE in os.environ:
@@ -274,8 +285,6 @@ def _rebind(names: Sequence[str]) -> None:
             *path, name = hook.name.split(".")
             owner: Any = functools.reduce(getattr, path, sys.modules[hook.module])
             stock = getattr(owner, name, None)
-            if stock is None and hook.optional:
-                continue
             place, _, function = hook.replacement.partition(":")
             replacement = getattr(importlib.import_module(place), function)
             static = isinstance(inspect.getattr_static(owner, name, None), staticmethod)

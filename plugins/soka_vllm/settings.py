@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
+
+from soka_serve import __version__
 
 BUILDS_VARIABLE = "SOKA_BUILDS"
 ROOTS_VARIABLE = "SOKA_ADAPTER_ROOTS"
@@ -12,6 +15,8 @@ LORA_VARIABLE = "SOKA_LORA"
 KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
 SUMS_VARIABLE = "SOKA_SUMS"
 TURN_VARIABLE = "SOKA_TURN_SECONDS"
+SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
+SLOT_DEFAULT = 25_000_000  # two terms on every projection of a 70B model on one GPU: what a start from weights exports
 _SALT_VARIABLE = "SOKA_SUMS_SALT"  # the plugin's own: of the numbers of sums, the same in all processes of a server
 _KEEP_DEFAULT_GIB = 4.0
 _SUMS_DEFAULT = 32
@@ -64,6 +69,28 @@ def turn_seconds() -> float:
         ValueError: the environment variable is not a number of at least 0.
     """
     return _number(TURN_VARIABLE, _TURN_DEFAULT_S, "seconds")
+
+
+def slot_values() -> int:
+    """How many values an adapter's factors may have on one GPU, all layers together (SOKA_SLOT_PARAMETERS).
+
+    Raises:
+        ValueError: the environment variable is not a positive integer.
+    """
+    text = os.environ.get(SLOT_VARIABLE, str(SLOT_DEFAULT))
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{SLOT_VARIABLE}: expected a positive integer; got {text!r}")
+    return int(text)
+
+
+def compile_factors(stock: Callable[[], dict[str, object]]) -> dict[str, object]:
+    """vllm.envs.compile_factors: what a compiled graph depends on of the plugin, beside what it does of vLLM.
+
+    LoRA's part of a layer is in the graph or not, and so are the sizes of the arena. Without the plugin the graph has
+    none of its calls, and would leave all adapters out.
+    """
+    own = {"soka_vllm": __version__, LORA_VARIABLE: serves_lora(), SLOT_VARIABLE: slot_values()}
+    return {**stock(), **own}
 
 
 def _number(variable: str, default: float, unit: str) -> float:

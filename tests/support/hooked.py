@@ -39,7 +39,7 @@ def check_all() -> None:
     for module in names:
         importlib.import_module(module)
     hooks = rows(vllm_version())
-    wanted = {f"{h.module}:{h.name}" for h in hooks if not h.optional or value_of(h.module, h.name) is not None}
+    wanted = {f"{h.module}:{h.name}" for h in hooks}
     before = attributes()
     soka_vllm.register()
     after = attributes()
@@ -60,7 +60,7 @@ def check_late(later: list[str]) -> None:
     assert not more, more
     for module in later:
         importlib.import_module(module)
-    bound = [hook for hook in rows(vllm_version()) if hook.module in sys.modules and not hook.optional]
+    bound = [hook for hook in rows(vllm_version()) if hook.module in sys.modules]
     assert bound
     for hook in bound:
         value = value_of(hook.module, hook.name)

@@ -174,15 +174,29 @@ def test_a_row_is_needed_before_its_release_and_not_from_it_on(hook: Hook) -> No
     )
 
 
+AFTER = [hook for hook in HOOKS if hook.since is not None]
+
+
+@pytest.mark.parametrize("hook", AFTER, ids=lambda hook: hook.name)
+def test_a_row_is_needed_from_its_release_on_and_not_before(hook: Hook) -> None:
+    assert hook.since is not None
+    assert hook not in rows(f"{hook.since[0]}.{hook.since[1] - 1}.9")
+    for version in (".".join(map(str, hook.since)) + ".0", "0.99.0", "dev"):
+        assert hook in rows(version)
+        assert Signature(hook.module, hook.name, hook.parameters) in signatures(version)
+
+
 def test_no_row_is_of_releases_that_are_not_supported() -> None:
     assert BEFORE
-    assert all(hook.until is not None and SUPPORTED[0] < hook.until < SUPPORTED[1] for hook in BEFORE)
+    assert AFTER
+    named = [release for hook in HOOKS for release in (hook.since, hook.until) if release is not None]
+    assert all(SUPPORTED[0] < release < SUPPORTED[1] for release in named)
 
 
 def test_all_that_is_rebound_must_be_there_but_for_the_plugin_s_own() -> None:
     signed = {(signature.module, signature.name) for signature in signatures("0.33.0")}
     left = {hook.name for hook in rows("0.33.0") if (hook.module, hook.name) not in signed}
-    assert left == {"EngineCore.soka_limits", "PEFTHelper._match_pattern"}
+    assert left == {"EngineCore.soka_limits"}
 
 
 # --- releases that are not installed ----------------------------------------------------------------------------------
