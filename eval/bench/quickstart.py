@@ -1,10 +1,10 @@
 """Accuracy before and after on the three task families of the embedded base, over several seeds.
 
-    python -m eval.bench.quickstart --inits zero weights --out eval/results/quickstart.json
+    python -m eval.bench.quickstart --families math --inits zero weights --seeds 0 1 2 3 4 --out quickstart.json
 
 Runs manifests/math.toml (and the same manifest with the other two families' data) through `soka_serve.build`, in a
-temporary folder, from each start, and writes every run's figures with versions and hardware. About a minute a run on
-two cores. Accuracy depends on rounding, and so on the number of threads.
+temporary folder, from each start, and writes every run's figures with versions and hardware. One to four minutes
+a run. Accuracy depends on rounding, and so on the number of threads.
 """
 
 from __future__ import annotations

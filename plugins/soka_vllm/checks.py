@@ -105,7 +105,7 @@ def differs(signature: Signature, parameters: str | None) -> list[str]:
         return []
     name = signature.name if "." in signature.name else f"{signature.module}.{signature.name}"
     expected = "" if signature.parameters is None else f"; expected ({signature.parameters})"
-    return [f"{name} ({parameters or 'does not exist'}){expected}"]
+    return [f"{name} ({'does not exist' if parameters is None else parameters or 'no parameters'}){expected}"]
 
 
 UNKNOWN_FITS = "It is not known to this plugin; its functions are as the plugin expects, and nothing was run with it"

@@ -256,6 +256,7 @@ def install() -> None:
 
         metrics.make_folder()
     _rebind(imported)
+    _finder.names = modules(version)
     sys.meta_path.insert(0, _finder)
     _logger.addFilter(_one_line)
 
@@ -307,12 +308,13 @@ def _bind(replacement: Callable[..., Any], stock: Any) -> Any:
 class _Finder:
     """Entry of `sys.meta_path`: finds the table's modules as the other entries do, and applies their rows."""
 
+    names: frozenset[str] = frozenset()
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """Python's import system calls this; None leaves a module to the other entries."""
-        version = vllm_version() if name.startswith("vllm.") else ""
-        if not version or name not in modules(version):
+        if name not in self.names:
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, specs), None)
@@ -322,7 +324,7 @@ class _Finder:
 
         def execute_and_rebind(module: ModuleType) -> None:
             execute(module)
-            check_modules([name], signatures(version))
+            check_modules([name], signatures(vllm_version()))
             _rebind([name])
 
         spec.loader.exec_module = execute_and_rebind  # type: ignore[method-assign]

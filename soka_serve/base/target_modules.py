@@ -164,7 +164,7 @@ def resolve_targets(
         for key, message in found:
             setter = _setter(manifest, hits_of, key)
             failures.setdefault((("adapt", setter, key), message), []).append(module.name)
-        for place, message in training_misfits(rule.start, manifest.train) if manifest.train.method == "soka" else ():
+        for place, message in training_misfits(rule, manifest.train) if manifest.train.method == "soka" else ():
             failures.setdefault((place, message), []).append(module.name)
         try:
             targets.append(TargetModule(module, rule, hits_of, _resolve_shape(module, rule)))

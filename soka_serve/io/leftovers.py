@@ -96,8 +96,11 @@ def locked_sibling(target: Path) -> Iterator[tuple[Path, int]]:
     while True:
         path = sibling(target, "tmp")
         path.mkdir()
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        # A cleaner that came between the two calls holds the lock, or has removed the directory.
+        # A cleaner that came between these calls holds the lock, or has removed the directory.
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         if lock(descriptor) is not False and is_same(path, descriptor):
             break
         os.close(descriptor)

@@ -81,10 +81,11 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
     idle = still == set(PARTS) and method in (None, "soka") and value_of(train, "steps") != 0
     if idle and not all(rule.form.choices for rule in made):  # of those that choose, the rule is named below
         yield ("train", "left_lr"), "nothing would be trained: left_lr, right_lr and sigma_lr are all 0"
+    only = _only_start(made)
     for i, rule in enumerate(made) if method in (None, "soka") else ():
         # A rule without an init of its own has that of a rule before it.
         said_here = "init" in rule.model_fields_set or all("init" not in other.model_fields_set for other in made)
-        zeros = [(rule.start.needs_trained, rule.start.written)] if said_here else []
+        zeros = [(rule.start.needs_trained, rule.start.written)] if said_here and rule.start == only else []
         zeros += [(TRAINED[key].needs_trained, key) for key in rule.form.choices]
         for zero, whose in zeros:
             yield from _stays_zero(zero, f"{whose} of adapt[{i}]", train)
@@ -93,16 +94,22 @@ def _trained_conflicts(rules: Sequence[object], train: object) -> Iterator[tuple
             yield place, f"nothing of adapt[{i}] would be trained: its rates are all 0"
 
 
+def _only_start(rules: Sequence[Adapt]) -> Start | None:
+    """The start of all modules; None where rules say several: which module has which, the plan sees."""
+    starts = {rule.start for rule in rules if rule.enabled and "init" in rule.model_fields_set} or {Adapt().start}
+    return starts.pop() if len(starts) == 1 else None
+
+
 def _stays_zero(part: str, whose: str, train: object) -> Iterator[tuple[Key, str]]:
     if part and value_of(train, f"{part}_lr") == 0:
         starts = f"does not go with {whose}, which starts {part} at zero: nothing would ever change"
-        yield ("train", f"{part}_lr"), f"{part}_lr = 0 {starts}"
+        yield ("train", f"{part}_lr"), f"{part}_lr = 0 {starts}; raise it, or choose another start"
 
 
-def _unregularised(start: Start, table: object) -> Iterator[tuple[Key, str]]:
+def _unregularised(start: Start, whose: str, table: object) -> Iterator[tuple[Key, str]]:
     for row in REGULARISERS.values():
         if value_of(table, row.name):
-            place, message = ("train", "regularise", row.name), f"{row.name} does not go with {start.written}"
+            place, message = ("train", "regularise", row.name), f"{row.name} does not go with {whose}"
             if row.unit_factors and start.starts_at_zero:
                 message += ", one of whose factors starts at zero: it holds factors at the size of their start"
                 yield place, message
@@ -110,27 +117,27 @@ def _unregularised(start: Start, table: object) -> Iterator[tuple[Key, str]]:
                 yield place, f"{message}, whose terms are subtracted again: the delta is not the sum of the factors"
 
 
-def training_misfits(start: Start, train: object) -> Iterator[tuple[Key, str]]:
+def training_misfits(rule: Adapt, train: object) -> Iterator[tuple[Key, str]]:
     """What [train] says that does not go with the start of a module.
 
     Args:
-        start: of the module.
+        rule: what holds for the module.
         train: the table, checked or not.
 
     Yields:
         (key, message) for each.
     """
-    yield from _stays_zero(start.needs_trained, start.written, train)
-    yield from _unregularised(start, value_of(train, "regularise"))
+    whose = rule.start.written if "init" in rule.model_fields_set else f"{rule.start.written}, the default"
+    yield from _stays_zero(rule.start.needs_trained, whose, train)
+    yield from _unregularised(rule.start, whose, value_of(train, "regularise"))
 
 
 def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[Key, str]]:
     """Regularisers that need another start than a rule has, or all of the factors trained and nothing beside them."""
     made = _made(rules)
-    starts = dict.fromkeys(rule.start for rule in made if "init" in rule.model_fields_set) or [Adapt().start]
     forms = {key for rule in made for key in rule.form.choices}
-    for start in starts:
-        yield from _unregularised(start, table)
+    if (start := _only_start(made)) is not None:
+        yield from _unregularised(start, start.written, table)
     for row in REGULARISERS.values():
         for key in sorted(forms) if row.kronecker and value_of(table, row.name) else ():
             what = f"{key} in [[adapt]]: it acts on terms that are trained whole, with nothing beside them"

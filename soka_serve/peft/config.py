@@ -159,7 +159,7 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             problems.append(f"soka_trained: {problem}")
         if init == "zero":
             places = {"soka_trained": self.soka_trained}
-            places |= {f"soka_modules[{n!r}]": m["trained"] for n, m in self.soka_modules.items() if "trained" in m}
+            places |= {f"soka_modules[{n!r}]": m["trained"] for n, m in self.soka_modules.items() if _trains(m)}
             for place, choices in places.items():
                 if not form_problem(choices, 1) and "right" in Form(choices).frozen:
                     message = f"init_soka_weights = 'zero' starts right at zero, and {place} does not train it"
@@ -235,6 +235,10 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         self.soka_modules = {name: dict(spec) for name, spec in modules.items()}
         self._recorded = copy.deepcopy(self.soka_modules)
         self._is_built = True
+
+
+def _trains(spec: object) -> bool:
+    return isinstance(spec, Mapping) and "trained" in spec
 
 
 def _is_count(value: object) -> bool:

@@ -212,6 +212,11 @@ def _check_engine(base: ServedBase) -> None:
         raise SokaError(
             "VLLM_USE_RUST_FRONTEND is set: the plugin checks adapters in vLLM's Python front end", hint="Unset it."
         )
+    if os.environ.get("VLLM_ENABLE_STARTUP_PLAN", "0").strip().lower() in ("1", "true"):
+        raise SokaError(
+            "VLLM_ENABLE_STARTUP_PLAN is set: vLLM would size the KV cache by a start without this memory for adapters",
+            hint="Unset it.",
+        )
 
 
 def _ours(

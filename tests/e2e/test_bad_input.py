@@ -97,7 +97,7 @@ CASES: dict[str, tuple[Callable[[Path], tuple[str, str]], list[str]]] = {
     "shape that does not fit": (_replace("rank = { policy", "shape = [3, 3, 3, 3]\nrank = { policy"), ["q_proj"]),
     "lm_head": (_replace('"q_proj", "v_proj"', '"lm_head"'), ["lm_head"]),
     "float16 without a GPU": (_replace("steps =", 'precision = "float16"\nsteps ='), ["float16", "GPU"]),
-    "unknown key": (_replace("steps =", "stepz = 3\nsteps ="), ["small.toml:13:1", "did you mean"]),
+    "unknown key": (_replace("steps =", "stepz = 3\nsteps ="), ["small.toml:14:1", "did you mean"]),
     "a tracker that is not there": (_replace("steps =", 'report_to = ["mlflow"]\nsteps ='), ["mlflow"]),
 }
 

@@ -48,7 +48,7 @@ def test_the_table_names_all_that_is_rebound() -> None:
 
 
 def test_modules_that_are_imported_later_are_rebound() -> None:
-    modules = ("vllm.v1.engine.core", "vllm.entrypoints.openai.models.serving")
+    modules = ("vllm.v1.engine.core", "vllm.entrypoints.openai.models.serving", "vllm.v1.metrics.prometheus")
     command = [sys.executable, "-m", "tests.support.hooked", *modules]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from soka_vllm import settings
+from soka_vllm.hooks import rows
+from soka_vllm.sources import installed_sources, version_of
 from tests.conftest import NEEDS_VLLM
 
 
@@ -33,19 +33,12 @@ def test_what_is_in_a_compiled_graph_is_in_its_key(name: str, value: str, monkey
 
 
 @NEEDS_VLLM
-@pytest.mark.filterwarnings("ignore")  # of vLLM's imports
-def test_vllm_asks_there_for_both_of_its_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import envs
-    from vllm.compilation import caching
-
-    stock: Callable[[], dict[str, object]] = envs.compile_factors
-    asked = []
-    monkeypatch.setattr(envs, "compile_factors", lambda: asked.append(1) or settings.compile_factors(stock))
-    monkeypatch.setattr(caching, "hash_factors", lambda factors: factors["soka_vllm"])
-
-    class Config:
-        def compute_hash(self) -> str:
-            return "config"
-
-    assert caching.aot_compile_hash_factors(Config())[0] == settings.compile_factors(stock)["soka_vllm"]
-    assert asked
+def test_vllm_asks_there_for_both_of_its_caches() -> None:
+    found = installed_sources()
+    for module, name in (
+        ("vllm.compilation.caching", "aot_compile_hash_factors"),
+        ("vllm.compilation.backends", "VllmBackend.__call__"),
+    ):
+        assert "compile_factors" in found.attributes(module, name)
+    row = next(hook for hook in rows(version_of(found)) if hook.name == "compile_factors")
+    assert (row.module, row.replacement) == ("vllm.envs", "soka_vllm.settings:compile_factors")

@@ -152,8 +152,8 @@ def test_rules_that_meet_on_a_module_are_refused_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ("regularise = { sorsa = 1.0 }", r"train\.regularise\.sorsa: sorsa does not go with init = 'zero', one of"),
-        ("right_lr = 0", r"train\.right_lr: right_lr = 0 does not go with init = 'zero', which starts right at zero"),
+        ("regularise = { sorsa = 1.0 }", r"train\.regularise\.sorsa: sorsa does not go with init = 'zero', the default, one of"),
+        ("right_lr = 0", r"train\.right_lr: right_lr = 0 does not go with init = 'zero', the default, which starts right at zero"),
     ],
 )
 def test_training_does_not_go_with_a_module_that_has_the_default_start(train: str, words: str) -> None:
@@ -164,6 +164,23 @@ def test_training_does_not_go_with_a_module_that_has_the_default_start(train: st
         resolve_targets(parse_manifest(text, "m.toml"), layers)
     everywhere = text.replace('modules = ["q_proj"]', 'modules = ["q_proj", "k_proj"]')
     assert resolve_targets(parse_manifest(everywhere, "m.toml"), layers)
+
+
+@pytest.mark.parametrize(
+    ("rules", "train"),
+    [
+        ('[[adapt]]\ninit = "zero"\n[[adapt]]\ninit = "weights"\n', "right_lr = 0"),
+        ('[[adapt]]\ninit = "zero"\n[[adapt]]\ninit = "weights"\n', "regularise = { sorsa = 1.0 }"),
+        ('[[adapt]]\ninit = "weights"\n[[adapt]]\ninit = "zero"\n', "regularise = { orthogonalise = 1 }"),
+        (
+            '[[adapt]]\ninit = "weights"\n[[adapt]]\nmodules = ["q_proj"]\ninit = "zero"\nenabled = false\n',
+            "right_lr = 0",
+        ),
+    ],
+)
+def test_a_start_that_no_module_has_is_nothing_against_training(rules: str, train: str) -> None:
+    text = HEAD + rules + TAIL.replace("[train]\n", f"[train]\n{train}\n")
+    assert resolve_targets(parse_manifest(text, "m.toml"), Base(base_directory()).layout.modules)
 
 
 def test_a_default_is_named_only_where_no_rule_says_an_init() -> None:
