@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +101,7 @@ def test_failure_leaves_the_old_directory(tmp_path: Path, failure: BaseException
 KILLED = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from soka_serve.io import files
 if sys.argv[2] == "renames":
     files._renameat2 = lambda: None
@@ -372,3 +374,21 @@ def test_windows_into_the_kernel_are_no_files() -> None:
     for name in ("/proc/kmsg", "/proc/self/mounts"):
         with pytest.raises(OSError, match="not a file but a window into the kernel"):
             files.sha256_file(Path(name))
+
+
+def test_a_folder_that_a_cleaner_takes_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Path] = []
+    plain = os.open
+
+    def opened(path: Any, *more: Any, **options: Any) -> int:
+        if not taken and leftovers.is_temporary(Path(path)):
+            taken.append(Path(path))
+            taken[0].rmdir()
+        return plain(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    with leftovers.locked_sibling(tmp_path / "build") as (path, _):
+        assert path.is_dir()
+        assert [path] != taken

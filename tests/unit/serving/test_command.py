@@ -177,7 +177,9 @@ def test_mixtures_of_experts_are_refused_on_a_cpu(
 
 
 @pytest.mark.parametrize("variable", ["VLLM_USE_RUST_FRONTEND", "VLLM_ENABLE_STARTUP_PLAN"])
-def test_what_the_plugin_cannot_be_under_is_refused(variable: str, built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_go_with_the_plugin_is_refused(
+    variable: str, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(variable, "1")
     with pytest.raises(SokaError, match=f"{variable} is set"):
         plan_launch([str(built / "build/small")], ServeOptions())

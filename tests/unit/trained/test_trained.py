@@ -152,8 +152,14 @@ def test_rules_that_meet_on_a_module_are_refused_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ("regularise = { sorsa = 1.0 }", r"train\.regularise\.sorsa: sorsa does not go with init = 'zero', the default, one of"),
-        ("right_lr = 0", r"train\.right_lr: right_lr = 0 does not go with init = 'zero', the default, which starts right at zero"),
+        (
+            "regularise = { sorsa = 1.0 }",
+            r"train\.regularise\.sorsa: sorsa does .* init = 'zero', the default, one of",
+        ),
+        (
+            "right_lr = 0",
+            r"train\.right_lr: right_lr = 0 .* init = 'zero', the default, which starts right at zero",
+        ),
     ],
 )
 def test_training_does_not_go_with_a_module_that_has_the_default_start(train: str, words: str) -> None:
