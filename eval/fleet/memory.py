@@ -51,11 +51,12 @@ from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from soka_vllm.layers import kronecker_class
 from soka_vllm.loader import load_adapter
+from soka_vllm.plans import Plans
 from soka_vllm.settings import LORA_VARIABLE, SLOT_DEFAULT, SLOT_VARIABLE, keep_limit
 
 CONFIGS = base_directory().parent / "configs"
 PARALLEL = (1, 2, 4, 8)
-TIMED = ("soka_1", "lora_1", "lora_16")  # kinds whose slots and load times serve_cpu.json has
+TIMED = ("soka_1", "lora_1", "lora_16")  # kinds whose slots and load times serve_cpu_100m.json has
 BFLOAT16_BYTES = 2
 
 
@@ -367,8 +368,10 @@ def load(model: Model, adapter: Path, ranks: int) -> Any:
             if name in PACKED:
                 packed[f"{prefix}.{name}"] = [f"{prefix}.{part}" for part in PACKED[name]]
     served = SimpleNamespace(named_modules=lambda: [])
-    manager = SimpleNamespace(modules=modules, packed_modules=packed, model=served)
-    request = SimpleNamespace(lora_int_id=1, lora_name="adapter")
+    plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
+    manager = SimpleNamespace(modules=modules, packed_modules=packed, model=served, **plain)
+    manager._soka_plans = Plans(alone=ranks == 1)  # asked of vLLM's groups of processes
+    request = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path=str(adapter))
     return load_adapter(adapter, PEFT_TYPE, request, manager, torch.bfloat16)
 
 

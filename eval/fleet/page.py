@@ -24,7 +24,7 @@ tr :not(:first-child) { text-align: right; } .scroll { margin-top: 16px; }
 </style></head><body>
 <header><p class="quiet">soka-serve</p><h1>10,000 adapters, and 70B over 8 GPUs</h1>
 <p><b>Calculated and simulated: nothing here ran on a GPU or in a server.</b> Load times were measured on the 100M model
-on a CPU (eval/results/serve_cpu.json); what is scaled from them says so. eval/fleet/simulate.py tells what is
+on a CPU (eval/results/serve_cpu_100m.json); what is scaled from them says so. eval/fleet/simulate.py tells what is
 simplified, and fleet.json has all figures and the checks.</p></header>
 <main>{% for part in parts %}
 <section><h2>{{ part.title }}</h2>

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m eval.fleet.simulate --out eval/results/fleet.json --html eval/results/fleet.html
 
 Everything is calculated or simulated, but for two kinds of figures: the load times and slot sizes measured in
-`eval/results/serve_cpu.json`, and `bookkeeping_ms`, measured by this script. How, and what is simplified, is told where
-it is done:
+`eval/results/serve_cpu_100m.json` (of the embedded base: `serve_cpu.json`), and `bookkeeping_ms`, measured by this
+script. How, and what is simplified, is told where it is done:
 
 - "memory", calculated (`fleet_memory.py`): bytes of one adapter's slot on each GPU, and of an adapter that is kept on
   the host, for the projections of LLaMA-2-7B, Llama-3-8B and LLaMA-2-70B (Llama-3-70B's are the same) and of the 100M
@@ -36,7 +36,8 @@ from eval.record import make_parser, write_record
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_vllm.settings import KEEP_VARIABLE, LORA_VARIABLE, SLOT_VARIABLE
 
-MEASURED = Path(__file__).parents[1] / "results" / "serve_cpu.json"
+RESULTS = Path(__file__).parents[1] / "results"
+MEASURED = ("serve_cpu.json", "serve_cpu_100m.json")  # the later one's models count
 
 
 def fleet(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def work_out() -> dict[str, Any]:
     # As much as wanted, on a device without memory; and no LoRA beside SoKA. `unset_slot_bytes` is without both.
     os.environ |= {SLOT_VARIABLE: str(10**9), LORA_VARIABLE: "0"}
     os.environ.pop(KEEP_VARIABLE, None)
-    measured = json.loads(MEASURED.read_text())["models"]
+    measured = {k: v for file in MEASURED for k, v in json.loads((RESULTS / file).read_text())["models"].items()}
     bases = memory.models()
     checks: dict[str, Any] = {"slot_bytes_as_measured": memory.check_measured_slots(bases, measured), "loader": {}}
     shown = {name: model for name, model in bases.items() if name != "embedded"}
@@ -107,7 +108,8 @@ def main() -> None:
     start = time.process_time()
     found = work_out()
     said = {
-        "what": "calculated and simulated; load times and slot bytes that it builds on are measured (serve_cpu.json)",
+        "what": "calculated and simulated; load times and slot bytes that it builds on are measured ("
+        "serve_cpu_100m.json)",
         "seeds": caches.SEEDS,
         "processor_seconds": round(time.process_time() - start, 1),
         **found,

@@ -23,7 +23,7 @@ from soka_serve.errors import printable
 from soka_vllm.checks import ATTRIBUTES, CALLED, Signature, check_modules, check_version, vllm_version
 from soka_vllm.settings import (
     BUILDS_VARIABLE,
-    METRICS_VARIABLE,
+    has_metrics_folder,
     keep_limit,
     serves_lora,
     slot_values,
@@ -251,7 +251,7 @@ def install() -> None:
         from soka_vllm import resolver
 
         resolver.register()
-    if METRICS_VARIABLE not in os.environ:
+    if not has_metrics_folder():
         from soka_vllm import metrics
 
         metrics.make_folder()

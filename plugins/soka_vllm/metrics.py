@@ -26,7 +26,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from soka_vllm.counters import Counters
-from soka_vllm.settings import METRICS_VARIABLE
+from soka_vllm.settings import METRICS_PREFIX, METRICS_VARIABLE
 
 _logger = logging.getLogger("vllm.soka")
 
@@ -35,7 +35,7 @@ _LABELS = ("engine", "rank")  # of a worker
 
 def make_folder() -> None:
     """Make the folder that workers write to, in the first of vLLM's processes, and let its endpoint show them."""
-    folder = Path(tempfile.mkdtemp(prefix="soka-metrics-"))
+    folder = Path(tempfile.mkdtemp(prefix=METRICS_PREFIX))
     os.environ[METRICS_VARIABLE] = str(folder)
     atexit.register(_remove, folder, os.getpid())
     REGISTRY.register(WorkerCollector(folder))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 
 from soka_serve import __version__
 
 BUILDS_VARIABLE = "SOKA_BUILDS"
 ROOTS_VARIABLE = "SOKA_ADAPTER_ROOTS"
-METRICS_VARIABLE = "SOKA_METRICS_DIR"
+METRICS_VARIABLE = "SOKA_METRICS_DIR"  # the plugin's own: set by the first process of a server for the others
+METRICS_PREFIX = "soka-metrics-"  # of that folder's name
 LORA_VARIABLE = "SOKA_LORA"
 KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
 SUMS_VARIABLE = "SOKA_SUMS"
@@ -33,6 +35,14 @@ def serves_lora() -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"{LORA_VARIABLE} is {text!r}, expected 0 or 1")
     return text == "1"
+
+
+def has_metrics_folder() -> bool:
+    """Whether an earlier process of this server has made the folder of SOKA_METRICS_DIR, and shows what is in it.
+
+    A folder that a user has set there is not such a one: nothing would read it.
+    """
+    return Path(os.environ.get(METRICS_VARIABLE, "")).name.startswith(METRICS_PREFIX)
 
 
 def keep_limit() -> int:

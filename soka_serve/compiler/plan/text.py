@@ -32,10 +32,11 @@ def render_plan(plan: Plan, *, every: bool = False, color: bool | None = None) -
         color: ANSI colours; None asks whether stdout is a terminal.
     """
     paint = sys.stdout.isatty() if color is None else color
+    counted = " (σ included, trained or not)" if METHODS[plan.method].kronecker else ""
     sections = [
         _head(plan),
         _section("Modules", _modules(plan, every), paint),
-        _section("Trainable parameters", _parameters(plan), paint),
+        _section(f"Trainable parameters{counted}", _parameters(plan), paint),
         _section(f"GPU memory, estimated for {plan.batch_tokens:,} tokens a batch", _memory(plan), paint),
         _section("Data", _data(plan.data), paint),
     ]

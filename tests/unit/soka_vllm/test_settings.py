@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from soka_vllm import settings
+from soka_vllm import metrics, settings
 from soka_vllm.hooks import rows
+from soka_vllm.settings import METRICS_VARIABLE
 from soka_vllm.sources import installed_sources, version_of
 from tests.conftest import NEEDS_VLLM
 
@@ -30,6 +33,20 @@ def test_what_is_in_a_compiled_graph_is_in_its_key(name: str, value: str, monkey
     after = _key()
     monkeypatch.delenv("SOKA_SUMS")
     assert _key() == after
+
+
+def test_a_folder_of_a_users_is_not_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing would show what workers write there: the metrics of slots would be missing."""
+    monkeypatch.setenv(METRICS_VARIABLE, str(tmp_path))
+    assert not settings.has_metrics_folder()
+    monkeypatch.delenv(METRICS_VARIABLE)
+    assert not settings.has_metrics_folder()
+    made: list[Path] = []
+    monkeypatch.setattr(metrics.REGISTRY, "register", lambda collector: made.append(collector._folder))
+    monkeypatch.setattr(metrics.tempfile, "mkdtemp", lambda prefix: str(tmp_path / f"{prefix}1"))
+    metrics.make_folder()
+    assert made == [tmp_path / "soka-metrics-1"]
+    assert settings.has_metrics_folder()
 
 
 @NEEDS_VLLM
