@@ -68,7 +68,7 @@ def linear_axis(
     """A linear axis over the finite values, from 0 when `zero`; three to six round ticks."""
     low, high = _bounds(values)
     low = min(low, 0.0) if zero else low
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # ticks between would be one and the same number
         high = low + (abs(low) or 1.0)
     raw = (high - low) / 4
     unit = 10.0 ** math.floor(math.log10(raw))

@@ -7,7 +7,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from soka_serve.compiler.report.charts import Mark, Series, chart, linear_axis, log_axis, term_axis, thin
@@ -29,6 +29,9 @@ numbers = st.floats(min_value=-1e12, max_value=1e12, allow_subnormal=False)
 
 
 @given(st.lists(numbers | st.just(math.nan), max_size=5), st.booleans())
+@example([-1e12, -999999999999.9999], False)
+@example([1e12, 1000000000000.0001, 1e12 - 0.001], False)
+@example([-1e12, -999999999999.9999], True)
 def test_linear_axis_holds_its_values_and_has_a_few_rising_ticks(values: list[float], zero: bool) -> None:
     axis = linear_axis(values, "x", zero=zero)
     assert axis.low < axis.high
