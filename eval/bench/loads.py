@@ -17,7 +17,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,11 +60,22 @@ def make_model(
     return shards, packed, weights
 
 
+def model_manager(modules: Mapping[str, Any], packed: Mapping[str, list[str]], *, alone: bool) -> Any:
+    """What the plugin asks of vLLM's LoRAModelManager, of nothing but layers; `alone`: there is no other worker."""
+    from soka_vllm.plans import Plans
+
+    model = SimpleNamespace(named_modules=list)
+    plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
+    adapters = SimpleNamespace(modules=modules, packed_modules=packed, model=model, **plain)
+    adapters._active_adapters, adapters._registered_adapters = {}, {}
+    adapters._soka_plans = Plans(alone)  # asked of vLLM's groups of processes, as the limits are
+    return adapters
+
+
 def make_manager(shards: dict[str, LayerShards], packed: dict[str, list[str]]) -> Any:
     """What the plugin asks of vLLM's WorkerLoRAManager."""
     from soka_vllm.layers import KroneckerMixin
     from soka_vllm.limits import ModelLimits
-    from soka_vllm.plans import Plans
     from soka_vllm.slots import SlotStore
 
     class Layer(KroneckerMixin):
@@ -73,12 +84,7 @@ def make_manager(shards: dict[str, LayerShards], packed: dict[str, list[str]]) -
             self._beside = False
             self._kronecker = SlotStore(SLOTS + 1, shards.widths, shards.in_features, torch.bfloat16, "cpu")
 
-    model = SimpleNamespace(named_modules=list)
-    plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
-    modules = {name: Layer(part) for name, part in shards.items()}
-    adapters = SimpleNamespace(modules=modules, packed_modules=packed, model=model, **plain)
-    adapters._active_adapters, adapters._registered_adapters = {}, {}
-    adapters._soka_plans = Plans(alone=True)  # asked of vLLM's groups of processes, as the limits are
+    adapters = model_manager({name: Layer(part) for name, part in shards.items()}, packed, alone=True)
     return SimpleNamespace(
         _adapter_manager=adapters,
         lora_config=SimpleNamespace(lora_dtype=torch.bfloat16, max_lora_rank=8),

@@ -41,6 +41,7 @@ from vllm.config.lora import LoRAConfig
 from vllm.lora import layers as layers_with_lora
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
+from eval.bench.loads import model_manager
 from eval.bench.serve import SLOTS, SMALL_LLAMA, slot_bytes
 from soka_serve.adapter.format import KEY_PREFIX, PEFT_TYPE, write_adapter
 from soka_serve.base.modules import Module, modules_from_config
@@ -51,7 +52,6 @@ from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 from soka_vllm.layers import kronecker_class
 from soka_vllm.loader import load_adapter
-from soka_vllm.plans import Plans
 from soka_vllm.settings import LORA_VARIABLE, SLOT_DEFAULT, SLOT_VARIABLE, keep_limit
 
 CONFIGS = base_directory().parent / "configs"
@@ -367,10 +367,7 @@ def load(model: Model, adapter: Path, ranks: int) -> Any:
             modules[f"{prefix}.{name}"] = layer
             if name in PACKED:
                 packed[f"{prefix}.{name}"] = [f"{prefix}.{part}" for part in PACKED[name]]
-    served = SimpleNamespace(named_modules=lambda: [])
-    plain = {"_is_moe": False, "supports_mm": False, "is_pooling_model": False}
-    manager = SimpleNamespace(modules=modules, packed_modules=packed, model=served, **plain)
-    manager._soka_plans = Plans(alone=ranks == 1)  # asked of vLLM's groups of processes
+    manager = model_manager(modules, packed, alone=ranks == 1)
     request = SimpleNamespace(lora_int_id=1, lora_name="adapter", lora_path=str(adapter))
     return load_adapter(adapter, PEFT_TYPE, request, manager, torch.bfloat16)
 

@@ -37,7 +37,9 @@ class Preview:
             count = f"{high:,}" if low == high else f"{low:,} to {high:,}"
             lines.append(f"  {contender.name:<{width}}  {count} trained parameters ({high / self.base_parameters:.3%})")
         if any(METHODS[m.method].kronecker for m in suite.method):
-            lines.append("  (σ included, also where it stays fixed; a run's record counts what was trained)")
+            lines.append(
+                "  (with those that a rate of 0 leaves as they start, by default σ; records count what was trained)"
+            )
         sweep, final = runs_per_cell(suite)
         lines += [
             "",

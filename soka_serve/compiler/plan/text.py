@@ -32,7 +32,9 @@ def render_plan(plan: Plan, *, every: bool = False, color: bool | None = None) -
         color: ANSI colours; None asks whether stdout is a terminal.
     """
     paint = sys.stdout.isatty() if color is None else color
-    counted = " (σ included, trained or not)" if METHODS[plan.method].kronecker else ""
+    counted = (
+        " (with those that a rate of 0 leaves as they start, by default σ)" if METHODS[plan.method].kronecker else ""
+    )
     sections = [
         _head(plan),
         _section("Modules", _modules(plan, every), paint),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from soka_vllm import metrics, settings
+from soka_vllm import settings
 from soka_vllm.hooks import rows
 from soka_vllm.settings import METRICS_VARIABLE
 from soka_vllm.sources import installed_sources, version_of
-from tests.conftest import NEEDS_VLLM
+from tests.conftest import NEEDS_VLLM, ROOT
 
 
 def _stock() -> dict[str, object]:
@@ -35,18 +38,27 @@ def test_what_is_in_a_compiled_graph_is_in_its_key(name: str, value: str, monkey
     assert _key() == after
 
 
-def test_a_folder_of_a_users_is_not_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing would show what workers write there: the metrics of slots would be missing."""
-    monkeypatch.setenv(METRICS_VARIABLE, str(tmp_path))
-    assert not settings.has_metrics_folder()
-    monkeypatch.delenv(METRICS_VARIABLE)
-    assert not settings.has_metrics_folder()
-    made: list[Path] = []
-    monkeypatch.setattr(metrics.REGISTRY, "register", lambda collector: made.append(collector._folder))
-    monkeypatch.setattr(metrics.tempfile, "mkdtemp", lambda prefix: str(tmp_path / f"{prefix}1"))
-    metrics.make_folder()
-    assert made == [tmp_path / "soka-metrics-1"]
-    assert settings.has_metrics_folder()
+_INSTALLED = """\
+import os, subprocess, sys
+from prometheus_client import REGISTRY
+from soka_vllm import hooks, metrics
+hooks.install()
+shown = [c for c in REGISTRY._collector_to_names if isinstance(c, metrics.WorkerCollector)]
+print(os.environ["SOKA_METRICS_DIR"], len(shown), flush=True)
+if sys.argv[1:]:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", sys.argv[1]], check=True)
+"""
+
+
+@NEEDS_VLLM
+def test_a_folder_of_a_users_does_not_hide_the_workers_metrics(tmp_path: Path) -> None:
+    """A server's first process makes a folder and shows what is in it; the others find it in their variable."""
+    command = [sys.executable, "-W", "ignore", "-c", _INSTALLED, _INSTALLED]
+    environment = {**os.environ, METRICS_VARIABLE: str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True)
+    (first, shown), (second, shown_again) = (line.split() for line in done.stdout.splitlines())
+    assert first == second != str(tmp_path)
+    assert (shown, shown_again) == ("1", "0")
 
 
 @NEEDS_VLLM
