@@ -121,6 +121,7 @@ class _Trial:
             stored=self.context.base.layout.size.dtype,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
+            cut=start.cut if start else {},
             forms=start.forms if start else {},
             quantize=self.context.quantize,
             batches=self._calibration,

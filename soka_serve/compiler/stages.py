@@ -182,6 +182,7 @@ def tune_stage(
             stored=context.base.layout.size.dtype,
             factors=start.factors if start else {},
             initial=start.initial_modules if start else frozenset(),
+            cut=start.cut if start else {},
             forms=start.forms if start else {},
             quantize=context.quantize,
         )

@@ -130,6 +130,8 @@ def training_misfits(rule: Adapt, train: object) -> Iterator[tuple[Key, str]]:
     whose = rule.start.written if "init" in rule.model_fields_set else f"{rule.start.written}, the default"
     yield from _stays_zero(rule.start.needs_trained, whose, train)
     yield from _unregularised(rule.start, whose, value_of(train, "regularise"))
+    if rule.start.cuts and value_of(train, "prune"):
+        yield ("train", "prune"), f"prune does not go with {whose}: a dropped term would bring a cut one back"
 
 
 def _start_conflicts(rules: Sequence[object], table: object) -> Iterator[tuple[Key, str]]:

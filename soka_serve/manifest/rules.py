@@ -144,6 +144,8 @@ def misfits(start: Start, rule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     chosen = [key for key in TRAINED if key in rule and not _is_plain(key, rule)]
     for key in chosen:
         yield from TRAINED[key].misfits(rule[key], RuleFacts(start, policy, terms, frozenset(chosen)))
+        if start.cuts and TRAINED[key].frozen(rule[key]) & {"left", "right"}:
+            yield key, f"{key} does not go with {start.written}, whose terms are trained whole"
     if start.fixed_shape and rule.get("shape") == "auto":
         yield "shape", f"'auto' does not go with {start.written}: {start.fixed_shape}"
 

@@ -61,6 +61,9 @@ class SokaLayer(MergingLayer):
         self.sigma_repeats: dict[str, bool] = {}
         """By adapter, what is known of its start: whether sigma only repeats the size of Left and Right."""
 
+        self.cuts: set[str] = set()
+        """Adapters whose initial factors are not what they started from, but terms that are taken off the weight."""
+
     # --- factors -------------------------------------------------------------------------------------------------
 
     def adapter_names(self) -> list[str]:
@@ -111,6 +114,10 @@ class SokaLayer(MergingLayer):
         start = self._start(adapter)
         added = None if start is None else self.theta(adapter).terms(slice(start.rank, None))
         return start if start is None or added is None or not added.rank else stack_terms(start, added, signs=(1, 0))
+
+    def began(self, adapter: str) -> Factors | None:
+        """The initial factors where theta started from them; None where it did not, or the adapter has none."""
+        return None if adapter in self.cuts else self.initial(adapter)
 
     def _start(self, adapter: str) -> Factors | None:
         """The frozen initial factors, without terms for what the form adds."""

@@ -111,7 +111,7 @@ def _law(layer: SokaLayer, adapter: str) -> Iterator[tuple[str, nn.Parameter, fl
         found["right"] = found["right"] or found["left"]
         found["sigma"] = found["sigma"] or SMALL / math.sqrt(shape.in_features) / (found["left"] * found["right"])
     sizes = {part: found[part] / (1.0 if part == "sigma" else math.sqrt(shape.spread)) for part in PARTS}
-    start = layer.initial(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
+    start = layer.began(adapter)  # with sigmas of zero beside other modules' where nothing is subtracted
     small = zeros or (start is not None and bool(_whole(start.sigma).any()))
     pace = 1.0 if small else math.sqrt(SMALL)
     if not small and layer.mends(adapter):
@@ -207,7 +207,7 @@ def _with_initial(model: nn.Module) -> dict[nn.Parameter, Callable[[], Tensor]]:
     return {
         getattr(layer, f"soka_{part}")[name]: partial(getattr(layer, f"soka_{part}_initial").__getitem__, name)
         for layer, name in _trained(model)
-        if layer.initial(name) is not None
+        if layer.began(name) is not None
         for part in PARTS
     }
 

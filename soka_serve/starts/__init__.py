@@ -17,6 +17,7 @@ from soka_serve.starts.nystrom import Nystrom
 from soka_serve.starts.quantisation import Quantisation
 from soka_serve.starts.random import Random, Zero
 from soka_serve.starts.start import Material, Pool, Start
+from soka_serve.starts.truncated import Truncated
 from soka_serve.starts.weights import Weights
 
 __all__ = ["ROWS", "STARTS", "Material", "Pool", "Start", "names_of"]
@@ -31,6 +32,7 @@ STARTS: dict[str, Start] = {
         Quantisation("quantisation"),
         Gradient("gradient", {"dct": Dct("dct")}),
         Zero("zero"),
+        Truncated("truncated"),
         Random("random"),
     )
 }

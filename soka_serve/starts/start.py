@@ -101,6 +101,8 @@ class Start:
     """Its factors are random numbers: of what is decomposed the spectrum alone counts, for ranks."""
     subtracted: ClassVar[bool] = True
     """The adapter is K(theta) - K(theta0), so that it changes nothing at the start."""
+    cuts: ClassVar[bool] = False
+    """The adapter is K(theta) - K(cut): what is subtracted are other terms than the starting ones, of the weight."""
     changes: ClassVar[bool] = False
     """The adapter changes the model from the start, by terms of their own size, which `scale` does not set."""
     on_quantised: ClassVar[bool] = False
@@ -112,6 +114,16 @@ class Start:
     def starts_at_zero(self) -> bool:
         """One of the factors is zero at the start, so that the delta is."""
         return not (self.subtracted or self.changes)
+
+    @property
+    def moves_base(self) -> bool:
+        """The adapter changes the model before it is trained."""
+        return self.changes or self.cuts
+
+    @property
+    def stores_frozen(self) -> bool:
+        """A finished adapter has as many frozen terms as trained ones."""
+        return self.subtracted or self.cuts
 
     @property
     def written(self) -> str:
@@ -149,3 +161,7 @@ class Start:
         """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
         found = pool.terms(range(rank), range(rank)).with_unit_rms()
         return found if self.changes or not rank else found.with_size(pool.size)
+
+    def cut(self, pool: Pool, rank: int) -> Factors | None:
+        """The `rank` terms that are taken off the weight for good, on the CPU; None where the start has none."""
+        return None

@@ -43,11 +43,12 @@ TWO = 'rank = { policy = "fixed", rank = 2 }'
     ("base", "rule", "moved"),
     [
         ("", f'init = "gradient"\nright = "dct"\n{TWO}', {"left", "sigma"}),
+        ("", f'init = "truncated"\n{TWO}', {"left", "right"}),
         ("", 'init = "adapter"\nadapter = "first"', {"left", "right", "sigma"}),
         ('quantize = "4bit"', f'init = "quantisation"\n{TWO}', {"left", "right", "sigma"}),
         ('quantize = "8bit"', f'init = "quantisation"\ncalibration_batches = 0\n{TWO}', {"left", "right", "sigma"}),
     ],
-    ids=["cosines", "adapter", "4bit", "8bit"],
+    ids=["cosines", "truncated", "adapter", "4bit", "8bit"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt:UserWarning")
 def test_an_interrupted_build_ends_with_the_same_weights(tmp_path: Path, base: str, rule: str, moved: set[str]) -> None:

@@ -120,6 +120,7 @@ def run_training(
     *,
     factors: dict[str, Factors] | None = None,
     initial: Collection[str] | None = None,
+    cut: Mapping[str, Factors] | None = None,
     form: Mapping[str, Any] | None = None,
     forms: Mapping[str, Mapping[str, Any]] | None = None,
     train_set: EncodedSet | None = None,
@@ -134,6 +135,7 @@ def run_training(
         work_dir: of the run.
         factors: SoKA's starting factors; default: of `rank`, or 2.
         initial: the modules whose starting factors are subtracted; default: all.
+        cut: terms that are taken off modules' weights; default: none.
         form: what of SoKA's factors is trained, the choices of a `Form`; default: everything.
         forms: the same by module, where `form` is not given; default of those that are not named: everything.
         train_set, eval_set: the examples; default: 64 for training.
@@ -154,6 +156,7 @@ def run_training(
         stored=Base(base).layout.size.dtype,
         factors=factors,
         initial=frozenset(factors) if initial is None else initial,
+        cut=cut or {},
         forms={
             name: Form(choices) for name, choices in (dict.fromkeys(factors, form) if form else forms or {}).items()
         },

@@ -127,6 +127,10 @@ class Candidate:
         """The `rank` terms that training starts from, in float32 on the CPU; entries of left and right have RMS 1."""
         return self.target.rule.start.factors(self, rank)
 
+    def cut(self, rank: int) -> Factors | None:
+        """The `rank` terms that are taken off the weight, likewise; None where the start takes none off."""
+        return self.target.rule.start.cut(self, rank) if rank else None
+
     def terms(self, lefts: Sequence[int], rights: Sequence[int]) -> Factors:
         """Left and sigma of some terms beside Right of others."""
         with safe_open(self.file, framework="pt") as file:

@@ -79,9 +79,12 @@ def warn_of_maxima(candidates: Sequence[Candidate], ranks: Mapping[str, int]) ->
 
 
 def assemble(
-    candidates: Sequence[Candidate], ranks: Mapping[str, int], factors: Mapping[str, Factors]
+    candidates: Sequence[Candidate],
+    ranks: Mapping[str, int],
+    factors: Mapping[str, Factors],
+    cut: Mapping[str, Factors] | None = None,
 ) -> Initialisation:
-    """The result, from every module's candidate, rank and, where that is not 0, factors.
+    """The result, from every module's candidate, rank and, where that is not 0, factors and what they cut.
 
     Raises:
         PlanError: every module came out with rank 0.
@@ -105,9 +108,8 @@ def assemble(
         for candidate in candidates
     ]
     kept = {m.module: factors[m.module] for m in modules if m.rank}
-    return Initialisation(
-        tuple(modules), kept, frozenset(m.module for m in modules if m.rank and ROWS[m.init].subtracted)
-    )
+    subtracted = frozenset(m.module for m in modules if m.rank and ROWS[m.init].subtracted)
+    return Initialisation(tuple(modules), kept, subtracted, dict(cut or {}))
 
 
 def _with_rank(candidate: Candidate, rank: int) -> TargetModule:
@@ -178,7 +180,8 @@ class InitRun:
         last = [again.get(c.target.module.name, c) for c in mine]
         terms = [(c.target.module.name, c.read(ranks[c.target.module.name])) for c in last]
         terms = [(name, factors) for name, factors in terms if factors.rank]
-        return assemble(everybodys, ranks, dict(self.processes.gather(terms)))
+        cut = [(c.target.module.name, found) for c in last if (found := c.cut(ranks[c.target.module.name])) is not None]
+        return assemble(everybodys, ranks, dict(self.processes.gather(terms)), dict(self.processes.gather(cut)))
 
     def _decompose(self, mine: Sequence[TargetModule]) -> Iterator[Candidate]:
         """Decompose targets of this process, each into a file of its own in the scratch folder."""

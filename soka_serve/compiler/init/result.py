@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import FactorShape
-from soka_serve.trained import Form
+from soka_serve.trained import PARTS, Form
+
+_THETA, _CUT = "", "cut_"  # what keys of init.safetensors have before the part
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Initialisation:
     factors: dict[str, Factors]
     initial_modules: frozenset[str] = field(default_factory=frozenset)
     """Modules whose theta0 is subtracted."""
+    cut: dict[str, Factors] = field(default_factory=dict)
+    """Terms that are taken off modules' weights, as many as are trained."""
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -93,9 +97,9 @@ class Initialisation:
     def write(self, directory: Path) -> None:
         """Write `init.safetensors` and `init.json` into an existing directory."""
         tensors: dict[str, torch.Tensor] = {}
-        for name, factors in self.factors.items():
-            for part in ("left", "right", "sigma"):
-                tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
+        for kind, terms in ((_THETA, self.factors), (_CUT, self.cut)):
+            for name, factors in terms.items():
+                tensors |= {f"{name}.{kind}{part}": getattr(factors, part).contiguous() for part in PARTS}
         save_file(tensors, directory / "init.safetensors", metadata={"format": "pt"})
         modules = [asdict(m) for m in self.modules]
         for module in modules:
@@ -112,10 +116,10 @@ class Initialisation:
             ModuleInit(**m | {"factor_shape": FactorShape(*m["factor_shape"]), "sigma": tuple(m["sigma"])})
             for m in listing["modules"]
         )
-        factors: dict[str, Factors] = {}
+        found: dict[str, dict[str, Factors]] = {_THETA: {}, _CUT: {}}
         with safe_open(directory / "init.safetensors", framework="pt") as file:
-            for module in modules:
-                if module.rank:
-                    parts = [file.get_tensor(f"{module.module}.{part}") for part in ("left", "right", "sigma")]
-                    factors[module.module] = Factors(*parts)
-        return cls(modules, factors, frozenset(listing["initial"]))
+            keys = set(file.keys())
+            for name, kind in ((m.module, kind) for m in modules if m.rank for kind in found):
+                if kind == _THETA or f"{name}.{kind}{PARTS[0]}" in keys:
+                    found[kind][name] = Factors(*(file.get_tensor(f"{name}.{kind}{part}") for part in PARTS))
+        return cls(modules, found[_THETA], frozenset(listing["initial"]), found[_CUT])

@@ -39,6 +39,7 @@ class StartingPoint:
         batches: makes training batches on `device`, for methods that `reads_batches`.
         factors: theta at the start by module name, for SoKA.
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
+        cut: terms that are taken off modules' weights and stay off, by name, for SoKA.
         forms: what of a module is trained by its name, for SoKA; of others everything.
         quantize: the bits of the base that the adapter adds to, where it is right on that alone, for SoKA.
     """
@@ -53,6 +54,7 @@ class StartingPoint:
     batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]]
     factors: Mapping[str, Factors]
     initial: Collection[str]
+    cut: Mapping[str, Factors] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     quantize: str | None = None
 

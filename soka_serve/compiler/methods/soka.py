@@ -31,23 +31,25 @@ class Soka(Method):
         adapted = build_soka_model(
             model,
             start.factors,
-            initial=bool(start.initial),
+            initial=bool(start.initial or start.cut),
             base_model=start.base_name,
             forms=start.forms,
             soka_quantize=start.quantize,
         )
         for name, layer in soka_layers(adapted).items():
-            if start.initial and name not in start.initial:
+            if name in start.cut:
+                layer.set_factors(ADAPTER, start.factors[name], start.cut[name])
+            elif layer.initial(ADAPTER) is not None and name not in start.initial:
                 # One flag serves the whole adapter: a module that starts from its own delta subtracts zero.
                 layer.soka_sigma_initial[ADAPTER].data.zero_()
-        _tell_of_sigma(adapted, start)
+        _tell_of_start(adapted, start)
         return adapted
 
     def restore(self, model: Any, start: StartingPoint, checkpoint: Path) -> Trainable:
         from soka_serve.compiler.methods.adapter_files import load_adapter
 
         adapted = load_adapter(model, checkpoint)  # whose ranks may be smaller than the start's: terms are pruned
-        _tell_of_sigma(adapted, start)
+        _tell_of_start(adapted, start)
         return adapted
 
     def export(self, trained: Path, out: Path, dtype: str, terms: Terms = "all") -> float:
@@ -63,8 +65,8 @@ class Soka(Method):
         MergeRun([(source, 1.0)], merging.base, merging.out, merging.dtype, progress=merging.progress).run()
 
 
-def _tell_of_sigma(adapted: Any, start: StartingPoint) -> None:
-    """Whether sigma is trained depends on the factors of the start, which a resumed run's model no longer has."""
+def _tell_of_start(adapted: Any, start: StartingPoint) -> None:
+    """Tell layers what a resumed run no longer shows: whether sigma is trained, and what initial factors are."""
     from soka_serve.compiler.methods.adapter_files import ADAPTER
     from soka_serve.peft import soka_layers
     from soka_serve.peft.optimizer import sigma_repeats
@@ -73,3 +75,4 @@ def _tell_of_sigma(adapted: Any, start: StartingPoint) -> None:
         layer.sigma_repeats[ADAPTER] = sigma_repeats(
             start.factors[name], subtracted=name in start.initial, form=layer.form(ADAPTER)
         )
+        (layer.cuts.add if name in start.cut else layer.cuts.discard)(ADAPTER)

@@ -52,7 +52,7 @@ def _own(
     # A delta of two sets of r terms has at most 2r: what is exported, in full, where the start is subtracted. It has r
     # where the two share a factor.
     plain = max(high - planned.formed_trained, 0)
-    subtracted = plain if any(t.rule.start.subtracted for t in targets) else 0
+    subtracted = plain if any(t.rule.start.stores_frozen for t in targets) else 0
     served = plain + (subtracted if manifest.output.adapter_terms != "trained" else 0) + planned.formed_stored
     stored = served * dtype_bytes(manifest.output.adapter_dtype)
     frozen = subtracted + planned.formed_frozen

@@ -91,7 +91,7 @@ def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> Trai
     whole = manifest.output.adapter_terms != "trained"
     frozen = stored = 0
     for target, module in formed:
-        form, shape, subtracted = target.rule.form, _shape(target), target.rule.start.subtracted
+        form, shape, subtracted = target.rule.form, _shape(target), target.rule.start.stores_frozen
         values = shape.parameters(module.rank_max)
         frozen += values * (2 if subtracted else 1) - form.trained_factors(module.rank_max, shape)
         stored += shape.parameters(form.served(module.rank_max, subtracted=subtracted and whole))
@@ -150,8 +150,8 @@ def _remarks(manifest: Manifest, targets: Sequence[TargetModule]) -> list[str]:
     ]
     if frozen:
         notes.append(f"{' and '.join(frozen)} = 0: those factors stay as they start, and count here all the same")
-    if train.steps == 0 and (idle := [t for t in targets if not t.rule.start.changes]):
-        changing = names_of(start for start in STARTS.values() if start.changes)
+    if train.steps == 0 and (idle := [t for t in targets if not t.rule.start.moves_base]):
+        changing = names_of(start for start in STARTS.values() if start.moves_base)
         notes.append(
             f"steps = 0: {len(idle)} modules start at zero change (only init = {changing} starts with one) and stay "
             "there"

@@ -147,7 +147,7 @@ def _parameters(plan: Plan) -> str:
             )
         )
     text = _table(rows, right=(1, 2, 3))
-    if METHODS[plan.method].kronecker and any(ROWS[m.init].subtracted for m in plan.modules):
+    if METHODS[plan.method].kronecker and any(ROWS[m.init].stores_frozen for m in plan.modules):
         text += "\n  On disk an adapter holds trained minus initial terms, at most twice as many as are trained "
         text += f"({plan.adapter_dtype})."
     return text

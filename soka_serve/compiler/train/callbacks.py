@@ -73,7 +73,7 @@ def read_spectra(model: nn.Module) -> dict[str, Spectrum]:
     """
     spectra = {}
     for name, layer in soka_layers(model, ADAPTER).items():
-        theta, initial = _whole(layer.theta(ADAPTER)), layer.initial(ADAPTER)
+        theta, initial = _whole(layer.theta(ADAPTER)), layer.began(ADAPTER)
         energy = energy_by_term(theta, None if initial is None else _whole(initial))
         values = torch.stack([energy_by_term(theta).sqrt(), energy]).tolist()
         spectra[name] = Spectrum(tuple(values[0]), tuple(values[1]))

@@ -127,7 +127,7 @@ class Regularisation:
             return
         layers = soka_layers(model, ADAPTER).values()
         copies = [_map(layer.theta(ADAPTER), _leaf) for layer in layers]
-        starts = [None if (f := layer.initial(ADAPTER)) is None else _map(f, _whole) for layer in layers]
+        starts = [None if (f := layer.began(ADAPTER)) is None else _map(f, _whole) for layer in layers]
         terms = []
         for row, weight in penalties:
             value = row.penalty(list(zip(copies, starts, strict=True)))

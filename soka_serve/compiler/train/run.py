@@ -45,6 +45,7 @@ class TrainingRun:
         work_dir: directory of everything that the run writes, see `soka_serve.compiler.train.train`.
         factors: theta at the start by module name, for SoKA.
         initial: the modules whose starting factors are subtracted (theta - theta0), for SoKA.
+        cut: terms that are taken off modules' weights and stay off, by name, for SoKA.
         forms: what of a module is trained by its name, for SoKA; of others everything.
         batches: makes training batches on the run's device, for methods that read some before they start.
         quantize: of a base in bits, where the adapter is right on that alone, for SoKA.
@@ -58,6 +59,7 @@ class TrainingRun:
     stored: str = "float32"
     factors: Mapping[str, Factors] = field(default_factory=dict)
     initial: Collection[str] = frozenset()
+    cut: Mapping[str, Factors] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     batches: Callable[[], Sequence[Mapping[str, torch.Tensor]]] = tuple
     quantize: str | None = None
@@ -81,6 +83,7 @@ class TrainingRun:
             batches=self.batches,
             factors=self.factors,
             initial=self.initial,
+            cut=self.cut,
             forms=self.forms,
             quantize=self.quantize,
         )
@@ -159,8 +162,7 @@ def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
     if run.forms:
         recipe["forms"] = {name: dict(form.choices) for name, form in sorted(run.forms.items())}
     digest.update(json.dumps(recipe, sort_keys=True).encode())
-    for name in sorted(run.factors):
-        f = run.factors[name]
+    for name, f in (*sorted(run.factors.items()), *sorted(run.cut.items())):
         digest.update(name.encode())
         for tensor in (f.left, f.right, f.sigma):
             digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())

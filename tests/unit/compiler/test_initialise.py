@@ -88,6 +88,22 @@ def test_minor_components_are_the_smallest_terms(base: Base) -> None:
     assert float(got.norm()) == pytest.approx(float(principal.norm()), rel=1e-3), "the size is the rule's scale"
 
 
+def test_cut_terms_are_the_smallest_and_as_large_as_they_are(base: Base) -> None:
+    rule = {"modules": ["q_proj"], "layers": [0], "rank": {"policy": "fixed", "rank": 3}}
+    started = _start(base, rule | {"init": "truncated"})
+    assert not started.initial_modules
+    weight = base.checkpoint.read(f"{QUERY}.weight").double()
+    shape = started.modules[0].factor_shape
+    everything = kpsvd(weight, shape, shape.max_rank, algorithm="exact").factors
+    tail = dense_delta(everything.terms(slice(everything.rank - 3, None)))
+    got = dense_delta(started.cut[QUERY]).double()
+    assert float(tail.norm()) > 0
+    assert float((got - tail).norm()) < 1e-3 * float(tail.norm())
+    theta, zero = started.factors[QUERY], _start(base, rule | {"init": "zero"}).factors[QUERY]
+    assert not theta.right.any()
+    assert torch.equal(theta.left, zero.left)
+
+
 def test_sampled_terms_start_a_module_and_count_what_they_capture(base: Base) -> None:
     rule = {"modules": ["q_proj"], "layers": [0], "init": "nystrom", "rank": {"policy": "fixed", "rank": 2}}
     started = _start(base, rule)
@@ -328,7 +344,7 @@ def test_outputs_weigh_the_decomposition(base: Base, rank: dict[str, Any]) -> No
 
 
 def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
-    targets = _targets({"rank": {"policy": "fixed", "rank": 1}})
+    targets = _targets({"rank": {"policy": "fixed", "rank": 1}}, {"modules": ["v_proj"], "init": "truncated"})
     shares = [share_of(targets, i, 3) for i in range(3)]
     assert sorted(t.module.name for share in shares for t in share) == sorted(t.module.name for t in targets)
     alone = _initialise(targets, base)
@@ -338,16 +354,23 @@ def test_shares_are_disjoint_and_complete_and_give_the_same(base: Base) -> None:
         assert got.modules == alone.modules
         for name, factors in alone.factors.items():
             assert torch.equal(factors.left, got.factors[name].left)
+        assert got.cut.keys() == alone.cut.keys() != set()
+        for name, factors in alone.cut.items():
+            assert torch.equal(factors.left, got.cut[name].left)
 
 
 def test_written_and_read_back(base: Base, tmp_path: Path) -> None:
-    started = _start(base, {"modules": ["q_proj"]}, {"modules": ["v_proj"], "init": "zero"})
+    rules = ({"modules": [f"{name}_proj"], "init": init} for name, init in (("v", "zero"), ("o", "truncated")))
+    started = _start(base, {"modules": ["q_proj"]}, *rules)
     started.write(tmp_path)
     again = Initialisation.read(tmp_path)
     assert again.modules == started.modules
     assert again.initial_modules == started.initial_modules
     for name, factors in started.factors.items():
         assert torch.equal(factors.right, again.factors[name].right)
+    assert again.cut.keys() == started.cut.keys() == {name for name in started.factors if name.endswith("o_proj")}
+    for name, factors in started.cut.items():
+        assert torch.equal(factors.right, again.cut[name].right)
 
 
 def test_not_finite_weights_are_named(tmp_path: Path) -> None:

@@ -111,6 +111,34 @@ def test_modules_without_initial_factors_start_from_their_own_delta(base: Path, 
     assert all(delta[name].abs().max() < 1e-5 for name in others)
 
 
+def test_cut_terms_are_off_the_weight_and_no_start(base: Path, tmp_path: Path) -> None:
+    """As training on a base without them, with weight decay to zero and KaSA's norm of sigma itself."""
+    cut = make_factors(base)
+    first = next(iter(cut))  # of which nothing is cut
+    theta = {k: Factors(f.left.flip(0), torch.zeros_like(f.right), f.sigma) for k, f in cut.items()}
+    del cut[first]
+    without = tmp_path / "without"
+    shutil.copytree(base, without)
+    weights = load_file(base / "model.safetensors")
+    weights |= {f"{k}.weight": weights[f"{k}.weight"] - dense_delta(f) for k, f in cut.items()}
+    save_file(weights, without / "model.safetensors", metadata={"format": "pt"})
+    options: dict[str, Any] = {"factors": theta, "initial": (), "steps": 3, "weight_decay": 0.2, "learning_rate": 0.1}
+    options |= {"regularise": {"kasa": 0.1}, "adapt": [{"init": "zero"}]}
+    here = run_training(base, tmp_path / "here", cut=cut, **options)
+    there = run_training(without, tmp_path / "there", **options)
+    plain = run_training(base, tmp_path / "plain", **options)
+    logs = [read_history(result.history) for result in (here, there, plain)]
+    for key in ("loss", "grad_norm", "kasa"):
+        values = [[line[key] for line in lines] for lines in logs]
+        assert values[0] == pytest.approx(values[1], rel=1e-3)
+        assert key != "loss" or values[0] != pytest.approx(values[2], rel=1e-2)
+    adapter, alone = (read_adapter(result.directory) for result in (here, there))
+    assert adapter.initial.keys() == theta.keys()
+    for name, terms in alone.factors.items():
+        expected = dense_delta(terms) - (0 if name == first else dense_delta(cut[name]))
+        torch.testing.assert_close(dense_delta(adapter.delta_factors(name)), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_pissa_leaves_a_plain_lora_of_the_untouched_base(base: Path, tmp_path: Path) -> None:
     """W - B0 A0 + B A as trained equals W + [B, -B0] [A; A0] as written; before training it is the base."""
     result = run_training(base, tmp_path, method="pissa", steps=0)

@@ -113,6 +113,20 @@ CASES = [
     ),
     (
         "[[adapt]]",
+        "rank = { policy = 'energy' }\ninit = 'truncated'",
+        "adapt[0].rank",
+        1,
+        ["policy = 'energy' does not go with init = 'truncated'"],
+    ),
+    (
+        "[[adapt]]",
+        "train_factors = ['right']\ninit = 'truncated'",
+        "adapt[0].train_factors",
+        1,
+        ["does not go with init = 'truncated', whose terms are trained whole"],
+    ),
+    (
+        "[[adapt]]",
         "calibration_batches = 2\ninit = 'nystrom'",
         "adapt[0].calibration_batches",
         1,

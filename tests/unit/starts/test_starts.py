@@ -69,6 +69,11 @@ def test_a_row_says_what_its_rules_do(start: Start) -> None:
     if not start.changes:
         assert float(terms.sigma.square().mean().sqrt()) == pytest.approx(SomePool.size)
     assert start.factors(SomePool(), 0).rank == 0
+    cut = start.cut(SomePool(), 2)
+    assert (cut is not None) == start.cuts
+    if cut is not None:
+        assert not start.subtracted
+        torch.testing.assert_close(dense_delta(cut), dense_delta(SomePool().terms(range(2), range(2))))
 
 
 def test_cosine_atoms_that_align_best_with_the_gradient() -> None:
