@@ -18,7 +18,7 @@ from soka_serve.builtin.tasks import (
 )
 from soka_serve.comparison.suite import DataSet, Other, Protocol
 from soka_serve.data.encode import MASKED, EncodedExample, EncodedSet
-from soka_serve.data.examples import DataReader, Example
+from soka_serve.data.examples import DataReader, Example, render_problems
 from soka_serve.errors import DataError
 
 SPLIT_SEED = 0
@@ -59,7 +59,7 @@ class HeldOutReader:
         """
         protocol, family = self.protocol, dataset.data.builtin
         if family is not None:
-            return self._builtin(family, dataset.test_seed)
+            return self._builtin(family, dataset)
         reader = DataReader(dataset.data, self.directory, SPLIT_SEED, self.tokenizer)
         found = self._fitting(reader.examples("eval"))
         if dataset.validation == "train":
@@ -76,9 +76,9 @@ class HeldOutReader:
             )
         return test, validation
 
-    def _builtin(self, family: str, test_seed: int | None) -> tuple[HeldOut, HeldOut]:
+    def _builtin(self, family: str, dataset: DataSet) -> tuple[HeldOut, HeldOut]:
         """Test and validation problems that share neither arithmetic nor function."""
-        protocol = self.protocol
+        protocol, test_seed = self.protocol, dataset.test_seed
         if test_seed is None:
             test = generate(family, "test", protocol.test)
             validation = generate_validation(family, protocol.validation, protocol.test)
@@ -86,7 +86,7 @@ class HeldOutReader:
             besides = max(DEFAULT_COUNTS["test"], protocol.validation)
             test = generate_validation(family, protocol.test, besides, test_seed)
             validation = generate(family, "test", protocol.validation)
-        return self._encode_all(test), self._encode_all(validation)
+        return self._encode_all(dataset, test), self._encode_all(dataset, validation)
 
     def other(self, text: Other) -> list[EncodedExample]:
         """The examples of a text that nothing is trained on.
@@ -113,15 +113,16 @@ class HeldOutReader:
             if len(tokens.input_ids) <= self.max_length
         ]
 
-    def _encode_all(self, problems: Sequence[Problem]) -> HeldOut:
-        found = self._fitting([Example(problem.prompt, problem.completion) for problem in problems])
+    def _encode_all(self, dataset: DataSet, problems: Sequence[Problem]) -> HeldOut:
+        found = self._fitting(render_problems(dataset.data, problems))
         if len(found) < len(problems):
             raise DataError(
                 f"{len(problems) - len(found)} held-out problems are longer than train.max_length = {self.max_length} "
                 "tokens",
                 hint="raise train.max_length",
             )
-        return HeldOut(problems, [encoded for _, encoded in found])
+        asked = [replace(problem, prompt=e.prompt) for problem, (e, _) in zip(problems, found, strict=True)]
+        return HeldOut(asked, [encoded for _, encoded in found])
 
     def _held_out(
         self, dataset: DataSet, found: Sequence[tuple[Example, EncodedExample]], wanted: int, what: str
@@ -131,6 +132,12 @@ class HeldOutReader:
                 f"dataset {dataset.name!r}: {len(found)} {what} problems have at most train.max_length = "
                 f"{self.max_length} tokens; protocol.{what} asks for {wanted}",
                 hint="lower it, raise train.max_length, or give more data",
+            )
+        answers = self.protocol.answered != 0 or self.protocol.choose_by != "loss"
+        if answers and (empty := sum(tokens.labels[0] != MASKED for _, tokens in found)):
+            raise DataError(
+                f"dataset {dataset.name!r}: the prompts of {empty} {what} problems have no token: nothing to answer",
+                hint="set protocol.answered = 0 and choose by the loss",
             )
         problems = [_problem(dataset, example, index) for index, (example, _) in enumerate(found)]
         return HeldOut(problems, [encoded for _, encoded in found])

@@ -93,6 +93,7 @@ def measure(
     *,
     tokenizer: TextTokenizer,
     batch_size: int = 64,
+    prompts: Sequence[str] | None = None,
 ) -> Measurement:
     """Accuracy on the first `limit` held-out problems of a family.
 
@@ -103,8 +104,10 @@ def measure(
         max_new_tokens: longest answer, tokens.
         tokenizer: of the base.
         batch_size: problems per forward.
+        prompts: how the problems are asked; default: as the family has them.
     """
     problems = generate(family, "test", limit)
-    texts = generate_answers(model, tokenizer, [problem.prompt for problem in problems], max_new_tokens, batch_size)
+    asked = [problem.prompt for problem in problems] if prompts is None else prompts
+    texts = generate_answers(model, tokenizer, asked, max_new_tokens, batch_size)
     samples = [ScoredAnswer(p, text, check_answer(p, text)) for p, text in zip(problems, texts, strict=True)]
     return Measurement(sum(sample.correct for sample in samples), len(samples), samples)

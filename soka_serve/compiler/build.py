@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from soka_serve.compiler.check import QuickCheck
+from soka_serve.compiler.check import QuickCheck, choose_questions
 from soka_serve.compiler.context import BUILD, Context, check_output, is_whole, prepare, previous_keys, tell_left_out
 from soka_serve.compiler.plan.decay import check_decay
 from soka_serve.compiler.processes import Processes
@@ -141,13 +141,14 @@ def _run(context: Context, previous: dict[str, str]) -> BuildResult:
     main = context.processes.is_main
     encoded = encode(context)
     quiz = make_quiz(manifest, context.loaded.directory, context.base.tokenizer)  # before hours of work: it may refuse
+    questions = choose_questions(manifest, context.loaded.directory, context.base.tokenizer)  # likewise
     start = init_stage(context, encoded[0]) if context.method.kronecker else None
     trained = tune_stage(context, encoded, start, quiz)
     if main:
         with replace_directory(context.workspace.directory, foreign=BUILD.foreign) as new:
             export_stage(context, new, previous, trained)
             merge_stage(context, new, previous, trained)
-            check = check_stage(context, new, previous)
+            check = check_stage(context, new, previous, questions)
             measured = measure_stage(context, new, previous, encoded[0])
             if "adapter" not in manifest.output.write and (new / "adapter").exists():
                 shutil.rmtree(new / "adapter")  # it was needed for the merge, and is not asked for

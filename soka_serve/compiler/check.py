@@ -7,16 +7,22 @@ nothing is scored (that is `soka-serve eval`'s job).
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.data.examples import DataReader
+from soka_serve.data.encode import answerable
+from soka_serve.data.examples import DataReader, render_problems
+from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Answers shown when nothing is scored, and kept as samples for the report.
 SAMPLES = 6
@@ -62,8 +68,8 @@ class QuickCheck:
 
 @dataclass(frozen=True)
 class Questions:
-    """Held-out prompts, and how answers are marked (`family` None: they are not). `templated`: they are rendered chats,
-    which bring their own special tokens."""
+    """Held-out prompts as training reads them, and how answers are marked (`family` None: they are not). `templated`:
+    they are rendered chats, which bring their own special tokens."""
 
     family: str | None
     limit: int
@@ -73,7 +79,11 @@ class Questions:
 
 
 def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) -> Questions | None:
-    """Held-out problems of the manifest's data; None when `[eval] limit` is 0 or there are none."""
+    """Held-out problems of the manifest's data; None when `[eval] limit` is 0 or there are none.
+
+    Raises:
+        DataError: they cannot be read or rendered, or a builtin family's prompts have no token.
+    """
     limit = manifest.eval.limit
     if limit == 0:
         return None
@@ -83,10 +93,22 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
     if data.builtin is not None:
         from soka_serve.builtin.tasks import generate
 
-        problems = generate(data.builtin, "test", min(limit, SAMPLES))
-        return Questions(data.builtin, limit, [p.prompt for p in problems], [p.completion for p in problems])
+        asked = render_problems(data, generate(data.builtin, "test", limit))
+        if not all(answerable(asked, tokenizer)):
+            raise DataError(
+                "train.data.prompt: renders to no token, so that no answer can be asked for",
+                hint="write a prompt, or set eval.limit = 0",
+            )
+        return Questions(data.builtin, limit, [e.prompt for e in asked], [e.completion for e in asked])
     reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
-    examples = reader.examples("eval", limit=min(limit, SAMPLES))
+    read = reader.examples("eval", limit=min(limit, SAMPLES))
+    examples = list(compress(read, answerable(read, tokenizer)))
+    if len(examples) < len(read):
+        logger.info(
+            "check: %d of %d held-out prompts have no token, and are not asked", len(read) - len(examples), len(read)
+        )
+    if not examples:
+        return None
     prompts, expected = [e.prompt for e in examples], [e.completion for e in examples]
     return Questions(None, len(examples), prompts, expected, templated=data.messages is not None)
 
@@ -99,6 +121,8 @@ def answer(model: nn.Module, tokenizer: TextTokenizer, questions: Questions, max
         prompts, chats = questions.prompts, questions.templated
         texts = generate_answers(model, tokenizer, prompts, max_new_tokens, batch_size=8, templated=chats)
         return Answers(None, None, texts, None)
-    marked = measure(model, questions.family, questions.limit, max_new_tokens, tokenizer=tokenizer)
+    marked = measure(
+        model, questions.family, questions.limit, max_new_tokens, tokenizer=tokenizer, prompts=questions.prompts
+    )
     first = marked.samples[:SAMPLES]
     return Answers(marked.correct, marked.total, [s.text for s in first], [s.correct for s in first])

@@ -18,6 +18,7 @@ from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.plan.given import check_base, settle_targets, sources_of
 from soka_serve.compiler.processes import Processes
+from soka_serve.compiler.unread import unread_keys
 from soka_serve.data.rows import resolve
 from soka_serve.data.sources import mixture_sha256
 from soka_serve.errors import CheckpointError
@@ -148,6 +149,7 @@ def prepare(
     check_tokenizer_files(base.folder)  # before they are hashed
     targets, sources = open_sources(targets, manifest, loaded.directory, loaded.name_key)
     hashes = HashCache(workspace.hashes)
+    evaluated = any(data.eval_jsonl or data.eval_split for data in manifest.train.datasets)
     inputs = InputHashes(
         base=base.checkpoint.sha256(hashes.file),
         config=sha256_of(base.directory, CONFIG_FILES, hashes),
@@ -157,6 +159,7 @@ def prepare(
         base_name=base.name,
         manifest=loaded.sha256,
         dtype=base.layout.size.dtype,
+        training=mixture_sha256(manifest.train, manifest_dir=loaded.directory, evaluation=False) if evaluated else None,
     )
     check_base(sources.adapters, inputs.base, manifest, loaded.name_key)
     processes = processes or Processes()
@@ -179,7 +182,9 @@ def prepare(
 
 
 def tell_left_out(context: Context) -> None:
-    """Log what of the base a build leaves alone although no rule says so, and what of its checkpoint is not used."""
+    """Log what of the base a build leaves alone although no rule says so, and what of files is not used."""
+    for note in unread_keys(context.loaded.manifest):
+        logger.warning("%s", note)
     layout = context.base.layout
     if (unused := layout.describe_unused()) is not None:
         logger.warning("%s: %s", context.base.directory, unused)

@@ -135,12 +135,19 @@ def _rank_policy(rank: int | None, energy: float | None, parameters: int | None,
 
 def _targets(base: Base, rule: Mapping[str, object]) -> list[TargetModule]:
     """The modules of the base that a rule adapts."""
+    from pydantic import ValidationError
+
     from soka_serve.base.target_modules import resolve_targets
     from soka_serve.manifest.schema import Manifest
 
     train = {"steps": 0, "data": {"builtin": "math"}}
     tables = {"schema": 1, "base": {"path": str(base.directory)}, "adapt": [rule], "train": train}
-    manifest = Manifest.model_validate(tables)
+    try:
+        manifest = Manifest.model_validate(tables)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"][2:]) or "modules"
+        raise SokaError(f"extract: {key}: {first['msg']}; got {first['input']!r:.80}") from None
     return resolve_targets(manifest, base.layout.modules, base.layout.left_out)
 
 

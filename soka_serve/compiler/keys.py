@@ -34,7 +34,8 @@ class InputHashes:
     """Hashes of what a build reads.
 
     `base` is the sha256 of the base's weights, `config` of its configuration, `tokenizer` of its tokenizer's files,
-    the chat template among them, `data` of the training and evaluation data with their templates; `finetuned` has
+    the chat template among them, `data` of the training and evaluation data with their templates, `training` the same
+    without evaluation sets (None: there are none); `finetuned` has
     one hash per `[[adapt]] finetuned` or `adapter`. `base_name` is what the adapter calls its base, and `manifest`
     the hash of the manifest's text, a copy of which the artefact holds. Where base, data and fine-tuned checkpoints
     lie counts for these two only: what was moved is the same. `dtype` is that of the base's weights, in torch's
@@ -49,6 +50,7 @@ class InputHashes:
     base_name: str
     manifest: str
     dtype: str = "float32"
+    training: str | None = None
 
 
 def _hash(stage: str, *parts: Any) -> str:
@@ -102,19 +104,22 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     method = METHODS[train.method]
     keys: dict[str, str] = {}
     examples = [inputs.data, inputs.tokenizer, train.max_length, train.overlong, train.completion_only]
+    learned = [inputs.training or inputs.data, *examples[1:]]
     if method.kronecker:
         rules = [
             {**_rule(rule, modules), "finetuned": inputs.finetuned.get(str(rule.finetuned))}
             | ({"adapter": inputs.finetuned.get(rule.adapter)} if rule.adapter else {})
             for rule in manifest.adapt
         ]
-        batches = [*examples, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
+        batches = [*learned, inputs.config, train.batch_size, manifest.base.dtype] if needs_data(manifest) else []
         on_quantised = any(rule.start.on_quantised for rule in manifest.adapt)
         held = [manifest.base.quantize, manifest.base.dtype] if on_quantised else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches, *held)
     unread = {"data"} if method.scaled else {"data", "method_scale"}
     recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
+    if not method.ranked:
+        recipe["method_rank"] = type(train).model_fields["method_rank"].default  # nothing reads it
     recipe["precision"] = keyed_precision(manifest, inputs.dtype)
     if not method.kronecker:
         recipe["sigma_lr"] = 1.0  # the default when these keys began; nothing reads it
@@ -124,7 +129,7 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         start,
         inputs.config,
         recipe,
-        examples,
+        learned if train.eval_every is None and not train.answered else examples,
         manifest.base.dtype,
         manifest.base.quantize,
         *training_versions(method, train),
@@ -137,6 +142,6 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     made = keys["merge" if method.whole_model else "export"]  # what is loaded to be checked
     keys["check"] = _hash("check", made, manifest.eval.limit, manifest.eval.max_new_tokens, examples)
     if output.measure:
-        keys["measure"] = _hash("measure", made, list(output.measure), examples)
+        keys["measure"] = _hash("measure", made, list(output.measure), learned)
     keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)
     return keys

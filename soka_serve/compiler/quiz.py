@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from soka_serve.builtin.tasks import (
     generate_validation,
 )
 from soka_serve.compiler.processes import launched_sharding
-from soka_serve.data.examples import DataReader
+from soka_serve.data.encode import answerable
+from soka_serve.data.examples import DataReader, Example, render_problems
 from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
@@ -60,7 +61,7 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
     first evaluation examples, marked by the number after `####` or by the content of `\\boxed{}`.
 
     Raises:
-        DataError: no evaluation examples, or some have an answer of neither kind.
+        DataError: no evaluation examples, or some have an answer of neither kind, or a prompt without any token.
         PlanError: launched with FSDP or DeepSpeed.
     """
     count, data = manifest.train.answered, manifest.train.judged
@@ -75,12 +76,16 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
         )
     limit = manifest.eval.max_new_tokens
     if data.builtin is not None:
-        return Quiz(generate_validation(data.builtin, count, kept_apart(manifest)), tokenizer, limit)
+        problems = generate_validation(data.builtin, count, kept_apart(manifest))
+        examples = render_problems(data, problems)
+        _check_answerable(examples, tokenizer)
+        return Quiz([replace(p, prompt=e.prompt) for p, e in zip(problems, examples, strict=True)], tokenizer, limit)
     examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples("eval", limit=count)
     if not examples:
         raise DataError(_NO_EXAMPLES)
     if len(examples) < count:
         logger.warning("train.answered = %d: there are only %d evaluation examples to ask", count, len(examples))
+    _check_answerable(examples, tokenizer)
     for family, extract in _EXTRACT.items():
         answers = [extract(example.completion) for example in examples]
         if None not in answers:
@@ -94,3 +99,12 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
         "\\boxed{}",
         hint="leave train.answered out: the loss then says which evaluation is the best",
     )
+
+
+def _check_answerable(examples: Sequence[Example], tokenizer: TextTokenizer) -> None:
+    if empty := answerable(examples, tokenizer).count(False):
+        raise DataError(
+            f"train.answered: {empty} of {len(examples)} held-out prompts have no token, so that no answer can be "
+            "asked for",
+            hint="leave train.answered out: the loss then says which evaluation is the best",
+        )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from soka_serve.base.served_tokenizer import check_reading, reading_note
 from soka_serve.base.target_modules import budget_groups
-from soka_serve.compiler.check import QuickCheck, answer, choose_questions
+from soka_serve.compiler.check import SAMPLES, Questions, QuickCheck, answer
 from soka_serve.compiler.methods import DenseOutput
 from soka_serve.data.encode import encode_examples
 from soka_serve.data.examples import DataReader
@@ -240,26 +240,26 @@ def merge_stage(context: Context, new: Path, previous: dict[str, str], trained: 
         context.method.merge(source, DenseOutput(context.base, new / "merged", dtype, name, context.progress))
 
 
-def check_stage(context: Context, new: Path, previous: dict[str, str]) -> QuickCheck | None:
+def check_stage(
+    context: Context, new: Path, previous: dict[str, str], questions: Questions | None
+) -> QuickCheck | None:
     """Answer a few held-out problems with the base and with the artefact as it was written."""
     old = context.workspace.directory / "check.json"
     if previous.get("check") == context.keys["check"] and old.exists():
         logger.info("check: unchanged, taken from the last build")
         shutil.copy2(old, new / "check.json")
         return QuickCheck.read(old)
-    manifest = context.loaded.manifest
-    questions = choose_questions(manifest, context.loaded.directory, context.base.tokenizer)
     if questions is None:
         return None
     from soka_serve.base.cpu import fast_products
     from soka_serve.compiler.artefact import load_base_of, load_result
 
     with context.stage("check", f"answering {questions.limit} held-out problems before and after"), fast_products():
-        limit = manifest.eval.max_new_tokens
+        limit = context.loaded.manifest.eval.max_new_tokens
         model = load_base_of(context)
         before = answer(model, context.base.tokenizer, questions, limit)
         after = answer(load_result(model, new), context.base.tokenizer, questions, limit)
-        check = QuickCheck(questions.prompts, questions.expected, before, after)
+        check = QuickCheck(questions.prompts[:SAMPLES], questions.expected[:SAMPLES], before, after)
         check.write(new / "check.json")
     return check
 

@@ -95,7 +95,8 @@ def encode_examples(examples: Sequence[Example], tokenizer: TextTokenizer, train
         raise DataError(
             f"train: all {len(examples)} examples are longer than max_length = {max_length} tokens (the longest has "
             f"{longest})",
-            hint=f"Set train.max_length to {longest}, or train.overlong = 'truncate'.",
+            hint=f"Set train.max_length to {longest}"
+            + (", or train.overlong = 'truncate'." if train.overlong == "drop" else "."),
         )
     return EncodedSet(kept, len(examples), dropped, truncated, boundary, longest)
 
@@ -112,6 +113,14 @@ def _encode_chunk(chunk: Sequence[Example], tokenizer: TextTokenizer) -> Iterato
     }
     for example in chunk:
         yield next(batches[example.templated])
+
+
+def answerable(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[bool]:
+    """Whether each example's prompt has a token, so that a model has something to go on from.
+
+    A tokenizer that puts nothing before a text makes no token of an empty one.
+    """
+    return [pair.prompt_length > 0 for pair in _encode_chunk(examples, tokenizer)]
 
 
 def pack_examples(encoded: Sequence[EncodedExample], max_length: int) -> list[PackedRow]:

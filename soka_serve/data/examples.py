@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from soka_serve.base.tokenizer import TextTokenizer
+from soka_serve.builtin.problem import Problem
 from soka_serve.data.hub_rows import hub_rows, text_length
-from soka_serve.data.rows import Row, builtin_rows, jsonl_rows, resolve
+from soka_serve.data.rows import Row, builtin_rows, jsonl_rows, problem_row, resolve
 from soka_serve.errors import DataError
 from soka_serve.io.warn_once import warn
 from soka_serve.manifest.schema import Data
@@ -217,6 +218,15 @@ def render_prompt(data: Data, row: Row, where: str, tokenizer: TextTokenizer | N
     if tokenizer is None:
         raise DataError(_NO_TOKENIZER)
     return next(_render_chat_rows(data.messages, [(where, row)], tokenizer)).prompt
+
+
+def render_problems(data: Data, problems: Sequence[Problem]) -> list[Example]:
+    """Problems of the data's builtin family, as `DataReader` renders its rows.
+
+    Raises:
+        DataError: a template names a column that they have not.
+    """
+    return list(_render_rows(data, [(f"builtin {p.family}[{i}]", problem_row(p)) for i, p in enumerate(problems)]))
 
 
 def _prompt_template(data: Data) -> RowTemplate:

@@ -12,10 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.io.budget import open_regular, refuse_hole
+
+if TYPE_CHECKING:
+    from soka_serve.builtin.problem import Problem
 
 _MAX_REPORTED = 5  # Malformed lines named in one error.
 _MAX_LINE = 64 << 20  # bytes of one line
@@ -42,8 +45,12 @@ def builtin_rows(family: str, split: Literal["train", "test"], limit: int | None
 
     # Always the same problems: the run's seed orders them, it does not choose others (data_sha256 relies on it).
     for index, problem in enumerate(generate(family, split, count=limit, seed=0)):
-        row = {"prompt": problem.prompt, "completion": problem.completion, "answer": problem.answer}
-        yield f"builtin {family}/{split}[{index}]", row
+        yield f"builtin {family}/{split}[{index}]", problem_row(problem)
+
+
+def problem_row(problem: Problem) -> Row:
+    """The columns that a problem of a builtin family has for templates."""
+    return {"prompt": problem.prompt, "completion": problem.completion, "answer": problem.answer}
 
 
 def jsonl_rows(file: Path, limit: int | None) -> Iterator[tuple[str, Row]]:

@@ -29,7 +29,7 @@ def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
     return total if data.limit is None else min(total, data.limit)
 
 
-def mixture_sha256(train: Train, *, manifest_dir: Path) -> str:
+def mixture_sha256(train: Train, *, manifest_dir: Path, evaluation: bool = True) -> str:
     """`data_sha256` of the one dataset, or a hash of those of all that are mixed, with their weights.
 
     Raises:
@@ -38,14 +38,16 @@ def mixture_sha256(train: Train, *, manifest_dir: Path) -> str:
     hashes = []
     for number, data in enumerate(train.datasets):
         with naming(number, len(train.datasets)):
-            hashes.append(data_sha256(data, manifest_dir=manifest_dir))
+            hashes.append(data_sha256(data, manifest_dir=manifest_dir, evaluation=evaluation))
     if isinstance(train.data, Data):
         return hashes[0]
     return hashlib.sha256(json.dumps([hashes, train.weights]).encode()).hexdigest()
 
 
-def data_sha256(data: Data, *, manifest_dir: Path) -> str:
+def data_sha256(data: Data, *, manifest_dir: Path, evaluation: bool = True) -> str:
     """Hash of what the examples are made from: sources, templates, limits.
+
+    Without `evaluation` as if there were no evaluation set of its own (`eval_jsonl`, `eval_split`).
 
     Builtin: the family and the generators' source. JSON Lines and local dataset directories: the files' bytes, wherever
     they lie, and names inside a directory. Hub: id and revision only; an unpinned id hashes the same when its authors
@@ -54,6 +56,8 @@ def data_sha256(data: Data, *, manifest_dir: Path) -> str:
     Raises:
         DataError: a file cannot be read.
     """
+    if not evaluation:
+        data = data.model_copy(update={"eval_jsonl": None, "eval_split": None})
     digest = hashlib.sha256()
     local = data.hub is not None and resolve(manifest_dir, data.hub).is_dir()
     places = ("jsonl", "eval_jsonl", *(["hub"] if local else []))

@@ -215,7 +215,7 @@ class Adapt(Table):
         description="What the calibration batches tell that weights the decomposition: the layer's inputs, or also the "
         "loss's gradients by its outputs ('both'), which takes a backward pass as well.",
     )
-    scale: Annotated[float, Field(gt=0)] = Field(
+    scale: Annotated[float, Field(gt=0, le=1000)] = Field(
         DEFAULT_SCALE,
         description="Size of the terms at the start, sigma's root mean square for factors of unit entries, as a share "
         "of the weight's typical entry: SoKA's alpha. The larger, the more a step changes. Not for "
@@ -287,7 +287,7 @@ class Adapt(Table):
     def _check_layers(cls, value: object) -> object:
         """Check the whole value here: one error instead of one for each side of the union."""
         expected = "'all', a range ('0-15', '4-', '-4-') or a list of layer numbers"
-        if isinstance(value, str) and re.match(LAYER_RANGE, value):
+        if isinstance(value, str) and re.fullmatch(LAYER_RANGE, value):
             first, _, last = value.partition("-")
             if first.isdigit() and last.isdigit() and int(first) > int(last):
                 raise PydanticCustomError(

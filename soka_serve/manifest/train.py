@@ -81,7 +81,7 @@ class Train(Table):
     steps: Annotated[int, Field(ge=0)] | None = Field(
         None,
         description="Optimiser steps (or give epochs); 0 exports the initialisation, which does something with "
-        f"init = {names_of(s for s in STARTS.values() if s.changes)} only.",
+        f"init = {names_of(s for s in STARTS.values() if s.moves_base)} only.",
         examples=[300],
     )
     batch_size: PositiveInt = Field(8, description="Examples per device and step.")

@@ -19,6 +19,7 @@ from soka_serve.data.sources import count_examples
 from soka_serve.errors import CheckpointError, DataError
 from soka_serve.manifest.schema import Data, Manifest, Train
 
+_TRIED = 8  # Examples of an evaluation set that are rendered, to see that they can be.
 SAMPLE = 1000  # Examples rendered and tokenised for a plan; larger data is extrapolated from the first so many.
 SHOWN = 3
 _COUNTS = ("tokens", "trained_tokens", "dropped", "truncated", "boundary", "longest")  # of an `EncodedSet`
@@ -194,6 +195,8 @@ def _sample(
     limit = None if data.eval_frac or len(train.datasets) > 1 else SAMPLE
     reader = DataReader(data, manifest_dir, train.seed, tokenizer)
     examples = reader.examples("train", limit=limit, stream=data.hub is not None and limit is not None)
+    if data.eval_jsonl or data.eval_split:  # a build reads it before it trains, and refuses what is wrong
+        reader.examples("eval", limit=_TRIED, stream=data.hub is not None)
     if limit is None or (total is None and len(examples) < SAMPLE):
         total = len(examples)
     return examples if len(train.datasets) > 1 else examples[:SAMPLE], total

@@ -22,6 +22,7 @@ from soka_serve.compiler.plan.examples import DataPlan, mixes_rows, plan_data
 from soka_serve.compiler.plan.given import settle_targets
 from soka_serve.compiler.plan.modules import ModulePlan, plan_training
 from soka_serve.compiler.plan.policies import PolicyRow, policies_for
+from soka_serve.compiler.unread import unread_keys
 from soka_serve.manifest.read import LoadedManifest
 from soka_serve.manifest.rules import SERVED_PROJECTIONS
 from soka_serve.manifest.schema import Manifest
@@ -169,7 +170,7 @@ def _memory_setting(manifest: Manifest, layout: BaseModules) -> TrainingSetup:
 
 def _remarks(manifest: Manifest, base: Base, targets: Sequence[TargetModule]) -> list[str]:
     """What people should know of the base before they build."""
-    notes = []
+    notes = unread_keys(manifest)
     others = [t.module.name for t in targets if t.module.projection not in SERVED_PROJECTIONS]
     if others and not METHODS[manifest.train.method].whole_model:
         notes.append(

@@ -6,12 +6,14 @@ import hashlib
 import json
 import logging
 import shutil
+from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soka_serve.compiler.history import read_history
+from soka_serve.compiler.keys import keyed_precision
 from soka_serve.compiler.methods import Method, StartingPoint
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.errors import BuildError, name_some
@@ -147,21 +149,27 @@ class TrainResult:
 
 
 def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
-    """What a resume point belongs to: recipe, base, starting factors, amount of data, number of processes."""
+    """What a resume point belongs to: recipe, starting factors, examples, number of processes, how the base is held.
+
+    Where the base lies does not count; that its weights are the same, the work directory's name says.
+    """
     manifest = run.manifest
     digest = hashlib.sha256()
     recipe = {
-        "base": manifest.base.model_dump(mode="json"),
-        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC) | {"learning_rate": manifest.train.rate},
+        "base": manifest.base.model_dump(mode="json", include={"dtype", "quantize"}),
+        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC)
+        | {"learning_rate": manifest.train.rate, "precision": keyed_precision(manifest, run.stored)},
         "targets": list(run.targets),
         "initial": sorted(run.initial),
         "examples": len(train_set.examples),
-        "tokens": sum(len(example.input_ids) for example in train_set.examples),
         "processes": processes,
     }
     if run.forms:
         recipe["forms"] = {name: dict(form.choices) for name, form in sorted(run.forms.items())}
     digest.update(json.dumps(recipe, sort_keys=True).encode())
+    for example in train_set.examples:  # a chat template may have rendered the day's date
+        for numbers in (example.input_ids, example.labels):
+            digest.update(array("q", [len(numbers), *numbers]).tobytes())
     for name, f in (*sorted(run.factors.items()), *sorted(run.cut.items())):
         digest.update(name.encode())
         for tensor in (f.left, f.right, f.sigma):

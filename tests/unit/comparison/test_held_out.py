@@ -130,6 +130,18 @@ def test_fresh_test_problems_are_none_of_those_that_were_looked_at(tmp_path: Pat
     assert [problem.prompt for problem in validation.problems] == looked_at[:200]
 
 
+def test_built_in_problems_are_asked_as_they_are_trained_on(tmp_path: Path) -> None:
+    data = {"builtin": "math", "prompt": "# {{ prompt }}", "completion": " {{ answer }}."}
+    own = DataSet.model_validate({"name": "math", "data": data})
+    tokenizer = Base(base_directory()).tokenizer
+    test, _ = HeldOutReader(Protocol(test=2, validation=2), tmp_path, tokenizer, 128).problems(own)
+    problems = generate("math", "test", 2)
+    assert [p.prompt for p in test.problems] == [f"# {p.prompt}" for p in problems]
+    assert [tokenizer.decode(e.input_ids).removeprefix("<s>").removesuffix("</s>") for e in test.encoded] == [
+        f"# {p.prompt} {p.answer}." for p in problems
+    ]
+
+
 def test_built_in_problems_must_fit(tmp_path: Path) -> None:
     own = DataSet.model_validate({"name": "math", "data": {"builtin": "math"}})
     tokenizer = Base(base_directory()).tokenizer

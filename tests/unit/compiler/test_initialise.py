@@ -433,6 +433,10 @@ def test_extract_refuses_what_makes_no_sense(finetuned: Path, tmp_path: Path) ->
         soka_serve.extract("tiny", base="tiny", out=out, rank=1, progress=False)
     with pytest.raises(SokaError, match="--shape"):
         soka_serve.extract(finetuned, base="tiny", out=out, rank=1, shape="1,2", progress=False)
+    with pytest.raises(SokaError, match=r"extract: modules\.0: .*at least 1 character"):
+        soka_serve.extract(finetuned, base="tiny", out=out, rank=1, modules=[""], progress=False)
+    with pytest.raises(SokaError, match=r"extract: rank.*got 0"):
+        soka_serve.extract(finetuned, base="tiny", out=out, rank=0, progress=False)
     assert not out.exists()
     with pytest.raises(BuildError, match="would destroy"):
         soka_serve.extract(finetuned, base="tiny", out=finetuned, rank=1, progress=False)

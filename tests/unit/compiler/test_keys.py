@@ -60,6 +60,26 @@ def test_a_change_reruns_what_depends_on_it(change: dict[str, Any], reruns: set[
     assert {stage for stage in before if before[stage] != after[stage]} == reruns
 
 
+@pytest.mark.parametrize("start", [{}, {"adapt__calibration_batches": 2}], ids=["plain", "calibrated"])
+def test_an_evaluation_set_counts_for_training_where_training_looks_at_it(start: dict[str, Any]) -> None:
+    one, other = (replace(INPUTS, data=data, training="rows") for data in ("d", "e"))
+    for more, trained in (({}, False), ({"train__eval_every": 1}, True), ({"train__answered": 2}, True)):
+        if "train__answered" in more:
+            more = {**more, "train__eval_every": 1, "train__early_stopping": 1}
+        before, after = (stage_keys(_manifest(**start, **more), inputs, MODULES) for inputs in (one, other))
+        assert before["init"] == after["init"]
+        assert (before["tune"] != after["tune"]) == trained
+        assert before["check"] != after["check"]
+
+
+@pytest.mark.parametrize("method", ["soka", "full"])
+def test_a_rank_that_nothing_reads_reruns_nothing(method: str) -> None:
+    before, after = (
+        stage_keys(_manifest(train__method=method, **more), INPUTS, MODULES) for more in ({}, {"train__method_rank": 7})
+    )
+    assert before == after
+
+
 def test_the_merged_model_is_what_is_checked_where_there_is_no_adapter() -> None:
     for method, reruns in (("full", {"merge", "check", "measure", "report"}), ("lora", {"merge", "report"})):
         made = {"train__method": method, "output__measure": ["intruders"]}

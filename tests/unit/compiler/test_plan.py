@@ -190,6 +190,24 @@ def test_what_training_leaves_alone_is_said(tmp_path: Path) -> None:
     assert not tiny(tmp_path).notes
 
 
+@pytest.mark.parametrize(
+    ("method", "keys"),
+    [
+        ("lora", ["adapt[0].init", "adapt[0].rank", "output.adapter_dtype", "train.left_lr"]),
+        ("full", ["adapt[0].init", "adapt[0].rank", "train.method_rank", "train.left_lr"]),
+        ("soka", ["train.method_rank"]),
+    ],
+)
+def test_keys_that_the_method_does_not_read_are_said(tmp_path: Path, method: str, keys: list[str]) -> None:
+    text = "[[adapt]]\nmodules = ['q_proj']\ninit = 'weights'\nrank = { policy = 'fixed', rank = 4 }\n"
+    text += f"[train]\nmethod = '{method}'\nmethod_rank = 3\nleft_lr = 1.0\n[output]\nadapter_dtype = 'bfloat16'"
+    (note,) = [note for note in tiny(tmp_path, text).notes if "does not read" in note]
+    said = note.removeprefix(f"method = {method!r} does not read ").split(", ")
+    assert set(keys) <= set(said)
+    assert "adapt[0].modules" not in said
+    assert ("train.method_rank" in said) == (method != "lora")
+
+
 def test_rank_beyond_the_shape(tmp_path: Path) -> None:
     plan = llama2(
         tmp_path, '[[adapt]]\nmodules = ["q_proj"]\nshape = [2, 2, 2048, 2048]\nrank = { policy = "fixed", rank = 9 }'

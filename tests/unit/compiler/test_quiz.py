@@ -14,7 +14,9 @@ from soka_serve.base.resolve import open_base
 from soka_serve.builtin import base_directory
 from soka_serve.builtin.tasks import generate
 from soka_serve.compiler import answers
+from soka_serve.compiler.check import choose_questions
 from soka_serve.compiler.quiz import make_quiz
+from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
@@ -55,6 +57,71 @@ def test_built_in_problems_are_none_that_results_are_measured_on(tmp_path: Path)
     prompts = {problem.prompt for problem in quiz.problems}
     assert len(prompts) == 30
     assert not prompts & {problem.prompt for problem in generate("math", "test", 500)}
+
+
+def test_built_in_problems_are_asked_as_they_are_trained_on(tmp_path: Path) -> None:
+    """By evaluations during training, and by the quick check."""
+    made = manifest(30, builtin="math", prompt="# {{ prompt }}\nReply:", completion=" {{ answer }}.")
+    quiz, plain = make_quiz(made, tmp_path, TOKENIZER), make_quiz(manifest(30), tmp_path, TOKENIZER)
+    questions = choose_questions(made, tmp_path, TOKENIZER)
+    assert quiz is not None
+    assert plain is not None
+    assert questions is not None
+    assert [p.prompt for p in quiz.problems] == [f"# {p.prompt}\nReply:" for p in plain.problems]
+    assert [p.answer for p in quiz.problems] == [p.answer for p in plain.problems]
+    examples = DataReader(made.train.datasets[0], tmp_path).examples("eval", limit=20)
+    assert questions.prompts == [example.prompt for example in examples]
+    assert questions.expected == [example.completion for example in examples]
+
+
+class WithoutBos:
+    """The tokenizer of a base that puts nothing before a text."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(TOKENIZER, name)
+
+    def encode_pairs(self, pairs: Any, **options: Any) -> Any:
+        return TOKENIZER.encode_pairs(pairs, add_special_tokens=False)
+
+
+def test_prompts_of_no_token_are_not_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tokenizer: Any = WithoutBos()
+    data = write(tmp_path, ["#### 1", "#### 2"])
+    texts = manifest(2, **data, prompt="{{ '' if completion == '#### 1' else prompt }}")
+    questions = choose_questions(texts, tmp_path, tokenizer)
+    assert questions is not None
+    assert questions.prompts == ["Question 1"]
+    assert "1 of 2 held-out prompts have no token" in caplog.text
+    with pytest.raises(DataError, match="1 of 2 held-out prompts have no token"):
+        make_quiz(texts, tmp_path, tokenizer)
+    nothing = manifest(None, **data, prompt="")
+    assert choose_questions(nothing, tmp_path, tokenizer) is None
+    asked = choose_questions(nothing, tmp_path, TOKENIZER)  # whose BOS is something to go on from
+    assert asked is not None
+    assert asked.prompts == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"prompt": "{{ prompt }}{{ question }}"}, "eval.jsonl:1: .*question"),
+        ({"eval_jsonl": "m.toml"}, "m.toml:1:1: malformed JSON"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_training(tmp_path: Path, more: dict[str, str], message: str) -> None:
+    rows = [{"prompt": "a", "question": "b", "completion": "c"}] * 4
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path, ["#### 1"])
+    data = {"jsonl": "train.jsonl", "eval_jsonl": "eval.jsonl"} | more
+    file = tmp_path / "m.toml"
+    file.write_text(
+        UNMARKED.split("eval_every")[0] + "".join(f"data.{key} = '{value}'\n" for key, value in data.items())
+    )
+    for command in (soka_serve.plan, soka_serve.build):
+        with pytest.raises(DataError, match=message):
+            command(file)
+    assert not list((tmp_path / "build").glob("**/tune-*"))
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])

@@ -340,6 +340,18 @@ def test_hash_follows_what_the_examples_are_made_from(tmp_path: Path) -> None:
         digest(jsonl="none.jsonl")
 
 
+def test_hash_without_the_evaluation_set(tmp_path: Path) -> None:
+    for name in ("d", "e"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": name, "completion": "b"}])
+    alone, *evaluated = (
+        Data.model_validate({"jsonl": "d.jsonl", **more})
+        for more in ({}, {"eval_jsonl": "e.jsonl"}, {"eval_jsonl": "d.jsonl"})
+    )
+    expected = data_sha256(alone, manifest_dir=tmp_path)
+    assert {data_sha256(data, manifest_dir=tmp_path, evaluation=False) for data in (alone, *evaluated)} == {expected}
+    assert len({data_sha256(data, manifest_dir=tmp_path) for data in (alone, *evaluated)}) == 3
+
+
 def test_hash_does_not_follow_the_place(tmp_path: Path, dataset: Path) -> None:
     write_rows(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "b"}])
     (tmp_path / "moved").mkdir()

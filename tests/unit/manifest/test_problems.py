@@ -80,6 +80,8 @@ CASES = [
     ("[base]", 'revision = "a\\u0000b"', "base.revision", 1, ["belongs to hub"]),
     # rules
     ("[[adapt]]", "layers = '8-2'", "adapt[0].layers", 10, ["runs backwards: 8 is after 2"]),
+    ("[[adapt]]", 'layers = "all\\n"', "adapt[0].layers", 10, ["'0-15', '4-', '-4-'"]),
+    ("[[adapt]]", "scale = 1e308", "adapt[0].scale", 9, ["at most 1000"]),
     ("[[adapt]]", "layers = 'al'", "adapt[0].layers", 10, ["'0-15', '4-', '-4-'", 'got "al"']),
     ("[[adapt]]", "layers = [0, -1]", "adapt[0].layers", 10, ["list of layer numbers; got [0, -1]"]),
     ("[[adapt]]", "shape = [1, 2, 3]", "adapt[0].shape", 9, ["four whole numbers [m, n, p, q]", "[1, 2, 3]"]),

@@ -1,0 +1,44 @@
+"""What a resume point belongs to: where the base lies is no part of it, and the tokens are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from soka_serve.compiler.methods import METHODS
+from soka_serve.compiler.train.run import TrainingRun, fingerprint
+from soka_serve.data.encode import EncodedExample
+from soka_serve.manifest.schema import Manifest
+from tests.support.training import make_examples
+
+
+def run_on(folder: Path, base: dict[str, Any], **train: Any) -> TrainingRun:
+    tables = {"schema": 1, "base": base, "train": {"steps": 1, "data": {"builtin": "math"}} | train}
+    manifest = Manifest.model_validate(tables)
+    return TrainingRun(folder, manifest, METHODS["soka"], ["layer"], folder)
+
+
+def test_where_the_base_lies_does_not_count(tmp_path: Path) -> None:
+    rows = make_examples(4)
+    one = fingerprint(run_on(tmp_path, {"path": "b1"}), rows, 1)
+    assert fingerprint(run_on(tmp_path, {"path": "b2"}), rows, 1) == one
+    assert fingerprint(run_on(tmp_path, {"hub": "owner/name", "revision": "1"}), rows, 1) == one
+    assert fingerprint(run_on(tmp_path, {"path": "b1"}, precision="float32"), rows, 1) == one, "what 'auto' is here"
+    for base, train in (
+        ({"dtype": "bfloat16"}, {}),
+        ({"quantize": "4bit"}, {}),
+        ({}, {"precision": "bfloat16"}),
+        ({}, {"learning_rate": 1.0}),
+    ):
+        assert fingerprint(run_on(tmp_path, {"path": "b1"} | base, **train), rows, 1) != one
+
+
+def test_the_tokens_count(tmp_path: Path) -> None:
+    rows, run = make_examples(4), run_on(tmp_path, {"path": "b"})
+    first, *others = rows.examples
+    changed = EncodedExample([*first.input_ids[:-1], 5], first.labels)
+    masked = EncodedExample(first.input_ids, [-100, *first.labels[1:-1], -100])
+    found = {fingerprint(run, replace(rows, examples=[one, *others]), 1) for one in (first, changed, masked)}
+    assert len(found) == 3
+    assert fingerprint(run, make_examples(4), 1) in found
