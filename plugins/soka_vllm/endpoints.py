@@ -24,6 +24,7 @@ from soka_vllm.names import build_names, missing_model
 from soka_vllm.places import Locks, adapter_directory, allowed_roots
 from soka_vllm.resolver import BuildsResolver, client_load, operator_load, operator_loads, reasons_noted
 from soka_vllm.served_sums import MissingError, begin_request, sums_of
+from soka_vllm.store import loaded_already
 from soka_vllm.sums import is_sum
 
 _LISTING_SECONDS = 2.0
@@ -160,6 +161,8 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     if address is not None:
         remote.remember(path, address)  # a refused load of the same has forgotten it meanwhile
     if request.load_inplace:
+        # Else every request would ask for the files to be read again.
+        models.lora_requests[request.lora_name] = loaded_already(models.lora_requests[request.lora_name])
         sums_of(models).reloaded(request.lora_name)
     return answer
 

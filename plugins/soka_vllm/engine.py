@@ -12,6 +12,7 @@ them is read between that step's forward pass and its sampling: nothing that is 
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import sys
 from collections import OrderedDict
@@ -25,12 +26,16 @@ from soka_vllm.base import check_base
 from soka_vllm.limits import LEAST_BYTES
 from soka_vllm.places import adapter_directory, limited, roots_of
 from soka_vllm.settings import KEEP_VARIABLE, SUMS_VARIABLE, keep_limit, sums_limit
-from soka_vllm.sums import is_sum, members_of
+from soka_vllm.sums import is_sum, members_in, members_of
 
 _logger = logging.getLogger("vllm.soka")
 
 # By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
 _fingerprints: dict[int, str] = {}
+
+# On a request: what its keys have beside its adapter's contents, where it has computed with earlier ones, too.
+_MIXED = "soka_mixed"
+_mixed = itertools.count(1)
 
 
 @dataclass
@@ -44,6 +49,8 @@ class EngineAdapters:
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
     # Of the sums among those in memory: their paths, least recently used first.
     sums: OrderedDict[int, str] = field(default_factory=OrderedDict)
+    # Sums of which an adapter was loaded again: they are made again when they are asked for.
+    stale: set[int] = field(default_factory=set)
 
     def touch(self, number: int) -> None:
         """Note that an adapter was used."""
@@ -54,6 +61,7 @@ class EngineAdapters:
     def forget(self, number: int) -> None:
         """Note that the workers drop an adapter; of a sum, of which anyone can ask for any number, nothing is kept."""
         del self.nbytes[number]
+        self.stale.discard(number)
         if self.sums.pop(number, None) is not None:
             self.roots.pop(number, None)
             _fingerprints.pop(number, None)
@@ -117,19 +125,21 @@ def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
 def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
     """EngineCore.add_request: load the request's adapter first.
 
-    Its adapter is brought back into memory if need be; if that fails, this request alone is refused.
+    Its adapter is brought back into memory if need be; if that fails, this request alone is refused. `load_inplace` in
+    the request of a program that runs the engine itself reads the adapter again; those of servers have it cleared.
     """
     lora_request = request.lora_request
     if lora_request is not None:
         adapters = _adapters(core)
         number = lora_request.lora_int_id
         try:
-            if number in adapters.nbytes:
+            anew = lora_request.load_inplace or number in adapters.stale
+            if number in adapters.nbytes and not anew:
                 if is_sum(lora_request.lora_path):
                     adapters.check_number(number, lora_request.lora_path)
                 adapters.touch(number)
             else:
-                _load(core, lora_request, adapters.roots.get(number), anew=False, activate=False)
+                _load(core, lora_request, adapters.roots.get(number), anew=anew, activate=False)
         except Exception as error:  # whatever it is, the other requests have nothing to do with it
             _logger.error("Request %s is refused, adapter %r: %s", request.request_id, lora_request.lora_name, error)
             if not _answer_refused(core, request, error):
@@ -160,7 +170,23 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
     if lora_request is None:
         return []
     request.soka_fingerprint = _fingerprints.get(lora_request.lora_int_id, "")
-    return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint)]
+    own = getattr(request, _MIXED, "")
+    return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint + own)]
+
+
+def _hash_again(core: Any, number: int) -> None:
+    """After an adapter's contents changed: new keys for the prefix-cache blocks of requests that are in the scheduler.
+
+    What has not been computed yet will be with the new contents. Of what has begun, blocks hold values of both, which
+    no other request may find: those get a key that no other request has.
+    """
+    for request in core.scheduler.requests.values():
+        if request.lora_request is None or request.lora_request.lora_int_id != number:
+            continue
+        if getattr(request, "num_computed_tokens", 0):
+            setattr(request, _MIXED, f" {next(_mixed)}")
+        request.block_hashes.clear()
+        request.update_block_hashes()
 
 
 def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
@@ -240,7 +266,8 @@ def _load(
     alike = not core.vllm_config.parallel_config.enable_expert_parallel
     if alike and any(reading.fingerprint != fingerprint for reading in readings):
         raise ValueError(f"{lora_request.lora_path}: workers read different contents; was it being written? load again")
-    if not activate and _fingerprints.get(number, fingerprint) != fingerprint:
+    changed = _fingerprints.get(number, fingerprint) != fingerprint
+    if changed and not activate and not anew:
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
     nbytes = max(reading.nbytes for reading in readings)
     needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
@@ -261,4 +288,9 @@ def _load(
     if members:
         adapters.sums[number] = lora_request.lora_path
         adapters.sums.move_to_end(number)
+    adapters.stale.discard(number)
     _fingerprints[number] = fingerprint
+    if changed:
+        sums = adapters.sums.items()
+        adapters.stale |= {other for other, path in sums if any(m.number == number for m in members_in(path))}
+        _hash_again(core, number)

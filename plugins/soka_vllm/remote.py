@@ -28,6 +28,8 @@ _logger = logging.getLogger("vllm.soka")
 # Threads of their own: a slow store takes none of those that check adapters of this machine.
 _threads = ThreadPoolExecutor(4, "soka-fetch")
 _fetched: dict[str, Address] = {}  # by folder in the cache
+_keeping: dict[str, asyncio.Future[None]] = {}  # fetches that run, by folder
+_not_kept: dict[str, float] = {}  # until when a folder is not fetched again
 _last: ContextVar[tuple[str, Address] | None] = ContextVar("soka_last_fetched", default=None)
 # Anyone may ask for what is not there or damaged, and each time a store would be asked, and the latter fetched.
 _FAILED_S = 5.0
@@ -119,19 +121,36 @@ async def keep(path: str) -> None:
         return
     try:
         touch(Path(path))
-    except OSError:
-        try:
-            found = await fetch(address)
-        except SokaError as error:
-            _logger.warning("The cache has dropped an adapter that is served: %s", error.message)
+    except FileNotFoundError:
+        if _not_kept.get(path, 0.0) > time.monotonic():
             return
-        if str(found) != path:
-            _logger.warning("The cache has dropped an adapter that is served, and %s holds another now", address)
+        running = _keeping.get(path)
+        if running is None:  # requests for the same adapter wait for one fetch
+            running = _keeping[path] = asyncio.ensure_future(_fetch_again(path, address))
+            running.add_done_callback(lambda _: _keeping.pop(path, None))
+        await asyncio.shield(running)
+    except OSError:
+        _logger.debug("%s cannot be marked as used", path, exc_info=True)  # somebody else's cache
+
+
+async def _fetch_again(path: str, address: Address) -> None:
+    """Have what the cache has dropped in it again; a failure is not tried again for some seconds."""
+    try:
+        found = await fetch(address)
+    except SokaError as error:
+        if len(_not_kept) >= _MOST_FAILED:
+            _not_kept.clear()
+        _not_kept[path] = time.monotonic() + _FAILED_S
+        _logger.warning("The cache has dropped an adapter that is served: %s", error.message)
+        return
+    if str(found) != path:
+        _logger.warning("The cache has dropped an adapter that is served, and %s holds another now", address)
 
 
 def forget(path: str) -> None:
     """An adapter is served no more."""
     _fetched.pop(path, None)
+    _not_kept.pop(path, None)
 
 
 def address_of(path: str, folders: list[Address], *, free: bool) -> Address | None:

@@ -53,8 +53,15 @@ def members_of(lora_request: Any) -> list[Member]:
         ValueError: no path that `request_of` makes.
     """
     path = lora_request.lora_path
-    if not is_sum(path):
-        return []
+    return members_in(path) if is_sum(path) else []
+
+
+def members_in(path: str) -> list[Member]:
+    """The adapters that the path of a sum names.
+
+    Raises:
+        ValueError: no path that `request_of` makes.
+    """
     try:
         members = [Member(*part) for part in json.loads(path.removeprefix(_PREFIX))]
     except (ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -90,6 +91,13 @@ class Launch(Endpoint):
 
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds in which requests may end when the server is asked to: vLLM's --shutdown-timeout."""
+        options = itertools.dropwhile(lambda part: not part.startswith("-"), self.command)
+        given = parse_options(tuple(options)).get("--shutdown-timeout") or [""]
+        return float(given[-1]) if given[-1].isdigit() else 0.0
 
     def to_text(self) -> str:
         """The command as a shell takes it."""

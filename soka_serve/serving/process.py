@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from soka_serve.errors import ServeError, SokaError, printable
@@ -124,6 +124,7 @@ class Server:
         self.log = log
         self.ready_s = 0.0
         self._client = Client(launch)
+        self._drain_s = launch.drain_s
         with nullcontext() if log is None else log.open("wb") as out:
             # A group of its own: Ctrl-C in the terminal reaches this program alone, which ends the group in order.
             self._process = subprocess.Popen(
@@ -200,7 +201,14 @@ class Server:
             raise ServeError("\n".join(lines), hint=f"All it said: {self.log}") from error
 
     def stop(self) -> None:
-        """End it and all of its children; kill what does not end."""
+        """End it and all of its children; kill what does not end.
+
+        With vLLM's --shutdown-timeout its first process is asked alone, which lets requests end before its workers.
+        """
+        if self._drain_s:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(self._drain_s + _STOP_S)
         self._signal(signal.SIGTERM)
         deadline = time.monotonic() + _STOP_S
         while time.monotonic() < deadline:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 from ray import serve
@@ -20,6 +21,8 @@ from soka_serve.serving.targets import Target
 
 _HEALTH_S = 60.0
 _METRICS_S = 5.0
+_ERROR_EVENT = b'data: {"error"'
+_IN_A_PATH = "%/?#[]@!$&'()*+,;=:~" + '\\^`{|}"<> '  # what may be wrong there is for `httpx.URL` to say
 # Of one connection, or made anew on the way to the client.
 _HOP_HEADERS = frozenset(
     ("connection", "content-length", "date", "host", "keep-alive", "server", "transfer-encoding", "upgrade")
@@ -27,7 +30,19 @@ _HOP_HEADERS = frozenset(
 
 
 class ReplicaLostError(Exception):
-    """The replica's vLLM has died: the request may be sent to another."""
+    """The replica's vLLM has died: the request may be sent to another.
+
+    Args:
+        message: what was seen of it.
+        replica: the replica's name, where it died with the request; empty where it was dead before.
+    """
+
+    def __init__(self, message: str, replica: str = "") -> None:
+        super().__init__(message, replica)  # both, so that it can be pickled
+        self.replica = replica
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,16 @@ class Replica:
         raise NotImplementedError
 
     async def base_names(self) -> list[str]:
-        """The names of the base (or of the merged model) in the API."""
-        answer = await self._client.get("/v1/models", headers=self._keys)
-        return [card["id"] for card in answer.json()["data"] if not card.get("parent")]
+        """The names of the base (or of the merged model) in the API.
+
+        Raises:
+            ReplicaLostError: vLLM does not answer.
+        """
+        try:
+            answer = await self._client.get("/v1/models", headers=self._keys)
+            return [card["id"] for card in answer.json()["data"] if not card.get("parent")]
+        except (httpx.TransportError, ValueError, KeyError) as error:
+            raise ReplicaLostError(f"vLLM does not answer to /v1/models: {type(error).__name__}") from error
 
     async def metrics(self) -> tuple[str, str]:
         """This replica's name in Ray Serve, and the page of its vLLM's metrics.
@@ -142,7 +164,7 @@ class Replica:
             raise ServeError(f"vLLM does not answer to /metrics: {type(error).__name__}") from None
         if answer.status_code != 200:
             raise ServeError(f"vLLM answers {answer.status_code} to /metrics")
-        return serve.get_replica_context().replica_id.unique_id, answer.text
+        return self._name, answer.text
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica where this fails.
@@ -165,25 +187,37 @@ class Replica:
         request = self._client.build_request(
             asked.method,
             replica_url(str(self._client.base_url), asked.path),
-            headers=_kept(dict(asked.headers)),
+            # As they came: names and values may be of any bytes above ASCII, too.
+            headers=[(name.encode("latin-1"), value.encode("latin-1")) for name, value in _kept(asked.headers)],
             content=asked.body,
         )
         try:
             answer = await self._client.send(request, stream=True)
-        except httpx.TransportError as error:
+        except httpx.ConnectError as error:
             raise ReplicaLostError(f"{type(error).__name__}: {error}") from error
+        except httpx.TransportError as error:
+            raise ReplicaLostError(f"{type(error).__name__}: {error}", self._name) from error
         try:
             if answer.status_code >= 500 and not await self._is_alive():
-                raise ReplicaLostError(f"status {answer.status_code}, and the engine has died")
+                raise ReplicaLostError(f"status {answer.status_code}, and the engine has died", self._name)
             if asked.adapter and answer.status_code < 400:  # of those only: a name that does not exist holds no slot
                 await self.hold(asked.adapter)
-            yield AnswerHead(answer.status_code, tuple(_kept(answer.headers).items()))
+            head = AnswerHead(answer.status_code, tuple(_kept(answer.headers.items())))
+            yield head
             async for piece in answer.aiter_raw():
+                # vLLM ends streams with an error as their last event when its engine dies, and with status 200.
+                if head.is_stream and _ERROR_EVENT in piece and not await self._is_alive():
+                    raise ReplicaLostError("a stream ended with an error, and the engine has died", self._name)
                 yield piece
         except httpx.TransportError as error:
-            raise ReplicaLostError(f"{type(error).__name__}: {error}") from error
+            raise ReplicaLostError(f"{type(error).__name__}: {error}", self._name) from error
         finally:
             await answer.aclose()
+
+    @property
+    def _name(self) -> str:
+        """This replica's name in Ray Serve."""
+        return str(serve.get_replica_context().replica_id.unique_id)
 
     async def _is_alive(self) -> bool:
         if not self._server.is_running:
@@ -200,17 +234,20 @@ class Replica:
             self._server.stop()
 
 
-def _kept(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name.lower(): value for name, value in headers.items() if name.lower() not in _HOP_HEADERS}
+def _kept(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(name.lower(), value) for name, value in headers if name.lower() not in _HOP_HEADERS]
 
 
 def replica_url(server: str, path: str) -> httpx.URL:
     """The URL on a server of a request's path and query, whose beginning is taken for no host.
 
+    Args:
+        path: may have characters that a URL writes as escapes.
+
     Raises:
         httpx.InvalidURL: a path that no URL can have.
     """
-    return httpx.URL(server).copy_with(raw_path=path.encode())
+    return httpx.URL(server).copy_with(raw_path=quote(path, safe=_IN_A_PATH).encode())
 
 
 def free_port() -> int:

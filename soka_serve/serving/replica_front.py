@@ -22,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 
 _LOST = (RayActorError, ReplicaLostError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSE_S = 0.2
+_MOST_ENDED = 3  # replicas that one request may take with it
 _METRICS_S = 8  # Prometheus asks for 10 s
 # What would reach one replica of several, which nobody can tell apart.
 _OF_ONE_REPLICA = {
@@ -59,7 +60,7 @@ class Front:
             return await self._metrics()
         body = await request.body()
         asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)
-        last = ""
+        last, ended = "", set()
         deadline = time.monotonic() + self._retry_s
         while True:
             try:
@@ -67,6 +68,12 @@ class Front:
             except _LOST as error:
                 last = str(error).split("\n")[0]
                 logger.warning("%s %s: its replica was lost: %s", request.method, path, last)
+                ended.add(_ended_by(error))
+            if len(ended - {""}) >= _MOST_ENDED:
+                logger.error("%s %s: not sent again, %d replicas have died with it", request.method, path, _MOST_ENDED)
+                return _refusal(
+                    500, "InternalServerError", f"{_MOST_ENDED} replicas have died with this request: {last}"
+                )
             if time.monotonic() >= deadline:
                 return _refusal(503, "ServiceUnavailableError", f"no replica has answered: {last}")
             await asyncio.sleep(_PAUSE_S)
@@ -114,6 +121,12 @@ class Front:
         if not self._base_names:
             self._base_names = frozenset(await self._replica.base_names.remote())
         return "" if model in self._base_names else model
+
+
+def _ended_by(error: Exception) -> str:
+    """The replica that died while it had a request, or empty: Ray's own errors have the actor, dead before or not."""
+    cause = getattr(error, "cause", error)
+    return cause.replica if isinstance(cause, ReplicaLostError) else str(getattr(error, "actor_id", None) or "")
 
 
 async def _rest(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -64,6 +64,36 @@ def test_a_server_that_answers_late_is_not_dead(monkeypatch: pytest.MonkeyPatch)
     assert (asked.is_healthy(), asked.health()) == (False, False)
 
 
+DRAINING = """\
+import signal, subprocess, sys, time
+from pathlib import Path
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def end(*_):
+    time.sleep(0.5)  # requests end
+    Path({said!r}).write_text(str(worker.poll()))
+    worker.kill()
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+Path({ready!r}).touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "alive"), [(("--shutdown-timeout", "5"), True), (("--shutdown_timeout=0",), False)]
+)
+def test_requests_may_end_before_the_workers(tmp_path: Path, options: tuple[str, ...], alive: bool) -> None:
+    said, ready = tmp_path / "said", tmp_path / "ready"
+    program = DRAINING.format(said=str(said), ready=str(ready))
+    server = Server(Launch((sys.executable, "-c", program, *options)), tmp_path / "log")
+    deadline = time.monotonic() + 20
+    while not ready.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    server.stop()
+    assert (said.read_text() == "None") == alive
+
+
 def test_an_engine_that_dies_at_the_probe_says_what_of(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

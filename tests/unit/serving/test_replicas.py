@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import pickle
 import warnings
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,18 @@ pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray, about its own models
-    from soka_serve.serving.replica import ReplicaSettings, replica_url
+    import httpx
+    from ray.exceptions import RayActorError
+
+    from soka_serve.serving import replica_front
+    from soka_serve.serving.replica import (
+        AnswerHead,
+        Asked,
+        Replica,
+        ReplicaLostError,
+        ReplicaSettings,
+        replica_url,
+    )
     from soka_serve.serving.replica_front import Front
     from soka_serve.serving.replicas import ReplicaOptions
 
@@ -90,9 +104,13 @@ def test_what_would_reach_one_replica_is_refused_however_it_is_written(path: str
     assert b"is not served here" in answer.body
 
 
-def ask(replicas: Any, method: str, path: str) -> Response:
+def ask(replicas: Any, method: str, path: str, retry_s: float = 0) -> Response:
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
-    return asyncio.run(Front(replicas, by_adapter=True, retry_s=0)(Request(scope)))
+
+    async def nothing_more() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    return asyncio.run(Front(replicas, by_adapter=True, retry_s=retry_s)(Request(scope, nothing_more)))
 
 
 class Replicas:
@@ -119,6 +137,116 @@ def test_metrics_come_without_a_replica_that_has_none(path: str) -> None:
     assert b'\na{replica="x"} 1.0\n' in answer.body
     for none in (Replicas(RuntimeError("lost")), Replicas(late=True)):
         assert ask(none, "GET", path).status_code == 503
+
+
+class Forwarding:
+    """A handle whose replicas answer one after the other: with an error, or with what a replica yields."""
+
+    def __init__(self, *answers: Exception | list[AnswerHead | bytes]) -> None:
+        self.answers, self.sent = answers, 0
+        self.forward = self
+
+    def options(self, **_: object) -> Forwarding:
+        return self
+
+    async def remote(self, asked: Asked) -> AsyncIterator[AnswerHead | bytes]:
+        answer = self.answers[self.sent % len(self.answers)]
+        self.sent += 1
+        if isinstance(answer, Exception):
+            raise answer
+        for piece in answer:
+            yield piece
+
+
+@pytest.fixture
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_front, "_PAUSE_S", 0.0)
+
+
+@pytest.mark.usefixtures("_no_pause")
+def test_a_request_that_replicas_die_of_is_not_sent_to_all_of_them() -> None:
+    def lost(name: str) -> ReplicaLostError:
+        error = pickle.loads(pickle.dumps(ReplicaLostError("the engine has died", name)))
+        assert isinstance(error, ReplicaLostError)
+        return error
+
+    deadly = Forwarding(*map(lost, "aabbbcdefghij"))
+    answer = ask(deadly, "GET", "/v1/x", retry_s=30)
+    assert (answer.status_code, deadly.sent) == (500, 6)
+    assert b"3 replicas have died with this request: the engine has died" in answer.body
+    actors = Forwarding(*(RayActorError(actor_id=name, error_msg="gone") for name in "abcd"))
+    assert ask(actors, "GET", "/v1/x", retry_s=30).status_code == 500
+    head = AnswerHead(200, ())
+    unlucky = Forwarding(lost("a"), *[lost("")] * 9, lost("b"), [head, b"right"])  # those were dead before
+    assert ask(unlucky, "GET", "/v1/x", retry_s=30).body == b"right"
+
+
+class Alone(Replica):
+    """A replica whose vLLM is a function of requests."""
+
+    def __init__(self, answer: Callable[[httpx.Request], httpx.Response]) -> None:
+        transport = httpx.MockTransport(answer)
+        self._client = httpx.AsyncClient(base_url="http://127.0.0.1:1", transport=transport)
+        self._server: Any = SimpleNamespace(is_running=True, stop=lambda: None)
+        self._keys = {}
+
+    @property
+    def _name(self) -> str:
+        return "this one"
+
+
+async def pieces(*parts: bytes) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+
+
+async def gather(replica: Replica, asked: Asked) -> list[AnswerHead | bytes]:
+    return [piece async for piece in replica.forward(asked)]
+
+
+@pytest.mark.parametrize("engine_lives", [True, False])
+def test_a_stream_that_ends_with_an_error_is_lost_where_the_engine_has_died(engine_lives: bool) -> None:
+    events = b'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\ndata: [DONE]\n\n'
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return httpx.Response(200 if engine_lives else 503)
+        return httpx.Response(200, headers={"content-type": "text/event-stream"}, content=pieces(events))
+
+    asked = Asked("POST", "/v1/completions", (), b"{}")
+    if engine_lives:
+        assert asyncio.run(gather(Alone(vllm), asked))[1:] == [events]
+    else:
+        with pytest.raises(ReplicaLostError) as caught:
+            asyncio.run(gather(Alone(vllm), asked))
+        assert caught.value.replica == "this one"
+
+
+def test_headers_and_paths_beyond_ascii_are_passed_on() -> None:
+    seen: list[httpx.Request] = []
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(404, headers=[(b"x-said", "größer".encode("latin-1"))], content=pieces(b""))
+
+    asked = Asked("GET", "/v1/models/\u00e9?q=%C3%A9", (("x-user", "J\u00f6rg"), ("host", "elsewhere")), b"")
+    head, *_ = asyncio.run(gather(Alone(vllm), asked))
+    assert isinstance(head, AnswerHead)
+    assert head.status == 404
+    assert seen[0].url.raw_path == b"/v1/models/%C3%A9?q=%C3%A9"
+    assert (b"x-user", "J\u00f6rg".encode("latin-1")) in seen[0].headers.raw
+    assert seen[0].headers["host"] == "127.0.0.1:1"
+
+
+def test_a_replica_whose_vllm_is_down_has_no_names() -> None:
+    def down(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(ReplicaLostError, match="does not answer"):
+        asyncio.run(Alone(down).base_names())
+    with pytest.raises(ReplicaLostError) as caught:
+        asyncio.run(gather(Alone(down), Asked("GET", "/", (), b"")))
+    assert caught.value.replica == ""
 
 
 def test_a_path_reaches_its_replica_and_no_other_host() -> None:

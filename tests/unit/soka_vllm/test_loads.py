@@ -97,6 +97,7 @@ class Request:
         self.request_id, self.client_index, self.lora_request = name, 0, lora_request
         self.block_hashes: list[object] = []
         self.soka_fingerprint = ""
+        self.num_computed_tokens = 0
         self.update_block_hashes()
 
     def update_block_hashes(self) -> None:
@@ -193,6 +194,8 @@ def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     core.write("a", 1.0)
     add_lora(None, core, LoadRequest("a", 1, "a"))
     first = ask(core, "first", LoadRequest("a", 1, "a"))
+    assert first
+    before = list(first.block_hashes)
     early = Request("early", LoadRequest("a", 1, "a"))  # made before the reload, let in after it
     core.write("a", 2.0)
     add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
@@ -201,12 +204,62 @@ def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     core.write("b", 2.0)
     add_lora(None, core, LoadRequest("a", 2, "b"))
     third = ask(core, "third", LoadRequest("a", 2, "a"))  # unloaded and loaded: the same again
-    assert first
     assert second
     assert third
-    assert first.block_hashes != second.block_hashes
+    assert before != second.block_hashes
     assert early.block_hashes == second.block_hashes == third.block_hashes
     assert prefix_keys(None, Request("base", None)) == []
+
+
+def test_requests_in_the_scheduler_are_hashed_again_when_their_adapter_changes(core: Core) -> None:
+    def fresh(name: str) -> list[object]:
+        found = Request(name, LoadRequest("a", 1, "a"))
+        return found.block_hashes
+
+    core.write("a", 1.0)
+    core.write("b", 5.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("b", 2, "b"))
+    waiting, running, also = (ask(core, name, LoadRequest("a", 1, "a")) for name in ("waiting", "running", "also"))
+    other = ask(core, "other", LoadRequest("b", 2, "b"))
+    assert waiting and running and also and other  # noqa: PT018
+    before, others = fresh("x"), list(other.block_hashes)
+    running.num_computed_tokens = also.num_computed_tokens = 12
+    core.write("a", 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    after = fresh("y")
+    assert waiting.block_hashes == after != before
+    for hashes in (running.block_hashes, also.block_hashes):  # of both contents: nobody else may find those blocks
+        assert hashes not in (before, after)
+        assert len(hashes) == len(after)
+    assert running.block_hashes != also.block_hashes
+    running.update_block_hashes()  # a block that is full later
+    assert len(set(running.block_hashes)) == 1
+    assert other.block_hashes == others
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert waiting.block_hashes == fresh("z") == before
+
+
+def test_a_request_that_says_load_inplace_reads_the_adapter_again(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a program that runs the engine itself; a sum of the adapter is then made anew, too."""
+    monkeypatch.setenv(SUMS_VARIABLE, "2")
+    path = f"soka-sum:{json.dumps([[2, 'a', 1, 'a', False, 0]])}"
+    core.write("a", 1.0)
+    core.write(path, 2.0)
+    assert ask(core, "first", LoadRequest("a", 1, "a"))
+    assert ask(core, "sum", LoadRequest("2*a", 7, path))
+    core.write("a", 3.0)
+    core.write(path, 6.0)
+    assert ask(core, "plain", LoadRequest("a", 1, "a"))
+    assert core.served(1) == [1.0, 1.0], "as it was loaded"
+    assert ask(core, "again", LoadRequest("a", 1, "a", load_inplace=True))
+    assert core.served(1) == [3.0, 3.0]
+    reads = core.managers[0].reads
+    assert ask(core, "new sum", LoadRequest("2*a", 7, path))
+    assert core.served(7) == [6.0, 6.0]
+    assert ask(core, "same sum", LoadRequest("2*a", 7, path))
+    assert core.managers[0].reads == reads + 1
 
 
 def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:

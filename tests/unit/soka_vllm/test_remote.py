@@ -25,6 +25,7 @@ with warnings.catch_warnings():  # vLLM uses what torch has deprecated
 
 from soka_serve.adapter.remote import fetch as fetch_module
 from soka_serve.adapter.remote.address import parse_folder
+from soka_serve.adapter.remote.problems import FetchError
 from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_vllm.places import adapter_files
 from soka_vllm.resolver import limits_of, operator_load
@@ -164,6 +165,40 @@ def test_what_the_cache_has_dropped_is_fetched_again(models: Any, web: WebServer
         endpoints.unload(OpenAIServingModels.unload_lora_adapter, models, UnloadLoRAAdapterRequest(lora_name="math"))
     )
     assert remote._fetched == {}
+
+
+def test_a_store_that_is_down_is_asked_once_for_what_the_cache_has_dropped(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(resolve(models, "math").lora_path)
+    fetches: list[object] = []
+
+    async def down(address: object) -> Path:
+        fetches.append(address)
+        await asyncio.sleep(0.05)
+        raise FetchError("no answer", kind="passing")
+
+    async def together() -> None:
+        await asyncio.gather(*(remote.keep(str(path)) for _ in range(20)))
+
+    def denied(_: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(remote, "fetch", down)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "touch", denied)  # a cache that others write
+        asyncio.run(together())
+    assert not fetches
+    shutil.rmtree(path.parent)
+    asyncio.run(together())
+    asyncio.run(together())  # at once: it is not asked again
+    assert len(fetches) == 1
+    monkeypatch.setattr(remote, "_FAILED_S", 0.0)
+    remote._not_kept.clear()
+    asyncio.run(together())
+    asyncio.run(together())
+    assert len(fetches) == 3
+    assert not remote._keeping
 
 
 def test_nothing_is_kept_of_an_adapter_that_is_refused(
