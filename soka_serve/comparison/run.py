@@ -32,6 +32,7 @@ from soka_serve.compiler.context import prepare
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.stages import encode, init_stage
 from soka_serve.compiler.train.precision import computing_dtype
+from soka_serve.compiler.train.regularise import without_adapters
 from soka_serve.compiler.train.run import TrainingRun
 from soka_serve.compiler.train.train import build_model, make_rows
 from soka_serve.compiler.train.trained_positions import output_layer, trained_positions
@@ -72,8 +73,8 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         warnings.simplefilter("ignore")
         trial = _Trial(loaded, spec, Path(folder))
         trainable = [p for p in trial.model.parameters() if p.requires_grad]
-        before = trial.other_losses()
         record["prepare_s"] = round(time.monotonic() - started, 2)
+        before = trial.base_losses()
         try:
             trial.trainer([Recorder(trace)]).train()
         except DivergedError as error:
@@ -189,6 +190,13 @@ class _Trial:
     def other_losses(self) -> dict[str, list[float]]:
         """Loss of each example of the texts that nothing is trained on."""
         return {name: self._losses(examples) for name, examples in self.other.items()}
+
+    def base_losses(self) -> dict[str, list[float]]:
+        """The same of the base, which some starts change before anything is trained."""
+        if not self.run.method.keeps_base:
+            return self.other_losses()
+        with without_adapters(self.model):
+            return self.other_losses()
 
     def _losses(self, examples: Sequence[EncodedExample]) -> list[float]:
         found = answer_losses(self.model, examples, self.collator.collator)

@@ -230,6 +230,11 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         self.soka_initial = self.soka_initial or self.init_soka_weights == "weights"
         self._asked = copy.deepcopy(self.soka_modules)
 
+    def forget_building(self) -> None:
+        """Be as read from a file: what the config says now is what is asked for."""
+        for name in ("_asked", "_recorded"):
+            self.__dict__.pop(name, None)
+
     def record(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
         """Record an adapter's rank and factor shape per module in `soka_modules`."""
         self.soka_modules = {name: dict(spec) for name, spec in modules.items()}

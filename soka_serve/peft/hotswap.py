@@ -48,6 +48,13 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
             f"{directory}: an adapter in training, with {name_some(added)} beside its factors",
             hint="write it as a finished one first: `soka-serve export`",
         )
+    own, theirs = ({*(c.modules_to_save or ())} for c in (config, incoming))
+    if own != theirs:
+        raise FitError(
+            f"{directory}: the adapter has {name_some(sorted(theirs)) or 'no modules'} in modules_to_save, and "
+            f"{adapter_name!r} has {name_some(sorted(own)) or 'none'}",
+            hint="delete the adapter, and load this one with load_adapter",
+        )
     kinds = ("", "_initial") if incoming.soka_initial else ("",)
     stores = [f"{PREFIX}{part}{kind}" for kind in kinds for part in PARTS]
     if wrong := [p for layer in layers.values() if (p := other_bits(incoming, layer)) is not None]:
@@ -68,6 +75,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
         raise CheckpointError(f"{directory}: " + "; ".join(first_ten(problems)), hint="nothing was changed")
     for layer in layers.values():
         layer.drop_initial(adapter_name)
+        layer.note_bits(adapter_name, incoming.soka_quantize)
         layer.set_form(adapter_name, incoming.form_of(layer.module_name))
         if incoming.soka_initial:
             for part in PARTS:

@@ -61,8 +61,10 @@ class SokaLayer(MergingLayer):
         self.sigma_repeats: dict[str, bool] = {}
         """By adapter, what is known of its start: whether sigma only repeats the size of Left and Right."""
 
-        self.cuts: set[str] = set()
-        """Adapters whose initial factors are not what they started from, but terms that are taken off the weight."""
+        self.apart: set[str] = set()
+        """Adapters whose initial factors, where they have some, are not what they started from: terms that are taken
+        off the weight, or sigmas of zero, beside other modules whose start is subtracted."""
+        self._held: dict[str, set[str]] = {}
 
     # --- factors -------------------------------------------------------------------------------------------------
 
@@ -81,6 +83,14 @@ class SokaLayer(MergingLayer):
     def mends(self, adapter: str) -> bool:
         """Whether an adapter began with what quantising the base loses (`soka_quantize`)."""
         return adapter in self._mending
+
+    def note_bits(self, adapter: str, bits: str | None) -> None:
+        """Note of which quantised base an adapter mends the loss (`soka_quantize`), if of any."""
+        (self._mending.discard if bits is None else self._mending.add)(adapter)
+
+    def hold(self, adapter: str) -> None:
+        """Keep what of an adapter's factors is not trained now as it is, whenever PEFT thaws the adapter."""
+        self._held[adapter] = {p for p in PARTS if not getattr(self, f"soka_{p}")[adapter].requires_grad}
 
     def set_form(self, adapter: str, form: Form) -> None:
         """Train of an adapter what a form says, if it is trained at all."""
@@ -117,7 +127,7 @@ class SokaLayer(MergingLayer):
 
     def began(self, adapter: str) -> Factors | None:
         """The initial factors where theta started from them; None where it did not, or the adapter has none."""
-        return None if adapter in self.cuts else self.initial(adapter)
+        return None if adapter in self.apart else self.initial(adapter)
 
     def _start(self, adapter: str) -> Factors | None:
         """The frozen initial factors, without terms for what the form adds."""
@@ -182,7 +192,8 @@ class SokaLayer(MergingLayer):
             log.warning("%s: %d terms asked for, the factor shape %s has at most %d", *asked)
             rank = shape.max_rank
         self._forms[adapter] = config.form_of(self.module_name)
-        (self._mending.discard if config.soka_quantize is None else self._mending.add)(adapter)
+        self._held.pop(adapter, None)
+        self.note_bits(adapter, config.soka_quantize)
         factors = self._initial_values(rank, shape, config, dtype)
         for part in PARTS:
             value = getattr(factors, part)
@@ -268,7 +279,7 @@ class SokaLayer(MergingLayer):
     def _freeze(self) -> None:
         """PEFT trains all tensors of an active adapter: take those out that are not to be."""
         for adapter, form in self._forms.items():
-            for part in form.frozen:
+            for part in form.frozen | self._held.get(adapter, set()):
                 if adapter in (store := getattr(self, f"soka_{part}")):
                     store[adapter].requires_grad_(False)
 

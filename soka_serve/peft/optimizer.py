@@ -154,8 +154,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups of an optimiser: each factor alone, in the model's order, then what else needs gradients.
 
-    Their number depends on the model's structure alone, so that an optimiser's state fits whatever was trained. A
-    factor's group says for how many terms its rate is (`follow_terms`).
+    A factor's group says for how many terms its rate is (`follow_terms`). What has a multiplier of 0 is frozen, and
+    stays so when PEFT thaws the adapter.
 
     Args:
         multipliers: parameters with 0 are frozen.
@@ -175,6 +175,8 @@ def parameter_groups(
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "terms": len(parameter)})
         elif parameter.requires_grad:
             others.setdefault(decay, []).append(parameter)
+    for layer, adapter in _trained(model):
+        layer.hold(adapter)
     return groups + [
         {"params": found, "lr": lr if other_lr is None else other_lr, "weight_decay": decay}
         for decay, found in others.items()
@@ -296,7 +298,8 @@ def create_soka_optimizer(
         CheckpointError: an adapter's factors are still to be loaded, so that nothing tells their size.
         PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
 
-    With the Trainer: `Trainer(..., optimizers=(optimizer, None))`.
+    With the Trainer: `Trainer(..., optimizers=(optimizer, None))`. To go on with a saved state, make the optimiser of a
+    fresh adapter of the same config, then load the factors, then the state: rates follow from the start.
     """
     names = [name for name, _ in model.named_parameters()]
     multipliers = {"left": left_lr, "right": right_lr, "sigma": sigma_lr}

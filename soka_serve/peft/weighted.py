@@ -33,6 +33,7 @@ def add_weighted_adapter(model: Any, adapters: list[str], weights: list[float], 
         if isinstance(layer, SokaLayer) and set(adapters) & set(layer.adapter_names()):
             sums[layer.module_name] = _sum(layer, adapters, weights)
     config = copy.deepcopy(model.peft_config[adapters[0]])
+    config.forget_building()
     config.init_soka_weights, config.soka_initial, config.inference_mode = False, False, True
     config.soka_trained = {}
     config.soka_quantize = next((bits for a in adapters if (bits := model.peft_config[a].soka_quantize)), None)
@@ -43,12 +44,12 @@ def add_weighted_adapter(model: Any, adapters: list[str], weights: list[float], 
     model.peft_config[adapter_name] = config
     try:
         model.inject_adapter(model.model, adapter_name)
+        for layer in model.modules():
+            if isinstance(layer, SokaLayer) and layer.module_name in sums and adapter_name in layer.soka_left:
+                layer.set_factors(adapter_name, sums[layer.module_name], None)
     except Exception:
-        del model.peft_config[adapter_name]
+        model.delete_adapter(adapter_name)
         raise
-    for layer in model.modules():
-        if isinstance(layer, SokaLayer) and layer.module_name in sums and adapter_name in layer.soka_left:
-            layer.set_factors(adapter_name, sums[layer.module_name], None)
 
 
 def _sum(layer: SokaLayer, adapters: list[str], weights: list[float]) -> Factors:

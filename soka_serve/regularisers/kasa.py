@@ -7,9 +7,8 @@ KaSA's singular values are those of an update that starts small. Where K(theta) 
 counterpart is how far the values have moved: with sigma at zero the model would be at W - K(theta0).
 
 KaSA's other regulariser, of orthogonality, sums both norms of a module and takes the mean over modules, so that KaSA's
-gamma is half of what `sorsa` takes. Its third part, a base without its smallest singular components, is not here: as
-frozen negative terms it would add as many served terms as it drops, and a full SVD of every weight, for the part of the
-weight with the least energy.
+gamma is half of what `sorsa` takes. Its third part, a base without its smallest singular components, is a start
+(`soka_serve.starts.truncated`).
 """
 
 from __future__ import annotations

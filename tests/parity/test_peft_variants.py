@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from soka_serve.adapter.format import read_adapter
 from soka_serve.errors import CheckpointError
-from soka_serve.peft import SokaConfig, hotswap_adapter, soka_layers
+from soka_serve.peft import SokaConfig, drop_terms, hotswap_adapter, soka_layers
 from tests.support.peft_models import (
     INITS,
     all_projections,
@@ -196,6 +196,20 @@ def test_a_sum_that_cannot_be_is_refused(two: PeftModel) -> None:
     assert set(two.peft_config) == {"default", "other"}
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_one_adapter_of_several_ranks_scaled(pruned: bool) -> None:
+    """Also where its ranks are not those that were asked for."""
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0", "1"], "init_soka_weights": "random"}
+    options |= {} if pruned else {"rank_pattern": {"1": 1}}
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), SokaConfig(**options))
+    if pruned:
+        drop_terms(model, {"1": [0]})
+    want = {name: layer.get_delta_weight("default") / 2 for name, layer in soka_layers(model).items()}
+    model.base_model.add_weighted_adapter(["default"], [0.5], "scaled")
+    for name, layer in soka_layers(model).items():
+        torch.testing.assert_close(layer.get_delta_weight("scaled"), want[name])
+
+
 def test_more_terms_than_a_delta_can_have_are_recompressed() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), SokaConfig(r=4, target_modules=["0"], shape=[2, 2, 2, 2]))
     model.add_adapter("b", SokaConfig(r=3, target_modules=["0"], shape=[2, 2, 2, 2], init_soka_weights="random"))
@@ -288,6 +302,17 @@ def test_hotswap_refuses_before_it_changes_anything(tmp_path: Path) -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged"):
         hotswap_adapter(model, str(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("with_head", [False, True])
+def test_hotswap_refuses_other_whole_modules(tmp_path: Path, with_head: bool) -> None:
+    whole = {"modules_to_save": ["lm_head"]}
+    ids, model = tokens(), trained("weights", **({} if with_head else whole))
+    trained("weights", **(whole if with_head else {})).save_pretrained(str(tmp_path))
+    want = logits(model, ids)
+    with pytest.raises(ValueError, match=r"lm_head.* in modules_to_save|in modules_to_save, and .*lm_head"):
+        hotswap_adapter(model, str(tmp_path))
+    assert torch.equal(logits(model, ids), want)
 
 
 # --- `adapter_names`: each row of a batch with its own adapter --------------------------------------------------------

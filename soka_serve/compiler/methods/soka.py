@@ -75,4 +75,4 @@ def _tell_of_start(adapted: Any, start: StartingPoint) -> None:
         layer.sigma_repeats[ADAPTER] = sigma_repeats(
             start.factors[name], subtracted=name in start.initial, form=layer.form(ADAPTER)
         )
-        (layer.cuts.add if name in start.cut else layer.cuts.discard)(ADAPTER)
+        (layer.apart.discard if name in start.initial else layer.apart.add)(ADAPTER)

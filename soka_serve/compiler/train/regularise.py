@@ -8,6 +8,7 @@ batch's loss. The loss that is logged stays the task's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -246,11 +247,20 @@ def make_guards(
 def base_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """The logits of a batch without adapter, dropout and gradients: those of the base.
 
-    PEFT's own switch would also freeze the adapter and thaw all of it again, parts that are not trained among them.
-
     Args:
         model: a PEFT model.
         batch: inputs of the model; its labels are left out.
+    """
+    with without_adapters(model), torch.no_grad():
+        logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return logits
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it a model is its base, in evaluation mode.
+
+    PEFT's own switch would also freeze the adapter and thaw all of it again, parts that are not trained among them.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     training = model.training
@@ -258,13 +268,11 @@ def base_logits(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     for layer in layers:
         layer._disable_adapters = True
     try:
-        with torch.no_grad():
-            logits: Tensor = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        yield
     finally:
         for layer in layers:
             layer._disable_adapters = False
         model.train(training)
-    return logits
 
 
 def _tensors(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:

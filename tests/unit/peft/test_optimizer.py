@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
+from soka_serve.compiler.methods import METHODS, StartingPoint
 from soka_serve.errors import CheckpointError, PlanError
+from soka_serve.kron import dense_delta
+from soka_serve.kron.factors import random_terms
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import SMALL
 from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
@@ -236,3 +241,63 @@ def test_other_parameters_have_a_rate_of_their_own_and_a_part_with_zero_is_froze
     assert left["lr"] == right["lr"] == pytest.approx(4.0 / 2 * _size(soka_layers(model)["0"]))  # zeros count as Left
     assert (others["lr"], len(others["params"]), others["momentum"]) == (0.5, 2, 0.9)
     assert not soka_layers(model)["0"].soka_sigma["default"].requires_grad
+
+
+def test_going_on_with_a_saved_state(tmp_path: Path) -> None:
+    """As docs/python.md says: rates follow from the start, where Right is zero."""
+    torch.manual_seed(0)
+    weight = torch.randn(16, 16)
+
+    def base() -> nn.Sequential:
+        made = nn.Sequential(nn.Linear(16, 16, bias=False))
+        made[0].weight.data.copy_(weight)
+        return made
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+            (model(inputs) - inputs).square().mean().backward()
+            optimizer.step()
+
+    model = peft.get_peft_model(base(), SokaConfig(target_modules=["0"]))
+    optimizer = create_soka_optimizer(model, lr=8.0)
+    steps(model, optimizer, range(3))
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    steps(model, optimizer, range(3, 6))
+    again = peft.get_peft_model(base(), SokaConfig(target_modules=["0"]))
+    resumed = create_soka_optimizer(again, lr=8.0)
+    peft.set_peft_model_state_dict(again, peft.load_peft_weights(tmp_path))
+    resumed.load_state_dict(state)
+    steps(again, resumed, range(3, 6))
+    whole, parts = (soka_layers(m)["0"] for m in (model, again))
+    for part in ("left", "right", "sigma"):
+        assert torch.equal(getattr(whole, f"soka_{part}")["default"], getattr(parts, f"soka_{part}")["default"])
+
+
+def test_what_is_frozen_stays_so_when_peft_thaws_the_adapter() -> None:
+    model, layer = _adapted((4, 4, 4, 4), init_soka_weights="zero")
+    create_soka_optimizer(model, lr=1.0)
+    with model.disable_adapter():
+        pass
+    model.set_adapter("default")
+    trains = {part: getattr(layer, f"soka_{part}")["default"].requires_grad for part in ("left", "right", "sigma")}
+    assert trains == {"left": True, "right": True, "sigma": False}
+    create_soka_optimizer(model, lr=1.0, sigma_lr=1.0)
+
+
+def test_a_delta_decays_to_zero_beside_a_start_that_is_subtracted(tmp_path: Path) -> None:
+    """A build's modules share a flag for initial factors; a start from a delta of its own has none to be pulled to."""
+    factors = {name: random_terms(1, FactorShape(4, 4, 4, 4), 0.5) for name in ("0", "1")}
+    base = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    start = StartingPoint(["0", "1"], 1, 1.0, "base", torch.device("cpu"), 1, tmp_path, list, factors, {"1"})
+    model = METHODS["soka"].build(base, start)
+    optimizer = create_soka_optimizer(model, lr=1.0, weight_decay=1.0, sigma_lr=0.0)
+    for _ in range(300):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    own, subtracted = (soka_layers(model)[name] for name in ("0", "1"))
+    assert own.get_delta_weight("default").norm() < 1e-3 * dense_delta(factors["0"]).norm()
+    assert torch.equal(subtracted.soka_left["default"], factors["1"].left)
