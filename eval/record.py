@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from soka_serve.io.files import write_text_atomic
+from soka_serve.io.hardware import cpu_name
 from soka_serve.io.versions import versions
 
 Pairs = Mapping[str, object] | tuple[()]
@@ -38,13 +39,6 @@ def command_of(options: argparse.Namespace) -> str:
             elif one is not True:
                 words.append(f"{one:g}" if isinstance(one, float) else str(one))
     return shlex.join(words)
-
-
-def cpu_name() -> str:
-    """What the processor calls itself, on Linux; "unknown" elsewhere."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def write_record(

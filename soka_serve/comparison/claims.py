@@ -55,6 +55,8 @@ def _test(suite: Suite, claim: Claim, finals: Records, runs: Runs) -> dict[str, 
     )
     sign = -1.0 if claim.metric in MORE_IS_BETTER else 1.0
     summary = interval(differences)
+    if claim.pairs == "examples":
+        row["by_seed"] = [round(difference, 5) for difference in _by_seed(suite, claim, names, runs)]
     return row | {
         "n": len(differences),
         "difference": None if summary is None else asdict(summary),
@@ -72,6 +74,9 @@ def _missing(suite: Suite, claim: Claim, method: str, dataset: str, finals: Reco
             return f"{count} runs of {method} on {dataset} {status}"
     if lacking := len(suite.protocol.seeds) - len(records):
         return f"{lacking} runs of {method} on {dataset} are missing"
+    measured = runs[method, dataset].values()
+    if claim.metric == "steps_to_loss" and claim.margin and (never := sum(not run["reached"] for run in measured)):
+        return f"{never} runs of {method} on {dataset} never reach the loss, so that how much later is not known"
     if any(claim.metric not in run for run in runs[method, dataset].values()):
         return f"{method} on {dataset} has no {claim.metric}"
     return None

@@ -152,6 +152,8 @@ class Cell:
             "stage": stage,
             "base": [inputs.base, inputs.papers],
             "data": inputs.data[dataset.name],
+            # Problems of builtin families were asked without the templates before.
+            **({"templates": 1} if dataset.data.builtin and (dataset.data.prompt or dataset.data.completion) else {}),
             "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
             "versions": {**inputs.versions} | {package: inputs.packages[package] for package in packages_of(made)},
             "device": inputs.device,

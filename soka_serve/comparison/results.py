@@ -53,6 +53,7 @@ def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]
         "claims_changed_after": sum(record["claims_sha256"] != suite.claims_sha256 for record in made),
         "results": len(made),
         "data_order_equal": _same_order(finals),
+        "processors": sorted({record["cpu"] for record in made if record.get("cpu")}),
         "runs": [_compact(records[key]) for key in keys_of(cells, records) if key in records],
     }
 
@@ -83,7 +84,7 @@ def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]
         reached = steps_to(record["loss"], dataset.loss_targets[0], window) if _whole(record) else None
         found["steps_to_loss"] = recipe.steps + 1 if reached is None else reached
         found["reached"] = float(reached is not None)
-    norms = record["grad_norm"][math.ceil(recipe.warmup_frac * recipe.steps) :]
+    norms = record["grad_norm"][math.ceil(_warmup_frac(suite, record) * recipe.steps) :]
     if norms and all(map(math.isfinite, norms)):
         found["grad_norm"] = math.fsum(norms) / len(norms)
         if (spread := noise(norms)) is not None:
@@ -97,6 +98,15 @@ def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]
     return found | {name: record[name] for name in RECORDED if record.get(name) is not None}
 
 
+def _warmup_frac(suite: Suite, record: Record) -> float:
+    """The share of a run's steps that warmed up, which a grid may have searched."""
+    contender, recipe = suite.contender(record["method"]), suite.train.model_dump()
+    for axis, value in record.get("setting", {}).items():
+        if contender.key_of(axis) == "train.warmup_frac":
+            return float(value)
+    return float(recipe["warmup_frac"])
+
+
 def _cell(
     cell: Cell,
     choice: Choice,
@@ -106,10 +116,11 @@ def _cell(
 ) -> dict[str, Any]:
     """A method on a dataset."""
     sweeps = [records[key] for key in sweep_keys(cell, choice) if key in records]
-    done = [record for record in finals.values() if _whole(record)]
+    counted = [record for record in finals.values() if record["status"] != "failed"]
+    done = [record for record in counted if _whole(record)]
     window, steps = cell.suite.protocol.loss_window, cell.suite.train.model_dump()["steps"]
     reached = {
-        target: [steps_to(record["loss"], target, window) or steps + 1 for record in done]
+        target: [(steps_to(r["loss"], target, window) if _whole(r) else None) or steps + 1 for r in counted]
         for target in cell.dataset.loss_targets
     }
     searched = choice.setting is not None and bool(choice.finalists)

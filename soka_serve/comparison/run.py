@@ -41,6 +41,7 @@ from soka_serve.data.collate import IGNORED, PadCollator
 from soka_serve.data.encode import EncodedExample
 from soka_serve.errors import DivergedError, PlanError
 from soka_serve.io.file_names import WEIGHTS_FILE
+from soka_serve.io.hardware import cpu_name
 from soka_serve.io.workspace import Workspace
 from soka_serve.manifest.read import LoadedManifest
 
@@ -62,7 +63,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
     """
     started = time.monotonic()
     memory, trace = MemoryMeter(), Trace()
-    record: dict[str, Any] = {"status": "done", "error": None}
+    record: dict[str, Any] = {"status": "done", "error": None, "cpu": cpu_name()}
     with (
         tempfile.TemporaryDirectory(prefix="run-", dir=work) as folder,
         quiet_bars(),

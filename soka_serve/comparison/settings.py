@@ -16,8 +16,18 @@ from soka_serve.manifest.schema import Manifest
 Setting: TypeAlias = tuple[tuple[str, float], ...]
 """A value for each axis, in the order of the grid."""
 
-# Keys of [train] that runs have their own way with, and those that only SoKA's training depends on.
-_NOT_SEARCHED = ("steps", "seed", "data", "log_every", "eval_every", "save_every", "early_stopping", "answered")
+# Keys of [train] that runs have their own way with or that choose the problems, and those that only SoKA reads.
+_NOT_SEARCHED = (
+    "steps",
+    "seed",
+    "max_length",
+    "data",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "early_stopping",
+    "answered",
+)
 _SOKA_KEYS = ("adapt.", "train.left_lr", "train.right_lr", "train.sigma_lr", "train.prune")
 
 

@@ -56,12 +56,22 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             "Claims: one-sided sign-flip tests at 5%, the primary one as it is, the others after Holm's correction. "
             "False means that the results do not show it."
         )
+        if any(claim["pairs"] == "examples" for claim in results["claims"]):
+            said.append(
+                "Where pairs are examples, p and interval speak for further examples with these seeds; of other seeds "
+                "the differences seed by seed tell."
+            )
     if changed := results["claims_changed_after"]:
         said.append(f"**The claims are not those of {changed} of {results['results']} results: they were changed.**")
     if not results["effort_equal"]:
         said.append("**Not every method was tried with as many settings** (see the table by dataset).")
     if not results["data_order_equal"]:
         said.append("**The methods did not see the same batches in the same order.**")
+    if len(processors := results.get("processors", ())) > 1:
+        said.append(
+            f"**Runs were made on different processors** ({'; '.join(processors)}): times do not compare, and in half "
+            "precision losses differ a little, too."
+        )
     unfinished = [row["name"] for row in results["table"] if not row["complete"]]
     if unfinished:
         said.append(f"Not finished, with fewer seeds or datasets than the others: {', '.join(unfinished)}.")
@@ -158,7 +168,7 @@ def _each(values: Mapping[str, float], form: str) -> str:
 
 def claim_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """One row per claim."""
-    head = ["claim", "on", "pairs", "difference", "median", "better in", "p", "p (Holm)", "verdict"]
+    head = ["claim", "on", "pairs", "difference", "median", "better in", "p", "p (Holm)", "verdict", "seed by seed"]
     rows = [
         [
             claim_text(claim),
@@ -170,6 +180,7 @@ def claim_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             number(claim["p"], "{:.3g}"),
             "primary" if claim["primary"] else number(claim["p_corrected"], "{:.3g}"),
             _VERDICTS[claim["holds"]] + (f": {claim['undecided']}" if claim["undecided"] else ""),
+            ", ".join(f"{difference:+.4f}" for difference in claim.get("by_seed", ())) or "–",
         ]
         for claim in results["claims"]
     ]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from soka_serve.errors import EvalError, ServeError
 from soka_serve.evaluation.shared import SharedModel, SharedServer, own_dtype, started_vllm
 from soka_serve.evaluation.subject import Subject
+from soka_serve.io.file_names import WEIGHTS_FILE
 from soka_serve.io.versions import versions_of
 from soka_serve.serving.client import Client, Endpoint
 from soka_serve.serving.command import Launch
@@ -127,7 +128,18 @@ class VllmBackend:
             )
         if not root.exists():
             logger.warning("%s: whether %r is this build cannot be seen from here (%s)", url, target.name, root)
+        else:
+            self._tell_of_age(root / WEIGHTS_FILE, Client(reached).started_at())
         return replace(reached, base_model=str(card["parent"]))
+
+    def _tell_of_age(self, weights: Path, began: float | None) -> None:
+        """Warn of weights that a running server may have read before they were written."""
+        if began is not None and weights.is_file() and weights.stat().st_mtime > began:
+            logger.warning(
+                "%s was written after the server began: unless the adapter was loaded again since (load_inplace), an "
+                "earlier one is measured",
+                weights,
+            )
 
     @contextmanager
     def _ask(self, role: str, endpoint: Endpoint) -> Iterator[RoleModel]:

@@ -47,7 +47,8 @@ def prompt(doc: Mapping[str, Any]) -> str:
     description = doc["text"] if "text" in doc else doc["prompt"]
     question = f"{description}\nYour code should pass these tests:\n" + "\n".join(doc["test_list"])
     own = ("text", "prompt", "task_id", "test_list", "test_setup_code", "test_imports")
-    return zero_shot_prompt("mbpp", question, {name: doc[name] for name in own if name in doc})
+    columns = {name: doc[name] for name in own if name in doc}
+    return zero_shot_prompt("mbpp", question, {"text": description, **columns})  # sanitized rows have no `text`
 
 
 def fewshot_prompt(doc: Mapping[str, Any]) -> str:

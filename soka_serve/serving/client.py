@@ -117,6 +117,15 @@ class Client:
         start = f'soka:requests_total{{adapter="{adapter}",'
         return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(start))
 
+    def started_at(self) -> float | None:
+        """When the server began, in seconds since the epoch; None where it does not say."""
+        try:
+            lines = self._send("/metrics").decode().splitlines()
+        except (OSError, ValueError):
+            return None
+        found = [line.rpartition(" ")[2] for line in lines if line.startswith("process_start_time_seconds ")]
+        return float(found[0]) if found else None
+
     def _logprobs(self, model: str, context: int | None) -> list[float]:
         """Log-probability of each token of the text, from the second on."""
         body = {"model": model, "prompt": _TEXT, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}

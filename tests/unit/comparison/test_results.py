@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from soka_serve.comparison.claims import judge
 from soka_serve.comparison.page import loss_chart, render_html, strips
 from soka_serve.comparison.plan import Cell, RunInputs, list_cells
 from soka_serve.comparison.read import parse_suite
 from soka_serve.comparison.records import Records
-from soka_serve.comparison.results import summarise
+from soka_serve.comparison.results import measures, summarise
 from soka_serve.comparison.stats import (
     holm,
     interval,
@@ -103,6 +104,27 @@ def made(suite: Suite, name: str, seed: int, **others: Any) -> dict[str, Any]:
         "batches_sha256": "same",
         "claims_sha256": suite.claims_sha256,
     } | others
+
+
+def test_what_never_comes_is_not_shown_to_come_no_later() -> None:
+    claim = 'metric = "steps_to_loss"\nrelation = "no worse"\nmargin = 20\n'
+    suite = parse_suite(SUITE.replace('metric = "forgetting"\nrelation = "no worse"\nmargin = 0.5\n', claim), "s.toml")
+    found = {
+        (name, "math"): {seed: made(suite, name, seed, loss=[8.0] * 4) for seed in range(5)} for name in ("new", "old")
+    }
+    runs = {place: {s: measures(suite, suite.dataset[0], r) for s, r in by.items()} for place, by in found.items()}
+    (row,) = [row for row in judge(suite, found, runs) if row["metric"] == "steps_to_loss"]
+    assert row["holds"] is None
+    assert "5 runs of old on math never reach the loss" in row["undecided"]
+
+
+def test_noise_begins_behind_the_warm_up_of_the_setting() -> None:
+    grid = 'learning_rate = [1.0], "train.warmup_frac" = [0.25, 0.75]'
+    text = SUITE.replace("learning_rate = [1.0]", grid).replace("learning_rate = [2.0]", "learning_rate = [2.0, 3.0]")
+    suite = parse_suite(text, "s.toml")
+    for axes, norms in (({}, [1.0, 2.0, 1.0]), ({"train.warmup_frac": 0.75}, [1.0])):
+        record = made(suite, "new", 0, setting={"learning_rate": 1.0, **axes})
+        assert measures(suite, suite.dataset[0], record)["grad_norm"] == pytest.approx(sum(norms) / len(norms))
 
 
 @pytest.fixture
