@@ -35,7 +35,12 @@ NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none; SOKA_REQUIRE_GPU=1 makes that a failure."""
+    """Long modules first; tests marked `gpu` are skipped where there is none (SOKA_REQUIRE_GPU=1 makes that a failure).
+
+    Modules are shared out in this order, and a long one at the end keeps all processes but one idle. Those right in
+    tests/unit start many programs.
+    """
+    items.sort(key=lambda item: (item.path.parent.name != "e2e", item.path.parent != ROOT / "tests" / "unit"))
     if not any("gpu" in item.keywords for item in items):
         return
     import torch
