@@ -6,7 +6,7 @@ ends the engine when it is asked for, and new weights under a known name and pat
 the old ones. Runs in the engine's process; see `soka_vllm.store` for the workers'.
 
 From vLLM 0.34 on the engine takes requests in while it waits for a step's output. An adapter that is read for one of
-them is read between that step's forward pass and its sampling: nothing that is in a slot changes by it.
+them is read between that step's forward pass and its sampling: no factors in a slot change by it.
 """
 
 from __future__ import annotations

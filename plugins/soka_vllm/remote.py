@@ -138,13 +138,14 @@ async def _fetch_again(path: str, address: Address) -> None:
     try:
         found = await fetch(address)
     except SokaError as error:
-        if len(_not_kept) >= _MOST_FAILED:
-            _not_kept.clear()
-        _not_kept[path] = time.monotonic() + _FAILED_S
         _logger.warning("The cache has dropped an adapter that is served: %s", error.message)
-        return
-    if str(found) != path:
+    else:
+        if str(found) == path:
+            return
         _logger.warning("The cache has dropped an adapter that is served, and %s holds another now", address)
+    if len(_not_kept) >= _MOST_FAILED:
+        _not_kept.clear()
+    _not_kept[path] = time.monotonic() + _FAILED_S
 
 
 def forget(path: str) -> None:

@@ -152,6 +152,8 @@ class Cell:
             "stage": stage,
             "base": [inputs.base, inputs.papers],
             "data": inputs.data[dataset.name],
+            # What is forgotten was measured from the start before, where that changes the base.
+            **({"forgetting": 1} if final and suite.other and _moves_base(made) else {}),
             # Problems of builtin families were asked without the templates before.
             **({"templates": 1} if dataset.data.builtin and (dataset.data.prompt or dataset.data.completion) else {}),
             "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
@@ -163,6 +165,11 @@ class Cell:
     def finals(self, setting: Setting) -> list[RunSpec]:
         """The runs of the results."""
         return [self.spec("final", setting, seed) for seed in self.suite.protocol.seeds]
+
+
+def _moves_base(made: Manifest) -> bool:
+    """Whether factors change the base before they are trained."""
+    return METHODS[made.train.method].kronecker and any(rule.start.moves_base for rule in made.adapt)
 
 
 def _with_hashes(rule: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:

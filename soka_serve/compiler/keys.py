@@ -123,6 +123,9 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
     recipe["precision"] = keyed_precision(manifest, inputs.dtype)
     if not method.kronecker:
         recipe["sigma_lr"] = 1.0  # the default when these keys began; nothing reads it
+    # Problems of builtin families were asked without the templates before.
+    judged = train.judged
+    asked = ["templates", 1] if judged and judged.builtin and (judged.prompt or judged.completion) else []
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash(
         "tune",
@@ -133,14 +136,14 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         manifest.base.dtype,
         manifest.base.quantize,
         *training_versions(method, train),
-        *([manifest.eval.max_new_tokens, kept_apart(manifest)] if train.answered else []),
+        *([manifest.eval.max_new_tokens, kept_apart(manifest), *asked] if train.answered else []),
     )
     terms = [output.adapter_terms] if output.adapter_terms != "all" else []
     keys["export"] = _hash("export", keys["tune"], output.adapter_dtype if method.kronecker else None, *terms)
     if "merged" in output.write or method.whole_model:
         keys["merge"] = _hash("merge", keys["export"], output.merged_dtype)
     made = keys["merge" if method.whole_model else "export"]  # what is loaded to be checked
-    keys["check"] = _hash("check", made, manifest.eval.limit, manifest.eval.max_new_tokens, examples)
+    keys["check"] = _hash("check", made, manifest.eval.limit, manifest.eval.max_new_tokens, examples, *asked)
     if output.measure:
         keys["measure"] = _hash("measure", made, list(output.measure), learned)
     keys["report"] = _hash("report", *keys.values(), inputs.manifest, inputs.base_name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -88,9 +88,16 @@ class SokaLayer(MergingLayer):
         """Note of which quantised base an adapter mends the loss (`soka_quantize`), if of any."""
         (self._mending.discard if bits is None else self._mending.add)(adapter)
 
-    def hold(self, adapter: str) -> None:
-        """Keep what of an adapter's factors is not trained now as it is, whenever PEFT thaws the adapter."""
-        self._held[adapter] = {p for p in PARTS if not getattr(self, f"soka_{p}")[adapter].requires_grad}
+    def hold(self, adapter: str, parts: Collection[str]) -> None:
+        """Leave some of an adapter's factors as they are, also when PEFT thaws the adapter."""
+        self._held[adapter] = set(parts)
+        self._freeze()
+
+    def release(self, adapter: str) -> None:
+        """Train again what was held."""
+        for part in self._held.pop(adapter, set()):
+            getattr(self, f"soka_{part}")[adapter].requires_grad_(True)
+        self._freeze()
 
     def set_form(self, adapter: str, form: Form) -> None:
         """Train of an adapter what a form says, if it is trained at all."""
@@ -263,6 +270,8 @@ class SokaLayer(MergingLayer):
     def drop_initial(self, adapter: str) -> None:
         """Leave an adapter its trained factors alone, all of them: they are the delta from now on."""
         self.set_form(adapter, PLAIN)
+        self._held.pop(adapter, None)
+        self.apart.discard(adapter)
         for name in (*self.initial_names, *(f"soka_{name}" for name in TENSORS)):
             store = getattr(self, name)
             if adapter in store:

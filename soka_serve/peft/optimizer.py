@@ -163,20 +163,21 @@ def parameter_groups(
         decayed: names of the parameters that `weight_decay` is for. Factors with initial ones are left to
             `pull_to_initial`.
     """
+    trained = list(_trained(model))
+    for layer, adapter in trained:
+        layer.release(adapter)  # an optimiser before this one may have held it
     rates, pulled = learning_rates(model, multipliers), _with_initial(model)
     groups: list[dict[str, Any]] = []
     others: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         decay = weight_decay if name in decayed and parameter not in pulled else 0.0
-        if rates.get(parameter) == 0:
-            parameter.requires_grad_(False)
-        elif parameter in rates:
+        if parameter in rates and rates[parameter] > 0:
             rate = lr * rates[parameter]
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "terms": len(parameter)})
-        elif parameter.requires_grad:
+        elif parameter.requires_grad and parameter not in rates:
             others.setdefault(decay, []).append(parameter)
-    for layer, adapter in _trained(model):
-        layer.hold(adapter)
+    for layer, adapter in trained:
+        layer.hold(adapter, [p for p in PARTS if rates.get(getattr(layer, f"soka_{p}")[adapter]) == 0])
     return groups + [
         {"params": found, "lr": lr if other_lr is None else other_lr, "weight_decay": decay}
         for decay, found in others.items()

@@ -21,7 +21,7 @@ from soka_serve.serving.targets import Target
 
 _HEALTH_S = 60.0
 _METRICS_S = 5.0
-_ERROR_EVENT = b'data: {"error"'
+_ERROR_EVENTS = (b'data: {"error"', b"event: error")  # OpenAI's, Anthropic's
 _IN_A_PATH = "%/?#[]@!$&'()*+,;=:~" + '\\^`{|}"<> '  # what may be wrong there is for `httpx.URL` to say
 # Of one connection, or made anew on the way to the client.
 _HOP_HEADERS = frozenset(
@@ -206,7 +206,8 @@ class Replica:
             yield head
             async for piece in answer.aiter_raw():
                 # vLLM ends streams with an error as their last event when its engine dies, and with status 200.
-                if head.is_stream and _ERROR_EVENT in piece and not await self._is_alive():
+                ends = head.is_stream and any(event in piece for event in _ERROR_EVENTS)
+                if ends and not await self._is_alive():
                     raise ReplicaLostError("a stream ended with an error, and the engine has died", self._name)
                 yield piece
         except httpx.TransportError as error:

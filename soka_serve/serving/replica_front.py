@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 _LOST = (RayActorError, ReplicaLostError, ReplicaUnavailableError, DeploymentUnavailableError)
 _PAUSE_S = 0.2
+_APART_S = 30.0
 _MOST_ENDED = 3  # replicas that one request may take with it
 _METRICS_S = 8  # Prometheus asks for 10 s
 # What would reach one replica of several, which nobody can tell apart.
@@ -72,11 +74,12 @@ class Front:
             if len(ended - {""}) >= _MOST_ENDED:
                 logger.error("%s %s: not sent again, %d replicas have died with it", request.method, path, _MOST_ENDED)
                 return _refusal(
-                    500, "InternalServerError", f"{_MOST_ENDED} replicas have died with this request: {last}"
+                    500, "InternalServerError", f"{_MOST_ENDED} replicas have died that had this request: {last}"
                 )
             if time.monotonic() >= deadline:
                 return _refusal(503, "ServiceUnavailableError", f"no replica has answered: {last}")
-            await asyncio.sleep(_PAUSE_S)
+            # What is deadly may be another request that was beside this one twice: they come back at other times.
+            await asyncio.sleep(_PAUSE_S if len(ended - {""}) < _MOST_ENDED - 1 else random.uniform(_PAUSE_S, _APART_S))
 
     async def _metrics(self) -> Response:
         """What all replicas count, with their names; without those that have none to give."""

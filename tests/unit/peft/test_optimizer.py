@@ -284,7 +284,10 @@ def test_what_is_frozen_stays_so_when_peft_thaws_the_adapter() -> None:
     model.set_adapter("default")
     trains = {part: getattr(layer, f"soka_{part}")["default"].requires_grad for part in ("left", "right", "sigma")}
     assert trains == {"left": True, "right": True, "sigma": False}
-    create_soka_optimizer(model, lr=1.0, sigma_lr=1.0)
+    create_soka_optimizer(model, lr=1.0, sigma_lr=1.0, left_lr=0.0)  # which says otherwise
+    model.set_adapter("default")
+    trains = {part: getattr(layer, f"soka_{part}")["default"].requires_grad for part in ("left", "right", "sigma")}
+    assert trains == {"left": False, "right": True, "sigma": True}
 
 
 def test_a_delta_decays_to_zero_beside_a_start_that_is_subtracted(tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ class Forwarding:
 @pytest.fixture
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_front, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(replica_front, "_APART_S", 0.0)
 
 
 @pytest.mark.usefixtures("_no_pause")
@@ -173,7 +174,7 @@ def test_a_request_that_replicas_die_of_is_not_sent_to_all_of_them() -> None:
     deadly = Forwarding(*map(lost, "aabbbcdefghij"))
     answer = ask(deadly, "GET", "/v1/x", retry_s=30)
     assert (answer.status_code, deadly.sent) == (500, 6)
-    assert b"3 replicas have died with this request: the engine has died" in answer.body
+    assert b"3 replicas have died that had this request: the engine has died" in answer.body
     actors = Forwarding(*(RayActorError(actor_id=name, error_msg="gone") for name in "abcd"))
     assert ask(actors, "GET", "/v1/x", retry_s=30).status_code == 500
     head = AnswerHead(200, ())
@@ -205,8 +206,14 @@ async def gather(replica: Replica, asked: Asked) -> list[AnswerHead | bytes]:
 
 
 @pytest.mark.parametrize("engine_lives", [True, False])
-def test_a_stream_that_ends_with_an_error_is_lost_where_the_engine_has_died(engine_lives: bool) -> None:
-    events = b'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\ndata: [DONE]\n\n'
+@pytest.mark.parametrize(
+    "events",
+    [
+        b'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\ndata: [DONE]\n\n',
+        b'event: error\ndata: {"type":"error","error":{"type":"internal_error","message":"EngineCore"}}\n\n',
+    ],
+)
+def test_a_stream_that_ends_with_an_error_is_lost_where_the_engine_has_died(events: bytes, engine_lives: bool) -> None:
 
     def vllm(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/health":
