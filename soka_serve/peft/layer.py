@@ -88,15 +88,15 @@ class SokaLayer(MergingLayer):
         """Note of which quantised base an adapter mends the loss (`soka_quantize`), if of any."""
         (self._mending.discard if bits is None else self._mending.add)(adapter)
 
-    def hold(self, adapter: str, parts: Collection[str]) -> None:
-        """Leave some of an adapter's factors as they are, also when PEFT thaws the adapter."""
-        self._held[adapter] = set(parts)
+    def hold(self, adapter: str, names: Collection[str]) -> None:
+        """Leave tensors of an adapter, by their containers' names, as they are, also when PEFT thaws the adapter."""
+        self._held[adapter] = set(names)
         self._freeze()
 
     def release(self, adapter: str) -> None:
         """Train again what was held."""
-        for part in self._held.pop(adapter, set()):
-            getattr(self, f"soka_{part}")[adapter].requires_grad_(True)
+        for name in self._held.pop(adapter, set()):
+            getattr(self, name)[adapter].requires_grad_(True)
         self._freeze()
 
     def set_form(self, adapter: str, form: Form) -> None:
@@ -288,8 +288,9 @@ class SokaLayer(MergingLayer):
     def _freeze(self) -> None:
         """PEFT trains all tensors of an active adapter: take those out that are not to be."""
         for adapter, form in self._forms.items():
-            for part in form.frozen | self._held.get(adapter, set()):
-                if adapter in (store := getattr(self, f"soka_{part}")):
+            names = {f"soka_{part}" for part in form.frozen} | self._held.get(adapter, set())
+            for name in names:
+                if adapter in (store := getattr(self, name)):
                     store[adapter].requires_grad_(False)
 
     def cast(self, adapter: str) -> None:

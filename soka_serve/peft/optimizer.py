@@ -177,7 +177,7 @@ def parameter_groups(
         elif parameter.requires_grad and parameter not in rates:
             others.setdefault(decay, []).append(parameter)
     for layer, adapter in trained:
-        layer.hold(adapter, [p for p in PARTS if rates.get(getattr(layer, f"soka_{p}")[adapter]) == 0])
+        layer.hold(adapter, [name for name, store in layer.stores(adapter).items() if rates.get(store[adapter]) == 0])
     return groups + [
         {"params": found, "lr": lr if other_lr is None else other_lr, "weight_decay": decay}
         for decay, found in others.items()

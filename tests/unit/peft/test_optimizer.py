@@ -290,6 +290,14 @@ def test_what_is_frozen_stays_so_when_peft_thaws_the_adapter() -> None:
     assert trains == {"left": False, "right": True, "sigma": True}
 
 
+def test_what_a_form_adds_is_frozen_with_the_factor_that_it_is_like() -> None:
+    model, layer = _adapted((4, 4, 4, 4), soka_trained={"extra_terms": 1})
+    create_soka_optimizer(model, lr=1.0, left_lr=0.0)
+    model.set_adapter("default")
+    trains = {part: getattr(layer, f"soka_extra_{part}")["default"].requires_grad for part in ("left", "right")}
+    assert trains == {"left": False, "right": True}
+
+
 def test_a_delta_decays_to_zero_beside_a_start_that_is_subtracted(tmp_path: Path) -> None:
     """A build's modules share a flag for initial factors; a start from a delta of its own has none to be pulled to."""
     factors = {name: random_terms(1, FactorShape(4, 4, 4, 4), 0.5) for name in ("0", "1")}
