@@ -75,9 +75,9 @@ def _missing(suite: Suite, claim: Claim, method: str, dataset: str, finals: Reco
     if lacking := len(suite.protocol.seeds) - len(records):
         return f"{lacking} runs of {method} on {dataset} are missing"
     measured = runs[method, dataset].values()
-    if claim.metric == "steps_to_loss" and claim.margin and method == claim.candidate:
-        if never := sum(not run["reached"] for run in measured):
-            return f"{never} runs of {method} on {dataset} never reach the loss, so that how much later is not known"
+    later = claim.metric == "steps_to_loss" and claim.margin > 0 and method == claim.candidate
+    if later and (never := sum(not run["reached"] for run in measured)):
+        return f"{never} runs of {method} on {dataset} never reach the loss, so that how much later is not known"
     if any(claim.metric not in run for run in measured):
         return f"{method} on {dataset} has no {claim.metric}"
     return None
