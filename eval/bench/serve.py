@@ -51,7 +51,7 @@ from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 LAYERS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 SLOTS = 64
 EXTRA = 8  # adapters more than slots, so that some are in the cache only
-REQUESTS_AND_ADAPTERS = [(8, 0), (8, 1), (8, 8), (64, 0), (64, 1), (64, 64)]
+REQUESTS_AND_ADAPTERS = [(8, 0), (8, 1), (8, 8), (64, 0), (64, 1), (64, 8), (64, 64)]
 SIZES = {"embedded": (64, 32), "100M": (16, 8)}  # tokens of an answer with 8 and with 64 requests
 SMALL_LLAMA: dict[str, Any] = {
     "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,

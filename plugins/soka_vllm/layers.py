@@ -12,6 +12,7 @@ from torch import Tensor
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.kron.sharding import Cut, LayerShards, Shard, cut
 from soka_vllm import compat
+from soka_vllm.ops import cpu_kernel
 from soka_vllm.ops.torch_ops import StackKind
 from soka_vllm.settings import serves_lora
 from soka_vllm.slots import Arranged, SlotStore
@@ -48,6 +49,7 @@ class KroneckerMixin:
         self._on_cpu = on_cpu
         if on_cpu:  # calls ask for it many times, and vLLM's way to a submodule costs as much as a small product
             self.__dict__["base_layer"] = self.base_layer
+            cpu_kernel.load()  # so that no step waits for a compiler
         slots = max_loras + 1 if on_cpu else max_loras
         self._kronecker = SlotStore(
             slots, self.shards.widths, self.shards.in_features, lora_config.lora_dtype, self.device

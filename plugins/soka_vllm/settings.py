@@ -18,6 +18,7 @@ KEEP_VARIABLE = "SOKA_KEEP_ADAPTERS_GIB"
 SUMS_VARIABLE = "SOKA_SUMS"
 TURN_VARIABLE = "SOKA_TURN_SECONDS"
 SLOT_VARIABLE = "SOKA_SLOT_PARAMETERS"
+COMPILE_VARIABLE = "SOKA_COMPILE"
 SLOT_DEFAULT = 25_000_000  # two terms on every projection of a 70B model on one GPU: what a start from weights exports
 _SALT_VARIABLE = "SOKA_SUMS_SALT"  # the plugin's own: of the numbers of sums, the same in all processes of a server
 _KEEP_DEFAULT_GIB = 4.0
@@ -31,10 +32,16 @@ def serves_lora() -> bool:
     Raises:
         ValueError: the environment variable is neither 0 nor 1.
     """
-    text = os.environ.get(LORA_VARIABLE, "1")
-    if text not in ("0", "1"):
-        raise ValueError(f"{LORA_VARIABLE} is {text!r}, expected 0 or 1")
-    return text == "1"
+    return _is_on(LORA_VARIABLE)
+
+
+def compiles() -> bool:
+    """Whether the operator is compiled for the CPU that it runs on (SOKA_COMPILE, by default it is).
+
+    Raises:
+        ValueError: the environment variable is neither 0 nor 1.
+    """
+    return _is_on(COMPILE_VARIABLE)
 
 
 def has_metrics_folder() -> bool:
@@ -101,6 +108,13 @@ def compile_factors(stock: Callable[[], dict[str, object]]) -> dict[str, object]
     """
     own = {"soka_vllm": __version__, LORA_VARIABLE: serves_lora(), SLOT_VARIABLE: slot_values()}
     return {**stock(), **own}
+
+
+def _is_on(variable: str) -> bool:
+    text = os.environ.get(variable, "1")
+    if text not in ("0", "1"):
+        raise ValueError(f"{variable} is {text!r}, expected 0 or 1")
+    return text == "1"
 
 
 def _number(variable: str, default: float, unit: str) -> float:

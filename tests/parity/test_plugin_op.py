@@ -10,10 +10,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from soka_serve.kron import dense_delta
 from soka_serve.kron.shapes import FactorShape
-from soka_vllm.ops import torch_ops
+from soka_vllm.ops import cpu_kernel, torch_ops
 from tests.support.plugin_layers import Layer, equal_slices_layer, kron_sum, qkv_layer, random_factors, sharded_layer
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two the tests of this file run."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_kernel, "load", lambda: None)
+    elif cpu_kernel.load() is None:
+        pytest.skip("no C++ compiler")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -67,41 +77,20 @@ def test_many_adapters_of_few_shapes(dtype: torch.dtype) -> None:
     layer.check(torch.arange(130), 130)
 
 
-@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer])
-def test_many_products_in_bfloat16(make: Callable[[torch.dtype], Layer], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make(torch.bfloat16)
-    base, x = layer.arguments(60)
-    slots = torch.tensor([0, 1, 2, -1, 0]).repeat(12)
-    results = []
-    for many in (2**62, 0):
-        monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
-        monkeypatch.setattr(torch_ops, "_MANY", many)
-        for chosen in (slots, torch.zeros(60, dtype=torch.long)):
-            layer.check(chosen, 60)
-        results.append(base.clone())
-        layer.store.add_to(results[-1], x, slots)
-    assert not torch.equal(*results)  # else both were in float32
-
-
 @pytest.mark.parametrize("wide", [0, 2**62])
 @pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer])
 def test_wide_outputs_in_another_dtype(
     make: Callable[[torch.dtype], Layer], wide: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", False)
     monkeypatch.setattr(torch_ops, "_WIDE", wide)
     layer = make(torch.bfloat16)
     layer.check(torch.tensor([0, 1, 2, -1, 0]).repeat(12), 60)
     layer.check(torch.zeros(60, dtype=torch.long), 60)
 
 
-@pytest.mark.parametrize(("out", "units"), [(torch.float64, False), (torch.float32, True)])
-def test_outputs_that_hold_more_than_the_products_keep_it(
-    out: torch.dtype, units: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("out", [torch.float64, torch.float32])
+def test_outputs_that_hold_more_than_the_products_keep_it(out: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands in them is not rounded to the products' dtype on the way."""
-    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", units)
-    monkeypatch.setattr(torch_ops, "_MANY", 0)
     monkeypatch.setattr(torch_ops, "_WIDE", 0)
     layer = equal_slices_layer(torch.bfloat16)
     _, x = layer.arguments(60)
@@ -111,19 +100,6 @@ def test_outputs_that_hold_more_than_the_products_keep_it(
     assert torch.equal(result, base)
     layer.store.add_to(result, x, torch.zeros(60, dtype=torch.long))
     assert not torch.equal(result, base)
-
-
-def test_few_products_and_other_dtypes_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", True)
-    kind = torch_ops.StackKind(1, 24, 24, 32, 32, torch_ops.RIGHT_FIRST, 0, 0)
-    values = torch.zeros(0, dtype=torch.bfloat16)
-    x = torch.zeros(1, 768, dtype=torch.bfloat16)
-    assert torch_ops._dtype(x, values, kind, tokens=8) == torch.float32
-    assert torch_ops._dtype(x, values, kind, tokens=512) == torch.bfloat16
-    assert torch_ops._dtype(x.float(), values, kind, tokens=512) == torch.float32
-    assert torch_ops._dtype(x, values.double(), kind, tokens=512) == torch.float64
-    monkeypatch.setattr(torch_ops, "_MATRIX_UNITS", False)
-    assert torch_ops._dtype(x, values, kind, tokens=512) == torch.float32
 
 
 def test_no_tokens() -> None:

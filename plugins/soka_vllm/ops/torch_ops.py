@@ -1,4 +1,4 @@
-"""The operator in plain torch, for CPUs.
+"""The operator in plain torch, for CPUs without a C++ compiler, and what its table and buffer hold (`cpu_kernel`, too).
 
 One row of the table describes what one slot holds for one slice of a layer's output, in ROW_FIELDS integers: where its
 factors start in the flat buffer (Left, then Right), kind, rank, m, n, p, q, the order of the two products, out_skip,
@@ -17,11 +17,6 @@ A decode step has few tokens, many adapters, and costs what the calls of small t
 adapters of one kind go through the two products together, with stacked copies of their factors; only where all tokens
 are one adapter's, without copies. On a CPU the copies cost less than a pair of products per adapter, also where one
 adapter has most tokens; taking adjacent slices of one kind together gains nothing.
-
-Products run in float32, and many at once of bfloat16 activations and factors in bfloat16 where the CPU has matrix
-units for it (AMX): there a call in bfloat16 costs about 25 microseconds more and a multiply-add a fraction. So with
-many tokens of one kind in a step, results are rounded to bfloat16 two or three times instead of once: between the
-products, when they are added, and where the second product does not add by itself, behind it.
 """
 
 from __future__ import annotations
@@ -34,7 +29,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from soka_serve.kron.cost import apply_cost, cheaper_order
-from soka_serve.kron.cpu import has_amx
 from soka_serve.kron.shapes import FactorShape
 
 ROW_FIELDS = 12
@@ -45,9 +39,6 @@ _Ints = np.ndarray[Any, np.dtype[np.int64]]
 _PIECE_VALUES = 1 << 18  # most values of an intermediate: 1 MiB in float32
 
 _WIDE = 1 << 16  # values of an output from which adding to it in another dtype takes longer than two copies
-
-_MATRIX_UNITS = has_amx()
-_MANY = 4_000_000  # multiply-adds from which two calls in bfloat16 take less time than in float32 on a CPU with AMX
 
 
 def choose_order(shape: FactorShape) -> int:
@@ -124,14 +115,14 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
     Other tokens, and slots that are empty, keep their row.
 
     Args:
-        out: (tokens, sum of widths), any floating dtype; changed in place, rounded once (but see above).
+        out: (tokens, sum of widths), any floating dtype; changed in place, rounded once.
         x: (tokens, in).
         token_slots: (at least tokens,) integers; what lies behind the tokens may be uninitialised.
-        values: the flat buffer; products run in float32 (float64 for float64 values), or in bfloat16 (see above).
+        values: the flat buffer; products run in float32 (float64 for float64 values).
         table: (slices, slots, ROW_FIELDS) int64.
         widths: features of each slice of `out`.
     """
-    inputs: dict[torch.dtype, Tensor] = {}
+    inputs = x.to(torch.promote_types(values.dtype, torch.float32)).contiguous()
     end = 0
     for width, rows in zip(widths, _rows(table.numpy(), token_slots.numpy()[: x.shape[0]]), strict=False):
         start, end = end, end + width
@@ -140,17 +131,7 @@ def add_kron(out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table:
             kind = StackKind(*rows[numbers.index(number), 2:-2].tolist())
             chosen = None if numbers.count(number) == len(numbers) else (rows[:, 1] == number).nonzero()[0]
             starts = rows[:, 0] if chosen is None else rows[chosen, 0]
-            dtype = _dtype(x, values, kind, x.shape[0] if chosen is None else chosen.size)
-            if dtype not in inputs:
-                inputs[dtype] = x.to(dtype).contiguous()
-            _add_slice(out[:, start:end], inputs[dtype], values, chosen, starts, kind)
-
-
-def _dtype(x: Tensor, values: Tensor, kind: StackKind, tokens: int) -> torch.dtype:
-    """What the products of so many tokens run in."""
-    if _MATRIX_UNITS and x.dtype == values.dtype == torch.bfloat16 and tokens * kind.multiply_adds >= _MANY:
-        return torch.bfloat16
-    return torch.promote_types(values.dtype, torch.float32)
+            _add_slice(out[:, start:end], inputs, values, chosen, starts, kind)
 
 
 def _rows(table: _Ints, slots: _Ints) -> _Ints:
@@ -181,8 +162,6 @@ def _add_slice(
     tokens = inputs.shape[0] if chosen is None else chosen.size
     shared = _factors(values, starts, kind.size, inputs.dtype) if starts.size == 1 else None
     own = kind.size if shared is None else 0
-    if shared is not None and inputs.dtype == torch.bfloat16:
-        own = kind.left_size  # oneDNN's products copy the Left that all tokens share to each of them
     step = max(1, _PIECE_VALUES // max(kind.between, own))
     for begin in range(0, tokens, step):
         some = slice(begin, begin + step)
@@ -233,9 +212,6 @@ def _add_product(target: Tensor, inputs: Tensor, factors: Tensor, kind: StackKin
         first, second = left.expand(tokens, -1, -1), between.view(tokens, n * rank, p)
     if first.shape[0] == tokens and m * p == target.shape[1]:
         # A product that adds takes less time than a product and an addition, but not on a view in float32.
-        if target.dtype == inputs.dtype == torch.bfloat16:
-            target.view(tokens, m, p).baddbmm_(first, second)
-            return
         is_held = torch.promote_types(target.dtype, inputs.dtype) == inputs.dtype  # nothing of it is rounded on the way
         if target.dtype != inputs.dtype and is_held and target.numel() >= _WIDE:
             rows = target.to(inputs.dtype, memory_format=torch.contiguous_format)
