@@ -96,8 +96,9 @@ def load_base(
 def auto_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which "auto" holds a base while it is trained or walked.
 
-    It is the checkpoint's own, but float32 for half precision on a CPU without AMX: there a step on a base in bfloat16
-    takes about twice as long as in float32 (eval/results/step_smollm2.json).
+    It is the checkpoint's own, but float32 for half precision on a CPU without AMX: on Intel's without it a step on a
+    base in bfloat16 takes about twice as long as in float32. On AMD's with AVX-512 for bfloat16 it takes 0.75 of the
+    time (both: eval/results/step_smollm2.json), but results so do not depend on which of the two it is.
 
     Args:
         stored: the checkpoint's dtype.

@@ -31,7 +31,7 @@ class Base(Table):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Dtype in which the base is held while training; 'auto' is the checkpoint's own, but float32 on a "
-        "CPU without AMX, which is slow in half precision.",
+        "CPU without AMX, which most often is slow in half precision.",
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",
