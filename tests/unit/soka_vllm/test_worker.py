@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eval.bench.loads import make_manager, make_model
 from eval.llama import random_factors
@@ -17,12 +19,14 @@ from soka_serve.kron import dense_delta
 
 with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     warnings.simplefilter("ignore")
+    from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.request import LoRARequest
 
     from soka_vllm import loader, reading, sum_names, summing, sums, worker
     from soka_vllm.slots import SlotStore
-    from soka_vllm.store import ReadResult, worker_adapters
+    from soka_vllm.store import ReadResult, tensors_of, worker_adapters
 
 SIZE = (1, 64, 96, 4, 2, 16)  # layers, hidden, inner, heads, key/value heads, features of a head
 
@@ -113,3 +117,36 @@ def test_a_module_that_a_layer_holds_twice(tmp_path: Path) -> None:
     path = sums.request_of([sum_names.Term(0.5, "a")], {"a": LoRARequest("a", 1, str(tmp_path))}, {}).lora_path
     fill(summing.add_up(manager, LoRARequest("0.5*a", 2, path), 1 << 30))
     check(0.5)
+
+
+@pytest.mark.parametrize("kept", ["lora", "classifier"])
+def test_a_lora_in_memory_is_not_its_file(tmp_path: Path, kept: str) -> None:
+    shards, packed, weights = make_model(SIZE)
+    manager = make_manager(shards, packed)
+    name = next(name for name in weights if name.endswith("o_proj"))
+    rows, columns = weights[name]
+    prefix = f"base_model.model.{name}."
+    values = {f"{prefix}lora_A.weight": torch.ones(2, columns), f"{prefix}lora_B.weight": torch.ones(rows, 2)}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    if kept == "classifier":
+        values |= {f"base_model.model.score.{part}": torch.ones(4, 4) for part in ("weight", "bias")}
+        config["modules_to_save"] = ["score"]
+    values = {key: value.bfloat16() for key, value in values.items()}
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+
+    def stock(manager: Any, request: Any) -> Any:  # what vLLM's does without the served model
+        helper = PEFTHelper.from_local_dir(request.lora_path, None)
+        return LoRAModel.from_local_checkpoint(
+            request.lora_path, {"o_proj"}, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+        )
+
+    model = reading.load(stock, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        start = size - sum(value.nbytes for value in values.values())
+        file.seek(start)
+        file.write(bytes(size - start))
+    found = [tensor for _, tensor in tensors_of(model)]
+    assert len(found) == len(values)
+    assert all(bool((tensor == 1).all()) for tensor in found)
