@@ -116,9 +116,9 @@ def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
     Raises:
         ValueError: why it is refused; every worker serves what it served before.
     """
-    known = lora_request.lora_int_id in _adapters(core).nbytes
-    roots = roots_of(lora_request)
-    _load(core, lora_request, roots, anew=lora_request.load_inplace or not known, activate=True)
+    adapters, number = _adapters(core), lora_request.lora_int_id
+    anew = lora_request.load_inplace or number not in adapters.nbytes or number in adapters.stale
+    _load(core, lora_request, roots_of(lora_request), anew=anew, activate=True)
     return True
 
 
@@ -288,7 +288,8 @@ def _load(
     if members:
         adapters.sums[number] = lora_request.lora_path
         adapters.sums.move_to_end(number)
-    adapters.stale.discard(number)
+    if anew:
+        adapters.stale.discard(number)
     _fingerprints[number] = fingerprint
     if changed:
         sums = adapters.sums.items()

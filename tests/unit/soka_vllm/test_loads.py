@@ -262,6 +262,25 @@ def test_a_request_that_says_load_inplace_reads_the_adapter_again(core: Core, mo
     assert core.managers[0].reads == reads + 1
 
 
+def test_a_sum_that_is_loaded_after_its_adapter_changed_is_made_again(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SUMS_VARIABLE, "2")
+    path = f"soka-sum:{json.dumps([[2, 'a', 1, 'a', False, 0]])}"
+    core.write("a", 1.0)
+    core.write(path, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    core.write("a", 3.0)
+    core.write(path, 6.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert core.served(7) == [6.0, 6.0]
+    reads = core.managers[0].reads
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert core.managers[0].reads == reads
+
+
 def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
     """A front end of vLLM from 0.34 on may send a prompt's hashes, which know nothing of what the adapter holds."""
     core.write("a", 1.0)
