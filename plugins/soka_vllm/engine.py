@@ -49,7 +49,7 @@ class EngineAdapters:
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
     # Of the sums among those in memory: their paths, least recently used first.
     sums: OrderedDict[int, str] = field(default_factory=OrderedDict)
-    # Sums of which an adapter was loaded again: they are made again when they are asked for.
+    # Sums of which an adapter was loaded again, and adapters that were removed: read again when they are asked for.
     stale: set[int] = field(default_factory=set)
 
     def touch(self, number: int) -> None:
@@ -65,6 +65,11 @@ class EngineAdapters:
         if self.sums.pop(number, None) is not None:
             self.roots.pop(number, None)
             _fingerprints.pop(number, None)
+
+    def note_changed(self, number: int) -> None:
+        """Note that the sums of an adapter are of what it was before."""
+        sums = self.sums.items()
+        self.stale |= {other for other, path in sums if any(m.number == number for m in members_in(path))}
 
     def check_number(self, number: int, path: str) -> None:
         """Refuse a sum whose number another one in memory has: ValueError."""
@@ -120,6 +125,25 @@ def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
     anew = lora_request.load_inplace or number not in adapters.nbytes or number in adapters.stale
     _load(core, lora_request, roots_of(lora_request), anew=anew, activate=True)
     return True
+
+
+def remove_lora(stock: Callable[[Any, int], bool], core: Any, lora_id: int) -> bool:
+    """EngineCore.remove_lora: forget an adapter; its id may stand for another one then.
+
+    What a request uses stays in the workers' memory until its id is loaded again: else a step would read files.
+    """
+    adapters, known = _adapters(core), False
+    if lora_id in adapters.nbytes:
+        known = lora_id not in adapters.stale
+        adapters.note_changed(lora_id)
+        adapters.roots.pop(lora_id, None)
+        if lora_id in _needed(core):
+            adapters.stale.add(lora_id)
+        else:
+            core.model_executor.collective_rpc(store.forget, args=([lora_id],))
+            adapters.forget(lora_id)
+            _fingerprints.pop(lora_id, None)
+    return stock(core, lora_id) or known
 
 
 def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
@@ -213,6 +237,11 @@ def _adapters(core: Any) -> EngineAdapters:
     return adapters
 
 
+def _needed(core: Any) -> set[int]:
+    """Ids of the adapters that requests use."""
+    return {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
+
+
 def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -> frozenset[int]:
     """Have the members of a sum in the workers' memory; returns their ids, none of an adapter that is no sum."""
     members = members_of(lora_request)
@@ -224,12 +253,13 @@ def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -
     adapters.check_number(number, lora_request.lora_path)
     numbers = frozenset(member.number for member in members)
     for member in members:
-        if member.number in adapters.nbytes:
+        anew = member.number in adapters.stale
+        if member.number in adapters.nbytes and not anew:
             adapters.touch(member.number)
             continue
         where = adapters.roots.get(member.number, roots)
         try:
-            _load(core, member.request(), where, anew=False, activate=False, beside=numbers)
+            _load(core, member.request(), where, anew=anew, activate=False, beside=numbers)
         except ValueError as error:
             raise ValueError(f"`{member.name}`: {error}") from error
     return numbers
@@ -270,8 +300,7 @@ def _load(
     if changed and not activate and not anew:
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
     nbytes = max(reading.nbytes for reading in readings)
-    needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
-    needed |= members | beside | {number}
+    needed = _needed(core) | members | beside | {number}
     drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed)
     if members and number not in adapters.sums:
         drop += [other for other in adapters.sums_to_drop(needed) if other not in drop]
@@ -292,6 +321,5 @@ def _load(
         adapters.stale.discard(number)
     _fingerprints[number] = fingerprint
     if changed:
-        sums = adapters.sums.items()
-        adapters.stale |= {other for other, path in sums if any(m.number == number for m in members_in(path))}
+        adapters.note_changed(number)
         _hash_again(core, number)

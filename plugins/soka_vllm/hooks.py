@@ -146,6 +146,10 @@ HOOKS = (
         "Adapters are loaded by all workers or none.",
     ),
     Hook(
+        *(_ENGINE, "EngineCore.remove_lora", "self lora_id", "soka_vllm.engine:remove_lora"),
+        "What was removed is forgotten: its id may be another adapter's next.",
+    ),
+    Hook(
         *(_ENGINE, "EngineCore.add_request", "self request request_wave", "soka_vllm.engine:add_request"),
         "A request's adapter is in memory before the request is in a step.",
     ),

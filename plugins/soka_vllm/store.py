@@ -109,8 +109,7 @@ def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) ->
     """
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
     kept = worker_adapters(manager)
-    for other in drop:
-        kept.adapters.pop(other, None)
+    forget(worker, drop)
     if kept.read is not None:
         kept.former = kept.adapters.get(number)
         kept.adapters[number], kept.read = kept.read, None
@@ -132,6 +131,12 @@ def undo(worker: Any, lora_request: Any) -> None:
     kept.adapters.pop(number, None)
     if kept.former is not None:
         kept.adapters[number], kept.former = kept.former, None
+
+
+def forget(worker: Any, numbers: Sequence[int]) -> None:
+    """Forget adapters that are kept in memory; what is in slots stays there."""
+    for number in numbers:
+        worker_adapters(worker.model_runner.lora_manager).adapters.pop(number, None)
 
 
 def _reading(model: Any) -> ReadResult:

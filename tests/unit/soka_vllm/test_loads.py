@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from soka_vllm import engine
-from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys
+from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys, remove_lora
 from soka_vllm.settings import KEEP_VARIABLE, SUMS_VARIABLE, keep_limit
 
 
@@ -279,6 +279,55 @@ def test_a_sum_that_is_loaded_after_its_adapter_changed_is_made_again(
     reads = core.managers[0].reads
     add_lora(None, core, LoadRequest("2*a", 7, path))
     assert core.managers[0].reads == reads
+
+
+def remove(core: Core, number: int) -> bool:
+    def stock(core: Any, number: int) -> bool:  # what vLLM's executor does
+        return all([manager.remove_adapter(number) for manager in core.managers])
+
+    return remove_lora(stock, core, number)
+
+
+def test_what_was_removed_is_read_again(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SUMS_VARIABLE, "2")
+    path = f"soka-sum:{json.dumps([[2, 'a', 1, 'a', False, 0]])}"
+    core.write("a", 1.0)
+    core.write("b", 5.0)
+    core.write(path, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert remove(core, 1)
+    assert not remove(core, 1)
+    assert core.served(1) == [None, None]
+    assert 1 not in core._soka_adapters.nbytes  # type: ignore[attr-defined]
+    add_lora(None, core, LoadRequest("b", 1, "b"))
+    assert core.served(1) == [5.0, 5.0]
+    assert remove(core, 1)
+    core.write("a", 3.0)
+    core.write(path, 6.0)
+    assert ask(core, "sum", LoadRequest("2*a", 7, path))
+    assert core.served(7) == [6.0, 6.0]
+    assert core.served(1) == [3.0, 3.0]
+    assert remove(core, 1)
+    assert ask(core, "b", LoadRequest("b", 1, "b"))  # as a program of one's own may ask for it
+    assert core.served(1) == [5.0, 5.0]
+
+
+def test_what_a_request_uses_is_removed_when_it_is_loaded_again(core: Core) -> None:
+    """A step of that request reads no files."""
+    core.write("a", 1.0)
+    core.write("b", 5.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    running = ask(core, "running", LoadRequest("a", 1, "a"))
+    assert running
+    running.num_computed_tokens = 12
+    before = list(running.block_hashes)
+    assert remove(core, 1)
+    assert [manager.slots for manager in core.managers] == [{}, {}]
+    assert core.served(1) == [1.0, 1.0]
+    add_lora(None, core, LoadRequest("b", 1, "b"))
+    assert core.served(1) == [5.0, 5.0]
+    assert before != running.block_hashes
 
 
 def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
