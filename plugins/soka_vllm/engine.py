@@ -33,8 +33,8 @@ _logger = logging.getLogger("vllm.soka")
 # By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
 _fingerprints: dict[int, str] = {}
 
-# On a request: what its keys have beside its adapter's contents, where it has computed with earlier ones, too.
-_MIXED = "soka_mixed"
+# On a request that the engine has let in: what its keys have of its adapter's contents.
+_KEY = "soka_key"
 _mixed = itertools.count(1)
 
 
@@ -169,10 +169,11 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
             if not _answer_refused(core, request, error):
                 raise
             return
-        # Reloaded since it was hashed; or hashed by a front end, which vLLM from 0.34 on takes over.
+        # Reloaded since it was hashed, or meanwhile; or hashed by a front end, which vLLM from 0.34 on takes over.
         if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:
-            request.block_hashes.clear()
-            request.update_block_hashes()
+            _hash_again(request, _fingerprints[number])
+        else:
+            setattr(request, _KEY, _fingerprints[number])
     stock(core, request, request_wave)
 
 
@@ -193,12 +194,22 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
     lora_request = request.lora_request
     if lora_request is None:
         return []
-    request.soka_fingerprint = _fingerprints.get(lora_request.lora_int_id, "")
-    own = getattr(request, _MIXED, "")
-    return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint + own)]
+    key = getattr(request, _KEY, None)
+    if key is None:
+        key = _fingerprints.get(lora_request.lora_int_id, "")
+        # What all its blocks have; None where they differ, since the adapter was loaded again between two of them.
+        request.soka_fingerprint = key if getattr(request, "soka_fingerprint", key) == key else None
+    return [("lora", lora_request.lora_name, lora_request.lora_path, key)]
 
 
-def _hash_again(core: Any, number: int) -> None:
+def _hash_again(request: Any, key: str) -> None:
+    """Make a request's keys anew, and all later ones, with `key` for its adapter's contents."""
+    setattr(request, _KEY, key)
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def _hash_all_again(core: Any, number: int) -> None:
     """After an adapter's contents changed: new keys for the prefix-cache blocks of requests that are in the scheduler.
 
     What has not been computed yet will be with the new contents. Of what has begun, blocks hold values of both, which
@@ -207,10 +218,8 @@ def _hash_again(core: Any, number: int) -> None:
     for request in core.scheduler.requests.values():
         if request.lora_request is None or request.lora_request.lora_int_id != number:
             continue
-        if getattr(request, "num_computed_tokens", 0):
-            setattr(request, _MIXED, f" {next(_mixed)}")
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        begun = getattr(request, "num_computed_tokens", 0)
+        _hash_again(request, _fingerprints[number] + (f" {next(_mixed)}" if begun else ""))
 
 
 def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
@@ -322,4 +331,4 @@ def _load(
     _fingerprints[number] = fingerprint
     if changed:
         adapters.note_changed(number)
-        _hash_again(core, number)
+        _hash_all_again(core, number)

@@ -93,10 +93,11 @@ class Core:
 class Request:
     """A request to the model."""
 
+    soka_fingerprint: str | None
+
     def __init__(self, name: str, lora_request: LoadRequest | None) -> None:
         self.request_id, self.client_index, self.lora_request = name, 0, lora_request
         self.block_hashes: list[object] = []
-        self.soka_fingerprint = ""
         self.num_computed_tokens = 0
         self.update_block_hashes()
 
@@ -209,6 +210,24 @@ def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     assert before != second.block_hashes
     assert early.block_hashes == second.block_hashes == third.block_hashes
     assert prefix_keys(None, Request("base", None)) == []
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_prompt_that_is_hashed_during_a_reload_is_hashed_again(core: Core, back: bool) -> None:
+    """Another thread hashes it, a key for each block."""
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    early = Request("early", LoadRequest("a", 1, "a"))
+    for value in (2.0, 1.0) if back else (2.0,):
+        core.write("a", value)
+        add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+        early.update_block_hashes()
+    add_request(lambda core, request, wave: None, core, early)
+    late = ask(core, "late", LoadRequest("a", 1, "a"))
+    assert late
+    assert set(early.block_hashes) == set(late.block_hashes)
+    early.update_block_hashes()
+    assert set(early.block_hashes) == set(late.block_hashes)
 
 
 def test_requests_in_the_scheduler_are_hashed_again_when_their_adapter_changes(core: Core) -> None:
