@@ -121,13 +121,7 @@ class Replica:
         except BaseException:
             self._server.stop()
             raise
-        # No limits: Ray Serve has counted the requests, and how long an answer takes is for the client to say.
-        self._client = httpx.AsyncClient(
-            base_url=launch.url,
-            timeout=None,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            verify=False,
-        )
+        self._client = local_client(launch.url)
         self._keys = {"authorization": f"Bearer {launch.api_key}"} if launch.api_key else {}
 
     @staticmethod
@@ -233,6 +227,15 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "_server"):
             self._server.stop()
+
+
+def local_client(url: str) -> httpx.AsyncClient:
+    """A client of the server on this machine at `url`, which it asks through no proxy.
+
+    It has no limits: Ray Serve has counted the requests, and how long an answer takes is for the client to say.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, verify=False, trust_env=False)
 
 
 def _kept(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

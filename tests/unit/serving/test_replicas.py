@@ -33,6 +33,7 @@ with warnings.catch_warnings():
         Replica,
         ReplicaLostError,
         ReplicaSettings,
+        local_client,
         replica_url,
     )
     from soka_serve.serving.replica_front import Front
@@ -254,6 +255,25 @@ def test_a_replica_whose_vllm_is_down_has_no_names() -> None:
     with pytest.raises(ReplicaLostError) as caught:
         asyncio.run(gather(Alone(down), Asked("GET", "/", (), b"")))
     assert caught.value.replica == ""
+
+
+def test_a_replica_asks_its_vllm_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def ask_it() -> int:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            client = local_client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return (await client.get("/health")).status_code
+
+    assert asyncio.run(ask_it()) == 204
 
 
 def test_a_path_reaches_its_replica_and_no_other_host() -> None:
