@@ -24,12 +24,13 @@ pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray, about its own models
     import httpx
-    from ray.exceptions import RayActorError
+    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
     from soka_serve.serving import replica_front
     from soka_serve.serving.replica import (
         AnswerHead,
         Asked,
+        BrokenOffError,
         Replica,
         ReplicaLostError,
         ReplicaSettings,
@@ -183,6 +184,41 @@ def test_a_request_that_replicas_die_of_is_not_sent_to_all_of_them() -> None:
     assert ask(unlucky, "GET", "/v1/x", retry_s=30).body == b"right"
 
 
+@pytest.mark.usefixtures("_no_pause")
+def test_an_answer_that_breaks_off_is_asked_for_once_more() -> None:
+    """Of a vLLM that lives, whatever the reason: no replica is lost."""
+    traceback = "Traceback (most recent call last):\n  File"
+    cause = BrokenOffError("ReadError: reset")
+    broken: Any = RayTaskError("forward", traceback, cause, ip="10.0.0.1").as_instanceof_cause()
+    again = Forwarding(broken, [AnswerHead(200, ()), b"right"])
+    assert ask(again, "GET", "/v1/x", retry_s=30).body == b"right"
+    twice = Forwarding(broken)
+    answer = ask(twice, "GET", "/v1/x", retry_s=30)
+    assert (answer.status_code, twice.sent) == (502, 2)
+    assert b"ReadError: reset" in answer.body
+    assert b"died" not in answer.body
+    assert b"10.0.0.1" not in answer.body
+
+    async def stream() -> list[bytes]:
+        async def cut() -> AsyncIterator[bytes]:
+            yield b"two"
+            raise broken
+
+        return [piece async for piece in replica_front._rest(b"one", cut())]
+
+    *sent, last = asyncio.run(stream())
+    assert sent == [b"one", b"two"]
+    assert b'"code": 502' in last
+    assert b"ReadError: reset" in last
+
+
+@pytest.mark.usefixtures("_no_pause")
+def test_an_actor_that_is_out_of_reach_has_not_died() -> None:
+    away = [ActorUnavailableError("no route", bytes([number] * 16)) for number in range(5)]
+    back = Forwarding(*away, [AnswerHead(200, ()), b"right"])
+    assert ask(back, "GET", "/v1/x", retry_s=30).body == b"right"
+
+
 class Alone(Replica):
     """A replica whose vLLM is a function of requests."""
 
@@ -274,6 +310,35 @@ def test_a_replica_asks_its_vllm_through_no_proxy(monkeypatch: pytest.MonkeyPatc
             return (await client.get("/health")).status_code
 
     assert asyncio.run(ask_it()) == 204
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("full"), httpx.ReadError("reset")])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_transport_error_of_a_vllm_that_lives_loses_no_replica(error: httpx.TransportError, late: bool) -> None:
+    async def cut() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise error
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        if late:
+            return httpx.Response(200, content=cut())
+        raise error
+
+    with pytest.raises(BrokenOffError, match=f"{type(error).__name__}: {error}"):
+        asyncio.run(gather(Alone(vllm), Asked("GET", "/", (), b"")))
+    if not late:
+        with pytest.raises(BrokenOffError, match="/v1/models"):
+            asyncio.run(Alone(vllm).base_names())
+
+
+def test_a_vllm_that_lives_and_names_no_models_loses_no_replica() -> None:
+    def vllm(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 401, json={"error": "Unauthorized"})
+
+    with pytest.raises(BrokenOffError, match="/v1/models: status 401"):
+        asyncio.run(Alone(vllm).base_names())
 
 
 def test_a_path_reaches_its_replica_and_no_other_host() -> None:
