@@ -30,7 +30,8 @@ from soka_vllm.sums import is_sum, members_in, members_of
 
 _logger = logging.getLogger("vllm.soka")
 
-# By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
+# By adapter id, of the engine of this process that has loaded it last: keys of the prefix cache are made in another
+# thread, and nothing there names the engine. They are made again where that was another engine.
 _fingerprints: dict[int, str] = {}
 
 # On a request that the engine has let in: what its keys have of its adapter's contents.
@@ -45,6 +46,8 @@ class EngineAdapters:
     limit: int
     most_sums: int = 0
     nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    # Of the contents of all that were ever loaded.
+    fingerprints: dict[int, str] = field(default_factory=dict)
     # Of all that were ever loaded: where their files must lie, whenever they are read again. None: anywhere.
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
     # Of the sums among those in memory: their paths, least recently used first.
@@ -63,8 +66,13 @@ class EngineAdapters:
         del self.nbytes[number]
         self.stale.discard(number)
         if self.sums.pop(number, None) is not None:
-            self.roots.pop(number, None)
-            _fingerprints.pop(number, None)
+            self.forget_contents(number)
+
+    def forget_contents(self, number: int) -> None:
+        """Forget what an id stands for."""
+        self.roots.pop(number, None)
+        self.fingerprints.pop(number, None)
+        _fingerprints.pop(number, None)
 
     def note_changed(self, number: int) -> None:
         """Note that the sums of an adapter are of what it was before."""
@@ -132,17 +140,17 @@ def remove_lora(stock: Callable[[Any, int], bool], core: Any, lora_id: int) -> b
 
     What a request uses stays in the workers' memory until its id is loaded again: else a step would read files.
     """
-    adapters, known = _adapters(core), False
-    if lora_id in adapters.nbytes:
-        known = lora_id not in adapters.stale
-        adapters.note_changed(lora_id)
+    adapters = _adapters(core)
+    known = lora_id in adapters.nbytes and lora_id not in adapters.stale
+    adapters.note_changed(lora_id)
+    if lora_id in _needed(core):
         adapters.roots.pop(lora_id, None)
-        if lora_id in _needed(core):
-            adapters.stale.add(lora_id)
-        else:
-            core.model_executor.collective_rpc(store.forget, args=([lora_id],))
+        adapters.stale.add(lora_id)
+    else:
+        core.model_executor.collective_rpc(store.forget, args=([lora_id],))
+        if lora_id in adapters.nbytes:
             adapters.forget(lora_id)
-            _fingerprints.pop(lora_id, None)
+        adapters.forget_contents(lora_id)
     return stock(core, lora_id) or known
 
 
@@ -170,10 +178,11 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
                 raise
             return
         # Reloaded since it was hashed, or meanwhile; or hashed by a front end, which vLLM from 0.34 on takes over.
-        if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:
-            _hash_again(request, _fingerprints[number])
+        fingerprint = adapters.fingerprints[number]
+        if getattr(request, "soka_fingerprint", None) != fingerprint:
+            _hash_again(request, fingerprint)
         else:
-            setattr(request, _KEY, _fingerprints[number])
+            setattr(request, _KEY, fingerprint)
     stock(core, request, request_wave)
 
 
@@ -219,7 +228,7 @@ def _hash_all_again(core: Any, number: int) -> None:
         if request.lora_request is None or request.lora_request.lora_int_id != number:
             continue
         begun = getattr(request, "num_computed_tokens", 0)
-        _hash_again(request, _fingerprints[number] + (f" {next(_mixed)}" if begun else ""))
+        _hash_again(request, _adapters(core).fingerprints[number] + (f" {next(_mixed)}" if begun else ""))
 
 
 def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
@@ -305,7 +314,7 @@ def _load(
     alike = not core.vllm_config.parallel_config.enable_expert_parallel
     if alike and any(reading.fingerprint != fingerprint for reading in readings):
         raise ValueError(f"{lora_request.lora_path}: workers read different contents; was it being written? load again")
-    changed = _fingerprints.get(number, fingerprint) != fingerprint
+    changed = adapters.fingerprints.get(number, fingerprint) != fingerprint
     if changed and not activate and not anew:
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
     nbytes = max(reading.nbytes for reading in readings)
@@ -328,7 +337,7 @@ def _load(
         adapters.sums.move_to_end(number)
     if anew:
         adapters.stale.discard(number)
-    _fingerprints[number] = fingerprint
+    adapters.fingerprints[number] = _fingerprints[number] = fingerprint
     if changed:
         adapters.note_changed(number)
         _hash_all_again(core, number)

@@ -302,7 +302,8 @@ def test_a_sum_that_is_loaded_after_its_adapter_changed_is_made_again(
 
 def remove(core: Core, number: int) -> bool:
     def stock(core: Any, number: int) -> bool:  # what vLLM's executor does
-        return all([manager.remove_adapter(number) for manager in core.managers])
+        removed = [manager.remove_adapter(number) for manager in core.managers]
+        return all(removed)
 
     return remove_lora(stock, core, number)
 
@@ -330,6 +331,17 @@ def test_what_was_removed_is_read_again(core: Core, monkeypatch: pytest.MonkeyPa
     assert remove(core, 1)
     assert ask(core, "b", LoadRequest("b", 1, "b"))  # as a program of one's own may ask for it
     assert core.served(1) == [5.0, 5.0]
+
+
+def test_what_was_dropped_from_memory_is_removed_too(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEEP_VARIABLE, "0")
+    for number, name in enumerate("abc", 1):
+        core.write(name, float(number))
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("b", 2, "b"))
+    assert remove(core, 1)
+    assert ask(core, "c", LoadRequest("c", 1, "c"))
+    assert core.served(1) == [3.0, 3.0]
 
 
 def test_what_a_request_uses_is_removed_when_it_is_loaded_again(core: Core) -> None:
@@ -360,6 +372,22 @@ def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
     add_request(lambda core, request, wave: None, core, sent)
     assert own
     assert sent.block_hashes == own.block_hashes
+
+
+def test_engines_of_one_process_know_nothing_of_each_other(core: Core) -> None:
+    other = Core()
+    core.write("a", 1.0)
+    other.write("b", 2.0)
+    first = ask(core, "first", LoadRequest("a", 1, "a"))
+    assert ask(other, "theirs", LoadRequest("b", 1, "b"))
+    assert other.served(1) == [2.0, 2.0]
+    assert first
+    before = set(first.block_hashes)
+    again = ask(core, "again", LoadRequest("a", 1, "a"))
+    assert again
+    again.update_block_hashes()
+    first.update_block_hashes()
+    assert set(again.block_hashes) == set(first.block_hashes) == before
 
 
 def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:
