@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from soka_vllm import store
 from soka_vllm.base import check_base
 from soka_vllm.limits import LEAST_BYTES
@@ -309,11 +311,14 @@ def _load(
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:
         raise ValueError("\n".join(refusals))
-    fingerprint = readings[0].fingerprint
-    # With expert parallelism each worker reads its own experts.
-    alike = not core.vllm_config.parallel_config.enable_expert_parallel
-    if alike and any(reading.fingerprint != fingerprint for reading in readings):
-        raise ValueError(f"{lora_request.lora_path}: workers read different contents; was it being written? load again")
+    found = [reading.fingerprint for reading in readings]
+    fingerprint = found[0]
+    if len(set(found)) > 1:
+        if not core.vllm_config.parallel_config.enable_expert_parallel:
+            raise ValueError(
+                f"{lora_request.lora_path}: workers read different contents; was it being written? load again"
+            )
+        fingerprint = xxhash.xxh3_128(" ".join(found).encode()).hexdigest()  # each has read its own experts
     changed = adapters.fingerprints.get(number, fingerprint) != fingerprint
     if changed and not activate and not anew:
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")

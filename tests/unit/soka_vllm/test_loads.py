@@ -374,6 +374,24 @@ def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
     assert sent.block_hashes == own.block_hashes
 
 
+def test_what_any_worker_has_read_counts_where_each_reads_its_own_experts(core: Core) -> None:
+    core.vllm_config.parallel_config.enable_expert_parallel = True
+    core.write("a", 1.0, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    first = ask(core, "first", LoadRequest("a", 1, "a"))
+    assert first
+    before = list(first.block_hashes)
+    core.write("a", 1.0, 3.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert first.block_hashes != before
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    alike = list(first.block_hashes)
+    core.vllm_config.parallel_config.enable_expert_parallel = False
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert first.block_hashes == alike
+
+
 def test_engines_of_one_process_know_nothing_of_each_other(core: Core) -> None:
     other = Core()
     core.write("a", 1.0)
