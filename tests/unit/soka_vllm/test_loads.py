@@ -165,6 +165,18 @@ def test_all_or_none_take(core: Core) -> None:
     assert core.managers[0].reads == 3
 
 
+def test_an_adapter_that_cannot_be_put_into_a_slot_stays_in_memory(core: Core) -> None:
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    core.write("a", None)
+    core.managers[1].full = True
+    with pytest.raises(ValueError, match="out of memory"):
+        add_lora(None, core, LoadRequest("a", 1, "a"))
+    core.managers[1].full = False
+    assert ask(core, "r", LoadRequest("a", 1, "a"))
+    assert core.served(1) == [1.0, 1.0]
+
+
 def test_a_request_reads_no_files_while_its_adapter_is_kept(core: Core) -> None:
     core.write("a", 1.0)
     add_lora(None, core, LoadRequest("a", 1, "a"))
