@@ -98,7 +98,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("options", "alive"), [(("--shutdown-timeout", "5"), True), (("--shutdown_timeout=0",), False)]
+    ("options", "alive"),
+    [(("--shutdown-timeout", "5"), True), (("--shutdown-t", "5"), True), (("--shutdown_timeout=0",), False)],
 )
 def test_requests_may_end_before_the_workers(tmp_path: Path, options: tuple[str, ...], alive: bool) -> None:
     said, ready = tmp_path / "said", tmp_path / "ready"
