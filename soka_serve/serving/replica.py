@@ -206,7 +206,9 @@ class Replica:
                 raise ReplicaLostError(f"status {answer.status_code}, and the engine has died", self._name)
             if asked.adapter and answer.status_code < 400:  # of those only: a name that does not exist holds no slot
                 await self.hold(asked.adapter)
-            head = AnswerHead(answer.status_code, tuple(_kept(answer.headers.items())))
+            # Byte by byte, as Starlette writes them.
+            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers.raw]
+            head = AnswerHead(answer.status_code, tuple(_kept(headers)))
             yield head
             async for piece in answer.aiter_raw():
                 # vLLM ends streams with an error as their last event when its engine dies, and with status 200.

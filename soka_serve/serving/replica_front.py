@@ -112,17 +112,20 @@ class Front:
         chosen = {"multiplexed_model_id": adapter} if adapter and self._by_adapter else {}
         pieces = self._replica.options(stream=True, **chosen).forward.remote(asked)
         head: AnswerHead = await anext(pieces)
-        headers = dict(head.headers)
         if head.is_stream:
             first = await anext(pieces, b"")  # before anything is out, the request can be sent again
-            return StreamingResponse(_rest(first, pieces), head.status, headers)
-        return Response(b"".join([piece async for piece in pieces]), head.status, headers)
+            answer: Response = StreamingResponse(_rest(first, pieces), head.status)
+        else:
+            answer = Response(b"".join([piece async for piece in pieces]), head.status)
+        # Not by name: an answer may have several of one.
+        answer.raw_headers += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
+        return answer
 
     async def _adapter(self, body: bytes) -> str:
         """The adapter that a request's body names; empty for the base, and for bodies that name none."""
         try:
             model = json.loads(body)["model"] if body else ""
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return ""
         if not isinstance(model, str) or not model:
             return ""

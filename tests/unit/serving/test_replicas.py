@@ -106,11 +106,11 @@ def test_what_would_reach_one_replica_is_refused_however_it_is_written(path: str
     assert b"is not served here" in answer.body
 
 
-def ask(replicas: Any, method: str, path: str, retry_s: float = 0) -> Response:
+def ask(replicas: Any, method: str, path: str, retry_s: float = 0, body: bytes = b"") -> Response:
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
 
     async def nothing_more() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return asyncio.run(Front(replicas, by_adapter=True, retry_s=retry_s)(Request(scope, nothing_more)))
 
@@ -219,6 +219,13 @@ def test_an_actor_that_is_out_of_reach_has_not_died() -> None:
     assert ask(back, "GET", "/v1/x", retry_s=30).body == b"right"
 
 
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"model": ' * 200_000, b"{", b"[1]", b'{"model": 3}', b"\xff"])
+def test_a_body_that_names_no_model_is_for_vllm_to_refuse(body: bytes) -> None:
+    refusing = Forwarding([AnswerHead(400, ()), b"no JSON"])
+    answer = ask(refusing, "POST", "/v1/completions", body=body)
+    assert (answer.status_code, answer.body) == (400, b"no JSON")
+
+
 class Alone(Replica):
     """A replica whose vLLM is a function of requests."""
 
@@ -280,6 +287,19 @@ def test_headers_and_paths_beyond_ascii_are_passed_on() -> None:
     assert seen[0].url.raw_path == b"/v1/models/%C3%A9?q=%C3%A9"
     assert (b"x-user", "J\u00f6rg".encode("latin-1")) in seen[0].headers.raw
     assert seen[0].headers["host"] == "127.0.0.1:1"
+
+
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+@pytest.mark.parametrize("value", ["größer €".encode(), "größer".encode("latin-1")])
+def test_headers_of_an_answer_are_passed_on_byte_by_byte(value: bytes, kind: bytes) -> None:
+    sent = [(b"content-type", kind), (b"x-request-id", value), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")]
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers=sent, content=pieces(b"{}"))
+
+    found = asyncio.run(gather(Alone(vllm), Asked("GET", "/", (), b"")))
+    answer = ask(Forwarding(found), "GET", "/v1/x")  # type: ignore[arg-type]
+    assert [header for header in answer.raw_headers if header[0] != b"content-length"] == sent
 
 
 def test_a_replica_whose_vllm_is_down_has_no_names() -> None:
