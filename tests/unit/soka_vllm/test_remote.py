@@ -201,6 +201,40 @@ def test_a_store_that_is_down_is_asked_once_for_what_the_cache_has_dropped(
     assert not remote._keeping
 
 
+def test_a_request_does_not_wait_for_a_store_that_hangs(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(resolve(models, "math").lora_path)
+    shutil.rmtree(path.parent)
+    now, fetches, hangs = [1000.0], [0], asyncio.Event()
+
+    async def down(address: object) -> Path:
+        fetches[0] += 1
+        await hangs.wait()
+        raise FetchError("no answer", kind="passing")
+
+    async def ask_twice() -> None:
+        await remote.keep(str(path))
+        await remote.keep(str(path))
+        assert fetches == [1]  # which still runs
+        hangs.set()
+        await asyncio.gather(*remote._keeping.values())
+
+    monkeypatch.setattr(remote, "fetch", down)
+    monkeypatch.setattr(remote, "_WAIT_S", 0.01, raising=False)
+    monkeypatch.setattr(remote, "_not_kept", {})
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    asyncio.run(asyncio.wait_for(ask_twice(), 10))
+    pauses = []
+    for _ in range(8):
+        count, begun = fetches[0], now[0]
+        while fetches[0] == count:
+            now[0] += 2.5
+            asyncio.run(remote.keep(str(path)))
+        pauses.append(now[0] - begun)
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300]
+
+
 def test_nothing_is_kept_of_an_adapter_that_is_refused(
     models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
