@@ -148,6 +148,7 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     if message:
         _logger.warning("Refused adapter '%s': %s", printable(request.lora_name), message)
         return create_error_response(message)  # 400
+    former = models.lora_requests.get(request.lora_name)
     with client_load(path, roots):
         answer = await stock(models, request, base_model_name)
     failed = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
@@ -164,6 +165,8 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         # Else every request would ask for the files to be read again.
         models.lora_requests[request.lora_name] = loaded_already(models.lora_requests[request.lora_name])
         sums_of(models).reloaded(request.lora_name)
+    if former is not None:
+        _forget(models, former.lora_path)
     return answer
 
 

@@ -235,6 +235,16 @@ def test_a_request_does_not_wait_for_a_store_that_hangs(
     assert pauses == [5, 10, 20, 40, 80, 160, 300, 300]
 
 
+def test_a_reload_from_elsewhere_forgets_where_the_adapter_came_from(models: Any, web: WebServer) -> None:
+    load(models, "a", f"{web.url}/builds/math")
+    load(models, "b", f"{web.url}/builds/math")
+    for name, left in (("a", 2), ("b", 1)):
+        request = LoadLoRAAdapterRequest(lora_name=name, lora_path=f"{web.url}/builds/code", load_inplace=True)
+        answer = asyncio.run(endpoints.load(OpenAIServingModels.load_lora_adapter, models, request))
+        assert not isinstance(answer, ErrorResponse)
+        assert len(remote._fetched) == left
+
+
 def test_nothing_is_kept_of_an_adapter_that_is_refused(
     models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
