@@ -10,9 +10,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMNotFoundError
 
 from soka_serve.adapter.remote.address import Address, is_url
 from soka_serve.adapter.remote.problems import FetchError
@@ -98,6 +100,27 @@ async def check_model(stock: Any, serving: Any, request: Any) -> Any:
         adapters = sorted({*models.lora_requests, *await _loaded_when_asked(models)})
         answer.error.message = await asyncio.to_thread(missing_model, str(request.model), bases, adapters, parts)
     return answer
+
+
+async def check_pooling_model(stock: Any, serving: Any, request: Any) -> None:
+    """PoolingBaseServing._check_model: as `check_model`. vLLM's takes any name and looks at no answer.
+
+    Raises:
+        VLLMNotFoundError: no such model.
+        HTTPException: why an adapter cannot be served, or fetched.
+    """
+
+    async def known(serving: Any, request: Any) -> ErrorResponse | None:
+        await stock(serving, request)  # loads what comes by its name
+        if serving._is_model_supported(request.model) or request.model in serving.models.lora_requests:
+            return None
+        return create_error_response("", err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
+
+    answer = await check_model(known, serving, request)
+    if isinstance(answer, ErrorResponse):
+        if answer.error.code == HTTPStatus.NOT_FOUND:
+            raise VLLMNotFoundError(answer.error.message)
+        raise HTTPException(answer.error.code, answer.error.message)
 
 
 def get_adapters(stock: Any, serving: Any, request: Any, *arguments: Any, **options: Any) -> Any:

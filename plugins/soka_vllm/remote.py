@@ -136,7 +136,7 @@ async def keep(path: str) -> None:
 
 
 async def _fetch_again(path: str, address: Address) -> None:
-    """Have what the cache has dropped in it again; a failure is not tried again for some seconds, and longer each time."""
+    """Have what the cache has dropped in it again; after a failure not for some seconds, longer each time."""
     _, pause = _not_kept.pop(path, (0.0, 0.0))
     try:
         found = await fetch(address)
