@@ -6,6 +6,7 @@ import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from soka_serve.kron import dense_delta
 with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     warnings.simplefilter("ignore")
     from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.request import LoRARequest
 
@@ -117,6 +118,34 @@ def test_a_module_that_a_layer_holds_twice(tmp_path: Path) -> None:
     path = sums.request_of([sum_names.Term(0.5, "a")], {"a": LoRARequest("a", 1, str(tmp_path))}, {}).lora_path
     fill(summing.add_up(manager, LoRARequest("0.5*a", 2, path), 1 << 30))
     check(0.5)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_sum_is_by_the_served_model_s_names(taken: bool) -> None:
+    """Of a multimodal model, LoRA adapters may have those of a checkpoint of its language model alone."""
+    shards, packed, weights = make_model(SIZE)
+    prefix = "language_model."
+    manager = make_manager(
+        {prefix + name: part for name, part in shards.items()},
+        {prefix + name: [prefix + part for part in parts] for name, parts in packed.items()},
+    )
+    adapters = manager._adapter_manager
+    adapters.supports_mm, adapters.mm_mapping = True, SimpleNamespace(language_model=[prefix])
+    if taken:  # vLLM from 0.33 on
+        adapters._get_text_lora_names = None
+    module = "model.layers.0.self_attn.o_proj"
+    rows, columns = weights[module]
+    requests = {}
+    for number, name in enumerate((module, prefix + module), 1):
+        held = LoRALayerWeights(name, 1, 1, torch.ones(1, columns), torch.ones(rows, 1), scaling=1)
+        worker_adapters(manager).adapters[number] = LoRAModel(number, 1, {name: held}), ReadResult(fingerprint=name)
+        requests["ab"[number - 1]] = LoRARequest("ab"[number - 1], number, name)
+    terms = [sum_names.Term(1.0, "a"), sum_names.Term(1.0, "b")]
+    path = sums.request_of(terms, requests, {}).lora_path
+    found = summing.add_up(manager, LoRARequest("a+b", 3, path), 1 << 30).loras
+    names = [prefix + module] if taken else [module, prefix + module]
+    assert list(found) == names
+    assert found[names[0]].rank == 3 - len(names)
 
 
 @pytest.mark.parametrize("kept", ["lora", "classifier"])
