@@ -10,9 +10,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from fastapi import HTTPException
 from vllm import envs
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import VLLMNotFoundError
 
 from soka_serve.adapter.remote.address import Address, is_url
 from soka_serve.adapter.remote.problems import FetchError
@@ -100,6 +102,27 @@ async def check_model(stock: Any, serving: Any, request: Any) -> Any:
     return answer
 
 
+async def check_pooling_model(stock: Any, serving: Any, request: Any) -> None:
+    """PoolingBaseServing._check_model: as `check_model`. vLLM's takes any name and looks at no answer.
+
+    Raises:
+        VLLMNotFoundError: no such model.
+        HTTPException: why an adapter cannot be served, or fetched.
+    """
+
+    async def known(serving: Any, request: Any) -> ErrorResponse | None:
+        await stock(serving, request)  # loads what comes by its name
+        if serving._is_model_supported(request.model) or request.model in serving.models.lora_requests:
+            return None
+        return create_error_response("", err_type="NotFoundError", status_code=HTTPStatus.NOT_FOUND)
+
+    answer = await check_model(known, serving, request)
+    if isinstance(answer, ErrorResponse):
+        if answer.error.code == HTTPStatus.NOT_FOUND:
+            raise VLLMNotFoundError(answer.error.message)
+        raise HTTPException(answer.error.code, answer.error.message)
+
+
 def get_adapters(stock: Any, serving: Any, request: Any, *arguments: Any, **options: Any) -> Any:
     """BaseServing._maybe_get_adapters: the sum of adapters that a request asks for is its adapter."""
     found = sums_of(serving.models).find(request.model)
@@ -148,6 +171,7 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
     if message:
         _logger.warning("Refused adapter '%s': %s", printable(request.lora_name), message)
         return create_error_response(message)  # 400
+    former = models.lora_requests.get(request.lora_name)
     with client_load(path, roots):
         answer = await stock(models, request, base_model_name)
     failed = isinstance(answer, ErrorResponse) and answer.error.code == HTTPStatus.INTERNAL_SERVER_ERROR
@@ -164,6 +188,8 @@ async def load(stock: Any, models: Any, request: Any, base_model_name: str | Non
         # Else every request would ask for the files to be read again.
         models.lora_requests[request.lora_name] = loaded_already(models.lora_requests[request.lora_name])
         sums_of(models).reloaded(request.lora_name)
+    if former is not None:
+        _forget(models, former.lora_path)
     return answer
 
 

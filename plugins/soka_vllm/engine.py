@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from soka_vllm import store
 from soka_vllm.base import check_base
 from soka_vllm.limits import LEAST_BYTES
@@ -30,11 +32,12 @@ from soka_vllm.sums import is_sum, members_in, members_of
 
 _logger = logging.getLogger("vllm.soka")
 
-# By adapter id, for the keys of the prefix cache. Those are made in another thread, and nothing there names the engine.
+# By adapter id, of the engine of this process that has loaded it last: keys of the prefix cache are made in another
+# thread, and nothing there names the engine. They are made again where that was another engine.
 _fingerprints: dict[int, str] = {}
 
-# On a request: what its keys have beside its adapter's contents, where it has computed with earlier ones, too.
-_MIXED = "soka_mixed"
+# On a request that the engine has let in: what its keys have of its adapter's contents.
+_KEY = "soka_key"
 _mixed = itertools.count(1)
 
 
@@ -45,11 +48,13 @@ class EngineAdapters:
     limit: int
     most_sums: int = 0
     nbytes: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    # Of the contents of all that were ever loaded.
+    fingerprints: dict[int, str] = field(default_factory=dict)
     # Of all that were ever loaded: where their files must lie, whenever they are read again. None: anywhere.
     roots: dict[int, Sequence[Path] | None] = field(default_factory=dict)
     # Of the sums among those in memory: their paths, least recently used first.
     sums: OrderedDict[int, str] = field(default_factory=OrderedDict)
-    # Sums of which an adapter was loaded again: they are made again when they are asked for.
+    # Sums of which an adapter was loaded again, and adapters that were removed: read again when they are asked for.
     stale: set[int] = field(default_factory=set)
 
     def touch(self, number: int) -> None:
@@ -63,8 +68,18 @@ class EngineAdapters:
         del self.nbytes[number]
         self.stale.discard(number)
         if self.sums.pop(number, None) is not None:
-            self.roots.pop(number, None)
-            _fingerprints.pop(number, None)
+            self.forget_contents(number)
+
+    def forget_contents(self, number: int) -> None:
+        """Forget what an id stands for."""
+        self.roots.pop(number, None)
+        self.fingerprints.pop(number, None)
+        _fingerprints.pop(number, None)
+
+    def note_changed(self, number: int) -> None:
+        """Note that the sums of an adapter are of what it was before."""
+        sums = self.sums.items()
+        self.stale |= {other for other, path in sums if any(m.number == number for m in members_in(path))}
 
     def check_number(self, number: int, path: str) -> None:
         """Refuse a sum whose number another one in memory has: ValueError."""
@@ -116,10 +131,29 @@ def add_lora(stock: Any, core: Any, lora_request: Any) -> bool:
     Raises:
         ValueError: why it is refused; every worker serves what it served before.
     """
-    known = lora_request.lora_int_id in _adapters(core).nbytes
-    roots = roots_of(lora_request)
-    _load(core, lora_request, roots, anew=lora_request.load_inplace or not known, activate=True)
+    adapters, number = _adapters(core), lora_request.lora_int_id
+    anew = lora_request.load_inplace or number not in adapters.nbytes or number in adapters.stale
+    _load(core, lora_request, roots_of(lora_request), anew=anew, activate=True)
     return True
+
+
+def remove_lora(stock: Callable[[Any, int], bool], core: Any, lora_id: int) -> bool:
+    """EngineCore.remove_lora: forget an adapter; its id may stand for another one then.
+
+    What a request uses stays in the workers' memory until its id is loaded again: else a step would read files.
+    """
+    adapters = _adapters(core)
+    known = lora_id in adapters.nbytes and lora_id not in adapters.stale
+    adapters.note_changed(lora_id)
+    if lora_id in _needed(core):
+        adapters.roots.pop(lora_id, None)
+        adapters.stale.add(lora_id)
+    else:
+        core.model_executor.collective_rpc(store.forget, args=([lora_id],))
+        if lora_id in adapters.nbytes:
+            adapters.forget(lora_id)
+        adapters.forget_contents(lora_id)
+    return stock(core, lora_id) or known
 
 
 def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any, request_wave: int = 0) -> None:
@@ -145,10 +179,12 @@ def add_request(stock: Callable[[Any, Any, int], None], core: Any, request: Any,
             if not _answer_refused(core, request, error):
                 raise
             return
-        # Reloaded since it was hashed; or hashed by a front end, which vLLM from 0.34 on takes over.
-        if getattr(request, "soka_fingerprint", None) != _fingerprints[number]:
-            request.block_hashes.clear()
-            request.update_block_hashes()
+        # Reloaded since it was hashed, or meanwhile; or hashed by a front end, which vLLM from 0.34 on takes over.
+        fingerprint = adapters.fingerprints[number]
+        if getattr(request, "soka_fingerprint", None) != fingerprint:
+            _hash_again(request, fingerprint)
+        else:
+            setattr(request, _KEY, fingerprint)
     stock(core, request, request_wave)
 
 
@@ -169,12 +205,22 @@ def prefix_keys(stock: Any, request: Any) -> list[tuple[str, ...]]:
     lora_request = request.lora_request
     if lora_request is None:
         return []
-    request.soka_fingerprint = _fingerprints.get(lora_request.lora_int_id, "")
-    own = getattr(request, _MIXED, "")
-    return [("lora", lora_request.lora_name, lora_request.lora_path, request.soka_fingerprint + own)]
+    key = getattr(request, _KEY, None)
+    if key is None:
+        key = _fingerprints.get(lora_request.lora_int_id, "")
+        # What all its blocks have; None where they differ, since the adapter was loaded again between two of them.
+        request.soka_fingerprint = key if getattr(request, "soka_fingerprint", key) == key else None
+    return [("lora", lora_request.lora_name, lora_request.lora_path, key)]
 
 
-def _hash_again(core: Any, number: int) -> None:
+def _hash_again(request: Any, key: str) -> None:
+    """Make a request's keys anew, and all later ones, with `key` for its adapter's contents."""
+    setattr(request, _KEY, key)
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def _hash_all_again(core: Any, number: int) -> None:
     """After an adapter's contents changed: new keys for the prefix-cache blocks of requests that are in the scheduler.
 
     What has not been computed yet will be with the new contents. Of what has begun, blocks hold values of both, which
@@ -183,10 +229,8 @@ def _hash_again(core: Any, number: int) -> None:
     for request in core.scheduler.requests.values():
         if request.lora_request is None or request.lora_request.lora_int_id != number:
             continue
-        if getattr(request, "num_computed_tokens", 0):
-            setattr(request, _MIXED, f" {next(_mixed)}")
-        request.block_hashes.clear()
-        request.update_block_hashes()
+        begun = getattr(request, "num_computed_tokens", 0)
+        _hash_again(request, _adapters(core).fingerprints[number] + (f" {next(_mixed)}" if begun else ""))
 
 
 def _answer_refused(core: Any, request: Any, error: Exception) -> bool:
@@ -213,6 +257,11 @@ def _adapters(core: Any) -> EngineAdapters:
     return adapters
 
 
+def _needed(core: Any) -> set[int]:
+    """Ids of the adapters that requests use."""
+    return {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
+
+
 def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -> frozenset[int]:
     """Have the members of a sum in the workers' memory; returns their ids, none of an adapter that is no sum."""
     members = members_of(lora_request)
@@ -224,12 +273,13 @@ def _bring_members(core: Any, lora_request: Any, roots: Sequence[Path] | None) -
     adapters.check_number(number, lora_request.lora_path)
     numbers = frozenset(member.number for member in members)
     for member in members:
-        if member.number in adapters.nbytes:
+        anew = member.number in adapters.stale
+        if member.number in adapters.nbytes and not anew:
             adapters.touch(member.number)
             continue
         where = adapters.roots.get(member.number, roots)
         try:
-            _load(core, member.request(), where, anew=False, activate=False, beside=numbers)
+            _load(core, member.request(), where, anew=anew, activate=False, beside=numbers)
         except ValueError as error:
             raise ValueError(f"`{member.name}`: {error}") from error
     return numbers
@@ -261,17 +311,19 @@ def _load(
     refusals = dict.fromkeys(reading.refusal for reading in readings if reading.refusal)
     if refusals:
         raise ValueError("\n".join(refusals))
-    fingerprint = readings[0].fingerprint
-    # With expert parallelism each worker reads its own experts.
-    alike = not core.vllm_config.parallel_config.enable_expert_parallel
-    if alike and any(reading.fingerprint != fingerprint for reading in readings):
-        raise ValueError(f"{lora_request.lora_path}: workers read different contents; was it being written? load again")
-    changed = _fingerprints.get(number, fingerprint) != fingerprint
+    found = [reading.fingerprint for reading in readings]
+    fingerprint = found[0]
+    if len(set(found)) > 1:
+        if not core.vllm_config.parallel_config.enable_expert_parallel:
+            raise ValueError(
+                f"{lora_request.lora_path}: workers read different contents; was it being written? load again"
+            )
+        fingerprint = xxhash.xxh3_128(" ".join(found).encode()).hexdigest()  # each has read its own experts
+    changed = adapters.fingerprints.get(number, fingerprint) != fingerprint
     if changed and not activate and not anew:
         raise ValueError(f"{lora_request.lora_path} has changed since it was loaded; load it again (load_inplace)")
     nbytes = max(reading.nbytes for reading in readings)
-    needed = {r.lora_request.lora_int_id for r in core.scheduler.requests.values() if r.lora_request is not None}
-    needed |= members | beside | {number}
+    needed = _needed(core) | members | beside | {number}
     drop = adapters.to_drop(nbytes - adapters.nbytes.get(number, 0), needed)
     if members and number not in adapters.sums:
         drop += [other for other in adapters.sums_to_drop(needed) if other not in drop]
@@ -288,9 +340,9 @@ def _load(
     if members:
         adapters.sums[number] = lora_request.lora_path
         adapters.sums.move_to_end(number)
-    adapters.stale.discard(number)
-    _fingerprints[number] = fingerprint
+    if anew:
+        adapters.stale.discard(number)
+    adapters.fingerprints[number] = _fingerprints[number] = fingerprint
     if changed:
-        sums = adapters.sums.items()
-        adapters.stale |= {other for other, path in sums if any(m.number == number for m in members_in(path))}
-        _hash_again(core, number)
+        adapters.note_changed(number)
+        _hash_all_again(core, number)

@@ -104,6 +104,11 @@ HOOKS = (
         "A model's name may be a sum of adapters; the answer about one that does not exist says which do.",
     ),
     Hook(
+        *("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model", "self request"),
+        "soka_vllm.endpoints:check_pooling_model",
+        "Servers of pooling models have a check of their own, which takes any name.",
+    ),
+    Hook(
         *("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
         *("self request supports_default_mm_loras", "soka_vllm.endpoints:get_adapters"),
         "The adapter of a request may be a sum.",
@@ -144,6 +149,10 @@ HOOKS = (
     Hook(
         *(_ENGINE, "EngineCore.add_lora", "self lora_request", "soka_vllm.engine:add_lora"),
         "Adapters are loaded by all workers or none.",
+    ),
+    Hook(
+        *(_ENGINE, "EngineCore.remove_lora", "self lora_id", "soka_vllm.engine:remove_lora"),
+        "What was removed is forgotten: its id may be another adapter's next.",
     ),
     Hook(
         *(_ENGINE, "EngineCore.add_request", "self request request_wave", "soka_vllm.engine:add_request"),

@@ -164,6 +164,12 @@ def _served_name(name: str, places: Mapping[str, object], elsewhere: tuple[str, 
     )
 
 
+def taken_name(name: str, places: Mapping[str, object], manager: Any) -> str:
+    """The served model's name of a module that vLLM takes from a LoRA adapter by this one; where it has none, this."""
+    text = _text_names(name, manager) if compat.text_names_are_taken(manager) else ()
+    return next((n for n in (name, *text) if n in places), name)
+
+
 def _text_names(name: str, manager: Any) -> tuple[str, ...]:
     """What a multimodal model may call a module that has this name in a checkpoint of its language model alone."""
     prefix = compat.language_model_prefix(manager)

@@ -29,11 +29,13 @@ _logger = logging.getLogger("vllm.soka")
 _threads = ThreadPoolExecutor(4, "soka-fetch")
 _fetched: dict[str, Address] = {}  # by folder in the cache
 _keeping: dict[str, asyncio.Future[None]] = {}  # fetches that run, by folder
-_not_kept: dict[str, float] = {}  # until when a folder is not fetched again
+_not_kept: dict[str, tuple[float, float]] = {}  # until when a folder is not fetched again, and how long that is
 _last: ContextVar[tuple[str, Address] | None] = ContextVar("soka_last_fetched", default=None)
 # Anyone may ask for what is not there or damaged, and each time a store would be asked, and the latter fetched.
 _FAILED_S = 5.0
 _MOST_FAILED = 1000
+_LONGEST_PAUSE_S = 300.0  # after several failures in a row to fetch what is served
+_WAIT_S = 2.0  # that a request waits for files which the engine may not need
 
 
 class RemoteResolver(LoRAResolver):  # type: ignore[misc]  # vLLM has no types here
@@ -114,7 +116,7 @@ def folders_of(found: Path) -> list[Path]:
 async def keep(path: str) -> None:
     """Mark a served adapter's folder as used, and fetch it again where the cache has dropped it.
 
-    Where that fails, the adapter may still be in memory: the engine tells whether it needs the files.
+    Where that fails or takes long, the adapter may still be in memory: the engine tells whether it needs the files.
     """
     address = _fetched.get(path)
     if address is None:
@@ -122,19 +124,20 @@ async def keep(path: str) -> None:
     try:
         touch(Path(path))
     except FileNotFoundError:
-        if _not_kept.get(path, 0.0) > time.monotonic():
+        if _not_kept.get(path, (0.0, 0.0))[0] > time.monotonic():
             return
         running = _keeping.get(path)
         if running is None:  # requests for the same adapter wait for one fetch
             running = _keeping[path] = asyncio.ensure_future(_fetch_again(path, address))
             running.add_done_callback(lambda _: _keeping.pop(path, None))
-        await asyncio.shield(running)
+        await asyncio.wait([running], timeout=_WAIT_S)  # it goes on
     except OSError:
         _logger.debug("%s cannot be marked as used", path, exc_info=True)  # somebody else's cache
 
 
 async def _fetch_again(path: str, address: Address) -> None:
-    """Have what the cache has dropped in it again; a failure is not tried again for some seconds."""
+    """Have what the cache has dropped in it again; after a failure not for some seconds, longer each time."""
+    _, pause = _not_kept.pop(path, (0.0, 0.0))
     try:
         found = await fetch(address)
     except SokaError as error:
@@ -145,7 +148,8 @@ async def _fetch_again(path: str, address: Address) -> None:
         _logger.warning("The cache has dropped an adapter that is served, and %s holds another now", address)
     if len(_not_kept) >= _MOST_FAILED:
         _not_kept.clear()
-    _not_kept[path] = time.monotonic() + _FAILED_S
+    pause = min(max(2 * pause, _FAILED_S), _LONGEST_PAUSE_S)
+    _not_kept[path] = time.monotonic() + pause, pause
 
 
 def forget(path: str) -> None:

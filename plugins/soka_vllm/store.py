@@ -47,6 +47,7 @@ class WorkerAdapters:
     adapters: dict[int, tuple[Any, ReadResult]] = field(default_factory=dict)
     read: tuple[Any, ReadResult] | None = None
     former: tuple[Any, ReadResult] | None = None  # what `read` has replaced
+    taken: bool = False  # whether the last `take` took over what was read
 
     def model(self, number: int) -> Any:
         """The LoRAModel of an id, or None."""
@@ -109,8 +110,8 @@ def take(worker: Any, lora_request: Any, activate: bool, drop: Sequence[int]) ->
     """
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
     kept = worker_adapters(manager)
-    for other in drop:
-        kept.adapters.pop(other, None)
+    forget(worker, drop)
+    kept.taken = kept.read is not None
     if kept.read is not None:
         kept.former = kept.adapters.get(number)
         kept.adapters[number], kept.read = kept.read, None
@@ -129,9 +130,16 @@ def undo(worker: Any, lora_request: Any) -> None:
     manager, number = worker.model_runner.lora_manager, lora_request.lora_int_id
     kept = worker_adapters(manager)
     manager.remove_adapter(number)
-    kept.adapters.pop(number, None)
+    if kept.taken:
+        kept.adapters.pop(number, None)
     if kept.former is not None:
         kept.adapters[number], kept.former = kept.former, None
+
+
+def forget(worker: Any, numbers: Sequence[int]) -> None:
+    """Forget adapters that are kept in memory; what is in slots stays there."""
+    for number in numbers:
+        worker_adapters(worker.model_runner.lora_manager).adapters.pop(number, None)
 
 
 def _reading(model: Any) -> ReadResult:

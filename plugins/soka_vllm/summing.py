@@ -19,7 +19,7 @@ from vllm.lora.lora_weights import LoRALayerWeights
 from soka_serve.errors import first_ten
 from soka_vllm.arena import too_large
 from soka_vllm.layers import KroneckerMixin
-from soka_vllm.loader import places_of
+from soka_vllm.loader import places_of, taken_name
 from soka_vllm.settings import KEEP_VARIABLE
 from soka_vllm.store import BESIDE, READ_RESULT, ReadResult, tensors_of, whole_modules, worker_adapters
 from soka_vllm.sums import members_of
@@ -63,6 +63,7 @@ def add_up(manager: Any, lora_request: Any, values: int) -> Any:
     adapters = manager._adapter_manager
     if adapters._is_moe:
         raise ValueError("sums of adapters are not served on mixtures of experts")
+    places = places_of(adapters)
     modules: dict[str, list[_Part]] = {}
     for member in members_of(lora_request):
         model = worker_adapters(manager).model(member.number)
@@ -71,7 +72,8 @@ def add_up(manager: Any, lora_request: Any, values: int) -> Any:
         if whole_modules(model):
             raise ValueError(f"`{member.name}` replaces whole modules; those have no sum")
         for name, a, b, scaling in _flat(model, adapters.packed_modules):
-            modules.setdefault(name, []).append(_Part(member.name, member.scale * scaling, a, b))
+            part = _Part(member.name, member.scale * scaling, a, b)
+            modules.setdefault(taken_name(name, places, adapters), []).append(part)
     _check(modules, manager.lora_config.max_lora_rank, values)
     model = _model(lora_request, modules, adapters)
     setattr(model, READ_RESULT, _reading(manager, lora_request, model))

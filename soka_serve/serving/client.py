@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import ssl
 import urllib.error
@@ -43,8 +44,20 @@ class Endpoint:
     @property
     def url(self) -> str:
         """Where a client on this machine finds it."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        host = self._host
         return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether a client on this machine finds it at an address that leads nowhere else."""
+        try:
+            return ipaddress.ip_address(self._host).is_loopback
+        except ValueError:
+            return self._host == "localhost"
+
+    @property
+    def _host(self) -> str:
+        return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
 
 
 class Client:
@@ -57,7 +70,12 @@ class Client:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         # The server's own certificate need not name this machine; who answers is not in question here.
-        self._tls = ssl._create_unverified_context() if endpoint.scheme == "https" else None
+        handlers: list[urllib.request.BaseHandler] = []
+        if endpoint.scheme == "https":
+            handlers.append(urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
+        if endpoint.is_loopback:  # to a proxy it would be another machine
+            handlers.append(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(*handlers)
 
     def is_healthy(self) -> bool:
         """Whether it answers, and its engine lives."""
@@ -155,7 +173,7 @@ class Client:
             headers["authorization"] = f"Bearer {self._endpoint.api_key}"
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._endpoint.url + path, data, headers)
-        with urllib.request.urlopen(request, timeout=timeout_s, context=self._tls) as reply:
+        with self._opener.open(request, timeout=timeout_s) as reply:
             return bytes(reply.read())
 
 

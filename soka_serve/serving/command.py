@@ -66,6 +66,12 @@ _TAKEN_VALUES = (
         "the first node has the HTTP server; start vLLM itself on the others (vllm serve --headless)",
     ),
 )
+# What else is read of vLLM's options.
+_READ = (
+    *("--api-key", "--dtype", "--enable-lora", "--host", "--kv-cache-memory-bytes", "--lora-target-modules"),
+    *("--max-cpu-loras", "--max-lora-rank", "--max-loras", "--max-model-len", "--port", "--served-model-name"),
+    *("--shutdown-timeout", "--ssl-certfile", "--tensor-parallel-size", "--tokenizer", "--tokenizer-mode"),
+)
 _API_PROCESSES = ("--api-server-count", "-asc")
 
 
@@ -149,7 +155,7 @@ def make_launch(targets: Sequence[Target], base: ServedBase | None, settings: Se
 
 
 def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """vLLM's options as written -> name (with dashes) and values.
+    """vLLM's options as written -> name (with dashes, and whole where it is one that is read here) and values.
 
     >>> parse_options(["--max_model_len=512", "--enforce-eager", "-tp", "2", "-r0"])
     {'--max-model-len': ['512'], '--enforce-eager': [], '-tp': ['2'], '-r': ['0']}
@@ -164,7 +170,7 @@ def parse_options(arguments: Sequence[str]) -> dict[str, list[str]]:
             name, separator, value = argument.partition("=")
             if re.fullmatch(r"-[a-z]\d+", name):  # a value that is written to a letter, as argparse takes it
                 name, separator, value = name[:2], "=", name[2:]
-            current = found.setdefault(name.replace("_", "-"), [])
+            current = found.setdefault(_whole(name.replace("_", "-")), [])
             current[:] = [value] if separator else []  # the last one counts, as in argparse
         elif current is None:
             raise SokaError(f"{argument!r} after --: vLLM's options begin with --", hint="TARGETs go before the --.")
@@ -192,6 +198,11 @@ def _check_taken(theirs: Mapping[str, list[str]], *, merged: bool) -> None:
 def _means(given: str, name: str) -> bool:
     """Whether vLLM takes what was given for the option `name`: the beginning of a long one is enough."""
     return given == name or (given.startswith("--") and len(given) > 3 and name.startswith(given))
+
+
+def _whole(given: str) -> str:
+    names = [name for name in _READ if _means(given, name)]
+    return names[0] if len(names) == 1 and given not in _READ else given
 
 
 def _check_api_processes(theirs: Mapping[str, list[str]], settings: ServeOptions) -> None:

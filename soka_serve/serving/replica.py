@@ -45,6 +45,10 @@ class ReplicaLostError(Exception):
         return str(self.args[0])
 
 
+class BrokenOffError(Exception):
+    """No whole answer came of a vLLM that lives: the message has the reason."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request as the client sent it, and the adapter that it asks for (empty: the base, or none)."""
@@ -121,13 +125,7 @@ class Replica:
         except BaseException:
             self._server.stop()
             raise
-        # No limits: Ray Serve has counted the requests, and how long an answer takes is for the client to say.
-        self._client = httpx.AsyncClient(
-            base_url=launch.url,
-            timeout=None,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            verify=False,
-        )
+        self._client = local_client(launch.url)
         self._keys = {"authorization": f"Bearer {launch.api_key}"} if launch.api_key else {}
 
     @staticmethod
@@ -144,13 +142,18 @@ class Replica:
         """The names of the base (or of the merged model) in the API.
 
         Raises:
-            ReplicaLostError: vLLM does not answer.
+            ReplicaLostError: vLLM has died.
+            BrokenOffError: it does not answer with them.
         """
         try:
             answer = await self._client.get("/v1/models", headers=self._keys)
+        except httpx.TransportError as error:
+            raise await self._failure(f"vLLM does not answer to /v1/models: {_text(error)}") from error
+        try:
             return [card["id"] for card in answer.json()["data"] if not card.get("parent")]
-        except (httpx.TransportError, ValueError, KeyError) as error:
-            raise ReplicaLostError(f"vLLM does not answer to /v1/models: {type(error).__name__}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"vLLM names no models in /v1/models: status {answer.status_code}"
+            raise await self._failure(said) from error
 
     async def metrics(self) -> tuple[str, str]:
         """This replica's name in Ray Serve, and the page of its vLLM's metrics.
@@ -183,6 +186,7 @@ class Replica:
 
         Raises:
             ReplicaLostError: vLLM or its engine died before the answer was whole.
+            BrokenOffError: the answer did not become whole, and vLLM lives.
         """
         request = self._client.build_request(
             asked.method,
@@ -194,15 +198,17 @@ class Replica:
         try:
             answer = await self._client.send(request, stream=True)
         except httpx.ConnectError as error:
-            raise ReplicaLostError(f"{type(error).__name__}: {error}") from error
+            raise await self._failure(_text(error)) from error
         except httpx.TransportError as error:
-            raise ReplicaLostError(f"{type(error).__name__}: {error}", self._name) from error
+            raise await self._failure(_text(error), self._name) from error
         try:
             if answer.status_code >= 500 and not await self._is_alive():
                 raise ReplicaLostError(f"status {answer.status_code}, and the engine has died", self._name)
             if asked.adapter and answer.status_code < 400:  # of those only: a name that does not exist holds no slot
                 await self.hold(asked.adapter)
-            head = AnswerHead(answer.status_code, tuple(_kept(answer.headers.items())))
+            # Byte by byte, as Starlette writes them.
+            headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.headers.raw]
+            head = AnswerHead(answer.status_code, tuple(_kept(headers)))
             yield head
             async for piece in answer.aiter_raw():
                 # vLLM ends streams with an error as their last event when its engine dies, and with status 200.
@@ -211,7 +217,7 @@ class Replica:
                     raise ReplicaLostError("a stream ended with an error, and the engine has died", self._name)
                 yield piece
         except httpx.TransportError as error:
-            raise ReplicaLostError(f"{type(error).__name__}: {error}", self._name) from error
+            raise await self._failure(_text(error), self._name) from error
         finally:
             await answer.aclose()
 
@@ -219,6 +225,10 @@ class Replica:
     def _name(self) -> str:
         """This replica's name in Ray Serve."""
         return str(serve.get_replica_context().replica_id.unique_id)
+
+    async def _failure(self, said: str, replica: str = "") -> Exception:
+        """What to raise after an answer that did not come, or not whole; `replica` as of ReplicaLostError."""
+        return BrokenOffError(said) if await self._is_alive() else ReplicaLostError(said, replica)
 
     async def _is_alive(self) -> bool:
         if not self._server.is_running:
@@ -233,6 +243,19 @@ class Replica:
     def __del__(self) -> None:
         if hasattr(self, "_server"):
             self._server.stop()
+
+
+def local_client(url: str) -> httpx.AsyncClient:
+    """A client of the server on this machine at `url`, which it asks through no proxy.
+
+    It has no limits: Ray Serve has counted the requests, and how long an answer takes is for the client to say.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    return httpx.AsyncClient(base_url=url, timeout=None, limits=limits, verify=False, trust_env=False)
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _kept(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from soka_serve.serving.replica import AnswerHead, Asked, ReplicaLostError, replica_url
+from soka_serve.serving.replica import AnswerHead, Asked, BrokenOffError, ReplicaLostError, replica_url
 from soka_serve.serving.replica_metrics import CONTENT_TYPE, merge_metrics
 
 logger = logging.getLogger("ray.serve")
@@ -62,15 +62,20 @@ class Front:
             return await self._metrics()
         body = await request.body()
         asked = Asked(request.method, sent.raw_path.decode(), tuple(request.headers.items()), body)
-        last, ended = "", set()
+        last, ended, broken = "", set(), 0
         deadline = time.monotonic() + self._retry_s
         while True:
             try:
                 return await self._ask(asked)
             except _LOST as error:
-                last = str(error).split("\n")[0]
+                last = _said(error)
                 logger.warning("%s %s: its replica was lost: %s", request.method, path, last)
                 ended.add(_ended_by(error))
+            except BrokenOffError as error:
+                last, broken = _said(error), broken + 1
+                logger.warning("%s %s: no whole answer came: %s", request.method, path, last)
+                if broken > 1:
+                    return _refusal(502, "BadGatewayError", f"no whole answer came of a replica, twice: {last}")
             if len(ended - {""}) >= _MOST_ENDED:
                 logger.error("%s %s: not sent again, %d replicas have died with it", request.method, path, _MOST_ENDED)
                 return _refusal(
@@ -87,12 +92,12 @@ class Front:
             asked = self._replica.broadcast("metrics")
             found = await asked.results_async(timeout_s=_METRICS_S, return_exceptions=True)
         except (TimeoutError, *_LOST) as error:
-            said = str(error).split("\n")[0]
-            return _refusal(503, "ServiceUnavailableError", f"no metrics of all replicas in {_METRICS_S} s: {said}")
+            said = f"no metrics of all replicas in {_METRICS_S} s: {_said(error)}"
+            return _refusal(503, "ServiceUnavailableError", said)
         pages: dict[str, str] = {}
         for one in found:
             if isinstance(one, BaseException):
-                logger.warning("/metrics: without one replica: %s", str(one).split("\n")[0])
+                logger.warning("/metrics: without one replica: %s", _said(one))
             else:
                 name, page = one
                 pages[name] = page
@@ -107,17 +112,20 @@ class Front:
         chosen = {"multiplexed_model_id": adapter} if adapter and self._by_adapter else {}
         pieces = self._replica.options(stream=True, **chosen).forward.remote(asked)
         head: AnswerHead = await anext(pieces)
-        headers = dict(head.headers)
         if head.is_stream:
             first = await anext(pieces, b"")  # before anything is out, the request can be sent again
-            return StreamingResponse(_rest(first, pieces), head.status, headers)
-        return Response(b"".join([piece async for piece in pieces]), head.status, headers)
+            answer: Response = StreamingResponse(_rest(first, pieces), head.status)
+        else:
+            answer = Response(b"".join([piece async for piece in pieces]), head.status)
+        # Not by name: an answer may have several of one.
+        answer.raw_headers += [(name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers]
+        return answer
 
     async def _adapter(self, body: bytes) -> str:
         """The adapter that a request's body names; empty for the base, and for bodies that name none."""
         try:
             model = json.loads(body)["model"] if body else ""
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return ""
         if not isinstance(model, str) or not model:
             return ""
@@ -128,8 +136,15 @@ class Front:
 
 def _ended_by(error: Exception) -> str:
     """The replica that died while it had a request, or empty: Ray's own errors have the actor, dead before or not."""
+    if isinstance(error, ActorUnavailableError):  # it lives
+        return ""
     cause = getattr(error, "cause", error)
     return cause.replica if isinstance(cause, ReplicaLostError) else str(getattr(error, "actor_id", None) or "")
+
+
+def _said(error: BaseException) -> str:
+    """The first line of an error's own message: what Ray has made of it begins with the process it was raised in."""
+    return str(getattr(error, "cause", error)).split("\n")[0]
 
 
 async def _rest(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -139,8 +154,11 @@ async def _rest(first: bytes, pieces: AsyncIterator[bytes]) -> AsyncIterator[byt
         async for piece in pieces:
             yield piece
     except _LOST as error:
-        logger.warning("a stream ends with an error: its replica was lost: %s", str(error).split("\n")[0])
+        logger.warning("a stream ends with an error: its replica was lost: %s", _said(error))
         yield b"data: " + _error(503, "ServiceUnavailableError", "the replica was lost; ask again") + b"\n\n"
+    except BrokenOffError as error:
+        logger.warning("a stream ends with an error: %s", _said(error))
+        yield b"data: " + _error(502, "BadGatewayError", f"the answer broke off: {_said(error)}") + b"\n\n"
 
 
 def _error(status: int, kind: str, message: str) -> bytes:

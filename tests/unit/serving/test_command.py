@@ -13,7 +13,7 @@ from soka_serve.builtin import base_directory
 from soka_serve.errors import SokaError
 from soka_serve.serving import command as serving_command
 from soka_serve.serving import doctor
-from soka_serve.serving.command import ServeOptions, make_launch
+from soka_serve.serving.command import ServeOptions, make_launch, parse_options
 from soka_serve.serving.serve import plan_launch
 from soka_serve.serving.targets import Target
 from tests.support.launches import options_of, refused, run_serve, write_lora, write_small_adapter
@@ -226,3 +226,13 @@ def test_paths_that_vllm_would_split(tmp_path: Path) -> None:
     base = serving_command.ServedBase(tmp_path, "base", None)
     launch = make_launch([target], base, ServeOptions())
     assert json.loads(options_of(launch)["--lora-modules"][0]) == {"name": "sums", "path": str(target.path)}
+
+
+def test_what_vllm_takes_for_an_option_is_that_option(built: Path) -> None:
+    """The beginning of its name is enough for vLLM."""
+    given = ("--po", "8123", "--api-k", "secret", "--served", "mine", "--ssl_certf=file", "--max-loras", "3")
+    _, launch = plan_launch([str(built / "build/small")], ServeOptions(vllm=given))
+    assert (launch.url, launch.api_key, launch.base_model) == ("https://127.0.0.1:8123", "secret", "mine")
+    assert not {"--port", "--served-model-name"} & set(launch.command)
+    as_given = ("--tokenizer", "--max-lora", "--tok")
+    assert tuple(parse_options(as_given)) == as_given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import sys
 import time
@@ -64,6 +65,23 @@ def test_a_server_that_answers_late_is_not_dead(monkeypatch: pytest.MonkeyPatch)
     assert (asked.is_healthy(), asked.health()) == (False, False)
 
 
+@pytest.mark.parametrize(
+    ("host", "direct"),
+    [("127.0.0.1", True), ("127.9.9.9", True), ("localhost", True), ("::1", True), ("0.0.0.0", True), ("far", False)],
+)
+def test_a_server_on_this_machine_is_asked_through_no_proxy(
+    monkeypatch: pytest.MonkeyPatch, host: str, direct: bool
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        monkeypatch.setattr(client, "_HEALTH_TIMEOUT_S", 0.2)
+        client.Client(client.Endpoint(host=host, port=1)).health()
+        assert select.select([proxy], [], [], 0)[0] == ([] if direct else [proxy])
+
+
 DRAINING = """\
 import signal, subprocess, sys, time
 from pathlib import Path
@@ -80,7 +98,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize(
-    ("options", "alive"), [(("--shutdown-timeout", "5"), True), (("--shutdown_timeout=0",), False)]
+    ("options", "alive"),
+    [(("--shutdown-timeout", "5"), True), (("--shutdown-t", "5"), True), (("--shutdown_timeout=0",), False)],
 )
 def test_requests_may_end_before_the_workers(tmp_path: Path, options: tuple[str, ...], alive: bool) -> None:
     said, ready = tmp_path / "said", tmp_path / "ready"

@@ -24,15 +24,17 @@ pytest.importorskip("ray", reason="Ray is not installed (make venv installs it)"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray, about its own models
     import httpx
-    from ray.exceptions import RayActorError
+    from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
     from soka_serve.serving import replica_front
     from soka_serve.serving.replica import (
         AnswerHead,
         Asked,
+        BrokenOffError,
         Replica,
         ReplicaLostError,
         ReplicaSettings,
+        local_client,
         replica_url,
     )
     from soka_serve.serving.replica_front import Front
@@ -104,11 +106,11 @@ def test_what_would_reach_one_replica_is_refused_however_it_is_written(path: str
     assert b"is not served here" in answer.body
 
 
-def ask(replicas: Any, method: str, path: str, retry_s: float = 0) -> Response:
+def ask(replicas: Any, method: str, path: str, retry_s: float = 0, body: bytes = b"") -> Response:
     scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": [(b"host", b"here")]}
 
     async def nothing_more() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     return asyncio.run(Front(replicas, by_adapter=True, retry_s=retry_s)(Request(scope, nothing_more)))
 
@@ -182,6 +184,48 @@ def test_a_request_that_replicas_die_of_is_not_sent_to_all_of_them() -> None:
     assert ask(unlucky, "GET", "/v1/x", retry_s=30).body == b"right"
 
 
+@pytest.mark.usefixtures("_no_pause")
+def test_an_answer_that_breaks_off_is_asked_for_once_more() -> None:
+    """Of a vLLM that lives, whatever the reason: no replica is lost."""
+    traceback = "Traceback (most recent call last):\n  File"
+    cause = BrokenOffError("ReadError: reset")
+    broken: Any = RayTaskError("forward", traceback, cause, ip="10.0.0.1").as_instanceof_cause()
+    again = Forwarding(broken, [AnswerHead(200, ()), b"right"])
+    assert ask(again, "GET", "/v1/x", retry_s=30).body == b"right"
+    twice = Forwarding(broken)
+    answer = ask(twice, "GET", "/v1/x", retry_s=30)
+    assert (answer.status_code, twice.sent) == (502, 2)
+    assert b"ReadError: reset" in answer.body
+    assert b"died" not in answer.body
+    assert b"10.0.0.1" not in answer.body
+
+    async def stream() -> list[bytes]:
+        async def cut() -> AsyncIterator[bytes]:
+            yield b"two"
+            raise broken
+
+        return [piece async for piece in replica_front._rest(b"one", cut())]
+
+    *sent, last = asyncio.run(stream())
+    assert sent == [b"one", b"two"]
+    assert b'"code": 502' in last
+    assert b"ReadError: reset" in last
+
+
+@pytest.mark.usefixtures("_no_pause")
+def test_an_actor_that_is_out_of_reach_has_not_died() -> None:
+    away = [ActorUnavailableError("no route", bytes([number] * 16)) for number in range(5)]
+    back = Forwarding(*away, [AnswerHead(200, ()), b"right"])
+    assert ask(back, "GET", "/v1/x", retry_s=30).body == b"right"
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"model": ' * 200_000, b"{", b"[1]", b'{"model": 3}', b"\xff"])
+def test_a_body_that_names_no_model_is_for_vllm_to_refuse(body: bytes) -> None:
+    refusing = Forwarding([AnswerHead(400, ()), b"no JSON"])
+    answer = ask(refusing, "POST", "/v1/completions", body=body)
+    assert (answer.status_code, answer.body) == (400, b"no JSON")
+
+
 class Alone(Replica):
     """A replica whose vLLM is a function of requests."""
 
@@ -245,6 +289,19 @@ def test_headers_and_paths_beyond_ascii_are_passed_on() -> None:
     assert seen[0].headers["host"] == "127.0.0.1:1"
 
 
+@pytest.mark.parametrize("kind", [b"application/json", b"text/event-stream"])
+@pytest.mark.parametrize("value", ["größer €".encode(), "größer".encode("latin-1")])
+def test_headers_of_an_answer_are_passed_on_byte_by_byte(value: bytes, kind: bytes) -> None:
+    sent = [(b"content-type", kind), (b"x-request-id", value), (b"set-cookie", b"a=1"), (b"set-cookie", b"b=2")]
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, headers=sent, content=pieces(b"{}"))
+
+    found = asyncio.run(gather(Alone(vllm), Asked("GET", "/", (), b"")))
+    answer = ask(Forwarding(found), "GET", "/v1/x")  # type: ignore[arg-type]
+    assert [header for header in answer.raw_headers if header[0] != b"content-length"] == sent
+
+
 def test_a_replica_whose_vllm_is_down_has_no_names() -> None:
     def down(request: httpx.Request) -> httpx.Response:
         raise httpx.ConnectError("refused")
@@ -254,6 +311,54 @@ def test_a_replica_whose_vllm_is_down_has_no_names() -> None:
     with pytest.raises(ReplicaLostError) as caught:
         asyncio.run(gather(Alone(down), Asked("GET", "/", (), b"")))
     assert caught.value.replica == ""
+
+
+def test_a_replica_asks_its_vllm_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+    async def ask_it() -> int:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 204 No Content\r\nconnection: close\r\n\r\n")
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            client = local_client(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            return (await client.get("/health")).status_code
+
+    assert asyncio.run(ask_it()) == 204
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("full"), httpx.ReadError("reset")])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_transport_error_of_a_vllm_that_lives_loses_no_replica(error: httpx.TransportError, late: bool) -> None:
+    async def cut() -> AsyncIterator[bytes]:
+        yield b"one"
+        raise error
+
+    def vllm(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/health":
+            return httpx.Response(200)
+        if late:
+            return httpx.Response(200, content=cut())
+        raise error
+
+    with pytest.raises(BrokenOffError, match=f"{type(error).__name__}: {error}"):
+        asyncio.run(gather(Alone(vllm), Asked("GET", "/", (), b"")))
+    if not late:
+        with pytest.raises(BrokenOffError, match="/v1/models"):
+            asyncio.run(Alone(vllm).base_names())
+
+
+def test_a_vllm_that_lives_and_names_no_models_loses_no_replica() -> None:
+    def vllm(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200 if request.url.path == "/health" else 401, json={"error": "Unauthorized"})
+
+    with pytest.raises(BrokenOffError, match="/v1/models: status 401"):
+        asyncio.run(Alone(vllm).base_names())
 
 
 def test_a_path_reaches_its_replica_and_no_other_host() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from soka_vllm import engine
-from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys
+from soka_vllm.engine import EngineAdapters, add_lora, add_request, prefix_keys, remove_lora
 from soka_vllm.settings import KEEP_VARIABLE, SUMS_VARIABLE, keep_limit
 
 
@@ -93,10 +93,11 @@ class Core:
 class Request:
     """A request to the model."""
 
+    soka_fingerprint: str | None
+
     def __init__(self, name: str, lora_request: LoadRequest | None) -> None:
         self.request_id, self.client_index, self.lora_request = name, 0, lora_request
         self.block_hashes: list[object] = []
-        self.soka_fingerprint = ""
         self.num_computed_tokens = 0
         self.update_block_hashes()
 
@@ -164,6 +165,18 @@ def test_all_or_none_take(core: Core) -> None:
     assert core.managers[0].reads == 3
 
 
+def test_an_adapter_that_cannot_be_put_into_a_slot_stays_in_memory(core: Core) -> None:
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    core.write("a", None)
+    core.managers[1].full = True
+    with pytest.raises(ValueError, match="out of memory"):
+        add_lora(None, core, LoadRequest("a", 1, "a"))
+    core.managers[1].full = False
+    assert ask(core, "r", LoadRequest("a", 1, "a"))
+    assert core.served(1) == [1.0, 1.0]
+
+
 def test_a_request_reads_no_files_while_its_adapter_is_kept(core: Core) -> None:
     core.write("a", 1.0)
     add_lora(None, core, LoadRequest("a", 1, "a"))
@@ -209,6 +222,24 @@ def test_prefixes_are_told_apart_by_what_the_adapter_holds(core: Core) -> None:
     assert before != second.block_hashes
     assert early.block_hashes == second.block_hashes == third.block_hashes
     assert prefix_keys(None, Request("base", None)) == []
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_prompt_that_is_hashed_during_a_reload_is_hashed_again(core: Core, back: bool) -> None:
+    """Another thread hashes it, a key for each block."""
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    early = Request("early", LoadRequest("a", 1, "a"))
+    for value in (2.0, 1.0) if back else (2.0,):
+        core.write("a", value)
+        add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+        early.update_block_hashes()
+    add_request(lambda core, request, wave: None, core, early)
+    late = ask(core, "late", LoadRequest("a", 1, "a"))
+    assert late
+    assert set(early.block_hashes) == set(late.block_hashes)
+    early.update_block_hashes()
+    assert set(early.block_hashes) == set(late.block_hashes)
 
 
 def test_requests_in_the_scheduler_are_hashed_again_when_their_adapter_changes(core: Core) -> None:
@@ -262,6 +293,86 @@ def test_a_request_that_says_load_inplace_reads_the_adapter_again(core: Core, mo
     assert core.managers[0].reads == reads + 1
 
 
+def test_a_sum_that_is_loaded_after_its_adapter_changed_is_made_again(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SUMS_VARIABLE, "2")
+    path = f"soka-sum:{json.dumps([[2, 'a', 1, 'a', False, 0]])}"
+    core.write("a", 1.0)
+    core.write(path, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    core.write("a", 3.0)
+    core.write(path, 6.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert core.served(7) == [6.0, 6.0]
+    reads = core.managers[0].reads
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert core.managers[0].reads == reads
+
+
+def remove(core: Core, number: int) -> bool:
+    def stock(core: Any, number: int) -> bool:  # what vLLM's executor does
+        removed = [manager.remove_adapter(number) for manager in core.managers]
+        return all(removed)
+
+    return remove_lora(stock, core, number)
+
+
+def test_what_was_removed_is_read_again(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SUMS_VARIABLE, "2")
+    path = f"soka-sum:{json.dumps([[2, 'a', 1, 'a', False, 0]])}"
+    core.write("a", 1.0)
+    core.write("b", 5.0)
+    core.write(path, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("2*a", 7, path))
+    assert remove(core, 1)
+    assert not remove(core, 1)
+    assert core.served(1) == [None, None]
+    assert 1 not in core._soka_adapters.nbytes  # type: ignore[attr-defined]
+    add_lora(None, core, LoadRequest("b", 1, "b"))
+    assert core.served(1) == [5.0, 5.0]
+    assert remove(core, 1)
+    core.write("a", 3.0)
+    core.write(path, 6.0)
+    assert ask(core, "sum", LoadRequest("2*a", 7, path))
+    assert core.served(7) == [6.0, 6.0]
+    assert core.served(1) == [3.0, 3.0]
+    assert remove(core, 1)
+    assert ask(core, "b", LoadRequest("b", 1, "b"))  # as a program of one's own may ask for it
+    assert core.served(1) == [5.0, 5.0]
+
+
+def test_what_was_dropped_from_memory_is_removed_too(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEEP_VARIABLE, "0")
+    for number, name in enumerate("abc", 1):
+        core.write(name, float(number))
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    add_lora(None, core, LoadRequest("b", 2, "b"))
+    assert remove(core, 1)
+    assert ask(core, "c", LoadRequest("c", 1, "c"))
+    assert core.served(1) == [3.0, 3.0]
+
+
+def test_what_a_request_uses_is_removed_when_it_is_loaded_again(core: Core) -> None:
+    """A step of that request reads no files."""
+    core.write("a", 1.0)
+    core.write("b", 5.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    running = ask(core, "running", LoadRequest("a", 1, "a"))
+    assert running
+    running.num_computed_tokens = 12
+    before = list(running.block_hashes)
+    assert remove(core, 1)
+    assert [manager.slots for manager in core.managers] == [{}, {}]
+    assert core.served(1) == [1.0, 1.0]
+    add_lora(None, core, LoadRequest("b", 1, "b"))
+    assert core.served(1) == [5.0, 5.0]
+    assert before != running.block_hashes
+
+
 def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
     """A front end of vLLM from 0.34 on may send a prompt's hashes, which know nothing of what the adapter holds."""
     core.write("a", 1.0)
@@ -273,6 +384,40 @@ def test_what_a_front_end_has_hashed_is_hashed_again(core: Core) -> None:
     add_request(lambda core, request, wave: None, core, sent)
     assert own
     assert sent.block_hashes == own.block_hashes
+
+
+def test_what_any_worker_has_read_counts_where_each_reads_its_own_experts(core: Core) -> None:
+    core.vllm_config.parallel_config.enable_expert_parallel = True
+    core.write("a", 1.0, 2.0)
+    add_lora(None, core, LoadRequest("a", 1, "a"))
+    first = ask(core, "first", LoadRequest("a", 1, "a"))
+    assert first
+    before = list(first.block_hashes)
+    core.write("a", 1.0, 3.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert first.block_hashes != before
+    core.write("a", 1.0)
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    alike = list(first.block_hashes)
+    core.vllm_config.parallel_config.enable_expert_parallel = False
+    add_lora(None, core, LoadRequest("a", 1, "a", load_inplace=True))
+    assert first.block_hashes == alike
+
+
+def test_engines_of_one_process_know_nothing_of_each_other(core: Core) -> None:
+    other = Core()
+    core.write("a", 1.0)
+    other.write("b", 2.0)
+    first = ask(core, "first", LoadRequest("a", 1, "a"))
+    assert ask(other, "theirs", LoadRequest("b", 1, "b"))
+    assert other.served(1) == [2.0, 2.0]
+    assert first
+    before = set(first.block_hashes)
+    again = ask(core, "again", LoadRequest("a", 1, "a"))
+    assert again
+    again.update_block_hashes()
+    first.update_block_hashes()
+    assert set(again.block_hashes) == set(first.block_hashes) == before
 
 
 def test_in_the_callers_own_process_a_refusal_is_an_error(core: Core) -> None:

@@ -12,14 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import HTTPException
 
 with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     warnings.simplefilter("ignore")
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
     from vllm.entrypoints.serve.engine.serving import BaseServing
     from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+    from vllm.exceptions import VLLMNotFoundError
 
     from soka_vllm import endpoints, remote
 
@@ -27,6 +30,7 @@ from soka_serve.adapter.remote import fetch as fetch_module
 from soka_serve.adapter.remote.address import parse_folder
 from soka_serve.adapter.remote.problems import FetchError
 from soka_serve.io.file_names import WEIGHTS_FILE
+from soka_vllm.hooks import modules
 from soka_vllm.places import adapter_files
 from soka_vllm.resolver import limits_of, operator_load
 from tests.support.remote_stores import WebServer, send, web_server
@@ -201,6 +205,50 @@ def test_a_store_that_is_down_is_asked_once_for_what_the_cache_has_dropped(
     assert not remote._keeping
 
 
+def test_a_request_does_not_wait_for_a_store_that_hangs(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(resolve(models, "math").lora_path)
+    shutil.rmtree(path.parent)
+    now, fetches, hangs = [1000.0], [0], asyncio.Event()
+
+    async def down(address: object) -> Path:
+        fetches[0] += 1
+        await hangs.wait()
+        raise FetchError("no answer", kind="passing")
+
+    async def ask_twice() -> None:
+        await remote.keep(str(path))
+        await remote.keep(str(path))
+        assert fetches == [1]  # which still runs
+        hangs.set()
+        await asyncio.gather(*remote._keeping.values())
+
+    monkeypatch.setattr(remote, "fetch", down)
+    monkeypatch.setattr(remote, "_WAIT_S", 0.01, raising=False)
+    monkeypatch.setattr(remote, "_not_kept", {})
+    monkeypatch.setattr(remote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    asyncio.run(asyncio.wait_for(ask_twice(), 10))
+    pauses = []
+    for _ in range(8):
+        count, begun = fetches[0], now[0]
+        while fetches[0] == count:
+            now[0] += 2.5
+            asyncio.run(remote.keep(str(path)))
+        pauses.append(now[0] - begun)
+    assert pauses == [5, 10, 20, 40, 80, 160, 300, 300]
+
+
+def test_a_reload_from_elsewhere_forgets_where_the_adapter_came_from(models: Any, web: WebServer) -> None:
+    load(models, "a", f"{web.url}/builds/math")
+    load(models, "b", f"{web.url}/builds/math")
+    for name, left in (("a", 2), ("b", 1)):
+        request = LoadLoRAAdapterRequest(lora_name=name, lora_path=f"{web.url}/builds/code", load_inplace=True)
+        answer = asyncio.run(endpoints.load(OpenAIServingModels.load_lora_adapter, models, request))
+        assert not isinstance(answer, ErrorResponse)
+        assert len(remote._fetched) == left
+
+
 def test_nothing_is_kept_of_an_adapter_that_is_refused(
     models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +282,37 @@ def test_a_request_is_told_that_the_store_does_not_answer(
     monkeypatch.setattr(web, "answer", lambda request: None)
     assert "does not exist" in refused(asked(models, "none"), 404)
     assert "no adapter `none`" in refused(asked(models, "code+none"), 404)
+
+
+def test_servers_of_pooling_models_check_names_alike(
+    models: Any, web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "vllm.entrypoints.pooling.base.serving" in modules("0.32.0")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    monkeypatch.setattr(type(models), "resolve_lora", partialmethod(resolve_hooked))
+
+    async def add_lora(lora_request: Any) -> bool:
+        return True
+
+    monkeypatch.setattr(models.engine_client, "add_lora", add_lora)
+    serving = SimpleNamespace(models=models, _is_model_supported=models.is_base_model)
+    check = PoolingBaseServing._check_model
+
+    def ask(name: str) -> None:
+        asyncio.run(endpoints.check_pooling_model(check, serving, SimpleNamespace(model=name)))
+
+    for name in ("tiny", "code", "code+0.5*math"):
+        ask(name)
+    assert models.lora_requests.keys() == {"code", "math"}
+    folder = Path(models.lora_requests["math"].lora_path)
+    shutil.rmtree(folder.parent)
+    ask("math")
+    assert (folder / WEIGHTS_FILE).is_file()
+    with pytest.raises(VLLMNotFoundError, match="code"):
+        ask("none")
+    monkeypatch.setattr(web, "answer", lambda request: send(request, 503, b"") is None)
+    with pytest.raises(HTTPException, match="503: other: "):
+        ask("other")
 
 
 def test_the_adapters_of_a_sum_are_fetched_again(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

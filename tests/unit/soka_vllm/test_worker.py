@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from eval.bench.loads import make_manager, make_model
 from eval.llama import random_factors
@@ -17,12 +20,14 @@ from soka_serve.kron import dense_delta
 
 with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     warnings.simplefilter("ignore")
-    from vllm.lora.lora_weights import PackedLoRALayerWeights
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
+    from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.request import LoRARequest
 
     from soka_vllm import loader, reading, sum_names, summing, sums, worker
     from soka_vllm.slots import SlotStore
-    from soka_vllm.store import ReadResult, worker_adapters
+    from soka_vllm.store import ReadResult, tensors_of, worker_adapters
 
 SIZE = (1, 64, 96, 4, 2, 16)  # layers, hidden, inner, heads, key/value heads, features of a head
 
@@ -113,3 +118,64 @@ def test_a_module_that_a_layer_holds_twice(tmp_path: Path) -> None:
     path = sums.request_of([sum_names.Term(0.5, "a")], {"a": LoRARequest("a", 1, str(tmp_path))}, {}).lora_path
     fill(summing.add_up(manager, LoRARequest("0.5*a", 2, path), 1 << 30))
     check(0.5)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_sum_is_by_the_served_model_s_names(taken: bool) -> None:
+    """Of a multimodal model, LoRA adapters may have those of a checkpoint of its language model alone."""
+    shards, packed, weights = make_model(SIZE)
+    prefix = "language_model."
+    manager = make_manager(
+        {prefix + name: part for name, part in shards.items()},
+        {prefix + name: [prefix + part for part in parts] for name, parts in packed.items()},
+    )
+    adapters = manager._adapter_manager
+    adapters.supports_mm, adapters.mm_mapping = True, SimpleNamespace(language_model=[prefix])
+    if taken:  # vLLM from 0.33 on
+        adapters._get_text_lora_names = None
+    module = "model.layers.0.self_attn.o_proj"
+    rows, columns = weights[module]
+    requests = {}
+    for number, name in enumerate((module, prefix + module), 1):
+        held = LoRALayerWeights(name, 1, 1, torch.ones(1, columns), torch.ones(rows, 1), scaling=1)
+        worker_adapters(manager).adapters[number] = LoRAModel(number, 1, {name: held}), ReadResult(fingerprint=name)
+        requests["ab"[number - 1]] = LoRARequest("ab"[number - 1], number, name)
+    terms = [sum_names.Term(1.0, "a"), sum_names.Term(1.0, "b")]
+    path = sums.request_of(terms, requests, {}).lora_path
+    found = summing.add_up(manager, LoRARequest("a+b", 3, path), 1 << 30).loras
+    names = [prefix + module] if taken else [module, prefix + module]
+    assert list(found) == names
+    assert found[names[0]].rank == 3 - len(names)
+
+
+@pytest.mark.parametrize("kept", ["lora", "classifier"])
+def test_a_lora_in_memory_is_not_its_file(tmp_path: Path, kept: str) -> None:
+    shards, packed, weights = make_model(SIZE)
+    manager = make_manager(shards, packed)
+    name = next(name for name in weights if name.endswith("o_proj"))
+    rows, columns = weights[name]
+    prefix = f"base_model.model.{name}."
+    values = {f"{prefix}lora_A.weight": torch.ones(2, columns), f"{prefix}lora_B.weight": torch.ones(rows, 2)}
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    if kept == "classifier":
+        values |= {f"base_model.model.score.{part}": torch.ones(4, 4) for part in ("weight", "bias")}
+        config["modules_to_save"] = ["score"]
+    values = {key: value.bfloat16() for key, value in values.items()}
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+
+    def stock(manager: Any, request: Any) -> Any:  # what vLLM's does without the served model
+        helper = PEFTHelper.from_local_dir(request.lora_path, None)
+        return LoRAModel.from_local_checkpoint(
+            request.lora_path, {"o_proj"}, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+        )
+
+    model = reading.load(stock, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        start = size - sum(value.nbytes for value in values.values())
+        file.seek(start)
+        file.write(bytes(size - start))
+    found = [tensor for _, tensor in tensors_of(model)]
+    assert len(found) == len(values)
+    assert all(bool((tensor == 1).all()) for tensor in found)
