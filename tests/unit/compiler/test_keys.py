@@ -133,6 +133,36 @@ def test_caches_of_factors_that_weight_decay_pulled_to_zero_are_not_taken() -> N
         assert (keys["tune"] != before) == (method == "soka")
 
 
+MIXES = [
+    (("weights", "zero"), True),
+    (("truncated", "zero"), True),
+    (("weights", "truncated"), False),
+    (("weights", "weights"), False),
+    (("random", "zero"), True),
+    (("zero", "zero"), False),
+]
+
+
+@pytest.mark.parametrize(("inits", "again"), MIXES)
+def test_decay_beside_subtracted_starts_is_trained_again(tmp_path: Path, inits: tuple[str, str], again: bool) -> None:
+    """Modules that are not subtracted were pulled to their starting factors where others were."""
+    rules = (f'[[adapt]]\nmodules = ["{n}"]\ninit = "{i}"\n' for n, i in zip(("q_proj", "k_proj"), inits, strict=True))
+    text = 'schema = 1\n[base]\nbuiltin = "tiny"\n' + "".join(rules) + "[train]\nsteps = 3\n"
+
+    def tune(more: str) -> tuple[str, str]:
+        """The key, and the one that it had."""
+        (tmp_path / "m.toml").write_text(f'{text}{more}data = {{ builtin = "math" }}\n')
+        loaded = read_manifest(tmp_path / "m.toml")
+        context = prepare(loaded, Workspace(tmp_path, "m"), progress=False)
+        names = [t.module.name for t in context.targets]
+        return context.keys["tune"], stage_keys(loaded.manifest, context.inputs, names)["tune"]
+
+    now, before = tune("weight_decay = 0.1\n")
+    assert (now != before) == again
+    now, before = tune("")
+    assert now == before
+
+
 def test_other_weights_or_modules_rerun_everything() -> None:
     keys = stage_keys(_manifest(), INPUTS, MODULES)
     for others in (
