@@ -211,7 +211,7 @@ def test_keys_that_the_method_does_not_read_are_said(tmp_path: Path, method: str
 def test_a_start_that_would_take_all_of_a_weight_off_is_refused(tmp_path: Path) -> None:
     text = "[[adapt]]\nmodules = ['q_proj']\ninit = 'truncated'\nrank = { policy = 'fixed', rank = %d }"
     assert tiny(tmp_path, text % 127).modules
-    with pytest.raises(PlanError, match=r"q_proj: .* takes 128 terms off the weight, which has 128"):
+    with pytest.raises(PlanError, match=r"adapt\[0\]\.rank: .* 128 terms off the weight; .* has 128: .*q_proj"):
         tiny(tmp_path, text % 128)
 
 
