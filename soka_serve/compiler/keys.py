@@ -26,8 +26,8 @@ STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "me
 _KRONECKER_VERSION = 3  # rates over the root of a shape's spread
 _TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
 
-# Keys of [train] that do not change what is learned.
-_TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
+# Keys of [train] that change neither the weights nor when they are looked at; the data counts by its contents.
+_TRAIN_COSMETIC = {"log_every", "save_every", "report_to", "data"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,21 @@ def keyed_precision(manifest: Manifest, stored: str) -> str:
     return "float32" if said == "auto" and (whole or held == "float32") and base.quantize == "none" else said
 
 
+def keyed_recipe(manifest: Manifest, method: Method, stored: str) -> dict[str, Any]:
+    """What of [train] a training run depends on; keys that the method does not read have their defaults.
+
+    Args:
+        manifest: [base] and [train] are read, but for the method's name.
+        method: what is trained.
+        stored: the dtype of the base's weights, in torch's spelling.
+    """
+    train, fields = manifest.train, type(manifest.train).model_fields
+    reads = {"method_rank": method.ranked, "method_scale": method.scaled, "sigma_lr": method.kronecker}
+    found = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC)
+    found |= {key: fields[key].default for key, read in reads.items() if not read}
+    return found | {"learning_rate": train.rate, "precision": keyed_precision(manifest, stored)}
+
+
 def stage_keys(
     manifest: Manifest, inputs: InputHashes, modules: Sequence[str], starts: Collection[Start] = ()
 ) -> dict[str, str]:
@@ -129,13 +144,11 @@ def stage_keys(
         held = [manifest.base.quantize, manifest.base.dtype] if on_quantised else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches, *held)
-    unread = {"data"} if method.scaled else {"data", "method_scale"}
-    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
-    if not method.ranked:
-        recipe["method_rank"] = type(train).model_fields["method_rank"].default  # nothing reads it
-    recipe["precision"] = keyed_precision(manifest, inputs.dtype)
+    recipe = keyed_recipe(manifest, method, inputs.dtype)
+    if not method.scaled:
+        del recipe["method_scale"]
     if not method.kronecker:
-        recipe["sigma_lr"] = 1.0  # the default when these keys began; nothing reads it
+        recipe["sigma_lr"] = 1.0  # the default when these keys began
     # Problems of builtin families were asked without the templates before.
     judged = train.judged
     asked = ["templates", 1] if judged and judged.builtin and (judged.prompt or judged.completion) else []
