@@ -151,7 +151,7 @@ def stage_keys(
         recipe["sigma_lr"] = 1.0  # the default when these keys began
     # Problems of builtin families were asked without the templates before.
     judged = train.judged
-    asked = ["templates", 1] if judged and judged.builtin and (judged.prompt or judged.completion) else []
+    asked = ["templates", 1] if judged and judged.asks_by_template else []
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash(
         "tune",

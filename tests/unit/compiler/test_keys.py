@@ -87,6 +87,17 @@ def test_the_merged_model_is_what_is_checked_where_there_is_no_adapter() -> None
         assert {stage for stage in before if before[stage] != after[stage]} == reruns
 
 
+@pytest.mark.parametrize("template", ["", "{{ prompt }}"])
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_problems_that_templates_ask_are_asked_anew(key: str, template: str) -> None:
+    """An empty template is one: with the hashes alone the key would be that of the family's own prompts."""
+    plain, asked = (
+        stage_keys(_manifest(train__data={"builtin": "math"} | more), INPUTS, MODULES) for more in ({}, {key: template})
+    )
+    assert plain["check"] != asked["check"]
+    assert plain["tune"] == asked["tune"]  # which asks none
+
+
 def test_what_training_does_anew_with_a_key_reruns_builds_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [_manifest(), _manifest(train__prune={"threshold": 0.1})]
     before = [stage_keys(manifest, INPUTS, MODULES)["tune"] for manifest in made]
