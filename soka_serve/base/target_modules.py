@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -23,6 +23,7 @@ from soka_serve.manifest.nodes import TomlPath
 from soka_serve.manifest.problems import dotted
 from soka_serve.manifest.rules import Adapt, misfits
 from soka_serve.manifest.schema import Manifest
+from soka_serve.regularisers import REGULARISERS, Constraint
 from soka_serve.starts import STARTS
 
 logger = logging.getLogger(__name__)
@@ -143,8 +144,8 @@ def resolve_targets(
 
     Raises:
         PlanError: everything that does not fit, in one error: patterns that match nothing, layers that are not there,
-            shapes that do not divide, `init = 'delta'` without `finetuned`, `weighting` of nothing, nothing left
-            enabled.
+            shapes that do not divide or have too few terms, `init = 'delta'` without `finetuned`, `weighting` of
+            nothing, nothing left enabled.
     """
     matched, problems = _match_rules(manifest.adapt, modules, left_out, name_key)
     chosen_rules = {name: cascade([manifest.adapt[i] for i in hits]) for name, hits in matched.items() if hits}
@@ -167,7 +168,10 @@ def resolve_targets(
         for place, message in training_misfits(rule, manifest.train) if manifest.train.method == "soka" else ():
             failures.setdefault((place, message), []).append(module.name)
         try:
-            targets.append(TargetModule(module, rule, hits_of, _resolve_shape(module, rule)))
+            target = TargetModule(module, rule, hits_of, _resolve_shape(module, rule))
+            targets.append(target)
+            for place, message in () if rule.start.given else beyond_shape(manifest, target):
+                failures.setdefault((place, message), []).append(module.name)
         except PlanError as error:
             index = _setter(manifest, hits_of, "tp" if rule.tp > 1 and not isinstance(rule.shape, tuple) else "shape")
             message = error.message.replace(module.name, module.projection)
@@ -179,6 +183,28 @@ def resolve_targets(
         raise PlanError("\n".join(problems), hint="`soka-serve inspect BASE` lists a base's modules and shapes.")
     _warn_unused(manifest, targets)
     return targets
+
+
+def beyond_shape(manifest: Manifest, target: TargetModule) -> Iterator[tuple[TomlPath, str]]:
+    """What the manifest asks of a target that its factor shape, where that is known, has too few terms for.
+
+    Yields:
+        The key, and why.
+    """
+    rule, shape, train = target.rule, target.shape, manifest.train
+    if shape is None or train.method != "soka":
+        return
+    most, has = shape.max_rank, f"the factor shape {list(shape)} has {shape.max_rank}"
+    if rule.start.cuts and rule.rank.policy == "fixed" and rule.rank.rank >= most:
+        taken = f"{rule.start.written} takes {rule.rank.rank} terms off the weight"
+        place = ("adapt", _setter(manifest, target.rules, "rank"), "rank")
+        yield place, f"{taken}; {has}: nothing would be left; lower the rank, or choose another shape or start"
+    if rule.extra_terms > most:
+        place = ("adapt", _setter(manifest, target.rules, "extra_terms"), "extra_terms")
+        yield place, f"expected at most as many terms as there can be; got {rule.extra_terms}, and {has}"
+    for name, count in train.regularise.chosen.items():
+        if isinstance(row := REGULARISERS[name], Constraint) and (problem := row.misfit(shape, int(count))):
+            yield ("train", "regularise", name), problem
 
 
 def _match_rules(

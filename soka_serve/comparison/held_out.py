@@ -17,7 +17,7 @@ from soka_serve.builtin.tasks import (
     generate_validation,
 )
 from soka_serve.comparison.suite import DataSet, Other, Protocol
-from soka_serve.data.encode import MASKED, EncodedExample, EncodedSet
+from soka_serve.data.encode import MASKED, EncodedExample, EncodedSet, check_answerable
 from soka_serve.data.examples import DataReader, Example, render_problems
 from soka_serve.errors import DataError
 
@@ -55,7 +55,7 @@ class HeldOutReader:
         """Test and validation problems.
 
         Raises:
-            DataError: there are too few, one has no answer, or the two share a prompt.
+            DataError: there are too few, one has no answer, or no token to be asked by, or the two share a prompt.
         """
         protocol, family = self.protocol, dataset.data.builtin
         if family is not None:
@@ -121,8 +121,14 @@ class HeldOutReader:
                 "tokens",
                 hint="raise train.max_length",
             )
+        self._check_answerable(dataset, [example for example, _ in found])
         asked = [replace(problem, prompt=e.prompt) for problem, (e, _) in zip(problems, found, strict=True)]
         return HeldOut(asked, [encoded for _, encoded in found])
+
+    def _check_answerable(self, dataset: DataSet, examples: Sequence[Example]) -> None:
+        if self.protocol.answered != 0 or self.protocol.choose_by != "loss":
+            hint = "write a prompt, or set protocol.answered = 0 and choose by the loss"
+            check_answerable(examples, self.tokenizer, f"dataset {dataset.name!r}", hint)
 
     def _held_out(
         self, dataset: DataSet, found: Sequence[tuple[Example, EncodedExample]], wanted: int, what: str
@@ -133,12 +139,7 @@ class HeldOutReader:
                 f"{self.max_length} tokens; protocol.{what} asks for {wanted}",
                 hint="lower it, raise train.max_length, or give more data",
             )
-        answers = self.protocol.answered != 0 or self.protocol.choose_by != "loss"
-        if answers and (empty := sum(tokens.labels[0] != MASKED for _, tokens in found)):
-            raise DataError(
-                f"dataset {dataset.name!r}: the prompts of {empty} {what} problems have no token: nothing to answer",
-                hint="set protocol.answered = 0 and choose by the loss",
-            )
+        self._check_answerable(dataset, [example for example, _ in found])
         problems = [_problem(dataset, example, index) for index, (example, _) in enumerate(found)]
         return HeldOut(problems, [encoded for _, encoded in found])
 

@@ -155,7 +155,7 @@ class Cell:
             # What is forgotten was measured from the start before, where that changes the base.
             **({"forgetting": 1} if final and suite.other and _moves_base(made) else {}),
             # Problems of builtin families were asked without the templates before.
-            **({"templates": 1} if dataset.data.builtin and (dataset.data.prompt or dataset.data.completion) else {}),
+            **({"templates": 1} if dataset.data.asks_by_template else {}),
             "other": [[o.name, inputs.other[o.name], o.examples] for o in suite.other if final],
             "versions": {**inputs.versions} | {package: inputs.packages[package] for package in packages_of(made)},
             "device": inputs.device,

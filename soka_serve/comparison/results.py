@@ -11,8 +11,9 @@ from typing import Any
 from soka_serve.comparison.claims import judge, rises
 from soka_serve.comparison.plan import Cell, Record
 from soka_serve.comparison.records import keys_of
+from soka_serve.comparison.settings import Setting
 from soka_serve.comparison.stats import interval, noise, pareto_front, running_mean, steps_to
-from soka_serve.comparison.suite import DataSet, Suite
+from soka_serve.comparison.suite import Suite
 from soka_serve.comparison.sweep import Choice, choose, seeds_that_agree, sweep_keys
 from soka_serve.compiler.report.charts import thin
 
@@ -34,7 +35,11 @@ def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]
     chosen = {place: choose(cell, records)[0] for place, cell in places.items()}
     finals = {place: _finals(cell, chosen[place], records) for place, cell in places.items()}
     runs = {
-        place: {seed: measures(suite, cell.dataset, r) for seed, r in finals[place].items() if r["status"] != "failed"}
+        place: {
+            seed: measures(cell, chosen[place].setting or (), r)
+            for seed, r in finals[place].items()
+            if r["status"] != "failed"
+        }
         for place, cell in places.items()
     }
     per_cell = [_cell(cell, chosen[p], finals[p], runs[p], records) for p, cell in places.items()]
@@ -69,12 +74,18 @@ def _whole(record: Record) -> bool:
     return bool(record["status"] == "done")
 
 
-def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]:
+def measures(cell: Cell, setting: Setting, record: Record) -> dict[str, float]:
     """The numbers of one run that are averaged and tested; what a run does not have is left out.
 
     A run that never reaches the smallest target loss counts with one step more than it has. A diverged run has accuracy
     0, and no loss.
+
+    Args:
+        cell: the run's.
+        setting: the run's, as the cell's grid has it.
+        record: the run's; another suite may have made it, under names and axes of its own.
     """
+    suite, dataset = cell.suite, cell.dataset
     recipe: Any = suite.train
     window = suite.protocol.loss_window
     found: dict[str, float] = {}
@@ -84,7 +95,7 @@ def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]
         reached = steps_to(record["loss"], dataset.loss_targets[0], window) if _whole(record) else None
         found["steps_to_loss"] = recipe.steps + 1 if reached is None else reached
         found["reached"] = float(reached is not None)
-    norms = record["grad_norm"][math.ceil(_warmup_frac(suite, record) * recipe.steps) :]
+    norms = record["grad_norm"][math.ceil(_warmup_frac(cell, setting) * recipe.steps) :]
     if norms and all(map(math.isfinite, norms)):
         found["grad_norm"] = math.fsum(norms) / len(norms)
         if (spread := noise(norms)) is not None:
@@ -98,13 +109,10 @@ def measures(suite: Suite, dataset: DataSet, record: Record) -> dict[str, float]
     return found | {name: record[name] for name in RECORDED if record.get(name) is not None}
 
 
-def _warmup_frac(suite: Suite, record: Record) -> float:
+def _warmup_frac(cell: Cell, setting: Setting) -> float:
     """The share of a run's steps that warmed up, which a grid may have searched."""
-    contender, recipe = suite.contender(record["method"]), suite.train.model_dump()
-    for axis, value in record.get("setting", {}).items():
-        if contender.key_of(axis) == "train.warmup_frac":
-            return float(value)
-    return float(recipe["warmup_frac"])
+    recipe, key_of = cell.suite.train.model_dump(), cell.contender.key_of
+    return next((value for axis, value in setting if key_of(axis) == "train.warmup_frac"), float(recipe["warmup_frac"]))
 
 
 def _cell(

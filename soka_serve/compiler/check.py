@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soka_serve.base.tokenizer import TextTokenizer
-from soka_serve.data.encode import answerable
+from soka_serve.data.encode import answerable, check_answerable
 from soka_serve.data.examples import DataReader, render_problems
-from soka_serve.errors import DataError
 from soka_serve.manifest.schema import Manifest
 
 if TYPE_CHECKING:
@@ -94,11 +93,7 @@ def choose_questions(manifest: Manifest, manifest_dir: Path, tokenizer: TextToke
         from soka_serve.builtin.tasks import generate
 
         asked = render_problems(data, generate(data.builtin, "test", limit))
-        if not all(answerable(asked, tokenizer)):
-            raise DataError(
-                "train.data.prompt: renders to no token, so that no answer can be asked for",
-                hint="write a prompt, or set eval.limit = 0",
-            )
+        check_answerable(asked, tokenizer, "train.data.prompt", "write a prompt, or set eval.limit = 0")
         return Questions(data.builtin, limit, [e.prompt for e in asked], [e.completion for e in asked])
     reader = DataReader(data, manifest_dir, manifest.train.seed, tokenizer)
     read = reader.examples("eval", limit=min(limit, SAMPLES))

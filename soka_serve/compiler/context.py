@@ -165,7 +165,7 @@ def prepare(
     processes = processes or Processes()
     if processes.is_main and save_hashes:
         hashes.save()
-    keys = stage_keys(manifest, inputs, [t.module.name for t in targets])
+    keys = stage_keys(manifest, inputs, [t.module.name for t in targets], {t.rule.start for t in targets})
     return Context(
         loaded=loaded,
         workspace=workspace,

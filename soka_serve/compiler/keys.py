@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from soka_serve.compiler.methods import METHODS, Method
 from soka_serve.compiler.quiz import kept_apart
 from soka_serve.manifest.rules import EVERY_MODULE, LLAMA_PROJECTIONS, Adapt
 from soka_serve.manifest.schema import Manifest, Train
+from soka_serve.starts.start import Start
 
 # Raised when a stage's result changes for the same inputs, so that old caches are not taken for new ones.
 STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "measure": 1, "report": 1}
@@ -25,8 +26,8 @@ STAGE_VERSIONS = {"init": 3, "tune": 2, "export": 1, "merge": 1, "check": 1, "me
 _KRONECKER_VERSION = 3  # rates over the root of a shape's spread
 _TRAIN_VERSIONS = {"weight_decay": 1, "prune": 1}
 
-# Keys of [train] that do not change what is learned.
-_TRAIN_COSMETIC = {"log_every", "save_every", "report_to"}
+# Keys of [train] that change neither the weights nor when they are looked at; the data counts by its contents.
+_TRAIN_COSMETIC = {"log_every", "save_every", "report_to", "data"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,20 @@ def _rule(rule: Adapt, modules: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def training_versions(method: Method, train: Train) -> list[Any]:
-    """What a key holds besides where Kronecker factors are trained; nothing elsewhere."""
+def training_versions(method: Method, train: Train, starts: Collection[Start] = ()) -> list[Any]:
+    """What a key holds besides where Kronecker factors are trained; nothing elsewhere.
+
+    Args:
+        method: what is trained.
+        train: its table.
+        starts: of the targets; needed where they are of several kinds.
+    """
     if not method.kronecker:
         return []
-    found = (part for item in _TRAIN_VERSIONS.items() if getattr(train, item[0]) for part in item)
+    versions = dict(_TRAIN_VERSIONS)
+    if len({start.stores_frozen for start in starts}) > 1:
+        versions["weight_decay"] = 2  # each module is pulled to a delta of zero; all were pulled to their starts
+    found = (part for item in versions.items() if getattr(train, item[0]) for part in item)
     return ["factors", _KRONECKER_VERSION, *found]
 
 
@@ -92,13 +102,31 @@ def keyed_precision(manifest: Manifest, stored: str) -> str:
     return "float32" if said == "auto" and (whole or held == "float32") and base.quantize == "none" else said
 
 
-def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) -> dict[str, str]:
+def keyed_recipe(manifest: Manifest, method: Method, stored: str) -> dict[str, Any]:
+    """What of [train] a training run depends on; keys that the method does not read have their defaults.
+
+    Args:
+        manifest: [base] and [train] are read, but for the method's name.
+        method: what is trained.
+        stored: the dtype of the base's weights, in torch's spelling.
+    """
+    train, fields = manifest.train, type(manifest.train).model_fields
+    reads = {"method_rank": method.ranked, "method_scale": method.scaled, "sigma_lr": method.kronecker}
+    found = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC)
+    found |= {key: fields[key].default for key, read in reads.items() if not read}
+    return found | {"learning_rate": train.rate, "precision": keyed_precision(manifest, stored)}
+
+
+def stage_keys(
+    manifest: Manifest, inputs: InputHashes, modules: Sequence[str], starts: Collection[Start] = ()
+) -> dict[str, str]:
     """The key of every stage that this manifest has, in the order in which they run.
 
     Args:
         manifest: the manifest.
         inputs: hashes of the files that it names.
         modules: full names of the targets, in order.
+        starts: theirs.
     """
     train, output = manifest.train, manifest.output
     method = METHODS[train.method]
@@ -116,16 +144,14 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         held = [manifest.base.quantize, manifest.base.dtype] if on_quantised else []
         # The empty table stands where keys had the fine-tuned checkpoints: caches without any are still taken.
         keys["init"] = _hash("init", inputs.base, {}, rules, list(modules), train.seed, batches, *held)
-    unread = {"data"} if method.scaled else {"data", "method_scale"}
-    recipe = train.model_dump(mode="json", exclude=_TRAIN_COSMETIC | unread) | {"learning_rate": train.rate}
-    if not method.ranked:
-        recipe["method_rank"] = type(train).model_fields["method_rank"].default  # nothing reads it
-    recipe["precision"] = keyed_precision(manifest, inputs.dtype)
+    recipe = keyed_recipe(manifest, method, inputs.dtype)
+    if not method.scaled:
+        del recipe["method_scale"]
     if not method.kronecker:
-        recipe["sigma_lr"] = 1.0  # the default when these keys began; nothing reads it
+        recipe["sigma_lr"] = 1.0  # the default when these keys began
     # Problems of builtin families were asked without the templates before.
     judged = train.judged
-    asked = ["templates", 1] if judged and judged.builtin and (judged.prompt or judged.completion) else []
+    asked = ["templates", 1] if judged and judged.asks_by_template else []
     start = keys.get("init", [inputs.base, list(modules)])
     keys["tune"] = _hash(
         "tune",
@@ -135,7 +161,7 @@ def stage_keys(manifest: Manifest, inputs: InputHashes, modules: Sequence[str]) 
         learned if train.eval_every is None and not train.answered else examples,
         manifest.base.dtype,
         manifest.base.quantize,
-        *training_versions(method, train),
+        *training_versions(method, train, starts),
         *([manifest.eval.max_new_tokens, kept_apart(manifest), *asked] if train.answered else []),
     )
     terms = [output.adapter_terms] if output.adapter_terms != "all" else []

@@ -18,14 +18,15 @@ from soka_serve.builtin.tasks import (
     generate_validation,
 )
 from soka_serve.compiler.processes import launched_sharding
-from soka_serve.data.encode import answerable
-from soka_serve.data.examples import DataReader, Example, render_problems
+from soka_serve.data.encode import check_answerable
+from soka_serve.data.examples import DataReader, render_problems
 from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
 
 logger = logging.getLogger(__name__)
 
 _NO_EXAMPLES = "train.answered is set, but there are no evaluation examples"
+_BY_LOSS = "leave train.answered out: the loss then says which evaluation is the best"
 _EXTRACT: dict[str, Callable[[str], str | None]] = {"math": extract_hashes, "boxed": extract_boxed}
 """How an answer is found in a text, by the family whose marking is used."""
 
@@ -78,14 +79,14 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
     if data.builtin is not None:
         problems = generate_validation(data.builtin, count, kept_apart(manifest))
         examples = render_problems(data, problems)
-        _check_answerable(examples, tokenizer)
+        check_answerable(examples, tokenizer, "train.answered", _BY_LOSS)
         return Quiz([replace(p, prompt=e.prompt) for p, e in zip(problems, examples, strict=True)], tokenizer, limit)
     examples = DataReader(data, manifest_dir, manifest.train.seed, tokenizer).examples("eval", limit=count)
     if not examples:
         raise DataError(_NO_EXAMPLES)
     if len(examples) < count:
         logger.warning("train.answered = %d: there are only %d evaluation examples to ask", count, len(examples))
-    _check_answerable(examples, tokenizer)
+    check_answerable(examples, tokenizer, "train.answered", _BY_LOSS)
     for family, extract in _EXTRACT.items():
         answers = [extract(example.completion) for example in examples]
         if None not in answers:
@@ -97,14 +98,5 @@ def make_quiz(manifest: Manifest, manifest_dir: Path, tokenizer: TextTokenizer) 
     raise DataError(
         f"train.answered: of {len(examples)} evaluation examples not every one has its answer after #### or in "
         "\\boxed{}",
-        hint="leave train.answered out: the loss then says which evaluation is the best",
+        hint=_BY_LOSS,
     )
-
-
-def _check_answerable(examples: Sequence[Example], tokenizer: TextTokenizer) -> None:
-    if empty := answerable(examples, tokenizer).count(False):
-        raise DataError(
-            f"train.answered: {empty} of {len(examples)} held-out prompts have no token, so that no answer can be "
-            "asked for",
-            hint="leave train.answered out: the loss then says which evaluation is the best",
-        )

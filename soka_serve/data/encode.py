@@ -123,6 +123,25 @@ def answerable(examples: Sequence[Example], tokenizer: TextTokenizer) -> list[bo
     return [pair.prompt_length > 0 for pair in _encode_chunk(examples, tokenizer)]
 
 
+def check_answerable(examples: Sequence[Example], tokenizer: TextTokenizer, whose: str, hint: str) -> None:
+    """Refuse to ask examples of which a prompt has no token.
+
+    Args:
+        examples: what a model is to answer.
+        tokenizer: the base's.
+        whose: key or data that the error names.
+        hint: what to do instead.
+
+    Raises:
+        DataError: how many they are.
+    """
+    if empty := answerable(examples, tokenizer).count(False):
+        raise DataError(
+            f"{whose}: {empty} of {len(examples)} held-out prompts have no token, so that no answer can be asked for",
+            hint=hint,
+        )
+
+
 def pack_examples(encoded: Sequence[EncodedExample], max_length: int) -> list[PackedRow]:
     """Put examples into rows of at most `max_length` tokens: each, in order, into the first row with room for it.
 

@@ -61,6 +61,11 @@ class Data(Table):
         """Whether there are examples to evaluate on."""
         return bool(self.builtin or self.eval_jsonl or self.eval_split or self.eval_frac)
 
+    @property
+    def asks_by_template(self) -> bool:
+        """Whether templates say how a builtin family's problems are asked, an empty one as well."""
+        return self.builtin is not None and not (self.prompt is None and self.completion is None)
+
     @field_validator("prompt", "completion")
     @classmethod
     def _check_template(cls, value: str | None) -> str | None:

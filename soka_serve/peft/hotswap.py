@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
 
 from soka_serve.adapter.format import KEY_PREFIX
 from soka_serve.errors import CheckpointError, first_ten, name_some
@@ -30,7 +32,8 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
 
     Raises:
         FitError: no such adapter, other modules, or the adapter is merged; nothing was changed.
-        CheckpointError: factors missing, of the wrong shape, or not finite; nothing was changed.
+        CheckpointError: factors missing, of the wrong shape, or not finite, or other tensors (`modules_to_save`)
+            missing, unknown or of another shape; nothing was changed.
     """
     config: Any = model.peft_config.get(adapter_name)
     layers = soka_layers(model, adapter_name)
@@ -59,7 +62,7 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
     stores = [f"{PREFIX}{part}{kind}" for kind in kinds for part in PARTS]
     if wrong := [p for layer in layers.values() if (p := other_bits(incoming, layer)) is not None]:
         raise FitError(f"{directory}: {wrong[0]}")
-    problems = []
+    problems = _misfits(model, adapter_name, tensors)
     for name, layer in layers.items():
         values = {store: tensors[key] for store in stores if (key := f"{KEY_PREFIX}{name}.{store}") in tensors}
         missing = sorted(set(stores) - set(values))
@@ -87,3 +90,22 @@ def hotswap_adapter(model: Any, directory: str, adapter_name: str = "default", *
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
     finally:
         config.shapes_are_open = False
+
+
+def _misfits(model: Any, adapter_name: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What is wrong with the names and shapes of tensors that are no factors: those of whole modules."""
+
+    def others(found: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(t.shape) for key, t in found.items() if not key.rpartition(".")[2].startswith(PREFIX)}
+
+    own = others(get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False))
+    # Embeddings lie in files of adapters whose base got further tokens.
+    known = own | others(dict(model.named_parameters()))
+    theirs = others(tensors)
+    wrong = [f"{key}: missing" for key in own if key not in theirs]
+    wrong += [f"{key}: there is no such tensor here" for key in theirs if key not in known]
+    return wrong + [
+        f"{key} is {shape}, expected {known[key]}"
+        for key, shape in theirs.items()
+        if key in known and shape != known[key]
+    ]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from soka_serve.kron import Factors
+    from soka_serve.kron.shapes import FactorShape
 
 _INSIDE = 1e-6  # of a term's norm: less than that in what is protected is the rounding of float32
 
@@ -64,13 +65,17 @@ class Protect(Constraint):
     )
     excludes: ClassVar[Mapping[str, str]] = {"prune": "what sigma may do is worked out for the terms of the start"}
 
+    def misfit(self, shape: FactorShape, count: int) -> str | None:
+        most = shape.max_rank
+        return None if count < most else f"expected fewer than the {most} terms of the weight; got {count}"
+
     def guard(self, weight: Tensor, theta: Factors, count: int) -> Complement:
         import torch
 
         from soka_serve.kron import kpsvd
 
-        if count >= theta.shape.max_rank:
-            raise ValueError(f"expected fewer than the {theta.shape.max_rank} terms of the weight; got {count}")
+        if problem := self.misfit(theta.shape, count):
+            raise ValueError(problem)
         terms = kpsvd(weight, theta.shape, count).factors
         left, right = terms.left.flatten(1).t(), terms.right.flatten(1).t()
         lefts, rights = (t.double().flatten(1) for t in (theta.left, theta.right))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from soka_serve.kron import Factors
+    from soka_serve.kron.shapes import FactorShape
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,15 @@ class Constraint(Regulariser, ABC):
     whole: ClassVar[bool] = True
 
     @abstractmethod
+    def misfit(self, shape: FactorShape, count: int) -> str | None:
+        """Why nothing is left to train of a module with a factor shape; None where something is.
+
+        Args:
+            shape: of the module.
+            count: the number that the manifest gives.
+        """
+
+    @abstractmethod
     def guard(self, weight: Tensor, theta: Factors, count: int) -> Guard:
         """What a module may do.
 
@@ -100,7 +110,7 @@ class Constraint(Regulariser, ABC):
             count: the number that the manifest gives.
 
         Raises:
-            ValueError: nothing is left to train.
+            ValueError: there is a `misfit`.
         """
 
 

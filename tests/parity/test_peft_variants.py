@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from soka_serve.adapter.format import read_adapter
@@ -313,6 +314,35 @@ def test_hotswap_refuses_other_whole_modules(tmp_path: Path, with_head: bool) ->
     with pytest.raises(ValueError, match=r"lm_head.* in modules_to_save|in modules_to_save, and .*lm_head"):
         hotswap_adapter(model, str(tmp_path))
     assert torch.equal(logits(model, ids), want)
+
+
+HEAD = "base_model.model.lm_head.weight"
+OTHER_HEADS: list[tuple[str, Callable[[dict[str, Tensor]], object]]] = [
+    (rf"{HEAD}: missing", lambda tensors: tensors.pop(HEAD)),
+    (rf"{HEAD} is \(3, 32\), expected", lambda tensors: tensors.update({HEAD: torch.zeros(3, 32)})),
+    (r"lm_hat\.weight: there is no such tensor", lambda tensors: tensors.update({"lm_hat.weight": torch.zeros(3)})),
+]
+
+
+@pytest.mark.parametrize(("message", "spoil"), OTHER_HEADS)
+def test_hotswap_refuses_tensors_of_whole_modules_that_do_not_fit(
+    tmp_path: Path, message: str, spoil: Callable[[dict[str, Tensor]], object]
+) -> None:
+    ids, model = tokens(), trained("weights", modules_to_save=["lm_head"])
+    want = logits(model, ids)
+    incoming = trained("weights", seed=5, modules_to_save=["lm_head"])
+    incoming.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    spoilt = dict(tensors)
+    spoil(spoilt)
+    save_file(spoilt, file)
+    with pytest.raises(CheckpointError, match=message):
+        hotswap_adapter(model, str(tmp_path))
+    assert torch.equal(logits(model, ids), want)
+    save_file(tensors, file)
+    hotswap_adapter(model, str(tmp_path))
+    assert torch.equal(logits(model, ids), logits(incoming, ids))
 
 
 # --- `adapter_names`: each row of a batch with its own adapter --------------------------------------------------------

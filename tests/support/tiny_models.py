@@ -10,7 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from soka_serve.adapter.format import write_adapter
+from soka_serve.base.base import Base
 from soka_serve.base.checkpoint import Checkpoint
+from soka_serve.builtin import base_directory
 from soka_serve.compiler.merge.merge import merge
 from soka_serve.kron import Factors
 from soka_serve.kron.shapes import balanced_shape
@@ -84,3 +86,16 @@ def write_test_adapter(
 def merge_quietly(adapter: Path, base: Path, out: Path, **options: object) -> None:
     """Merge one adapter, without a check unless one is asked for."""
     merge(adapter, base=base, out=out, progress=False, **{"verify": False, **options})  # type: ignore[arg-type]
+
+
+class WithoutBos:
+    """The embedded base's tokenizer, as one that puts nothing before a text."""
+
+    def __init__(self) -> None:
+        self.own = Base(base_directory()).tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+    def encode_pairs(self, pairs: Any, **options: Any) -> Any:
+        return self.own.encode_pairs(pairs, add_special_tokens=False)

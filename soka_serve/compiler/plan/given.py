@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from soka_serve.base.target_modules import TargetModule
+from soka_serve.base.target_modules import TargetModule, beyond_shape
 from soka_serve.errors import CheckpointError, PlanError, name_some
 from soka_serve.kron.shapes import check_shape, parallel_of
 from soka_serve.manifest.nodes import TomlPath
@@ -40,7 +40,8 @@ def settle_targets(
 
     Raises:
         CheckpointError: no adapter, of another kind, or damaged.
-        PlanError: all that does not fit: modules that an adapter lacks or that no rule takes from it, other shapes.
+        PlanError: all that does not fit: modules that an adapter lacks or that no rule takes from it, other shapes, or
+            such as have too few terms.
     """
     adapters = {source: _open(source, manifest, directory, name_key) for source in sources_of(targets, "adapter")}
     settled, problems = [], []
@@ -64,6 +65,7 @@ def settle_targets(
             continue
         rule = target.rule.model_copy(update={"rank": RankFixed(rank=min(rank, shape.max_rank))})
         settled.append(replace(target, rule=rule, shape=shape))
+        problems += [f"{name_key(place)}: {message} ({name})" for place, message in beyond_shape(manifest, settled[-1])]
     for source, names in lacking.items():
         problems.append(
             f"{_key(manifest, source, name_key)}: the adapter has no terms for {name_some(names)}, which the rule "

@@ -85,7 +85,6 @@ def plan_training(manifest: Manifest, targets: Sequence[TargetModule], method: M
 
 def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> TrainingPlan:
     _check_budgets(manifest, targets)
-    _check_cuts(targets)
     budgets = {t.module.name: group for group in budget_groups(manifest, targets).values() for t in group}
     planned = tuple(_plan_module(t, budgets.get(t.module.name), manifest.train.prune) for t in targets)
     formed = [(t, m) for t, m in zip(targets, planned, strict=True) if t.rule.form.choices]
@@ -104,18 +103,6 @@ def _plan_kronecker(manifest: Manifest, targets: Sequence[TargetModule]) -> Trai
         formed_frozen=frozen,
         formed_stored=stored,
     )
-
-
-def _check_cuts(targets: Sequence[TargetModule]) -> None:
-    """Raise PlanError where a start would take all of a weight off it."""
-    for target in targets:
-        most, rule = _shape(target).max_rank, target.rule
-        if rule.start.cuts and rule.rank.policy == "fixed" and rule.rank.rank >= most:
-            raise PlanError(
-                f"{target.module.name}: {rule.start.written} takes {rule.rank.rank} terms off the weight, which has "
-                f"{most} of the factor shape {tuple(_shape(target))}: nothing would be left",
-                hint="lower the rank, or choose another shape or start",
-            )
 
 
 def _check_budgets(manifest: Manifest, targets: Sequence[TargetModule]) -> None:

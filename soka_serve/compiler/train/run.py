@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from soka_serve.compiler.history import read_history
-from soka_serve.compiler.keys import keyed_precision
+from soka_serve.compiler.keys import keyed_recipe
 from soka_serve.compiler.methods import Method, StartingPoint
 from soka_serve.compiler.train import resume as resume_points
 from soka_serve.errors import BuildError, name_some
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Keys of [train] that change neither the weights nor when they are looked at.
-_COSMETIC = {"log_every", "save_every", "report_to", "data"}
 _FOLDERS = ("adapter", "model", "initial")  # of a run, beside its checkpoints
 
 
@@ -157,8 +155,7 @@ def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
     digest = hashlib.sha256()
     recipe = {
         "base": manifest.base.model_dump(mode="json", include={"dtype", "quantize"}),
-        "train": manifest.train.model_dump(mode="json", exclude=_COSMETIC)
-        | {"learning_rate": manifest.train.rate, "precision": keyed_precision(manifest, run.stored)},
+        "train": keyed_recipe(manifest, run.method, run.stored),
         "targets": list(run.targets),
         "initial": sorted(run.initial),
         "examples": len(train_set.examples),

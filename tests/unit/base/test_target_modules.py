@@ -344,3 +344,36 @@ def test_problems_name_the_manifest_and_the_line(tmp_path: Path, modules: list[M
         [f"{file}:5:11", "adapt[0].modules"],
         [f"{file}:9:9", "adapt[1].shape"],
     ]
+
+
+TOO_FEW = [
+    # More of them than the shape, [64, 64, 64, 64] or [1, 1, 4096, 4096], has terms.
+    ("init = 'truncated'\nrank = { policy = 'fixed', rank = 4096 }", "", "7:8", "adapt[0].rank", "4096 terms off"),
+    ("shape = [1, 1, 4096, 4096]\ninit = 'truncated'", "", "3:1", "adapt[0].rank", "takes 1 terms off the weight"),
+    ("extra_terms = 5\nshape = [2, 2, 2048, 2048]", "", "6:15", "adapt[0].extra_terms", "got 5, and the factor shape"),
+    ("init = 'weights'", "protect = 4096", "8:11", "train.regularise.protect", "fewer than the 4096 terms"),
+]
+
+
+@pytest.mark.parametrize(("rule", "table", "place", "key", "message"), TOO_FEW)
+def test_shapes_with_too_few_terms(
+    tmp_path: Path, modules: list[Module], rule: str, table: str, place: str, key: str, message: str
+) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(
+        f'schema = 1\nbase = {{ builtin = "tiny" }}\n[[adapt]]\n# -\nmodules = ["q_proj"]\n{rule}\n'
+        f'[train.regularise]\n{table}\n[train.data]\nbuiltin = "math"\n'
+    )
+    loaded = read_manifest(file)
+    with pytest.raises(PlanError) as caught:
+        resolve_targets(loaded.manifest, modules, name_key=loaded.name_key)
+    assert caught.value.message.startswith(f"{file}:{place}: {key}: ")
+    assert message in caught.value.message
+    assert caught.value.message.endswith("(model.layers.0.self_attn.q_proj and 31 more)")
+
+
+def test_what_a_shape_just_has_terms_for(modules: list[Module]) -> None:
+    shape = {"modules": ["q_proj"], "shape": [2, 2, 2048, 2048]}
+    cut = {"init": "truncated", "rank": {"policy": "fixed", "rank": 3}}
+    for rule in (shape | {"extra_terms": 4}, shape | cut, {"extra_terms": 5, "shape": "auto", "init": "weights"}):
+        assert resolve_targets(manifest(rule), modules)

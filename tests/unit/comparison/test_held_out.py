@@ -21,6 +21,7 @@ from soka_serve.comparison.suite import DataSet, Other, Protocol
 from soka_serve.data.collate import PadCollator
 from soka_serve.data.encode import EncodedSet
 from soka_serve.errors import DataError
+from tests.support.tiny_models import WithoutBos
 
 SPLIT = """
 schema = 1
@@ -147,6 +148,25 @@ def test_built_in_problems_must_fit(tmp_path: Path) -> None:
     tokenizer = Base(base_directory()).tokenizer
     with pytest.raises(DataError, match="held-out problems are longer than"):
         HeldOutReader(Protocol(test=2, validation=2), tmp_path, tokenizer, 8).problems(own)
+
+
+def test_prompts_without_any_token_are_refused_where_answers_are_asked(tmp_path: Path) -> None:
+    """A base that puts nothing before a text has nothing to go on from, and would fail after each run's training."""
+    tokenizer: Any = WithoutBos()
+    write(tmp_path / "test.jsonl", [f"Test {i}" for i in range(4)])
+    built = {"name": "math", "data": {"builtin": "math", "prompt": ""}}
+    own = {
+        "name": "own",
+        "answers": "hashes",
+        "data": {"jsonl": "test.jsonl", "eval_jsonl": "test.jsonl", "prompt": ""},
+    }
+    for table in (built, own):
+        data = DataSet.model_validate(table)
+        asked = HeldOutReader(Protocol(test=1, validation=1), tmp_path, tokenizer, 128)
+        with pytest.raises(DataError, match=rf"dataset '{data.name}': 1 of 1 held-out prompts have no token"):
+            asked.problems(data)
+    losses = Protocol(test=1, validation=1, answered=0)
+    assert HeldOutReader(losses, tmp_path, tokenizer, 128).problems(DataSet.model_validate(built))
 
 
 def test_losses_are_those_of_each_example_alone(reader: HeldOutReader) -> None:

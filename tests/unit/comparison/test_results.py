@@ -80,6 +80,7 @@ margin = 0.5
 """
 LOSSES = {"new": [8.0, 3.0, 1.0, 1.0], "old": [8.0, 4.0, 2.0, 2.0]}
 RIGHT = {"new": [60, 70, 80, 70, 70], "old": [50, 62, 70, 71, 60]}
+INPUTS = RunInputs("b", "p", {"math": "m"}, {"code": "c"}, {}, "cpu")
 ANSWERS = {"new": [0.1, 0.4], "old": [0.3, 0.4]}  # loss of two test answers, plus a hundredth of the seed
 
 
@@ -112,7 +113,10 @@ def test_what_never_comes_is_not_shown_to_come_no_later() -> None:
     found = {
         (name, "math"): {seed: made(suite, name, seed, loss=[8.0] * 4) for seed in range(5)} for name in ("new", "old")
     }
-    runs = {place: {s: measures(suite, suite.dataset[0], r) for s, r in by.items()} for place, by in found.items()}
+    runs = {
+        (cell.contender.name, "math"): {s: measures(cell, (), r) for s, r in found[cell.contender.name, "math"].items()}
+        for cell in list_cells(suite, INPUTS)
+    }
     (row,) = [row for row in judge(suite, found, runs) if row["metric"] == "steps_to_loss"]
     assert row["holds"] is None
     assert "5 runs of old on math never reach the loss" in row["undecided"]
@@ -123,8 +127,12 @@ def test_noise_begins_behind_the_warm_up_of_the_setting() -> None:
     text = SUITE.replace("learning_rate = [1.0]", grid).replace("learning_rate = [2.0]", "learning_rate = [2.0, 3.0]")
     suite = parse_suite(text, "s.toml")
     for axes, norms in (({}, [1.0, 2.0, 1.0]), ({"train.warmup_frac": 0.75}, [1.0])):
-        record = made(suite, "new", 0, setting={"learning_rate": 1.0, **axes})
-        assert measures(suite, suite.dataset[0], record)["grad_norm"] == pytest.approx(sum(norms) / len(norms))
+        setting = (("learning_rate", 1.0), *axes.items())
+        # Of another suite, which called the method something else and searched other axes.
+        shared = made(suite, "new", 0, method="theirs", setting={"learning_rate": 1.0})
+        for record in (made(suite, "new", 0, setting=dict(setting)), shared):
+            found = measures(list_cells(suite, INPUTS)[0], setting, record)
+            assert found["grad_norm"] == pytest.approx(sum(norms) / len(norms))
 
 
 @pytest.fixture
@@ -134,7 +142,7 @@ def suite() -> Suite:
 
 @pytest.fixture
 def cells(suite: Suite) -> list[Cell]:
-    return list_cells(suite, RunInputs("b", "p", {"math": "m"}, {"code": "c"}, {}, "cpu"))
+    return list_cells(suite, INPUTS)
 
 
 @pytest.fixture
@@ -199,6 +207,14 @@ def test_what_is_forgotten_is_one_pair_for_each_example_whatever_was_trained_on(
     assert forgets["n"] == 2
     assert forgets["median"] == pytest.approx(-0.2)
     assert forgets["p"] == 0.25
+
+
+def test_records_of_another_suite_keep_their_names_of_methods(
+    suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
+) -> None:
+    """Keys leave names out, so that suites share what they ran alike."""
+    theirs = {key: record | {"method": f"their-{record['method']}"} for key, record in records.items()}
+    assert summarise(suite, cells, theirs)["table"] == summarise(suite, cells, records)["table"]
 
 
 def test_claims_are_true_or_false_by_the_sign_flip_test(

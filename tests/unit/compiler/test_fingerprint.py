@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from soka_serve.compiler.keys import InputHashes, stage_keys
 from soka_serve.compiler.methods import METHODS
 from soka_serve.compiler.train.run import TrainingRun, fingerprint
 from soka_serve.data.encode import EncodedExample
@@ -13,10 +16,10 @@ from soka_serve.manifest.schema import Manifest
 from tests.support.training import make_examples
 
 
-def run_on(folder: Path, base: dict[str, Any], **train: Any) -> TrainingRun:
-    tables = {"schema": 1, "base": base, "train": {"steps": 1, "data": {"builtin": "math"}} | train}
-    manifest = Manifest.model_validate(tables)
-    return TrainingRun(folder, manifest, METHODS["soka"], ["layer"], folder)
+def run_on(folder: Path, base: dict[str, Any], method: str = "soka", **train: Any) -> TrainingRun:
+    table = {"steps": 1, "data": {"builtin": "math"}, "method": method} | train
+    manifest = Manifest.model_validate({"schema": 1, "base": base, "train": table})
+    return TrainingRun(folder, manifest, METHODS[method], ["layer"], folder)
 
 
 def test_where_the_base_lies_does_not_count(tmp_path: Path) -> None:
@@ -32,6 +35,26 @@ def test_where_the_base_lies_does_not_count(tmp_path: Path) -> None:
         ({}, {"learning_rate": 1.0}),
     ):
         assert fingerprint(run_on(tmp_path, {"path": "b1"} | base, **train), rows, 1) != one
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ("soka", "method_rank"),
+        ("soka", "method_scale"),
+        ("full", "method_rank"),
+        ("full", "method_scale"),
+        ("lora", "sigma_lr"),
+        ("pissa", "sigma_lr"),
+    ],
+)
+def test_what_the_method_does_not_read_counts_neither_here_nor_in_keys(tmp_path: Path, method: str, key: str) -> None:
+    """Where the key is the same, so is the folder, and a run goes on there."""
+    runs = [run_on(tmp_path, {"builtin": "tiny"}, method, **more) for more in ({}, {key: 3})]
+    inputs = InputHashes(base="b", config="c", tokenizer="t", data="d", finetuned={}, base_name="n", manifest="m")
+    keys = [stage_keys(run.manifest, inputs, ["layer"]) for run in runs]
+    assert keys[0] == keys[1]
+    assert len({fingerprint(run, make_examples(4), 1) for run in runs}) == 1
 
 
 def test_the_tokens_count(tmp_path: Path) -> None:

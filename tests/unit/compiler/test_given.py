@@ -129,6 +129,17 @@ def test_a_plan_has_the_adapters_ranks_and_shapes(tmp_path: Path) -> None:
     assert plan.parameters_max == sum(f.parameters for f in _terms().values())
 
 
+def test_all_of_an_adapters_terms_cannot_be_protected(tmp_path: Path) -> None:
+    """It is the adapter that says how many its shapes have."""
+    loaded = {
+        count: read_manifest(_write(tmp_path, 1, MANIFEST.replace("batch", f"regularise.protect = {count}, batch")))
+        for count in (7, 8)
+    }
+    assert make_plan(loaded[7]).modules
+    with pytest.raises(PlanError, match=r"further\.toml:5:\d+: train\.regularise\.protect: .* than the 8 terms"):
+        make_plan(loaded[8])
+
+
 def test_what_is_hashed_is_the_adapter_and_not_its_place(tmp_path: Path) -> None:
     def keys() -> dict[str, str]:
         return prepare(read_manifest(tmp_path / "further.toml"), Workspace(tmp_path, "further"), progress=False).keys

@@ -87,6 +87,17 @@ def test_the_merged_model_is_what_is_checked_where_there_is_no_adapter() -> None
         assert {stage for stage in before if before[stage] != after[stage]} == reruns
 
 
+@pytest.mark.parametrize("template", ["", "{{ prompt }}"])
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+def test_problems_that_templates_ask_are_asked_anew(key: str, template: str) -> None:
+    """An empty template is one: with the hashes alone the key would be that of the family's own prompts."""
+    plain, asked = (
+        stage_keys(_manifest(train__data={"builtin": "math"} | more), INPUTS, MODULES) for more in ({}, {key: template})
+    )
+    assert plain["check"] != asked["check"]
+    assert plain["tune"] == asked["tune"]  # which asks none
+
+
 def test_what_training_does_anew_with_a_key_reruns_builds_that_set_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [_manifest(), _manifest(train__prune={"threshold": 0.1})]
     before = [stage_keys(manifest, INPUTS, MODULES)["tune"] for manifest in made]
@@ -131,6 +142,36 @@ def test_caches_of_factors_that_weight_decay_pulled_to_zero_are_not_taken() -> N
     for method, before in (("soka", "52ead5321f76a6a0"), ("lora", "842cda8c5337e30c")):
         keys = stage_keys(_manifest(train__method=method, train__weight_decay=0.1), INPUTS, MODULES)
         assert (keys["tune"] != before) == (method == "soka")
+
+
+MIXES = [
+    (("weights", "zero"), True),
+    (("truncated", "zero"), True),
+    (("weights", "truncated"), False),
+    (("weights", "weights"), False),
+    (("random", "zero"), True),
+    (("zero", "zero"), False),
+]
+
+
+@pytest.mark.parametrize(("inits", "again"), MIXES)
+def test_decay_beside_subtracted_starts_is_trained_again(tmp_path: Path, inits: tuple[str, str], again: bool) -> None:
+    """Modules that are not subtracted were pulled to their starting factors where others were."""
+    rules = (f'[[adapt]]\nmodules = ["{n}"]\ninit = "{i}"\n' for n, i in zip(("q_proj", "k_proj"), inits, strict=True))
+    text = 'schema = 1\n[base]\nbuiltin = "tiny"\n' + "".join(rules) + "[train]\nsteps = 3\n"
+
+    def tune(more: str) -> tuple[str, str]:
+        """The key, and the one that it had."""
+        (tmp_path / "m.toml").write_text(f'{text}{more}data = {{ builtin = "math" }}\n')
+        loaded = read_manifest(tmp_path / "m.toml")
+        context = prepare(loaded, Workspace(tmp_path, "m"), progress=False)
+        names = [t.module.name for t in context.targets]
+        return context.keys["tune"], stage_keys(loaded.manifest, context.inputs, names)["tune"]
+
+    now, before = tune("weight_decay = 0.1\n")
+    assert (now != before) == again
+    now, before = tune("")
+    assert now == before
 
 
 def test_other_weights_or_modules_rerun_everything() -> None:

@@ -16,9 +16,10 @@ from soka_serve.compiler.plan.estimate import TrainingSetup, estimate_memory
 from soka_serve.compiler.plan.plan import make_plan
 from soka_serve.compiler.plan.policies import policies_for
 from soka_serve.compiler.plan.text import render_plan
+from soka_serve.compiler.unread import unread_keys
 from soka_serve.errors import PlanError
 from soka_serve.manifest.read import read_manifest
-from tests.support.plans import ATTENTION, CONFIGS, LLAMA2_7B, ROOT, llama2, tiny
+from tests.support.plans import ATTENTION, CONFIGS, LLAMA2_7B, ROOT, llama2, load, tiny
 
 # ------------------------------------------------------------------------------------------------- LLaMA-2-7B by hand
 
@@ -194,7 +195,7 @@ def test_what_training_leaves_alone_is_said(tmp_path: Path) -> None:
     ("method", "keys"),
     [
         ("lora", ["adapt[0].init", "adapt[0].rank", "output.adapter_dtype", "train.left_lr"]),
-        ("full", ["adapt[0].init", "adapt[0].rank", "train.method_rank", "train.left_lr"]),
+        ("full", ["adapt[0].modules", "adapt[0].init", "output.adapter_dtype", "train.method_rank", "train.left_lr"]),
         ("soka", ["train.method_rank"]),
     ],
 )
@@ -204,14 +205,26 @@ def test_keys_that_the_method_does_not_read_are_said(tmp_path: Path, method: str
     (note,) = [note for note in tiny(tmp_path, text).notes if "does not read" in note]
     said = note.removeprefix(f"method = {method!r} does not read ").split(", ")
     assert set(keys) <= set(said)
-    assert "adapt[0].modules" not in said
+    assert ("adapt[0].modules" in said) == (method == "full")
     assert ("train.method_rank" in said) == (method != "lora")
+
+
+def test_what_measures_read_is_read_with_full_training_too(tmp_path: Path) -> None:
+    """The spectra of gradients are those of the targets' weights."""
+    text = "[base]\nbuiltin = 'tiny'\ndtype = 'bfloat16'\n[[adapt]]\nmodules = ['q_proj']\nlayers = [0]\n"
+    notes = {}
+    for measure in ("['intruders']", "['spectra']"):
+        more = f"[output]\nmeasure = {measure}\n[train]\nmethod = 'full'\n[train.data]\nbuiltin = 'math'\nlimit = 9"
+        notes[measure] = unread_keys(load(tmp_path, text + more).manifest)
+    dtype = "base.dtype is not that of training: method = 'full' trains the model in float32"
+    assert notes["['intruders']"] == ["method = 'full' does not read adapt[0].modules, adapt[0].layers", dtype]
+    assert notes["['spectra']"] == [dtype]
 
 
 def test_a_start_that_would_take_all_of_a_weight_off_is_refused(tmp_path: Path) -> None:
     text = "[[adapt]]\nmodules = ['q_proj']\ninit = 'truncated'\nrank = { policy = 'fixed', rank = %d }"
     assert tiny(tmp_path, text % 127).modules
-    with pytest.raises(PlanError, match=r"q_proj: .* takes 128 terms off the weight, which has 128"):
+    with pytest.raises(PlanError, match=r"adapt\[0\]\.rank: .* 128 terms off the weight; .* has 128: .*q_proj"):
         tiny(tmp_path, text % 128)
 
 

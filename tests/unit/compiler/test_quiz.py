@@ -19,6 +19,7 @@ from soka_serve.compiler.quiz import make_quiz
 from soka_serve.data.examples import DataReader
 from soka_serve.errors import DataError, PlanError
 from soka_serve.manifest.schema import Manifest
+from tests.support.tiny_models import WithoutBos
 
 UNMARKED = """\
 schema = 1
@@ -74,16 +75,6 @@ def test_built_in_problems_are_asked_as_they_are_trained_on(tmp_path: Path) -> N
     assert questions.expected == [example.completion for example in examples]
 
 
-class WithoutBos:
-    """The tokenizer of a base that puts nothing before a text."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(TOKENIZER, name)
-
-    def encode_pairs(self, pairs: Any, **options: Any) -> Any:
-        return TOKENIZER.encode_pairs(pairs, add_special_tokens=False)
-
-
 def test_prompts_of_no_token_are_not_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     tokenizer: Any = WithoutBos()
@@ -100,6 +91,8 @@ def test_prompts_of_no_token_are_not_asked(tmp_path: Path, caplog: pytest.LogCap
     asked = choose_questions(nothing, tmp_path, TOKENIZER)  # whose BOS is something to go on from
     assert asked is not None
     assert asked.prompts == ["", ""]
+    with pytest.raises(DataError, match=r"train\.data\.prompt: 20 of 20 held-out prompts have no token"):
+        choose_questions(manifest(None, builtin="math", prompt=""), tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(
