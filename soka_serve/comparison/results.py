@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import median
@@ -49,18 +50,25 @@ def summarise(suite: Suite, cells: Sequence[Cell], records: Mapping[str, Record]
     for row, best in zip(measured, front, strict=True):
         row["pareto"] = best
     made = [record for by_seed in finals.values() for record in by_seed.values() if record["status"] != "failed"]
+    others = [record for record in made if record["claims_sha256"] != suite.claims_sha256]
     return {
         "settings_per_method": suite.settings,
         "effort_equal": len({cell["settings"] for cell in per_cell}) == 1,
         "table": table,
         "cells": per_cell,
         "claims": judge(suite, finals, runs),
-        "claims_changed_after": sum(record["claims_sha256"] != suite.claims_sha256 for record in made),
+        "claims_changed_after": sum(_suite_of(record, suite) == suite.name for record in others),
+        "made_for": Counter(name for record in others if (name := _suite_of(record, suite)) != suite.name),
         "results": len(made),
         "data_order_equal": _same_order(finals),
         "processors": sorted({record["cpu"] for record in made if record.get("cpu")}),
         "runs": [_compact(records[key]) for key in keys_of(cells, records) if key in records],
     }
+
+
+def _suite_of(record: Record, suite: Suite) -> str:
+    """The suite that a record was made for: this one, where the record is too old to say."""
+    return str(record.get("suite", suite.name))
 
 
 def _finals(cell: Cell, choice: Choice, records: Mapping[str, Record]) -> dict[int, Record]:

@@ -91,7 +91,7 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
             after = trial.other_losses() if record["status"] == "done" else dict.fromkeys(before)
             record["other"] = {name: {"before": before[name], "after": after[name]} for name in before}
             record["adapter_bytes"] = trial.size_on_disk()
-            record["claims_sha256"] = loaded.suite.claims_sha256
+            record["suite"], record["claims_sha256"] = loaded.suite.name, loaded.suite.claims_sha256
     return {**record, **trace.summary(), "run_s": round(time.monotonic() - started, 2)}
 
 

@@ -63,6 +63,11 @@ def remarks(results: Mapping[str, Any]) -> list[str]:
             )
     if changed := results["claims_changed_after"]:
         said.append(f"**The claims are not those of {changed} of {results['results']} results: they were changed.**")
+    if made_for := results.get("made_for"):
+        said.append(
+            f"{sum(made_for.values())} of {results['results']} results were made for another suite, with other "
+            f"claims: {', '.join(made_for)}."
+        )
     if not results["effort_equal"]:
         said.append("**Not every method was tried with as many settings** (see the table by dataset).")
     if not results["data_order_equal"]:

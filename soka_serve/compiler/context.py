@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from soka_serve.compiler.plan.given import check_base, settle_targets, sources_o
 from soka_serve.compiler.processes import Processes
 from soka_serve.compiler.unread import unread_keys
 from soka_serve.data.rows import resolve
-from soka_serve.data.sources import mixture_sha256
+from soka_serve.data.sources import file_digest, mixture_sha256
 from soka_serve.errors import CheckpointError
 from soka_serve.io.file_names import ADAPTER_FILES, CARD_FILE, LOCK_FILE
 from soka_serve.io.files import sha256_text
@@ -149,17 +150,18 @@ def prepare(
     check_tokenizer_files(base.folder)  # before they are hashed
     targets, sources = open_sources(targets, manifest, loaded.directory, loaded.name_key)
     hashes = HashCache(workspace.hashes)
+    hash_data = partial(mixture_sha256, manifest.train, manifest_dir=loaded.directory, digest_of=cache(file_digest))
     evaluated = any(data.eval_jsonl or data.eval_split for data in manifest.train.datasets)
     inputs = InputHashes(
         base=base.checkpoint.sha256(hashes.file),
         config=sha256_of(base.directory, CONFIG_FILES, hashes),
         tokenizer=sha256_of(base.tokenizer_folder.directory, TOKENIZER_FILES, hashes),
-        data=mixture_sha256(manifest.train, manifest_dir=loaded.directory),
+        data=hash_data(),
         finetuned=sources.sha256(hashes),
         base_name=base.name,
         manifest=loaded.sha256,
         dtype=base.layout.size.dtype,
-        training=mixture_sha256(manifest.train, manifest_dir=loaded.directory, evaluation=False) if evaluated else None,
+        training=hash_data(evaluation=False) if evaluated else None,
     )
     check_base(sources.adapters, inputs.base, manifest, loaded.name_key)
     processes = processes or Processes()

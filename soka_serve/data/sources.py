@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from soka_serve.data.mixture import naming
@@ -29,7 +30,19 @@ def count_examples(data: Data, *, manifest_dir: Path) -> int | None:
     return total if data.limit is None else min(total, data.limit)
 
 
-def mixture_sha256(train: Train, *, manifest_dir: Path, evaluation: bool = True) -> str:
+def file_digest(file: Path) -> bytes:
+    """The sha256 of a data file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with open_data(file) as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def mixture_sha256(
+    train: Train, *, manifest_dir: Path, evaluation: bool = True, digest_of: Callable[[Path], bytes] = file_digest
+) -> str:
     """`data_sha256` of the one dataset, or a hash of those of all that are mixed, with their weights.
 
     Raises:
@@ -38,16 +51,19 @@ def mixture_sha256(train: Train, *, manifest_dir: Path, evaluation: bool = True)
     hashes = []
     for number, data in enumerate(train.datasets):
         with naming(number, len(train.datasets)):
-            hashes.append(data_sha256(data, manifest_dir=manifest_dir, evaluation=evaluation))
+            hashes.append(data_sha256(data, manifest_dir=manifest_dir, evaluation=evaluation, digest_of=digest_of))
     if isinstance(train.data, Data):
         return hashes[0]
     return hashlib.sha256(json.dumps([hashes, train.weights]).encode()).hexdigest()
 
 
-def data_sha256(data: Data, *, manifest_dir: Path, evaluation: bool = True) -> str:
+def data_sha256(
+    data: Data, *, manifest_dir: Path, evaluation: bool = True, digest_of: Callable[[Path], bytes] = file_digest
+) -> str:
     """Hash of what the examples are made from: sources, templates, limits.
 
-    Without `evaluation` as if there were no evaluation set of its own (`eval_jsonl`, `eval_split`).
+    Without `evaluation` as if there were no evaluation set of its own (`eval_jsonl`, `eval_split`). `digest_of` is
+    `file_digest`, or one that remembers.
 
     Builtin: the family and the generators' source. JSON Lines and local dataset directories: the files' bytes, wherever
     they lie, and names inside a directory. Hub: id and revision only; an unpinned id hashes the same when its authors
@@ -75,6 +91,5 @@ def data_sha256(data: Data, *, manifest_dir: Path, evaluation: bool = True) -> s
         files += sorted(f for f in folder.rglob("*") if f.is_file())
         digest.update(json.dumps([str(f.relative_to(folder)) for f in files]).encode())
     for file in files:
-        with open_data(file) as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(digest_of(file))
     return digest.hexdigest()

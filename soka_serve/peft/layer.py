@@ -93,9 +93,17 @@ class SokaLayer(MergingLayer):
         self._held[adapter] = set(names)
         self._freeze()
 
+    def is_trained(self, adapter: str) -> bool:
+        """Whether an adapter is trained, or would be but for what is held."""
+        held = self._held.get(adapter, set())
+        still = held | {f"soka_{part}" for part in self.form(adapter).frozen} | set(self.initial_names)
+        others = [store[adapter] for name, store in self.stores(adapter).items() if name not in still]
+        return any(other.requires_grad for other in others) or (not others and adapter in self.active_adapters)
+
     def release(self, adapter: str) -> None:
-        """Train again what was held."""
-        for name in self._held.pop(adapter, set()):
+        """Train again what was held, if the adapter is trained at all."""
+        trained = self.is_trained(adapter)
+        for name in self._held.pop(adapter, set()) if trained else ():
             getattr(self, name)[adapter].requires_grad_(True)
         self._freeze()
 
@@ -269,8 +277,9 @@ class SokaLayer(MergingLayer):
 
     def drop_initial(self, adapter: str) -> None:
         """Leave an adapter its trained factors alone, all of them: they are the delta from now on."""
-        self.set_form(adapter, PLAIN)
+        self.release(adapter)
         self._held.pop(adapter, None)
+        self.set_form(adapter, PLAIN)
         self.apart.discard(adapter)
         for name in (*self.initial_names, *(f"soka_{name}" for name in TENSORS)):
             store = getattr(self, name)

@@ -40,6 +40,7 @@ from soka_serve.errors import PlanError
 from soka_serve.kron.factors import Factors
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import SMALL
+from soka_serve.peft.errors import FitError
 from soka_serve.peft.layer import SokaLayer
 from soka_serve.peft.parts import PARTS
 from soka_serve.trained import Form
@@ -162,10 +163,15 @@ def parameter_groups(
         other_lr: of what is no factor; None is `lr`.
         decayed: names of the parameters that `weight_decay` is for. Factors with initial ones are left to
             `pull_to_initial`.
+
+    Raises:
+        FitError: nothing is left to train; nothing was frozen.
     """
+    for layer in model.modules():
+        if isinstance(layer, SokaLayer):
+            for adapter in layer.adapter_names():
+                layer.release(adapter)  # an optimiser before this one may have held it
     trained = list(_trained(model))
-    for layer, adapter in trained:
-        layer.release(adapter)  # an optimiser before this one may have held it
     rates, pulled = learning_rates(model, multipliers), _with_initial(model)
     groups: list[dict[str, Any]] = []
     others: dict[float, list[nn.Parameter]] = {}
@@ -176,6 +182,10 @@ def parameter_groups(
             groups.append({"params": [parameter], "lr": rate, "weight_decay": decay, "terms": len(parameter)})
         elif parameter.requires_grad and parameter not in rates:
             others.setdefault(decay, []).append(parameter)
+    if not groups and not others:
+        if rates:
+            raise FitError("left_lr, right_lr and sigma_lr leave nothing to train", hint="raise one of them")
+        raise FitError("no parameter of the model needs gradients", hint="make an adapter active: set_adapter(name)")
     for layer, adapter in trained:
         layer.hold(adapter, [name for name, store in layer.stores(adapter).items() if rates.get(store[adapter]) == 0])
     return groups + [
@@ -298,10 +308,15 @@ def create_soka_optimizer(
     Raises:
         CheckpointError: an adapter's factors are still to be loaded, so that nothing tells their size.
         PlanError: the factors have lost their shapes (FSDP 1, ZeRO 3).
+        FitError: nothing is left to train, or a number is negative or not finite; nothing was frozen.
 
     With the Trainer: `Trainer(..., optimizers=(optimizer, None))`. To go on with a saved state, make the optimiser of a
     fresh adapter of the same config, then load the factors, then the state: rates follow from the start.
     """
+    rates = {"lr": lr, "left_lr": left_lr, "right_lr": right_lr, "sigma_lr": sigma_lr, "other_lr": other_lr}
+    for name, value in {**rates, "weight_decay": weight_decay}.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise FitError(f"{name}: expected a finite number from 0; got {value}")
     names = [name for name, _ in model.named_parameters()]
     multipliers = {"left": left_lr, "right": right_lr, "sigma": sigma_lr}
     optimizer = optimizer_cls(parameter_groups(model, lr, multipliers, weight_decay, names, other_lr), **kwargs)

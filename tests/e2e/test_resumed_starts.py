@@ -45,10 +45,15 @@ TWO = 'rank = { policy = "fixed", rank = 2 }'
         ("", f'init = "gradient"\nright = "dct"\n{TWO}', {"left", "sigma"}),
         ("", f'init = "truncated"\n{TWO}', {"left", "right"}),
         ("", 'init = "adapter"\nadapter = "first"', {"left", "right", "sigma"}),
+        ("", f'init = "nystrom"\n{TWO}', {"left", "right"}),
+        # Its terms have the core in Right.
+        ("", f'init = "nystrom"\ncore = true\n{TWO}', {"right", "sigma"}),
+        ("", f'init = "weights"\ncomponents = "minor"\n{TWO}', {"left", "right"}),
+        ("", f'init = "gradient"\n{TWO}', {"left", "right"}),
         ('quantize = "4bit"', f'init = "quantisation"\n{TWO}', {"left", "right", "sigma"}),
         ('quantize = "8bit"', f'init = "quantisation"\ncalibration_batches = 0\n{TWO}', {"left", "right", "sigma"}),
     ],
-    ids=["cosines", "truncated", "adapter", "4bit", "8bit"],
+    ids=["cosines", "truncated", "adapter", "nystrom", "core", "minor", "gradient", "4bit", "8bit"],
 )
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:MatMul8bitLt:UserWarning")
 def test_an_interrupted_build_ends_with_the_same_weights(tmp_path: Path, base: str, rule: str, moved: set[str]) -> None:

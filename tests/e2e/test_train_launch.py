@@ -124,15 +124,20 @@ def test_two_processes_regularise_like_one(whole: Launched) -> None:
         assert code == 0, log
     result = TrainResult.read(folder / "regularised")
     single = run_training(folder / "base", folder / "regularised-one", **options, batch_size=4)
+    plain = run_training(folder / "base", folder / "plain-one", **options | {"regularise": {}}, batch_size=4)
     for line, expected in zip(read_history(result.history), read_history(single.history), strict=True):
         for name in REGULARISED:
             assert line[name] == pytest.approx(expected[name], rel=2e-2, abs=1e-4)
     tensors = load_file(result.directory / "adapter_model.safetensors")
-    plain = load_file(folder / "two" / "adapter" / "adapter_model.safetensors")
-    for key, tensor in load_file(single.directory / "adapter_model.safetensors").items():
+    unregularised = load_file(plain.directory / "adapter_model.safetensors")
+    by_one = load_file(single.directory / "adapter_model.safetensors")
+    for key, tensor in by_one.items():
         torch.testing.assert_close(tensors[key], tensor, rtol=2e-3, atol=2e-3)
-        if "initial" not in key:
-            assert not torch.equal(tensors[key], plain[key])
+    apart, moved = (
+        sum(float((tensors[key] - other[key]).square().sum()) ** 0.5 for key in tensors)
+        for other in (by_one, unregularised)
+    )
+    assert moved > 5 * apart
 
 
 @pytest.mark.slow
@@ -202,7 +207,10 @@ def test_two_processes_train_what_each_form_says(whole: Launched) -> None:
             for part in ("left", "right", "sigma")
             if not torch.equal(tensors[f"base_model.model.{name}.soka_{part}"], getattr(terms, part))
         }
-        assert moved == [set(), {"sigma"}, {"left", "sigma"}, {"left", "right"}][number % 4], name
+        kind = 3 if name in start["cut"] else number % 4
+        assert moved == [set(), {"sigma"}, {"left", "sigma"}, {"left", "right"}][kind], name
+        if name in start["cut"]:
+            assert torch.equal(tensors[f"base_model.model.{name}.soka_left_initial"], start["cut"][name].left)
 
 
 @pytest.mark.slow  # as the runs of its launch are

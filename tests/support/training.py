@@ -80,11 +80,15 @@ def make_factors(base: Path, rank: int = 2, modules: list[str] | None = None) ->
 
 def make_mixed_start(base: Path) -> dict[str, Any]:
     """Options of a run whose modules each train something else of their two terms: a core between them and a term of
-    its own, sigma alone, Left beside the fixed Right of `right = "dct"` (where nothing is subtracted), or all."""
+    its own, sigma alone, Left beside the fixed Right of `right = "dct"` (where nothing is subtracted), or all. Of one
+    in five, terms from zero are trained whole, beside a weight of which others are cut."""
     cosines = Adapt(init="gradient", right="dct")
     choices = [{"core": True, "extra_terms": 1}, {"train_factors": ["sigma"]}, cosines.form.choices, {}]
-    factors, forms, subtracted = make_factors(base), {}, set()
+    factors, forms, subtracted, cut = make_factors(base), {}, set(), {}
     for number, (name, terms) in enumerate(factors.items()):
+        if number % 5 == 4:
+            factors[name], cut[name] = Factors(terms.left, 0 * terms.right, terms.sigma), terms
+            continue
         if choice := choices[number % 4]:
             forms[name] = choice
         if number % 4 != 2:
@@ -93,7 +97,7 @@ def make_mixed_start(base: Path) -> dict[str, Any]:
         found = cosines.start.decompose(dense_delta(terms), terms.shape, terms.rank, 0).factors.with_unit_rms()
         atoms = Factors(torch.zeros_like(found.left), found.right, torch.ones(terms.rank))
         factors[name] = atoms.with_size(float(terms.sigma.square().mean().sqrt()))
-    return {"factors": factors, "initial": subtracted, "forms": forms}
+    return {"factors": factors, "initial": subtracted, "forms": forms, "cut": cut}
 
 
 def make_manifest(**options: Any) -> Manifest:

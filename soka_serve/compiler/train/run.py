@@ -146,10 +146,11 @@ class TrainResult:
         write_text_atomic(work_dir / "result.json", json.dumps(values | {"directory": self.directory.name}, indent=1))
 
 
-def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
+def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int, evaluation: EncodedSet | None = None) -> str:
     """What a resume point belongs to: recipe, starting factors, examples, number of processes, how the base is held.
 
-    Where the base lies does not count; that its weights are the same, the work directory's name says.
+    Where the base lies does not count; that its weights are the same, the work directory's name says. The evaluation
+    set counts where it is looked at.
     """
     manifest = run.manifest
     digest = hashlib.sha256()
@@ -164,7 +165,8 @@ def fingerprint(run: TrainingRun, train_set: EncodedSet, processes: int) -> str:
     if run.forms:
         recipe["forms"] = {name: dict(form.choices) for name, form in sorted(run.forms.items())}
     digest.update(json.dumps(recipe, sort_keys=True).encode())
-    for example in train_set.examples:  # a chat template may have rendered the day's date
+    looked_at = evaluation.examples if evaluation is not None and manifest.train.eval_every is not None else []
+    for example in (*train_set.examples, *looked_at):  # a chat template may have rendered the day's date
         for numbers in (example.input_ids, example.labels):
             digest.update(array("q", [len(numbers), *numbers]).tobytes())
     for name, f in (*sorted(run.factors.items()), *sorted(run.cut.items())):

@@ -93,7 +93,7 @@ def train(run: TrainingRun, data: TrainingData, *, progress: bool) -> TrainResul
         check_devices(recipe.regularise.chosen, arguments.n_gpu)
         state = PartialState()
         if state.is_main_process:
-            prepare_directory(run, fingerprint(run, data.training, arguments.world_size))
+            prepare_directory(run, fingerprint(run, data.training, arguments.world_size, data.evaluation))
         state.wait_for_everyone()
         if (work_dir / "result.json").exists():
             logger.info("%s: training has finished already", work_dir)

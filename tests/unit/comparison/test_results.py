@@ -267,6 +267,22 @@ def test_what_makes_a_comparison_unfair_is_told(
         assert said in text
 
 
+def test_records_of_another_suite_do_not_say_that_claims_were_changed(
+    suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]]
+) -> None:
+    first, second, third, *_ = final_keys(cells[0])
+    records[first].update(claims_sha256="theirs", suite="<before>")
+    records[second].update(claims_sha256="of before", suite="s")
+    records[third].update(suite="same claims")
+    found = complete(suite, cells, records)
+    assert (found["claims_changed_after"], found["made_for"]) == (1, {"<before>": 1})
+    text = render_markdown(found)
+    assert "not those of 1 of 10 results: they were changed" in text
+    assert "1 of 10 results were made for another suite, with other claims: <before>" in text
+    assert "&lt;before&gt;" in render_html(found)
+    assert "another suite" not in render_markdown({key: value for key, value in found.items() if key != "made_for"})
+
+
 @pytest.mark.parametrize("kept", [0, 1, 2, 7])
 def test_an_unfinished_comparison_can_be_reported(
     suite: Suite, cells: list[Cell], records: dict[str, dict[str, Any]], kept: int

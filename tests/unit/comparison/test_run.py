@@ -64,7 +64,9 @@ def run(loaded: tuple[LoadedSuite, dict[str, Cell]], name: str, work: Path) -> l
     """The training losses of a method's one run."""
     suite, cells = loaded
     (spec,) = cells[name].finals(tuple((axis, values[0]) for axis, values in cells[name].contender.grid.items()))
-    losses: list[float] = measure_run(suite, spec, work)["loss"]
+    record = measure_run(suite, spec, work)
+    assert (record["suite"], record["claims_sha256"]) == (suite.suite.name, suite.suite.claims_sha256)
+    losses: list[float] = record["loss"]
     return losses
 
 

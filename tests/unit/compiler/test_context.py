@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
+from io import BufferedIOBase
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from soka_serve.compiler.context import Context, check_output, is_whole, prepare
 from soka_serve.compiler.plan.plan import StageStatus
 from soka_serve.compiler.plan.text import render_plan
 from soka_serve.compiler.status import plan, stage_statuses
+from soka_serve.data import sources
+from soka_serve.data.rows import open_data
 from soka_serve.errors import BuildError
 from soka_serve.io.lockfile import write_lock
 from soka_serve.io.workspace import Workspace
@@ -210,3 +214,25 @@ def test_missing_data_is_said_once(tmp_path: Path) -> None:
 def test_planning_writes_nothing(tmp_path: Path) -> None:
     plan(_manifest(tmp_path), out=tmp_path / "build")
     assert not (tmp_path / "build").exists()
+
+
+def test_data_is_read_once_to_be_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there are keys for it with and without its evaluation set."""
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "m.toml").write_text(
+        'schema = 1\nbase = { builtin = "tiny" }\n[train]\nsteps = 1\n'
+        'data = { jsonl = "train.jsonl", eval_jsonl = "eval.jsonl" }\n'
+    )
+    opened: list[str] = []
+
+    def spy(file: Path) -> AbstractContextManager[BufferedIOBase]:
+        opened.append(file.name)
+        return open_data(file)
+
+    monkeypatch.setattr(sources, "open_data", spy)
+    inputs = prepare(read_manifest(tmp_path / "m.toml"), Workspace(tmp_path, "m"), progress=False).inputs
+    assert sorted(opened) == ["eval.jsonl", "train.jsonl"]
+    train = read_manifest(tmp_path / "m.toml").manifest.train
+    assert inputs.data == sources.mixture_sha256(train, manifest_dir=tmp_path)
+    assert inputs.training == sources.mixture_sha256(train, manifest_dir=tmp_path, evaluation=False) != inputs.data

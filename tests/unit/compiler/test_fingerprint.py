@@ -65,3 +65,13 @@ def test_the_tokens_count(tmp_path: Path) -> None:
     found = {fingerprint(run, replace(rows, examples=[one, *others]), 1) for one in (first, changed, masked)}
     assert len(found) == 3
     assert fingerprint(run, make_examples(4), 1) in found
+
+
+def test_the_tokens_of_evaluations_count_where_there_are_any(tmp_path: Path) -> None:
+    """They choose the weights that early stopping keeps."""
+    rows, plain = make_examples(4), run_on(tmp_path, {"path": "b"})
+    evaluated = run_on(tmp_path, {"path": "b"}, data={"builtin": "math"}, eval_every=1)
+    others = make_examples(3, seed=1)
+    assert fingerprint(plain, rows, 1, others) == fingerprint(plain, rows, 1)
+    assert fingerprint(evaluated, rows, 1, others) != fingerprint(evaluated, rows, 1, rows)
+    assert fingerprint(evaluated, rows, 1, rows) == fingerprint(evaluated, rows, 1, make_examples(4))

@@ -17,7 +17,7 @@ from soka_serve.kron import dense_delta
 from soka_serve.kron.factors import random_terms
 from soka_serve.kron.shapes import FactorShape
 from soka_serve.manifest.rules import SMALL
-from soka_serve.peft import SokaConfig, create_soka_optimizer, soka_layers
+from soka_serve.peft import SokaConfig, create_soka_optimizer, hotswap_adapter, soka_layers
 
 SHAPES = [(16, 16, 16, 16), (64, 16, 24, 36), (2, 64, 128, 4), (8, 4, 8, 128)]
 
@@ -288,6 +288,70 @@ def test_what_is_frozen_stays_so_when_peft_thaws_the_adapter() -> None:
     model.set_adapter("default")
     trains = {part: getattr(layer, f"soka_{part}")["default"].requires_grad for part in ("left", "right", "sigma")}
     assert trains == {"left": False, "right": True, "sigma": True}
+
+
+def trains(layer: nn.Module) -> set[str]:
+    parts = ("left", "right", "sigma")
+    return {part for part in parts if getattr(layer, f"soka_{part}")["default"].requires_grad}
+
+
+def test_rates_that_leave_nothing_to_train_are_refused_and_freeze_nothing() -> None:
+    model, layer = _adapted((4, 4, 4, 4))
+    with pytest.raises(ValueError, match="left_lr, right_lr and sigma_lr leave nothing to train"):
+        create_soka_optimizer(model, lr=1.0, left_lr=0.0, right_lr=0.0, sigma_lr=0.0)
+    assert len(create_soka_optimizer(model, lr=1.0).param_groups) == 2
+    assert trains(layer) == {"left", "right"}
+    model.requires_grad_(False)
+    with pytest.raises(PlanError, match="no parameter of the model needs gradients"):
+        create_soka_optimizer(model, lr=1.0)
+    assert not trains(layer)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["lr", "left_lr", "sigma_lr", "other_lr", "weight_decay"])
+def test_rates_are_numbers_from_zero(key: str, value: float) -> None:
+    model, layer = _adapted((4, 4, 4, 4))
+    with pytest.raises(PlanError, match=f"{key}: expected a finite number from 0; got {value}"):
+        create_soka_optimizer(model, **{"lr": 1.0} | {key: value})
+    assert trains(layer) == {"left", "right", "sigma"}
+
+
+def test_an_adapter_that_is_held_whole_can_be_trained_again() -> None:
+    """Where the rest of the model is trained: what is left out by one optimiser is not lost to the next."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    model = peft.get_peft_model(base, SokaConfig(target_modules=["0"], modules_to_save=["1"]))
+    (layer,) = soka_layers(model).values()
+    (others,) = create_soka_optimizer(model, lr=1.0, left_lr=0.0, right_lr=0.0, sigma_lr=0.0).param_groups
+    assert len(others["params"]) == 2
+    model.set_adapter("default")
+    assert not trains(layer)
+    create_soka_optimizer(model, lr=1.0, right_lr=0.0)
+    assert trains(layer) == {"left"}
+
+
+def test_an_adapter_that_is_not_active_is_not_thawed() -> None:
+    model, layer = _adapted((4, 4, 4, 4))
+    create_soka_optimizer(model, lr=1.0)
+    model.add_adapter("other", SokaConfig(target_modules=["0"], shape=[4, 4, 4, 4]))
+    model.set_adapter("other")
+    create_soka_optimizer(model, lr=1.0)
+    assert not trains(layer)
+    model.set_adapter("default")
+    assert trains(layer) == {"left", "right"}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_was_held_is_trained_after_a_hot_swap(tmp_path: Path, trained: bool) -> None:
+    options = {"init_soka_weights": "weights", "init_scale": 0.5}
+    _adapted((4, 4, 4, 4), **options)[0].save_pretrained(tmp_path)
+    model, layer = _adapted((4, 4, 4, 4), **options)
+    create_soka_optimizer(model, lr=1.0)
+    if not trained:
+        model.requires_grad_(False)
+    hotswap_adapter(model, str(tmp_path))
+    assert trains(layer) == ({"left", "right", "sigma"} if trained else set())
+    model.set_adapter("default")
+    assert trains(layer) == {"left", "right", "sigma"}
 
 
 def test_what_a_form_adds_is_frozen_with_the_factor_that_it_is_like() -> None:
