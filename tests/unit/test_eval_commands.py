@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from eval.bench.real_path import MANIFEST, own_files
 from eval.checks.compat import TESTS
+from soka_serve.manifest.read import read_manifest
 
 # One process: most of them import torch, and some vLLM.
 _CODE = """\
@@ -43,3 +45,13 @@ def test_each_command_of_eval_has_a_help(root: Path) -> None:
 
 def test_the_tests_that_compat_runs_are_there(root: Path) -> None:
     assert [test for tests in TESTS.values() for test in tests if not (root / test).exists()] == []
+
+
+def test_the_manifest_on_a_real_model_takes_files(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(own_files(MANIFEST.read_text(encoding="utf-8"), tmp_path, tmp_path / "train.jsonl"))
+    manifest, shipped = read_manifest(mine).manifest, read_manifest(MANIFEST).manifest
+    assert manifest.base.path == str(tmp_path)
+    assert manifest.train.data.jsonl == str(tmp_path / "train.jsonl")
+    assert (manifest.base.hub, manifest.train.data.hub) == (None, None)
+    assert (manifest.adapt, manifest.train.steps) == (shipped.adapt, shipped.train.steps)

@@ -284,6 +284,7 @@ def test_which_tasks_run_code() -> None:
         ("math.toml", ("soka_builtin_math",)),
         ("code.toml", ("soka_builtin_code",)),
         ("gsm8k.toml", ("soka_gsm8k",)),
+        ("smollm2/gsm8k.toml", ("soka_gsm8k",)),
         ("llama2-7b/gsm8k.toml", ("soka_gsm8k",)),
         ("llama2-7b/math.toml", ("soka_math",)),
         ("llama2-7b/mbpp.toml", ("soka_mbpp",)),
