@@ -36,7 +36,7 @@ def own_files(text: str, base: Path, train: Path) -> str:
         (r'^hub = "HuggingFaceTB/.*$', f"path = {json.dumps(str(base.resolve()))}"),
         (r'^hub = "openai/gsm8k"\nconfig = .*\nsplit = .*$', f"jsonl = {json.dumps(str(train.resolve()))}"),
     ):
-        text, count = re.subn(pattern, lambda _, line=line: line, text, flags=re.M)
+        text, count = re.subn(pattern, line.replace("\\", r"\\"), text, flags=re.M)
         if count != 1:
             raise SystemExit(f"{MANIFEST} has changed: this script replaces {pattern}")
     return text
