@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -39,12 +40,20 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 class MemoryMeter:
-    """Memory that a run needs beyond the process as it began; on a GPU, what torch allocates there."""
+    """Memory that training needs beyond the process as it began; on a GPU, what torch allocates there."""
 
     def __init__(self) -> None:
         self._began = psutil.Process().memory_info().rss
 
+    def start_training(self) -> None:
+        """Forget what was needed before: losses of the base on long texts take more than a step."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
     def peak_bytes(self) -> int:
+        """The most since `start_training`; elsewhere than on Linux, since the process began."""
         if torch.cuda.is_available():
             return int(torch.cuda.max_memory_allocated())
         unit = 1 if sys.platform == "darwin" else 1024

@@ -22,7 +22,7 @@ CURVE_POINTS = 50
 
 SPREAD = ("answer_loss", "accuracy", "forgetting", "steps_to_loss", "grad_noise")
 """What is given with interval, median and every seed's value."""
-RECORDED = ("trainable_parameters", "adapter_bytes", "step_cpu_s", "step_wall_s", "peak_bytes")
+RECORDED = ("trainable_parameters", "adapter_bytes", "step_cpu_s", "step_wall_s", "training_peak_bytes")
 MEANS = (*RECORDED, "reached", "final_loss", "grad_norm")
 """What is given as a mean."""
 

@@ -76,11 +76,12 @@ def measure_run(loaded: LoadedSuite, spec: RunSpec, work: Path) -> dict[str, Any
         trainable = [p for p in trial.model.parameters() if p.requires_grad]
         record["prepare_s"] = round(time.monotonic() - started, 2)
         before = trial.base_losses()
+        memory.start_training()
         try:
             trial.trainer([Recorder(trace)]).train()
         except DivergedError as error:
             record.update(status="diverged", error=error.message)
-        record["peak_bytes"] = memory.peak_bytes()  # before the trained model is measured
+        record["training_peak_bytes"] = memory.peak_bytes()  # before the trained model is measured
         record["base_parameters"] = trial.context.base.layout.size.parameters
         record["trainable_parameters"] = sum(p.numel() for p in trainable if p.requires_grad)
         record["batches_sha256"] = trial.collator.digest()

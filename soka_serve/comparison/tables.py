@@ -124,7 +124,7 @@ def method_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
             number(row["reached"], "{:.0%}"),
             spread(row["grad_noise"], "{:.3f}"),
             number(row["step_cpu_s"], "{:.0f}", 1e3),
-            number(row["peak_bytes"], "{:.0f}", 1e-6),
+            number(row["training_peak_bytes"], "{:.0f}", 1e-6),
             "yes" if row["pareto"] else "",
         ]
         for row in results["table"]

@@ -101,7 +101,7 @@ def made(suite: Suite, name: str, seed: int, **others: Any) -> dict[str, Any]:
         "adapter_bytes": 400,
         "step_cpu_s": 0.1,
         "step_wall_s": 0.2,
-        "peak_bytes": 1000,
+        "training_peak_bytes": 1000,
         "batches_sha256": "same",
         "claims_sha256": suite.claims_sha256,
     } | others

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from soka_serve.comparison.callbacks import MemoryMeter
 from soka_serve.comparison.inputs import read_inputs
 from soka_serve.comparison.plan import Cell, list_cells
 from soka_serve.comparison.read import LoadedSuite, read_suite
@@ -96,3 +98,16 @@ def test_a_methods_own_optimiser_steps(loaded: tuple[LoadedSuite, dict[str, Cell
     other, plain = run(loaded, "other-optimiser", tmp_path), run(loaded, "plain", tmp_path)
     assert other[0] == plain[0]
     assert other[-1] != plain[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let a peak begin anew")
+def test_memory_is_that_of_training() -> None:
+    meter = MemoryMeter()
+    before = bytearray(300 << 20)  # as measuring the base takes
+    del before
+    assert meter.peak_bytes() > 200 << 20
+    meter.start_training()
+    assert meter.peak_bytes() < 100 << 20
+    step = bytearray(300 << 20)
+    del step
+    assert meter.peak_bytes() > 200 << 20
