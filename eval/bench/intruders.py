@@ -6,7 +6,8 @@
 with a random delta of a tenth of the weight's norm, and with two random directions as large as its largest singular
 value.
 
-`trained`: builds on the embedded base and its 'math' problems, at default rates: intruders over all modules.
+`trained`: builds on the embedded base and its 'math' problems, at default rates but where the name says more:
+intruders over all modules.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,10 @@ from soka_serve.io.json_files import read_json
 from soka_serve.kron.intruders import count_intruders
 
 METHODS: dict[str, str] = {
-    "soka r=1": 'method = "soka"',
+    "soka r=1": "",
+    "soka r=1, from the weights": "",
     "lora r=1": 'method = "lora"\nmethod_rank = 1',
+    "lora r=1, alpha 16": 'method = "lora"\nmethod_rank = 1\nmethod_scale = 16',
     "lora r=8": 'method = "lora"\nmethod_rank = 8',
     "full": 'method = "full"\nlearning_rate = 1e-3',
 }
@@ -37,11 +41,12 @@ schema = 1
 name = "trained"
 base = {{ builtin = "tiny" }}
 eval = {{ limit = 100 }}
-adapt = [{{ init = "weights", rank = {{ policy = "fixed", rank = {rank} }} }}]
+adapt = [{{ init = "{init}", rank = {{ policy = "fixed", rank = {rank} }} }}]
 output = {{ measure = ["intruders"] }}
 [train]
 {method}
 steps = {steps}
+seed = {seed}
 data = {{ builtin = "math" }}
 """
 
@@ -67,16 +72,19 @@ def cost(name: str, weight: Tensor) -> Iterator[dict[str, Any]]:
         yield {"weight": name, "shape": list(weight.shape), "added": added, "intruders": found, "cpu_time_s": seconds}
 
 
-def trained(steps: int) -> Iterator[dict[str, Any]]:
+def trained(steps: int, seeds: list[int]) -> Iterator[dict[str, Any]]:
     """Intruders of small builds, and the problems that they answer."""
-    for name, method in METHODS.items():
-        rank = int(name.partition("=")[2] or 1)
+    for seed, (name, method) in product(seeds, METHODS.items()):
+        rank = 8 if "r=8" in name else 1
+        init = "weights" if "weights" in name else "zero"
         with tempfile.TemporaryDirectory() as folder:
             manifest = Path(folder) / "trained.toml"
-            manifest.write_text(MANIFEST.format(rank=rank, method=method, steps=steps))
+            manifest.write_text(MANIFEST.format(rank=rank, init=init, method=method, steps=steps, seed=seed))
             built = soka_serve.build(manifest, out=folder, progress=False)
             rows = read_json(built.directory / "measured.json")["intruders"]
-        yield {"method": name, "parameters": built.trainable_parameters, "correct": built.accuracy_after} | {
+        yield {"method": name, "seed": seed} | {
+            "parameters": built.trainable_parameters,
+            "correct": built.accuracy_after,
             "intruders": sum(row["count"] for row in rows),
             "modules_with_some": sum(row["count"] > 0 for row in rows),
             "modules": len(rows),
@@ -89,10 +97,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="a model directory")
     parser.add_argument("--projection", default="model.layers.15.mlp.down_proj")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = list(cost(options.projection, Base(options.checkpoint).weights.read(options.projection).float()))
-    record = write_record(options, {"cost": rows, "trained": list(trained(options.steps))}, machine={"threads": 1})
+    record = write_record(
+        options, {"cost": rows, "trained": list(trained(options.steps, options.seeds))}, machine={"threads": 1}
+    )
     for row in (*record["cost"], *record["trained"]):
         print(row)
 

@@ -34,6 +34,7 @@ def own_files(text: str, base: Path, train: Path) -> str:
     """The manifest's text with files in place of the hub's."""
     for pattern, line in (
         (r'^hub = "HuggingFaceTB/.*$', f"path = {json.dumps(str(base.resolve()))}"),
+        (r"^write = ", 'measure = ["intruders"]\nwrite = '),
         (r'^hub = "openai/gsm8k"\nconfig = .*\nsplit = .*$', f"jsonl = {json.dumps(str(train.resolve()))}"),
     ):
         text, count = re.subn(pattern, line.replace("\\", r"\\"), text, flags=re.M)
@@ -84,6 +85,7 @@ def main() -> None:
             **{key: lock[key] for key in ("result", "comparison")},
             "eval_loss": {row["step"]: row["eval_loss"] for row in history if "eval_loss" in row},
             "train_loss": [row["loss"] for row in history if "loss" in row],
+            "intruders": [row["count"] for row in json.loads((made / "measured.json").read_text())["intruders"]],
             "adapter_bytes": sum(file.stat().st_size for file in (made / "adapter").iterdir()),
             "eval": evaluation | {"results": results},
         }
