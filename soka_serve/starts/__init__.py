@@ -1,4 +1,4 @@
-"""The registry of starts: what of a module is decomposed, how it is weighed, and how terms become starting factors.
+"""The registry of starts: what of a module is decomposed, whether it may be weighed, and how terms become factors.
 
 A further start is a file here and a row in `STARTS`; manifest, plan, stage `init` and report ask the row and compare no
 names. Importing this package does not load torch.
