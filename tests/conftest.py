@@ -40,6 +40,16 @@ default_signals()
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist's processes, where this one starts some, share the hosts of preloaded programs."""
+    if getattr(config.option, "tx", None) and not hasattr(config, "workerinput"):
+        from tests.support.preloaded import share_hosts
+
+        sharing = share_hosts()
+        sharing.__enter__()
+        config.add_cleanup(lambda: sharing.__exit__(None, None, None))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long modules first; tests marked `gpu` are skipped where there is none (SOKA_REQUIRE_GPU=1 makes that a failure).
 
