@@ -132,7 +132,7 @@ def test_again_asks_nothing_and_holds_thresholds(folder: Path, local: dict[str, 
 
 
 def test_a_killed_run_goes_on(folder: Path, local: dict[str, Any]) -> None:
-    limit = 30
+    limit = 16
     arguments = ["eval", "math.toml", "--results", "killed", "--backend", "transformers", "--limit", str(limit)]
     arguments += ["--parallel", "1"]
     killed = start_cli(*arguments, cwd=folder)
