@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,12 @@ from typing import Any
 import pytest
 
 from soka_serve.io.child_signals import default_signals
+
+ROOT = Path(__file__).resolve().parent.parent
+if sys.dont_write_bytecode:  # Else each of some hundred processes compiles torch, transformers or vLLM anew.
+    sys.dont_write_bytecode = False
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / "build" / "pycache"))
 
 # Before any library reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,8 +37,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 default_signals()
 
-ROOT = Path(__file__).resolve().parent.parent
 NEEDS_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed (make venv installs it)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-xdist's processes, where this one starts some, share the hosts of preloaded programs."""
+    if getattr(config.option, "tx", None) and not hasattr(config, "workerinput"):
+        from tests.support.preloaded import share_hosts
+
+        sharing = share_hosts()
+        sharing.__enter__()
+        config.add_cleanup(lambda: sharing.__exit__(None, None, None))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,9 @@ from soka_serve.base.checkpoint import Checkpoint
 from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.lockfile import read_lock
 from tests.conftest import ROOT
+from tests.support import preloaded
 from tests.support.builds import adapter_bytes, run_cli, same_tensors, start_cli, write_manifest
+from tests.support.launched import NO_GPU, launched_environments
 from tests.support.serving import free_port
 
 ACCEPT = Path(__file__).resolve().parents[3] / "shared" / "accept" / "check_adapter.py"
@@ -217,9 +219,9 @@ def test_ctrl_c_and_sigkill_leave_the_last_good_build(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [8, pytest.param(20, marks=pytest.mark.slow_matrix)])
 def test_a_build_killed_at_random_points_ends_like_an_uninterrupted_one(tmp_path: Path, count: int) -> None:
     manifest = write_manifest(tmp_path, steps=40, save_every=4)
-    whole = soka_serve.build(manifest, out=tmp_path / "whole", progress=False)
+    whole = tmp_path / "whole" / "small"
     command = ["build", str(manifest), "--out", str(tmp_path / "build")]
-    assert run_cli(*command[:-1], tmp_path / "first", cwd=tmp_path).returncode == 0
+    assert run_cli(*command[:-1], tmp_path / "whole", cwd=tmp_path).returncode == 0
     started = time.monotonic()
     assert run_cli(*command[:-1], tmp_path / "timing", cwd=tmp_path).returncode == 0
     typical_s = time.monotonic() - started
@@ -237,7 +239,7 @@ def test_a_build_killed_at_random_points_ends_like_an_uninterrupted_one(tmp_path
             # It got through: from here on kills hit a forced rebuild over a good artefact.
             assert process.returncode == 0
             assert same_tensors(
-                whole.directory / "adapter" / "adapter_model.safetensors",
+                whole / "adapter" / "adapter_model.safetensors",
                 tmp_path / "build" / "small" / "adapter" / "adapter_model.safetensors",
             )
             command = [*command, "--force"] if "--force" not in command else command
@@ -247,12 +249,12 @@ def test_a_build_killed_at_random_points_ends_like_an_uninterrupted_one(tmp_path
         final = tmp_path / "build" / "small"
         if final.exists():  # what stands there is always whole
             assert same_tensors(
-                whole.directory / "adapter" / "adapter_model.safetensors",
+                whole / "adapter" / "adapter_model.safetensors",
                 final / "adapter" / "adapter_model.safetensors",
             )
     assert run_cli(*(c for c in command if c != "--force"), cwd=tmp_path).returncode == 0
     for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        assert same_tensors(whole.directory / name, tmp_path / "build" / "small" / name), name
+        assert same_tensors(whole / name, tmp_path / "build" / "small" / name), name
     leftovers = [p.name for p in (tmp_path / "build").iterdir() if p.name not in (".cache", "small")]
     assert leftovers == []
 
@@ -280,11 +282,19 @@ def launch_on_two_machines(manifests: Sequence[Path], outs: Sequence[Path]) -> l
 
 
 def test_two_machines_build_what_one_does(tmp_path: Path) -> None:
+    """In the environments that `accelerate launch` makes on each."""
     manifest = write_manifest(tmp_path, steps=3)
-    first, second = launch_on_two_machines([manifest] * 2, [tmp_path / "two"] * 2)
-    assert first[0] == second[0] == 0, first[2] + second[2]
-    assert "adapter     " in first[1]
-    assert second[1] == "", "only the first process reports"
+    port = {"MASTER_PORT": str(free_port()), **NO_GPU}
+    command = ("soka_serve", "build", manifest, "--out", tmp_path / "two")
+
+    def build(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        return preloaded.run("soka", command, cwd=tmp_path, env=environment | port, timeout=900)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(build, launched_environments("multi_cpu", tmp_path, machines=2))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "adapter     " in first.stdout
+    assert second.stdout == "", "only the first process reports"
     alone = soka_serve.build(manifest, out=tmp_path / "one", progress=False)
     one, two = (json.loads((tmp_path / out / "small" / "init.json").read_text()) for out in ("one", "two"))
     assert one["initial"] == two["initial"]

@@ -27,46 +27,27 @@ from soka_serve.serving.serve import plan_launch
 from tests.conftest import NEEDS_VLLM
 from tests.support.builds import run_cli, start_cli
 from tests.support.serving import ONE_PROCESS, Server, free_port, running
+from tests.support.shared import STEPS, copy_skill, skill_manifest
 
 NEEDS_HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 pytestmark = [pytest.mark.slow, NEEDS_VLLM, NEEDS_HARNESS]
 
 TASK = "soka_builtin_math"
 LIMIT = 60
-MANIFEST = """\
-schema = 1
-name = "sums"
-[base]
-builtin = "tiny"
-[[adapt]]
-init = "weights"
-scale = 1.0
-rank = { policy = "fixed", rank = 4 }
-[train]
-learning_rate = 0.33
-steps = 120
-batch_size = 16
-max_length = 128
-data = { builtin = "math" }
-[output]
-write = ["adapter", "merged"]
-[eval]
-limit = 0
-"""
+MANIFEST = skill_manifest("math", "[eval]\nlimit = 0\n")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a manifest and its build."""
     made = tmp_path_factory.mktemp("eval")
-    (made / "sums.toml").write_text(MANIFEST)
-    done = run_cli("build", "sums.toml", cwd=made)
-    assert done.returncode == 0, done.stderr
+    copy_skill(tmp_path_factory, "math", made)
+    (made / "math.toml").write_text(MANIFEST)
     return made
 
 
 def _eval(folder: Path, results: str, *arguments: str, host: str = "soka") -> subprocess.CompletedProcess[str]:
-    return run_cli("eval", "sums.toml", "--results", results, *arguments, cwd=folder, timeout_s=900, host=host)
+    return run_cli("eval", "math.toml", "--results", results, *arguments, cwd=folder, timeout_s=900, host=host)
 
 
 def _record(folder: Path, results: str, backend: str) -> dict[str, Any]:
@@ -88,7 +69,7 @@ def local(folder: Path) -> dict[str, Any]:
 def server(folder: Path) -> Iterator[Server]:
     """A server of the build that somebody else started."""
     options = ServeOptions(port=free_port(), vllm=("--dtype", "float32"))
-    _, launch = plan_launch([str(folder / "build" / "sums")], options)
+    _, launch = plan_launch([str(folder / "build" / "math")], options)
     environment = {**launch.environment, **ONE_PROCESS}
     with running(launch.command[2:], Server(launch.url, folder / "server.log"), environment) as server:
         yield server
@@ -151,8 +132,8 @@ def test_again_asks_nothing_and_holds_thresholds(folder: Path, local: dict[str, 
 
 
 def test_a_killed_run_goes_on(folder: Path, local: dict[str, Any]) -> None:
-    limit = 30
-    arguments = ["eval", "sums.toml", "--results", "killed", "--backend", "transformers", "--limit", str(limit)]
+    limit = 16
+    arguments = ["eval", "math.toml", "--results", "killed", "--backend", "transformers", "--limit", str(limit)]
     arguments += ["--parallel", "1"]
     killed = start_cli(*arguments, cwd=folder)
     deadline = time.monotonic() + 300
@@ -203,7 +184,7 @@ def test_a_running_server(folder: Path, local: dict[str, Any], server: Server) -
 def idle(folder: Path) -> Path:
     """The manifest of a second build, hardly trained."""
     manifest = folder / "idle.toml"
-    text = MANIFEST.replace('"sums"', '"idle"').replace("steps = 120", "steps = 1")
+    text = MANIFEST.replace(f"steps = {STEPS['math']}", "steps = 1")
     manifest.write_text(text.replace('["adapter", "merged"]', '["adapter"]'))
     done = run_cli("build", "idle.toml", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -213,7 +194,7 @@ def idle(folder: Path) -> Path:
 def test_a_server_of_something_else(folder: Path, idle: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     for address, words in (
-        (server.url, ["expected the adapter 'idle'", "sums"]),
+        (server.url, ["expected the adapter 'idle'", "math"]),
         ("http://127.0.0.1:9", ["did not answer"]),
         ("ftp://127.0.0.1", ["--server ftp://127.0.0.1"]),
     ):
@@ -227,9 +208,9 @@ def test_a_server_of_something_else(folder: Path, idle: Path, server: Server, mo
 @pytest.mark.parametrize(("backend", "limit"), [("transformers", 20), ("vllm", 20)])
 def test_several_builds(folder: Path, idle: Path, local: dict[str, Any], backend: str, limit: int) -> None:
     """One server, or one base in memory, and its answers; what cannot be measured is named, and the others go on."""
-    (folder / "unbuilt.toml").write_text(MANIFEST.replace('"sums"', '"unbuilt"'))
+    (folder / "unbuilt.toml").write_text(MANIFEST)
     (folder / "broken.toml").write_text("schema = ")
-    given = ["sums.toml", "unbuilt.toml", "broken.toml", str(idle)]
+    given = ["math.toml", "unbuilt.toml", "broken.toml", str(idle)]
     results = f"several-{backend}"
     arguments = ["eval", *given, "--results", results, "--backend", backend, "--limit", str(limit)]
     done = run_cli(*arguments, cwd=folder, timeout_s=900, host="vllm" if backend == "vllm" else "soka")
@@ -237,15 +218,15 @@ def test_several_builds(folder: Path, idle: Path, local: dict[str, Any], backend
     assert "Traceback" not in done.stderr
     assert done.stderr.count("starting vLLM on") == (1 if backend == "vllm" else 0)
     rows = json.loads((folder / results / f"results-{backend}.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["sums", "unbuilt", "broken.toml", "idle"]
+    assert [row["name"] for row in rows] == ["math", "unbuilt", "broken.toml", "idle"]
     assert "not built" in rows[1]["error"]
     assert "broken.toml" in rows[2]["error"]
     for row in rows[1:3]:
         assert f"{row['name']} failed: " in done.stdout
-    (sums,), (idle_score,) = rows[0]["scores"], rows[3]["scores"]
-    assert round(sums["result"] * limit) == _correct(folder, "result", limit)
-    assert idle_score["base"] == sums["base"]
-    assert idle_score["result"] <= 0.1 < sums["result"]
+    (math,), (idle_score,) = rows[0]["scores"], rows[3]["scores"]
+    assert round(math["result"] * limit) == _correct(folder, "result", limit)
+    assert idle_score["base"] == math["base"]
+    assert idle_score["result"] <= 0.1 < math["result"]
     for row in (rows[0], rows[3]):
         found = json.loads((folder / results / row["results"]).read_text())
         parts = {part["role"]: part for part in found["parts"]}
@@ -253,7 +234,7 @@ def test_several_builds(folder: Path, idle: Path, local: dict[str, Any], backend
         assert parts["result"]["model"] == row["name"]
     assert len(list((folder / results / ".parts").glob("base-*.json"))) == 1
     table = (folder / results / f"results-{backend}.md").read_text()
-    assert "| sums | soka_builtin_math |" in table
+    assert "| math | soka_builtin_math |" in table
     assert "| unbuilt | failed |" in table
     assert str(folder) not in table
 
@@ -272,8 +253,8 @@ def test_an_adapter_without_effect_is_no_result(folder: Path, idle: Path) -> Non
 def test_a_merged_model(folder: Path, local: dict[str, Any]) -> None:
     """Without an adapter in the build, the merged model is measured against the base: two models, one after the
     other. Last, since it takes the adapter away."""
-    (folder / "sums.toml").write_text(MANIFEST.replace('["adapter", "merged"]', '["merged"]'))
-    assert run_cli("build", "sums.toml", cwd=folder).returncode == 0
+    (folder / "math.toml").write_text(MANIFEST.replace('["adapter", "merged"]', '["merged"]'))
+    assert run_cli("build", "math.toml", cwd=folder).returncode == 0
     done = _eval(folder, "dense", "--backend", "transformers", "--limit", str(LIMIT))
     assert done.returncode == 0, done.stderr
     record = _record(folder, "dense", "transformers")

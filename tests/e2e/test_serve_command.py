@@ -32,43 +32,24 @@ from tests.conftest import NEEDS_VLLM
 from tests.support.builds import run_cli, write_manifest
 from tests.support.serve_command import START_S, Command, samples, wait_for_requests
 from tests.support.serving import ONE_PROCESS, Server
+from tests.support.shared import PROBLEMS, STEPS, copy_skill, skill_manifest
 
 pytestmark = [pytest.mark.slow, NEEDS_VLLM]
 
-PROBLEMS = 100
-
-# The shipped manifests with fewer steps: enough for a skill that nobody takes for the base's.
-MANIFEST = """\
-schema = 1
-[base]
-builtin = "tiny"
-[[adapt]]
-init = "weights"
-scale = 1.0
-rank = {{ policy = "fixed", rank = 4 }}
-[train]
-learning_rate = 0.33
-steps = {steps}
-batch_size = 16
-max_length = 128
-data = {{ builtin = "{family}" }}
-[eval]
-limit = {limit}
+SERVE = """\
 [serve]
 max_model_len = 1024
 dtype = "float32"
 """
-STEPS = {"math": 150, "code": 80}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """math.toml and code.toml, built, and more in the folder of builds: another adapter, a broken one, links."""
     folder = tmp_path_factory.mktemp("serve")
-    for family, steps in STEPS.items():
-        (folder / f"{family}.toml").write_text(MANIFEST.format(family=family, steps=steps, limit=PROBLEMS))
-        done = run_cli("build", f"{family}.toml", cwd=folder, timeout_s=900)
-        assert done.returncode == 0, done.stderr
+    for family in STEPS:
+        copy_skill(tmp_path_factory, family, folder)
+        (folder / f"{family}.toml").write_text(skill_manifest(family, SERVE))
     build = folder / "build"
     shutil.copytree(build / "math" / "adapter", build / "late")
     shutil.copytree(build / "math" / "adapter", build / "flat")

@@ -19,33 +19,14 @@ from soka_serve.compiler.train.installed import check_installed
 from soka_serve.compiler.train.run import TrainResult
 from soka_serve.errors import PlanError
 from tests.conftest import ROOT
+from tests.support.launched import NO_GPU, launched_environments
 from tests.support.preloaded import start
 from tests.support.serving import free_port
 from tests.support.training import make_base, make_examples, make_manifest, make_mixed_start, run_training
 
-# What `accelerate launch` says to the processes that it starts.
-LAUNCHED = ("ACCELERATE_", "FSDP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_")
 OPTIONS: dict[str, Any] = {"steps": 8, "save_every": 4, "learning_rate": 0.15, "weight_decay": 0.5}
 REGULARISED = {"sorsa": 1.0, "kasa": 0.1, "consistency": 0.5, "protect": 1}
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 KINDS = {"multi_cpu": "Parameter", "fsdp": "DTensor"}
-
-
-def environments(config: str, folder: Path) -> list[dict[str, str]]:
-    """What `accelerate launch` gives each of two processes with a shipped config: sharded ones on two machines (two
-    addresses of this one), the others on one."""
-    machines = 2 if config == "fsdp" else 1
-    command = ["accelerate.commands.launch", "--config_file", ROOT / "eval" / "configs" / f"{config}.yaml"]
-    command += ["--num_machines", machines, "--main_process_port", free_port() if machines > 1 else 0]
-    command += ["--main_process_ip", "127.0.0.1"] if machines > 1 else []
-    noting = ["--no_python", "sh", "-c", f"env -0 > {folder}/environment-$RANK"]
-    launches = [
-        start("soka", [*map(str, command), "--machine_rank", str(rank), *noting], cwd=folder, env=NO_GPU)
-        for rank in range(machines)
-    ]
-    assert [launch.wait(120) for launch in launches] == [0] * machines
-    texts = [(folder / f"environment-{rank}").read_text().split("\0")[:-1] for rank in range(2)]
-    return [dict(line.split("=", 1) for line in text if line.startswith(LAUNCHED)) for text in texts]
 
 
 @dataclass
@@ -73,7 +54,9 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """With a finished run in `two`, plain or sharded (FSDP 2, made to run on CPUs)."""
     folder = tmp_path_factory.mktemp(request.param)
     make_base(folder / "base")
-    launched = Launched(request.param, environments(request.param, folder), folder)
+    # Sharded ones on two machines, the others on one.
+    environments = launched_environments(request.param, folder, 2 if request.param == "fsdp" else 1)
+    launched = Launched(request.param, environments, folder)
     for code, log in launched.train("two", **OPTIONS, batch_size=2):
         assert code == 0, log
     return launched

@@ -6,13 +6,15 @@ directory, files and session, and runs as `python -m MODULE` does. The host has 
 The program's own worker processes are forked, too: as vLLM's server forks its engine and workers on GPUs, where its CPU
 builds spawn them otherwise. So are the programs in PRELOAD that it starts by subprocess, as `soka-serve serve` does.
 
-`python -m tests.support.preloaded vllm|soka SOCKET` is the host; it ends with the process that started it.
+`python -m tests.support.preloaded vllm|soka SOCKET` is the host; it ends when its standard input does, with the process
+that started it. The processes of pytest-xdist share theirs, which end with the one that distributes the tests.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -29,7 +31,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -46,6 +48,7 @@ PRELOAD = {
         *("peft", "soka_serve.compiler.stages", "soka_serve.peft"),
     ),
 }
+SHARED = "SOKA_TEST_HOSTS"  # the folder of hosts that several processes share
 CODE = "-c"  # in place of a module: what follows is the program
 _NUMBER_BYTES = 16
 
@@ -145,26 +148,61 @@ def run(
 
 
 def _socket_of(host: str) -> Path:
-    """Where a host listens; it is started the first time."""
+    """Where a host listens; it is started the first time, in a run of several processes by the first that asks."""
     if host not in _hosts:
-        folder = tempfile.TemporaryDirectory(prefix="soka-host-")
-        place = Path(folder.name) / "socket"
-        # One thread: libraries read this once. TRL, where a test imports it, sets vLLM's level to ERROR.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "tests.support.preloaded", host, str(place)]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE)
-
-        def end() -> None:
-            process.terminate()
-            process.wait()
-            folder.cleanup()
-
-        atexit.register(end)
-        while not place.exists():
-            assert process.poll() is None, f"the host of {host} did not start"
-            time.sleep(0.05)
-        _hosts[host] = place
+        shared = os.environ.get(SHARED)
+        _hosts[host] = _shared_host(host, Path(shared)) if shared else _own_host(host)
     return _hosts[host]
+
+
+def _own_host(host: str) -> Path:
+    """The socket of a host that ends with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="soka-host-")
+    process = _start_host(host, Path(folder.name) / "socket", subprocess.PIPE)
+
+    def end() -> None:
+        process.terminate()
+        process.wait()
+        folder.cleanup()
+
+    atexit.register(end)
+    return Path(folder.name) / "socket"
+
+
+def _shared_host(host: str, folder: Path) -> Path:
+    """The socket of a host that ends with the process that called `share_hosts`."""
+    place = folder / host
+    with (folder / f"{host}.lock").open("w") as lock, (folder / "alive").open("rb") as alive:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            _start_host(host, place, alive).returncode = 0  # it outlives this process, which is not to wait for it
+    return place
+
+
+def _start_host(host: str, place: Path, standard_input: IO[bytes] | int) -> subprocess.Popen[bytes]:
+    # One thread: libraries read this once. TRL, where a test imports it, sets vLLM's level to ERROR.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.support.preloaded", host, str(place)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=standard_input)
+    while not place.exists():
+        assert process.poll() is None, f"the host of {host} did not start"
+        time.sleep(0.05)
+    return process
+
+
+@contextlib.contextmanager
+def share_hosts() -> Iterator[None]:
+    """Meanwhile the processes that this one starts share their hosts, which end with the block or this process."""
+    with tempfile.TemporaryDirectory(prefix="soka-hosts-") as folder:
+        alive = Path(folder) / "alive"  # a pipe that ends for its readers when nobody holds it open for writing
+        os.mkfifo(alive)
+        held = os.open(alive, os.O_RDWR)
+        os.environ[SHARED] = folder
+        try:
+            yield
+        finally:
+            del os.environ[SHARED]
+            os.close(held)
 
 
 class Host:

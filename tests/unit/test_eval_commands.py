@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,12 @@ import pytest
 from eval.bench.real_path import MANIFEST, own_files
 from eval.checks.compat import TESTS
 from soka_serve.manifest.read import read_manifest
+from tests.support import preloaded
 
 # One process: most of them import torch, and some vLLM.
 _CODE = """\
-import contextlib, io, runpy, sys
+import contextlib, io, runpy, sys, warnings
+warnings.simplefilter("ignore")
 for name in sys.argv[1:]:
     sys.argv = [name, "--help"]
     said = io.StringIO()
@@ -38,8 +39,8 @@ def test_each_command_of_eval_has_a_help(root: Path) -> None:
         if '__name__ == "__main__"' in text
     ]
     assert len(commands) > 15
-    command = [sys.executable, "-W", "ignore", "-c", _CODE, *commands]
-    done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+    host = "vllm" if find_spec("vllm") else "soka"
+    done = preloaded.run(host, [preloaded.CODE, _CODE, *commands], cwd=root)
     assert done.returncode == 0, done.stderr
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from soka_serve.builtin import base_directory
+from tests.support import preloaded
 
 MANIFEST = """\
 schema = 1
@@ -73,8 +72,8 @@ def _openings(folder: Path, call: str) -> dict[str, Counter[str]]:
     """By kind, how often each file of the base is opened."""
     shutil.copytree(base_directory(), folder / "base")
     (folder / "small.toml").write_text(MANIFEST.format(build=folder / "build"))
-    command = [sys.executable, "-c", PROGRAM, str((folder / "base").resolve()), call, str(folder / "small.toml")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [preloaded.CODE, PROGRAM, (folder / "base").resolve(), call, folder / "small.toml"]
+    done = preloaded.run("soka", command, cwd=folder)
     assert done.returncode == 0, done.stderr
     found: dict[str, Counter[str]] = {}
     for name, kind in json.loads(done.stdout.splitlines()[-1]):
