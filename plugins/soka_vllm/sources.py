@@ -239,6 +239,8 @@ def _definitions(body: Iterable[ast.stmt], name: str) -> Iterator[ast.AST]:
                 yield node
         elif isinstance(node, ast.ImportFrom) and {a.asname or a.name for a in node.names} & {name, "*"}:
             yield node
+        elif isinstance(node, ast.Import) and name in {a.asname or a.name.partition(".")[0] for a in node.names}:
+            yield node
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
