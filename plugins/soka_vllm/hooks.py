@@ -177,7 +177,7 @@ HOOKS = (
     ),
     Hook(
         *("vllm.lora.lora_model", "safetensors", None, "soka_vllm.stock:without_mapping"),
-        "A LoRA's file is read and not mapped: one that is cut meanwhile ended the process, one overwritten was served.",
+        "A LoRA's file is read and not mapped: one that is cut ended the process, one that is overwritten was served.",
     ),
     Hook(
         *(_WORKER, "LRUCacheWorkerLoRAManager._apply_adapters", "self lora_requests"),

@@ -1,4 +1,4 @@
-"""An ordinary LoRA adapter's files: held against the budget before vLLM's own reader opens them, and what opens them."""
+"""An ordinary LoRA adapter's files: held against the budget before vLLM's own reader opens them, and then read."""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class Layer:
         right = factors.right.to(self.dtype)
         self.store.put(slot, index, left, right, out_skip=skips[0], in_skip=skips[1])
         start, width = sum(self.store.widths[:index]), self.store.widths[index]
-        applied = kron_sum(left.to(self.dense.device), right.to(self.dense.device))[skips[0] :, skips[1] :][:width, : self.store.in_features]
+        delta = kron_sum(left.to(self.dense.device), right.to(self.dense.device))
+        applied = delta[skips[0] :, skips[1] :][:width, : self.store.in_features]
         self.dense[slot, start : start + width] = applied
 
     def arguments(self, tokens: int) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ def needs(names: set[str]) -> set[str]:
             said = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
-        wanted = [one for text in said if (one := Requirement(text)).marker is None or one.marker.evaluate({"extra": ""})]
-        open_ones |= {canonicalize_name(one.name) for one in wanted} - found
+        for wanted in map(Requirement, said):
+            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
+                open_ones |= {canonicalize_name(wanted.name)} - found
     return found
 
 

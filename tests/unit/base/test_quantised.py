@@ -235,7 +235,8 @@ def test_a_dry_run_says_what_it_cannot_compare(
     assert "--quantization" not in words  # vLLM reads config.json
     misfit = write_small_adapter(tmp_path / "turned", rows=128, columns=352)
     said = refused(run("serve", misfit, "--base", base, "--dry-run"))
-    assert f"{misfit}: {MODULE}: the adapter's factors [8, 8, 16, 44] make a (128, 352) delta, the base's weight" in said
+    wrong = "the adapter's factors [8, 8, 16, 44] make a (128, 352) delta, the base's weight"
+    assert f"{misfit}: {MODULE}: {wrong}" in said
     assert f"the base is {base}" in said
 
 

@@ -219,5 +219,5 @@ def test_a_lora_that_is_cut_while_it_is_read_is_refused(tmp_path: Path, left: in
     with pytest.raises(ValueError, match=rf"{file}: base_model.*lora_[AB].weight: truncated: expected \d+ bytes"):
         reading.load(cutting, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
     os.truncate(file, 0)
-    with pytest.raises(ValueError, match="adapter_model.safetensors: truncated: expected at least 8 bytes"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: truncated: expected at least 8 bytes"):
         reading.load(stock, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
