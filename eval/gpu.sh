@@ -9,11 +9,12 @@
 # of which pyarrow has 55; --python-version is that machine's). The comparison needs scipy besides (35 MB).
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels "peft>=0.21,<0.22" pytest pluggy iniconfig \
-#     pygments pydantic pydantic-core annotated-types typing-inspection click jinja2 markupsafe pyarrow xxhash     # here
+#     pygments pydantic pydantic-core annotated-types typing-inspection click jinja2 markupsafe pyarrow xxhash \
+#     lycoris-lora einops toml                                      # here
 #   pip install --no-deps wheels/*.whl                                # there
 #
 # Each step ends at its own limit, and all of them SOKA_GPU_SECONDS (default 560; with --prove 3600) after the start:
-# what has ended by then is in OUT, and of the kernel's benchmark each case that has. MODEL and DATA, a base and the
+# what has ended by then is in OUT, of each benchmark the cases that have. MODEL and DATA, a base and the
 # folder that eval.suites.prepare made for it, add the comparison on the real model; a later call goes on from its
 # records (OUT's *.records.jsonl, or OUT/work where it was stopped). VLLM, a wheel of vLLM or what eval.vllm_lora has
 # made of one, adds vLLM's LoRA kernels to the benchmark of ours; lycoris-lora, where it is installed, its fused training
@@ -98,4 +99,5 @@ if [ -n "${MODEL:-}" ] && [ -n "${DATA:-}" ]; then
         --work "$out/work" --out "$out/smollm2_gsm8k.json" "${runs[@]}"
     [ ! -e "$out/smollm2_gsm8k.records.jsonl" ] || rm -rf "$out/work"
 fi
+echo "== what each step wrote: $log"
 exit "${first:-1}"

@@ -147,7 +147,7 @@ def main() -> None:
             for rank, tokens, dtype in cases:
                 rows.append(measure(shape, rank, tokens, getattr(torch, dtype), clock))
                 print(rows[-1], flush=True)
-    write_record(options, {"rows": rows})
+                write_record(options, {"rows": rows})  # each time: a limit of time may end this
 
 
 if __name__ == "__main__":

@@ -94,9 +94,11 @@ def main() -> None:
         Case(options.model, "bfloat16" if options.device == "cuda" else "float32", rank, tokens, options.adapters)
         for rank, tokens in itertools.product(options.ranks, options.tokens)
     ]
-    rows = [measure(case, options.device, options.settings, options.seconds) for case in cases]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    write_record(options, {"cases": rows}, machine={"device": name})
+    rows = []
+    for case in cases:
+        rows.append(measure(case, options.device, options.settings, options.seconds))
+        write_record(options, {"cases": rows}, machine={"device": name})  # each time: a limit of time may end this
 
 
 if __name__ == "__main__":

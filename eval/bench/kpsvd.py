@@ -33,7 +33,7 @@ from soka_serve.kron import kpsvd
 from soka_serve.kron.decompose import Decomposition, minor_kpsvd, sampled_kpsvd
 from soka_serve.kron.shapes import FactorShape, balanced_shape
 
-CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096)]
+CASES = [("random", 4096, 4096), ("decaying", 4096, 4096), ("random", 11008, 4096), ("random", 4096, 11008)]
 START_CASE = ("decaying", 4096, 4096)
 START_RANKS = (1, 8, 64)
 MINOR_RANK = 8
@@ -136,9 +136,13 @@ def main() -> None:
         rank = min(arguments.rank, FactorShape(*balanced_shape(out_features, in_features)).max_rank)
         case = {"kind": "trained", "out": out_features, "in": in_features, "rank": rank}
         cases.append({**common, **case, "checkpoint": arguments.checkpoint})
-    rows = [row for case in cases for row in (compare_starts(case) if arguments.starts else [compare(case)])]
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-    print(json.dumps(write_record(arguments, {"rows": rows}, machine={"device": device}), indent=1))
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        found = compare_starts(case) if arguments.starts else [compare(case)]
+        print(json.dumps(found, indent=1), flush=True)
+        rows += found
+        write_record(arguments, {"rows": rows}, machine={"device": device})  # each time: a limit of time may end this
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def main() -> None:
         for row in compare(rank, size, options):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    write_record(options, {"seed": 0, "rows": rows})
+        write_record(options, {"seed": 0, "rows": rows})  # each time: a limit of time may end this
 
 
 if __name__ == "__main__":

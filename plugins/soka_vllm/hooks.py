@@ -176,6 +176,10 @@ HOOKS = (
         "Kronecker adapters are read by the plugin, LoRA's by vLLM, those in memory not at all.",
     ),
     Hook(
+        *("vllm.lora.lora_model", "safetensors", None, "soka_vllm.stock:without_mapping"),
+        "A LoRA's file is read and not mapped: one that is cut ended the process, one that is overwritten was served.",
+    ),
+    Hook(
         *(_WORKER, "LRUCacheWorkerLoRAManager._apply_adapters", "self lora_requests"),
         "soka_vllm.worker:apply_adapters",
         "A reload in place was repeated at every later step (vLLM up to 0.32).",

@@ -18,7 +18,7 @@ from soka_vllm.loader import check_lora, load_adapter
 from soka_vllm.places import adapter_files
 from soka_vllm.readers import LORA, READERS, look_at
 from soka_vllm.settings import LORA_VARIABLE, serves_lora
-from soka_vllm.store import whole_modules, worker_adapters
+from soka_vllm.store import worker_adapters
 from soka_vllm.summing import add_up
 from soka_vllm.sums import is_sum
 
@@ -50,7 +50,6 @@ def _read(stock: Any, manager: Any, directory: Path, lora_request: Any) -> Any:
     if kind in (None, LORA):
         with patterns.matching(look_at(directory, kind, budget)):
             model = stock(manager, msgspec.structs.replace(lora_request, lora_path=str(directory)))
-        _copy_out(model)
         check_lora(model, manager._adapter_manager)
         return model
     if not compat.has_operator():
@@ -58,17 +57,6 @@ def _read(stock: Any, manager: Any, directory: Path, lora_request: Any) -> Any:
     if kind not in READERS:
         raise ValueError(f"peft_type is {kind!r}; supported are LORA, {', '.join(READERS)}")
     return load_adapter(directory, kind, lora_request, manager._adapter_manager, manager.lora_config.lora_dtype, budget)
-
-
-def _copy_out(model: Any) -> None:
-    """Copy what vLLM has read of a LoRA adapter, but for pinned copies: it may be the file itself, mapped into memory.
-
-    What overwrites the file would be served, and to read what was cut off of it ends the process.
-    """
-    for weights in (*model.loras.values(), *whole_modules(model).values()):
-        for name, value in vars(weights).items():
-            if isinstance(value, Tensor) and not value.is_pinned():
-                setattr(weights, name, value.clone())
 
 
 def limits_of(manager: Any) -> ModelLimits:

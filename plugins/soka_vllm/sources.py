@@ -237,7 +237,10 @@ def _definitions(body: Iterable[ast.stmt], name: str) -> Iterator[ast.AST]:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if node.value is not None and any(isinstance(t, ast.Name) and t.id == name for t in targets):
                 yield node
-        elif isinstance(node, ast.ImportFrom) and {a.asname or a.name for a in node.names} & {name, "*"}:
+        elif isinstance(node, ast.ImportFrom):
+            if {a.asname or a.name for a in node.names} & {name, "*"}:
+                yield node
+        elif isinstance(node, ast.Import) and name in {a.asname or a.name.partition(".")[0] for a in node.names}:
             yield node
 
 

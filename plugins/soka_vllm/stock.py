@@ -1,9 +1,12 @@
-"""An ordinary LoRA adapter's files, held against the budget before vLLM's own reader opens them."""
+"""An ordinary LoRA adapter's files: held against the budget before vLLM's own reader opens them, and then read."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from soka_serve.adapter.format import KEY_PREFIX
 from soka_serve.adapter.patterns import Matcher
@@ -11,7 +14,10 @@ from soka_serve.errors import CheckpointError
 from soka_serve.io.budget import ReadingBudget, open_regular, refuse_hole
 from soka_serve.io.file_names import CONFIG_FILE, WEIGHTS_FILE
 from soka_serve.io.json_files import read_json
-from soka_serve.io.safetensors import read_header
+from soka_serve.io.safetensors import read_header, read_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")  # in the order in which vLLM looks for them
 _PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -80,3 +86,32 @@ def _look_at_pickle(file: Path, budget: ReadingBudget) -> None:
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise CheckpointError(f"{file}: expected tensors by name; save them as {WEIGHTS_FILE}")
     budget.take_values(file, sum(value.numel() for value in tensors.values()))
+
+
+class _Opened:
+    """What vLLM's reader of LoRA uses of `safetensors.safe_open`: tensors are copies of what the file holds.
+
+    `safe_open` maps the file: what overwrites it would be served, and to read what was cut off of it ends the process.
+
+    Raises:
+        CheckpointError: the file is malformed, or ends early.
+    """
+
+    def __init__(self, file: str, framework: str) -> None:
+        self._tensors = read_header(Path(file))
+
+    def __enter__(self) -> _Opened:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def keys(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def get_tensor(self, name: str) -> Tensor:
+        return read_tensor(self._tensors[name])
+
+
+def without_mapping(safetensors: Any) -> SimpleNamespace:
+    """The module `safetensors` as vLLM's reader of LoRA has it, with a `safe_open` that maps no file."""
+    return SimpleNamespace(**{**vars(safetensors), "safe_open": _Opened})

@@ -21,7 +21,7 @@ from soka_serve.comparison.plan import Cell, Record, RunInputs, list_cells
 from soka_serve.comparison.pool import CallLimits, next_runs, run_all
 from soka_serve.comparison.read import LoadedSuite, read_suite
 from soka_serve.comparison.records import Records, progress_of
-from soka_serve.errors import BuildError
+from soka_serve.errors import BuildError, SokaError
 from soka_serve.io.files import write_text_atomic
 from soka_serve.io.outputs import check_results
 from soka_serve.io.places import given_path
@@ -89,6 +89,8 @@ def compare(
     """
     from soka_serve.comparison.tables import markdown_table, method_rows
 
+    if minutes is not None and not minutes >= 0:
+        raise SokaError(f"minutes: expected 0 or more; got {minutes!r}")
     loaded = suite if isinstance(suite, LoadedSuite) else read_suite(suite, root)
     folder = given_path(work, "work")
     if out is not None:

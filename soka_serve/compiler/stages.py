@@ -203,6 +203,8 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
         result = read_lock(context.workspace.directory / LOCK_FILE)["result"]
         context.dropped_energy_frac = result["dropped_energy_frac"]
         return
+    from soka_serve.adapter.loss import percent
+
     output = context.loaded.manifest.output
     if context.method.whole_model:
         if "adapter" in output.write:
@@ -212,6 +214,8 @@ def export_stage(context: Context, new: Path, previous: dict[str, str], trained:
         context.dropped_energy_frac = context.method.export(
             trained.directory, new / "adapter", output.adapter_dtype, output.adapter_terms
         )
+        if output.adapter_terms != "all":
+            logger.info("export: lost %s of the deltas' energy", percent(context.dropped_energy_frac))
         _name_base(new / "adapter", context.inputs.base_name)
 
 

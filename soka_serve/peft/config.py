@@ -157,14 +157,24 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
                 problems.append(f"soka_modules[{name!r}]: trained: {problem}")
         if problem := form_problem(self.soka_trained, self.r if _is_count(self.r) else 1):
             problems.append(f"soka_trained: {problem}")
-        if init == "zero":
-            places = {"soka_trained": self.soka_trained}
-            places |= {f"soka_modules[{n!r}]": m["trained"] for n, m in self.soka_modules.items() if _trains(m)}
-            for place, choices in places.items():
-                if not form_problem(choices, 1) and "right" in Form(choices).frozen:
-                    message = f"init_soka_weights = 'zero' starts right at zero, and {place} does not train it"
-                    problems.append(f"{message}; 'weights' goes with it")
+        places = {f"soka_modules[{n!r}]": m["trained"] for n, m in self.soka_modules.items() if _trains(m)}
+        if not places or len(places) < len(self.soka_modules):  # else there may be no module that has it
+            places["soka_trained"] = self.soka_trained
+        for place, choices in places.items():
+            if not form_problem(choices, 1) and (problem := self._zero_problem(place, Form(choices))):
+                problems.append(problem)
         return problems
+
+    def _zero_problem(self, place: str, form: Form) -> str | None:
+        """Why a form, told in `place`, does not go with the start; None where it does."""
+        if self.init_soka_weights != "zero" or "right" not in form.frozen:
+            return None
+        return f"init_soka_weights = 'zero' starts right at zero, and {place} does not train it; 'weights' goes with it"
+
+    def form_problem_of(self, module: str) -> str | None:
+        """Why what is trained of a module does not go with the start; None where it does."""
+        place = "soka_modules" if _trains(self.soka_modules.get(module)) else "soka_trained"
+        return self._zero_problem(place, self.form_of(module))
 
     @property
     def is_loading(self) -> bool:
@@ -216,6 +226,10 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
         """What of a module is trained: `soka_modules`, else `soka_trained`."""
         return Form(self.soka_modules.get(module, {}).get("trained", self.soka_trained))
 
+    def told(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """What `soka_modules` says of a module, so that `soka_trained` does not count for it."""
+        return {**({"trained": {}} if self.soka_trained else {}), **spec}
+
     def start_building(self, *, in_use: bool) -> None:
         """Note what was asked for; an adapter that is built from the config then completes `soka_modules`.
 
@@ -236,8 +250,8 @@ class SokaConfig(PeftConfig):  # type: ignore[misc]
             self.__dict__.pop(name, None)
 
     def record(self, modules: Mapping[str, Mapping[str, Any]]) -> None:
-        """Record an adapter's rank and factor shape per module in `soka_modules`."""
-        self.soka_modules = {name: dict(spec) for name, spec in modules.items()}
+        """Record an adapter's rank, factor shape and form per module in `soka_modules`."""
+        self.soka_modules = {name: self.told(spec) for name, spec in modules.items()}
         self._recorded = copy.deepcopy(self.soka_modules)
         self._is_built = True
 

@@ -54,7 +54,7 @@ def plan_modules(config: SokaConfig, model: nn.Module, matches: Callable[[str], 
         try:
             if problem is not None:
                 raise PlanError(f"{name}: {problem}")
-            if (problem := other_bits(config, modules[name])) is not None:
+            if (problem := other_bits(config, modules[name]) or config.form_problem_of(name)) is not None:
                 raise PlanError(f"{name}: {problem}")
             rank_and_shape(config, name, modules[name])
         except PlanError as error:  # it names the module itself

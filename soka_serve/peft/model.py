@@ -52,7 +52,7 @@ class SokaModel(BaseTuner):  # type: ignore[misc]
         self._only_recorded = state_dict is not None
         if state_dict is not None:
             config.soka_modules = {
-                name: spec | config.form_of(name).spec() for name, spec in modules_of(state_dict).items()
+                name: config.told(spec | config.form_of(name).spec()) for name, spec in modules_of(state_dict).items()
             }
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

@@ -192,6 +192,39 @@ def test_modules_differ_and_everything_can_be_trained_again() -> None:
     assert len(trainable(model)) == 4
 
 
+def test_a_config_used_twice_makes_the_same_adapter_twice() -> None:
+    config = SokaConfig(
+        init_soka_weights="weights",
+        target_modules=["q_proj"],
+        soka_trained={"train_factors": ["sigma"]},
+        soka_modules={"model.layers.0.self_attn.q_proj": {"trained": {}}},
+    )
+    model = get_peft_model(tiny_llama(), config)
+    model.add_adapter("second", config)
+    for name in ("default", "second"):
+        forms = [layer.form(name).choices for layer in soka_layers(model, name).values()]
+        assert forms == [{}, {"train_factors": ["sigma"]}]
+
+
+def test_what_no_module_takes_from_soka_trained_is_not_held_against_it() -> None:
+    """With zeros at the start soka_trained may leave Right out where soka_modules says otherwise of every module."""
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    left: dict[str, Any] = {"train_factors": ["left"]}
+
+    def config(*told: str) -> SokaConfig:
+        modules = {name: {"trained": {"train_factors": ["right"]}} for name in told}
+        return SokaConfig(target_modules=["q_proj"], soka_trained=left, soka_modules=modules)
+
+    model = get_peft_model(tiny_llama(), config(*names))
+    assert {tuple(layer.form("default").choices["train_factors"]) for layer in soka_layers(model).values()} == {
+        ("right",)
+    }
+    base = tiny_llama()
+    with pytest.raises(FitError, match=rf"{names[1]}: init_soka_weights = 'zero' .* and soka_trained does not train"):
+        get_peft_model(base, config(names[0]))
+    assert not soka_layers(base)
+
+
 @pytest.mark.parametrize("form", [{"core": True}, {"train_factors": ["left"]}], ids=str)
 def test_zeros_that_are_not_trained_are_refused(form: dict[str, Any]) -> None:
     with pytest.raises(FitError, match="starts right at zero, and soka_trained does not train it"):

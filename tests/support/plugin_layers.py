@@ -25,13 +25,13 @@ def kron_sum(left: Tensor, right: Tensor) -> Tensor:
 
 
 class Layer:
-    """A store, and the dense float64 delta of what was put in."""
+    """A store, and the dense float64 delta of what was put in, on its device: a CPU takes 10 s for a layer of a 7B."""
 
     def __init__(
         self, slots: int, widths: list[int], in_features: int, dtype: torch.dtype, device: str = "cpu"
     ) -> None:
         self.store = SlotStore(slots, widths, in_features, dtype, device)
-        self.dense = torch.zeros(slots, sum(widths), in_features, dtype=torch.float64)
+        self.dense = torch.zeros(slots, sum(widths), in_features, dtype=torch.float64, device=device)
         self.dtype = dtype
 
     def put(
@@ -48,7 +48,8 @@ class Layer:
         right = factors.right.to(self.dtype)
         self.store.put(slot, index, left, right, out_skip=skips[0], in_skip=skips[1])
         start, width = sum(self.store.widths[:index]), self.store.widths[index]
-        applied = kron_sum(left, right)[skips[0] :, skips[1] :][:width, : self.store.in_features]
+        delta = kron_sum(left.to(self.dense.device), right.to(self.dense.device))
+        applied = delta[skips[0] :, skips[1] :][:width, : self.store.in_features]
         self.dense[slot, start : start + width] = applied
 
     def arguments(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -62,10 +63,9 @@ class Layer:
     ) -> None:
         """Run the operator, or `add`, and hold each token against its adapter's dense delta."""
         base, x = self.arguments(tokens)
-        device = self.store.table.device
-        result = base.to(device, copy=True)
-        (add or self.store.add_to)(result, x.to(device), token_slots.to(device))
-        out = result.cpu()
+        base, x, token_slots = (tensor.to(self.dense.device) for tensor in (base, x, token_slots))
+        out = base.clone()
+        (add or self.store.add_to)(out, x, token_slots)
         want = base.double()
         for slot in token_slots[:tokens].unique().tolist():
             at = token_slots[:tokens] == slot

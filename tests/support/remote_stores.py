@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 BUCKET = "adapters"
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test-key",
@@ -243,9 +245,17 @@ def _entry(path: str, content: bytes) -> Mapping[str, object]:
 
 
 @contextmanager
-def hub() -> Iterator[Hub]:
-    """Start a stand-in of a hub, and end it afterwards."""
-    with web_server() as site:
+def hub(cache: Path) -> Iterator[Hub]:
+    """Start a stand-in of a hub, which huggingface_hub asks with this folder for its own cache; end it afterwards."""
+    with web_server() as site, pytest.MonkeyPatch.context() as patch:
         made = Hub(site)
         site.answer = made.answer
+        constants = {
+            "ENDPOINT": site.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": f"{site.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(cache),
+        }
+        for name, value in constants.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
         yield made

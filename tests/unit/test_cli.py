@@ -63,6 +63,7 @@ def test_init_plan_and_a_typing_mistake(tmp_path: Path, monkeypatch: pytest.Monk
         (["export", "nowhere", "--out", "x"], ["nowhere"]),
         (["extract", "./nowhere", "--base", "tiny", "--out", "x", "--rank", "1"], ["nowhere"]),
         (["extract", "tiny", "--base", "tiny", "--out", "x"], ["exactly one of"]),
+        (["compare", "nowhere.toml", "--minutes", "nan"], ["minutes: expected 0 or more; got nan"]),
         (["build"], ["MANIFEST"]),
         (["bild", "x"], ["bild"]),
     ],

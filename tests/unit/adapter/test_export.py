@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from torch.linalg import svdvals
 
 from soka_serve.adapter import export as exporting
 from soka_serve.adapter.export import Form, export
 from soka_serve.adapter.format import read_adapter
+from soka_serve.adapter.loss import percent
+from soka_serve.cli import main
 from soka_serve.errors import BuildError, CheckpointError, SokaError
 from soka_serve.io.files import sha256_file
 from soka_serve.io.lockfile import read_lock
+from tests.support.kron_oracle import oracle_delta, oracle_rearrangement
 from tests.support.tiny_models import random_factors, write_test_adapter
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -59,6 +64,41 @@ def test_wrong_options(tmp_path: Path, source: Path, options: dict[str, object],
     with pytest.raises(SokaError, match=message):
         export(source, tmp_path / "out", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_share_of_energy_on_the_command_line(tmp_path: Path) -> None:
+    """Of each module as few terms as hold it; the loss is that of dense deltas in float64."""
+    factors = {f"{NAME}{i}": random_factors(64, 64, 6, i) for i in range(2)}
+    source, out = write_test_adapter(tmp_path / "source", factors), tmp_path / "out"
+    done = CliRunner().invoke(main, ["export", str(source), "--energy", "0.8", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    written = read_adapter(out).factors
+    wanted, energies, losses = {}, [], []
+    for name, terms in factors.items():
+        delta = oracle_delta(terms)
+        shares = svdvals(oracle_rearrangement(delta, terms.shape)).square().cumsum(0) / delta.square().sum()
+        wanted[name] = int((shares < 0.8).sum()) + 1
+        energies.append(float(delta.square().sum()))
+        losses.append(float((delta - oracle_delta(written[name])).square().sum()))
+        assert losses[-1] / energies[-1] == pytest.approx(1 - float(shares[wanted[name] - 1]), abs=1e-6)
+    assert {name: terms.rank for name, terms in written.items()} == wanted
+    assert all(0 < rank < 6 for rank in wanted.values())
+    assert f"lost        {percent(sum(losses) / sum(energies))} of the deltas' energy\n" in done.output
+    for name, energy, lost in zip(factors, energies, losses, strict=True):
+        assert f" {percent(lost / energy)}  {name}" in done.output
+
+
+@pytest.mark.parametrize("value", ["0", "-0.1", "1.5", "inf", "nan", "x", ""])
+def test_energies_that_are_no_share(tmp_path: Path, source: Path, value: str) -> None:
+    out = tmp_path / "out"
+    for command in (["export", str(source)], ["extract", "tiny", "--base", "tiny"]):
+        done = CliRunner().invoke(main, [*command, "--energy", value, "--out", str(out)])
+        assert done.exit_code == 2
+        assert done.output.lower().count("error: ") == 1
+        assert "energy" in done.output
+        assert (value or "''") in done.output
+        assert "Traceback" not in done.output
+        assert not out.exists()
 
 
 def test_damaged_source_leaves_the_last_export(tmp_path: Path, source: Path) -> None:

@@ -45,13 +45,8 @@ def web() -> Iterator[WebServer]:
 
 
 @pytest.fixture
-def a_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub() as made:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", made.site.url)
-        template = f"{made.site.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(Path(os.environ[FOLDER_VARIABLE]) / "none"))
+def a_hub() -> Iterator[Hub]:
+    with hub(Path(os.environ[FOLDER_VARIABLE]) / "none") as made:
         yield made
 
 

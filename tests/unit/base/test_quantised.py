@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from soka_serve.builtin import base_directory
 from soka_serve.cli import main
 from soka_serve.errors import CheckpointError
 from soka_serve.kron import Factors
+from soka_serve.serving import command as serving_command
+from soka_serve.serving import doctor
 from soka_serve.serving.command import ServeOptions
 from soka_serve.serving.serve import plan_launch
 from tests.support.quantised import METHODS, Tensors, edit_config, gptq, write_copy, write_quantised
@@ -212,6 +215,29 @@ def test_a_quantised_base_is_served(quantised: Path, tmp_path: Path, method: str
     targets, launch = plan_launch([str(adapter)], ServeOptions(), base=str(quantised / method))
     assert len(targets) == 1
     assert str(quantised / method) in launch.command
+
+
+@pytest.mark.parametrize(("method", "bits"), [("fp8", 8), ("compressed-tensors", 4)])
+def test_a_dry_run_says_what_it_cannot_compare(
+    quantised: Path, tmp_path: Path, method: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command for vLLM, which is left the method, in place of the base that the adapter names."""
+    base = quantised / method
+    monkeypatch.setattr(serving_command, "find_engine", lambda: doctor.InstalledVllm("vllm", "0.32.0", is_cpu=False))
+    done = run("serve", write_small_adapter(tmp_path / "math"), "--base", base, "--dry-run")
+    assert done.exit_code == 0, done.output
+    told = f"{base} is quantised ({method}, {bits} bits): it cannot be compared with the weights in soka.lock\n"
+    assert done.stderr.endswith(told)
+    words = shlex.split(done.stdout)
+    assert words[words.index("soka_serve.serving.vllm_command") + 1] == str(base.resolve())
+    assert words[words.index("--lora-modules") + 1] == f"math={tmp_path / 'math'}"
+    assert words[words.index("--served-model-name") + 1] == method
+    assert "--quantization" not in words  # vLLM reads config.json
+    misfit = write_small_adapter(tmp_path / "turned", rows=128, columns=352)
+    said = refused(run("serve", misfit, "--base", base, "--dry-run"))
+    wrong = "the adapter's factors [8, 8, 16, 44] make a (128, 352) delta, the base's weight"
+    assert f"{misfit}: {MODULE}: {wrong}" in said
+    assert f"the base is {base}" in said
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -64,6 +64,8 @@ class Base(Root):
     def __init__(self):
         self.held = 1
 pair: tuple = (Root, Base)
+import json, os.path
+import sys as system
 class Record:
     one: int
     two: int = 2
@@ -96,6 +98,8 @@ def test_names_attributes_and_tuples() -> None:
     found = Sources(FILES.get)
     assert all(found.has("vllm.a", name) for name in ("D", "late", "b", ""))
     assert not any(found.has(*name) for name in (("vllm.a", "C"), ("vllm.c", ""), ("vllm.c", "d")))
+    assert all(found.has("vllm.base", name) for name in ("json", "os", "system"))
+    assert not any(found.has("vllm.base", name) for name in ("os.path", "path", "sys"))
     assert found.attributes("vllm.a.b", "C.__init__") == {"held"}
     assert found.elements("vllm.base", "pair") == ["Root", "Base"]
     assert found.elements("vllm.base", "Base") is None

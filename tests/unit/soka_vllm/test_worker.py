@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,13 @@ from soka_serve.kron import dense_delta
 
 with warnings.catch_warnings():  # vLLM uses what torch has deprecated
     warnings.simplefilter("ignore")
+    from vllm.lora import lora_model
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRALayerWeights, PackedLoRALayerWeights
     from vllm.lora.peft_helper import PEFTHelper
     from vllm.lora.request import LoRARequest
 
-    from soka_vllm import loader, reading, sum_names, summing, sums, worker
+    from soka_vllm import hooks, loader, reading, sum_names, summing, sums, worker
     from soka_vllm.slots import SlotStore
     from soka_vllm.store import ReadResult, tensors_of, worker_adapters
 
@@ -148,28 +150,42 @@ def test_a_sum_is_by_the_served_model_s_names(taken: bool) -> None:
     assert found[names[0]].rank == 3 - len(names)
 
 
-@pytest.mark.parametrize("kept", ["lora", "classifier"])
-def test_a_lora_in_memory_is_not_its_file(tmp_path: Path, kept: str) -> None:
-    shards, packed, weights = make_model(SIZE)
-    manager = make_manager(shards, packed)
+def write_lora(folder: Path, weights: dict[str, tuple[int, int]], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """An ordinary LoRA of ones for one module, with a classifier where the config has one; returns its tensors."""
     name = next(name for name in weights if name.endswith("o_proj"))
     rows, columns = weights[name]
     prefix = f"base_model.model.{name}."
     values = {f"{prefix}lora_A.weight": torch.ones(2, columns), f"{prefix}lora_B.weight": torch.ones(rows, 2)}
-    config: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
-    if kept == "classifier":
+    if "modules_to_save" in config:
         values |= {f"base_model.model.score.{part}": torch.ones(4, 4) for part in ("weight", "bias")}
-        config["modules_to_save"] = ["score"]
     values = {key: value.bfloat16() for key, value in values.items()}
-    save_file(values, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(values, folder / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(lora | config))
+    return values
 
-    def stock(manager: Any, request: Any) -> Any:  # what vLLM's does without the served model
-        helper = PEFTHelper.from_local_dir(request.lora_path, None)
-        return LoRAModel.from_local_checkpoint(
-            request.lora_path, {"o_proj"}, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
-        )
 
+def stock(manager: Any, request: Any, modules: Any = frozenset({"o_proj"})) -> Any:
+    """What vLLM's reader does without the served model."""
+    helper = PEFTHelper.from_local_dir(request.lora_path, None)
+    return LoRAModel.from_local_checkpoint(
+        request.lora_path, modules, helper, lora_model_id=1, device="cpu", dtype=torch.bfloat16
+    )
+
+
+@pytest.fixture
+def rebound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the table has for vLLM's reader of LoRA is in force."""
+    monkeypatch.setattr(lora_model, "safetensors", lora_model.safetensors)  # put back at the end
+    hooks._rebind([lora_model.__name__])
+
+
+@pytest.mark.usefixtures("rebound")
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["score"]}], ids=["lora", "classifier"])
+def test_a_lora_in_memory_is_not_its_file(tmp_path: Path, config: dict[str, Any]) -> None:
+    shards, packed, weights = make_model(SIZE)
+    manager = make_manager(shards, packed)
+    values = write_lora(tmp_path, weights, config)
     model = reading.load(stock, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
     with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
         size = file.seek(0, 2)
@@ -179,3 +195,29 @@ def test_a_lora_in_memory_is_not_its_file(tmp_path: Path, kept: str) -> None:
     found = [tensor for _, tensor in tensors_of(model)]
     assert len(found) == len(values)
     assert all(bool((tensor == 1).all()) for tensor in found)
+
+
+@pytest.mark.usefixtures("rebound")
+@pytest.mark.parametrize("left", [0, 4096])
+def test_a_lora_that_is_cut_while_it_is_read_is_refused(tmp_path: Path, left: int) -> None:
+    """Between its header and its values; to read what was mapped of it would end the process (SIGBUS)."""
+    shards, packed, weights = make_model((1, 1024, 96, 4, 2, 256))
+    manager = make_manager(shards, packed)
+    write_lora(tmp_path, weights, {})
+    file = tmp_path / "adapter_model.safetensors"
+
+    class Cutting(frozenset[str]):
+        """The modules that vLLM asks for when it has opened the file, and before it reads a tensor."""
+
+        def __contains__(self, name: object) -> bool:
+            os.truncate(file, left)
+            return super().__contains__(name)
+
+    def cutting(manager: Any, request: Any) -> Any:
+        return stock(manager, request, Cutting({"o_proj"}))
+
+    with pytest.raises(ValueError, match=rf"{file}: base_model.*lora_[AB].weight: truncated: expected \d+ bytes"):
+        reading.load(cutting, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
+    os.truncate(file, 0)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: truncated: expected at least 8 bytes"):
+        reading.load(stock, manager, LoRARequest("a", 1, str(tmp_path), load_inplace=True))
