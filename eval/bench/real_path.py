@@ -55,6 +55,11 @@ def command(*words: str, folder: Path, environment: dict[str, str] | None = None
     return {"wall_s": round(time.monotonic() - started, 1), "cpu_s": round(cpu, 1)}
 
 
+def _told(part: dict[str, Any]) -> dict[str, Any]:
+    """What one model's answers took, and what shows that the adapter was at work."""
+    return {name: part[name] for name in ("role", "seconds", "asked", "active")}
+
+
 def main() -> None:
     """Run both commands and write the record."""
     parser = make_parser("eval.bench.real_path", __doc__, needs_out=True)
@@ -87,7 +92,7 @@ def main() -> None:
             "train_loss": [row["loss"] for row in history if "loss" in row],
             "intruders": [row["count"] for row in json.loads((made / "measured.json").read_text())["intruders"]],
             "adapter_bytes": sum(file.stat().st_size for file in (made / "adapter").iterdir()),
-            "eval": evaluation | {"results": results},
+            "eval": evaluation | {"scores": results["scores"], "parts": [_told(part) for part in results["parts"]]},
         }
     write_record(options, found, machine={"threads": torch.get_num_threads()})
 
