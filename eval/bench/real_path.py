@@ -44,15 +44,19 @@ def own_files(text: str, base: Path, train: Path) -> str:
 
 
 def command(*words: str, folder: Path, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run one soka-serve command; what it took."""
+    """Run one soka-serve command; what it took, and what a build says of its stages."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "soka_serve", *words],
-        cwd=folder, env=os.environ | (environment or {}), check=True,
+        cwd=folder, env=os.environ | (environment or {}), check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    print(done.stdout, flush=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(time.monotonic() - started, 1), "cpu_s": round(cpu, 1)}
+    found: dict[str, Any] = {"wall_s": round(time.monotonic() - started, 1), "cpu_s": round(cpu, 1)}
+    if stages := re.search(r"^seconds +(.*)$", done.stdout, re.M):
+        found["stages_s"] = {name: float(seconds) for name, seconds in re.findall(r"(\w+) ([\d.]+)", stages[1])}
+    return found
 
 
 def _told(part: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,20 +45,25 @@ class MemoryMeter:
 
     def __init__(self) -> None:
         self._began = psutil.Process().memory_info().rss
+        self._began_anew = False
 
     def start_training(self) -> None:
         """Forget what was needed before: losses of the base on long texts take more than a step."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._began_anew = True
+        else:
+            with suppress(OSError):  # Linux alone has it
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+                self._began_anew = True
 
-    def peak_bytes(self) -> int:
-        """The most since `start_training`; elsewhere than on Linux, since the process began."""
+    def peak_bytes(self) -> int | None:
+        """The most since `start_training`; None where the system does not let a peak begin anew."""
+        if not self._began_anew:
+            return None
         if torch.cuda.is_available():
             return int(torch.cuda.max_memory_allocated())
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self._began
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._began  # KiB
         return max(peak, 0)
 
 

@@ -105,9 +105,13 @@ def test_memory_is_that_of_training() -> None:
     meter = MemoryMeter()
     before = bytearray(300 << 20)  # as measuring the base takes
     del before
-    assert meter.peak_bytes() > 200 << 20
+    assert meter.peak_bytes() is None
     meter.start_training()
-    assert meter.peak_bytes() < 100 << 20
+    peak = meter.peak_bytes()
+    assert peak is not None
+    assert peak < 100 << 20
     step = bytearray(300 << 20)
     del step
-    assert meter.peak_bytes() > 200 << 20
+    peak = meter.peak_bytes()
+    assert peak is not None
+    assert peak > 200 << 20
