@@ -44,9 +44,24 @@ def wide_layer(dtype: torch.dtype) -> Layer:
     return layer
 
 
+def even_layer(dtype: torch.dtype) -> Layer:
+    """Even depths in both orders: bfloat16 takes pairs. Columns below, at and beyond registers, cut and not."""
+    layer = Layer(5, [96, 62], 80, dtype)
+    layer.put(0, 0, 1, (12, 10, 8, 8), seed=1)
+    layer.put(0, 1, 3, (2, 2, 31, 40), seed=2)
+    layer.put(1, 0, 2, (9, 8, 11, 10), seed=3)
+    layer.put(1, 1, 5, (31, 40, 2, 2), seed=4)
+    layer.put(2, 0, 4, (3, 2, 33, 42), seed=5, skips=(2, 4))
+    layer.put(2, 1, 1, (5, 42, 13, 2), seed=6, skips=(3, 1))
+    layer.put(3, 0, 2, (48, 4, 2, 20), seed=7)
+    layer.put(3, 1, 7, (1, 2, 62, 40), seed=8)
+    assert set(layer.store.table[:, :, 7].unique().tolist()) == {0, 1}
+    return layer
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer, wide_layer])
+@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, equal_slices_layer, wide_layer, even_layer])
 def test_it_runs_in_every_dtype_and_number_of_threads(
     make: type[Layer], dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,22 +76,51 @@ def test_it_runs_in_every_dtype_and_number_of_threads(
         layer.check(slots.repeat(10).to(torch.int32 if slots.max() < 9 else torch.int64), 77)
 
 
-@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, wide_layer])
-def test_cpus_without_wide_registers_compute_the_same(
-    make: type[Layer], cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make", [qkv_layer, sharded_layer, wide_layer, even_layer])
+@pytest.mark.parametrize("cpu", [("-march=x86-64-v3",), ("-march=native", "-mno-avx512bf16")])
+def test_cpus_with_less_compute_the_same(
+    cpu: tuple[str, ...], make: type[Layer], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = tuple("-march=x86-64-v3" if flag == "-march=native" else flag for flag in FLAGS)
     if not torch.cpu._is_avx2_supported():
         pytest.skip("not an x86 CPU with AVX2")
-    kernel = cpu_kernel.compiled(SOURCE, flags)
+    kernel = cpu_kernel.compiled(SOURCE, (*(flag for flag in FLAGS if flag != "-march=native"), *cpu))
     monkeypatch.setattr(cpu_kernel, "load", lambda: kernel)
     monkeypatch.setattr(torch_ops, "add_kron", None)
     for dtype in (torch.float32, torch.bfloat16):
         make(dtype).check(SLOTS.repeat(10), 77)  # type: ignore[call-arg, arg-type]
 
 
-def test_a_result_does_not_depend_on_the_batch() -> None:
-    layer = wide_layer(torch.bfloat16)
+def test_pairs_of_bfloat16_are_multiplied_where_all_is_bfloat16_and_depths_are_even(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("not a CPU that multiplies pairs of bfloat16")
+    wide = cpu_kernel.compiled(SOURCE, (*FLAGS, "-mno-avx512bf16"))
+    pairs = cpu_kernel.compiled(SOURCE, FLAGS)
+    slots = torch.zeros(9, dtype=torch.long)
+
+    def outcome(kernel: cpu_kernel.Kernel, layer: Layer, x_dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr(cpu_kernel, "load", lambda: kernel)
+        base, x = layer.arguments(9)
+        layer.store.add_to(base, x.to(x_dtype), slots)
+        return base
+
+    def differ(shape: tuple[int, int, int, int], x_dtype: torch.dtype = torch.bfloat16) -> bool:
+        layer = Layer(1, [shape[0] * shape[2]], shape[1] * shape[3], torch.bfloat16)
+        layer.put(0, 0, 2, shape, seed=1)
+        return not torch.equal(outcome(wide, layer, x_dtype), outcome(pairs, layer, x_dtype))
+
+    # What lies between the products is rounded, which shows.
+    assert differ((16, 12, 8, 8))
+    assert differ((8, 8, 16, 12))
+    assert not differ((16, 12, 8, 8), torch.float32)
+    assert not differ((16, 13, 8, 8))
+    assert not differ((16, 12, 8, 7))
+
+
+@pytest.mark.parametrize("make", [wide_layer, even_layer])
+def test_a_result_does_not_depend_on_the_batch(make: type[Layer]) -> None:
+    layer = make(torch.bfloat16)  # type: ignore[call-arg, arg-type]
     base, x = layer.arguments(60)
     slots = torch.arange(60) % 2
     whole = base.clone()

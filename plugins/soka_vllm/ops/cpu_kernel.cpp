@@ -1,15 +1,25 @@
 // Adds Kronecker deltas to the outputs of a layer, on a CPU. What the table and the buffer hold: torch_ops.py.
 //
-// Tokens are taken by slot, so that factors are widened to float32 once for several tokens. Both orders of the products
-// are two products of row-major matrices: (m r, n) (n, q), then (m, r q) (r q, p); or (n, q) (q, r p), then
-// (m, n r) (n r, p). They run in float32, and the sum is rounded once, to the output's dtype.
+// Tokens are taken by slot, so that factors are prepared once for several tokens. Both orders of the products are two
+// products of row-major matrices: (m r, n) (n, q), then (m, r q) (r q, p); or (n, q) (q, r p), then (m, n r) (n r, p).
+// Values are widened to float32, and the result is rounded once, to the output's dtype. Where all tensors are bfloat16,
+// depths are even, and the CPU multiplies pairs of bfloat16 (vdpbf16ps), values stay as they are: sums are in float32,
+// and what lies between the products is rounded to bfloat16, as in vLLM's LoRA kernels.
 //
 // Each result is computed by itself: it does not depend on the other tokens of the call, nor on the number of threads.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#if defined __AVX512BF16__ && defined __AVX512BW__ && defined __AVX512VL__
+#define PAIRS
+#endif
 
 namespace {
 
@@ -40,62 +50,6 @@ struct Task {
     int64_t count;
 };
 
-// C (R x columns) = A B, or C += A B: R rows and the columns of V registers; the sums stay in registers.
-template <int R, int V>
-void block(int64_t depth, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-           int64_t columns, bool add) {
-    Lanes sums[R][V] = {};
-    for (int64_t k = 0; k < depth; ++k, b += ldb) {
-        Lanes row[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) std::memcpy(&row[v], b + v * LANES, sizeof(Lanes));
-#pragma GCC unroll 8
-        for (int i = 0; i < R; ++i) {
-            Lanes factor = Lanes{} + a[i * lda + k];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[i][v] += factor * row[v];
-        }
-    }
-    float tile[R][V * LANES];  // so that no address of the sums is taken, which would keep them in memory
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) std::memcpy(&tile[i][v * LANES], &sums[i][v], sizeof(Lanes));
-    for (int i = 0; i < R; ++i, c += ldc) {
-        if (add)
-            for (int64_t j = 0; j < columns; ++j) c[j] += tile[i][j];
-        else
-            std::memcpy(c, tile[i], columns * sizeof(float));
-    }
-}
-
-template <int V, int R = ROWS>
-void rest(int64_t rows, int64_t depth, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-          int64_t columns, bool add) {
-    if constexpr (R > 0) {
-        if (rows == R)
-            block<R, V>(depth, a, lda, b, ldb, c, ldc, columns, add);
-        else
-            rest<V, R - 1>(rows, depth, a, lda, b, ldb, c, ldc, columns, add);
-    }
-}
-
-template <int V>
-void strip(int64_t rows, int64_t depth, const float *a, int64_t lda, const float *b, int64_t ldb, float *c, int64_t ldc,
-           int64_t columns, bool add) {
-    for (; rows >= ROWS; rows -= ROWS, a += ROWS * lda, c += ROWS * ldc)
-        block<ROWS, V>(depth, a, lda, b, ldb, c, ldc, columns, add);
-    rest<V>(rows, depth, a, lda, b, ldb, c, ldc, columns, add);
-}
-
-// C (rows x columns) = A (rows x depth) B (depth x columns), or C += A B; all row by row without gaps.
-void product(int64_t rows, int64_t columns, int64_t depth, const float *a, const float *b, float *c, bool add) {
-    int64_t j = 0;
-    for (; columns - j > LANES; j += 2 * LANES)
-        strip<2>(rows, depth, a, depth, b + j, columns, c + j, columns, std::min<int64_t>(2 * LANES, columns - j), add);
-    if (j < columns) strip<1>(rows, depth, a, depth, b + j, columns, c + j, columns, columns - j, add);
-}
-
 inline float to_float(uint16_t bits) {  // bfloat16
     uint32_t wide = uint32_t(bits) << 16;
     float value;
@@ -110,7 +64,115 @@ inline uint16_t to_bfloat16(float value) {  // to the nearest, of two the even o
     return uint16_t((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);  // NaN stays NaN
 }
 
-void widen(const void *values, int32_t type, int64_t start, int64_t count, float *result) {
+// What an instruction takes of the depth at a time: a value of float32, or two neighbours of bfloat16.
+struct __attribute__((packed, may_alias)) Pair {
+    uint32_t bits;
+};
+template <class T>
+using Step = std::conditional_t<std::is_same_v<T, float>, float, Pair>;
+
+// The matrix before a product, whose rows run along the depth.
+inline const float *rows_in_steps(const float *a) { return a; }
+inline const Pair *rows_in_steps(const uint16_t *a) { return reinterpret_cast<const Pair *>(a); }
+
+// The matrix behind a product, whose columns run along the depth: in `room`, if steps are not its values.
+inline const float *columns_in_steps(const float *b, int64_t, int64_t, float *) { return b; }
+inline const Pair *columns_in_steps(const uint16_t *b, int64_t rows, int64_t columns, Pair *room) {
+    Pair *to = room;
+    for (int64_t k = 0; k < rows; k += 2, b += 2 * columns, to += columns)
+        for (int64_t j = 0; j < columns; ++j) to[j].bits = b[j] | uint32_t(b[columns + j]) << 16;
+    return room;
+}
+
+inline Lanes added(Lanes sum, float factor, Lanes row) { return sum + factor * row; }
+
+// c = the first `columns` sums, or c += these.
+inline void store(Lanes sums, float *c, int64_t columns, bool add) {
+#ifdef __AVX512F__
+    __mmask16 mask = columns >= LANES ? 0xffff : (1 << columns) - 1;
+    if (add) sums += (Lanes)_mm512_maskz_loadu_ps(mask, c);
+    _mm512_mask_storeu_ps(c, mask, (__m512)sums);
+#else
+    if (columns >= LANES) {
+        Lanes before = {};
+        if (add) std::memcpy(&before, c, sizeof before);
+        sums += before;
+        std::memcpy(c, &sums, sizeof sums);
+    } else {
+        float tile[LANES];
+        std::memcpy(tile, &sums, sizeof sums);
+        for (int64_t j = 0; j < columns; ++j) c[j] = add ? c[j] + tile[j] : tile[j];
+    }
+#endif
+}
+
+#ifdef PAIRS
+inline Lanes added(Lanes sum, Pair factor, Lanes row) {
+    return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(factor.bits), (__m512bh)row);
+}
+inline void store(Lanes sums, uint16_t *c, int64_t columns, bool) {
+    __mmask16 mask = columns >= LANES ? 0xffff : (1 << columns) - 1;
+    _mm256_mask_storeu_epi16(c, mask, (__m256i)_mm512_cvtneps_pbh((__m512)sums));
+}
+#endif
+
+// C (R x columns) = A B, or C += A B: R rows and the columns of V registers; the sums stay in registers.
+template <int R, int V, class S, class C>
+void block(int64_t depth, const S *a, int64_t lda, const S *b, int64_t ldb, C *c, int64_t ldc, int64_t columns,
+           bool add) {
+    Lanes sums[R][V] = {};
+    for (int64_t k = 0; k < depth; ++k, b += ldb) {
+        Lanes row[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) std::memcpy(&row[v], b + v * LANES, sizeof(Lanes));
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i) {
+            S factor = a[i * lda + k];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sums[i][v] = added(sums[i][v], factor, row[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) store(sums[i][v], c + i * ldc + v * LANES, columns - v * LANES, add);
+}
+
+template <int V, int R = ROWS, class S, class C>
+void rest(int64_t rows, int64_t depth, const S *a, int64_t lda, const S *b, int64_t ldb, C *c, int64_t ldc,
+          int64_t columns, bool add) {
+    if constexpr (R > 0) {
+        if (rows == R)
+            block<R, V>(depth, a, lda, b, ldb, c, ldc, columns, add);
+        else
+            rest<V, R - 1>(rows, depth, a, lda, b, ldb, c, ldc, columns, add);
+    }
+}
+
+template <int V, class S, class C>
+void strip(int64_t rows, int64_t depth, const S *a, int64_t lda, const S *b, int64_t ldb, C *c, int64_t ldc,
+           int64_t columns, bool add) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * lda, c += ROWS * ldc)
+        block<ROWS, V>(depth, a, lda, b, ldb, c, ldc, columns, add);
+    rest<V>(rows, depth, a, lda, b, ldb, c, ldc, columns, add);
+}
+
+// C (rows x columns) = A (rows x depth) B (depth x columns), or C += A B; all row by row without gaps.
+template <class T, class C>
+void product(int64_t rows, int64_t columns, int64_t depth, const T *values, const Step<T> *b, C *c, bool add) {
+    auto a = rows_in_steps(values);
+    depth /= sizeof(Step<T>) / sizeof(T);
+    int64_t j = 0;
+    for (; columns - j > LANES; j += 2 * LANES)
+        strip<2>(rows, depth, a, depth, b + j, columns, c + j, columns, std::min<int64_t>(2 * LANES, columns - j), add);
+    if (j < columns) strip<1>(rows, depth, a, depth, b + j, columns, c + j, columns, columns - j, add);
+}
+
+inline void take(const void *values, int32_t, int64_t start, int64_t count, uint16_t *result) {
+    std::memcpy(result, static_cast<const uint16_t *>(values) + start, count * sizeof(uint16_t));
+}
+
+void take(const void *values, int32_t type, int64_t start, int64_t count, float *result) {
     if (type == FLOAT32) {
         std::memcpy(result, static_cast<const float *>(values) + start, count * sizeof(float));
     } else if (type == BFLOAT16) {
@@ -152,57 +214,91 @@ struct Call {
     int32_t values_type;
 };
 
-// Factors of terms [first, first + some) in float32, as if they were all: Left, then Right, `SLACK` apart.
-void take_terms(const Call &call, const Row &row, int64_t first, int64_t some, float *left, float *right) {
+// Factors of terms [first, first + some), as if they were all.
+template <class T>
+void take_terms(const Call &call, const Row &row, int64_t first, int64_t some, T *left, T *right) {
     auto [start, kind, r, m, n, p, q, order, out_skip, in_skip, begin, width] = row;
     int64_t behind = start + r * m * n;
-    auto take = [&](int64_t at, int64_t count, float *to) { widen(call.values, call.values_type, at, count, to); };
+    auto part = [&](int64_t at, int64_t count, T *to) { take(call.values, call.values_type, at, count, to); };
     if (some == r) {
-        take(start, r * m * n, left);
-        take(behind, r * p * q, right);
+        part(start, r * m * n, left);
+        part(behind, r * p * q, right);
     } else if (order == 0) {
-        for (int64_t i = 0; i < m; ++i) take(start + (i * r + first) * n, some * n, left + i * some * n);
-        take(behind + first * q * p, some * q * p, right);
+        for (int64_t i = 0; i < m; ++i) part(start + (i * r + first) * n, some * n, left + i * some * n);
+        part(behind + first * q * p, some * q * p, right);
     } else {
-        for (int64_t i = 0; i < m * n; ++i) take(start + i * r + first, some, left + i * some);
-        for (int64_t j = 0; j < q; ++j) take(behind + (j * r + first) * p, some * p, right + j * some * p);
+        for (int64_t i = 0; i < m * n; ++i) part(start + i * r + first, some, left + i * some);
+        for (int64_t j = 0; j < q; ++j) part(behind + (j * r + first) * p, some * p, right + j * some * p);
     }
 }
 
-void run(const Call &call, const Task &task) {
-    static thread_local std::vector<float> memory;
+// A thread's memory, taken part by part. Parts begin at cache lines, with `SLACK` behind each.
+class Memory {
+  public:
+    void begin(int64_t most) {  // values of all parts together
+        size_t size = (most + 8 * (SLACK + LINE)) * sizeof(float);
+        if (bytes_.size() < size) bytes_.resize(size);
+        next_ = bytes_.data() + (-reinterpret_cast<uintptr_t>(bytes_.data()) & (LINE * sizeof(float) - 1));
+    }
+    template <class T>
+    T *take(int64_t count) {
+        T *part = reinterpret_cast<T *>(next_);
+        int64_t line = LINE * sizeof(float);
+        next_ += (count * sizeof(T) + SLACK * sizeof(float) + line - 1) / line * line;
+        return part;
+    }
+
+  private:
+    static constexpr int64_t LINE = 16;  // values of float32 in a cache line
+    std::vector<char> bytes_;
+    char *next_ = nullptr;
+};
+
+// Multiplies values of type T: float, or bfloat16 in pairs.
+template <class T>
+void run_as(const Call &call, const Task &task) {
+    static thread_local Memory memory;
     const Row &row = *task.row;
     auto [start, kind, r, m, n, p, q, order, out_skip, in_skip, begin, width] = row;
     int64_t terms = std::clamp<int64_t>(FACTORS / (m * n + p * q), 1, r), inputs = n * q, outputs = m * p;
-    int64_t between = terms * (order == 0 ? m * q : n * p);
-    int64_t sizes[] = {terms * m * n, terms * p * q, between, task.count * inputs, task.count * outputs};
-    float *parts[5];
-    int64_t size = 0;
-    for (int64_t one : sizes) size += one + SLACK;
-    if (int64_t(memory.size()) < size) memory.resize(size);
-    float *free = memory.data();
-    for (int i = 0; i < 5; ++i) parts[i] = free, free += sizes[i] + SLACK;
-    auto [left, right, middle, x, y] = parts;
+    int64_t between = terms * (order == 0 ? m * q : n * p), each = order == 0 ? inputs : between;
+    int64_t factors = terms * (m * n + p * q), pairs = terms * p * q + each;
+    memory.begin(factors + between + task.count * (inputs + outputs) + pairs);
+    T *left = memory.take<T>(terms * m * n), *right = memory.take<T>(terms * p * q), *middle = memory.take<T>(between);
+    T *x = memory.take<T>(task.count * inputs);
+    float *y = memory.take<float>(task.count * outputs);
+    auto *room = memory.take<Step<T>>(terms * p * q), *own_room = memory.take<Step<T>>(each);
 
-    if (inputs != call.features) std::fill(x, x + task.count * inputs, 0.0f);
+    if (inputs != call.features) std::fill(x, x + task.count * inputs, T{});
     for (int64_t t = 0; t < task.count; ++t)
-        widen(call.x, call.x_type, task.tokens[t] * call.x_stride, call.features, x + t * inputs + in_skip);
+        take(call.x, call.x_type, task.tokens[t] * call.x_stride, call.features, x + t * inputs + in_skip);
     for (int64_t first = 0; first < r; first += terms) {
         int64_t some = std::min(terms, r - first);
         take_terms(call, row, first, some, left, right);
+        int64_t deep = order == 0 ? some * q : q;
+        auto right_steps = columns_in_steps(right, deep, some * p * q / deep, room);
         for (int64_t t = 0; t < task.count; ++t) {
-            float *own_x = x + t * inputs, *own_y = y + t * outputs;
+            T *own_x = x + t * inputs;
+            float *own_y = y + t * outputs;
             if (order == 0) {
-                product(m * some, q, n, left, own_x, middle, false);
-                product(m, p, some * q, middle, right, own_y, first > 0);
+                product(m * some, q, n, left, columns_in_steps(own_x, n, q, own_room), middle, false);
+                product(m, p, some * q, middle, right_steps, own_y, first > 0);
             } else {
-                product(n, some * p, q, own_x, right, middle, false);
-                product(m, p, n * some, left, middle, own_y, first > 0);
+                product(n, some * p, q, own_x, right_steps, middle, false);
+                product(m, p, n * some, left, columns_in_steps(middle, n * some, p, own_room), own_y, first > 0);
             }
         }
     }
     for (int64_t t = 0; t < task.count; ++t)
         add(call.out, call.out_type, task.tokens[t] * call.out_stride + begin, width, y + t * outputs + out_skip);
+}
+
+void run(const Call &call, const Task &task) {
+#ifdef PAIRS
+    bool narrow = call.out_type == BFLOAT16 && call.x_type == BFLOAT16 && call.values_type == BFLOAT16;
+    if (narrow && task.row->n % 2 == 0 && task.row->q % 2 == 0) return run_as<uint16_t>(call, task);  // even depths
+#endif
+    run_as<float>(call, task);
 }
 
 }  // namespace
