@@ -193,7 +193,15 @@ void add(void *out, int32_t type, int64_t start, int64_t count, const float *del
         for (int64_t i = 0; i < count; ++i) to[i] += delta[i];
     } else if (type == BFLOAT16) {
         uint16_t *to = static_cast<uint16_t *>(out) + start;
-        for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(to_float(to[i]) + delta[i]);
+        int64_t i = 0;  // below float32's normal numbers a sum is 0 in registers, as in the products
+#ifdef PAIRS
+        for (; i + LANES <= count; i += LANES) {
+            auto wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(to + i))), 16);
+            Lanes sums = (Lanes)wide + (Lanes)_mm512_loadu_ps(delta + i);
+            store(sums, to + i, LANES, false);
+        }
+#endif
+        for (; i < count; ++i) to[i] = to_bfloat16(to_float(to[i]) + delta[i]);
     }
 #ifdef __FLT16_MANT_DIG__
     else {
