@@ -222,6 +222,12 @@ struct Call {
     int32_t values_type;
 };
 
+// Values that a product can read where they are.
+inline const float *in_place(const void *, int64_t, float) { return nullptr; }  // their type is known at run time
+inline const uint16_t *in_place(const void *values, int64_t start, uint16_t) {
+    return static_cast<const uint16_t *>(values) + start;
+}
+
 // Factors of terms [first, first + some), as if they were all.
 template <class T>
 void take_terms(const Call &call, const Row &row, int64_t first, int64_t some, T *left, T *right) {
@@ -272,21 +278,29 @@ void run_as(const Call &call, const Task &task) {
     int64_t between = terms * (order == 0 ? m * q : n * p), each = order == 0 ? inputs : between;
     int64_t factors = terms * (m * n + p * q), pairs = terms * p * q + each;
     memory.begin(factors + between + task.count * (inputs + outputs) + pairs);
-    T *left = memory.take<T>(terms * m * n), *right = memory.take<T>(terms * p * q), *middle = memory.take<T>(between);
+    T *some_left = memory.take<T>(terms * m * n), *some_right = memory.take<T>(terms * p * q);
+    T *middle = memory.take<T>(between);
     T *x = memory.take<T>(task.count * inputs);
     float *y = memory.take<float>(task.count * outputs);
     auto *room = memory.take<Step<T>>(terms * p * q), *own_room = memory.take<Step<T>>(each);
 
+    const T *left = terms < r ? nullptr : in_place(call.values, start, T{});
+    const T *right = left ? left + r * m * n : some_right;
+    bool x_is_whole = inputs == call.features && in_place(call.x, 0, T{});
     if (inputs != call.features) std::fill(x, x + task.count * inputs, T{});
-    for (int64_t t = 0; t < task.count; ++t)
+    for (int64_t t = 0; t < task.count && !x_is_whole; ++t)
         take(call.x, call.x_type, task.tokens[t] * call.x_stride, call.features, x + t * inputs + in_skip);
     for (int64_t first = 0; first < r; first += terms) {
         int64_t some = std::min(terms, r - first);
-        take_terms(call, row, first, some, left, right);
+        if (right == some_right) {
+            take_terms(call, row, first, some, some_left, some_right);
+            left = some_left;
+        }
         int64_t deep = order == 0 ? some * q : q;
         auto right_steps = columns_in_steps(right, deep, some * p * q / deep, room);
         for (int64_t t = 0; t < task.count; ++t) {
-            T *own_x = x + t * inputs;
+            const T *own_x = x + t * inputs;
+            if (x_is_whole) own_x = in_place(call.x, task.tokens[t] * call.x_stride, T{});
             float *own_y = y + t * outputs;
             if (order == 0) {
                 product(m * some, q, n, left, columns_in_steps(own_x, n, q, own_room), middle, false);
