@@ -58,7 +58,7 @@ class Kernel(NamedTuple):
     types: dict[torch.dtype, int]
 
     def add_kron(self, out: Tensor, x: Tensor, token_slots: Tensor, values: Tensor, table: Tensor) -> bool:
-        """Do what `torch_ops.add_kron` does, for three dtypes; False, with nothing done, for tensors that it cannot take."""
+        """Do what `torch_ops.add_kron` does; False, with nothing done, for tensors that it cannot take."""
         types = self.types
         if out.dtype not in types or x.dtype not in types or values.dtype not in types:
             return False
