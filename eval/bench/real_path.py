@@ -72,9 +72,9 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True, help="GSM8K's test file")
     parser.add_argument("--limit", type=int, default=200, help="test problems (default: %(default)s)")
     options = parser.parse_args()
-    for name in ("base", "train", "test"):
-        if not getattr(options, name).exists():
-            parser.error(f"--{name} {getattr(options, name)}: there is no such {'folder' if name == 'base' else 'file'}")
+    for option, path in (("--base", options.base), ("--train", options.train), ("--test", options.test)):
+        if not path.exists():
+            parser.error(f"{option} {path}: it does not exist")
     with tempfile.TemporaryDirectory() as name:
         folder, data = Path(name), Path(name, "data")
         manifest = folder / "gsm8k.toml"
