@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import soka_serve
 import soka_serve.builtin
@@ -281,9 +282,30 @@ def launch_on_two_machines(manifests: Sequence[Path], outs: Sequence[Path]) -> l
     return [(program.returncode, *text) for program, text in zip(programs, texts, strict=True)]
 
 
+# Every pass over the data that a start can need, and a budget, which settles ranks over all machines' modules.
+STARTS = """
+[[adapt]]
+modules = ["k_proj"]
+init = "gradient"
+calibration_batches = 2
+
+[[adapt]]
+modules = ["o_proj"]
+init = "weights"
+weighting = "both"
+calibration_batches = 2
+
+[[adapt]]
+modules = ["gate_proj", "up_proj"]
+init = "weights"
+calibration_batches = 2
+rank = { policy = "budget", parameters = 4000, max = 4 }
+"""
+
+
 def test_two_machines_build_what_one_does(tmp_path: Path) -> None:
     """In the environments that `accelerate launch` makes on each."""
-    manifest = write_manifest(tmp_path, steps=3)
+    manifest = write_manifest(tmp_path, steps=3, replace=("\n[train]", STARTS + "\n[train]"))
     port = {"MASTER_PORT": str(free_port()), **NO_GPU}
     command = ("soka_serve", "build", manifest, "--out", tmp_path / "two")
 
@@ -303,6 +325,10 @@ def test_two_machines_build_what_one_does(tmp_path: Path) -> None:
         for inexact in ("sigma", "total_energy"):
             assert ours.pop(inexact) == pytest.approx(theirs.pop(inexact), rel=1e-5)
         assert ours == theirs
+    ours, theirs = (load_file(next((tmp_path / out).rglob("init.safetensors"))) for out in ("one", "two"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert float((tensor - theirs[name]).norm()) < 1e-3 * float(tensor.norm()), name
     # Two processes see twice the examples a step, so the weights differ; both have learned something.
     assert adapter_bytes(alone.directory) != adapter_bytes(tmp_path / "two" / "small")
     assert (tmp_path / "two" / "small" / "merged" / "model.safetensors").exists()
