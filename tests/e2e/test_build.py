@@ -303,17 +303,19 @@ rank = { policy = "budget", parameters = 4000, max = 4 }
 """
 
 
-def test_two_machines_build_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["multi_cpu", "fsdp"])
+def test_two_machines_build_what_one_does(tmp_path: Path, config: str) -> None:
     """In the environments that `accelerate launch` makes on each."""
     manifest = write_manifest(tmp_path, steps=3, replace=("\n[train]", STARTS + "\n[train]"))
     port = {"MASTER_PORT": str(free_port()), **NO_GPU}
     command = ("soka_serve", "build", manifest, "--out", tmp_path / "two")
 
     def build(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        assert (environment.get("ACCELERATE_USE_FSDP") == "true") == (config == "fsdp")
         return preloaded.run("soka", command, cwd=tmp_path, env=environment | port, timeout=900)
 
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(build, launched_environments("multi_cpu", tmp_path, machines=2))
+        first, second = pool.map(build, launched_environments(config, tmp_path, machines=2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert "adapter     " in first.stdout
     assert second.stdout == "", "only the first process reports"
